@@ -1,0 +1,1 @@
+"""sparsejax: sparse and hybrid sequence models in JAX."""

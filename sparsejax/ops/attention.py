@@ -1,0 +1,109 @@
+"""`attend`: attention under a pattern, by whichever implementation serves the request."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+from jaxtyping import Array, Float, Int
+
+from sparsejax.ops import dense, gather
+from sparsejax.ops.request import Request
+from sparsejax.patterns import Pattern
+
+
+class Implementation(NamedTuple):
+    """A way to compute attention. `refuse` says in words why it cannot serve a request, or None."""
+
+    name: str
+    run: Callable[[Request], tuple[Array, Array]]
+    refuse: Callable[[Request], str | None]
+
+
+IMPLEMENTATIONS = (
+    Implementation("dense", dense.run, dense.refuse),
+    Implementation("gather", gather.run, gather.refuse),
+)
+
+# Below this length, or above this share of live tiles, one masked product beats gathering (measured on CPU by
+# scripts/measure_attention.py).
+DENSE_LENGTH = 256
+DENSE_DENSITY = 0.6
+
+
+class ImplementationError(ValueError):
+    """No implementation can serve the request; the message says why each one refused."""
+
+
+def attend(
+    q: Float[Array, "b t h d"],
+    k: Float[Array, "b s g d"],
+    v: Float[Array, "b s g d"],
+    pattern: Pattern,
+    *,
+    impl: str = "auto",
+    scale: float | None = None,
+    softcap: float | None = None,
+    sink_logits: Float[Array, " h"] | None = None,
+    segment_ids: Int[Array, "b t"] | tuple[Int[Array, "b t"], Int[Array, "b s"]] | None = None,
+    return_lse: bool = False,
+    interpret: bool = False,
+) -> Float[Array, "b t h d"] | tuple[Float[Array, "b t h d"], Float[Array, "b t h"]]:
+    """Softmax attention in which `pattern` says which keys each query may look at.
+
+    Query i and key i are both at position i. A row without any allowed key gives zeros, and zero gradients.
+    Query head i reads key/value head `i // (h // g)` (grouped queries, arXiv:2305.13245).
+
+    Args:
+      q: queries.
+      k: keys; `g` divides `h`.
+      v: values.
+      pattern: who may look at whom; a pattern with heads must have `h` of them.
+      impl: "auto", or the name of an implementation: "dense" or "gather".
+      scale: factor on q·k, `d ** -0.5` if not given.
+      softcap: bounds the scaled scores to `softcap * tanh(score / softcap)`.
+      sink_logits: one logit for each query head that joins the softmax's denominator but has no value.
+      segment_ids: tokens look only at tokens of their own segment; one array for both sides when t equals s,
+        or a pair (queries, keys).
+      return_lse: also return the log-sum-exp of the scores, sink included: float32, minus infinity where a
+        row has neither key nor sink.
+      interpret: run Pallas kernels in interpret mode; only Pallas implementations take it.
+
+    Returns:
+      The output in the dtype of `q`, and with `return_lse` the log-sum-exp.
+
+    Raises:
+      ValueError: shapes that do not fit together.
+      ImplementationError: `impl` cannot serve the request, or for "auto" none can; lists each one's reason.
+    """
+    if segment_ids is not None and not isinstance(segment_ids, tuple):
+        segment_ids = (segment_ids, segment_ids)
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    request = Request(q, k, v, pattern, scale, softcap, sink_logits, segment_ids, interpret)
+    out, lse = _choose(impl, request).run(request)
+    return (out, lse) if return_lse else out
+
+
+def _choose(impl: str, request: Request) -> Implementation:
+    names = [one.name for one in IMPLEMENTATIONS]
+    if impl not in ("auto", *names):
+        raise ImplementationError(f"attend: no implementation {impl!r}; there are {', '.join(names)} and auto")
+    asked = [one for one in IMPLEMENTATIONS if impl in ("auto", one.name)]
+    reasons = {one.name: one.refuse(request) for one in asked}
+    able = {one.name: one for one in asked if reasons[one.name] is None}
+    if not able:
+        why = "; ".join(f"{name}: {reason}" for name, reason in reasons.items())
+        raise ImplementationError(f"attend: impl={impl!r} cannot serve this request ({why})")
+    if impl != "auto":
+        return able[impl]
+    return able["dense" if _prefers_dense(request) and "dense" in able else next(reversed(able))]
+
+
+def _prefers_dense(request: Request) -> bool:
+    t, s = request.q.shape[1], request.k.shape[1]
+    if max(t, s) <= DENSE_LENGTH:
+        return True
+    live = sum(
+        p.layout(t, s, (gather.TILE, gather.TILE)).density * len(heads) for p, heads in request.head_groups().items()
+    )
+    return live / request.q.shape[2] > DENSE_DENSITY

@@ -1,0 +1,27 @@
+"""Patterns: who may look at whom, said once. NumPy only; nothing here imports the rest of the package."""
+
+from sparsejax.patterns.library import FOREVER, Causal, Chunk, Full, Globals, Sink, Window
+from sparsejax.patterns.pattern import And, Or, Pattern, PatternError, PerHead, per_head
+from sparsejax.patterns.retention import cache_slots
+from sparsejax.patterns.text import parse
+from sparsejax.patterns.tiles import TileGrid, TileLayout
+
+__all__ = [
+    "FOREVER",
+    "And",
+    "Causal",
+    "Chunk",
+    "Full",
+    "Globals",
+    "Or",
+    "Pattern",
+    "PatternError",
+    "PerHead",
+    "Sink",
+    "TileGrid",
+    "TileLayout",
+    "Window",
+    "cache_slots",
+    "parse",
+    "per_head",
+]
