@@ -13,8 +13,8 @@ Batch = dict[str, np.ndarray]  # inputs, targets: int32 [b, t]; weights: float32
 class Windows:
     """Full windows of a text as a grain source: item i is uint8 [length + 1], from byte i * length on.
 
-    Of an item, all bytes but the last are inputs and all but the first are targets. Neighbours share one
-    byte, so that every byte but the text's first is a target once; the rest after the last full window is none.
+    Of an item, all bytes but the last are inputs and all but the first are targets. Neighbours share
+    one byte: every byte is a target once, but for the text's first and the rest after the last full window.
     """
 
     def __init__(self, data: np.ndarray, length: int):
@@ -33,8 +33,8 @@ def train_batches(
 ) -> grain.DatasetIterator:
     """Endless training batches, shuffled anew in every epoch; batch i is a function of `seed` and i alone.
 
-    The iterator's state (`get_state`, `set_state`, `grain.checkpoint`) is the number of batches read. The last
-    windows of an epoch share a batch with the first of the next, so that none is dropped.
+    The iterator's state (`get_state`, `set_state`, `grain.checkpoint`) is the number of batches read. The
+    last windows of an epoch share a batch with the first of the next, so that none is dropped.
 
     Args:
       data: uint8 [n].
@@ -50,6 +50,7 @@ def train_batches(
 
     Raises:
       DataError: The text is shorter than a window, or the processes cannot share the batch.
+
     """
     _require_window(data, length, "training")
     if batch < 1 or batch % process_count:
@@ -80,6 +81,7 @@ def validation_batches(data: np.ndarray, length: int, batch: int, *, limit: int 
 
     Raises:
       DataError: The text is shorter than a window.
+
     """
     _require_window(data, length, "validation")
     count = -(-(len(data) - 1) // length)

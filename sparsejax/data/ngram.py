@@ -4,11 +4,11 @@ import numpy as np
 
 
 def witten_bell(train: np.ndarray, text: np.ndarray, order: int) -> np.ndarray:
-    """The probability of every byte of a text under interpolated Witten-Bell n-grams counted on another text.
+    """The probability of every byte of a text under Witten-Bell n-grams counted on another.
 
-    P_k(c | h) = (N(h, c) + T(h) P_{k-1}(c | h')) / (N(h) + T(h)) for the context h of the k bytes before c:
-    N(h, c) counts the two together, N(h) is its sum over c, T(h) the number of different c seen after h, h' is
-    h without its first byte, and P_{-1} = 1/256. Where h was never seen or starts before the text, P_k = P_{k-1}.
+    With h the k bytes before c:  P_k(c | h) = (N(h, c) + T(h) P_{k-1}(c | h')) / (N(h) + T(h)).  N(h, c)
+    counts the two together, N(h) is its sum over c, T(h) the number of different c seen after h; h' is h
+    without its first byte and P_{-1} = 1/256. If h was never seen or starts before the text, P_k = P_{k-1}.
 
     Args:
       train: uint8 [n].
@@ -17,6 +17,7 @@ def witten_bell(train: np.ndarray, text: np.ndarray, order: int) -> np.ndarray:
 
     Returns:
       float64 [order + 1, m], row k being P_k.
+
     """
     probability = np.full((order + 1, len(text)), 1 / 256)
     for k in range(min(order + 1, len(train))):

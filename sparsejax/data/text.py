@@ -36,6 +36,7 @@ class Corpus:
       digest: 16 hex digits that change with any file's name, bytes or side.
       train_files: Number of documents in `train`.
       validation_files: Number of documents in `validation`. A single file, cut in two, counts on both sides.
+
     """
 
     train: np.ndarray
@@ -60,6 +61,7 @@ def load_corpus(files: str) -> Corpus:
 
     Raises:
       DataError: Nothing there, nothing in it, or not readable.
+
     """
     train, validation = _split(_named(files) if files.strip() else _standard_library())
     digest = _digest(train, validation)
