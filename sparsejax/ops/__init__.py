@@ -1,5 +1,14 @@
 """Arrays in, arrays out: no parameters, no configuration."""
 
-from sparsejax.ops.attention import IMPLEMENTATIONS, Implementation, ImplementationError, attend
+from sparsejax.ops.attention import IMPLEMENTATIONS, Implementation, ImplementationError, attend, attend_one
+from sparsejax.ops.scan import selective_scan, selective_step
 
-__all__ = ["IMPLEMENTATIONS", "Implementation", "ImplementationError", "attend"]
+__all__ = [
+    "IMPLEMENTATIONS",
+    "Implementation",
+    "ImplementationError",
+    "attend",
+    "attend_one",
+    "selective_scan",
+    "selective_step",
+]

@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import NamedTuple
 
-from jaxtyping import Array, Float, Int
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int
 
 from sparsejax.ops import dense, gather
-from sparsejax.ops.request import Request
+from sparsejax.ops.request import Request, masked_softmax
 from sparsejax.patterns import Pattern
 
 
@@ -82,6 +83,23 @@ def attend(
     request = Request(q, k, v, pattern, scale, softcap, sink_logits, segment_ids, interpret)
     out, lse = _choose(impl, request).run(request)
     return (out, lse) if return_lse else out
+
+
+def attend_one(
+    q: Float[Array, "b h d"],
+    k: Float[Array, "b s g d"],
+    v: Float[Array, "b s g d"],
+    mask: Bool[Array, "#h s"],
+    scale: float | None = None,
+) -> Float[Array, "b h d"]:
+    """Attention of one query over the slots of a decode cache; `mask` says which slots it may look at."""
+    (b, h, d), g = q.shape, k.shape[2]
+    wide = jnp.promote_types(q.dtype, jnp.float32)
+    q = q.reshape(b, g, h // g, d).astype(wide) * (d**-0.5 if scale is None else scale)
+    scores = jnp.einsum("bgrd,bsgd->bgrs", q, k.astype(wide))
+    mask = jnp.broadcast_to(mask, (h, k.shape[1])).reshape(g, h // g, -1)
+    weights, _ = masked_softmax(scores, mask, None)
+    return jnp.einsum("bgrs,bsgd->bgrd", weights, v.astype(wide)).reshape(b, h, d).astype(v.dtype)
 
 
 def _choose(impl: str, request: Request) -> Implementation:

@@ -1,0 +1,319 @@
+"""Configuration: a ConfigDict from a file and the command line, checked once into frozen dataclasses.
+
+Below this module nobody sees a ConfigDict. Config files are complete: no field has a default here, a missing
+key is an error.
+"""
+
+from __future__ import annotations
+
+import ast
+import dataclasses
+import difflib
+import hashlib
+import importlib.util
+import json
+import sys
+import traceback
+import types
+import typing
+from pathlib import Path
+from typing import Any
+
+from ml_collections import ConfigDict
+
+from sparsejax import patterns, schedule
+from sparsejax.layers import MIXERS, LayerConfig, MixerConfig, NormConfig
+from sparsejax.layers.attention import AttentionConfig
+
+
+class ConfigError(ValueError):
+    """A configuration that cannot be used; the message is one line and names the key."""
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelConfig:
+    """A sequence model: an embedding, layers in the order of the schedule, a norm, a head."""
+
+    vocab: int
+    width: int
+    schedule: str
+    layers: dict[str, LayerConfig]
+    norm: NormConfig  # before the head
+    tied: bool  # the head is the embedding's transpose
+    dtype: str  # of the computation: float32 or bfloat16; parameters and optimizer state are float32
+    scan: bool  # scan over the schedule's period, or unroll every layer
+
+    def __post_init__(self):
+        _require(self, vocab=1, width=1)
+        _choose(self, "dtype", "float32", "bfloat16")
+        schedule.check(self.schedule, self.layers)
+        for name, layer in self.layers.items():
+            if isinstance(layer.mixer, AttentionConfig):
+                ahead = patterns.parse(layer.mixer.pattern).lookahead()
+                if ahead > 0:
+                    raise ValueError(
+                        f"layers.{name}.mixer.pattern: {layer.mixer.pattern!r} sees {ahead} positions ahead; a model"
+                        " that predicts the next token needs 'causal & ...'"
+                    )
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Layer names in order."""
+        return schedule.parse(self.schedule)
+
+
+@dataclasses.dataclass(frozen=True)
+class DataConfig:
+    """Where the tokens come from. `files`: a file, folder, glob, several by commas; empty: CPython's own text."""
+
+    task: str  # "text": predict the next byte
+    files: str
+    length: int  # tokens of a window
+
+    def __post_init__(self):
+        _require(self, length=1)
+        _choose(self, "task", "text")
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainConfig:
+    """The loop. A batch of `batch` windows is computed in `accumulate` parts."""
+
+    steps: int
+    batch: int
+    accumulate: int
+    seed: int
+    log_every: int
+    bad_loss: str  # when the loss is not finite or spikes: "stop" (with a checkpoint) or "skip" the update
+    spike: float  # a spike is a loss above this multiple of its running mean; 0: only non-finite losses are bad
+
+    def __post_init__(self):
+        _require(self, steps=1, batch=1, accumulate=1, seed=0, log_every=1, spike=0)
+        _choose(self, "bad_loss", "stop", "skip")
+        if self.batch % self.accumulate:
+            raise ValueError(f"batch = {self.batch} is not divisible by accumulate = {self.accumulate}")
+
+
+@dataclasses.dataclass(frozen=True)
+class OptimizerConfig:
+    """AdamW (arXiv:1711.05101) with linear warm-up, cosine decay and clipping by global norm."""
+
+    learning_rate: float  # at the end of the warm-up
+    final_rate: float  # at the last step, as a share of learning_rate
+    warmup: int  # steps
+    beta1: float
+    beta2: float
+    eps: float
+    weight_decay: float  # on the weights of linear maps only
+    clip: float  # of the gradient's global norm
+
+    def __post_init__(self):
+        _require(self, learning_rate=0, final_rate=0, warmup=0, weight_decay=0)
+        if not (0 <= self.beta1 < 1 and 0 <= self.beta2 < 1 and self.eps > 0 and self.clip > 0):
+            raise ValueError("needs 0 <= beta1, beta2 < 1, eps > 0 and clip > 0")
+
+
+@dataclasses.dataclass(frozen=True)
+class CheckpointConfig:
+    """Steps between checkpoints, and how many of the newest and of the best (by evaluation loss) are kept."""
+
+    every: int
+    keep_last: int
+    keep_best: int
+
+    def __post_init__(self):
+        _require(self, every=1, keep_last=1, keep_best=0)
+
+
+@dataclasses.dataclass(frozen=True)
+class ShardingConfig:
+    """Devices along each mesh axis; `data = -1` takes all that the others leave."""
+
+    data: int
+    fsdp: int
+    tensor: int
+
+    def __post_init__(self):
+        _require(self, data=-1, fsdp=1, tensor=1)
+        if self.data == 0:
+            raise ValueError("data must be at least 1, or -1 for all remaining devices")
+
+
+@dataclasses.dataclass(frozen=True)
+class EvalConfig:
+    """Evaluation every `every` steps on `batches` batches of `batch` windows; at the end on all validation text."""
+
+    every: int
+    batch: int
+    batches: int
+    sample: int  # bytes of text to generate at the end
+
+    def __post_init__(self):
+        _require(self, every=1, batch=1, batches=1, sample=0)
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """A complete run."""
+
+    model: ModelConfig
+    data: DataConfig
+    train: TrainConfig
+    optimizer: OptimizerConfig
+    checkpoint: CheckpointConfig
+    sharding: ShardingConfig
+    eval: EvalConfig
+
+
+def _require(config: Any, **least: float) -> None:
+    for name, low in least.items():
+        if getattr(config, name) < low:
+            raise ValueError(f"{name} must be at least {low}, got {getattr(config, name)}")
+
+
+def _choose(config: Any, name: str, *options: str) -> None:
+    if getattr(config, name) not in options:
+        raise ValueError(f"{name} must be one of {', '.join(options)}, got {getattr(config, name)!r}")
+
+
+def load(place: str, overrides: typing.Iterable[str] = ()) -> ConfigDict:
+    """Reads `file.py` or `file.py:argument` and applies overrides like `model.width=256`.
+
+    The file defines `get_config()`, or `get_config(argument)`, that returns a ConfigDict.
+
+    Raises:
+      ConfigError: no such file, an error inside it, an override of an unknown key.
+    """
+    path, _, argument = place.partition(":")
+    if not Path(path).is_file():
+        raise ConfigError(f"--config: no file {path!r}")
+    spec = importlib.util.spec_from_file_location("sparsejax_config_file", path)
+    module = importlib.util.module_from_spec(spec)
+    try:
+        spec.loader.exec_module(module)
+        config = module.get_config(argument) if argument else module.get_config()
+    except Exception as error:
+        frames = [f for f in traceback.extract_tb(sys.exc_info()[2]) if f.filename.endswith(Path(path).name)]
+        line = getattr(error, "lineno", None) or (frames[-1].lineno if frames else 0)
+        raise ConfigError(f"{path}: line {line}: {type(error).__name__}: {error}") from error
+    for text in overrides:
+        key, equals, value = text.partition("=")
+        if not equals:
+            raise ConfigError(f"--config.{key}: write --config.{key}=VALUE")
+        override(config, key, value)
+    return config
+
+
+def override(config: ConfigDict, key: str, text: str) -> None:
+    """Sets one existing key of a ConfigDict, in place; where the old value is no string, `text` is a literal."""
+    *sections, name = key.split(".")
+    section = config
+    for i, part in enumerate([*sections, name]):
+        if not isinstance(section, ConfigDict):
+            raise ConfigError(f"{'.'.join(key.split('.')[:i])}: is a value, not a section")
+        if part not in section:
+            raise _unknown_key(".".join(key.split(".")[: i + 1]), part, list(section.keys()))
+        section = section[part] if i < len(sections) else section
+    if isinstance(section[name], ConfigDict):
+        raise ConfigError(f"{key}: is a section; set one of its keys: {', '.join(section[name].keys())}")
+    value = text if isinstance(section[name], str) else _literal(text)
+    with section.ignore_type():
+        section[name] = value
+
+
+def _literal(text: str) -> Any:
+    words = {"true": True, "false": False, "none": None}
+    if text.lower() in words:
+        return words[text.lower()]
+    try:
+        return ast.literal_eval(text)
+    except (ValueError, SyntaxError):
+        return text
+
+
+def check(config: ConfigDict) -> Config:
+    """The frozen form of a ConfigDict.
+
+    Raises:
+      ConfigError: an unknown, missing or mistyped key, or a value that cannot be; names the key and, for an
+        unknown one, the nearest known.
+    """
+    return _build(Config, config.to_dict(), "")
+
+
+def digest(config: ConfigDict) -> str:
+    """12 hexadecimal digits that name the resolved configuration."""
+    return hashlib.sha256(json.dumps(config.to_dict(), sort_keys=True).encode()).hexdigest()[:12]
+
+
+def difference(old: Any, new: Any, path: str = "") -> str | None:
+    """The first key at which two resolved configurations differ, in words, or None."""
+    if isinstance(old, dict) and isinstance(new, dict):
+        for key in [*old, *(k for k in new if k not in old)]:
+            where = f"{path}.{key}" if path else str(key)
+            if key not in old or key not in new:
+                return f"{where} is only in {'this config' if key in new else 'the old one'}"
+            found = difference(old[key], new[key], where)
+            if found:
+                return found
+        return None
+    return None if old == new else f"{path} was {old!r}, is {new!r}"
+
+
+def _unknown_key(path: str, name: str, known: list[str]) -> ConfigError:
+    near = difflib.get_close_matches(name, known, n=1, cutoff=0)
+    return ConfigError(f"{path}: unknown key{f', did you mean {near[0]!r}?' if near else ''}")
+
+
+def _build(kind: Any, value: Any, path: str) -> Any:
+    """`value` as a `kind` (a dataclass, a union, a dict of names, or a plain type), or a ConfigError."""
+    if kind == MixerConfig:
+        return _build_mixer(value, path)
+    if isinstance(kind, types.UnionType):
+        options = [option for option in typing.get_args(kind) if option is not types.NoneType]
+        return None if value is None else _build(options[0], value, path)
+    if dataclasses.is_dataclass(kind):
+        return _build_section(kind, value, path)
+    if typing.get_origin(kind) is dict:
+        _demand(isinstance(value, dict) and value, path, "a section with at least one entry", value)
+        return {key: _build(typing.get_args(kind)[1], item, f"{path}.{key}") for key, item in value.items()}
+    if kind is float:
+        _demand(isinstance(value, int | float) and not isinstance(value, bool), path, "a number", value)
+        return float(value)
+    words = {int: "an integer", bool: "true or false", str: "text"}
+    _demand(type(value) is kind, path, words[kind], value)
+    return value
+
+
+def _build_section(kind: type, value: Any, path: str) -> Any:
+    _demand(isinstance(value, dict), path, "a section", value)
+    fields = typing.get_type_hints(kind)
+    for key in value:
+        if key not in fields:
+            raise _unknown_key(f"{path}.{key}" if path else key, key, list(fields))
+    parts = {}
+    for key, hint in fields.items():
+        where = f"{path}.{key}" if path else key
+        if key not in value:
+            raise ConfigError(f"{where}: missing")
+        parts[key] = _build(hint, value[key], where)
+    try:
+        return kind(**parts)
+    except ConfigError:
+        raise
+    except ValueError as error:
+        raise ConfigError(f"{path}: {error}" if path else str(error)) from error
+
+
+def _build_mixer(value: Any, path: str) -> Any:
+    _demand(isinstance(value, dict), path, "a section", value)
+    if value.get("kind") not in MIXERS:
+        raise ConfigError(f"{path}.kind: must be one of {', '.join(MIXERS)}, got {value.get('kind')!r}")
+    kind, _ = MIXERS[value["kind"]]
+    return _build_section(kind, {key: item for key, item in value.items() if key != "kind"}, path)
+
+
+def _demand(holds: Any, path: str, expected: str, value: Any) -> None:
+    if not holds:
+        shown = "a section" if isinstance(value, dict) else repr(value)
+        raise ConfigError(f"{path}: expected {expected}, got {shown}")

@@ -1,0 +1,98 @@
+"""Layer schedules: names and one string, `"3x(ssm ssm local) full"`.
+
+    schedule = item+
+    item     = name | count "x(" schedule ")"
+"""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections.abc import Collection
+from typing import NamedTuple
+
+TOKEN = re.compile(r"\s*(?:(?P<repeat>\d+)x\(|(?P<close>\))|(?P<name>[A-Za-z_]\w*))")
+
+
+class ScheduleError(ValueError):
+    """A schedule that does not parse, or names a layer that is not defined."""
+
+
+def parse(text: str) -> tuple[str, ...]:
+    """The layer names in order, repeats written out.
+
+    Raises:
+      ScheduleError: one line with the text and the column (from 1).
+    """
+    stack: list[tuple[list[str], int, int]] = [([], 1, 0)]  # names so far, how often, where it opened
+    at, end = 0, len(text.rstrip())
+    while at < end:
+        match = TOKEN.match(text, at)
+        if not match:
+            at = end - len(text[at:end].lstrip())
+            raise _error(text, at, f"expected a layer name, a repeat like '3x(' or ')', found {text[at]!r}")
+        if match["repeat"]:
+            if int(match["repeat"]) < 1:
+                raise _error(text, match.start("repeat"), "a repeat must be at least 1")
+            stack.append(([], int(match["repeat"]), match.start("repeat")))
+        elif match["name"]:
+            stack[-1][0].append(match["name"])
+        elif len(stack) == 1:
+            raise _error(text, match.start("close"), "')' closes nothing")
+        else:
+            names, count, opened = stack.pop()
+            if not names:
+                raise _error(text, opened, "the repeat is empty")
+            stack[-1][0].extend(names * count)
+        at = match.end()
+    if len(stack) > 1:
+        raise _error(text, stack[-1][2], "the parenthesis opened here is never closed")
+    if not stack[0][0]:
+        raise ScheduleError(f"schedule {text!r}: no layers")
+    return tuple(stack[0][0])
+
+
+def check(text: str, defined: Collection[str]) -> tuple[str, ...]:
+    """Parses a schedule whose layers must all be defined.
+
+    Raises:
+      ScheduleError: does not parse, or names an undefined layer: with the nearest defined one.
+    """
+    names = parse(text)
+    for name in names:
+        if name not in defined:
+            near = difflib.get_close_matches(name, defined, n=1, cutoff=0)
+            hint = f", did you mean {near[0]!r}?" if near else ""
+            at = re.search(rf"\b{name}\b", text).start()
+            raise _error(text, at, f"layer {name!r} is not defined{hint}")
+    return names
+
+
+class Fold(NamedTuple):
+    """A schedule as `before + period * repeats + after`: the period is scanned, the rest unrolled."""
+
+    before: tuple[str, ...]
+    period: tuple[str, ...]
+    repeats: int
+    after: tuple[str, ...]
+
+
+def fold(names: tuple[str, ...]) -> Fold:
+    """The fold with the fewest layers to compile; without a repetition everything is in `before`."""
+    n = len(names)
+    best = Fold(names, (), 0, ())
+    for width in range(1, n // 2 + 1):
+        for start in range(n - 2 * width + 1):
+            stop = start + width
+            while stop < n and names[stop] == names[stop - width]:
+                stop += 1
+            repeats = (stop - start) // width
+            compiled = n - (repeats - 1) * width
+            if repeats > 1 and compiled < len(best.before) + len(best.period) + len(best.after):
+                stop = start + repeats * width
+                best = Fold(names[:start], names[start : start + width], repeats, names[stop:])
+    return best
+
+
+def _error(text: str, at: int, problem: str) -> ScheduleError:
+    return ScheduleError(f"schedule {text!r}: column {at + 1}: {problem}")
