@@ -1,0 +1,52 @@
+"""Quickstart: a small hybrid on the text that CPython ships."""
+
+from ml_collections import ConfigDict
+
+
+def get_config():
+    norm = dict(kind="rms", eps=1e-6)
+    mlp = dict(kind="gated", width=320, activation="silu")
+    unit = dict(mlp=mlp, norm=norm, norm_position="pre", remat=False)
+
+    def attention(pattern):
+        return dict(
+            kind="attention",
+            pattern=pattern,
+            heads=4,
+            kv_heads=2,
+            head_width=32,
+            rope_base=10_000.0,
+            qk_norm=norm,
+            impl="auto",
+        )
+
+    ssm = dict(kind="mamba", inner=192, state=8, conv=4, dt_rank=8, dt_min=1e-3, dt_max=0.1)
+    return ConfigDict(
+        dict(
+            model=dict(
+                vocab=256,
+                width=128,
+                schedule="2x(ssm local) full",
+                layers=dict(
+                    ssm=dict(mixer=ssm, **unit),
+                    local=dict(mixer=attention("causal & (window(63) | sink(4))"), **unit),
+                    full=dict(mixer=attention("causal"), **unit),
+                ),
+                norm=norm,
+                tied=True,
+                dtype="float32",
+                scan=True,
+            ),
+            data=dict(task="text", files="", length=256),
+            train=dict(
+                steps=600, batch=8, accumulate=1, seed=0, log_every=50, bad_loss="stop", spike=0.0
+            ),
+            optimizer=dict(
+                learning_rate=4e-3, final_rate=0.05, warmup=50, beta1=0.9, beta2=0.98, eps=1e-8,
+                weight_decay=0.1, clip=1.0,
+            ),
+            checkpoint=dict(every=200, keep_last=2, keep_best=1),
+            sharding=dict(data=-1, fsdp=1, tensor=1),
+            eval=dict(every=200, batch=32, batches=8, sample=200),
+        )
+    )

@@ -1,0 +1,67 @@
+"""Where arrays live: the mesh, and the one table from logical axes to mesh axes."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import jax
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+from sparsejax.config import ConfigError, ShardingConfig
+
+MESH_AXES = ("data", "fsdp", "tensor")
+BATCH_AXES = ("data", "fsdp")
+
+# Logical axis of a parameter -> mesh axis. Axes not named here, and those that the mesh axis does not divide,
+# are replicated.
+RULES = {"vocab": "tensor", "width": "fsdp", "heads": "tensor", "ff": "tensor", "inner": "tensor"}
+
+
+def make_mesh(config: ShardingConfig) -> Mesh:
+    """The mesh of all devices; one device is a 1 x 1 x 1 mesh.
+
+    Raises:
+      ConfigError: the axes do not multiply to the number of devices.
+    """
+    devices, others = jax.device_count(), config.fsdp * config.tensor
+    data = devices // others if config.data == -1 else config.data
+    if data * others != devices:
+        raise ConfigError(
+            f"sharding: data {config.data} x fsdp {config.fsdp} x tensor {config.tensor} does not make up the"
+            f" {devices} devices there are"
+        )
+    # Auto axes: the compiler places intermediate arrays (make_mesh would default to Explicit).
+    return jax.make_mesh((data, config.fsdp, config.tensor), MESH_AXES, axis_types=(AxisType.Auto,) * 3)
+
+
+def replicated(mesh: Mesh) -> NamedSharding:
+    """The whole array on every device."""
+    return NamedSharding(mesh, PartitionSpec())
+
+
+def batch_sharding(mesh: Mesh) -> NamedSharding:
+    """Axis 0 split over `data` and `fsdp`."""
+    return NamedSharding(mesh, PartitionSpec(BATCH_AXES))
+
+
+def batch_shards(mesh: Mesh) -> int:
+    """Into how many parts a batch is split."""
+    return math.prod(mesh.shape[axis] for axis in BATCH_AXES)
+
+
+def parameter_shardings(mesh: Mesh, shapes: Any, axes: Any) -> Any:
+    """A NamedSharding for each parameter, by `RULES`.
+
+    Args:
+      mesh: the mesh.
+      shapes: parameters or their shapes, as a tree.
+      axes: the same tree with a tuple of logical axis names for each parameter.
+    """
+
+    def shard(leaf: Any, names: tuple[str | None, ...]) -> NamedSharding:
+        places = [RULES.get(name) for name in names]
+        fits = [p if p and n % mesh.shape[p] == 0 else None for n, p in zip(leaf.shape, places, strict=True)]
+        return NamedSharding(mesh, PartitionSpec(*fits))
+
+    return jax.tree.map(shard, shapes, axes)

@@ -1,0 +1,27 @@
+"""Training: the loop, the step, the state, checkpoints and what a run writes down."""
+
+from sparsejax.train.checkpoint import CheckpointError, Checkpoints
+from sparsejax.train.evaluate import Evaluation, evaluate
+from sparsejax.train.loop import BadLoss, Interrupted, train
+from sparsejax.train.optimizer import build_optimizer, build_schedule
+from sparsejax.train.state import TrainState, init_state, state_shapes
+from sparsejax.train.step import build_evaluation, build_step
+from sparsejax.train.writers import read_rows
+
+__all__ = [
+    "BadLoss",
+    "CheckpointError",
+    "Checkpoints",
+    "Evaluation",
+    "Interrupted",
+    "TrainState",
+    "build_evaluation",
+    "build_optimizer",
+    "build_schedule",
+    "build_step",
+    "evaluate",
+    "init_state",
+    "read_rows",
+    "state_shapes",
+    "train",
+]

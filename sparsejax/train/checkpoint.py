@@ -1,0 +1,160 @@
+"""Checkpoints: state, data iterator and metadata saved as one step, whole or not at all (Orbax)."""
+
+from __future__ import annotations
+
+import contextlib
+import shutil
+from pathlib import Path
+from typing import Any
+
+import grain
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+from orbax.checkpoint.checkpoint_managers import AnyPreservationPolicy, BestN, LatestN
+
+from sparsejax.config import CheckpointConfig
+from sparsejax.train.state import TrainState
+
+METRIC = "eval/loss"
+
+
+class CheckpointError(ValueError):
+    """A checkpoint that cannot be read, or does not fit the configuration."""
+
+
+class Checkpoints:
+    """The checkpoints of one run, in `folder`, each with `meta`; a context manager that waits for the last save."""
+
+    def __init__(self, folder: Path, config: CheckpointConfig, meta: dict[str, Any]):
+        self.folder, self.meta = folder, meta
+        keep = AnyPreservationPolicy(
+            [
+                LatestN(config.keep_last),
+                BestN(
+                    get_metric_fn=lambda metrics: metrics[METRIC],
+                    reverse=True,
+                    n=config.keep_best,
+                    keep_checkpoints_without_metrics=False,
+                ),
+            ]
+        )
+        options = ocp.CheckpointManagerOptions(preservation_policy=keep, cleanup_tmp_directories=True)
+        self._manager = ocp.CheckpointManager(folder.absolute(), options=options)
+
+    def __enter__(self) -> Checkpoints:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self._manager.close()
+
+    @property
+    def latest(self) -> int | None:
+        """The newest whole checkpoint's step."""
+        return self._manager.latest_step()
+
+    def save(self, state: TrainState, iterator: grain.DatasetIterator, loss: float | None) -> None:
+        """Starts saving in the background; at most one save runs at a time. `loss` ranks it for keep_best.
+
+        Raises:
+          OSError: the disk has too little room for another checkpoint.
+        """
+        step = int(state.step)
+        if step in self._manager.all_steps():
+            return
+        self._manager.wait_until_finished()
+        _require_room(self.folder, sum(x.nbytes for x in jax.tree.leaves(_savable(state))))
+        self._manager.save(
+            step,
+            args=ocp.args.Composite(
+                state=ocp.args.StandardSave(_savable(state)),
+                data=grain.checkpoint.CheckpointSave(iterator),
+                meta=ocp.args.JsonSave(self.meta),
+            ),
+            metrics=None if loss is None else {METRIC: loss},
+        )
+
+    def restore(self, shapes: TrainState, iterator: grain.DatasetIterator) -> TrainState:
+        """The newest state, placed by the shardings of `shapes`; sets `iterator` to where it was.
+
+        Raises:
+          CheckpointError: the files are damaged, or the state does not fit `shapes`: with the first parameter
+            that differs.
+        """
+        step = self.latest
+        place = self.folder / str(step)
+        wanted = _savable(shapes)
+        try:
+            saved = self._manager.item_metadata(step)["state"].tree
+            problem = _first_difference(saved, wanted)
+        except Exception as error:
+            raise CheckpointError(_damaged(place, error)) from error
+        if problem:
+            raise CheckpointError(f"checkpoint {place} does not fit this configuration: {problem}")
+        try:
+            found = self._manager.restore(
+                step,
+                args=ocp.args.Composite(
+                    state=ocp.args.StandardRestore(wanted), data=grain.checkpoint.CheckpointRestore(iterator)
+                ),
+            )
+        except Exception as error:
+            raise CheckpointError(_damaged(place, error)) from error
+        return _restored(found["state"])
+
+
+def _savable(state: TrainState) -> dict[str, Any]:
+    """The state as plain nested dicts of arrays: keys as their data, optax's tuples by position."""
+    key = state.key
+    if isinstance(key, jax.ShapeDtypeStruct):
+        data = jax.eval_shape(jax.random.key_data, key)
+        data = jax.ShapeDtypeStruct(data.shape, data.dtype, sharding=key.sharding)
+    else:
+        data = jax.random.key_data(key)
+    return {
+        "step": state.step,
+        "skipped": state.skipped,
+        "loss_mean": state.loss_mean,
+        "key": data,
+        "parameters": state.parameters,
+        "optimizer": state.optimizer,
+    }
+
+
+def _restored(saved: dict[str, Any]) -> TrainState:
+    return TrainState(**{**saved, "key": jax.random.wrap_key_data(saved["key"])})
+
+
+def _first_difference(saved: Any, wanted: Any) -> str | None:
+    """The first array, by path, that only one side has or whose shape or dtype differs."""
+    old, new = (
+        {_path(path): (tuple(leaf.shape), np.dtype(leaf.dtype)) for path, leaf in jax.tree.leaves_with_path(tree)}
+        for tree in (saved, wanted)
+    )
+    for path in [*new, *old]:
+        if path not in old or path not in new:
+            return f"{path} is only in the {'configuration' if path in new else 'checkpoint'}"
+        if old[path] != new[path]:
+            shown = (f"{dtype.name}{list(shape)}" for shape, dtype in (old[path], new[path]))
+            return f"{path} is {next(shown)} in the checkpoint and {next(shown)} in the configuration"
+    return None
+
+
+def _path(path: tuple) -> str:
+    names = (str(getattr(p, "key", getattr(p, "name", getattr(p, "idx", p)))) for p in path)
+    return ".".join(names)
+
+
+def _damaged(place: Path, error: Exception) -> str:
+    cause = str(error).strip().splitlines()[0][:200] if str(error).strip() else ""
+    return (
+        f"checkpoint {place} is damaged ({type(error).__name__}: {cause}); delete that folder to go on from"
+        " the one before it"
+    )
+
+
+def _require_room(folder: Path, size: int) -> None:
+    with contextlib.suppress(FileNotFoundError):
+        free = shutil.disk_usage(folder).free
+        if free < 1.5 * size:
+            raise OSError(28, f"no space left: a checkpoint needs {size / 2**20:.1f} MiB, {free / 2**20:.1f} are free", str(folder))

@@ -1,0 +1,224 @@
+"""The training loop: effects around the pure step."""
+
+from __future__ import annotations
+
+import json
+import math
+import signal
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+from ml_collections import ConfigDict
+from rich.console import Console
+from rich.table import Table
+
+from sparsejax import config as configs
+from sparsejax import data, sharding
+from sparsejax.config import Config, ConfigError
+from sparsejax.decode import generate
+from sparsejax.model import Functional
+from sparsejax.train.checkpoint import Checkpoints
+from sparsejax.train.evaluate import Evaluation, evaluate
+from sparsejax.train.optimizer import build_optimizer, build_schedule
+from sparsejax.train.progress import ProgressReport
+from sparsejax.train.state import TrainState, init_state, state_shapes
+from sparsejax.train.step import Batch, build_evaluation, build_step
+from sparsejax.train.writers import Writers, describe_versions, write_json
+
+PROMPT = 64  # bytes of validation text that the sample continues
+
+
+class Interrupted(Exception):
+    """The run was asked to stop (SIGTERM, SIGINT), saved a checkpoint and can be resumed."""
+
+
+class BadLoss(Exception):
+    """The loss was not finite or spiked, and the configuration says to stop."""
+
+
+def train(settings: ConfigDict, workdir: Path, console: Console) -> Evaluation:
+    """Trains to the last step, going on from what `workdir` holds; returns the final evaluation.
+
+    Raises:
+      ConfigError, DataError, CheckpointError: something given cannot be used; nothing was changed.
+      Interrupted: asked to stop; a checkpoint was saved.
+      BadLoss: see there; a checkpoint was saved, its parameters are the last good ones.
+    """
+    config = configs.check(settings)
+    mesh = sharding.make_mesh(config.sharding)
+    _require_even_batches(config, mesh)
+    corpus = data.load_corpus(config.data.files)
+    batches = data.train_batches(corpus.train, config.data.length, config.train.batch, config.train.seed)
+    _validation_batches(corpus, config, mesh)  # finds out now, not at the first evaluation, if they cannot be
+    _claim_workdir(workdir, settings, config)
+    model = Functional(config.model)
+    _describe(corpus, model, mesh, console)
+
+    optimizer = build_optimizer(config.optimizer, config.train.steps)
+    meta = {"config": settings.to_dict(), "digest": configs.digest(settings), "corpus": corpus.digest}
+    with Checkpoints(workdir / "checkpoints", config.checkpoint, meta) as checkpoints:
+        if checkpoints.latest is None:
+            state = init_state(model, optimizer, config.train.seed, mesh)
+        else:
+            state = checkpoints.restore(state_shapes(model, optimizer, mesh), batches)
+            console.print(f"resuming {workdir} at step {int(state.step)}", highlight=False)
+        state, final = _run(config, model, optimizer, mesh, corpus, state, batches, checkpoints, workdir, console)
+    _show_evaluation(final, console)
+    if config.eval.sample:
+        _show_sample(model, state, corpus, config.eval.sample, console)
+    return final
+
+
+def _run(config, model, optimizer, mesh, corpus, state, batches, checkpoints, workdir, console):
+    """The loop proper: from the given state to the last step; returns the last state and its evaluation."""
+    step = build_step(model, optimizer, build_schedule(config.optimizer, config.train.steps), config.train, mesh)
+    evaluation_step = build_evaluation(model, mesh)
+    start, steps, place = int(state.step), config.train.steps, sharding.batch_sharding(mesh)
+    evaluation, pending = None, None
+    with (
+        Writers(workdir, start) as writers,
+        ProgressReport(console, start, steps, config.train.batch * config.data.length) as progress,
+        _StopSignals() as signals,
+    ):
+        record = _Recorder(config, writers, progress)
+        for number in range(start + 1, steps + 1):
+            state, metrics = step(state, jax.device_put(next(batches), place))
+            progress.advance(number)
+            # Metrics are read one step late, so that the device does not wait for Python.
+            stop = record(*pending) if pending else False
+            pending = number, metrics
+            last, stopped_by = number == steps, signals.received
+            due = last or number % config.eval.every == 0
+            save = last or number % config.checkpoint.every == 0
+            if not (due or save or stop or stopped_by):
+                continue
+            evaluation = None
+            if due:
+                with progress.pause():
+                    limit = 0 if last else config.eval.batches
+                    held_out = _validation_batches(corpus, config, mesh, limit)
+                    evaluation = evaluate(evaluation_step, state.parameters, held_out)
+            stop = record(*pending, evaluation) or stop
+            pending = None
+            if save or stop or stopped_by:
+                checkpoints.save(state, batches, evaluation and evaluation.loss)
+            if stop:
+                raise BadLoss(
+                    f"the loss went bad by step {number}: see metrics.jsonl; step {number} is saved with the update left"
+                    " out, the same command goes on from there (--config.train.bad_loss=skip goes on by itself)"
+                )
+            if stopped_by and not last:
+                raise Interrupted(f"stopped by {stopped_by} at step {number}; the same command goes on from there")
+    if evaluation is None:  # the run had ended before
+        evaluation = evaluate(evaluation_step, state.parameters, _validation_batches(corpus, config, mesh))
+    return state, evaluation
+
+
+class _Recorder:
+    """Turns a step's metrics into a row, a line and a verdict: whether the run must stop for a bad loss."""
+
+    def __init__(self, config: Config, writers: Writers, progress: ProgressReport):
+        self._config, self._writers, self._progress = config, writers, progress
+
+    def __call__(self, number: int, metrics: dict[str, Any], evaluation: Evaluation | None = None) -> bool:
+        values = {name: float(value) for name, value in metrics.items()}
+        bad = bool(values.pop("bad"))
+        if not (bad or evaluation or number % self._config.train.log_every == 0 or number == self._config.train.steps):
+            return False
+        row = {f"train/{name}": value for name, value in values.items()}
+        note = f"loss {values['loss']:.4f} (mean {values['loss_mean']:.4f}) grad {values['grad_norm']:.2f}"
+        if bad:
+            note += " | BAD LOSS, update left out"
+        if evaluation:
+            row |= {"eval/loss": evaluation.loss, "eval/bits_per_byte": evaluation.bits_per_byte}
+            row |= {f"eval/bits_at_{start}": bits for start, _, bits in evaluation.position_bins()}
+            note += f" | validation {evaluation.bits_per_byte:.4f} bits/byte"
+        self._writers.write(number, row, self._progress.log(number, note))
+        return bad and self._config.train.bad_loss == "stop"
+
+
+class _StopSignals:
+    """Notes SIGTERM and SIGINT, so that the loop can save and leave; a second one acts at once."""
+
+    received: str | None = None
+
+    def __enter__(self) -> _StopSignals:
+        self._before = {s: signal.signal(s, self._note) for s in (signal.SIGTERM, signal.SIGINT)}
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def _note(self, number: int, frame: object) -> None:
+        self.received = signal.Signals(number).name
+        signal.signal(number, signal.SIG_DFL)
+
+
+def _require_even_batches(config: Config, mesh: Mesh) -> None:
+    shards = sharding.batch_shards(mesh)
+    part = config.train.batch // config.train.accumulate
+    if part % shards:
+        raise ConfigError(f"train.batch: a slice of {part} rows does not divide over {shards} devices")
+    if config.eval.batch % shards:
+        raise ConfigError(f"eval.batch: {config.eval.batch} rows do not divide over {shards} devices")
+
+
+def _claim_workdir(workdir: Path, settings: ConfigDict, config: Config) -> None:
+    """Makes the workdir this run's own, or finds that it is another's."""
+    place = workdir / "config.json"
+    resolved = json.loads(json.dumps(settings.to_dict()))
+    if place.exists():
+        changed = configs.difference(json.loads(place.read_text()), resolved)
+        if changed:
+            raise ConfigError(f"--workdir: {workdir} belongs to another configuration: {changed}")
+    elif workdir.exists() and any(workdir.iterdir()):
+        raise ConfigError(f"--workdir: {workdir} is not empty and holds no config.json")
+    workdir.mkdir(parents=True, exist_ok=True)
+    write_json(place, resolved)
+    (workdir / "schedule.txt").write_text("".join(f"{i} {name}\n" for i, name in enumerate(config.model.names)))
+    log = workdir / "versions.json"
+    write_json(log, [*(json.loads(log.read_text()) if log.exists() else []), describe_versions()])
+
+
+def _validation_batches(corpus: data.Corpus, config: Config, mesh: Mesh, limit: int = 0) -> Iterator[Batch]:
+    held_out = data.validation_batches(corpus.validation, config.data.length, config.eval.batch, limit=limit)
+    return (jax.device_put(batch, sharding.batch_sharding(mesh)) for batch in held_out)
+
+
+def _describe(corpus: data.Corpus, model: Functional, mesh: Mesh, console: Console) -> None:
+    size = sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(model.shapes))
+    axes = " x ".join(f"{name} {n}" for name, n in mesh.shape.items())
+    console.print(
+        f"text: {len(corpus.train):,} bytes to train on, {len(corpus.validation):,} to validate"
+        f" ({corpus.train_files} and {corpus.validation_files} files), digest {corpus.digest}\n"
+        f"model: {size:,} parameters, {len(model.config.names)} layers: {model.config.schedule}\n"
+        f"mesh: {axes} on {mesh.devices.flat[0].device_kind}",
+        highlight=False,
+        markup=False,
+        soft_wrap=True,
+    )
+
+
+def _show_evaluation(evaluation: Evaluation, console: Console) -> None:
+    table = Table("position", "bits/byte", title="validation loss by position")
+    for start, stop, bits in evaluation.position_bins():
+        table.add_row(f"{start}-{stop - 1}", f"{bits:.3f}")
+    console.print(table)
+    console.print(
+        f"validation: {evaluation.bits_per_byte:.4f} bits/byte over {evaluation.tokens:,} bytes", highlight=False
+    )
+
+
+def _show_sample(model: Functional, state: TrainState, corpus: data.Corpus, length: int, console: Console) -> None:
+    prompt = jnp.asarray(corpus.validation[:PROMPT], jnp.int32)[None]
+    draws = jax.random.fold_in(state.key, state.step)
+    tokens = jax.jit(lambda p, key: generate(model.bind(p), prompt, length, key))(state.parameters, draws)
+    prompt, text = (np.asarray(t, np.uint8).tobytes().decode(errors="replace") for t in (prompt, tokens))
+    console.print("sample (the text before | was given):", highlight=False)
+    console.print(f"{prompt}|{text}", highlight=False, markup=False, soft_wrap=True)

@@ -1,0 +1,116 @@
+"""The training step: one pure function from state and batch to state and metrics."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax.sharding import Mesh
+from jaxtyping import Array, Float, Int
+
+from sparsejax import sharding
+from sparsejax.config import TrainConfig
+from sparsejax.model import Functional
+from sparsejax.train.state import TrainState
+
+LOSS_MEMORY = 0.99  # of the running mean of the loss
+Batch = dict[str, Array]  # inputs, targets: int32 [b, t]; weights: float32 [b, t]
+Metrics = dict[str, Array]
+
+
+def token_losses(
+    logits: Float[Array, "b t v"], targets: Int[Array, "b t"], weights: Float[Array, "b t"]
+) -> Float[Array, "b t"]:
+    """Weighted negative log-likelihood of each target, in nats."""
+    return optax.softmax_cross_entropy_with_integer_labels(logits, targets) * weights
+
+
+def build_step(
+    model: Functional,
+    optimizer: optax.GradientTransformation,
+    schedule: optax.Schedule,
+    config: TrainConfig,
+    mesh: Mesh,
+) -> Callable[[TrainState, Batch], tuple[TrainState, Metrics]]:
+    """The compiled step; it gives up its input state.
+
+    A bad loss (not finite, or a spike by `config.spike`) leaves parameters and optimizer as they were; the
+    metric `bad` says so, and the loop decides whether to go on.
+    """
+    differentiate = _gradient(model, config.accumulate, mesh)
+
+    def step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
+        loss, grads = differentiate(state.parameters, batch)
+        norm = optax.global_norm(grads)
+        bad = ~(jnp.isfinite(loss) & jnp.isfinite(norm))
+        if config.spike:
+            bad = bad | ((state.step > 0) & (loss > config.spike * state.loss_mean))
+        updates, moments = optimizer.update(grads, state.optimizer, state.parameters)
+        new = optax.apply_updates(state.parameters, updates), moments
+        old = state.parameters, state.optimizer
+        parameters, moments = jax.tree.map(lambda a, b: jnp.where(bad, a, b), old, new)
+        mean = jnp.where(state.step == 0, loss, LOSS_MEMORY * state.loss_mean + (1 - LOSS_MEMORY) * loss)
+        after = TrainState(
+            step=state.step + 1,
+            skipped=state.skipped + bad,
+            loss_mean=jnp.where(bad, state.loss_mean, mean),
+            key=state.key,
+            parameters=parameters,
+            optimizer=moments,
+        )
+        rate = schedule(state.step - state.skipped)
+        return after, {
+            "loss": loss,
+            "loss_mean": after.loss_mean,
+            "grad_norm": norm,
+            "learning_rate": jnp.asarray(rate, jnp.float32),
+            "skipped": after.skipped,
+            "bad": bad,
+        }
+
+    return jax.jit(step, donate_argnums=0)
+
+
+def build_evaluation(model: Functional, mesh: Mesh) -> Callable[[Any, Batch], tuple[Array, Array]]:
+    """The compiled evaluation: summed losses and weights by position, float32 [t] each."""
+    place = _keep_batch_sharded(mesh)
+
+    def evaluate(parameters: Any, batch: Batch) -> tuple[Array, Array]:
+        logits = model.bind(parameters)(batch["inputs"], place)
+        return token_losses(logits, batch["targets"], batch["weights"]).sum(0), batch["weights"].sum(0)
+
+    return jax.jit(evaluate)
+
+
+def _gradient(model: Functional, parts: int, mesh: Mesh):
+    """Loss and gradient of a batch, summed over `parts` slices of it that are computed one after the other."""
+    place = _keep_batch_sharded(mesh)
+
+    def total_loss(parameters: Any, batch: Batch) -> Array:
+        logits = model.bind(parameters)(batch["inputs"], place)
+        return token_losses(logits, batch["targets"], batch["weights"]).sum()
+
+    def differentiate(parameters: Any, batch: Batch) -> tuple[Array, Any]:
+        scale = 1 / jnp.maximum(batch["weights"].sum(), 1)
+        if parts == 1:
+            total, grads = jax.value_and_grad(total_loss)(parameters, batch)
+        else:
+            # Neighbouring rows go to different slices, so that each slice is spread over all devices.
+            slices = jax.tree.map(lambda x: x.reshape(-1, parts, *x.shape[1:]).swapaxes(0, 1), batch)
+
+            def add(sums, part):
+                return jax.tree.map(jnp.add, sums, jax.value_and_grad(total_loss)(parameters, part)), None
+
+            zeros = jnp.zeros(()), jax.tree.map(jnp.zeros_like, parameters)
+            (total, grads), _ = jax.lax.scan(add, zeros, slices)
+        return total * scale, jax.tree.map(lambda g: g * scale, grads)
+
+    return differentiate
+
+
+def _keep_batch_sharded(mesh: Mesh) -> Callable[[Array], Array]:
+    place = sharding.batch_sharding(mesh)
+    return lambda x: jax.lax.with_sharding_constraint(x, place)

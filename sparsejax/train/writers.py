@@ -1,0 +1,104 @@
+"""What a run leaves in its workdir: metrics, TensorBoard events, versions."""
+
+from __future__ import annotations
+
+import csv
+import importlib.metadata
+import json
+import math
+import os
+import platform
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import jax
+from tensorboardX import SummaryWriter
+
+PACKAGES = ("sparsejax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "ml_collections", "numpy")
+
+
+class Writers:
+    """Writes rows of metrics: `metrics.jsonl`, TensorBoard events, and `metrics.csv` at the end.
+
+    What depends on the clock goes to `timing.jsonl`, so that two equal runs leave equal metrics. Rows past
+    `step`, the step the run goes on from, are dropped: the run will write them again.
+    """
+
+    def __init__(self, workdir: Path, step: int):
+        self._workdir = workdir
+        _drop_rows(workdir / "metrics.jsonl", step)
+        _drop_rows(workdir / "timing.jsonl", step)
+        self._events = SummaryWriter(str(workdir / "events"), purge_step=step + 1 if step else None)
+
+    def __enter__(self) -> Writers:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self._events.close()
+        rows = read_rows(self._workdir / "metrics.jsonl")
+        columns = list(dict.fromkeys(key for row in rows for key in row))
+        with (self._workdir / "metrics.csv").open("w", newline="") as file:
+            writer = csv.DictWriter(file, columns)
+            writer.writeheader()
+            writer.writerows(rows)
+
+    def write(self, step: int, metrics: dict[str, float], timing: dict[str, float] | None = None) -> None:
+        """Appends one row of each kind, which a crash of this program cannot take back."""
+        # JSON has no infinity and no NaN.
+        row = {name: value if math.isfinite(value) else None for name, value in metrics.items()}
+        _append_row(self._workdir / "metrics.jsonl", {"step": step, **row})
+        if timing:
+            _append_row(self._workdir / "timing.jsonl", {"step": step, **timing})
+        for name, value in {**metrics, **(timing or {})}.items():
+            self._events.add_scalar(name, value, step)
+
+
+def read_rows(path: Path) -> list[dict[str, Any]]:
+    """The rows of a jsonl file; a last line that was cut short by a crash is left out."""
+    rows = []
+    for line in path.read_text().splitlines() if path.exists() else []:
+        try:
+            rows.append(json.loads(line))
+        except json.JSONDecodeError:
+            break
+    return rows
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Replaces a JSON file in one step, so that a reader or a crash never sees half of it."""
+    part = path.with_name(path.name + ".part")
+    part.write_text(json.dumps(value, indent=2) + "\n")
+    os.replace(part, path)
+
+
+def describe_versions() -> dict[str, Any]:
+    """Python, packages, devices and the git commit of the code, for the record."""
+    found = {name: importlib.metadata.version(name) for name in PACKAGES}
+    git = subprocess.run(
+        ["git", "describe", "--always", "--dirty", "--abbrev=40"],
+        cwd=Path(__file__).parent,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    devices = jax.devices()
+    return {
+        "python": platform.python_version(),
+        **found,
+        "git": git.stdout.strip() if git.returncode == 0 else "unknown",
+        "devices": f"{len(devices)} x {devices[0].device_kind}",
+        "platform": platform.platform(),
+    }
+
+
+def _append_row(path: Path, row: dict[str, Any]) -> None:
+    with path.open("a") as file:
+        file.write(json.dumps(row) + "\n")
+
+
+def _drop_rows(path: Path, step: int) -> None:
+    if path.exists():
+        part = path.with_name(path.name + ".part")
+        part.write_text("".join(json.dumps(row) + "\n" for row in read_rows(path) if row["step"] <= step))
+        os.replace(part, path)
