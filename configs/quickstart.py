@@ -38,12 +38,16 @@ def get_config():
                 scan=True,
             ),
             data=dict(task="text", files="", length=256),
-            train=dict(
-                steps=600, batch=8, accumulate=1, seed=0, log_every=50, bad_loss="stop", spike=0.0
-            ),
+            train=dict(steps=600, batch=8, accumulate=1, seed=0, log_every=50, bad_loss="stop", spike=0.0),
             optimizer=dict(
-                learning_rate=4e-3, final_rate=0.05, warmup=50, beta1=0.9, beta2=0.98, eps=1e-8,
-                weight_decay=0.1, clip=1.0,
+                learning_rate=4e-3,
+                final_rate=0.05,
+                warmup=50,
+                beta1=0.9,
+                beta2=0.98,
+                eps=1e-8,
+                weight_decay=0.1,
+                clip=1.0,
             ),
             checkpoint=dict(every=200, keep_last=2, keep_best=1),
             sharding=dict(data=-1, fsdp=1, tensor=1),

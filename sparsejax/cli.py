@@ -33,7 +33,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except (ConfigError, DataError, PatternError, ScheduleError, CheckpointError) as error:
         return _fail(str(error), USAGE_ERROR)
     except OSError as error:
-        what = "no space left on the workdir's disk" if _is_full(error) else error.strerror
+        full = error.errno in (errno.ENOSPC, errno.EDQUOT)
+        what = "no space left on the workdir's disk" if full else error.strerror or error
         return _fail(f"{error.filename or '--workdir'}: {what}", USAGE_ERROR)
     except Interrupted as error:
         return _fail(str(error), INTERRUPTED)
@@ -55,7 +56,8 @@ def _run(arguments: list[str]) -> int:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="sparsejax", description="Sparse and hybrid sequence models.")
     verbs = parser.add_subparsers(dest="verb", required=True, metavar="VERB")
-    for verb, purpose in (("train", "train, or go on with, the run of a config"), ("show", "print the layers and costs")):
+    purposes = {"train": "train, or go on with, the run of a config", "show": "print the layers and their costs"}
+    for verb, purpose in purposes.items():
         one = verbs.add_parser(verb, help=purpose, description=purpose, allow_abbrev=False)
         one.add_argument("--config", required=True, metavar="FILE[:ARG]", help="a file that defines get_config()")
         one.epilog = "--config.KEY=VALUE sets any key of the config, for example --config.model.width=256"
@@ -77,10 +79,6 @@ def _split_overrides(arguments: list[str]) -> tuple[list[str], list[str]]:
             value = next(rest, None)
             overrides.append(argument.removeprefix("--config.") + ("" if value is None else f"={value}"))
     return given, overrides
-
-
-def _is_full(error: OSError) -> bool:
-    return error.errno in (errno.ENOSPC, errno.EDQUOT)
 
 
 def _fail(message: str, code: int) -> int:

@@ -164,6 +164,13 @@ class Config:
     sharding: ShardingConfig
     eval: EvalConfig
 
+    def __post_init__(self):
+        if self.checkpoint.keep_best and self.checkpoint.every % self.eval.every:
+            raise ValueError(
+                f"checkpoint.keep_best: ranks checkpoints by evaluation, so eval.every = {self.eval.every} must divide"
+                f" checkpoint.every = {self.checkpoint.every} (or set keep_best = 0)"
+            )
+
 
 def _require(config: Any, **least: float) -> None:
     for name, low in least.items():

@@ -40,9 +40,10 @@ class Model(nnx.Module):
         self.period = nnx.vmap(lambda key: build(self.fold.period, nnx.Rngs(key)))(keys)
         self.after = build(self.fold.after, rngs)
         self.norm = Norm(config.norm, config.width, rngs)
-        head = None if config.tied else Linear(config.width, config.vocab, ("width", "vocab"), dtype=stream.dtype, rngs=rngs)
-        self.head = head
         self.dtype = stream.dtype
+        self.head = None
+        if not config.tied:
+            self.head = Linear(config.width, config.vocab, ("width", "vocab"), dtype=stream.dtype, rngs=rngs)
 
     def __call__(
         self, tokens: Int[Array, "b t"], place: Callable[[Array], Array] = lambda x: x

@@ -1,7 +1,7 @@
 """Layer schedules: names and one string, `"3x(ssm ssm local) full"`.
 
-    schedule = item+
-    item     = name | count "x(" schedule ")"
+schedule = item+
+item     = name | count "x(" schedule ")"
 """
 
 from __future__ import annotations

@@ -16,7 +16,7 @@ def refuse(request: Request) -> str | None:
 
 def run(request: Request) -> tuple[Float[Array, "b t h d"], Float[Array, "b t h"]]:
     """Output in the dtype of q, log-sum-exp in float32; matrix products at the highest precision."""
-    (b, t, h, d), (_, s, g, _) = request.q.shape, request.k.shape
+    (b, t, h, d), g = request.q.shape, request.k.shape[2]
     q, k, v = (x.astype(request.dtype) for x in (request.q, request.k, request.v))
     q = q.reshape(b, t, g, h // g, d)
     scores = jnp.einsum("btgrd,bsgd->bgrts", q, k, precision=jax.lax.Precision.HIGHEST) * request.scale

@@ -1,9 +1,9 @@
 """The text form: `parse("causal & (window(255) | sink(4))")`; `str(pattern)` is its inverse.
 
-    union        = intersection ("|" intersection)*
-    intersection = atom ("&" atom)*
-    atom         = "(" union ")" | name [ "(" [argument ("," argument)*] ")" ]
-    argument     = [name "="] (integer | "[" integer ("," integer)* "]" | union)
+union        = intersection ("|" intersection)*
+intersection = atom ("&" atom)*
+atom         = "(" union ")" | name [ "(" [argument ("," argument)*] ")" ]
+argument     = [name "="] (integer | "[" integer ("," integer)* "]" | union)
 """
 
 from __future__ import annotations
@@ -112,7 +112,7 @@ class _Parser:
         return found
 
     def value(self) -> Any:
-        kind, word, at = self.tokens[self.next]
+        kind, word, _ = self.tokens[self.next]
         if kind == "integer":
             self.next += 1
             return int(word)

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +19,7 @@ from sparsejax.config import CheckpointConfig
 from sparsejax.train.state import TrainState
 
 METRIC = "eval/loss"
+ROOM = 1.2  # free space asked for before a save, as a multiple of the state: files are a little larger than arrays
 
 
 class CheckpointError(ValueError):
@@ -40,13 +43,19 @@ class Checkpoints:
             ]
         )
         options = ocp.CheckpointManagerOptions(preservation_policy=keep, cleanup_tmp_directories=True)
-        self._manager = ocp.CheckpointManager(folder.absolute(), options=options)
+        handlers = {
+            "state": ocp.StandardCheckpointHandler(),
+            "data": grain.checkpoint.CheckpointHandler(),
+            "meta": ocp.JsonCheckpointHandler(),
+        }
+        self._manager = ocp.CheckpointManager(folder.absolute(), item_handlers=handlers, options=options)
 
     def __enter__(self) -> Checkpoints:
         return self
 
     def __exit__(self, *exception: object) -> None:
-        self._manager.close()
+        with _full_disk_named(self.folder):
+            self._manager.close()
 
     @property
     def latest(self) -> int | None:
@@ -57,22 +66,20 @@ class Checkpoints:
         """Starts saving in the background; at most one save runs at a time. `loss` ranks it for keep_best.
 
         Raises:
-          OSError: the disk has too little room for another checkpoint.
+          CheckpointError: the disk has too little room for another checkpoint.
         """
-        step = int(state.step)
+        step, state = int(state.step), _savable(state)
         if step in self._manager.all_steps():
             return
-        self._manager.wait_until_finished()
-        _require_room(self.folder, sum(x.nbytes for x in jax.tree.leaves(_savable(state))))
-        self._manager.save(
-            step,
-            args=ocp.args.Composite(
-                state=ocp.args.StandardSave(_savable(state)),
-                data=grain.checkpoint.CheckpointSave(iterator),
-                meta=ocp.args.JsonSave(self.meta),
-            ),
-            metrics=None if loss is None else {METRIC: loss},
+        args = ocp.args.Composite(
+            state=ocp.args.StandardSave(state),
+            data=grain.checkpoint.CheckpointSave(iterator),
+            meta=ocp.args.JsonSave(self.meta),
         )
+        with _full_disk_named(self.folder):
+            self._manager.wait_until_finished()
+            _require_room(self.folder, sum(leaf.nbytes for leaf in jax.tree.leaves(state)))
+            self._manager.save(step, args=args, metrics=None if loss is None else {METRIC: loss})
 
     def restore(self, shapes: TrainState, iterator: grain.DatasetIterator) -> TrainState:
         """The newest state, placed by the shardings of `shapes`; sets `iterator` to where it was.
@@ -154,7 +161,20 @@ def _damaged(place: Path, error: Exception) -> str:
 
 
 def _require_room(folder: Path, size: int) -> None:
-    with contextlib.suppress(FileNotFoundError):
-        free = shutil.disk_usage(folder).free
-        if free < 1.5 * size:
-            raise OSError(28, f"no space left: a checkpoint needs {size / 2**20:.1f} MiB, {free / 2**20:.1f} are free", str(folder))
+    free = shutil.disk_usage(folder).free
+    if free < ROOM * size:
+        raise CheckpointError(
+            f"no space left on the workdir's disk: a checkpoint takes {size / 2**20:.1f} MiB, {folder} has"
+            f" {free / 2**20:.1f} MiB free"
+        )
+
+
+@contextlib.contextmanager
+def _full_disk_named(folder: Path) -> Iterator[None]:
+    """Says a full disk in one line, whatever library runs into it, and in whichever thread."""
+    try:
+        yield
+    except Exception as error:
+        if "No space left" in str(error) or getattr(error, "errno", None) == errno.ENOSPC:
+            raise CheckpointError(f"no space left on the workdir's disk: saving to {folder} failed") from error
+        raise

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
@@ -27,7 +28,7 @@ class Evaluation(NamedTuple):
         edges = sorted({e for e in edges if e <= len(self.by_position)})
         return [
             (start, stop, float(self.by_position[start:stop].mean()) / math.log(2))
-            for start, stop in zip(edges, edges[1:], strict=False)
+            for start, stop in itertools.pairwise(edges)
         ]
 
 

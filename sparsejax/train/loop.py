@@ -109,8 +109,8 @@ def _run(config, model, optimizer, mesh, corpus, state, batches, checkpoints, wo
                 checkpoints.save(state, batches, evaluation and evaluation.loss)
             if stop:
                 raise BadLoss(
-                    f"the loss went bad by step {number}: see metrics.jsonl; step {number} is saved with the update left"
-                    " out, the same command goes on from there (--config.train.bad_loss=skip goes on by itself)"
+                    f"the loss went bad by step {number}: see metrics.jsonl; step {number} is saved without the bad"
+                    " update, the same command goes on from there (--config.train.bad_loss=skip goes on by itself)"
                 )
             if stopped_by and not last:
                 raise Interrupted(f"stopped by {stopped_by} at step {number}; the same command goes on from there")

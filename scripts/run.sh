@@ -1,0 +1,7 @@
+#!/usr/bin/env bash
+# Installs, then trains the quickstart; run it again and it goes on from where it was stopped.
+# Arguments are passed on: scripts/run.sh --config.train.steps=100
+set -euo pipefail
+cd "$(dirname "$0")/.."
+scripts/install.sh
+exec "${VENV:-.venv}/bin/python" -m sparsejax train --config=configs/quickstart.py --workdir=runs/quickstart "$@"
