@@ -3,24 +3,34 @@
 from ml_collections import ConfigDict
 
 
-def get_config():
-    norm = dict(kind="rms", eps=1e-6)
+def norm():
+    return dict(kind="rms", eps=1e-6)
+
+
+def layer(mixer):
+    """One residual unit: the mixer and a gated MLP, each after a norm."""
     mlp = dict(kind="gated", width=320, activation="silu")
-    unit = dict(mlp=mlp, norm=norm, norm_position="pre", remat=False)
+    return dict(mixer=mixer, mlp=mlp, norm=norm(), norm_position="pre", remat=False)
 
-    def attention(pattern):
-        return dict(
-            kind="attention",
-            pattern=pattern,
-            heads=4,
-            kv_heads=2,
-            head_width=32,
-            rope_base=10_000.0,
-            qk_norm=norm,
-            impl="auto",
-        )
 
-    ssm = dict(kind="mamba", inner=192, state=8, conv=4, dt_rank=8, dt_min=1e-3, dt_max=0.1)
+def mamba():
+    return dict(kind="mamba", inner=192, state=8, conv=4, dt_rank=8, dt_min=1e-3, dt_max=0.1)
+
+
+def attention(pattern):
+    return dict(
+        kind="attention",
+        pattern=pattern,
+        heads=4,
+        kv_heads=2,
+        head_width=32,
+        rope_base=10_000.0,
+        qk_norm=norm(),
+        impl="auto",
+    )
+
+
+def get_config():
     return ConfigDict(
         dict(
             model=dict(
@@ -28,11 +38,11 @@ def get_config():
                 width=128,
                 schedule="2x(ssm local) full",
                 layers=dict(
-                    ssm=dict(mixer=ssm, **unit),
-                    local=dict(mixer=attention("causal & (window(63) | sink(4))"), **unit),
-                    full=dict(mixer=attention("causal"), **unit),
+                    ssm=layer(mamba()),
+                    local=layer(attention("causal & (window(63) | sink(4))")),
+                    full=layer(attention("causal")),
                 ),
-                norm=norm,
+                norm=norm(),
                 tied=True,
                 dtype="float32",
                 scan=True,

@@ -23,6 +23,8 @@ USAGE_ERROR = 2  # something given cannot be used; one line says what
 BAD_LOSS = 3  # stopped for a bad loss, after saving
 INTERRUPTED = 75  # stopped by a signal, after saving: run the same command again (EX_TEMPFAIL)
 
+PLAIN_WIDTH = 160  # of tables that go to a file or a pipe
+
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs one verb and returns the exit code."""
@@ -46,10 +48,11 @@ def _run(arguments: list[str]) -> int:
     given, overrides = _split_overrides(arguments)
     options = _parser().parse_args(given)
     settings = configs.load(options.config, overrides)
+    console = Console(width=None if sys.stdout.isatty() else PLAIN_WIDTH)
     if options.verb == "train":
-        train(settings, Path(options.workdir), Console())
+        train(settings, Path(options.workdir), console)
     else:
-        show(configs.check(settings), options.length, Console())
+        show(configs.check(settings), options.length, console)
     return 0
 
 

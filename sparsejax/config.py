@@ -186,7 +186,8 @@ def _choose(config: Any, name: str, *options: str) -> None:
 def load(place: str, overrides: typing.Iterable[str] = ()) -> ConfigDict:
     """Reads `file.py` or `file.py:argument` and applies overrides like `model.width=256`.
 
-    The file defines `get_config()`, or `get_config(argument)`, that returns a ConfigDict.
+    The file defines `get_config()`, or `get_config(argument)`, that returns a ConfigDict. It can import the
+    config files beside it.
 
     Raises:
       ConfigError: no such file, an error inside it, an override of an unknown key.
@@ -196,6 +197,7 @@ def load(place: str, overrides: typing.Iterable[str] = ()) -> ConfigDict:
         raise ConfigError(f"--config: no file {path!r}")
     spec = importlib.util.spec_from_file_location("sparsejax_config_file", path)
     module = importlib.util.module_from_spec(spec)
+    sys.path.insert(0, str(Path(path).parent))
     try:
         spec.loader.exec_module(module)
         config = module.get_config(argument) if argument else module.get_config()
@@ -203,12 +205,21 @@ def load(place: str, overrides: typing.Iterable[str] = ()) -> ConfigDict:
         frames = [f for f in traceback.extract_tb(sys.exc_info()[2]) if f.filename.endswith(Path(path).name)]
         line = getattr(error, "lineno", None) or (frames[-1].lineno if frames else 0)
         raise ConfigError(f"{path}: line {line}: {type(error).__name__}: {error}") from error
+    finally:
+        sys.path.remove(str(Path(path).parent))
+    # A dict that a file uses twice would be one ConfigDict in both places, and an override of the one would
+    # silently change the other.
+    config = ConfigDict(_copy_tree(config.to_dict()))
     for text in overrides:
         key, equals, value = text.partition("=")
         if not equals:
             raise ConfigError(f"--config.{key}: write --config.{key}=VALUE")
         override(config, key, value)
     return config
+
+
+def _copy_tree(value: Any) -> Any:
+    return {key: _copy_tree(item) for key, item in value.items()} if isinstance(value, dict) else value
 
 
 def override(config: ConfigDict, key: str, text: str) -> None:

@@ -28,7 +28,7 @@ IMPLEMENTATIONS = (
 
 # Below this length, or above this share of live tiles, one masked product beats gathering (measured on CPU by
 # scripts/measure_attention.py).
-DENSE_LENGTH = 256
+DENSE_LENGTH = 64
 DENSE_DENSITY = 0.6
 
 

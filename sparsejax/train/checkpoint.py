@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import math
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -35,14 +36,17 @@ class Checkpoints:
             [
                 LatestN(config.keep_last),
                 BestN(
-                    get_metric_fn=lambda metrics: metrics[METRIC],
+                    get_metric_fn=_rank,
                     reverse=True,
                     n=config.keep_best,
                     keep_checkpoints_without_metrics=False,
                 ),
             ]
         )
-        options = ocp.CheckpointManagerOptions(preservation_policy=keep, cleanup_tmp_directories=True)
+        # best_fn: without it the metrics are not written, and a resumed run would delete the best checkpoint.
+        options = ocp.CheckpointManagerOptions(
+            preservation_policy=keep, best_fn=_rank, best_mode="min", cleanup_tmp_directories=True
+        )
         handlers = {
             "state": ocp.StandardCheckpointHandler(),
             "data": grain.checkpoint.CheckpointHandler(),
@@ -108,6 +112,11 @@ class Checkpoints:
         except Exception as error:
             raise CheckpointError(_damaged(place, error)) from error
         return _restored(found["state"])
+
+
+def _rank(metrics: dict[str, float]) -> float:
+    """Lower is better; a loss that is not finite is the worst."""
+    return metrics[METRIC] if math.isfinite(metrics[METRIC]) else math.inf
 
 
 def _savable(state: TrainState) -> dict[str, Any]:

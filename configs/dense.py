@@ -1,0 +1,10 @@
+"""Dense: the quickstart with full attention in all five layers, at the same number of parameters."""
+
+from quickstart import get_config as get_quickstart
+
+
+def get_config():
+    config = get_quickstart()
+    config.model.schedule = "5x(full)"
+    config.model.layers.full.mlp.width = 352  # makes up for the Mamba layers, which are larger
+    return config

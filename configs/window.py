@@ -1,0 +1,10 @@
+"""Window: the quickstart with a window of 64 keys and 4 sinks in all five layers, at the same number of parameters."""
+
+from quickstart import get_config as get_quickstart
+
+
+def get_config():
+    config = get_quickstart()
+    config.model.schedule = "5x(local)"
+    config.model.layers.local.mlp.width = 352  # makes up for the Mamba layers, which are larger
+    return config

@@ -1,0 +1,97 @@
+"""Times `attend` forward and backward, implementation against implementation, on this machine.
+
+    python scripts/measure_attention.py [--out FILE.json]
+
+Sizes bracket the thresholds of `sparsejax.ops.attention`: below which length and above which share of live
+tiles the dense product wins. Each line is a ratio of medians of runs taken in turn.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import time
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from rich.console import Console
+from rich.table import Table
+
+from sparsejax import patterns
+from sparsejax.ops import attend
+
+CASES = [
+    (8, 64, "causal"),
+    (8, 128, "causal"),
+    (8, 128, "full"),
+    (8, 256, "causal"),
+    (8, 256, "full"),
+    (8, 256, "causal & (window(63) | sink(4))"),
+    (4, 512, "causal"),
+    (4, 512, "full"),
+    (2, 1024, "causal"),
+    (2, 1024, "full"),
+    (2, 1024, "causal & window(128)"),
+    (1, 4096, "window(256, 256)"),
+]
+HEADS, WIDTH, REPEATS = 4, 32, 7
+
+
+def compile_gradient(batch: int, length: int, text: str, impl: str):
+    """The compiled value and gradient, its arguments, and its temporary memory in MiB."""
+    pattern = patterns.parse(text)
+    rng = np.random.default_rng(0)
+    arrays = [jnp.asarray(rng.normal(size=(batch, length, HEADS, WIDTH)), jnp.float32) for _ in range(3)]
+
+    def loss(q, k, v):
+        return jnp.square(attend(q, k, v, pattern, impl=impl)).sum()
+
+    run = jax.jit(jax.grad(loss, (0, 1, 2))).lower(*arrays).compile()
+    return run, arrays, run.memory_analysis().temp_size_in_bytes / 2**20
+
+
+def measure(batch: int, length: int, text: str) -> dict:
+    """Median seconds of both implementations, run in turn."""
+    runs = {impl: compile_gradient(batch, length, text, impl) for impl in ("dense", "gather")}
+    seconds: dict[str, list[float]] = {impl: [] for impl in runs}
+    for _ in range(REPEATS + 1):
+        for impl, (run, arrays, _) in runs.items():
+            start = time.perf_counter()
+            jax.block_until_ready(run(*arrays))
+            seconds[impl].append(time.perf_counter() - start)
+    medians = {impl: float(np.median(each[1:])) for impl, each in seconds.items()}
+    return {
+        "batch": batch,
+        "length": length,
+        "pattern": text,
+        "density": patterns.parse(text).layout(length, tile=(64, 64)).density,
+        "dense_ms": 1e3 * medians["dense"],
+        "gather_ms": 1e3 * medians["gather"],
+        "dense_over_gather": medians["dense"] / medians["gather"],
+        "dense_mib": runs["dense"][2],
+        "gather_mib": runs["gather"][2],
+    }
+
+
+def main() -> None:
+    """Prints a table; with --out also writes the rows."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--out", type=Path)
+    options = parser.parse_args()
+    rows = []
+    for case in CASES:
+        rows.append(measure(*case))
+        print(f"{len(rows)}/{len(CASES)} {case}: dense / gather {rows[-1]['dense_over_gather']:.2f}", flush=True)
+    table = Table(*rows[0])
+    for row in rows:
+        table.add_row(*(f"{value:.3g}" if isinstance(value, float) else str(value) for value in row.values()))
+    Console(width=140).print(table)
+    if options.out:
+        about = {"jax": jax.__version__, "device": jax.devices()[0].device_kind, "heads": HEADS, "head_width": WIDTH}
+        options.out.write_text(json.dumps(about | {"rows": rows}, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
