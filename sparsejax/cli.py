@@ -8,12 +8,14 @@ import logging
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import NoReturn
 
 from rich.console import Console
 
 from sparsejax import config as configs
 from sparsejax.config import ConfigError
 from sparsejax.data import DataError
+from sparsejax.ops import ImplementationError
 from sparsejax.patterns import PatternError
 from sparsejax.schedule import ScheduleError
 from sparsejax.show import show
@@ -28,11 +30,10 @@ PLAIN_WIDTH = 160  # of tables that go to a file or a pipe
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs one verb and returns the exit code."""
-    # Libraries that warn through absl would break up the progress bar; errors still show.
-    logging.getLogger("absl").setLevel(logging.ERROR)
+    _quiet_libraries()
     try:
         return _run(sys.argv[1:] if arguments is None else list(arguments))
-    except (ConfigError, DataError, PatternError, ScheduleError, CheckpointError) as error:
+    except (ConfigError, DataError, PatternError, ScheduleError, ImplementationError, CheckpointError) as error:
         return _fail(str(error), USAGE_ERROR)
     except OSError as error:
         full = error.errno in (errno.ENOSPC, errno.EDQUOT)
@@ -42,6 +43,28 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return _fail(str(error), INTERRUPTED)
     except BadLoss as error:
         return _fail(str(error), BAD_LOSS)
+    except KeyboardInterrupt:  # outside of the training loop, which saves first
+        return _fail("stopped by SIGINT; the same command goes on", INTERRUPTED)
+
+
+def _quiet_libraries() -> None:
+    """Leaves it to this program to say what went wrong: whatever matters in libraries is raised."""
+    for name in ("absl", "asyncio"):
+        logging.getLogger(name).setLevel(logging.CRITICAL)
+    sys.unraisablehook = _report_unraisable
+
+
+def _report_unraisable(unraisable: sys.UnraisableHookArgs) -> None:
+    # After one array of a checkpoint could not be read, the threads that read the others find nobody to tell.
+    if "Event loop is closed" not in str(unraisable.exc_value):
+        sys.__unraisablehook__(unraisable)
+
+
+class _Parser(argparse.ArgumentParser):
+    """Says what is wrong with a command line in one line, like everything else that is wrong."""
+
+    def error(self, message: str) -> NoReturn:
+        raise ConfigError(f"{message} (see {self.prog} --help)")
 
 
 def _run(arguments: list[str]) -> int:
@@ -57,7 +80,7 @@ def _run(arguments: list[str]) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="sparsejax", description="Sparse and hybrid sequence models.")
+    parser = _Parser(prog="sparsejax", description="Sparse and hybrid sequence models.")
     verbs = parser.add_subparsers(dest="verb", required=True, metavar="VERB")
     purposes = {"train": "train, or go on with, the run of a config", "show": "print the layers and their costs"}
     for verb, purpose in purposes.items():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import json
 import math
 import shutil
 from collections.abc import Iterator
@@ -20,7 +21,9 @@ from sparsejax.config import CheckpointConfig
 from sparsejax.train.state import TrainState
 
 METRIC = "eval/loss"
-ROOM = 1.2  # free space asked for before a save, as a multiple of the state: files are a little larger than arrays
+# Free space asked for before a save: the files are a little larger than the arrays, and many are small.
+ROOM = 1.2
+MARGIN = 2**20
 
 
 class CheckpointError(ValueError):
@@ -52,6 +55,7 @@ class Checkpoints:
             "data": grain.checkpoint.CheckpointHandler(),
             "meta": ocp.JsonCheckpointHandler(),
         }
+        _require_readable_metrics(folder)
         self._manager = ocp.CheckpointManager(folder.absolute(), item_handlers=handlers, options=options)
 
     def __enter__(self) -> Checkpoints:
@@ -89,8 +93,8 @@ class Checkpoints:
         """The newest state, placed by the shardings of `shapes`; sets `iterator` to where it was.
 
         Raises:
-          CheckpointError: the files are damaged, or the state does not fit `shapes`: with the first parameter
-            that differs.
+          CheckpointError: the files are damaged, the state does not fit `shapes` (with the first parameter that
+            differs), or it was trained on another text.
         """
         step = self.latest
         place = self.folder / str(step)
@@ -98,10 +102,16 @@ class Checkpoints:
         try:
             saved = self._manager.item_metadata(step)["state"].tree
             problem = _first_difference(saved, wanted)
+            meta = self._manager.restore(step, args=ocp.args.Composite(meta=ocp.args.JsonRestore()))["meta"]
+            text, now = meta["corpus"], self.meta["corpus"]
         except Exception as error:
             raise CheckpointError(_damaged(place, error)) from error
         if problem:
             raise CheckpointError(f"checkpoint {place} does not fit this configuration: {problem}")
+        if text != now:
+            raise CheckpointError(
+                f"data.files: not the text that checkpoint {place} was trained on: its digest was {text}, is {now}"
+            )
         try:
             found = self._manager.restore(
                 step,
@@ -112,6 +122,17 @@ class Checkpoints:
         except Exception as error:
             raise CheckpointError(_damaged(place, error)) from error
         return _restored(found["state"])
+
+
+def _require_readable_metrics(folder: Path) -> None:
+    """Orbax reads those of all checkpoints when it opens them, and does not say which it could not read."""
+    for file in folder.glob("*/metrics/metrics"):
+        place = file.parents[1]
+        try:
+            if place.name.isdigit():
+                _rank(json.loads(file.read_text()))
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise CheckpointError(_damaged(place, error)) from error
 
 
 def _rank(metrics: dict[str, float]) -> float:
@@ -170,10 +191,10 @@ def _damaged(place: Path, error: Exception) -> str:
 
 
 def _require_room(folder: Path, size: int) -> None:
-    free = shutil.disk_usage(folder).free
-    if free < ROOM * size:
+    needed, free = ROOM * size + MARGIN, shutil.disk_usage(folder).free
+    if free < needed:
         raise CheckpointError(
-            f"no space left on the workdir's disk: a checkpoint takes {size / 2**20:.1f} MiB, {folder} has"
+            f"no space left on the workdir's disk: a checkpoint needs {needed / 2**20:.1f} MiB, {folder} has"
             f" {free / 2**20:.1f} MiB free"
         )
 

@@ -66,7 +66,10 @@ def train(settings: ConfigDict, workdir: Path, console: Console) -> Evaluation:
             state = init_state(model, optimizer, config.train.seed, mesh)
         else:
             state = checkpoints.restore(state_shapes(model, optimizer, mesh), batches)
-            console.print(f"resuming {workdir} at step {int(state.step)}", highlight=False)
+            console.print(
+                f"resuming {workdir} at step {int(state.step)}", highlight=False, markup=False, soft_wrap=True
+            )
+        _log_versions(workdir)
         state, final = _run(config, model, optimizer, mesh, corpus, state, batches, checkpoints, workdir, console)
     _show_evaluation(final, console)
     if config.eval.sample:
@@ -110,7 +113,7 @@ def _run(config, model, optimizer, mesh, corpus, state, batches, checkpoints, wo
             if stop:
                 raise BadLoss(
                     f"the loss went bad by step {number}: see metrics.jsonl; step {number} is saved without the bad"
-                    " update, the same command goes on from there (--config.train.bad_loss=skip goes on by itself)"
+                    " update, and the same command goes on from there"
                 )
             if stopped_by and not last:
                 raise Interrupted(f"stopped by {stopped_by} at step {number}; the same command goes on from there")
@@ -174,16 +177,27 @@ def _claim_workdir(workdir: Path, settings: ConfigDict, config: Config) -> None:
     place = workdir / "config.json"
     resolved = json.loads(json.dumps(settings.to_dict()))
     if place.exists():
-        changed = configs.difference(json.loads(place.read_text()), resolved)
+        changed = configs.difference(_read_json(place), resolved)
         if changed:
             raise ConfigError(f"--workdir: {workdir} belongs to another configuration: {changed}")
-    elif workdir.exists() and any(workdir.iterdir()):
+    elif workdir.exists() and any(path.name != "config.json.part" for path in workdir.iterdir()):
         raise ConfigError(f"--workdir: {workdir} is not empty and holds no config.json")
     workdir.mkdir(parents=True, exist_ok=True)
     write_json(place, resolved)
     (workdir / "schedule.txt").write_text("".join(f"{i} {name}\n" for i, name in enumerate(config.model.names)))
+
+
+def _log_versions(workdir: Path) -> None:
+    """Adds an entry to versions.json: a run may be resumed under others than it was started under."""
     log = workdir / "versions.json"
-    write_json(log, [*(json.loads(log.read_text()) if log.exists() else []), describe_versions()])
+    write_json(log, [*(_read_json(log) if log.exists() else []), describe_versions()])
+
+
+def _read_json(path: Path) -> Any:
+    try:
+        return json.loads(path.read_text())
+    except ValueError as error:
+        raise ConfigError(f"--workdir: {path} is damaged: {error}") from error
 
 
 def _validation_batches(corpus: data.Corpus, config: Config, mesh: Mesh, limit: int = 0) -> Iterator[Batch]:

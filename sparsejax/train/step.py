@@ -46,13 +46,14 @@ def build_step(
         loss, grads = differentiate(state.parameters, batch)
         norm = optax.global_norm(grads)
         bad = ~(jnp.isfinite(loss) & jnp.isfinite(norm))
+        first = state.step == state.skipped  # the mean has nothing in it yet
         if config.spike:
-            bad = bad | ((state.step > 0) & (loss > config.spike * state.loss_mean))
+            bad = bad | (~first & (loss > config.spike * state.loss_mean))
         updates, moments = optimizer.update(grads, state.optimizer, state.parameters)
         new = optax.apply_updates(state.parameters, updates), moments
         old = state.parameters, state.optimizer
         parameters, moments = jax.tree.map(lambda a, b: jnp.where(bad, a, b), old, new)
-        mean = jnp.where(state.step == 0, loss, LOSS_MEMORY * state.loss_mean + (1 - LOSS_MEMORY) * loss)
+        mean = jnp.where(first, loss, LOSS_MEMORY * state.loss_mean + (1 - LOSS_MEMORY) * loss)
         after = TrainState(
             step=state.step + 1,
             skipped=state.skipped + bad,

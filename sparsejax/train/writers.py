@@ -9,11 +9,14 @@ import math
 import os
 import platform
 import subprocess
+import time
 from pathlib import Path
 from typing import Any
 
 import jax
-from tensorboardX import SummaryWriter
+from tensorboardX.event_file_writer import EventsWriter
+from tensorboardX.proto.event_pb2 import Event, SessionLog
+from tensorboardX.proto.summary_pb2 import Summary
 
 PACKAGES = ("sparsejax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "ml_collections", "numpy")
 
@@ -29,7 +32,11 @@ class Writers:
         self._workdir = workdir
         _drop_rows(workdir / "metrics.jsonl", step)
         _drop_rows(workdir / "timing.jsonl", step)
-        self._events = SummaryWriter(str(workdir / "events"), purge_step=step + 1 if step else None)
+        (workdir / "events").mkdir(exist_ok=True)
+        # Not a SummaryWriter: its thread holds events back for minutes, and when it fails it hangs the run.
+        self._events = EventsWriter(str(workdir / "events" / "events"))
+        if step:  # TensorBoard drops what an earlier file has from here on
+            self._write_event(step + 1, session_log=SessionLog(status=SessionLog.START))
 
     def __enter__(self) -> Writers:
         return self
@@ -50,8 +57,13 @@ class Writers:
         _append_row(self._workdir / "metrics.jsonl", {"step": step, **row})
         if timing:
             _append_row(self._workdir / "timing.jsonl", {"step": step, **timing})
-        for name, value in {**metrics, **(timing or {})}.items():
-            self._events.add_scalar(name, value, step)
+        shown = {name: value for name, value in {**metrics, **(timing or {})}.items() if math.isfinite(value)}
+        scalars = [Summary.Value(tag=name, simple_value=value) for name, value in shown.items()]
+        self._write_event(step, summary=Summary(value=scalars))
+
+    def _write_event(self, step: int, **content: Any) -> None:
+        self._events.write_event(Event(wall_time=time.time(), step=step, **content))
+        self._events.flush()
 
 
 def read_rows(path: Path) -> list[dict[str, Any]]:
@@ -75,18 +87,16 @@ def write_json(path: Path, value: Any) -> None:
 def describe_versions() -> dict[str, Any]:
     """Python, packages, devices and the git commit of the code, for the record."""
     found = {name: importlib.metadata.version(name) for name in PACKAGES}
-    git = subprocess.run(
-        ["git", "describe", "--always", "--dirty", "--abbrev=40"],
-        cwd=Path(__file__).parent,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+    command = ["git", "describe", "--always", "--dirty", "--abbrev=40"]
+    try:
+        git = subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True, check=True).stdout
+    except (OSError, subprocess.CalledProcessError):  # no git, or no repository
+        git = "unknown"
     devices = jax.devices()
     return {
         "python": platform.python_version(),
         **found,
-        "git": git.stdout.strip() if git.returncode == 0 else "unknown",
+        "git": git.strip(),
         "devices": f"{len(devices)} x {devices[0].device_kind}",
         "platform": platform.platform(),
     }

@@ -95,8 +95,7 @@ def test_orbax_saves_and_restores_the_iterator(tmp_path):
 def test_processes_share_one_global_batch(count):
     whole = list(islice(train_batches(UNEVEN, LENGTH, BATCH, seed=2), 7))
     shares = [
-        islice(train_batches(UNEVEN, LENGTH, BATCH, 2, process_index=i, process_count=count), 7)
-        for i in range(count)
+        islice(train_batches(UNEVEN, LENGTH, BATCH, 2, process_index=i, process_count=count), 7) for i in range(count)
     ]
     joined = [
         {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
@@ -117,9 +116,7 @@ def test_no_thread_outlives_the_iterator():
         "it = train_batches(np.zeros(99, np.uint8), 8, 4, 0); next(it); next(it);"
         "print([t.name for t in threading.enumerate()])"
     )
-    done = subprocess.run(
-        [sys.executable, "-c", script], capture_output=True, text=True, timeout=60, check=True
-    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=60, check=True)
     assert done.stdout.strip() == "['MainThread']"
 
 

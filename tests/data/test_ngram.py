@@ -9,9 +9,7 @@ from sparsejax.data.ngram import witten_bell
 
 RANDOM = np.random.default_rng(0)
 TRAIN = RANDOM.choice(np.frombuffer(b"abcd\xff\0", np.uint8), 400)
-TEXT = np.concatenate([RANDOM.choice(np.frombuffer(b"abcd\xff\0", np.uint8), 60), [101, 97, 98]]).astype(
-    np.uint8
-)
+TEXT = np.concatenate([RANDOM.choice(np.frombuffer(b"abcd\xff\0", np.uint8), 60), [101, 97, 98]]).astype(np.uint8)
 
 
 def probability(train: bytes, context: bytes, byte: int) -> float:
@@ -26,17 +24,13 @@ def probability(train: bytes, context: bytes, byte: int) -> float:
 
 def test_against_a_dictionary():
     train, text = TRAIN.tobytes(), TEXT.tobytes()
-    expected = [
-        [probability(train, text[max(0, i - k) : i], text[i]) for i in range(len(text))] for k in range(6)
-    ]
+    expected = [[probability(train, text[max(0, i - k) : i], text[i]) for i in range(len(text))] for k in range(6)]
     np.testing.assert_allclose(witten_bell(TRAIN, TEXT, 5), expected, rtol=1e-12)
 
 
 @pytest.mark.parametrize("context", [b"", b"a", b"ab", b"dcb", b"zz", b"abcdabcd"])
 def test_probabilities_sum_to_one(context):
-    last = [
-        witten_bell(TRAIN, np.frombuffer(context + bytes([byte]), np.uint8), 7)[:, -1] for byte in range(256)
-    ]
+    last = [witten_bell(TRAIN, np.frombuffer(context + bytes([byte]), np.uint8), 7)[:, -1] for byte in range(256)]
     np.testing.assert_allclose(np.sum(last, axis=0), 1, rtol=1e-12)
 
 

@@ -107,9 +107,7 @@ def test_folders_skip_what_is_hidden_empty_or_not_text(book):
 
 
 def test_globs_and_lists(book):
-    assert both(load_corpus(f"{book}/part1/*.txt")) == sorted(
-        f"<{name}>" for name in NAMES if "part1" in name
-    )
+    assert both(load_corpus(f"{book}/part1/*.txt")) == sorted(f"<{name}>" for name in NAMES if "part1" in name)
     assert load_corpus(f"{book}/**/*.txt").digest == load_corpus(str(book)).digest
     listed = load_corpus(f"{book}/part0/chapter0.txt, {book}/part1")
     assert listed.train_files + listed.validation_files == 21
@@ -122,9 +120,7 @@ def test_a_file_named_twice_counts_once(book):
     assert twice.digest == once.digest
 
 
-@pytest.mark.parametrize(
-    "names", [["a", "b"], ["chapter53", "chapter9"]]
-)  # none or both are held out by name
+@pytest.mark.parametrize("names", [["a", "b"], ["chapter53", "chapter9"]])  # none or both are held out by name
 def test_both_sides_hold_something(tmp_path, names):
     for name in names:
         (tmp_path / name).write_text(name)

@@ -1,0 +1,20 @@
+"""Hybrid: the quickstart's layers, seven of them, on windows of 512 bytes, for 30 minutes on 2 CPU cores."""
+
+from quickstart import get_config as get_quickstart
+
+
+def get_config():
+    config = get_quickstart()
+    config.model.schedule = "3x(ssm local) full"
+    config.model.layers.local.mixer.pattern = "causal & (window(127) | sink(4))"
+    config.model.scan = False  # seven layers compile in seconds anyway, and run a fifth faster unrolled on CPU
+    config.data.length = 512
+    config.train.steps = 1750
+    config.optimizer.learning_rate = 3e-3
+    config.optimizer.final_rate = 0.02
+    config.optimizer.warmup = 100
+    config.checkpoint.every = 350
+    config.eval.every = 350
+    config.eval.batch = 16
+    config.eval.sample = 400
+    return config

@@ -1,0 +1,80 @@
+import pytest
+from hypothesis import settings
+from ml_collections import ConfigDict
+
+# The same examples on every machine and in every run; how long one of them takes is not what they test.
+settings.register_profile("reproducible", derandomize=True, deadline=None, max_examples=50)
+settings.load_profile("reproducible")
+
+
+@pytest.fixture
+def tiny_config() -> ConfigDict:
+    """A complete, fresh configuration of a hybrid model that trains in seconds: every section, every key."""
+    return ConfigDict(
+        {
+            "model": {
+                "vocab": 256,
+                "width": 32,
+                "schedule": "2x(ssm local) full",
+                "layers": {
+                    "ssm": _layer(_mamba()),
+                    "local": _layer(_attention("causal & (window(7) | sink(2))", rope_base=10_000.0)),
+                    "full": _layer(_attention("causal", rope_base=None)),
+                },
+                "norm": _norm(),
+                "tied": True,
+                "dtype": "float32",
+                "scan": True,
+            },
+            "data": {"task": "text", "files": "", "length": 64},
+            "train": {
+                "steps": 20,
+                "batch": 4,
+                "accumulate": 1,
+                "seed": 0,
+                "log_every": 5,
+                "bad_loss": "stop",
+                "spike": 0.0,
+            },
+            "optimizer": {
+                "learning_rate": 3e-3,
+                "final_rate": 0.1,
+                "warmup": 2,
+                "beta1": 0.9,
+                "beta2": 0.95,
+                "eps": 1e-8,
+                "weight_decay": 0.1,
+                "clip": 1.0,
+            },
+            "checkpoint": {"every": 10, "keep_last": 2, "keep_best": 1},
+            "sharding": {"data": -1, "fsdp": 1, "tensor": 1},
+            "eval": {"every": 10, "batch": 4, "batches": 2, "sample": 8},
+        }
+    )
+
+
+def _layer(mixer: dict) -> dict:
+    mlp = {"kind": "gated", "width": 64, "activation": "silu"}
+    return {"mixer": mixer, "mlp": mlp, "norm": _norm(), "norm_position": "pre", "remat": False}
+
+
+def _attention(pattern: str, rope_base: float | None) -> dict:
+    return {
+        "kind": "attention",
+        "pattern": pattern,
+        "heads": 4,
+        "kv_heads": 2,
+        "head_width": 8,
+        "rope_base": rope_base,
+        "qk_norm": _norm(),
+        "impl": "auto",
+    }
+
+
+def _mamba() -> dict:
+    sizes = {"inner": 64, "state": 4, "conv": 4, "dt_rank": 4}
+    return {"kind": "mamba", "dt_min": 1e-3, "dt_max": 0.1} | sizes
+
+
+def _norm() -> dict:
+    return {"kind": "rms", "eps": 1e-6}

@@ -1,0 +1,73 @@
+"""A layer: a mixer and an MLP on the stream, each with its norm before or after."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from sparsejax.layers import Layer, LayerConfig, MambaConfig, MlpConfig, NormConfig, Stream
+from tests.layers import reference
+from tests.layers.test_attention import CONFIG as ATTENTION
+from tests.layers.test_mixers import decode
+from tests.tolerances import assert_close
+
+LENGTH, WIDTH = 9, 10
+X = np.random.default_rng(0).normal(size=(2, LENGTH, WIDTH)).astype(np.float32)
+CONFIG = LayerConfig(
+    mixer=ATTENTION,
+    mlp=MlpConfig("gated", 12, "silu"),
+    norm=NormConfig("rms", 1e-6),
+    norm_position="pre",
+    remat=False,
+)
+MAMBA = MambaConfig(inner=10, state=3, conv=4, dt_rank=2, dt_min=1e-3, dt_max=0.1)
+CHANGES = {
+    "pre": {},
+    "post": {"norm_position": "post", "norm": NormConfig("layer", 1e-6)},
+    "without an mlp": {"mlp": MlpConfig("none", 0, "silu")},
+    "without norms": {"norm": NormConfig("none", 1e-6), "mlp": MlpConfig("plain", 7, "gelu")},
+    "mamba": {"mixer": MAMBA},
+    "post mamba": {"mixer": MAMBA, "norm_position": "post"},
+}
+EVERY = pytest.mark.parametrize("change", CHANGES.values(), ids=CHANGES)
+
+
+def build(**change) -> Layer:
+    config = dataclasses.replace(CONFIG, **change)
+    return reference.fill(lambda: Layer(config, Stream(WIDTH, 4, jnp.float32), nnx.Rngs(0)))
+
+
+@EVERY
+def test_equals_the_reference_whole_and_in_steps(change):
+    layer = build(**change)
+    expected = reference.layer(layer.config, reference.weights(layer), X)
+    y, steps = jax.jit(lambda x: (layer(x), decode(layer, x, LENGTH)))(X)
+    assert_close("call", y, expected, "float32")
+    assert_close("steps", steps, expected, "float32")
+
+
+def test_remat_keeps_nothing_but_inputs_for_the_backward_pass():
+    def kept(layer) -> int:
+        graph, parameters = nnx.split(layer)
+        x = jax.ShapeDtypeStruct((2, 200, WIDTH), jnp.float32)
+        _, vjp = jax.eval_shape(lambda p, x: jax.vjp(lambda p, x: nnx.merge(graph, p)(x), p, x), parameters, x)
+        return sum(leaf.size for leaf in jax.tree.leaves(vjp))
+
+    size = sum(leaf.size for leaf in reference.parameters(build()))
+    assert kept(build(remat=True)) < 2 * 200 * WIDTH + size + 100 < kept(build()) / 10
+
+
+def test_the_cost_adds_the_mlp():
+    layer = build()
+    assert layer.cost(64).pairs == layer.mixer.cost(64).pairs
+    assert layer.cost(64).flops == layer.mixer.cost(64).flops + 2 * 3 * WIDTH * 12
+    bare = build(mlp=MlpConfig("none", 0, "silu"))
+    assert bare.cost(64) == bare.mixer.cost(64)
+
+
+def test_refuses_another_norm_position():
+    with pytest.raises(ValueError, match="norm_position must be pre or post, got 'sandwich'"):
+        dataclasses.replace(CONFIG, norm_position="sandwich")

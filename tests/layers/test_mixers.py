@@ -1,0 +1,156 @@
+"""What every mixer promises, one suite for all: causality, a step that equals the call, caches, costs.
+
+A mixer that is missing in `MIXED`, or a pattern of the library that is missing in `PATTERNS`, fails here.
+"""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from sparsejax.layers import MIXERS, AttentionConfig, MambaConfig, NormConfig, Stream
+from sparsejax.patterns import parse
+from sparsejax.patterns.library import NAMES
+from tests.layers import reference
+from tests.patterns import definition
+from tests.tolerances import assert_close
+
+LENGTH, WIDTH, BATCH = 13, 6, 2
+
+# Causal patterns of four heads, and the cache slots that decoding LENGTH tokens takes where that is easily said.
+PATTERNS = {
+    "causal & window(3, 5)": 4,
+    "causal & full & chunk(4)": 4,
+    "causal & (window(4) | sink(3))": 3 + 4 + 1,
+    "causal & (window(11) | globals([0, 5]))": None,  # the window is longer than what is left beside the globals
+    "causal & (window(1) | globals([3, -1]))": None,
+    "per_head(causal, window(2), causal & chunk(5), causal & (window(1) | sink(2)))": LENGTH,
+}
+
+
+def attention(pattern: str, impl: str = "auto") -> AttentionConfig:
+    return AttentionConfig(pattern, 4, 2, 4, rope_base=100.0, qk_norm=NormConfig("none", 1e-6), impl=impl)
+
+
+MIXED = {
+    "mamba": {"mamba": MambaConfig(inner=8, state=3, conv=4, dt_rank=2, dt_min=1e-2, dt_max=0.5)},
+    "attention": {pattern: attention(pattern) for pattern in PATTERNS},
+}
+EVERY = pytest.mark.parametrize("config", [pytest.param(c, id=i) for kind in MIXED.values() for i, c in kind.items()])
+
+
+def build(config) -> nnx.Module:
+    module = next(module for kind, module in MIXERS.values() if isinstance(config, kind))
+    return reference.fill(lambda: module(config, Stream(WIDTH, 1, jnp.float32), nnx.Rngs(0)))
+
+
+def make_x(length: int = LENGTH) -> np.ndarray:
+    return np.random.default_rng(0).normal(size=(BATCH, length, WIDTH)).astype(np.float32)
+
+
+def allowed(config, length: int) -> np.ndarray:
+    """Booleans [t, t']: whether output t may depend on input t'; a causal recurrence sees all of the past."""
+    past = np.tri(length, dtype=bool)
+    if not isinstance(config, AttentionConfig):
+        return past
+    seen = np.atleast_3d(definition.mask(parse(config.pattern), length, length).T).any(axis=-1).T
+    assert not (seen & ~past).any()
+    return seen
+
+
+def decode(module: nnx.Module, x: np.ndarray, length: int) -> jax.Array:
+    """The outputs of the module's steps over all positions."""
+
+    def step(cache, token):
+        y, cache = module.step(token[0], cache, token[1], length)
+        return cache, y
+
+    tokens = jnp.swapaxes(x, 0, 1), jnp.arange(x.shape[1])
+    return jnp.swapaxes(jax.lax.scan(step, module.init_cache(len(x), length), tokens)[1], 0, 1)
+
+
+def influence(module: nnx.Module, x: np.ndarray) -> jax.Array:
+    """Booleans [t, t']: whether the gradient of output t in input t' is anything but exactly 0."""
+    mix = np.random.default_rng(1).normal(size=x.shape[1:]).astype(np.float32)
+    jacobian = jax.jacrev(lambda x: (module(x[None])[0] * mix).sum(-1))(x[0])
+    return (jacobian != 0).any(-1) | jnp.isnan(jacobian).any()
+
+
+def test_every_mixer_and_every_pattern_is_here():
+    assert set(MIXED) == set(MIXERS)
+    assert {name for name in NAMES if any(name in pattern for pattern in PATTERNS)} == set(NAMES)
+
+
+@EVERY
+def test_steps_equal_the_call_and_only_the_past_that_is_allowed_has_any_influence(config):
+    length = LENGTH if isinstance(config, AttentionConfig) else 40  # more than a chunk of a scan
+    module, x = build(config), make_x(length)
+    y, steps, found = jax.jit(lambda x: (module(x), decode(module, x, length), influence(module, x)))(x)
+    assert_close("steps", steps, y, "float32")
+    np.testing.assert_array_equal(found, allowed(config, length))
+
+
+def test_tiles_let_only_the_past_that_is_allowed_have_any_influence():
+    config = attention("causal & (window(4) | globals([70, 3]) | chunk(16))", "gather")
+    module, x = build(config), make_x(150)  # three tiles, the last not whole
+    np.testing.assert_array_equal(jax.jit(lambda x: influence(module, x))(x), allowed(config, 150))
+
+
+def test_a_sequence_may_be_shorter_than_its_cache():
+    config = attention("causal & (window(4) | sink(3))")
+    module, x = build(config), make_x()[:, :9]
+    steps = jax.jit(lambda x: decode(module, x, LENGTH))(x)
+    assert_close("steps", steps, reference.attention(config, reference.weights(module), x), "float32")
+
+
+@EVERY
+def test_steps_keep_the_shapes_and_dtypes_of_the_cache(config):
+    module = build(config)
+    start = module.init_cache(BATCH, LENGTH)
+    _, end = jax.eval_shape(lambda x: module.step(x, start, jnp.int32(0), LENGTH), make_x()[:, 0])
+    assert jax.tree.map(lambda a: (a.shape, a.dtype), end) == jax.tree.map(lambda a: (a.shape, a.dtype), start)
+
+
+def cache_bytes(config, length: int) -> int:
+    cache = jax.eval_shape(lambda: build(config).init_cache(BATCH, length))
+    return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(cache))
+
+
+@pytest.mark.parametrize(
+    ("pattern", "slots"),
+    [
+        *((pattern, slots) for pattern, slots in PATTERNS.items() if slots),
+        ("causal", LENGTH),
+        ("per_head(window(2), window(5), causal & chunk(5), window(0))", 6),
+    ],
+)
+def test_an_attention_cache_has_as_many_slots_as_the_pattern_keeps_keys(pattern, slots):
+    key_heads, head_width = 2, 4
+    expected = 2 * 4 * BATCH * slots * key_heads * head_width + 4 * slots  # keys, values; where each is from
+    assert cache_bytes(attention(pattern), LENGTH) == expected
+
+
+def test_only_what_looks_back_forever_grows_with_the_length():
+    assert cache_bytes(attention("causal"), 4000) == 1000 * cache_bytes(attention("causal"), 4)
+    for config in (attention("causal & (window(4) | sink(3))"), MIXED["mamba"]["mamba"]):
+        assert cache_bytes(config, 4000) == cache_bytes(config, LENGTH)
+    conv, state = (4 - 1) * 8, 8 * 3
+    assert cache_bytes(MIXED["mamba"]["mamba"], 4000) == 4 * BATCH * (conv + state)
+
+
+@pytest.mark.parametrize("pattern", PATTERNS)
+def test_the_cost_of_attention_is_counted_from_its_pairs(pattern):
+    allowed = definition.mask(parse(pattern), LENGTH, LENGTH)
+    pairs = int(np.broadcast_to(allowed, (4, LENGTH, LENGTH)).sum())
+    cost = build(attention(pattern)).cost(LENGTH)
+    assert cost.pairs == pairs
+    # A pair is a dot product of 4 numbers and a sum of 4 more; the projections have 16, 8, 8 and 16 columns or rows.
+    assert cost.flops == pytest.approx(2 * 2 * 4 * pairs / LENGTH + 2 * WIDTH * (16 + 8 + 8 + 16))
+
+
+def test_the_cost_of_mamba_does_not_depend_on_the_length():
+    module = build(MIXED["mamba"]["mamba"])
+    linear = 2 * (WIDTH * 8 + WIDTH * 8 + 8 * (2 + 3 + 3) + 2 * 8 + 8 * WIDTH)
+    assert [module.cost(length).pairs for length in (1, 1000)] == [0, 0]
+    assert [module.cost(length).flops for length in (1, 1000)] == [linear + 8 * (2 * 4 + 7 * 3)] * 2

@@ -1,0 +1,52 @@
+"""Feed-forward parts against float64 NumPy."""
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from sparsejax.layers import Mlp, MlpConfig, Stream
+from tests.layers import reference
+from tests.tolerances import assert_close
+
+X = np.random.default_rng(0).normal(size=(2, 5, 6)).astype(np.float32)
+
+
+def build(config: MlpConfig, dtype=jnp.float32) -> Mlp:
+    return reference.fill(lambda: Mlp(config, Stream(6, 1, dtype), nnx.Rngs(0)))
+
+
+@pytest.mark.parametrize("activation", ["silu", "gelu", "relu"])
+@pytest.mark.parametrize("kind", ["gated", "plain"])
+def test_equals_the_reference(kind, activation):
+    config = MlpConfig(kind, 10, activation)
+    module = build(config)
+    assert_close(kind, module(X), reference.mlp(config, reference.weights(module), X), "float32")
+    assert_close("one token", module(X[:, 3]), module(X)[:, 3], "float32")
+
+
+@pytest.mark.parametrize(("kind", "matrices"), [("gated", 3), ("plain", 2)])
+def test_flops_are_two_for_each_weight(kind, matrices):
+    assert build(MlpConfig(kind, 10, "relu")).flops == 2 * matrices * 6 * 10
+
+
+def test_bfloat16():
+    config = MlpConfig("gated", 10, "silu")
+    module = build(config, jnp.bfloat16)
+    assert {leaf.dtype for leaf in reference.parameters(module)} == {jnp.dtype("float32")}
+    assert module(X).dtype == jnp.bfloat16
+    expected = reference.mlp(config, reference.weights(module), X)
+    assert_close("gated", module(X).astype(jnp.float32), expected, "bfloat16")
+
+
+@pytest.mark.parametrize(
+    ("kind", "width", "activation", "message"),
+    [
+        ("glu", 4, "silu", "kind must be one of gated, plain, none, got 'glu'"),
+        ("plain", 4, "tanh", "activation must be one of silu, gelu, relu, got 'tanh'"),
+        ("gated", 0, "silu", "width must be at least 1, got 0"),
+    ],
+)
+def test_refuses(kind, width, activation, message):
+    with pytest.raises(ValueError, match=message):
+        MlpConfig(kind, width, activation)

@@ -1,0 +1,165 @@
+"""The selective scan against a float64 loop, and its written-out backward pass against plain autodiff."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from sparsejax.ops import selective_scan, selective_step
+from tests.tolerances import assert_close
+
+BATCH, WIDTH, STATE = 2, 3, 4
+LENGTHS = [1, 31, 32, 33, 70]  # around the chunk of 32, and more than two of them
+NAMES = ("x", "dt", "A", "B", "C", "state")
+
+
+def make_inputs(length: int, seed: int = 0) -> tuple[np.ndarray, ...]:
+    """x, dt, A, B, C and a state; decays from nearly nothing to nearly everything."""
+    random = np.random.default_rng(seed)
+    return tuple(
+        array.astype(np.float32)
+        for array in (
+            random.normal(size=(BATCH, length, WIDTH)),
+            np.exp(random.uniform(-4, 1, size=(BATCH, length, WIDTH))),
+            -np.exp(random.uniform(-1, 1, size=(WIDTH, STATE))),
+            random.normal(size=(BATCH, length, STATE)),
+            random.normal(size=(BATCH, length, STATE)),
+            random.normal(size=(BATCH, WIDTH, STATE)),
+        )
+    )
+
+
+def loop(x, dt, A, B, C, state):
+    """h[t] = exp(dt A) h[t-1] + dt x B, y = C h, one position at a time."""
+    x, dt, A, B, C, state = (np.asarray(array, np.float64) for array in (x, dt, A, B, C, state))
+    y = np.zeros(x.shape)
+    for t in range(x.shape[1]):
+        decay = np.exp(dt[:, t, :, None] * A)
+        state = decay * state + (dt[:, t] * x[:, t])[:, :, None] * B[:, t, None, :]
+        y[:, t] = (state * C[:, t, None, :]).sum(axis=-1)
+    return y, state
+
+
+def plain_scan(x, dt, A, B, C, state):
+    """The same as one `lax.scan`, for autodiff to differentiate."""
+
+    def advance(state, step):
+        x, dt, B, C = step
+        state = jnp.exp(dt[..., None] * A) * state + (dt * x)[..., None] * B[:, None]
+        return state, (state * C[:, None]).sum(axis=-1)
+
+    state, y = jax.lax.scan(advance, state, [jnp.swapaxes(array, 0, 1) for array in (x, dt, B, C)])
+    return jnp.swapaxes(y, 0, 1), state
+
+
+def differentiate(scan, inputs):
+    """The outputs, and gradients in all inputs, of both outputs together and of the last state alone."""
+    random = np.random.default_rng(9)
+    dy, d_state = (random.normal(size=(2, *shape)) for shape in (inputs[0].shape, inputs[-1].shape))
+    dy[1] = 0
+    outputs, vjp = jax.vjp(scan, *inputs)
+    cotangents = (jnp.asarray(dy, outputs[0].dtype), jnp.asarray(d_state, outputs[1].dtype))
+    return outputs, jax.vmap(vjp)(cotangents)
+
+
+@pytest.mark.parametrize("length", LENGTHS)
+def test_equals_the_loop_and_its_gradients_those_of_a_plain_scan(length):
+    inputs = make_inputs(length)
+    outputs, gradients = jax.jit(functools.partial(differentiate, selective_scan))(inputs)
+    for name, found, expected in zip(("y", "last"), outputs, loop(*inputs), strict=True):
+        assert_close(name, found, expected, "float32")
+    _, expected_gradients = jax.jit(functools.partial(differentiate, plain_scan))(inputs)
+    for name, found, expected in zip(NAMES, gradients, expected_gradients, strict=True):
+        scale = np.abs(expected).max(axis=tuple(range(1, expected.ndim)), keepdims=True)
+        assert scale[0] > 0, name
+        assert (scale[1] > 0) == (name != "C"), name
+        scale = np.where(scale > 0, scale, 1)
+        assert_close(name, found / scale, expected / scale, "float32")
+
+
+def test_starts_from_zeros_by_default():
+    *inputs, state = make_inputs(5)
+    y, _ = selective_scan(*inputs)
+    assert_close("y", y, loop(*inputs, np.zeros_like(state))[0], "float32")
+
+
+def test_gradients_are_finite_where_nothing_is_left_of_the_state():
+    x, dt, A, B, C, state = make_inputs(33)
+    inputs = x, 0 * dt + 60, 5 * A, B, C, state  # exp(dt A) underflows to 0
+    _, gradients = jax.jit(functools.partial(differentiate, selective_scan))(inputs)
+    for name, gradient in zip(NAMES, gradients, strict=True):
+        assert np.isfinite(gradient).all(), name
+
+
+def test_steps_equal_the_scan():
+    *inputs, A, B, C, state = make_inputs(33)
+    inputs = (*inputs, B, C)
+    y, last = jax.jit(selective_scan)(*inputs[:2], A, *inputs[2:], state)
+    step = jax.jit(selective_step)
+    for t in range(33):
+        x, dt, b, c = (array[:, t] for array in inputs)
+        y_t, state = step(x, dt, A, b, c, state)
+        assert_close("y", y_t, y[:, t], "float32")
+    assert_close("last", state, last, "float32")
+
+
+@pytest.mark.parametrize("cut", [1, 32, 45])
+def test_two_halves_equal_the_whole(cut):
+    x, dt, A, B, C, state = make_inputs(70)
+    scan = jax.jit(selective_scan)
+    whole, last = scan(x, dt, A, B, C, state)
+    parts = []
+    for part in (slice(None, cut), slice(cut, None)):
+        y, state = scan(x[:, part], dt[:, part], A, B[:, part], C[:, part], state)
+        parts.append(y)
+    assert_close("y", jnp.concatenate(parts, axis=1), whole, "float32")
+    assert_close("last", state, last, "float32")
+
+
+def test_bfloat16_inputs_are_computed_in_float32():
+    inputs = [jnp.asarray(array, jnp.bfloat16) for array in make_inputs(70)]
+    y, state = selective_scan(*inputs)
+    assert (y.dtype, state.dtype) == (jnp.bfloat16, jnp.float32)
+    expected_y, expected_state = loop(*inputs)  # of the rounded inputs: only the output is rounded again
+    assert_close("last", state, expected_state, "float32")
+    np.testing.assert_allclose(y.astype(np.float32), expected_y, rtol=2**-8, atol=1e-5)
+
+
+def test_a_bfloat16_step_equals_the_scan():
+    x, dt, A, B, C, state = (jnp.asarray(array, jnp.bfloat16) for array in make_inputs(1))
+    y, after = selective_step(x[:, 0], dt[:, 0], A, B[:, 0], C[:, 0], state.astype(jnp.float32))
+    expected_y, expected = selective_scan(x, dt, A, B, C, state)
+    assert (y.dtype, after.dtype) == (expected_y.dtype, expected.dtype)
+    assert_close("y", y.astype(jnp.float32), expected_y[:, 0].astype(jnp.float32), "bfloat16")
+    assert_close("last", after, expected, "float32")
+
+
+def test_gradients_have_the_dtypes_of_the_inputs():
+    x, dt, A, B, C, state = make_inputs(5)
+    inputs = jnp.asarray(x, jnp.bfloat16), dt, A, jnp.asarray(B, jnp.bfloat16), C, state
+    _, gradients = jax.eval_shape(functools.partial(differentiate, selective_scan), inputs)
+    assert [gradient.dtype for gradient in gradients] == [array.dtype for array in inputs]
+
+
+def test_vmap_with_its_gradients():
+    x, dt, A, B, C, state = (np.stack(pair) for pair in zip(make_inputs(33, 0), make_inputs(33, 1), strict=True))
+    run = functools.partial(differentiate, selective_scan)
+    found = jax.jit(jax.vmap(lambda x, dt, B, C, state: run([x, dt, A[0], B, C, state])))(x, dt, B, C, state)
+    for i in range(2):
+        expected = jax.jit(run)([x[i], dt[i], A[0], B[i], C[i], state[i]])
+        for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
+            assert_close("output or gradient", a[i], b, "float32")
+
+
+def test_memory_of_the_backward_pass_grows_with_chunks():
+    def kept(length: int) -> int:
+        """Bytes that the forward pass keeps for the backward pass, the inputs' own aside."""
+        inputs = make_inputs(length)
+        _, vjp = jax.eval_shape(lambda *inputs: jax.vjp(selective_scan, *inputs), *inputs)
+        return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(vjp))
+
+    states = (kept(3200) - kept(1600)) / (1600 * 4 * BATCH)
+    # For each position x, dt, B and C, and the 32nd part of a state of WIDTH * STATE numbers.
+    assert states == pytest.approx(2 * WIDTH + 2 * STATE + WIDTH * STATE / 32, rel=0.01)

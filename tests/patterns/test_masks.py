@@ -1,0 +1,233 @@
+"""Who may look at whom, against masks written by hand and against a second definition pair by pair."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from jax.experimental import pallas
+
+from sparsejax.patterns import FOREVER, PatternError, parse
+from sparsejax.patterns.library import NAMES
+from tests.patterns.definition import mask
+from tests.patterns.strategies import LIBRARY, patterns
+
+BY_HAND = {
+    "full": """
+        xxxx
+        xxxx
+        xxxx""",
+    "causal": """
+        x....
+        xx...
+        xxx..""",
+    "window(1)": """
+        x....
+        xx...
+        .xx..
+        ..xx.
+        ...xx
+        ....x""",
+    "window(0)": """
+        x..
+        .x.
+        ..x""",
+    "window(2, 1)": """
+        xx...
+        xxx..
+        xxxx.
+        .xxxx
+        ..xxx""",
+    "window(0, 2)": """
+        xxx..
+        .xxx.
+        ..xxx
+        ...xx""",
+    "chunk(2)": """
+        xx...
+        xx...
+        ..xx.
+        ..xx.
+        ....x""",
+    "chunk(3)": """
+        xxx..
+        xxx..
+        xxx..
+        ...xx""",
+    "sink(2)": """
+        xx...
+        xx...
+        xx...""",
+    "globals(2)": """
+        xxxxx
+        xxxxx
+        xx...
+        xx...""",
+    "globals([1, 3])": """
+        .x.x.
+        xxxxx
+        .x.x.
+        xxxxx
+        .x.x.""",
+    # The last query is row 3, the last key is column 4: each side counts from its own end.
+    "globals([-1])": """
+        ....x
+        ....x
+        ....x
+        xxxxx""",
+    "globals([-9, 9])": """
+        ...
+        ...""",
+    "globals([])": """
+        ...
+        ...""",
+    "causal & (window(1) | sink(1))": """
+        x....
+        xx...
+        xxx..
+        x.xx.
+        x..xx""",
+    "window(0) | causal & chunk(2) & sink(3)": """
+        x...
+        xx..
+        ..x.
+        ..xx""",
+}
+
+
+def drawn(picture: str) -> np.ndarray:
+    return np.array([[mark == "x" for mark in row] for row in picture.split()])
+
+
+@pytest.mark.parametrize("text", BY_HAND)
+def test_mask_drawn_by_hand(text):
+    expected = drawn(BY_HAND[text])
+    np.testing.assert_array_equal(parse(text).dense(*expected.shape), expected)
+    np.testing.assert_array_equal(mask(parse(text), *expected.shape), expected)
+
+
+def test_mask_with_heads_drawn_by_hand():
+    pattern = parse("per_head(window(0), sink(1)) | per_head(globals([2]), full) & causal")
+    first = drawn("x.. .x. xxx")
+    second = drawn("x.. xx. xxx")
+    np.testing.assert_array_equal(pattern.dense(3), [first, second])
+
+
+def test_every_pattern_of_the_library_is_drawn_and_generated():
+    assert set(LIBRARY) == set(NAMES)
+    assert {text.partition("(")[0] for text in BY_HAND} >= set(NAMES)
+
+
+@given(patterns(longest=9), st.integers(0, 14), st.integers(0, 14))
+def test_dense_is_the_definition_pair_by_pair(pattern, t, s):
+    found = pattern.dense(t, s)
+    assert found.dtype == np.bool_
+    np.testing.assert_array_equal(found, mask(pattern, t, s))
+
+
+@given(patterns(), st.integers(1, 30))
+def test_keys_are_as_many_as_queries_unless_said(pattern, t):
+    np.testing.assert_array_equal(pattern.dense(t), pattern.dense(t, t))
+
+
+@given(patterns(longest=30))
+def test_a_head_of_the_mask_is_the_mask_of_the_head(pattern):
+    together = pattern.dense(20, 31)
+    if pattern.heads is None:
+        assert pattern.head(7) == pattern
+        return
+    assert all(pattern.head(i).heads is None for i in range(pattern.heads))
+    np.testing.assert_array_equal(together, [pattern.head(i).dense(20, 31) for i in range(pattern.heads)])
+
+
+# Lengths are fixed and examples few: each one is compiled.
+@settings(max_examples=25)
+@given(patterns(longest=60))
+def test_allows_is_the_same_in_numpy_and_in_compiled_jax(pattern):
+    t, s = 45, 64
+    q, k = np.arange(t)[:, None], np.arange(s)[None, :]
+    compiled = jax.jit(lambda q, k: pattern.allows(q, k, t, s))
+    found = compiled(jnp.asarray(q), jnp.asarray(k))
+    assert found.dtype == np.bool_
+    np.testing.assert_array_equal(found, pattern.allows(q, k, t, s))
+    # One query at a time, as a decoder asks.
+    np.testing.assert_array_equal(compiled(jnp.int32(17), jnp.arange(s)), pattern.dense(t, s)[..., 17, :])
+
+
+@given(patterns(longest=20))
+def test_allows_takes_plain_integers(pattern):
+    expected = pattern.dense(9, 12)
+    np.testing.assert_array_equal(pattern.allows(8, 5, 9, 12), expected[..., 8, 5])
+
+
+@pytest.mark.parametrize("text", [*BY_HAND, "per_head(window(3), globals([-1, 2])) & causal"])
+def test_allows_inside_a_kernel(text):
+    pattern, t, s = parse(text), 16, 24
+    heads = () if pattern.heads is None else (pattern.heads,)
+
+    def kernel(out):
+        q = jax.lax.broadcasted_iota(jnp.int32, (t, s), 0)
+        k = jax.lax.broadcasted_iota(jnp.int32, (t, s), 1)
+        out[...] = pattern.allows(q, k, t, s)
+
+    shape = jax.ShapeDtypeStruct((*heads, t, s), jnp.bool_)
+    found = pallas.pallas_call(kernel, out_shape=shape, interpret=True)()
+    np.testing.assert_array_equal(found, pattern.dense(t, s))
+
+
+def test_positions_from_the_end_need_the_lengths():
+    pattern = parse("causal | globals([0, -1])")
+    with pytest.raises(PatternError, match=r"globals\(\[-1, 0\]\).*need the lengths"):
+        pattern.allows(np.arange(3), np.arange(3))
+    np.testing.assert_array_equal(parse("globals([0, 2])").allows(1, np.arange(3)), [True, False, True])
+
+
+@pytest.mark.parametrize("number", [2**31 - 1, 2**31, 2**63 - 1, 2**63])
+@pytest.mark.parametrize(
+    "form", ["window({0})", "window(0, {0})", "chunk({0})", "sink({0})", "globals([{0}])", "globals([-{0}])"]
+)
+def test_numbers_no_array_can_hold_work_or_are_refused(form, number):
+    try:
+        pattern = parse(form.format(number))
+    except PatternError:
+        return
+    expected = mask(pattern, 5, 5)
+    np.testing.assert_array_equal(pattern.dense(5), expected)
+    assert pattern.pairs(5) == expected.sum()
+    # Positions in a compiled program are int32, and overflow there is silent.
+    compiled = jax.jit(lambda q, k: pattern.allows(q[:, None], k, 5, 5))
+    np.testing.assert_array_equal(compiled(jnp.arange(5), jnp.arange(5)), expected)
+    assert (pattern.last_query(np.arange(5)) >= -1).all()
+
+
+@given(patterns(longest=20), st.integers(1, 30), st.integers(1, 30))
+def test_lookahead_is_an_upper_bound(pattern, t, s):
+    *_, q, k = np.nonzero(pattern.dense(t, s))
+    assert (k - q <= pattern.lookahead()).all()
+
+
+@given(patterns(longest=20), st.integers(1, 30), st.integers(1, 30))
+def test_last_query_is_an_upper_bound(pattern, t, s):
+    last = pattern.last_query(np.arange(s))
+    assert last.shape == (s,)
+    assert last.dtype == np.int64
+    *_, q, k = np.nonzero(pattern.dense(t, s))
+    assert (q <= last[k]).all()
+
+
+@pytest.mark.parametrize(
+    ("text", "lookahead", "last_query"),
+    [
+        ("causal", 0, [FOREVER] * 4),
+        ("window(2, 1)", 1, [2, 3, 4, 5]),
+        ("causal & window(2, 1)", 0, [2, 3, 4, 5]),
+        ("window(1) | window(0, 5)", 5, [1, 2, 3, 4]),
+        ("chunk(3)", 2, [2, 2, 2, 5]),
+        ("causal & (window(1) | sink(2))", 0, [FOREVER, FOREVER, 3, 4]),
+        ("per_head(window(3), window(0, 2))", 2, [3, 4, 5, 6]),
+    ],
+)
+def test_bounds_are_tight_where_a_cache_is_sized_by_them(text, lookahead, last_query):
+    assert parse(text).lookahead() == lookahead
+    np.testing.assert_array_equal(parse(text).last_query(np.arange(4)), last_query)

@@ -1,0 +1,67 @@
+"""Decode caches: no key is overwritten while a query may still look at it, and no slot is wasted."""
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from sparsejax.patterns import Pattern, cache_slots, parse
+from tests.patterns.strategies import patterns
+
+
+def lost_keys(pattern: Pattern, length: int) -> list[tuple[int, int]]:
+    """Decodes token by token; the (query, key) pairs whose key was overwritten before the query came."""
+    slots, count = cache_slots(pattern, length)
+    mask = pattern.dense(length)
+    mask = mask.any(axis=0) if pattern.heads else mask
+    cache, lost = np.full(count, -1), []
+    for query in range(length):
+        cache[slots[query]] = query
+        past = np.flatnonzero(mask[query, : query + 1])
+        lost += [(query, int(key)) for key in past if cache[slots[key]] != key]
+    return lost
+
+
+@settings(max_examples=200)
+@given(patterns(longest=30), st.integers(0, 60))
+def test_no_key_is_lost_while_it_may_be_looked_at(pattern, length):
+    slots, count = cache_slots(pattern, length)
+    assert slots.shape == (length,)
+    assert slots.dtype == np.int32
+    assert 0 <= count <= length
+    assert ((slots >= 0) & (slots < count)).all()
+    assert lost_keys(pattern, length) == []
+
+
+@given(st.integers(0, 30), st.lists(st.integers(0, 30), min_size=1, max_size=4), st.integers(1, 40))
+def test_no_key_is_lost_around_pinned_ones(left, ids, length):
+    assert lost_keys(parse(f"causal & (window({left}) | globals({ids}))"), length) == []
+
+
+@pytest.mark.parametrize(
+    ("text", "length", "count"),
+    [
+        ("window(7)", 100, 8),
+        ("window(0)", 100, 1),
+        ("window(7, 3)", 100, 8),
+        ("causal & window(7)", 100, 8),
+        ("window(7)", 5, 5),
+        ("window(99)", 100, 100),
+        ("causal & (window(7) | sink(4))", 100, 4 + 7 + 1),
+        ("causal & (sink(1) | window(0))", 100, 1 + 0 + 1),
+        ("causal & (window(7) | sink(4))", 10, 10),
+        ("causal & (window(7) | sink(40))", 10, 10),
+        ("causal", 100, 100),
+        ("full", 100, 100),
+        ("causal & chunk(16)", 100, 16),
+        ("causal & (window(7) | globals([50]))", 100, 1 + 51),
+        ("per_head(window(7), window(3) | sink(2)) & causal", 100, 2 + 7 + 1),
+        ("causal", 0, 0),
+        ("window(3)", 0, 0),
+        ("window(3)", 1, 1),
+    ],
+)
+def test_slot_count(text, length, count):
+    slots, found = cache_slots(parse(text), length)
+    assert found == count
+    assert len(slots) == length

@@ -1,0 +1,261 @@
+"""The text form, and patterns as values."""
+
+import re
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from sparsejax.patterns import (
+    And,
+    Causal,
+    Chunk,
+    Full,
+    Globals,
+    Or,
+    PatternError,
+    PerHead,
+    Sink,
+    Window,
+    parse,
+    per_head,
+)
+from tests.patterns.strategies import patterns, patterns_with_heads, shared_patterns
+
+
+@given(patterns(longest=1_000_000))
+def test_text_parses_back_to_an_equal_value(pattern):
+    again = parse(str(pattern))
+    assert again == pattern
+    assert hash(again) == hash(pattern)
+    assert again.digest == pattern.digest
+    assert str(again) == str(pattern)
+
+
+@given(patterns(), st.sampled_from([" ", "  ", "\t", "\n "]))
+def test_space_between_words_means_nothing(pattern, space):
+    words = re.findall(r"\w+|-\d+|[^\w\s]", str(pattern))
+    assert parse(space.join(["", *words, ""])) == pattern
+    assert parse("".join(str(pattern).split())) == pattern
+
+
+@given(patterns())
+def test_parentheses_around_the_whole_mean_nothing(pattern):
+    assert parse(f"(({pattern}))") == pattern
+
+
+@given(patterns(), patterns())
+def test_equal_texts_are_equal_values(one, other):
+    assert (one == other) == (str(one) == str(other))
+    assert (one == other) == (one.digest == other.digest)
+
+
+@pytest.mark.parametrize(
+    ("text", "pattern"),
+    [
+        ("full", Full()),
+        ("full()", Full()),
+        ("causal", Causal()),
+        ("window(255)", Window(255)),
+        ("window(3, 0)", Window(3)),
+        ("window(left=3)", Window(3, 0)),
+        ("window(right=2, left=1)", Window(1, 2)),
+        ("window(1, right=2)", Window(1, 2)),
+        ("chunk(8)", Chunk(8)),
+        ("chunk(size=8)", Chunk(8)),
+        ("sink(n=4)", Sink(4)),
+        ("globals(3)", Globals(3)),
+        ("globals([])", Globals(())),
+        ("globals([5, -1, 5])", Globals((-1, 5))),
+        ("globals(ids=[7])", Globals((7,))),
+        ("causal & window(3) | sink(1)", Or((And((Causal(), Window(3))), Sink(1)))),
+        ("causal & (window(3) | sink(1))", And((Causal(), Or((Window(3), Sink(1)))))),
+        ("per_head(causal)", PerHead((Causal(),))),
+        ("per_head(causal | sink(1), full)", per_head(Causal() | Sink(1), Full())),
+        ("per_head(causal, full) & chunk(4)", per_head(Causal(), Full()) & Chunk(4)),
+    ],
+)
+def test_text_means(text, pattern):
+    assert parse(text) == pattern
+
+
+@pytest.mark.parametrize(
+    ("pattern", "text"),
+    [
+        (Window(3, 0), "window(3)"),
+        (Window(3, 1), "window(3, 1)"),
+        (Globals([4, -2, 4]), "globals([-2, 4])"),
+        (Globals([]), "globals([])"),
+        (Globals(0), "globals(0)"),
+        (Causal() & (Window(2) | Sink(1)), "causal & (window(2) | sink(1))"),
+        (Causal() & Window(2) | Sink(1), "(causal & window(2)) | sink(1)"),
+        (per_head(Causal() & Sink(1), Full()) | Chunk(2), "per_head(causal & sink(1), full) | chunk(2)"),
+    ],
+)
+def test_text_shown(pattern, text):
+    assert str(pattern) == text
+
+
+@pytest.mark.parametrize(
+    ("text", "column", "problem"),
+    [
+        ("", 1, "expected a pattern"),
+        ("   ", 1, "expected a pattern"),
+        ("causal &", 9, "expected a pattern"),
+        ("causal & ", 9, "expected a pattern"),
+        ("& causal", 1, "expected a pattern, found '&'"),
+        ("causal && full", 9, "expected a pattern, found '&'"),
+        ("3", 1, "expected a pattern, found '3'"),
+        ("[1]", 1, "expected a pattern, found '['"),
+        ("globals((1, 2))", 10, "expected a pattern, found '1'"),
+        ("causal causal", 8, "expected '&', '|' or the end, found 'causal'"),
+        ("causal)", 7, "expected '&', '|' or the end, found ')'"),
+        ("window(3)(4)", 10, "expected '&', '|' or the end, found '('"),
+        ("(causal", 8, "expected ')' for the parenthesis opened at column 1"),
+        ("full & (causal", 15, "expected ')' for the parenthesis opened at column 8"),
+        ("((causal)", 10, "expected ')' for the parenthesis opened at column 1"),
+        ("window(1", 9, "expected ',' or ')' for the parenthesis opened at column 7"),
+        ("window(1 2)", 10, "expected ',' or ')' for the parenthesis opened at column 7"),
+        ("window(3_0)", 9, "expected ',' or ')' for the parenthesis opened at column 7"),
+        ("per_head(causal full)", 17, "expected ',' or ')' for the parenthesis opened at column 9"),
+        ("globals([1 2])", 12, "expected ',' or ']'"),
+        ("globals([1, 2)", 14, "expected ',' or ']'"),
+        ("causal $ full", 8, "unexpected '$'"),
+        ("causal &  $", 11, "unexpected '$'"),
+        ("window(1.5)", 9, "unexpected '.'"),
+        ("window(+3)", 8, "unexpected '+'"),
+        ("causal;full", 7, "unexpected ';'"),
+        ("__import__('os')", 12, 'unexpected "\'"'),
+        ("windw(3)", 1, "unknown pattern 'windw', did you mean 'window'?"),
+        ("causal & sinks(3)", 10, "unknown pattern 'sinks', did you mean 'sink'?"),
+        ("full | (chunk(2) & casual)", 20, "unknown pattern 'casual', did you mean 'causal'?"),
+        ("Causal", 1, "unknown pattern 'Causal', did you mean 'causal'?"),
+        ("per_heads(causal)", 1, "unknown pattern 'per_heads', did you mean 'per_head'?"),
+        ("\ncausal & fulll", 11, "unknown pattern 'fulll', did you mean 'full'?"),
+        ("window(letf=2)", 8, "unknown argument of window 'letf', did you mean 'left'?"),
+        ("window(2, rihgt=2)", 11, "unknown argument of window 'rihgt', did you mean 'right'?"),
+        ("window", 1, "window needs left"),
+        ("full & window()", 8, "window needs left"),
+        ("window(right=2)", 1, "window needs left"),
+        ("window(1, 2, 3)", 14, "window takes at most 2 arguments"),
+        ("full(1)", 6, "full takes at most 0 arguments"),
+        ("window(left=1, left=2)", 16, "window got left twice"),
+        ("window(1, left=2)", 11, "window got left twice"),
+        ("causal | window(4, right=-2)", 10, "window: right must be an integer >= 0, got -2"),
+        ("window(-1)", 1, "window: left must be an integer >= 0, got -1"),
+        ("causal & sink(0)", 10, "sink: n must be an integer >= 1, got 0"),
+        ("chunk(0)", 1, "chunk: size must be an integer >= 1, got 0"),
+        ("chunk([2])", 1, "chunk: size must be an integer >= 1"),
+        ("window(causal)", 1, "window: left must be an integer >= 0"),
+        ("globals(-1)", 1, "globals: ids must be an integer >= 0, got -1"),
+        ("globals([causal])", 1, "globals: ids must be integers"),
+        ("per_head()", 1, "per_head takes one or more patterns"),
+        ("per_head", 1, "per_head takes one or more patterns"),
+        ("per_head(causal, 1)", 18, "per_head takes patterns only"),
+        ("per_head(a=causal)", 10, "per_head takes patterns only"),
+        ("full & per_head(per_head(causal))", 8, "per_head takes one or more patterns that are not per_head"),
+        ("causal & per_head(full, sink(0))", 25, "sink: n must be an integer >= 1, got 0"),
+        ("full & (per_head(full, full) | per_head(full))", 9, "patterns for 1 and 2 heads do not combine"),
+    ],
+)
+def test_malformed_text_is_refused_at_the_column(text, column, problem):
+    with pytest.raises(PatternError) as caught:
+        parse(text)
+    message = str(caught.value)
+    assert message.startswith(f"pattern {text!r}: column {column}: {problem}")
+    assert len(message.splitlines()) == 1
+    assert message.count("column") == 1 + problem.count("column"), "a problem inside a problem is told once"
+
+
+@given(st.text(alphabet="causlwindo_hefp()[]&|,=-0123 \n$.'é²", max_size=25) | st.text(max_size=8))
+def test_any_text_parses_or_is_a_pattern_error(text):
+    try:
+        pattern = parse(text)
+    except PatternError:
+        return
+    assert parse(str(pattern)) == pattern
+
+
+@pytest.mark.parametrize("text", ["(" * 3000, "window(" + "9" * 5000 + ")"], ids=["deep", "long number"])
+def test_absurd_text_is_a_pattern_error(text):
+    with pytest.raises(PatternError):
+        parse(text)
+
+
+@pytest.mark.parametrize(
+    "build",
+    [
+        lambda: Window(-1),
+        lambda: Window(1, -1),
+        lambda: Window(1.0),
+        lambda: Window(True),
+        lambda: Chunk(0),
+        lambda: Sink(0),
+        lambda: Sink("3"),
+        lambda: Globals(-1),
+        lambda: Globals((1, 2.5)),
+        lambda: Globals((True,)),
+        lambda: per_head(),
+        lambda: per_head(Causal(), per_head(Causal())),
+        lambda: per_head(Causal() & per_head(Causal())),
+        lambda: per_head(Causal(), Full()) & per_head(Causal()),
+        lambda: (per_head(Causal(), Full()) | Sink(1)) & (Window(1) | per_head(Causal())),
+    ],
+)
+def test_values_that_cannot_be_are_refused(build):
+    with pytest.raises(PatternError):
+        build()
+
+
+def test_only_patterns_combine():
+    for sign in ("__and__", "__or__"):
+        assert getattr(Causal(), sign)("full") is NotImplemented
+    with pytest.raises(TypeError):
+        Causal() & True
+
+
+def test_patterns_are_frozen():
+    with pytest.raises(AttributeError):
+        Window(3).left = 4
+
+
+@given(shared_patterns(), shared_patterns(), shared_patterns())
+def test_joins_of_one_kind_flatten(a, b, c):
+    assert (a & b) & c == a & (b & c)
+    assert (a | b) | c == a | (b | c)
+    for term in (a & b & c).terms:
+        assert not isinstance(term, And)
+    for term in (a | b | c).terms:
+        assert not isinstance(term, Or)
+
+
+def test_joins_of_two_kinds_stay_nested():
+    assert (Causal() & (Full() | Sink(1))).terms == (Causal(), Or((Full(), Sink(1))))
+    assert Causal() & Sink(1) != Causal() | Sink(1)
+    assert Causal() & Sink(1) != Sink(1) & Causal()
+
+
+@given(patterns_with_heads(2))
+def test_the_pattern_of_a_head_is_flat_too(pattern):
+    for head in (pattern.head(0), pattern.head(1)):
+        assert head.heads is None
+        assert parse(str(head)) == head
+
+
+@given(patterns())
+def test_every_pattern_has_a_name(pattern):
+    assert isinstance(pattern.name, str)
+
+
+def test_kinds_with_equal_numbers_differ():
+    assert len({Chunk(3), Sink(3), Window(3), Globals(3), Globals((3,))}) == 5
+
+
+def test_patterns_are_keys():
+    assert {Causal() & Window(3): 1}[parse("causal & window(3, 0)")] == 1
+    assert Globals([3, 1, 3]) == Globals((1, 3))
+
+
+def test_digest_is_the_same_everywhere():
+    # It names files and checkpoints: the first digits of `printf 'causal & (window(255) | sink(4))' | sha256sum`.
+    assert parse("causal&(window(255,0)|sink(4))").digest == "5fb2601fec58"

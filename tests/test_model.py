@@ -1,0 +1,237 @@
+"""The model: against float64 NumPy, scanned and unrolled, whole and token by token."""
+
+import dataclasses
+import functools
+import itertools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from sparsejax.config import ModelConfig
+from sparsejax.layers import AttentionConfig, LayerConfig, MambaConfig, MlpConfig, NormConfig
+from sparsejax.model import Functional, Model
+from tests.layers import reference
+from tests.layers.test_mixers import decode
+from tests.tolerances import assert_close
+
+BATCH, LENGTH, VOCAB, WIDTH = 2, 12, 17, 8
+NORM = NormConfig("rms", 1e-6)
+BARE = functools.partial(LayerConfig, mlp=MlpConfig("none", 0, "relu"), norm=NORM, norm_position="pre", remat=False)
+ATTENTION = AttentionConfig("causal", 2, 1, 4, rope_base=100.0, qk_norm=NORM, impl="auto")
+CONFIG = ModelConfig(
+    vocab=VOCAB,
+    width=WIDTH,
+    schedule="2x(ssm local) full",
+    layers={
+        "ssm": BARE(MambaConfig(inner=12, state=3, conv=4, dt_rank=2, dt_min=1e-2, dt_max=0.5)),
+        "local": BARE(
+            dataclasses.replace(ATTENTION, pattern="causal & (window(3) | sink(2))"),
+            mlp=MlpConfig("plain", 10, "gelu"),
+        ),
+        "full": BARE(ATTENTION),
+    },
+    norm=NORM,
+    tied=True,
+    dtype="float32",
+    scan=True,
+)
+TOKENS = np.random.default_rng(0).integers(0, VOCAB, (BATCH, LENGTH)).astype(np.int32)
+
+
+def change(**changes) -> ModelConfig:
+    return dataclasses.replace(CONFIG, **changes)
+
+
+def fill(config: ModelConfig) -> dict:
+    """Random parameters in the place of fresh ones."""
+    filled = reference.fill(lambda: Model(config, nnx.Rngs(0)))
+    return nnx.to_pure_dict(nnx.state(filled))
+
+
+def unroll(config: ModelConfig, parameters: dict) -> dict:
+    """The parameters of a scanned model in the places of an unrolled one."""
+    layers = reference.layer_weights(config, parameters)
+    outside = {name: value for name, value in parameters.items() if name not in ("before", "period", "after")}
+    return outside | {"before": dict(enumerate(layers))}
+
+
+def differentiate(config: ModelConfig, parameters: dict):
+    """A loss, the logits and the gradient."""
+
+    def loss(parameters):
+        logits = Functional(config).bind(parameters)(TOKENS)
+        return -jax.nn.log_softmax(logits)[:, :, 3].mean(), logits
+
+    (value, logits), gradient = jax.jit(jax.value_and_grad(loss, has_aux=True))(parameters)
+    return value, logits, gradient
+
+
+def assert_same_trees(found, expected):
+    """Equal but for rounding, each array at its own scale."""
+    assert jax.tree.structure(found) == jax.tree.structure(expected)
+    for (path, a), b in zip(jax.tree.leaves_with_path(found), jax.tree.leaves(expected), strict=True):
+        scale = np.abs(b).max()
+        assert scale > 0, path
+        assert_close(str(path), a / scale, b / scale, "float32")
+
+
+@pytest.fixture(scope="module")
+def parameters():
+    return fill(CONFIG)
+
+
+@pytest.fixture(scope="module")
+def scanned(parameters):
+    """Loss, logits and gradient of the model as it would train: scanned, activations computed again."""
+    layers = {name: dataclasses.replace(layer, remat=True) for name, layer in CONFIG.layers.items()}
+    return differentiate(change(layers=layers), parameters)
+
+
+def test_equals_the_reference(parameters, scanned):
+    expected = reference.model(CONFIG, jax.tree.map(np.float64, parameters), TOKENS)
+    assert scanned[1].shape == (BATCH, LENGTH, VOCAB)
+    assert_close("logits", scanned[1], expected, "float32")
+
+
+def test_unrolled_without_remat_is_the_same_model(parameters, scanned):
+    loss, logits, gradient = differentiate(change(scan=False), unroll(CONFIG, parameters))
+    assert_same_trees((loss, logits, gradient), (*scanned[:2], unroll(CONFIG, scanned[2])))
+
+
+@pytest.mark.parametrize("scan", [True, False])
+def test_tokens_one_by_one_equal_the_whole(parameters, scanned, scan):
+    held = parameters if scan else unroll(CONFIG, parameters)
+    model = Functional(change(scan=scan)).bind(held)
+    steps = jax.jit(lambda tokens: decode(model, tokens, LENGTH))(TOKENS)
+    assert_close("logits", steps, scanned[1], "float32")
+
+
+def test_an_untied_post_norm_model_without_a_period_whose_logits_depend_on_the_past_alone():
+    layer = dataclasses.replace(CONFIG.layers["ssm"], norm_position="post", norm=NormConfig("layer", 1e-6))
+    config = change(tied=False, schedule="ssm local", layers=CONFIG.layers | {"ssm": layer})
+    held = fill(config)
+    tokens = np.arange(LENGTH)[None]  # every position has a row of the embedding to itself
+    mix = np.random.default_rng(1).normal(size=VOCAB).astype(np.float32)
+
+    def run(embedding):
+        logits = Functional(config).bind(held | {"embedding": embedding})(tokens)
+        return (logits[0] * mix).sum(-1), logits
+
+    jacobian, logits = jax.jit(jax.jacrev(run, has_aux=True))(held["embedding"])
+    assert_close("logits", logits, reference.model(config, jax.tree.map(np.float64, held), tokens), "float32")
+    np.testing.assert_array_equal((jacobian[:, :LENGTH] != 0).any(-1), np.tri(LENGTH, dtype=bool))
+
+
+def test_bfloat16_has_float32_parameters_gradients_and_logits(parameters):
+    config = change(dtype="bfloat16")
+    assert {leaf.dtype for leaf in jax.tree.leaves(Functional(config).shapes)} == {jnp.dtype("float32")}
+    types = jax.eval_shape(functools.partial(differentiate, config), parameters)
+    assert {leaf.dtype for leaf in jax.tree.leaves(types)} == {jnp.dtype("float32")}
+
+
+def test_bfloat16_is_close_and_its_logits_are_not_rounded():
+    config = change(dtype="bfloat16", schedule="local")
+    held = fill(config)
+    logits = jax.jit(lambda held: Functional(config).bind(held)(TOKENS))(held)
+    expected = reference.model(config, jax.tree.map(np.float64, held), TOKENS)
+    np.testing.assert_allclose(logits, expected, atol=0.03 * np.abs(expected).max())
+    assert (logits != logits.astype(jnp.bfloat16)).any()  # float32 ones, not bfloat16 ones made wider
+
+
+def test_the_cache_is_what_the_layers_keep():
+    cache = jax.eval_shape(lambda: Functional(CONFIG).bind(fill(CONFIG)).init_cache(BATCH, 100))
+    full = 4 * (2 * BATCH * 100 * 4 + 100)  # keys and values of one head of 4, and where each slot is from
+    local = 4 * (2 * BATCH * 6 * 4 + 6)  # 3 keys back, the token's own and 2 sinks
+    ssm = 4 * BATCH * ((4 - 1) * 12 + 12 * 3)
+    assert sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(cache)) == 2 * (ssm + local) + full
+
+
+def test_place_is_applied_to_the_stream_between_layers():
+    seen = []
+
+    def place(x):
+        seen.append(x.shape)
+        return x
+
+    jax.eval_shape(lambda p: Functional(CONFIG).bind(p)(TOKENS, place), Functional(CONFIG).shapes)
+    assert seen == [(BATCH, LENGTH, WIDTH)] * 4  # the embedding, the period's two, full
+
+
+# Parameters.
+
+
+@pytest.mark.parametrize("scan", [True, False])
+@pytest.mark.parametrize(
+    "schedule", ["ssm", "ssm local", "3x(ssm)", "full 2x(ssm local) full", "2x(ssm ssm local) ssm"]
+)
+def test_every_parameter_has_axes(schedule, scan):
+    functional = Functional(change(schedule=schedule, scan=scan, tied=False))
+
+    def check(leaf, names):
+        assert isinstance(names, tuple)
+        assert len(names) == len(leaf.shape)
+        assert {type(name) for name in names} <= {str, type(None)}
+
+    jax.tree.map(check, functional.shapes, functional.axes)  # fails where the trees differ
+
+
+def test_axes_of_a_scanned_and_of_an_unrolled_layer():
+    functional = Functional(change(tied=False, schedule="full 2x(ssm local) full"))
+    axes, shapes = functional.axes, functional.shapes
+    assert axes["embedding"] == ("vocab", "width")
+    assert axes["head"]["weight"] == ("width", "vocab")
+    assert axes["before"][0]["mixer"]["query"]["weight"] == ("width", "heads")
+    assert axes["period"][0]["mixer"]["log_decay"] == (None, "inner", None)
+    assert shapes["period"][0]["mixer"]["log_decay"].shape == (2, 12, 3)
+    assert axes["period"][1]["mlp"]["down"]["weight"] == (None, "ff", "width")
+    assert axes["after"][0]["mixer_norm"]["scale"] == ("width",)
+
+
+def test_the_number_of_parameters_by_hand():
+    def count(config):
+        return sum(leaf.size for leaf in jax.tree.leaves(Functional(config).shapes))
+
+    norm, mlp = 8, 2 * 8 * 10
+    attention = 8 * 8 + 8 * 4 + 8 * 4 + 8 * 8 + 2 * 4  # query, key, value, out, norms of queries and keys
+    mamba = 2 * 8 * 12 + (4 + 1) * 12 + 12 * (2 + 3 + 3) + (2 + 1) * 12 + 12 * 3 + 12 + 12 * 8
+    layers = 2 * (norm + mamba) + 2 * (norm + attention + norm + mlp) + (norm + attention)
+    assert count(CONFIG) == count(change(scan=False)) == 17 * 8 + layers + norm
+    assert count(change(tied=False)) == 2 * 17 * 8 + layers + norm
+
+
+@pytest.fixture(scope="module")
+def queries():
+    """Fresh query projections of all layers of a small model with a period, as a function of the key."""
+    config = change(schedule="2x(one two) one", layers={"one": BARE(ATTENTION), "two": BARE(ATTENTION)})
+
+    def init(key):
+        layers = reference.layer_weights(config, Functional(config).init(key))
+        return [layer["mixer"]["query"]["weight"] for layer in layers]
+
+    return jax.jit(init)
+
+
+def test_no_two_layers_and_no_two_keys_start_alike(queries):
+    weights = queries(jax.random.key(0)) + queries(jax.random.key(1))
+    assert len(weights) == 10
+    assert all((a != b).all() for a, b in itertools.combinations(weights, 2))
+
+
+def test_the_same_key_gives_the_same_parameters(queries):
+    jax.tree.map(np.testing.assert_array_equal, queries(jax.random.key(3)), queries(jax.random.key(3)))
+
+
+def test_fresh_parameters_have_the_stated_shapes():
+    functional = Functional(CONFIG)
+    made = jax.eval_shape(functional.init, jax.random.key(0))
+    found, stated = (jax.tree.map(lambda leaf: (leaf.shape, leaf.dtype), t) for t in (made, functional.shapes))
+    assert found == stated
+
+
+def test_bind_gives_back_what_it_was_given(parameters):
+    held = nnx.to_pure_dict(nnx.state(Functional(CONFIG).bind(parameters)))
+    assert jax.tree.structure(held) == jax.tree.structure(parameters)
+    jax.tree.map(np.testing.assert_array_equal, held, parameters)

@@ -1,0 +1,153 @@
+"""Schedules: what parses to what, what does not and where, and the fold with the fewest layers to compile."""
+
+import pytest
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+
+from sparsejax import schedule
+from sparsejax.schedule import Fold, ScheduleError
+
+GOOD = {
+    "a": "a",
+    "  a  b ": "a b",
+    "a b a": "a b a",
+    "1x(a)": "a",
+    "3x(a b) c": "a b a b a b c",
+    "3x( a b )c": "a b a b a b c",
+    "2x(a 2x(b c) d)": "a b c b c d a b c b c d",
+    "2x(2x(2x(a)))": "a a a a a a a a",
+    "2x(a)2x(b)": "a a b b",
+    "\ta\nb": "a b",
+    "2x(x) x2": "x x x2",
+    "10x(a)": "a " * 10,
+    "_local Full full": "_local Full full",
+}
+BAD = {
+    "": "no layers",
+    "  \t": "no layers",
+    ")": "column 1: ')' closes nothing",
+    "a )": "column 3: ')' closes nothing",
+    "2x(a)) b": "column 6: ')' closes nothing",
+    "2x(": "column 1: the parenthesis opened here is never closed",
+    "a 2x(b 3x(c)": "column 3: the parenthesis opened here is never closed",
+    "a 12x(b 3x(c": "column 9: the parenthesis opened here is never closed",
+    "a 3x()": "column 3: the repeat is empty",
+    "2x(a 3x( ))": "column 6: the repeat is empty",
+    "a  0x(b)": "column 4: a repeat must be at least 1",
+    "a, b": "column 2: expected a layer name, a repeat like '3x(' or ')', found ','",
+    "a  - b": "column 4: expected a layer name, a repeat like '3x(' or ')', found '-'",
+    "(a b)": "column 1: expected a layer name, a repeat like '3x(' or ')', found '('",
+    "a(b)": "column 2: expected a layer name, a repeat like '3x(' or ')', found '('",
+    "3 x(a)": "column 1: expected a layer name, a repeat like '3x(' or ')', found '3'",
+    "3x (a)": "column 1: expected a layer name, a repeat like '3x(' or ')', found '3'",
+    "a 3*(b)": "column 3: expected a layer name, a repeat like '3x(' or ')', found '3'",
+    "-1x(a)": "column 1: expected a layer name, a repeat like '3x(' or ')', found '-'",
+    "2x(a.b)": "column 5: expected a layer name, a repeat like '3x(' or ')', found '.'",
+}
+
+
+@pytest.mark.parametrize(("text", "names"), GOOD.items())
+def test_parses(text, names):
+    assert schedule.parse(text) == tuple(names.split())
+
+
+@pytest.mark.parametrize(("text", "problem"), BAD.items())
+def test_refuses_in_one_line_with_the_column(text, problem):
+    with pytest.raises(ScheduleError) as caught:
+        schedule.parse(text)
+    assert str(caught.value) == f"schedule {text!r}: {problem}"
+
+
+def repeat(count, parts):
+    texts, names = zip(*parts, strict=True)
+    return f"{count}x({' '.join(texts)})", [name for part in names for name in part] * count
+
+
+@given(
+    st.recursive(
+        st.sampled_from(["a", "b", "x"]).map(lambda name: (name, [name])),
+        lambda inner: st.builds(repeat, st.integers(1, 3), st.lists(inner, min_size=1, max_size=3)),
+        max_leaves=8,
+    )
+)
+def test_repeats_are_written_out(built):
+    text, names = built
+    assert schedule.parse(text) == tuple(names)
+
+
+@given(st.text("ab3x() \t", max_size=12))
+def test_anything_else_is_a_schedule_error(text):
+    try:
+        names = schedule.parse(text)
+    except ScheduleError as error:
+        lines = str(error).splitlines()
+    else:
+        lines = [" ".join(names)]
+    assert len(lines) == 1
+
+
+def test_check_names_the_undefined_layer_and_the_nearest():
+    assert schedule.check("2x(ssm local) full", ["full", "local", "ssm", "unused"]) == ("ssm", "local") * 2 + ("full",)
+    with pytest.raises(ScheduleError) as caught:
+        schedule.check("2x(ssm loca ssm) full", {"local": 1, "ssm": 2, "full": 3})
+    assert str(caught.value) == (
+        "schedule '2x(ssm loca ssm) full': column 8: layer 'loca' is not defined, did you mean 'local'?"
+    )
+
+
+def test_check_points_at_the_whole_word():
+    with pytest.raises(ScheduleError, match="column 9: layer 'loc' is not defined"):
+        schedule.check("local x loc", ["local", "x"])
+
+
+def test_check_without_any_layer_defined():
+    with pytest.raises(ScheduleError, match=r"column 1: layer 'a' is not defined$"):
+        schedule.check("a", [])
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("a", ("a", "", 0, "")),
+        ("a b", ("a b", "", 0, "")),
+        ("a a", ("", "a", 2, "")),
+        ("3x(a a b) c", ("", "a a b", 3, "c")),
+        ("a 2x(b c)", ("a", "b c", 2, "")),
+        ("c 12x(a) b", ("c", "a", 12, "b")),
+        ("2x(ssm local) full", ("", "ssm local", 2, "full")),
+        ("2x(a b) a c", ("", "a b", 2, "a c")),
+        ("a b c a b d", ("a b c a b d", "", 0, "")),
+        ("2x(2x(a b) c)", ("", "a b a b c", 2, "")),
+        ("7x(a) b 7x(a) b", ("", " ".join("aaaaaaab"), 2, "")),
+    ],
+)
+def test_folds(text, expected):
+    before, period, repeats, after = expected
+    fold = schedule.fold(schedule.parse(text))
+    assert fold == Fold(*(tuple(part.split()) for part in (before, period)), repeats, tuple(after.split()))
+
+
+@settings(max_examples=300)
+@given(st.lists(st.sampled_from("abc"), max_size=12) | st.lists(st.sampled_from("ab"), max_size=16))
+@example(list("ab" * 4 + "a"))
+def test_fold_is_the_schedule_and_compiles_the_fewest_layers(names):
+    names = tuple(names)
+    before, period, repeats, after = schedule.fold(names)
+    assert before + period * repeats + after == names
+    assert (repeats >= 2 and period) or (repeats, period, after) == (0, (), ())
+    assert len(before) + len(period) + len(after) == fewest(names)
+
+
+def fewest(names):
+    """The smallest number of layers left when some run of equal stretches is counted once, all tried."""
+    n = len(names)
+    return min(
+        [n]
+        + [
+            n - (repeats - 1) * width
+            for width in range(1, n)
+            for repeats in range(2, n // width + 1)
+            for start in range(n - width * repeats + 1)
+            if names[start : start + width] * repeats == names[start : start + width * repeats]
+        ]
+    )
