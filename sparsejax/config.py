@@ -12,6 +12,7 @@ import difflib
 import hashlib
 import importlib.util
 import json
+import math
 import sys
 import traceback
 import types
@@ -195,18 +196,16 @@ def load(place: str, overrides: typing.Iterable[str] = ()) -> ConfigDict:
     path, _, argument = place.partition(":")
     if not Path(path).is_file():
         raise ConfigError(f"--config: no file {path!r}")
-    spec = importlib.util.spec_from_file_location("sparsejax_config_file", path)
-    module = importlib.util.module_from_spec(spec)
-    sys.path.insert(0, str(Path(path).parent))
     try:
-        spec.loader.exec_module(module)
+        module = _run_file(path)
         config = module.get_config(argument) if argument else module.get_config()
     except Exception as error:
-        frames = [f for f in traceback.extract_tb(sys.exc_info()[2]) if f.filename.endswith(Path(path).name)]
-        line = getattr(error, "lineno", None) or (frames[-1].lineno if frames else 0)
-        raise ConfigError(f"{path}: line {line}: {type(error).__name__}: {error}") from error
-    finally:
-        sys.path.remove(str(Path(path).parent))
+        lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == path]
+        line = getattr(error, "lineno", None) or (lines[-1] if lines else None)
+        where = f"{path}: line {line}" if line else path
+        raise ConfigError(f"{where}: {type(error).__name__}: {' '.join(str(error).split())}") from error
+    if not isinstance(config, ConfigDict):
+        raise ConfigError(f"{path}: get_config returned {type(config).__name__}, not a ConfigDict")
     # A dict that a file uses twice would be one ConfigDict in both places, and an override of the one would
     # silently change the other.
     config = ConfigDict(_copy_tree(config.to_dict()))
@@ -216,6 +215,23 @@ def load(place: str, overrides: typing.Iterable[str] = ()) -> ConfigDict:
             raise ConfigError(f"--config.{key}: write --config.{key}=VALUE")
         override(config, key, value)
     return config
+
+
+def _run_file(path: str) -> types.ModuleType:
+    """The module of a config file; what it imported from its own folder is forgotten, so that no other file finds it."""
+    spec = importlib.util.spec_from_file_location("sparsejax_config_file", path)
+    if spec is None:
+        raise ImportError("not a Python file")
+    module, folder, before = importlib.util.module_from_spec(spec), str(Path(path).parent), set(sys.modules)
+    sys.path.insert(0, folder)
+    try:
+        spec.loader.exec_module(module)
+    finally:
+        sys.path.remove(folder)
+        for name in set(sys.modules) - before:
+            if str(Path(getattr(sys.modules[name], "__file__", None) or "").parent) == folder:
+                del sys.modules[name]
+    return module
 
 
 def _copy_tree(value: Any) -> Any:
@@ -235,8 +251,10 @@ def override(config: ConfigDict, key: str, text: str) -> None:
     if isinstance(section[name], ConfigDict):
         raise ConfigError(f"{key}: is a section; set one of its keys: {', '.join(section[name].keys())}")
     value = text if isinstance(section[name], str) else _literal(text)
-    with section.ignore_type():
-        section[name] = value
+    if isinstance(section[name], float) and type(value) is int:
+        value = float(value)
+    del section[name]  # set anew, so that ConfigDict does not convert it: `check` is to see what was given
+    section[name] = value
 
 
 def _literal(text: str) -> Any:
@@ -245,7 +263,7 @@ def _literal(text: str) -> Any:
         return words[text.lower()]
     try:
         return ast.literal_eval(text)
-    except (ValueError, SyntaxError):
+    except (ValueError, TypeError, SyntaxError, MemoryError, RecursionError):
         return text
 
 
@@ -296,7 +314,8 @@ def _build(kind: Any, value: Any, path: str) -> Any:
         _demand(isinstance(value, dict) and value, path, "a section with at least one entry", value)
         return {key: _build(typing.get_args(kind)[1], item, f"{path}.{key}") for key, item in value.items()}
     if kind is float:
-        _demand(isinstance(value, int | float) and not isinstance(value, bool), path, "a number", value)
+        number = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+        _demand(number, path, "a number", value)
         return float(value)
     words = {int: "an integer", bool: "true or false", str: "text"}
     _demand(type(value) is kind, path, words[kind], value)

@@ -270,9 +270,14 @@ def test_overrides_that_cannot_be(write, tiny_config, override, message):
         ("model.tied=1", "model.tied: expected true or false, got 1"),
     ],
 )
-def test_overrides_of_the_wrong_type_are_refused_by_check(tiny_config, override, message):
-    configs.override(tiny_config, *override.split("=", 1))
-    assert refusal(tiny_config) == message
+def test_overrides_of_the_wrong_type(tiny_config, override, message):
+    def apply():
+        configs.override(tiny_config, *override.split("=", 1))
+        configs.check(tiny_config)
+
+    with pytest.raises(ConfigError) as caught:
+        apply()
+    assert str(caught.value) == message
 
 
 def test_an_override_leaves_equal_sections_elsewhere_alone(write):

@@ -12,7 +12,7 @@ from sparsejax import patterns
 from sparsejax.layers.norm import Norm, NormConfig
 from sparsejax.layers.rotary import rotate
 from sparsejax.layers.stream import Cost, Linear, Stream, output_scale
-from sparsejax.ops import attend, attend_one
+from sparsejax.ops import IMPLEMENTATIONS, attend, attend_one
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,6 +34,9 @@ class AttentionConfig:
             raise ValueError(f"heads = {self.heads} is not divisible by kv_heads = {self.kv_heads}")
         if self.rope_base is not None and (self.head_width % 2 or self.rope_base <= 1):
             raise ValueError("rotary positions need an even head_width and rope_base > 1")
+        impls = ["auto", *(one.name for one in IMPLEMENTATIONS)]
+        if self.impl not in impls:
+            raise ValueError(f"impl must be one of {', '.join(impls)}, got {self.impl!r}")
         pattern = patterns.parse(self.pattern)
         if pattern.heads not in (None, self.heads):
             raise ValueError(f"pattern is for {pattern.heads} heads, heads = {self.heads}: {self.pattern!r}")

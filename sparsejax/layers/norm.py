@@ -24,6 +24,8 @@ class NormConfig:
     def __post_init__(self):
         if self.kind not in KINDS:
             raise ValueError(f"kind must be one of {', '.join(KINDS)}, got {self.kind!r}")
+        if self.eps <= 0:
+            raise ValueError(f"eps must be above 0, got {self.eps}")
 
 
 class Norm(nnx.Module):

@@ -28,5 +28,6 @@ def cache_slots(pattern: Pattern, length: int) -> tuple[np.ndarray, int]:
     count = int(pinned.sum())
     lifetime = int((last - keys + 1)[~pinned].max(initial=0))
     ring = min(max(lifetime, 1), length - count) if count < length else 0
-    slots = np.where(pinned, np.cumsum(pinned) - 1, count + keys % max(ring, 1))
+    rank = np.cumsum(~pinned) - 1  # among the keys that share the ring
+    slots = np.where(pinned, np.cumsum(pinned) - 1, count + rank % max(ring, 1))
     return slots.astype(np.int32), count + ring

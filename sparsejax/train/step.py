@@ -44,7 +44,7 @@ def build_step(
 
     def step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
         loss, grads = differentiate(state.parameters, batch)
-        norm = optax.global_norm(grads)
+        norm = optax.tree.norm(grads)
         bad = ~(jnp.isfinite(loss) & jnp.isfinite(norm))
         first = state.step == state.skipped  # the mean has nothing in it yet
         if config.spike:

@@ -200,7 +200,6 @@ CASES = [
     Case("full", 7, 7, scale=0.0),
     Case("causal", 391, 391),
     Case("causal", 129, 65, heads=(4, 2), softcap=3.0, sink=True),
-    Case("causal", 129, 129, segments="one", dtype="bfloat16"),
     Case("window(63)", 300, 300, heads=(4, 1), segments="one", sink=True),
     Case("window(5, 70)", 65, 200, heads=(4, 2), softcap=2.0),
     Case("chunk(100)", 300, 129, segments="pair"),
@@ -247,7 +246,7 @@ def cases(draw) -> Case:
 
 
 @pytest.mark.parametrize("impl", IMPLS)
-@settings(max_examples=8)
+@settings(max_examples=6)
 @given(case=cases())
 def test_any_pattern(impl, case):
     with unless_refused(impl, lambda _: reject()):
@@ -263,14 +262,13 @@ def test_float64(impl):
 
 
 @pytest.mark.parametrize("impl", IMPLS)
-@pytest.mark.parametrize("shift", [-100_000, 100_000])
-def test_scores_beyond_the_range_of_exp(impl, shift):
-    # Small integers: the scores are exact in float32, so that the tolerance need not grow with them.
+def test_scores_beyond_the_range_of_exp(impl):
+    # Small integers and one large: scores are exact in float32, so that the tolerance need not grow with them.
     case = Case("causal", 70, 70, scale=4.0, sink=True)
     inputs = draw_inputs(case)
     q, k = (np.round(2 * x) for x in (inputs.q, inputs.k))
-    q[..., 0], k[..., 0] = 1, shift
-    sink = np.array([4 * shift + 300, 4 * shift - 300], np.float32)
+    q[..., 0], k[..., 0] = [1, -1], 100_000  # one head far above, one far below
+    sink = np.array([400_300, -400_300], np.float32)
     inputs = inputs._replace(q=q, k=k, sink=sink)
     expected = oracle(case, inputs, mask_of(case, inputs))
     with unless_refused(impl, pytest.skip):
@@ -375,7 +373,7 @@ def largest_array(impl: str, length: int) -> int:
     """Elements of the largest array anywhere in the compiled forward and backward pass."""
     shape = jax.ShapeDtypeStruct((1, length, 1, 8), jnp.float32)
     loss = lambda q, k, v: serve(impl, q, k, v, parse("window(64)")).sum()  # noqa: E731
-    compiled = jax.jit(jax.grad(loss, argnums=(0, 1, 2))).lower(shape, shape, shape).compile()
+    compiled = jax.jit(jax.grad(loss, argnums=(0, 1, 2))).lower(shape, shape, shape).compile(QUICK)
     shapes = re.findall(r"\b[a-z]+\d*\[([\d,]+)\]", compiled.as_text())
     return max(math.prod(map(int, dims.split(","))) for dims in shapes)
 

@@ -40,7 +40,7 @@ def check(layout: TileLayout, mask: np.ndarray, tile: tuple[int, int]):
     assert layout.columns.dtype == np.int32
 
 
-@settings(max_examples=400)
+@settings(max_examples=150)
 @given(patterns(longest=45), LENGTHS, LENGTHS, TILES)
 def test_layout_is_the_oracle_mask_in_tiles(pattern, t, s, tile):
     masks, layouts = pattern.dense(t, s), pattern.layout(t, s, tile)
@@ -76,7 +76,7 @@ def test_layout_counts_more_tiles_than_fit_at_once():
     check(layout, pattern.dense(120), (6, 6))
 
 
-@settings(max_examples=200)
+@settings(max_examples=100)
 @given(shared_patterns(longest=45), LENGTHS, LENGTHS, TILES)
 def test_tiles_of_equal_signature_hold_the_same_pairs(pattern, t, s, tile):
     # Such tiles are counted once for all. Only whole tiles: cut ones differ by their shape anyway.
@@ -88,7 +88,7 @@ def test_tiles_of_equal_signature_hold_the_same_pairs(pattern, t, s, tile):
         np.testing.assert_array_equal(seen.setdefault(tuple(signature), pairs), pairs)
 
 
-@settings(max_examples=200)
+@settings(max_examples=100)
 @given(patterns(longest=300), st.integers(150, 300), st.integers(150, 300))
 def test_pairs_are_counted_exactly(pattern, t, s):
     count = pattern.pairs(t, s)

@@ -22,7 +22,7 @@ def lost_keys(pattern: Pattern, length: int) -> list[tuple[int, int]]:
     return lost
 
 
-@settings(max_examples=200)
+@settings(max_examples=100)
 @given(patterns(longest=30), st.integers(0, 60))
 def test_no_key_is_lost_while_it_may_be_looked_at(pattern, length):
     slots, count = cache_slots(pattern, length)

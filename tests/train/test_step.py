@@ -1,0 +1,173 @@
+"""The training step: sums over parts, keeps state in float32, and leaves a bad update out."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from sparsejax import config as configs
+from sparsejax import sharding
+from sparsejax.model import Functional
+from sparsejax.train import build_evaluation, build_optimizer, build_schedule, build_step, init_state
+from tests.train import recipe
+
+SCHEDULE = "local"
+STEPS = 20
+
+
+class Bench:
+    """A one-layer model with everything that a step is built of; the step is compiled once."""
+
+    def __init__(self, **train):
+        settings = recipe.get_config()
+        settings.model.schedule = SCHEDULE
+        settings.model.dtype = train.pop("dtype", "float32")
+        settings.train.update(train)
+        config = configs.check(settings)
+        self.config, self.model, self.mesh = config, Functional(config.model), sharding.make_mesh(config.sharding)
+        self.optimizer = build_optimizer(config.optimizer, STEPS)
+        self.schedule = build_schedule(config.optimizer, STEPS)
+        self.step = build_step(self.model, self.optimizer, self.schedule, config.train, self.mesh)
+        self._start = init_state(self.model, self.optimizer, 0, self.mesh)
+
+    def state(self):
+        """The state at the start, to be given up to the step."""
+        return jax.tree.map(lambda x: x.copy(), self._start)
+
+    def surprise(self, batch):
+        """Negative log-likelihoods of the targets at the start."""
+        logits = jax.jit(lambda p, tokens: self.model.bind(p)(tokens))(self._start.parameters, batch["inputs"])
+        assert logits.dtype == jnp.float32
+        likelihood = logits - np.logaddexp.reduce(logits, axis=-1, keepdims=True)
+        return -np.take_along_axis(np.asarray(likelihood), batch["targets"][..., None], -1)[..., 0]
+
+
+def draw(seed, rows=4, length=32):
+    tokens = np.random.default_rng(seed).integers(97, 123, (rows, length + 1)).astype(np.int32)
+    return {"inputs": tokens[:, :-1], "targets": tokens[:, 1:], "weights": np.ones((rows, length), np.float32)}
+
+
+def poisoned(batch):
+    return batch | {"weights": np.full_like(batch["weights"], np.nan)}
+
+
+def host(tree):
+    """A copy that outlives the step it is given to."""
+    return jax.tree.map(np.array, dataclasses.replace(tree, key=jax.random.key_data(tree.key)))
+
+
+def assert_same_bits(found, expected):
+    for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
+        assert a.tobytes() == b.tobytes()
+
+
+@pytest.fixture(scope="module")
+def plain():
+    return Bench()
+
+
+@pytest.fixture(scope="module")
+def spiky():
+    return Bench(spike=2.0)
+
+
+def test_loss_is_the_mean_over_weights(plain):
+    batch = draw(0)
+    batch["weights"][:, 10:] = 0
+    batch["weights"][1] = 0
+    _, metrics = plain.step(plain.state(), batch)
+    assert float(metrics["loss"]) == pytest.approx(plain.surprise(batch)[[0, 2, 3], :10].mean(), rel=1e-5)
+
+
+def test_parts_of_a_batch_add_up(plain):
+    parts = Bench(accumulate=2)
+    batch = draw(1)
+    batch["weights"][0] = 0  # the parts weigh differently
+    batch["weights"][1, 5:] = 0
+    whole, summed = (bench.step(bench.state(), batch) for bench in (plain, parts))
+    for name in ("loss", "grad_norm", "loss_mean"):
+        assert float(summed[1][name]) == pytest.approx(float(whole[1][name]), rel=1e-5)
+    for a, b in zip(jax.tree.leaves(summed[0].optimizer), jax.tree.leaves(whole[0].optimizer), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-7)
+
+
+def test_learning_rate_is_that_of_the_update(plain):
+    state = plain.state()
+    for step in range(6):
+        state, metrics = plain.step(state, draw(step))
+        assert float(metrics["learning_rate"]) == pytest.approx(float(plain.schedule(step)), rel=1e-6)
+    assert int(state.step) == 6
+
+
+def test_bfloat16_computes_only(plain):
+    half = Bench(dtype="bfloat16")
+    state, losses = half.state(), []
+    for _ in range(15):
+        state, metrics = half.step(state, draw(0))
+        losses.append(float(metrics["loss"]))
+    assert losses[-1] < losses[0] - 1
+    for leaf in jax.tree.leaves((state.parameters, state.optimizer)):
+        assert leaf.dtype in (jnp.float32, jnp.int32)
+    _, exact = plain.step(plain.state(), draw(0))
+    assert 0 < abs(losses[0] - float(exact["loss"])) < 0.05
+
+
+def test_a_loss_that_is_not_finite_changes_no_parameter(plain):
+    state, _ = plain.step(plain.state(), draw(0))
+    before = host(state)
+    state, metrics = plain.step(state, poisoned(draw(1)))
+    assert metrics["bad"]
+    assert np.isnan(metrics["loss"])
+    after = host(state)
+    assert_same_bits((after.parameters, after.optimizer), (before.parameters, before.optimizer))
+    assert (int(after.step), int(after.skipped)) == (2, 1)
+    assert after.loss_mean == before.loss_mean
+    state, metrics = plain.step(state, draw(2))  # and it goes on, at the rate that was not used
+    assert not metrics["bad"]
+    assert float(metrics["learning_rate"]) == pytest.approx(float(plain.schedule(1)), rel=1e-6)
+
+
+def test_a_bad_batch_counts_for_nothing(plain):
+    state = plain.state()
+    for batch in (poisoned(draw(8)), draw(0), poisoned(draw(9)), draw(1)):
+        state, _ = plain.step(state, batch)
+    expected = plain.state()
+    for batch in (draw(0), draw(1)):
+        expected, _ = plain.step(expected, batch)
+    found, expected = host(state), host(expected)
+    assert_same_bits(
+        (found.parameters, found.optimizer, found.loss_mean),
+        (expected.parameters, expected.optimizer, expected.loss_mean),
+    )
+
+
+def test_a_spike_is_a_multiple_of_the_running_mean(spiky):
+    state = spiky.state()
+    for seed in range(3):
+        state, metrics = spiky.step(state, draw(seed))
+        assert not metrics["bad"]
+    before = host(state)
+    state, metrics = spiky.step(dataclasses.replace(state, loss_mean=state.loss_mean / 2.5), draw(3))
+    assert metrics["bad"]
+    assert np.isfinite(metrics["loss"])
+    assert_same_bits(host(state).parameters, before.parameters)
+    assert int(state.skipped) == 1
+
+
+def test_a_first_loss_that_is_bad_does_not_make_all_others_spikes(spiky):
+    state, metrics = spiky.step(spiky.state(), poisoned(draw(0)))
+    assert metrics["bad"]
+    state, metrics = spiky.step(state, draw(1))
+    assert not metrics["bad"]
+    assert float(metrics["loss_mean"]) == float(metrics["loss"])
+    assert int(state.skipped) == 1
+
+
+def test_evaluation_sums_by_position(plain):
+    batch = draw(0)
+    batch["weights"][2:, 7:] = 0
+    losses, weights = build_evaluation(plain.model, plain.mesh)(plain.state().parameters, batch)
+    np.testing.assert_array_equal(weights, batch["weights"].sum(0))
+    np.testing.assert_allclose(losses, (plain.surprise(batch) * batch["weights"]).sum(0), rtol=1e-5)
