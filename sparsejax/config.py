@@ -218,7 +218,7 @@ def load(place: str, overrides: typing.Iterable[str] = ()) -> ConfigDict:
 
 
 def _run_file(path: str) -> types.ModuleType:
-    """The module of a config file; what it imported from its own folder is forgotten, so that no other file finds it."""
+    """The module of a config file; what it imported from its own folder is forgotten, so no other file finds it."""
     spec = importlib.util.spec_from_file_location("sparsejax_config_file", path)
     if spec is None:
         raise ImportError("not a Python file")
