@@ -1,4 +1,10 @@
-"""Hybrid: the quickstart's layers, seven of them, on windows of 512 bytes, for 30 minutes on 2 CPU cores."""
+"""Hybrid: the quickstart's layers, seven of them, on windows of 512 bytes, for half an hour on 2 CPU cores.
+
+    sparsejax train --config=configs/hybrid.py --workdir=runs/hybrid
+
+Reached 1.651 bits per byte on CPython 3.11.7's held-out text (order-4 n-gram 2.253, gzip -9 1.965, xz -9e 1.672), in 38
+minutes on 2 CPU cores that were shared with other work. See experiments/byte_lm.
+"""
 
 from quickstart import get_config as get_quickstart
 
