@@ -41,9 +41,8 @@ class Model(nnx.Module):
         self.after = build(self.fold.after, rngs)
         self.norm = Norm(config.norm, config.width, rngs)
         self.dtype = stream.dtype
-        self.head = None
-        if not config.tied:
-            self.head = Linear(config.width, config.vocab, ("width", "vocab"), dtype=stream.dtype, rngs=rngs)
+        axes = ("width", "vocab")
+        self.head = None if config.tied else Linear(config.width, config.vocab, axes, dtype=stream.dtype, rngs=rngs)
 
     def __call__(
         self, tokens: Int[Array, "b t"], place: Callable[[Array], Array] = lambda x: x

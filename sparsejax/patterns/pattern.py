@@ -153,6 +153,7 @@ class _Combination(Pattern):
 
     @classmethod
     def of(cls, *terms: Pattern) -> Pattern:
+        """The terms joined; PatternError if they are for different numbers of heads."""
         flat = [part for term in terms for part in (term.terms if type(term) is cls else (term,))]
         heads = {term.heads for term in flat} - {None}
         if len(heads) > 1:
