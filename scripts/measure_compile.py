@@ -3,7 +3,7 @@
     python scripts/measure_compile.py [--out FILE.json]
 
 A scanned model compiles one period of its schedule, however often that repeats: 32 layers should take at most
-1.3 times as long as 8. Unrolled, they take about four times as long. Tracing and lowering are included. Each
+1.3 times as long as 8. Unrolled, it grows with the depth. Tracing and lowering are included. Each
 number is the median of three runs, taken in turn.
 """
 

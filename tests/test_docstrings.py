@@ -52,7 +52,6 @@ def shapeless_arrays(value: object) -> list[str]:
 
 
 @pytest.mark.parametrize("room", ROOMS)
-@pytest.mark.xfail(reason="some array arguments of patterns do not name their shapes yet", strict=False)
 def test_public_functions_name_the_shapes_of_their_arrays(room):
     bare = {name: shapeless_arrays(value) for name, value in public_names(room)}
     assert {name: arguments for name, arguments in bare.items() if arguments} == {}

@@ -58,9 +58,11 @@ def selective_step(
     C: Float[Array, "b n"],
     state: Float[Array, "b d n"],
 ) -> tuple[Float[Array, "b d"], Float[Array, "b d n"]]:
-    """One position of `selective_scan`: its output and the next state."""
-    state, y = _advance(A.T, state.swapaxes(1, 2), (x, dt, B, C))
-    return y, state.swapaxes(1, 2)
+    """One position of `selective_scan`: its output in the dtype of `x` and the next state, in float32."""
+    wide = jnp.promote_types(x.dtype, jnp.float32)
+    inputs = [a.astype(wide) for a in (x, dt, B, C)]
+    state, y = _advance(A.astype(wide).T, state.astype(wide).swapaxes(1, 2), inputs)
+    return y.astype(x.dtype), state.swapaxes(1, 2)
 
 
 def _split_chunks(x: Array) -> Array:

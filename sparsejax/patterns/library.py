@@ -12,6 +12,7 @@ from sparsejax.patterns.pattern import Pattern, PatternError
 from sparsejax.patterns.tiles import Bounds, TileGrid
 
 FOREVER = np.iinfo(np.int64).max
+FARTHEST = 2**30  # sums of two positions stay within the int32 of a compiled program, where overflow is silent
 
 
 def _require(pattern: Pattern, **least: int) -> None:
@@ -19,6 +20,8 @@ def _require(pattern: Pattern, **least: int) -> None:
         value = getattr(pattern, field)
         if isinstance(value, bool) or not isinstance(value, int) or value < low:
             raise PatternError(f"{pattern.name}: {field} must be an integer >= {low}, got {value!r}")
+        if value > FARTHEST:
+            raise PatternError(f"{pattern.name}: {field} must be at most 2**30, got {value}")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -168,8 +171,8 @@ class Globals(Pattern):
 
     def __post_init__(self):
         if isinstance(self.ids, list | tuple):
-            if not all(isinstance(i, int) and not isinstance(i, bool) for i in self.ids):
-                raise PatternError(f"globals: ids must be integers, got {list(self.ids)!r}")
+            if not all(isinstance(i, int) and not isinstance(i, bool) and abs(i) <= FARTHEST for i in self.ids):
+                raise PatternError(f"globals: ids must be integers of at most 2**30, got {list(self.ids)!r}")
             object.__setattr__(self, "ids", tuple(sorted(set(self.ids))))
         else:
             _require(self, ids=0)
@@ -193,32 +196,40 @@ class Globals(Pattern):
         return [q0, k0]
 
     def last_query(self, k):
-        if min(self._listed(), default=0) < 0:
+        first, last = self._span()
+        if first < 0:
             return np.full_like(k, FOREVER)
-        return np.where(self._is_global(k, None), FOREVER, max(self._listed(), default=-1))
+        return np.where(self._is_global(k, None), FOREVER, last)
 
     def lookahead(self):
-        return math.inf if self._listed() else -math.inf
+        first, last = self._span()
+        return math.inf if first <= last else -math.inf
 
-    def _listed(self) -> tuple[int, ...]:
-        return tuple(range(self.ids)) if isinstance(self.ids, int) else self.ids
+    def _span(self) -> tuple[int, int]:
+        """The least and the greatest id; (0, -1) if there are none."""
+        if isinstance(self.ids, int):
+            return 0, self.ids - 1
+        return (self.ids[0], self.ids[-1]) if self.ids else (0, -1)
 
-    def _resolve(self, length: int | None) -> list[int]:
-        if length is None and min(self._listed(), default=0) < 0:
+    def _positions(self, length: int | None) -> np.ndarray:
+        """The global positions, int64 [n], of a sequence of `length`, some perhaps outside of it."""
+        if isinstance(self.ids, int):
+            return np.arange(self.ids if length is None else min(self.ids, length))
+        if length is None and self._span()[0] < 0:
             raise PatternError(f"{self}: ids that count from the end need the lengths t and s")
-        return [i if i >= 0 else i + length for i in self._listed()]
+        return np.array([i if i >= 0 else i + length for i in self.ids], np.int64)
 
     def _is_global(self, position, length):
         if isinstance(self.ids, int):
             return position < self.ids
         found = position < 0  # positions are never negative: all False, in the shape and module of the input
-        for i in self._resolve(length):
+        for i in self._positions(length).tolist():
             found = found | (position == i)
         return found
 
     def _tiles(self, first, last, length) -> tuple[np.ndarray, np.ndarray]:
         """Numbers of the tiles `[first, last]` with any global position, and of those with only such."""
-        ids = np.array(sorted(i for i in set(self._resolve(length)) if 0 <= i < length), np.int64)
+        ids = np.unique(self._positions(length))
         inside = np.searchsorted(ids, last, side="right") - np.searchsorted(ids, first)
         return np.flatnonzero(inside > 0), np.flatnonzero(inside == last - first + 1)
 

@@ -174,6 +174,8 @@ class _Combination(Pattern):
 class And(_Combination):
     """What all terms allow."""
 
+    name: ClassVar[str] = "and"
+
     def allows(self, q, k, t=None, s=None):
         return functools.reduce(operator.and_, (term.allows(q, k, t, s) for term in self.terms))
 
@@ -192,6 +194,8 @@ class And(_Combination):
 
 class Or(_Combination):
     """What any term allows."""
+
+    name: ClassVar[str] = "or"
 
     def allows(self, q, k, t=None, s=None):
         return functools.reduce(operator.or_, (term.allows(q, k, t, s) for term in self.terms))

@@ -16,6 +16,7 @@ from typing import Any
 from sparsejax.patterns.library import NAMES
 from sparsejax.patterns.pattern import And, Or, Pattern, PatternError, PerHead, per_head
 
+DEEPEST = 100  # parentheses inside parentheses; far more than any pattern needs, far fewer than Python's stack holds
 TOKEN = re.compile(r"\s*(?:(?P<name>[A-Za-z_]\w*)|(?P<integer>-?\d+)|(?P<sign>[()\[\],=&|]))")
 
 
@@ -33,6 +34,7 @@ class _Parser:
         self.text = text
         self.tokens = list(self._split())
         self.next = 0
+        self.depth = 0
 
     def _split(self):
         at, end = 0, len(self.text.rstrip())
@@ -65,7 +67,12 @@ class _Parser:
         return pattern
 
     def union(self) -> Pattern:
-        return self.joined("|", self.intersection, Or)
+        self.depth += 1
+        if self.depth > DEEPEST:
+            raise self.error(f"more than {DEEPEST} patterns inside one another")
+        pattern = self.joined("|", self.intersection, Or)
+        self.depth -= 1
+        return pattern
 
     def intersection(self) -> Pattern:
         return self.joined("&", self.atom, And)
@@ -114,6 +121,8 @@ class _Parser:
     def value(self) -> Any:
         kind, word, _ = self.tokens[self.next]
         if kind == "integer":
+            if len(word) > 20:
+                raise self.error(f"a number of {len(word)} digits")
             self.next += 1
             return int(word)
         if self.take("["):

@@ -104,7 +104,7 @@ class TileGrid:
         return self._row_spans(-(-start // self.tile[1]), last)
 
     def product(self, rows: np.ndarray, columns: np.ndarray) -> Spans:
-        """All tiles (row, column) of the given int arrays of tile numbers."""
+        """All tiles (row, column) of the given tile numbers, int64 [n] and [m]."""
         tiles = (rows[:, None] * self.columns + columns[None, :]).ravel()
         return Spans.union(tiles, tiles + 1, self.rows * self.columns)
 

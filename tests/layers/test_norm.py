@@ -21,10 +21,10 @@ def test_equals_the_reference(kind, eps):
 
 
 def test_starts_as_the_plain_norm():
-    y = np.asarray(Norm(NormConfig("layer", 0.0), 12, nnx.Rngs(0))(X))
+    y = np.asarray(Norm(NormConfig("layer", 1e-8), 12, nnx.Rngs(0))(X))
     np.testing.assert_allclose(y.mean(-1), 0, atol=1e-6)
     np.testing.assert_allclose(y.std(-1), 1, atol=1e-5)
-    y = np.asarray(Norm(NormConfig("rms", 0.0), 12, nnx.Rngs(0))(X))
+    y = np.asarray(Norm(NormConfig("rms", 1e-8), 12, nnx.Rngs(0))(X))
     np.testing.assert_allclose((y**2).mean(-1), 1, atol=1e-5)
 
 

@@ -140,7 +140,6 @@ def test_layout_of_a_long_sequence():
     assert pattern.pairs(length) == expected.sum()
 
 
-@pytest.mark.xfail(reason="a layout of many globals lists them tile by tile; not closed-form yet")
 def test_memory_does_not_grow_with_the_number_of_globals():
     pattern = parse("globals(1000000) & window(3)")
     _, peak = measured(lambda: (pattern.layout(1024), pattern.lookahead(), pattern.last_query(np.arange(1024))))
