@@ -107,10 +107,9 @@ class Model(nnx.Module):
         return self.embedding[...].astype(self.dtype)[tokens]
 
     def _logits(self, x: Array) -> Array:
-        x = self.norm(x)
-        if self.head is not None:
-            return self.head(x).astype(jnp.float32)
-        return jnp.einsum("...m,vm->...v", x, self.embedding[...].astype(self.dtype)).astype(jnp.float32)
+        weight = self.embedding[...].T if self.head is None else self.head.weight[...]
+        # Multiplied in the stream's dtype, but summed and kept in float32: the loss would feel the rounding.
+        return jnp.matmul(self.norm(x), weight.astype(self.dtype), preferred_element_type=jnp.float32)
 
 
 class Functional:

@@ -6,7 +6,7 @@ from types import SimpleNamespace
 import pytest
 
 from sparsejax.cli import BAD_LOSS, USAGE_ERROR, main
-from sparsejax.train import read_rows
+from sparsejax.train import list_steps, read_rows
 from tests.train import runs
 
 
@@ -118,7 +118,7 @@ def test_bad_loss_stops_with_a_checkpoint_or_is_skipped(text, tmp_path, capsys):
     spike = ["--config.train.spike=0.5", "--config.train.steps=5"]  # every loss after the first is a spike
     assert main(arguments(text, tmp_path / "stop", *spike)) == BAD_LOSS
     assert capsys.readouterr().err.count("\n") == 1
-    assert runs.saved_steps(tmp_path / "stop") == [3]  # noticed one step late
+    assert list_steps(tmp_path / "stop" / "checkpoints") == [3]  # noticed one step late
     assert main(arguments(text, tmp_path / "skip", *spike, "--config.train.bad_loss=skip")) == 0
     rows = read_rows(tmp_path / "skip" / "metrics.jsonl")
     assert [row["train/skipped"] for row in rows] == [0, 1, 2, 3, 4]

@@ -1,6 +1,6 @@
 """Training: the loop, the step, the state, checkpoints and what a run writes down."""
 
-from sparsejax.train.checkpoint import CheckpointError, Checkpoints
+from sparsejax.train.checkpoint import CheckpointError, Checkpoints, list_steps, read_arrays
 from sparsejax.train.evaluate import Evaluation, evaluate
 from sparsejax.train.loop import BadLoss, Interrupted, train
 from sparsejax.train.optimizer import build_optimizer, build_schedule
@@ -21,6 +21,8 @@ __all__ = [
     "build_step",
     "evaluate",
     "init_state",
+    "list_steps",
+    "read_arrays",
     "read_rows",
     "state_shapes",
     "train",

@@ -124,6 +124,18 @@ class Checkpoints:
         return _restored(found["state"])
 
 
+def list_steps(folder: Path) -> list[int]:
+    """Steps of the whole checkpoints in a `checkpoints` folder, in order."""
+    return sorted(int(path.name) for path in folder.glob("*") if path.name.isdigit())
+
+
+def read_arrays(folder: Path, step: int) -> dict[str, np.ndarray]:
+    """All arrays of a checkpoint by path, such as `parameters.embedding`; each has the shape it was saved with."""
+    with ocp.StandardCheckpointer() as checkpointer:
+        tree = checkpointer.restore((folder / str(step) / "state").absolute())
+    return {_path(path): np.asarray(leaf) for path, leaf in jax.tree.leaves_with_path(tree)}
+
+
 def _require_readable_metrics(folder: Path) -> None:
     """Orbax reads those of all checkpoints when it opens them, and does not say which it could not read."""
     for file in folder.glob("*/metrics/metrics"):

@@ -8,9 +8,7 @@ import tempfile
 import time
 from pathlib import Path
 
-import jax
 import numpy as np
-import orbax.checkpoint as ocp
 
 from sparsejax.train import read_rows
 
@@ -55,18 +53,6 @@ def wait_for_row(process: subprocess.Popen, workdir: Path, step: int) -> None:
             return
         time.sleep(0.005)
     raise AssertionError(f"the run ended before step {step}: {finish(process)}")
-
-
-def saved_steps(workdir: Path) -> list[int]:
-    """Steps of the whole checkpoints, in order."""
-    return sorted(int(path.name) for path in (workdir / "checkpoints").iterdir() if path.name.isdigit())
-
-
-def saved_state(workdir: Path, step: int) -> dict[str, np.ndarray]:
-    """All arrays of a checkpoint by path."""
-    with ocp.StandardCheckpointer() as checkpointer:
-        tree = checkpointer.restore((workdir / "checkpoints" / str(step) / "state").absolute())
-    return {jax.tree_util.keystr(path): np.asarray(leaf) for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}
 
 
 def assert_same_bits(found: dict[str, np.ndarray], expected: dict[str, np.ndarray]) -> None:

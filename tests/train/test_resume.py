@@ -5,7 +5,7 @@ import signal
 import pytest
 
 from sparsejax.cli import INTERRUPTED
-from sparsejax.train import read_rows
+from sparsejax.train import list_steps, read_arrays, read_rows
 from tests.train import runs
 
 STEPS = 60
@@ -25,10 +25,18 @@ def uninterrupted(arguments, tmp_path_factory):
     return workdir
 
 
+def saved_steps(workdir):
+    return list_steps(workdir / "checkpoints")
+
+
+def saved_state(workdir, step):
+    return read_arrays(workdir / "checkpoints", step)
+
+
 def assert_ends_the_same(workdir, uninterrupted):
-    assert runs.saved_steps(workdir) == runs.saved_steps(uninterrupted)
-    for step in runs.saved_steps(uninterrupted):
-        runs.assert_same_bits(runs.saved_state(workdir, step), runs.saved_state(uninterrupted, step))
+    assert saved_steps(workdir) == saved_steps(uninterrupted)
+    for step in saved_steps(uninterrupted):
+        runs.assert_same_bits(saved_state(workdir, step), saved_state(uninterrupted, step))
         iterator = f"checkpoints/{step}/data/process_0-of-1.json"
         assert (workdir / iterator).read_bytes() == (uninterrupted / iterator).read_bytes()
     for name in ("metrics.jsonl", "metrics.csv", "config.json", "schedule.txt"):
@@ -39,7 +47,7 @@ def test_an_uninterrupted_run_logs_every_step_once(uninterrupted):
     rows = read_rows(uninterrupted / "metrics.jsonl")
     assert [row["step"] for row in rows] == list(range(1, STEPS + 1))
     assert rows[-1]["train/loss"] < rows[0]["train/loss"] / 2
-    assert runs.saved_state(uninterrupted, STEPS)["['step']"] == STEPS
+    assert saved_state(uninterrupted, STEPS)["step"] == STEPS
 
 
 def test_killed(arguments, uninterrupted, tmp_path):
@@ -48,7 +56,7 @@ def test_killed(arguments, uninterrupted, tmp_path):
         runs.wait_for_row(process, tmp_path, 25)
     process.kill()
     assert runs.finish(process)[0] == -signal.SIGKILL
-    latest = runs.saved_steps(tmp_path)[-1]
+    latest = saved_steps(tmp_path)[-1]
     assert 25 <= latest < read_rows(tmp_path / "metrics.jsonl")[-1]["step"] < STEPS
 
     code, out, err = runs.finish(runs.start(*arguments, f"--workdir={tmp_path}"))
@@ -63,7 +71,7 @@ def test_asked_to_stop(arguments, uninterrupted, tmp_path, number):
     runs.wait_for_row(process, tmp_path, 26)
     process.send_signal(number)
     code, _, err = runs.finish(process)
-    step = runs.saved_steps(tmp_path)[-1]
+    step = saved_steps(tmp_path)[-1]
     assert code == INTERRUPTED == 75
     assert err == f"sparsejax: stopped by {number.name} at step {step}; the same command goes on from there\n"
     assert 26 < step < STEPS

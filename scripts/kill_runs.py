@@ -1,0 +1,164 @@
+"""Kills a training run ten times at random moments, during saves too, and checks that nothing was lost.
+
+    python scripts/kill_runs.py [--kills 10] [--seed 0] [--out FILE.json]
+
+One run goes through undisturbed. Another, of the same config, is killed (SIGKILL) again and again: while it
+starts, between two saves, or in the middle of one. After each kill the same command has to go on from a
+checkpoint at least as new as the newest that was seen whole before the kill. In the end both runs must have the
+same parameters, optimizer and data iterator, to the bit, and the same metrics.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import random
+import re
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import jax
+from rich.console import Console
+from rich.progress import track
+
+from sparsejax.train import list_steps, read_arrays, read_rows
+
+STEPS, EVERY = 600, 4
+CONFIG = Path(__file__).parents[1] / "configs" / "quickstart.py"
+SETTINGS = {
+    "train.steps": STEPS,
+    "train.batch": 2,
+    "train.log_every": 1,
+    "data.length": 64,
+    "model.schedule": "ssm local full",
+    "checkpoint.every": EVERY,
+    "checkpoint.keep_best": 0,
+    "eval.every": STEPS,
+    "eval.batch": 256,
+    "eval.sample": 0,
+}
+MOMENTS = ("start", "between saves", "save", "save", "save")
+STARTING = 8.0  # seconds in which a run starts, about
+
+
+def start(workdir: Path, compiled: Path) -> subprocess.Popen:
+    """Starts or resumes the run; what it prints goes to `workdir`.log."""
+    settings = [f"--config.{key}={value}" for key, value in SETTINGS.items()]
+    command = [sys.executable, "-m", "sparsejax", "train", f"--config={CONFIG}", f"--workdir={workdir}", *settings]
+    cache = {"JAX_COMPILATION_CACHE_DIR": str(compiled), "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}
+    with workdir.with_suffix(".log").open("w") as log:
+        return subprocess.Popen(command, env=os.environ | cache, stdout=log, stderr=subprocess.STDOUT)
+
+
+def finish(process: subprocess.Popen, workdir: Path) -> None:
+    """Waits for the end of a run; exits with what it printed if it failed."""
+    if process.wait():
+        sys.exit(f"the run in {workdir} failed:\n{workdir.with_suffix('.log').read_text()}")
+
+
+def logged(workdir: Path) -> int:
+    """The last step in the metrics."""
+    return max((row["step"] for row in read_rows(workdir / "metrics.jsonl")), default=0)
+
+
+def is_saving(workdir: Path) -> bool:
+    """Whether a save is under way (or was, when the run was killed)."""
+    return any("tmp" in path.name for path in (workdir / "checkpoints").glob("*"))
+
+
+def wait_for(process: subprocess.Popen, condition) -> None:
+    """Returns as soon as the condition holds or the run has ended."""
+    while process.poll() is None and not condition():
+        time.sleep(0.0005)
+
+
+def wait_for_moment(process: subprocess.Popen, workdir: Path, moment: str, draw: random.Random) -> None:
+    """Returns at a random moment of the given kind."""
+    if moment == "start":
+        time.sleep(draw.uniform(0, STARTING))
+        return
+    before = logged(workdir)
+    wait_for(process, lambda: logged(workdir) > before)  # the run goes on, past its first compilation
+    time.sleep(draw.uniform(0, 1.5))
+    if moment == "save":
+        wait_for(process, lambda: not is_saving(workdir))
+        wait_for(process, lambda: is_saving(workdir))
+        time.sleep(draw.uniform(0, 0.05))
+
+
+def kill_once(workdir: Path, compiled: Path, draw: random.Random) -> dict:
+    """Starts the run, kills it, and says when that was."""
+    moment = draw.choice(MOMENTS)
+    process = start(workdir, compiled)
+    wait_for_moment(process, workdir, moment, draw)
+    whole = list_steps(workdir / "checkpoints")
+    process.kill()
+    if process.wait() == 0:
+        sys.exit("the run ended before it could be killed: raise STEPS")
+    return {
+        "moment": moment,
+        "during a save": is_saving(workdir),
+        "resumed at": resumed_at(workdir),
+        "whole before the kill": max(whole, default=0),
+        "whole after it": max(list_steps(workdir / "checkpoints"), default=0),
+        "logged": logged(workdir),
+    }
+
+
+def resumed_at(workdir: Path) -> int | None:
+    """The step the run said that it resumed at; None if it did not get that far."""
+    found = re.search(r"^resuming .* at step (\d+)$", workdir.with_suffix(".log").read_text(), re.MULTILINE)
+    return int(found[1]) if found else None
+
+
+def differences(one: Path, other: Path) -> list[str]:
+    """What differs between two finished runs."""
+    states = [read_arrays(workdir / "checkpoints", STEPS) for workdir in (one, other)]
+    found = [path for path in states[0].keys() | states[1].keys() if not _same_bits(path, *states)]
+    iterator = f"checkpoints/{STEPS}/data/process_0-of-1.json"
+    files = ("metrics.jsonl", "metrics.csv", "config.json", "schedule.txt", iterator)
+    return found + [name for name in files if (one / name).read_bytes() != (other / name).read_bytes()]
+
+
+def _same_bits(path: str, one: dict, other: dict) -> bool:
+    return path in one and path in other and one[path].tobytes() == other[path].tobytes()
+
+
+def main() -> None:
+    """Prints one line for each kill; with --out also writes the record. Exits with 1 if anything was lost."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--kills", type=int, default=10)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--out", type=Path)
+    options = parser.parse_args()
+    draw, console, kills, newest = random.Random(options.seed), Console(), [], 0
+    with tempfile.TemporaryDirectory(prefix="sparsejax-kills-") as name:
+        folder = Path(name)
+        whole, killed, compiled = folder / "whole", folder / "killed", folder / "compiled"
+        finish(start(whole, compiled), whole)
+        console.print(f"undisturbed run: {STEPS} steps, a save every {EVERY}", highlight=False)
+        for _ in track(range(options.kills), "kills", console=console):
+            kill = kill_once(killed, compiled, draw)
+            kill["lost"] = kill["resumed at"] is not None and kill["resumed at"] < newest
+            newest = max(newest, kill["whole before the kill"])
+            kill["lost"] |= kill["whole after it"] < newest
+            kills.append(kill)
+            console.print(", ".join(f"{key}: {value}" for key, value in kill.items()), highlight=False, soft_wrap=True)
+        finish(start(killed, compiled), killed)
+        found = differences(whole, killed)
+    lost = sum(kill["lost"] for kill in kills)
+    during = sum(kill["during a save"] for kill in kills)
+    console.print(f"{len(kills)} kills, {during} during a save: {lost} lost; differences: {found or 'none'}")
+    if options.out:
+        about = {"python": sys.version.split()[0], "jax": jax.__version__, "seed": options.seed, "steps": STEPS}
+        record = about | {"save every": EVERY, "kills": kills, "lost": lost, "differences": found}
+        options.out.write_text(json.dumps(record, indent=1) + "\n")
+    sys.exit(bool(lost or found))
+
+
+if __name__ == "__main__":
+    main()
