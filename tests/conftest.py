@@ -1,3 +1,4 @@
+import jax
 import pytest
 from hypothesis import settings
 from ml_collections import ConfigDict
@@ -5,6 +6,13 @@ from ml_collections import ConfigDict
 # The same examples on every machine and in every run; how long one of them takes is not what they test.
 settings.register_profile("reproducible", derandomize=True, deadline=None, max_examples=50)
 settings.load_profile("reproducible")
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _compile_once(tmp_path_factory):
+    """Many tests run the same few programs; what takes long to compile is compiled once in a session."""
+    jax.config.update("jax_compilation_cache_dir", str(tmp_path_factory.mktemp("compiled")))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
 
 
 @pytest.fixture
