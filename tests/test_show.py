@@ -1,0 +1,66 @@
+"""`show`, with every number worked out by hand for the recipe of the tests."""
+
+import io
+
+import pytest
+from rich.console import Console
+
+from sparsejax import config as configs
+from sparsejax.config import ConfigError
+from sparsejax.show import show
+from tests.train import recipe
+
+LENGTH = 64
+# Width 16. Every layer has two norms of 16 and an MLP of 16 x 16 and back: 544 parameters, 1,024 FLOPs.
+MLP = 2 * 16 + 2 * 16 * 16, 2 * 2 * 16 * 16
+# Two heads of 8 that share one head of keys and values: query and output 16 x 16, key and value 16 x 8.
+ATTENTION = 2 * 16 * 16 + 2 * 16 * 8, 2 * (2 * 16 * 16 + 2 * 16 * 8)
+# window(5): 1 to 6 keys for the first six queries, 6 for the others, and the 2 sinks once they are out of it.
+LOCAL = 2 * (21 + 58 * 6 + 1 + 57 * 2)
+FULL = 2 * 64 * 65 // 2
+EXPECTED = {
+    # parameters, pairs, FLOPs for each token, bytes of cache
+    "ssm": (
+        # input, gate, out; convolution of 3 with bias; dt 2, B 4, C 4; dt from 2, with bias; decay; skip
+        3 * 16 * 16 + 4 * 16 + 16 * 10 + 2 * 16 + 16 + 16 * 4 + 16 + MLP[0],
+        0,
+        2 * (3 * 16 * 16 + 16 * 10 + 2 * 16) + 16 * (2 * 3 + 7 * 4) + MLP[1],
+        4 * (2 * 16 + 16 * 4),
+    ),
+    # 6 places in the ring and 2 for the sinks, each a key, a value and a position
+    "local": (ATTENTION[0] + MLP[0], LOCAL, ATTENTION[1] + 4 * 8 * LOCAL // 64 + MLP[1], 8 * 4 * (2 * 8 + 1)),
+    "full": (ATTENTION[0] + MLP[0], FULL, ATTENTION[1] + 4 * 8 * FULL // 64 + MLP[1], 64 * 4 * (2 * 8 + 1)),
+}
+SCHEDULE = ["ssm", "local", "ssm", "local", "full"]
+
+
+@pytest.fixture
+def table():
+    out = io.StringIO()
+    show(configs.check(recipe.get_config()), LENGTH, Console(file=out, width=160))
+    return [[cell.strip() for cell in line.strip("│ ").split("│")] for line in out.getvalue().splitlines()]
+
+
+def numbers(cells):
+    return tuple(int(cell.replace(",", "")) for cell in cells)
+
+
+def test_every_layer_says_what_it_is_and_costs(table):
+    rows = [row for row in table if row[0].isdigit()]
+    assert [row[1] for row in rows] == SCHEDULE
+    assert [numbers(row[4:]) for row in rows] == [EXPECTED[name] for name in SCHEDULE]
+    assert rows[0][2:4] == ["mamba 16 x 4", "-"]
+    assert rows[1][2:4] == ["attention 2/1 x 8", "causal & (window(5) | sink(2))"]
+    assert rows[4][2:4] == ["attention 2/1 x 8", "causal"]
+
+
+def test_the_total_adds_the_embedding_and_the_head(table):
+    (total,) = [row for row in table if "total" in row]
+    layers = [sum(column) for column in zip(*(EXPECTED[name] for name in SCHEDULE), strict=True)]
+    embedding, norm, head = 256 * 16, 16, 2 * 16 * 256
+    assert numbers(total[-4:]) == (layers[0] + embedding + norm, layers[1], layers[2] + head, layers[3])
+
+
+def test_a_length_below_one_is_refused():
+    with pytest.raises(ConfigError, match="--length: must be at least 1, got 0"):
+        show(configs.check(recipe.get_config()), 0, Console(file=io.StringIO()))
