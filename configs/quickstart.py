@@ -54,7 +54,7 @@ def get_config():
                 scan=True,
             ),
             data=dict(task="text", files="", length=256),
-            train=dict(steps=600, batch=8, accumulate=1, seed=0, log_every=50, bad_loss="stop", spike=0.0),
+            train=dict(steps=450, batch=8, accumulate=1, seed=0, log_every=50, bad_loss="stop", spike=0.0),
             optimizer=dict(
                 learning_rate=4e-3,
                 final_rate=0.05,
@@ -65,8 +65,8 @@ def get_config():
                 weight_decay=0.1,
                 clip=1.0,
             ),
-            checkpoint=dict(every=200, keep_last=2, keep_best=1),
+            checkpoint=dict(every=150, keep_last=2, keep_best=1),
             sharding=dict(data=-1, fsdp=1, tensor=1),
-            eval=dict(every=200, batch=32, batches=8, sample=200),
+            eval=dict(every=150, batch=32, batches=8, sample=200),
         )
     )
