@@ -1,4 +1,8 @@
-"""The patterns by name. Each is one class; `NAMES` is what the text form knows."""
+"""The patterns by name. Each is one class; `NAMES` is what the text form knows.
+
+Alone, none of them knows of time: `window`, `strided`, `chunk` and the rest look ahead as far as back, and
+`causal & pattern` is their causal form.
+"""
 
 from __future__ import annotations
 
@@ -8,20 +12,9 @@ from typing import ClassVar
 
 import numpy as np
 
-from sparsejax.patterns.pattern import Pattern, PatternError
+from sparsejax.patterns.pattern import FARTHEST, FOREVER, Pattern, PatternError, Shift, require
+from sparsejax.patterns.tiled import Random, Tiles
 from sparsejax.patterns.tiles import Bounds, TileGrid
-
-FOREVER = np.iinfo(np.int64).max
-FARTHEST = 2**30  # sums of two positions stay within the int32 of a compiled program, where overflow is silent
-
-
-def _require(pattern: Pattern, **least: int) -> None:
-    for field, low in least.items():
-        value = getattr(pattern, field)
-        if isinstance(value, bool) or not isinstance(value, int) or value < low:
-            raise PatternError(f"{pattern.name}: {field} must be an integer >= {low}, got {value!r}")
-        if value > FARTHEST:
-            raise PatternError(f"{pattern.name}: {field} must be at most 2**30, got {value}")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,10 +27,9 @@ class Full(Pattern):
         return (q >= 0) & (k >= 0)
 
     def bounds(self, grid):
-        none = np.zeros(grid.rows, np.int64)
-        return _from_ranges(grid, any_key=(none, none + grid.s), every_key=(none, none + grid.s))
+        return grid.in_every_row(np.array([0]), np.array([grid.s]))
 
-    def signature(self, q0, k0):
+    def signature(self, grid, q0, k0):
         return []
 
     def last_query(self, k):
@@ -60,7 +52,7 @@ class Causal(Pattern):
         first, last = grid.row_bounds()
         return _from_ranges(grid, any_key=(0 * first, last + 1), every_key=(0 * first, first + 1))
 
-    def signature(self, q0, k0):
+    def signature(self, grid, q0, k0):
         return [k0 - q0]
 
     def last_query(self, k):
@@ -79,7 +71,7 @@ class Window(Pattern):
     right: int = 0
 
     def __post_init__(self):
-        _require(self, left=0, right=0)
+        require(self, left=0, right=0)
 
     def allows(self, q, k, t=None, s=None):
         return (k >= q - self.left) & (k <= q + self.right)
@@ -92,7 +84,7 @@ class Window(Pattern):
             every_key=(last - self.left, first + self.right + 1),
         )
 
-    def signature(self, q0, k0):
+    def signature(self, grid, q0, k0):
         return [k0 - q0]
 
     def last_query(self, k):
@@ -103,6 +95,97 @@ class Window(Pattern):
 
 
 @dataclasses.dataclass(frozen=True)
+class Strided(Pattern):
+    """A query looks at itself and at every `stride`-th key from there (Sparse Transformer, arXiv:1904.10509).
+
+    The column head of the paper's strided pattern. Its row head is `window(stride)`; merged into one head they
+    are `causal & (window(stride) | strided(stride))`.
+    """
+
+    name: ClassVar[str] = "strided"
+    stride: int
+
+    def __post_init__(self):
+        require(self, stride=1)
+
+    def allows(self, q, k, t=None, s=None):
+        return (q - k) % self.stride == 0
+
+    def bounds(self, grid):
+        return _every(grid, self.stride, before=grid.t // self.stride, after=(grid.moved + grid.s) // self.stride)
+
+    def signature(self, grid, q0, k0):
+        return [(k0 - q0) % self.stride]
+
+    def last_query(self, k):
+        return np.full_like(k, FOREVER)
+
+
+@dataclasses.dataclass(frozen=True)
+class Dilated(Pattern):
+    """A window with gaps: itself, `left` keys before and `right` after it, each `stride` from the next (Longformer).
+
+    arXiv:2004.05150, section 3.1. It spans `left * stride` positions back and `right * stride` ahead.
+    """
+
+    name: ClassVar[str] = "dilated"
+    left: int
+    right: int = 0
+    stride: int = dataclasses.field(kw_only=True)
+
+    def __post_init__(self):
+        require(self, left=0, right=0, stride=1)
+
+    def allows(self, q, k, t=None, s=None):
+        ahead = k - q
+        far = (ahead >= -self.left * self.stride) & (ahead <= self.right * self.stride)
+        return far & (ahead % self.stride == 0)
+
+    def bounds(self, grid):
+        return _every(grid, self.stride, before=self.left, after=self.right)
+
+    def signature(self, grid, q0, k0):
+        return [k0 - q0]
+
+    def last_query(self, k):
+        return k + self.left * self.stride
+
+    def lookahead(self):
+        return self.right * self.stride
+
+
+@dataclasses.dataclass(frozen=True)
+class Fixed(Pattern):
+    """Every query looks at the last `c` keys of each span of `l` (Sparse Transformer, arXiv:1904.10509).
+
+    The column head of the paper's fixed pattern. Its row head is `chunk(l)`; merged into one head they are
+    `causal & (chunk(l) | fixed(l, c))`.
+    """
+
+    name: ClassVar[str] = "fixed"
+    l: int  # noqa: E741 (the paper's name)
+    c: int
+
+    def __post_init__(self):
+        require(self, l=1, c=1)
+        if self.c > self.l:
+            raise PatternError(f"fixed: c must be at most l = {self.l}, got {self.c}")
+
+    def allows(self, q, k, t=None, s=None):
+        return (k % self.l >= self.l - self.c) & (q >= 0)
+
+    def bounds(self, grid):
+        stop = np.arange(1, -(-grid.s // self.l) + 1) * self.l
+        return grid.in_every_row(stop - self.c, stop)
+
+    def signature(self, grid, q0, k0):
+        return [k0 % self.l]
+
+    def last_query(self, k):
+        return np.where(k % self.l >= self.l - self.c, FOREVER, -1)
+
+
+@dataclasses.dataclass(frozen=True)
 class Chunk(Pattern):
     """A query looks at the keys of its own chunk of `size` positions (Llama 4's local layers)."""
 
@@ -110,7 +193,7 @@ class Chunk(Pattern):
     size: int
 
     def __post_init__(self):
-        _require(self, size=1)
+        require(self, size=1)
 
     def allows(self, q, k, t=None, s=None):
         return q // self.size == k // self.size
@@ -120,7 +203,7 @@ class Chunk(Pattern):
         one_chunk = np.where(first == last, self.size, 0)
         return _from_ranges(grid, any_key=(first, last + self.size), every_key=(first, first + one_chunk))
 
-    def signature(self, q0, k0):
+    def signature(self, grid, q0, k0):
         return [q0 % self.size, k0 - q0]
 
     def last_query(self, k):
@@ -138,17 +221,15 @@ class Sink(Pattern):
     n: int
 
     def __post_init__(self):
-        _require(self, n=1)
+        require(self, n=1)
 
     def allows(self, q, k, t=None, s=None):
         return (k < self.n) & (q >= 0)
 
     def bounds(self, grid):
-        first, _ = grid.row_bounds()
-        keys = (0 * first, 0 * first + self.n)
-        return _from_ranges(grid, any_key=keys, every_key=keys)
+        return grid.in_every_row(np.array([0]), np.array([self.n]))
 
-    def signature(self, q0, k0):
+    def signature(self, grid, q0, k0):
         return [np.minimum(k0, self.n)]
 
     def last_query(self, k):
@@ -159,47 +240,74 @@ class Sink(Pattern):
 
 
 @dataclasses.dataclass(frozen=True)
-class Globals(Pattern):
-    """Global tokens look at every key and every query looks at them (Longformer's symmetric globals).
+class Prefix(Pattern):
+    """The first `n` tokens look at one another; `causal | prefix(n)` is T5's prefix model (arXiv:1910.10683)."""
+
+    name: ClassVar[str] = "prefix"
+    n: int
+
+    def __post_init__(self):
+        require(self, n=1)
+
+    def allows(self, q, k, t=None, s=None):
+        return (q < self.n) & (k < self.n)
+
+    def bounds(self, grid):
+        first, last = grid.row_bounds()
+        none = np.zeros_like(first)
+        any_key, every_key = (np.where(row < self.n, self.n, 0) for row in (first, last))
+        return _from_ranges(grid, any_key=(none, any_key), every_key=(none, every_key))
+
+    def signature(self, grid, q0, k0):
+        return [np.minimum(q0, self.n), np.minimum(k0, self.n)]
+
+    def last_query(self, k):
+        return np.where(k < self.n, self.n - 1, -1)
+
+    def lookahead(self):
+        return self.n - 1
+
+
+@dataclasses.dataclass(frozen=True)
+class GlobalKeys(Pattern):
+    """Every query looks at the global tokens: one side of `globals`.
 
     `ids` is a number n, for the first n positions, or the positions themselves; negative ones count from the
     end, of the queries and of the keys alike.
     """
 
-    name: ClassVar[str] = "globals"
+    name: ClassVar[str] = "global_keys"
     ids: int | tuple[int, ...]
 
     def __post_init__(self):
         if isinstance(self.ids, list | tuple):
             if not all(isinstance(i, int) and not isinstance(i, bool) and abs(i) <= FARTHEST for i in self.ids):
-                raise PatternError(f"globals: ids must be integers of at most 2**30, got {list(self.ids)!r}")
+                raise PatternError(f"{self.name}: ids must be integers of at most 2**30, got {list(self.ids)!r}")
             object.__setattr__(self, "ids", tuple(sorted(set(self.ids))))
         else:
-            _require(self, ids=0)
+            require(self, ids=0)
+
+    def check(self, t, s):
+        length = min(t, s)
+        first, last = self._span()
+        if last >= length or first < -length:
+            worst = last if last >= length else first
+            raise PatternError(f"{self.name}: token {worst} lies outside of a sequence of {length}")
 
     def allows(self, q, k, t=None, s=None):
-        return self._is_global(q, t) | self._is_global(k, s)
+        return self._is_global(k, s) & (q >= 0)
 
     def bounds(self, grid):
-        q_any, q_all = self._tiles(*grid.row_bounds(), grid.t)
-        k_any, k_all = self._tiles(*grid.column_bounds(), grid.s)
-        rows = np.arange(grid.rows)
-        # A tile is full when all its queries or all its keys are global: if one of each is not, they do not meet.
-        return Bounds.exact(
-            live=_whole_rows(grid, q_any) | grid.product(rows, k_any),
-            full=_whole_rows(grid, q_all) | grid.product(rows, k_all),
-        )
+        ids = self._inside(grid.s)
+        return grid.in_every_row(ids, ids + 1)
 
-    def signature(self, q0, k0):
-        if isinstance(self.ids, int):
-            return [np.minimum(q0, self.ids), np.minimum(k0, self.ids)]
-        return [q0, k0]
+    def signature(self, grid, q0, k0):
+        return [np.minimum(k0, self.ids)] if isinstance(self.ids, int) else [k0]
 
     def last_query(self, k):
-        first, last = self._span()
-        if first < 0:
+        if self._span()[0] < 0:
             return np.full_like(k, FOREVER)
-        return np.where(self._is_global(k, None), FOREVER, last)
+        return np.where(self._is_global(k, None), FOREVER, -1)
 
     def lookahead(self):
         first, last = self._span()
@@ -211,27 +319,74 @@ class Globals(Pattern):
             return 0, self.ids - 1
         return (self.ids[0], self.ids[-1]) if self.ids else (0, -1)
 
-    def _positions(self, length: int | None) -> np.ndarray:
-        """The global positions, int64 [n], of a sequence of `length`, some perhaps outside of it."""
+    def _inside(self, length: int) -> np.ndarray:
+        """The global positions of a sequence of `length`, ascending, int64 [n]."""
         if isinstance(self.ids, int):
-            return np.arange(self.ids if length is None else min(self.ids, length))
-        if length is None and self._span()[0] < 0:
-            raise PatternError(f"{self}: ids that count from the end need the lengths t and s")
-        return np.array([i if i >= 0 else i + length for i in self.ids], np.int64)
+            return np.arange(min(self.ids, length))
+        ids = np.unique(np.array([i if i >= 0 else i + length for i in self.ids], np.int64))
+        return ids[(ids >= 0) & (ids < length)]
 
     def _is_global(self, position, length):
         if isinstance(self.ids, int):
             return position < self.ids
+        if length is None and self._span()[0] < 0:
+            raise PatternError(f"{self}: ids that count from the end need the lengths t and s")
         found = position < 0  # positions are never negative: all False, in the shape and module of the input
-        for i in self._positions(length).tolist():
-            found = found | (position == i)
+        for i in self.ids:
+            found = found | (position == (i if i >= 0 else i + length))
         return found
 
-    def _tiles(self, first, last, length) -> tuple[np.ndarray, np.ndarray]:
-        """Numbers of the tiles `[first, last]` with any global position, and of those with only such."""
-        ids = np.unique(self._positions(length))
+
+@dataclasses.dataclass(frozen=True)
+class GlobalQueries(GlobalKeys):
+    """The global tokens look at every key: the other side of `globals`; `ids` as in `global_keys`."""
+
+    name: ClassVar[str] = "global_queries"
+
+    def allows(self, q, k, t=None, s=None):
+        return self._is_global(q, t) & (k >= 0)
+
+    def bounds(self, grid):
+        first, last = grid.row_bounds()
+        ids = self._inside(grid.t)
         inside = np.searchsorted(ids, last, side="right") - np.searchsorted(ids, first)
-        return np.flatnonzero(inside > 0), np.flatnonzero(inside == last - first + 1)
+        any_key, every_key = np.where(inside > 0, grid.s, 0), np.where(inside == last - first + 1, grid.s, 0)
+        return _from_ranges(grid, any_key=(0 * first, any_key), every_key=(0 * first, every_key))
+
+    def signature(self, grid, q0, k0):
+        return [np.minimum(q0, self.ids)] if isinstance(self.ids, int) else [q0]
+
+    def last_query(self, k):
+        first, last = self._span()
+        return np.full_like(k, FOREVER if first < 0 else last)
+
+
+@dataclasses.dataclass(frozen=True)
+class Globals(GlobalKeys):
+    """Global tokens look at every key and every query looks at them (Longformer's symmetric globals).
+
+    `ids` is a number n, for the first n positions, or the positions themselves; negative ones count from the
+    end, of the queries and of the keys alike.
+    """
+
+    name: ClassVar[str] = "globals"
+
+    def allows(self, q, k, t=None, s=None):
+        return self._is_global(q, t) | self._is_global(k, s)
+
+    def bounds(self, grid):
+        # A tile is full when all its queries or all its keys are global: if one of each is not, they do not meet.
+        rows, columns = (side.bounds(grid) for side in self._sides())
+        return Bounds.exact(rows.live_most | columns.live_most, rows.full_most | columns.full_most)
+
+    def signature(self, grid, q0, k0):
+        return [part for side in self._sides() for part in side.signature(grid, q0, k0)]
+
+    def last_query(self, k):
+        return np.maximum(*(side.last_query(k) for side in self._sides()))
+
+    def _sides(self) -> tuple[Pattern, Pattern]:
+        return GlobalQueries(self.ids), GlobalKeys(self.ids)
 
 
 def _from_ranges(grid: TileGrid, any_key: tuple, every_key: tuple) -> Bounds:
@@ -243,11 +398,31 @@ def _from_ranges(grid: TileGrid, any_key: tuple, every_key: tuple) -> Bounds:
     return Bounds.exact(live=grid.touched(*any_key), full=grid.filled(*every_key))
 
 
-def _whole_rows(grid: TileGrid, rows: np.ndarray):
-    start = np.zeros(grid.rows, np.int64)
-    stop = np.zeros(grid.rows, np.int64)
-    stop[rows] = grid.s
-    return grid.touched(start, stop)
+def _every(grid: TileGrid, stride: int, before: int, after: int) -> Bounds:
+    """Bounds of a pattern whose queries see every `stride`-th key, so many `before` and `after` their own."""
+    first, last = grid.row_bounds()
+    # The queries of a tile that is at least as high as the stride leave no key out between their farthest.
+    dense = last - first + 1 >= stride
+    ranges = first[dense] - before * stride, last[dense] + after * stride + 1, np.flatnonzero(dense)
+    rows, starts, stops = _comb(grid, np.flatnonzero(~dense), stride, before, after)
+    live = grid.touched(*ranges) | grid.touched(starts, stops, rows)
+    if stride == 1:
+        return Bounds.exact(live, grid.filled(last - before, first + after + 1))
+    # Two queries in a row have no key in common; a single one's keys do not touch one another.
+    single = first[rows] == last[rows]
+    return Bounds.exact(live, grid.filled(starts[single], stops[single], rows[single]))
 
 
-NAMES: dict[str, type[Pattern]] = {cls.name: cls for cls in (Full, Causal, Window, Chunk, Sink, Globals)}
+def _comb(grid: TileGrid, rows: np.ndarray, stride: int, before: int, after: int) -> tuple[np.ndarray, ...]:
+    """For each of the rows the intervals of keys that its queries see: int64 [n] rows, starts and stops."""
+    first, last = (bound[rows] for bound in grid.row_bounds())
+    low = np.maximum(-before, -(last // stride))
+    high = np.minimum(after, (grid.moved + grid.s - 1 - first) // stride)
+    count = np.maximum(high - low + 1, 0)
+    index = np.repeat(np.arange(len(rows)), count)
+    step = np.arange(count.sum()) - np.repeat(np.cumsum(count) - count, count) + low[index]
+    return rows[index], first[index] + step * stride, last[index] + step * stride + 1
+
+
+LIBRARY = (Full, Causal, Window, Dilated, Strided, Fixed, Chunk, Sink, Prefix, Globals, GlobalKeys, GlobalQueries)
+NAMES: dict[str, type[Pattern]] = {cls.name: cls for cls in (*LIBRARY, Random, Tiles, Shift)}

@@ -1,8 +1,8 @@
-"""What a pattern is, and how patterns combine: `&`, `|` and `per_head`.
+"""What a pattern is, and how patterns combine: `&`, `|`, `-`, `shift` and `per_head`.
 
 A pattern says which keys each query may look at. It is a small frozen value, written once; the mask, the
 tile layout, the pair count, the decode cache and the text form are all derived from it. A new pattern is one
-subclass in `library.py` that states `allows`, `bounds`, `last_query` and `lookahead`.
+subclass in `library.py` that states `allows` and `bounds`, and `last_query` and `lookahead` if it has any.
 """
 
 from __future__ import annotations
@@ -18,6 +18,9 @@ from typing import Any, ClassVar
 import numpy as np
 
 from sparsejax.patterns.tiles import Bounds, TileGrid, TileLayout, build_layout, count_pairs
+
+FOREVER = np.iinfo(np.int64).max
+FARTHEST = 2**30  # sums of two positions stay within the int32 of a compiled program, where overflow is silent
 
 
 class PatternError(ValueError):
@@ -53,8 +56,8 @@ class Pattern:
         """Which tiles of the grid hold an allowed pair (live) and which hold only allowed pairs (full)."""
         raise NotImplementedError
 
-    def signature(self, q0: np.ndarray, k0: np.ndarray) -> list[np.ndarray]:
-        """Integers that fix what a tile holds, given its first query and key, each [n].
+    def signature(self, grid: TileGrid, q0: np.ndarray, k0: np.ndarray) -> list[np.ndarray]:
+        """Integers that fix what a tile of the grid holds, given its first query and key, each [n].
 
         Two tiles with equal signatures hold the same pairs, so that each is examined once. The positions
         themselves always serve; a pattern that repeats itself returns less.
@@ -66,11 +69,14 @@ class Pattern:
 
         An upper bound is allowed: it only makes a decode cache larger.
         """
-        raise NotImplementedError
+        return np.full_like(k, FOREVER)
 
     def lookahead(self) -> float:
         """How many positions past its own a query may see at most (an upper bound, `math.inf` if unbounded)."""
-        raise NotImplementedError
+        return math.inf
+
+    def check(self, t: int, s: int) -> None:
+        """Raises PatternError if the pattern means something that `t` queries and `s` keys do not have."""
 
     # What follows from it.
 
@@ -107,10 +113,9 @@ class Pattern:
         s = t if s is None else s
         if t < 0 or s < 0 or min(tile) < 1:
             raise PatternError(f"layout needs lengths >= 0 and tiles >= 1, got t={t}, s={s}, tile={tile}")
-        build = functools.cache(lambda pattern: build_layout(pattern, t, s, tuple(tile)))
         if self.heads is None:
-            return build(self)
-        return tuple(build(self.head(i)) for i in range(self.heads))
+            return build_layout(self, t, s, tuple(tile))
+        return tuple(build_layout(self.head(i), t, s, tuple(tile)) for i in range(self.heads))
 
     def pairs(self, t: int, s: int | None = None) -> int:
         """The exact number of allowed (query, key) pairs, summed over the heads the pattern distinguishes."""
@@ -135,14 +140,32 @@ class Pattern:
     def __or__(self, other: Pattern) -> Pattern:
         return Or.of(self, other) if isinstance(other, Pattern) else NotImplemented
 
+    def __sub__(self, other: Pattern) -> Pattern:
+        return Minus.of(self, other) if isinstance(other, Pattern) else NotImplemented
+
     def __str__(self) -> str:
-        values = [getattr(self, field.name) for field in dataclasses.fields(self)]
-        for field in reversed(dataclasses.fields(self)):
-            if field.default is dataclasses.MISSING or values[-1] != field.default:
-                break
-            values.pop()
-        shown = ", ".join(str(list(v)) if isinstance(v, tuple) else str(v) for v in values)
-        return f"{self.name}({shown})" if dataclasses.fields(self) else self.name
+        shown, skipped = [], False
+        for field in dataclasses.fields(self):
+            value = getattr(self, field.name)
+            if value == field.default:
+                skipped = True
+            else:
+                shown.append(f"{field.name}=" * (skipped or field.kw_only) + _show(value))
+        return f"{self.name}({', '.join(shown)})" if dataclasses.fields(self) else self.name
+
+
+def require(pattern: Pattern, **least: int) -> None:
+    """Checks that fields of a pattern are integers, not less than given and not beyond what int32 can add up."""
+    for field, low in least.items():
+        value = getattr(pattern, field)
+        if isinstance(value, bool) or not isinstance(value, int) or value < low:
+            raise PatternError(f"{pattern.name}: {field} must be an integer >= {low}, got {value!r}")
+        if value > FARTHEST:
+            raise PatternError(f"{pattern.name}: {field} must be at most 2**30, got {value}")
+
+
+def _show(value: Any) -> str:
+    return f"[{', '.join(map(_show, value))}]" if isinstance(value, tuple) else str(value)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -154,11 +177,8 @@ class _Combination(Pattern):
     @classmethod
     def of(cls, *terms: Pattern) -> Pattern:
         """The terms joined; PatternError if they are for different numbers of heads."""
-        flat = [part for term in terms for part in (term.terms if type(term) is cls else (term,))]
-        heads = {term.heads for term in flat} - {None}
-        if len(heads) > 1:
-            raise PatternError(f"patterns for {' and '.join(map(str, sorted(heads)))} heads do not combine")
-        return cls(tuple(flat))
+        _common_heads(terms)
+        return cls(tuple(part for term in terms for part in (term.terms if type(term) is cls else (term,))))
 
     @property
     def heads(self) -> int | None:
@@ -167,8 +187,18 @@ class _Combination(Pattern):
     def head(self, index: int) -> Pattern:
         return self if self.heads is None else type(self).of(*(term.head(index) for term in self.terms))
 
-    def signature(self, q0, k0):
-        return [part for term in self.terms for part in term.signature(q0, k0)]
+    def check(self, t, s):
+        for term in self.terms:
+            term.check(t, s)
+
+    def signature(self, grid, q0, k0):
+        return [part for term in self.terms for part in term.signature(grid, q0, k0)]
+
+
+def _common_heads(terms: tuple[Pattern, ...]) -> None:
+    heads = {term.heads for term in terms} - {None}
+    if len(heads) > 1:
+        raise PatternError(f"patterns for {' and '.join(map(str, sorted(heads)))} heads do not combine")
 
 
 class And(_Combination):
@@ -213,6 +243,90 @@ class Or(_Combination):
         return " | ".join(f"({term})" if isinstance(term, And) else str(term) for term in self.terms)
 
 
+class Minus(_Combination):
+    """What the first term allows and none of the others does."""
+
+    name: ClassVar[str] = "minus"
+
+    @classmethod
+    def of(cls, *terms):
+        # Only the first term may be flattened: a - (b - c) is something else than a - b - c.
+        first = terms[0].terms if type(terms[0]) is cls else terms[:1]
+        _common_heads(terms)
+        return cls((*first, *terms[1:]))
+
+    def allows(self, q, k, t=None, s=None):
+        masks = [term.allows(q, k, t, s) for term in self.terms]
+        return masks[0] & (functools.reduce(operator.or_, masks[1:]) ^ True)  # ~ would be wrong for a plain bool
+
+    def bounds(self, grid):
+        first, *others = (term.bounds(grid) for term in self.terms)
+        return first & ~functools.reduce(operator.or_, others)
+
+    def last_query(self, k):
+        return self.terms[0].last_query(k)
+
+    def lookahead(self):
+        return self.terms[0].lookahead()
+
+    def __str__(self):
+        first, *others = self.terms
+        shown = [f"({first})" if isinstance(first, And | Or) else str(first)]
+        shown += [f"({term})" if isinstance(term, _Combination) else str(term) for term in others]
+        return " - ".join(shown)
+
+
+@dataclasses.dataclass(frozen=True)
+class Shift(Pattern):
+    """A pattern moved `by` keys back: query q looks at key k where the pattern lets it look at k + `by`.
+
+    `shift(causal, 1)` is strictly causal. Keys that would come from outside of the sequence are not there.
+    """
+
+    name: ClassVar[str] = "shift"
+    pattern: Pattern
+    by: int
+
+    def __post_init__(self):
+        if not isinstance(self.pattern, Pattern):
+            raise PatternError(f"shift: pattern must be a pattern, got {self.pattern!r}")
+        require(self, by=-FARTHEST)
+
+    @property
+    def heads(self):
+        return self.pattern.heads
+
+    def head(self, index):
+        return Shift(self.pattern.head(index), self.by)
+
+    def check(self, t, s):
+        self.pattern.check(t, s)
+
+    def allows(self, q, k, t=None, s=None):
+        if s is None and self.by > 0:
+            raise PatternError(f"{self}: which keys there are depends on their number s")
+        moved = k + self.by
+        there = (moved >= 0) if self.by <= 0 else (moved < s)
+        return self.pattern.allows(q, moved, t, s) & there
+
+    def bounds(self, grid):
+        return self.pattern.bounds(grid.move(self.by))
+
+    def signature(self, grid, q0, k0):
+        moved = grid.move(self.by)
+        first, stop = moved.keys
+        # How much of the tile lies before the first key and after the last.
+        outside = [np.minimum(k0 + self.by - first, 0), np.maximum(k0 + self.by + grid.tile[1] - stop, 0)]
+        return self.pattern.signature(moved, q0, k0 + self.by) + outside
+
+    def last_query(self, k):
+        moved = k + self.by
+        return np.where(moved < 0, -1, self.pattern.last_query(np.maximum(moved, 0)))
+
+    def lookahead(self):
+        return self.pattern.lookahead() - self.by
+
+
 @dataclasses.dataclass(frozen=True)
 class PerHead(Pattern):
     """A pattern of its own for each query head, in order: `per_head(window(31), window(255))`."""
@@ -231,9 +345,13 @@ class PerHead(Pattern):
     def head(self, index: int) -> Pattern:
         return self.patterns[index]
 
+    def check(self, t, s):
+        for pattern in self.patterns:
+            pattern.check(t, s)
+
     def allows(self, q, k, t=None, s=None):
         masks = [p.allows(q, k, t, s) for p in self.patterns]
-        return _array_module(q, k).stack(masks)
+        return array_module(q, k).stack(masks)
 
     def last_query(self, k):
         return functools.reduce(np.maximum, (p.last_query(k) for p in self.patterns))
@@ -250,7 +368,7 @@ def per_head(*patterns: Pattern) -> PerHead:
     return PerHead(tuple(patterns))
 
 
-def _array_module(*arrays: Any) -> ModuleType:
+def array_module(*arrays: Any) -> ModuleType:
     """NumPy, or the array module (jax.numpy) that one of the arrays belongs to."""
     modules = [a.__array_namespace__() for a in arrays if hasattr(a, "__array_namespace__")]
     return next((m for m in modules if m is not np), np)

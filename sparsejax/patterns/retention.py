@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from sparsejax.patterns.library import FOREVER
-from sparsejax.patterns.pattern import Pattern
+from sparsejax.patterns.pattern import FOREVER, Pattern
 
 
 def cache_slots(pattern: Pattern, length: int) -> tuple[np.ndarray, int]:

@@ -1,7 +1,8 @@
 """The text form: `parse("causal & (window(255) | sink(4))")`; `str(pattern)` is its inverse.
 
 union        = intersection ("|" intersection)*
-intersection = atom ("&" atom)*
+intersection = difference ("&" difference)*
+difference   = atom ("-" atom)*
 atom         = "(" union ")" | name [ "(" [argument ("," argument)*] ")" ]
 argument     = [name "="] (integer | "[" integer ("," integer)* "]" | union)
 """
@@ -14,24 +15,34 @@ import re
 from typing import Any
 
 from sparsejax.patterns.library import NAMES
-from sparsejax.patterns.pattern import And, Or, Pattern, PatternError, PerHead, per_head
+from sparsejax.patterns.pattern import And, Minus, Or, Pattern, PatternError, PerHead, per_head
 
 DEEPEST = 100  # parentheses inside parentheses; far more than any pattern needs, far fewer than Python's stack holds
-TOKEN = re.compile(r"\s*(?:(?P<name>[A-Za-z_]\w*)|(?P<integer>-?\d+)|(?P<sign>[()\[\],=&|]))")
+LONGEST = 10_000  # characters
+SHOWN = 120  # characters of a text in an error
+TOKEN = re.compile(r"\s*(?:(?P<name>[A-Za-z_]\w*)|(?P<integer>-?\d+)|(?P<sign>[()\[\],=&|-]))")
 
 
-def parse(text: str) -> Pattern:
+def parse(text: str, t: int | None = None, s: int | None = None) -> Pattern:
     """The pattern that a text describes.
+
+    Args:
+      text: see above.
+      t: number of queries it is meant for. If given, what does not fit into it (ids past the end, more random
+        tiles than there are) is an error too.
+      s: number of keys, `t` if not given.
 
     Raises:
       PatternError: one line with the text, the column (from 1) and, for an unknown word, the nearest known one.
     """
-    return _Parser(text).parse()
+    return _Parser(text, None if t is None else (t, t if s is None else s)).parse()
 
 
 class _Parser:
-    def __init__(self, text: str):
-        self.text = text
+    def __init__(self, text: str, lengths: tuple[int, int] | None):
+        self.text, self.lengths = text, lengths
+        if len(text) >= LONGEST:
+            raise self.error(f"{len(text):,} characters; fewer than {LONGEST:,} are read", LONGEST - 1)
         self.tokens = list(self._split())
         self.next = 0
         self.depth = 0
@@ -49,7 +60,10 @@ class _Parser:
 
     def error(self, problem: str, at: int | None = None) -> PatternError:
         at = self.tokens[self.next][2] if at is None else at
-        return PatternError(f"pattern {self.text!r}: column {at + 1}: {problem}")
+        shown, start = self.text, max(0, at - SHOWN // 2)
+        if len(shown) > SHOWN:
+            shown = "..." * (start > 0) + shown[start : start + SHOWN] + "..." * (start + SHOWN < len(shown))
+        return PatternError(f"pattern {shown!r}: column {at + 1}: {problem}")
 
     def unknown(self, kind: str, word: str, known: list[str], at: int) -> PatternError:
         near = difflib.get_close_matches(word, known, n=1, cutoff=0)
@@ -63,7 +77,7 @@ class _Parser:
     def parse(self) -> Pattern:
         pattern = self.union()
         if self.tokens[self.next][0] != "end":
-            raise self.error(f"expected '&', '|' or the end, found {self.tokens[self.next][1]!r}")
+            raise self.error(f"expected '&', '|', '-' or the end, found {self.tokens[self.next][1]!r}")
         return pattern
 
     def union(self) -> Pattern:
@@ -75,9 +89,12 @@ class _Parser:
         return pattern
 
     def intersection(self) -> Pattern:
-        return self.joined("&", self.atom, And)
+        return self.joined("&", self.difference, And)
 
-    def joined(self, sign: str, part: Any, combination: type[And] | type[Or]) -> Pattern:
+    def difference(self) -> Pattern:
+        return self.joined("-", self.atom, Minus)
+
+    def joined(self, sign: str, part: Any, combination: type[And] | type[Or] | type[Minus]) -> Pattern:
         at = self.tokens[self.next][2]
         terms = [part()]
         while self.take(sign):
@@ -101,7 +118,10 @@ class _Parser:
         self.next += 1
         arguments = self.arguments() if self.tokens[self.next][1] == "(" else []
         try:
-            return self.build(word, arguments, at)
+            pattern = self.build(word, arguments, at)
+            if self.lengths:
+                pattern.check(*self.lengths)
+            return pattern
         except PatternError as error:
             raise error if str(error).startswith("pattern ") else self.error(str(error), at) from None
 

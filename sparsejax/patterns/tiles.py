@@ -10,7 +10,8 @@ counted pair by pair, each distinct one once.
 from __future__ import annotations
 
 import dataclasses
-from typing import TYPE_CHECKING
+import functools
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -31,15 +32,15 @@ class Spans:
     def union(cls, starts: np.ndarray, stops: np.ndarray, limit: int) -> Spans:
         """The union of any spans `[start, stop)`; empty ones (`stop <= start`) are dropped."""
         keep = stops > starts
-        return cls(_overlaps(starts[keep], stops[keep], depth=1), limit)
+        return cls(overlaps(starts[keep], stops[keep], depth=1), limit)
 
     def __and__(self, other: Spans) -> Spans:
         both = np.concatenate([self.edges, other.edges])
-        return Spans(_overlaps(both[:, 0], both[:, 1], depth=2), self.limit)
+        return Spans(overlaps(both[:, 0], both[:, 1], depth=2), self.limit)
 
     def __or__(self, other: Spans) -> Spans:
         both = np.concatenate([self.edges, other.edges])
-        return Spans(_overlaps(both[:, 0], both[:, 1], depth=1), self.limit)
+        return Spans(overlaps(both[:, 0], both[:, 1], depth=1), self.limit)
 
     def __invert__(self) -> Spans:
         stops = np.append(self.edges[:, 0], self.limit)
@@ -53,7 +54,7 @@ class Spans:
         return np.arange(lengths.sum()) + np.repeat(self.edges[:, 0] - before, lengths)
 
 
-def _overlaps(starts: np.ndarray, stops: np.ndarray, depth: int) -> np.ndarray:
+def overlaps(starts: np.ndarray, stops: np.ndarray, depth: int) -> np.ndarray:
     """The places that at least `depth` of the spans cover, as sorted disjoint spans [n, 2]."""
     places, index = np.unique(np.concatenate([starts, stops]), return_inverse=True)
     change = np.bincount(index[: len(starts)], minlength=len(places))
@@ -65,11 +66,17 @@ def _overlaps(starts: np.ndarray, stops: np.ndarray, depth: int) -> np.ndarray:
 
 @dataclasses.dataclass(frozen=True)
 class TileGrid:
-    """The tiles of a score matrix: `t` queries by `s` keys, cut into `tile = (queries, keys)` squares."""
+    """The tiles of a score matrix: `t` queries by `s` keys, cut into `tile = (queries, keys)` squares.
+
+    `moved` is for patterns inside `shift`: their keys run from `moved` to `moved + s`, of which those outside of
+    `keys = (first, stop)` do not exist.
+    """
 
     t: int
     s: int
     tile: tuple[int, int]
+    moved: int = 0
+    keys: tuple[int, int] | None = None
 
     @property
     def rows(self) -> int:
@@ -86,31 +93,61 @@ class TileGrid:
         first = np.arange(self.rows) * self.tile[0]
         return first, np.minimum(first + self.tile[0], self.t) - 1
 
-    def column_bounds(self) -> tuple[np.ndarray, np.ndarray]:
-        """First and last key of each key tile, int64 [columns]."""
-        first = np.arange(self.columns) * self.tile[1]
-        return first, np.minimum(first + self.tile[1], self.s) - 1
+    def move(self, by: int) -> TileGrid:
+        """The same tiles, for a pattern whose key k + `by` is this grid's key k."""
+        first, stop = self.keys or (0, self.s)
+        keys = max(0, first + by), min(self.s, stop + by)
+        return dataclasses.replace(self, moved=self.moved + by, keys=keys)
 
-    def touched(self, start: np.ndarray, stop: np.ndarray) -> Spans:
-        """Tiles of row r that contain a key of `[start[r], stop[r])`."""
-        start, stop = np.maximum(start, 0), np.minimum(stop, self.s)
-        first, last = start // self.tile[1], -(-stop // self.tile[1])
-        return self._row_spans(first, np.where(stop > start, last, first))
+    def touched(self, start: np.ndarray, stop: np.ndarray, rows: np.ndarray | None = None) -> Spans:
+        """Tiles of row `rows[i]` that contain a key of `[start[i], stop[i])`; rows 0, 1, ... if not given.
 
-    def filled(self, start: np.ndarray, stop: np.ndarray) -> Spans:
-        """Tiles of row r whose keys all lie in `[start[r], stop[r])`."""
-        start, stop = np.maximum(start, 0), np.minimum(stop, self.s)
+        All are int64 [n]. Intervals may be empty, and reach past the ends.
+        """
+        rows, start, stop = self._inside(start, stop, rows)
+        return self._spans(rows, start // self.tile[1], -(-stop // self.tile[1]))
+
+    def filled(self, start: np.ndarray, stop: np.ndarray, rows: np.ndarray | None = None) -> Spans:
+        """Tiles of row `rows[i]` whose keys all lie in `[start[i], stop[i])`; as `touched`.
+
+        Intervals of one row must not touch one another: a tile that only two of them fill together is missed.
+        """
+        rows, start, stop = self._inside(start, stop, rows)
         last = np.where(stop == self.s, self.columns, stop // self.tile[1])
-        return self._row_spans(-(-start // self.tile[1]), last)
+        return self._spans(rows, -(-start // self.tile[1]), last)
 
-    def product(self, rows: np.ndarray, columns: np.ndarray) -> Spans:
-        """All tiles (row, column) of the given tile numbers, int64 [n] and [m]."""
-        tiles = (rows[:, None] * self.columns + columns[None, :]).ravel()
-        return Spans.union(tiles, tiles + 1, self.rows * self.columns)
+    def in_every_row(self, start: np.ndarray, stop: np.ndarray) -> Bounds:
+        """Bounds of a pattern all of whose queries see the keys of the disjoint intervals `[start, stop)`, [n]."""
+        start, stop = merge_intervals(start, stop)
+        row = dataclasses.replace(self, t=min(self.t, 1), keys=self.keys or (0, self.s))
+        same = np.zeros(len(start), np.int64)
+        return Bounds.exact(self._repeat(row.touched(start, stop, same)), self._repeat(row.filled(start, stop, same)))
 
-    def _row_spans(self, first: np.ndarray, last: np.ndarray) -> Spans:
-        shift = np.arange(self.rows) * self.columns
+    def _repeat(self, row: Spans) -> Spans:
+        """The spans of one row, in every row."""
+        shifts = np.arange(self.rows)[:, None] * self.columns
+        starts, stops = ((row.edges[None, :, i] + shifts).ravel() for i in (0, 1))
+        return Spans.union(starts, stops, self.rows * self.columns)
+
+    def _inside(self, start: Any, stop: Any, rows: np.ndarray | None) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Intervals cut to the keys there are, counted from this grid's first; empty ones left out."""
+        first, end = self.keys or (0, self.s)
+        start = np.maximum(start, max(first, self.moved)) - self.moved
+        stop = np.minimum(stop, min(end, self.moved + self.s)) - self.moved
+        start, stop = np.broadcast_arrays(start, stop)
+        rows = np.arange(self.rows) if rows is None else rows
+        keep = stop > start
+        return rows[keep], start[keep], stop[keep]
+
+    def _spans(self, rows: np.ndarray, first: np.ndarray, last: np.ndarray) -> Spans:
+        shift = rows * self.columns
         return Spans.union(first + shift, last + shift, self.rows * self.columns)
+
+
+def merge_intervals(start: np.ndarray, stop: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """The union of intervals `[start, stop)` (int64 [n]) as disjoint ones that do not touch one another."""
+    keep = stop > start
+    return tuple(overlaps(start[keep], stop[keep], depth=1).T)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -191,8 +228,9 @@ class TileLayout:
         return states
 
 
+@functools.lru_cache(maxsize=64)
 def build_layout(pattern: Pattern, t: int, s: int, tile: tuple[int, int]) -> TileLayout:
-    """The layout of a pattern that is the same for all heads; see `Pattern.layout`."""
+    """The layout of a pattern that is the same for all heads, see `Pattern.layout`; the latest are kept."""
     grid = TileGrid(t, s, tile)
     bounds = pattern.bounds(grid)
     tiles = bounds.live_most.members()
@@ -205,7 +243,10 @@ def build_layout(pattern: Pattern, t: int, s: int, tile: tuple[int, int]) -> Til
     live[unsure] = counts > 0
     rows, columns = np.divmod(tiles[live], grid.columns)
     starts = np.concatenate([[0], np.cumsum(np.bincount(rows, minlength=grid.rows))])
-    return TileLayout(grid, starts, columns.astype(np.int32), full[live])
+    arrays = starts, columns.astype(np.int32), full[live]
+    for array in arrays:
+        array.setflags(write=False)  # whoever asks again gets the same ones
+    return TileLayout(grid, *arrays)
 
 
 def count_pairs(pattern: Pattern, grid: TileGrid, tiles: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -218,7 +259,7 @@ def count_pairs(pattern: Pattern, grid: TileGrid, tiles: np.ndarray) -> tuple[np
     height, width = np.minimum(grid.tile[0], grid.t - q0), np.minimum(grid.tile[1], grid.s - k0)
     if not len(tiles):
         return height, height * width
-    keys = np.stack([height, width, *pattern.signature(q0, k0)])
+    keys = np.stack([height, width, *pattern.signature(grid, q0, k0)])
     _, first, same = np.unique(keys, axis=1, return_index=True, return_inverse=True)
     counts = np.empty(len(first), np.int64)
     i, j = np.arange(grid.tile[0])[:, None], np.arange(grid.tile[1])[None, :]

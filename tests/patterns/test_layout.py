@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sparsejax.patterns import Globals, PatternError, TileLayout, parse
+from sparsejax.patterns import Globals, PatternError, TileGrid, TileLayout, parse
 from sparsejax.patterns.tiles import COUNT_AT_ONCE
 from tests.patterns.strategies import patterns, shared_patterns
 
@@ -82,8 +82,8 @@ def test_tiles_of_equal_signature_hold_the_same_pairs(pattern, t, s, tile):
     # Such tiles are counted once for all. Only whole tiles: cut ones differ by their shape anyway.
     q0, k0 = (np.arange(n // size) * size for n, size in zip((t, s), tile, strict=True))
     q0, k0 = (x.ravel() for x in np.meshgrid(q0, k0))
-    mask, seen = pattern.dense(t, s), {}
-    for i, j, *signature in np.stack([q0, k0, *pattern.signature(q0, k0)], axis=1).tolist():
+    mask, seen, grid = pattern.dense(t, s), {}, TileGrid(t, s, tile)
+    for i, j, *signature in np.stack([q0, k0, *pattern.signature(grid, q0, k0)], axis=1).tolist():
         pairs = mask[i : i + tile[0], j : j + tile[1]]
         np.testing.assert_array_equal(seen.setdefault(tuple(signature), pairs), pairs)
 

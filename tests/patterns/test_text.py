@@ -10,12 +10,22 @@ from sparsejax.patterns import (
     And,
     Causal,
     Chunk,
+    Dilated,
+    Fixed,
     Full,
+    GlobalKeys,
+    GlobalQueries,
     Globals,
+    Minus,
     Or,
     PatternError,
     PerHead,
+    Prefix,
+    Random,
+    Shift,
     Sink,
+    Strided,
+    Tiles,
     Window,
     parse,
     per_head,
@@ -60,6 +70,23 @@ def test_equal_texts_are_equal_values(one, other):
         ("window(3, 0)", Window(3)),
         ("window(left=3)", Window(3, 0)),
         ("window(right=2, left=1)", Window(1, 2)),
+        ("dilated(3, stride=2)", Dilated(3, stride=2)),
+        ("dilated(3, 1, 2)", Dilated(3, 1, stride=2)),
+        ("strided(4)", Strided(4)),
+        ("fixed(8, 2)", Fixed(8, 2)),
+        ("prefix(4)", Prefix(4)),
+        ("global_keys(2)", GlobalKeys(2)),
+        ("global_queries([0, -1])", GlobalQueries((-1, 0))),
+        ("random(3, tile=64, seed=1)", Random(3, tile=64, seed=1)),
+        ("random(3, 64, 1, reach=512)", Random(3, tile=64, seed=1, reach=512)),
+        ("tiles([[0], [1, 0]])", Tiles(((0,), (0, 1)))),
+        ("tiles([[0], []], tile=8)", Tiles(((0,), ()), tile=8)),
+        ("causal - window(3) - sink(1)", Minus((Causal(), Window(3), Sink(1)))),
+        ("causal - (window(3) - sink(1))", Minus((Causal(), Minus((Window(3), Sink(1)))))),
+        ("causal -window(3)", Minus((Causal(), Window(3)))),
+        ("full | causal & full - sink(1)", Or((Full(), And((Causal(), Minus((Full(), Sink(1)))))))),
+        ("shift(causal | sink(1), -2)", Shift(Causal() | Sink(1), -2)),
+        ("shift(per_head(causal, full), by=3)", Shift(per_head(Causal(), Full()), 3)),
         ("window(1, right=2)", Window(1, 2)),
         ("chunk(8)", Chunk(8)),
         ("chunk(size=8)", Chunk(8)),
@@ -108,9 +135,9 @@ def test_text_shown(pattern, text):
         ("3", 1, "expected a pattern, found '3'"),
         ("[1]", 1, "expected a pattern, found '['"),
         ("globals((1, 2))", 10, "expected a pattern, found '1'"),
-        ("causal causal", 8, "expected '&', '|' or the end, found 'causal'"),
-        ("causal)", 7, "expected '&', '|' or the end, found ')'"),
-        ("window(3)(4)", 10, "expected '&', '|' or the end, found '('"),
+        ("causal causal", 8, "expected '&', '|', '-' or the end, found 'causal'"),
+        ("causal)", 7, "expected '&', '|', '-' or the end, found ')'"),
+        ("window(3)(4)", 10, "expected '&', '|', '-' or the end, found '('"),
         ("(causal", 8, "expected ')' for the parenthesis opened at column 1"),
         ("full & (causal", 15, "expected ')' for the parenthesis opened at column 8"),
         ("((causal)", 10, "expected ')' for the parenthesis opened at column 1"),
@@ -156,6 +183,18 @@ def test_text_shown(pattern, text):
         ("full & per_head(per_head(causal))", 8, "per_head takes one or more patterns that are not per_head"),
         ("causal & per_head(full, sink(0))", 25, "sink: n must be an integer >= 1, got 0"),
         ("full & (per_head(full, full) | per_head(full))", 9, "patterns for 1 and 2 heads do not combine"),
+        ("causal & dilated(3, stride=0)", 10, "dilated: stride must be an integer >= 1, got 0"),
+        ("causal & dilated(3)", 10, "dilated needs stride"),
+        ("strided(0)", 1, "strided: stride must be an integer >= 1, got 0"),
+        ("full - fixed(4, 5)", 8, "fixed: c must be at most l = 4, got 5"),
+        ("window(-3)", 1, "window: left must be an integer >= 0, got -3"),
+        ("tiles([0, 1])", 1, "tiles: rows must be lists of key tiles"),
+        ("tiles([[0, 2], [1]])", 1, "tiles: key tile 2 of 2; the first is 0"),
+        ("tiles([[-1]])", 1, "tiles: key tiles must be integers >= 0"),
+        ("full & shift(3, 1)", 8, "shift: pattern must be a pattern, got 3"),
+        ("random(3, tile=64)", 1, "random needs seed"),
+        ("causal - ", 9, "expected a pattern, found 'the end'"),
+        ("strid(4)", 1, "unknown pattern 'strid', did you mean 'strided'?"),
     ],
 )
 def test_malformed_text_is_refused_at_the_column(text, column, problem):
@@ -174,6 +213,38 @@ def test_any_text_parses_or_is_a_pattern_error(text):
     except PatternError:
         return
     assert parse(str(pattern)) == pattern
+
+
+@pytest.mark.parametrize(
+    ("text", "column", "problem"),
+    [
+        ("full & globals([3, 64])", 8, "globals: token 64 lies outside of a sequence of 64"),
+        ("full | global_keys([-65])", 8, "global_keys: token -65 lies outside"),
+        ("globals(65)", 1, "globals: token 64 lies outside"),
+        ("causal & (sink(4) | random(3, tile=32, seed=0))", 21, "random: 3 tiles of 32 do not fit: 2 to draw from"),
+        ("random(3, tile=8, seed=0, apart=2, ends=2)", 1, "random: 3 tiles of 8 do not fit: 1 to draw from"),
+        ("per_head(full, shift(globals([64]), 1))", 22, "globals: token 64 lies outside"),
+        ("tiles([[0], [8]], tile=8)", 1, "tiles: tiles of 8 that lie outside of a sequence of 64"),
+    ],
+)
+def test_what_does_not_fit_a_length_is_refused_at_the_column(text, column, problem):
+    parse(text)
+    with pytest.raises(PatternError) as caught:
+        parse(text, 64)
+    assert str(caught.value).startswith(f"pattern {text!r}: column {column}: {problem}")
+    with pytest.raises(PatternError):
+        parse(text).check(64, 64)
+    parse(text, 640)
+
+
+@pytest.mark.parametrize(
+    ("text", "column"),
+    [("causal & " * 1200 + "causal", 10_000), ("causal & " * 500 + "cuasal", 4501), ("x" * 12_000, 10_000)],
+)
+def test_an_error_in_a_long_text_shows_where_it_is(text, column):
+    with pytest.raises(PatternError, match=f"column {column}: ") as caught:
+        parse(text)
+    assert len(str(caught.value)) < 300
 
 
 @pytest.mark.parametrize("text", ["(" * 3000, "window(" + "9" * 5000 + ")"], ids=["deep", "long number"])
