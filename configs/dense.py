@@ -1,4 +1,9 @@
-"""Dense: the quickstart with full attention in all five layers, at the same number of parameters."""
+"""Dense: the quickstart with full attention in all five layers, at the same number of parameters.
+
+    sparsejax train --config=configs/dense.py --workdir=runs/dense
+
+Reaches 2.325 bits per byte where the quickstart reaches 2.091, in four and a half minutes on 2 CPU cores.
+"""
 
 from quickstart import get_config as get_quickstart
 

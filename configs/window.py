@@ -1,4 +1,9 @@
-"""Window: the quickstart with a window of 64 keys and 4 sinks in all five layers, at the same number of parameters."""
+"""Window: the quickstart with a window of 64 keys and 4 sinks in all five layers, at the same number of parameters.
+
+    sparsejax train --config=configs/window.py --workdir=runs/window
+
+Reaches 2.296 bits per byte where the quickstart reaches 2.091, in three and a half minutes on 2 CPU cores.
+"""
 
 from quickstart import get_config as get_quickstart
 
