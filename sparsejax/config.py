@@ -171,6 +171,12 @@ class Config:
                 f"checkpoint.keep_best: ranks checkpoints by evaluation, so eval.every = {self.eval.every} must divide"
                 f" checkpoint.every = {self.checkpoint.every} (or set keep_best = 0)"
             )
+        for name, layer in self.model.layers.items():
+            if isinstance(layer.mixer, AttentionConfig):
+                try:
+                    patterns.parse(layer.mixer.pattern, self.data.length)
+                except patterns.PatternError as error:
+                    raise ValueError(f"model.layers.{name}.mixer.pattern: {error}") from None
 
 
 def _require(config: Any, **least: float) -> None:

@@ -38,6 +38,11 @@ CASES = {
     "--config.model.schedule=2x(ssm local": ["column 1", "never closed"],
     "--config.model.layers.local.mixer.pattern=causal & (window(3)": ["model.layers.local.mixer", "column 10"],
     "--config.model.layers.local.mixer.pattern=window(3, 3)": ["local.mixer.pattern", "ahead"],
+    "--config.model.layers.local.mixer.pattern=causal & (sink(2) | globals([32]))": [
+        "model.layers.local.mixer.pattern",
+        "column 20",
+        "token 32 lies outside",
+    ],
     "--config.model.layers.full.mixer.heads=3": ["model.layers.full.mixer", "heads = 3", "kv_heads = 2"],
     "--config.data.length=100000": ["data.length"],
     "--config.sharding.fsdp=3": ["sharding", "fsdp 3"],

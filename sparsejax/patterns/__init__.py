@@ -1,5 +1,6 @@
 """Patterns: who may look at whom, said once. NumPy only; nothing here imports the rest of the package."""
 
+from sparsejax.patterns import recipes
 from sparsejax.patterns.library import (
     NAMES,
     Causal,
@@ -15,16 +16,28 @@ from sparsejax.patterns.library import (
     Strided,
     Window,
 )
-from sparsejax.patterns.pattern import FOREVER, And, Minus, Or, Pattern, PatternError, PerHead, Shift, per_head
+from sparsejax.patterns.pattern import (
+    FOREVER,
+    And,
+    Minus,
+    Multiset,
+    Or,
+    Pattern,
+    PatternError,
+    PerHead,
+    Shift,
+    per_head,
+)
 from sparsejax.patterns.retention import cache_slots
 from sparsejax.patterns.text import parse
-from sparsejax.patterns.tiled import Random, Tiles
+from sparsejax.patterns.tiled import BigBirdRandom, Random, Tiles
 from sparsejax.patterns.tiles import TileGrid, TileLayout
 
 __all__ = [
     "FOREVER",
     "NAMES",
     "And",
+    "BigBirdRandom",
     "Causal",
     "Chunk",
     "Dilated",
@@ -34,6 +47,7 @@ __all__ = [
     "GlobalQueries",
     "Globals",
     "Minus",
+    "Multiset",
     "Or",
     "Pattern",
     "PatternError",
@@ -50,4 +64,5 @@ __all__ = [
     "cache_slots",
     "parse",
     "per_head",
+    "recipes",
 ]

@@ -13,7 +13,7 @@ from typing import ClassVar
 import numpy as np
 
 from sparsejax.patterns.pattern import FARTHEST, FOREVER, Pattern, PatternError, Shift, require
-from sparsejax.patterns.tiled import Random, Tiles
+from sparsejax.patterns.tiled import BigBirdRandom, Random, Tiles
 from sparsejax.patterns.tiles import Bounds, TileGrid
 
 
@@ -272,8 +272,8 @@ class Prefix(Pattern):
 class GlobalKeys(Pattern):
     """Every query looks at the global tokens: one side of `globals`.
 
-    `ids` is a number n, for the first n positions, or the positions themselves; negative ones count from the
-    end, of the queries and of the keys alike.
+    `ids` is a number n, for the first n positions (the last -n, if negative), or the positions themselves;
+    negative ones count from the end, of the queries and of the keys alike.
     """
 
     name: ClassVar[str] = "global_keys"
@@ -285,7 +285,7 @@ class GlobalKeys(Pattern):
                 raise PatternError(f"{self.name}: ids must be integers of at most 2**30, got {list(self.ids)!r}")
             object.__setattr__(self, "ids", tuple(sorted(set(self.ids))))
         else:
-            require(self, ids=0)
+            require(self, ids=-FARTHEST)
 
     def check(self, t, s):
         length = min(t, s)
@@ -302,7 +302,7 @@ class GlobalKeys(Pattern):
         return grid.in_every_row(ids, ids + 1)
 
     def signature(self, grid, q0, k0):
-        return [np.minimum(k0, self.ids)] if isinstance(self.ids, int) else [k0]
+        return [self._phase(k0, grid.s, grid.tile[1])]
 
     def last_query(self, k):
         if self._span()[0] < 0:
@@ -316,21 +316,28 @@ class GlobalKeys(Pattern):
     def _span(self) -> tuple[int, int]:
         """The least and the greatest id; (0, -1) if there are none."""
         if isinstance(self.ids, int):
-            return 0, self.ids - 1
+            return (0, self.ids - 1) if self.ids >= 0 else (self.ids, -1)
         return (self.ids[0], self.ids[-1]) if self.ids else (0, -1)
 
     def _inside(self, length: int) -> np.ndarray:
         """The global positions of a sequence of `length`, ascending, int64 [n]."""
         if isinstance(self.ids, int):
-            return np.arange(min(self.ids, length))
+            every = np.arange(length)
+            return every[: self.ids] if self.ids >= 0 else every[self.ids :]
         ids = np.unique(np.array([i if i >= 0 else i + length for i in self.ids], np.int64))
         return ids[(ids >= 0) & (ids < length)]
 
+    def _phase(self, first: np.ndarray, length: int, size: int) -> np.ndarray:
+        """What fixes which positions of tiles of `size` are global, given the first of each."""
+        if not isinstance(self.ids, int):
+            return first
+        return np.minimum(first, self.ids) if self.ids >= 0 else np.maximum(first, length + self.ids - size)
+
     def _is_global(self, position, length):
-        if isinstance(self.ids, int):
-            return position < self.ids
         if length is None and self._span()[0] < 0:
             raise PatternError(f"{self}: ids that count from the end need the lengths t and s")
+        if isinstance(self.ids, int):
+            return position < self.ids if self.ids >= 0 else position >= length + self.ids
         found = position < 0  # positions are never negative: all False, in the shape and module of the input
         for i in self.ids:
             found = found | (position == (i if i >= 0 else i + length))
@@ -354,7 +361,7 @@ class GlobalQueries(GlobalKeys):
         return _from_ranges(grid, any_key=(0 * first, any_key), every_key=(0 * first, every_key))
 
     def signature(self, grid, q0, k0):
-        return [np.minimum(q0, self.ids)] if isinstance(self.ids, int) else [q0]
+        return [self._phase(q0, grid.t, grid.tile[0])]
 
     def last_query(self, k):
         first, last = self._span()
@@ -365,8 +372,8 @@ class GlobalQueries(GlobalKeys):
 class Globals(GlobalKeys):
     """Global tokens look at every key and every query looks at them (Longformer's symmetric globals).
 
-    `ids` is a number n, for the first n positions, or the positions themselves; negative ones count from the
-    end, of the queries and of the keys alike.
+    `ids` is a number n, for the first n positions (the last -n, if negative), or the positions themselves;
+    negative ones count from the end, of the queries and of the keys alike.
     """
 
     name: ClassVar[str] = "globals"
@@ -425,4 +432,4 @@ def _comb(grid: TileGrid, rows: np.ndarray, stride: int, before: int, after: int
 
 
 LIBRARY = (Full, Causal, Window, Dilated, Strided, Fixed, Chunk, Sink, Prefix, Globals, GlobalKeys, GlobalQueries)
-NAMES: dict[str, type[Pattern]] = {cls.name: cls for cls in (*LIBRARY, Random, Tiles, Shift)}
+NAMES: dict[str, type[Pattern]] = {cls.name: cls for cls in (*LIBRARY, Tiles, Random, BigBirdRandom, Shift)}

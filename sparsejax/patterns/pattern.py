@@ -52,6 +52,10 @@ class Pattern:
         """
         raise NotImplementedError
 
+    def counts(self, q: Any, k: Any, t: int | None = None, s: int | None = None) -> Any:
+        """How often query `q` has key `k` among its keys: `allows` as integers, or more inside of `multiset`."""
+        return self.allows(q, k, t, s) * 1
+
     def bounds(self, grid: TileGrid) -> Bounds:
         """Which tiles of the grid hold an allowed pair (live) and which hold only allowed pairs (full)."""
         raise NotImplementedError
@@ -84,6 +88,11 @@ class Pattern:
     def heads(self) -> int | None:
         """Number of heads the pattern distinguishes, or None when all heads share it."""
         return None
+
+    @property
+    def repeats(self) -> bool:
+        """Whether a key may count more than once in the softmax, see `multiset`."""
+        return False
 
     def head(self, index: int) -> Pattern:
         """The pattern of one head."""
@@ -184,6 +193,10 @@ class _Combination(Pattern):
     def heads(self) -> int | None:
         return next((term.heads for term in self.terms if term.heads is not None), None)
 
+    @property
+    def repeats(self) -> bool:
+        return any(term.repeats for term in self.terms)
+
     def head(self, index: int) -> Pattern:
         return self if self.heads is None else type(self).of(*(term.head(index) for term in self.terms))
 
@@ -209,6 +222,9 @@ class And(_Combination):
     def allows(self, q, k, t=None, s=None):
         return functools.reduce(operator.and_, (term.allows(q, k, t, s) for term in self.terms))
 
+    def counts(self, q, k, t=None, s=None):
+        return functools.reduce(operator.mul, (term.counts(q, k, t, s) for term in self.terms))
+
     def bounds(self, grid):
         return functools.reduce(operator.and_, (term.bounds(grid) for term in self.terms))
 
@@ -219,7 +235,7 @@ class And(_Combination):
         return min(term.lookahead() for term in self.terms)
 
     def __str__(self):
-        return " & ".join(f"({term})" if isinstance(term, Or) else str(term) for term in self.terms)
+        return " & ".join(f"({term})" if type(term) is Or else str(term) for term in self.terms)
 
 
 class Or(_Combination):
@@ -229,6 +245,10 @@ class Or(_Combination):
 
     def allows(self, q, k, t=None, s=None):
         return functools.reduce(operator.or_, (term.allows(q, k, t, s) for term in self.terms))
+
+    def counts(self, q, k, t=None, s=None):
+        largest = array_module(q, k).maximum
+        return functools.reduce(largest, (term.counts(q, k, t, s) for term in self.terms))
 
     def bounds(self, grid):
         return functools.reduce(operator.or_, (term.bounds(grid) for term in self.terms))
@@ -241,6 +261,25 @@ class Or(_Combination):
 
     def __str__(self):
         return " | ".join(f"({term})" if isinstance(term, And) else str(term) for term in self.terms)
+
+
+class Multiset(Or):
+    """What any term allows, as often as terms allow it: a key that m terms allow counts m times in the softmax.
+
+    The released BigBird code lists tiles and does not look whether it has listed one already.
+    """
+
+    name: ClassVar[str] = "multiset"
+
+    @property
+    def repeats(self):
+        return True
+
+    def counts(self, q, k, t=None, s=None):
+        return functools.reduce(operator.add, (term.counts(q, k, t, s) for term in self.terms))
+
+    def __str__(self):
+        return f"multiset({', '.join(map(str, self.terms))})"
 
 
 class Minus(_Combination):
@@ -259,6 +298,9 @@ class Minus(_Combination):
         masks = [term.allows(q, k, t, s) for term in self.terms]
         return masks[0] & (functools.reduce(operator.or_, masks[1:]) ^ True)  # ~ would be wrong for a plain bool
 
+    def counts(self, q, k, t=None, s=None):
+        return self.terms[0].counts(q, k, t, s) * self.allows(q, k, t, s)
+
     def bounds(self, grid):
         first, *others = (term.bounds(grid) for term in self.terms)
         return first & ~functools.reduce(operator.or_, others)
@@ -271,8 +313,8 @@ class Minus(_Combination):
 
     def __str__(self):
         first, *others = self.terms
-        shown = [f"({first})" if isinstance(first, And | Or) else str(first)]
-        shown += [f"({term})" if isinstance(term, _Combination) else str(term) for term in others]
+        shown = [f"({first})" if type(first) in (And, Or) else str(first)]
+        shown += [f"({term})" if type(term) in (And, Or, Minus) else str(term) for term in others]
         return " - ".join(shown)
 
 
@@ -296,6 +338,10 @@ class Shift(Pattern):
     def heads(self):
         return self.pattern.heads
 
+    @property
+    def repeats(self):
+        return self.pattern.repeats
+
     def head(self, index):
         return Shift(self.pattern.head(index), self.by)
 
@@ -303,11 +349,15 @@ class Shift(Pattern):
         self.pattern.check(t, s)
 
     def allows(self, q, k, t=None, s=None):
+        return self.pattern.allows(q, k + self.by, t, s) & self._is_there(k + self.by, s)
+
+    def counts(self, q, k, t=None, s=None):
+        return self.pattern.counts(q, k + self.by, t, s) * self._is_there(k + self.by, s)
+
+    def _is_there(self, moved, s):
         if s is None and self.by > 0:
             raise PatternError(f"{self}: which keys there are depends on their number s")
-        moved = k + self.by
-        there = (moved >= 0) if self.by <= 0 else (moved < s)
-        return self.pattern.allows(q, moved, t, s) & there
+        return (moved >= 0) if self.by <= 0 else (moved < s)
 
     def bounds(self, grid):
         return self.pattern.bounds(grid.move(self.by))
@@ -349,9 +399,15 @@ class PerHead(Pattern):
         for pattern in self.patterns:
             pattern.check(t, s)
 
+    @property
+    def repeats(self):
+        return any(pattern.repeats for pattern in self.patterns)
+
     def allows(self, q, k, t=None, s=None):
-        masks = [p.allows(q, k, t, s) for p in self.patterns]
-        return array_module(q, k).stack(masks)
+        return array_module(q, k).stack([p.allows(q, k, t, s) for p in self.patterns])
+
+    def counts(self, q, k, t=None, s=None):
+        return array_module(q, k).stack([p.counts(q, k, t, s) for p in self.patterns])
 
     def last_query(self, k):
         return functools.reduce(np.maximum, (p.last_query(k) for p in self.patterns))

@@ -15,11 +15,12 @@ import re
 from typing import Any
 
 from sparsejax.patterns.library import NAMES
-from sparsejax.patterns.pattern import And, Minus, Or, Pattern, PatternError, PerHead, per_head
+from sparsejax.patterns.pattern import And, Minus, Multiset, Or, Pattern, PatternError, PerHead, per_head
 
 DEEPEST = 100  # parentheses inside parentheses; far more than any pattern needs, far fewer than Python's stack holds
 LONGEST = 10_000  # characters
 SHOWN = 120  # characters of a text in an error
+JOINED = {PerHead.name: per_head, Multiset.name: Multiset.of}  # words that take any number of patterns
 TOKEN = re.compile(r"\s*(?:(?P<name>[A-Za-z_]\w*)|(?P<integer>-?\d+)|(?P<sign>[()\[\],=&|-]))")
 
 
@@ -113,8 +114,8 @@ class _Parser:
             return pattern
         if kind != "name":
             raise self.error(f"expected a pattern, found {word or 'the end'!r}")
-        if word not in NAMES and word != PerHead.name:
-            raise self.unknown("pattern", word, [*NAMES, PerHead.name], at)
+        if word not in NAMES and word not in JOINED:
+            raise self.unknown("pattern", word, [*NAMES, *JOINED], at)
         self.next += 1
         arguments = self.arguments() if self.tokens[self.next][1] == "(" else []
         try:
@@ -155,11 +156,11 @@ class _Parser:
         return self.union()
 
     def build(self, word: str, arguments: list[tuple[str | None, Any, int]], at: int) -> Pattern:
-        if word == PerHead.name:
+        if word in JOINED:
             for name, value, where in arguments:
                 if name or not isinstance(value, Pattern):
-                    raise self.error("per_head takes patterns only", where)
-            return per_head(*(value for _, value, _ in arguments))
+                    raise self.error(f"{word} takes patterns only", where)
+            return JOINED[word](*(value for _, value, _ in arguments))
         fields = {field.name: field for field in dataclasses.fields(NAMES[word])}
         values: dict[str, Any] = {}
         for index, (name, value, where) in enumerate(arguments):

@@ -196,6 +196,107 @@ class Random(_Tiled):
             return x ^ (x >> np.uint32(16))
 
 
+@dataclasses.dataclass(frozen=True)
+class BigBirdRandom(_Tiled):
+    """The random tiles that the released BigBird models were trained with, head `head` of `among` drawn together.
+
+    The released code draws them with NumPy's legacy generator, seeded with the number of the layer. Where the
+    sequence has 1,024, 3,072 or 4,096 tokens it draws only from the first 1,024, for `longest` tokens, and cuts
+    the plan; for other lengths it draws from the first `2 r + 5` tiles if there are more. The first and the last
+    row have none, as they are global. In evaluation the released code does not draw: every row has tile 0 `r`
+    times, see `recipes.bigbird`. Matches transformers 5.23 (`modeling_big_bird.py`, training mode).
+    """
+
+    name: ClassVar[str] = "bigbird_random"
+    r: int
+    tile: int = dataclasses.field(kw_only=True)
+    seed: int = dataclasses.field(kw_only=True)
+    head: int = dataclasses.field(default=0, kw_only=True)
+    among: int = dataclasses.field(default=1, kw_only=True)
+    longest: int = dataclasses.field(default=4096, kw_only=True)
+
+    def __post_init__(self):
+        require(self, r=1, tile=1, seed=0, head=0, among=self.head + 1, longest=1)
+        if self.seed >= 2**32:
+            raise PatternError(f"{self.name}: seed must be below 2**32, got {self.seed}")
+
+    def check(self, t, s):
+        if min(t, s) <= (2 * self.r + 5) * self.tile:
+            most = (2 * self.r + 5) * self.tile
+            raise PatternError(f"{self.name}: the released models look at everything up to {most} tokens")
+
+    def allows(self, q, k, t=None, s=None):
+        if s is None:
+            raise PatternError(f"{self}: what is drawn depends on the number of keys s")
+        return _is_listed(q // self.tile, k // self.tile, self._plan(s))
+
+    def _lists(self, t, s):
+        return (self.tile, self.tile), _pad(self._plan(s))
+
+    def _plan(self, s: int) -> tuple[tuple[int, ...], ...]:
+        length = -(-s // self.tile) * self.tile
+        heads = released_plan(length, self.tile, self.r, self.among, self.seed, self.longest)
+        return ((), *heads[self.head], ())[: length // self.tile]
+
+
+@functools.lru_cache(maxsize=64)
+def released_plan(
+    length: int, tile: int, r: int, heads: int, seed: int, longest: int
+) -> tuple[tuple[tuple[int, ...], ...], ...]:
+    """For each head, for each query tile but the first and the last, the key tiles that BigBird's code draws."""
+    rng = np.random.RandomState(seed)
+    tiles = length // tile
+    if length in (1024, 3072, 4096):
+        # Later rows are drawn and cut, because each head goes on from where the one before left the generator.
+        drawn = [
+            [_draw_early(rng, i, longest // tile, tile, r) for i in range(1, longest // tile - 1)] for _ in range(heads)
+        ]
+        return tuple(tuple(rows[: tiles - 2]) for rows in drawn)
+    plan: list[list[list[int]]] = [[[] for _ in range(tiles)] for _ in range(heads)]
+    for rows, keys, count in _stages(tiles, r):
+        for row in rows:
+            for head in range(heads):
+                plan[head][row] += _draw_apart(rng, row, keys, count)
+    return tuple(tuple(map(tuple, rows[1:-1])) for rows in plan)
+
+
+def _draw_early(rng: np.random.RandomState, row: int, tiles: int, tile: int, r: int) -> tuple[int, ...]:
+    """One row drawn from the first 1,024 tokens (all, if the tiles are large) without its neighbourhood."""
+    last = 1024 // tile - 1 if 2 * tile < 1024 else tiles - 1
+    middle = np.arange(1, tiles - 1)
+    if row <= 2:
+        options = middle[row + 1 : last]
+    elif row >= tiles - 3 or row - 2 > last:
+        options = middle[:last]
+    elif row + 1 == last:
+        options = middle[: row - 2]
+    else:
+        options = np.concatenate([middle[: row - 2], middle[row + 1 : last]])
+    return tuple(rng.permutation(options)[:r].tolist())
+
+
+def _stages(tiles: int, r: int) -> list[tuple[range, range, int]]:
+    """Which rows draw how many tiles from which, in the order in which the generator is asked."""
+    if tiles > 2 * r + 5:
+        near = 2 * r + 5
+        return [(range(1, near), range(near), r), (range(near, tiles), range(near), r)]
+    if tiles > r + 5:
+        near, few, rest = r + 5, r // 2, r - r // 2
+        late = range(near, tiles)
+        first = [(range(1, near), range(near), few)] if few else []
+        cross = [(late, range(near), few)] if few else []
+        return [*first, (range(1, near), late, rest), *cross, (late, late, rest)]
+    return [(range(1, tiles), range(tiles), r)]
+
+
+def _draw_apart(rng: np.random.RandomState, row: int, keys: range, count: int) -> list[int]:
+    """`count` of the key tiles, none next to the row's own and none at an end."""
+    out = {row - 1, row, row + 1, 0, keys.stop - 1}
+    out |= {keys.stop - 2} if row == 1 else set()
+    out |= {1} if row == keys.stop - 2 else set()
+    return [i for i in rng.permutation(np.arange(keys.start, keys.stop)).tolist() if i not in out][:count]
+
+
 def _is_listed(row: Any, column: Any, lists: tuple[tuple[int, ...], ...]) -> Any:
     """Whether `column` is in `lists[row]`; without a table, so that it can be used inside a kernel."""
     found = (row < 0) & (column < 0)  # False, in the broadcast shape

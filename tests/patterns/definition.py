@@ -6,6 +6,7 @@ import numpy as np
 
 from sparsejax.patterns import (
     And,
+    BigBirdRandom,
     Causal,
     Chunk,
     Dilated,
@@ -15,6 +16,7 @@ from sparsejax.patterns import (
     GlobalQueries,
     Globals,
     Minus,
+    Multiset,
     Or,
     Pattern,
     PerHead,
@@ -26,6 +28,7 @@ from sparsejax.patterns import (
     Tiles,
     Window,
 )
+from sparsejax.patterns.tiled import released_plan
 
 
 def mask(pattern: Pattern, t: int, s: int) -> np.ndarray:
@@ -34,6 +37,29 @@ def mask(pattern: Pattern, t: int, s: int) -> np.ndarray:
     table = [[[sees(pattern, i, j, t, s, head) for j in range(s)] for i in range(t)] for head in heads]
     stacked = np.array(table, bool).reshape(len(heads), t, s)
     return stacked if pattern.heads else stacked[0]
+
+
+def count(pattern: Pattern, i: int, j: int, t: int, s: int, head: int = 0) -> int:
+    """How often query `i` has key `j`."""
+
+    def part(term: Pattern) -> int:
+        return count(term, i, j, t, s, head)
+
+    match pattern:
+        case Multiset(terms):
+            return sum(map(part, terms))
+        case And(terms):
+            return math.prod(map(part, terms))
+        case Or(terms):
+            return max(map(part, terms))
+        case Minus(terms):
+            return part(terms[0]) * sees(pattern, i, j, t, s, head)
+        case PerHead(patterns):
+            return count(patterns[head], i, j, t, s)
+        case Shift(moved, by):
+            return count(moved, i, j + by, t, s, head) if 0 <= j + by < s else 0
+        case _:
+            return int(sees(pattern, i, j, t, s, head))
 
 
 def sees(pattern: Pattern, i: int, j: int, t: int, s: int, head: int = 0) -> bool:
@@ -68,6 +94,8 @@ def sees(pattern: Pattern, i: int, j: int, t: int, s: int, head: int = 0) -> boo
             return row < len(rows) and column in rows[row]
         case Random():
             return j // pattern.tile in drawn_tiles(pattern, i // pattern.tile, s)
+        case BigBirdRandom():
+            return (i // pattern.tile, j // pattern.tile) in released_tiles(pattern, s)
         case Shift(moved, by):
             return 0 <= j + by < s and sees(moved, i, j + by, t, s, head)
         case Minus(terms):
@@ -75,7 +103,7 @@ def sees(pattern: Pattern, i: int, j: int, t: int, s: int, head: int = 0) -> boo
             return first and not any(others)
         case And(terms):
             return all(sees(term, i, j, t, s, head) for term in terms)
-        case Or(terms):
+        case Or(terms) | Multiset(terms):
             return any(sees(term, i, j, t, s, head) for term in terms)
         case PerHead(patterns):
             return sees(patterns[head], i, j, t, s)
@@ -99,6 +127,14 @@ def drawn_tiles(pattern: Random, row: int, s: int) -> list[int]:
     return [allowed[pick] for pick in drawn]
 
 
+def released_tiles(pattern: BigBirdRandom, s: int) -> set[tuple[int, int]]:
+    """The pairs (row, column) of a plan; its numbers are held against recorded ones in test_tiled.py."""
+    tiles = math.ceil(s / pattern.tile)
+    key = pattern.tile, pattern.r, pattern.among, pattern.seed, pattern.longest
+    plan = released_plan(tiles * pattern.tile, *key)[pattern.head]
+    return {(i, j) for i, columns in enumerate(plan, 1) for j in columns if i < tiles}
+
+
 def _mix(x: int) -> int:
     """MurmurHash3's finaliser."""
     for shift, factor in ((16, 0x85EBCA6B), (13, 0xC2B2AE35), (16, 1)):
@@ -110,5 +146,5 @@ def _mix(x: int) -> int:
 def _places(ids: int | tuple[int, ...], length: int) -> set[int]:
     """The positions below `length` that `ids` names, negative ones as in a Python list."""
     if isinstance(ids, int):
-        return set(range(min(ids, length)))
+        return set(range(length)[:ids] if ids >= 0 else range(length)[ids:])
     return {range(length)[i] for i in ids if -length <= i < length}

@@ -6,6 +6,7 @@ from hypothesis import strategies as st
 
 from sparsejax.patterns import (
     And,
+    BigBirdRandom,
     Causal,
     Chunk,
     Dilated,
@@ -15,6 +16,7 @@ from sparsejax.patterns import (
     GlobalQueries,
     Globals,
     Minus,
+    Multiset,
     Or,
     Pattern,
     Prefix,
@@ -34,7 +36,9 @@ def numbers(least: int, longest: int) -> st.SearchStrategy[int]:
 
 
 def token_ids(longest: int) -> st.SearchStrategy[int | tuple[int, ...]]:
-    return numbers(0, longest) | st.lists(st.integers(-longest, longest), max_size=4).map(tuple)
+    return (
+        numbers(0, longest) | st.integers(-longest, 0) | st.lists(st.integers(-longest, longest), max_size=4).map(tuple)
+    )
 
 
 def tile_lists() -> st.SearchStrategy[tuple[tuple[int, ...], ...]]:
@@ -72,6 +76,15 @@ LIBRARY = {
         layer=st.integers(0, 2),
         head=st.integers(0, 2),
     ),
+    "bigbird_random": lambda longest: st.builds(
+        BigBirdRandom,
+        st.integers(1, 3),
+        tile=numbers(1, longest),
+        seed=st.integers(0, 5),
+        head=st.integers(0, 1),
+        among=st.just(2),
+        longest=numbers(1, 2 * longest),
+    ),
     "tiles": lambda longest: st.builds(Tiles, tile_lists(), tile=st.none() | numbers(1, longest)),
     "full": lambda longest: st.just(Full()),
 }
@@ -97,11 +110,11 @@ def patterns(longest: int = 40) -> st.SearchStrategy[Pattern]:
     return shared_patterns(longest) | with_heads
 
 
-JOINS = st.sampled_from([And, Or, Minus])
+JOINS = st.sampled_from([And, Or, Minus, Multiset])
 
 
 def joined(terms: st.SearchStrategy[Pattern]) -> st.SearchStrategy[Pattern]:
-    """Terms in chains of `&`, `|` and `-` from the left, and chains of such chains."""
+    """Terms in chains of `&`, `|`, `-` and `multiset` from the left, and chains of such chains."""
 
     def chains(parts: st.SearchStrategy[Pattern], most: int) -> st.SearchStrategy[Pattern]:
         links = st.lists(st.tuples(JOINS, parts), max_size=most)

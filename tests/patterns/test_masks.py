@@ -10,7 +10,7 @@ from jax.experimental import pallas
 
 from sparsejax.patterns import FOREVER, PatternError, parse
 from sparsejax.patterns.library import NAMES
-from tests.patterns.definition import mask
+from tests.patterns.definition import count, mask
 from tests.patterns.strategies import LIBRARY, patterns
 
 BY_HAND = {
@@ -166,6 +166,11 @@ BY_HAND = {
         xxxxx
         xx...
         xx...""",
+    "globals(-2)": """
+        ...xx
+        ...xx
+        xxxxx
+        xxxxx""",
     "globals([1, 3])": """
         .x.x.
         xxxxx
@@ -218,7 +223,7 @@ def test_mask_with_heads_drawn_by_hand():
 
 def test_every_pattern_of_the_library_is_drawn_and_generated():
     assert set(LIBRARY) == set(NAMES) - {"shift"}
-    drawn_elsewhere = {"random"}
+    drawn_elsewhere = {"random", "bigbird_random"}
     assert {text.partition("(")[0] for text in BY_HAND} | drawn_elsewhere >= set(NAMES)
 
 
@@ -247,6 +252,18 @@ def test_dense_is_the_definition_pair_by_pair(pattern, t, s):
     found = pattern.dense(t, s)
     assert found.dtype == np.bool_
     np.testing.assert_array_equal(found, mask(pattern, t, s))
+
+
+@given(patterns(longest=9), st.integers(1, 12), st.integers(1, 12))
+def test_counts_are_the_definition_pair_by_pair(pattern, t, s):
+    q, k = np.arange(t)[:, None], np.arange(s)[None, :]
+    expected = [
+        [[count(pattern, i, j, t, s, head) for j in range(s)] for i in range(t)] for head in range(pattern.heads or 1)
+    ]
+    found = np.broadcast_to(pattern.counts(q, k, t, s), (*mask(pattern, t, s).shape,))
+    np.testing.assert_array_equal(found, expected if pattern.heads else expected[0])
+    if not pattern.repeats:
+        np.testing.assert_array_equal(found, pattern.dense(t, s))
 
 
 @given(patterns(), st.integers(1, 30))
