@@ -40,7 +40,7 @@ CASES = {
     "--config.model.layers.local.mixer.pattern=window(3, 3)": ["local.mixer.pattern", "ahead"],
     "--config.model.layers.local.mixer.pattern=causal & (sink(2) | globals([32]))": [
         "model.layers.local.mixer.pattern",
-        "column 20",
+        "column 21",
         "token 32 lies outside",
     ],
     "--config.model.layers.full.mixer.heads=3": ["model.layers.full.mixer", "heads = 3", "kv_heads = 2"],
