@@ -1,5 +1,6 @@
 """Patterns: who may look at whom, said once. NumPy only; nothing here imports the rest of the package."""
 
+from sparsejax.patterns.drawing import Panel, draw_mask, draw_pattern, name_numbers
 from sparsejax.patterns.library import FOREVER, Causal, Chunk, Full, Globals, Sink, Window
 from sparsejax.patterns.pattern import And, Or, Pattern, PatternError, PerHead, per_head
 from sparsejax.patterns.retention import cache_slots
@@ -14,6 +15,7 @@ __all__ = [
     "Full",
     "Globals",
     "Or",
+    "Panel",
     "Pattern",
     "PatternError",
     "PerHead",
@@ -22,6 +24,9 @@ __all__ = [
     "TileLayout",
     "Window",
     "cache_slots",
+    "draw_mask",
+    "draw_pattern",
+    "name_numbers",
     "parse",
     "per_head",
 ]
