@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import itertools
 import textwrap
 from collections.abc import Sequence
 from pathlib import Path
@@ -24,7 +25,7 @@ if TYPE_CHECKING:
 
 ENDINGS = (".png", ".svg")
 MOST_CELLS = 4096  # on a side of a picture in a file
-MOST_TOKENS = 2**18  # there even a full pattern takes seconds and a gigabyte
+MOST_TOKENS = 2**18  # a full pattern is four million tiles then
 
 COLOURS = {DEAD: "#f2f2f2", PARTIAL: "#8fc1e3", FULL: "#0a5a9c"}  # told apart without colour vision, and in grey
 PLAIN = {DEAD: ".", PARTIAL: "+", FULL: "#"}
@@ -133,9 +134,8 @@ def print_panels(panels: Sequence[Panel], console: Console) -> None:
     blocks = []
     for panel in panels:
         picture = _signs(panel.states) if plain else _half_characters(panel.states)
-        width = max(len(picture.plain.split("\n", 1)[0]), TITLE_WIDTH)
-        title, caption = Text(_wrap(panel.title, width), style="bold"), Text(_wrap(panel.caption, width), style="dim")
-        blocks.append(Text("\n", no_wrap=True).join([title, picture, caption]))
+        title = Text(_wrap(panel.title, max(len(picture.plain.split("\n", 1)[0]), TITLE_WIDTH)), style="bold")
+        blocks.append(Text("\n", no_wrap=True).join([title, picture, Text(panel.caption, style="dim")]))
     console.print(Columns(blocks, padding=(1, 3)), highlight=False)
     key = Text("   ").join(
         Text.assemble((PLAIN[state], "") if plain else ("██", COLOURS[state]), f" {word}")
@@ -159,8 +159,8 @@ def _half_characters(states: np.ndarray) -> Text:
     lines = []
     for top in range(0, len(states), 2):
         line = Text()
-        for pair in states[top : top + 2].T.tolist():
-            line.append("▀", " on ".join(COLOURS[state] for state in pair))
+        for pair, run in itertools.groupby(states[top : top + 2].T.tolist()):
+            line.append("▀" * len(list(run)), " on ".join(COLOURS[state] for state in pair))
         lines.append(line)
     return Text("\n").join(lines)
 
@@ -196,7 +196,7 @@ def _build_figure(panels: Sequence[Panel]) -> Figure:
     columns = min(len(panels), PANELS_IN_A_ROW)
     rows = -(-len(panels) // columns)
     figure = Figure(figsize=((INCHES + 0.4) * columns, (INCHES + 1) * rows), layout="compressed")
-    figure.get_layout_engine().set(h_pad=0.1)
+    figure.get_layout_engine().set(h_pad=0.06)
     axes = figure.subplots(rows, columns, squeeze=False).ravel()
     for number, (panel, axis) in enumerate(zip(panels, axes, strict=False)):
         _draw_axes(panel, axis)
@@ -241,8 +241,9 @@ def _draw_squares(panel: Panel, axes: Axes) -> None:
     axes.add_collection(
         PolyCollection(corners.transpose(2, 0, 1)[live], facecolors=[COLOURS[s] for s in states[live].tolist()])
     )
-    axes.hlines(np.arange(1, rows) * panel.tile, 0, columns * panel.tile, "white", linewidth=0.5)
-    axes.vlines(np.arange(1, columns) * panel.tile, 0, rows * panel.tile, "white", linewidth=0.5)
+    line = {"colors": "white", "linewidth": 0.5 * min(1, 24 / max(rows, columns))}
+    axes.hlines(np.arange(1, rows) * panel.tile, 0, columns * panel.tile, **line)
+    axes.vlines(np.arange(1, columns) * panel.tile, 0, rows * panel.tile, **line)
 
 
 def _draw_image(panel: Panel, axes: Axes) -> None:

@@ -15,7 +15,7 @@ COUNTED_TILE = 128  # the widest tile that a layout looks into pair by pair; wid
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Panel:
-    """One picture: queries go down, keys go right."""
+    """One picture: `states` [rows, columns] of cells; queries go down, keys go right."""
 
     title: str
     states: np.ndarray  # int8 [rows, columns]: DEAD, PARTIAL or FULL
