@@ -28,6 +28,7 @@ MOST_CELLS = 4096  # on a side of a picture in a file
 MOST_TOKENS = 2**18  # a full pattern is four million tiles then
 
 COLOURS = {DEAD: "#f2f2f2", PARTIAL: "#8fc1e3", FULL: "#0a5a9c"}  # told apart without colour vision, and in grey
+SIXTEEN_COLOURS = {DEAD: "white", PARTIAL: "cyan", FULL: "blue"}  # for terminals that have no others
 PLAIN = {DEAD: ".", PARTIAL: "+", FULL: "#"}
 WORDS_OF_PAIRS = {FULL: "seen", DEAD: "not seen"}
 WORDS_OF_TILES = {FULL: "full tile", PARTIAL: "partial tile", DEAD: "dead tile"}
@@ -131,14 +132,15 @@ def _wrap(title: str, width: int) -> str:
 def print_panels(panels: Sequence[Panel], console: Console) -> None:
     """Prints panels side by side as far as they fit, two cells to a character; without colours one sign a cell."""
     plain = console.color_system is None
+    colours = SIXTEEN_COLOURS if console.color_system in ("standard", "windows") else COLOURS
     blocks = []
     for panel in panels:
-        picture = _signs(panel.states) if plain else _half_characters(panel.states)
+        picture = _signs(panel.states) if plain else _half_characters(panel.states, colours)
         title = Text(_wrap(panel.title, max(len(picture.plain.split("\n", 1)[0]), TITLE_WIDTH)), style="bold")
         blocks.append(Text("\n", no_wrap=True).join([title, picture, Text(panel.caption, style="dim")]))
     console.print(Columns(blocks, padding=(1, 3)), highlight=False)
     key = Text("   ").join(
-        Text.assemble((PLAIN[state], "") if plain else ("██", COLOURS[state]), f" {word}")
+        Text.assemble((PLAIN[state], "") if plain else ("██", colours[state]), f" {word}")
         for state, word in _words(panels).items()
     )
     console.print(key, highlight=False)
@@ -154,13 +156,13 @@ def _signs(states: np.ndarray) -> Text:
     return Text("\n".join(" ".join(PLAIN[state] for state in row) for row in states.tolist()))
 
 
-def _half_characters(states: np.ndarray) -> Text:
+def _half_characters(states: np.ndarray, colours: dict[int, str]) -> Text:
     """States [rows, columns] as half-block characters, two rows to a line: one is the ink, the other the paper."""
     lines = []
     for top in range(0, len(states), 2):
         line = Text()
         for pair, run in itertools.groupby(states[top : top + 2].T.tolist()):
-            line.append("▀" * len(list(run)), " on ".join(COLOURS[state] for state in pair))
+            line.append("▀" * len(list(run)), " on ".join(colours[state] for state in pair))
         lines.append(line)
     return Text("\n").join(lines)
 

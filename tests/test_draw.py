@@ -74,6 +74,14 @@ def test_colours_on_a_terminal_are_the_states():
     np.testing.assert_array_equal(rows, panel.states)
 
 
+def test_few_colours_are_still_told_apart():
+    out = io.StringIO()
+    panels = draw_pattern(parse("causal"), 4, 2)
+    draw_panels(panels, Console(file=out, width=60, force_terminal=True, color_system="standard"))
+    *_, key = out.getvalue().splitlines()
+    assert re.findall(r"\x1b\[(\d+)m██", key) == ["34", "36", "37"]  # blue, cyan, white
+
+
 def test_a_schedule_shows_equal_layers_once(capsys):
     named = name_layers(configs.check(recipe.get_config()).model)
     assert named == [
