@@ -13,8 +13,10 @@ from typing import NoReturn
 from rich.console import Console
 
 from sparsejax import config as configs
+from sparsejax import patterns
 from sparsejax.config import ConfigError
 from sparsejax.data import DataError
+from sparsejax.draw import draw, name_layers
 from sparsejax.ops import ImplementationError
 from sparsejax.patterns import PatternError
 from sparsejax.schedule import ScheduleError
@@ -70,8 +72,11 @@ class _Parser(argparse.ArgumentParser):
 def _run(arguments: list[str]) -> int:
     given, overrides = _split_overrides(arguments)
     options = _parser().parse_args(given)
-    settings = configs.load(options.config, overrides)
     console = Console(width=None if sys.stdout.isatty() else PLAIN_WIDTH)
+    if options.verb == "draw":
+        _draw(options, overrides, console)
+        return 0
+    settings = configs.load(options.config, overrides)
     if options.verb == "train":
         train(settings, Path(options.workdir), console)
     else:
@@ -79,16 +84,49 @@ def _run(arguments: list[str]) -> int:
     return 0
 
 
+def _draw(options: argparse.Namespace, overrides: list[str], console: Console) -> None:
+    if bool(options.patterns) == bool(options.config):
+        raise ConfigError("draw: give patterns, or --config=FILE and no patterns")
+    if overrides and not options.config:
+        raise ConfigError(f"--config.{overrides[0].partition('=')[0]}: needs --config=FILE")
+    if options.config:
+        config = configs.check(configs.load(options.config, overrides))
+        named = name_layers(config.model)
+        length = config.data.length if options.length is None else options.length
+    else:
+        named, length = [(None, patterns.parse(text)) for text in options.patterns], options.length
+    if length is None:
+        raise ConfigError("--length: how many tokens the picture shows")
+    if options.titles is not None:
+        titles = [title.strip() for title in options.titles.split(",")]
+        if len(titles) != len(named):
+            raise ConfigError(f"--titles: {len(titles)} titles, separated by commas, for {len(named)} patterns")
+        named = [(title, pattern) for title, (_, pattern) in zip(titles, named, strict=True)]
+    draw(named, length, console, options.tile, options.out)
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = _Parser(prog="sparsejax", description="Sparse and hybrid sequence models.")
     verbs = parser.add_subparsers(dest="verb", required=True, metavar="VERB")
-    purposes = {"train": "train, or go on with, the run of a config", "show": "print the layers and their costs"}
+    purposes = {
+        "train": "train, or go on with, the run of a config",
+        "show": "print the layers and their costs",
+        "draw": "draw patterns, or what the layers of a config can see",
+    }
     for verb, purpose in purposes.items():
         one = verbs.add_parser(verb, help=purpose, description=purpose, allow_abbrev=False)
-        one.add_argument("--config", required=True, metavar="FILE[:ARG]", help="a file that defines get_config()")
+        one.add_argument(
+            "--config", required=verb != "draw", metavar="FILE[:ARG]", help="a file that defines get_config()"
+        )
         one.epilog = "--config.KEY=VALUE sets any key of the config, for example --config.model.width=256"
     verbs.choices["train"].add_argument("--workdir", required=True, help="what the run writes and resumes from")
     verbs.choices["show"].add_argument("--length", type=int, default=None, help="tokens; data.length if not given")
+    one = verbs.choices["draw"]
+    one.add_argument("patterns", nargs="*", metavar="PATTERN", help="for example 'causal & window(7)'")
+    one.add_argument("--length", type=int, default=None, help="tokens; with --config data.length if not given")
+    one.add_argument("--tile", type=int, default=None, help="tokens of a cell; 1, or what fits, if not given")
+    one.add_argument("--out", default=None, metavar="FILE", help=".png or .svg; the terminal if not given")
+    one.add_argument("--titles", default=None, metavar="A,B", help="a title for each pattern, separated by commas")
     return parser
 
 

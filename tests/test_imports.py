@@ -21,8 +21,9 @@ NEEDS = {
     "model": {"layers", "schedule", "config"},
     "decode": {"model"},
     "show": {"layers", "config", "model"},
+    "draw": {"patterns", "layers", "config"},
     "train": {"config", "sharding", "data", "model", "decode"},
-    "cli": {"patterns", "ops", "schedule", "config", "data", "show", "train"},
+    "cli": {"patterns", "ops", "schedule", "config", "data", "show", "draw", "train"},
     "__main__": {"cli"},
     "__init__": set(),  # so that one room can be imported without the others
 }

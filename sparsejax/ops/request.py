@@ -53,7 +53,7 @@ class Request:
         """Query heads by the pattern they follow."""
         groups: dict[Pattern, list[int]] = {}
         for head in range(self.q.shape[2]):
-            groups.setdefault(self.pattern.head(head), []).append(head)
+            groups.setdefault(self.pattern.for_head(head), []).append(head)
         return groups
 
 

@@ -1,6 +1,7 @@
 """Patterns: who may look at whom, said once. NumPy only; nothing here imports the rest of the package."""
 
 from sparsejax.patterns import recipes
+from sparsejax.patterns.drawing import Panel, draw_mask, draw_pattern, name_numbers
 from sparsejax.patterns.library import (
     NAMES,
     Causal,
@@ -49,6 +50,7 @@ __all__ = [
     "Minus",
     "Multiset",
     "Or",
+    "Panel",
     "Pattern",
     "PatternError",
     "PerHead",
@@ -62,6 +64,9 @@ __all__ = [
     "Tiles",
     "Window",
     "cache_slots",
+    "draw_mask",
+    "draw_pattern",
+    "name_numbers",
     "parse",
     "per_head",
     "recipes",

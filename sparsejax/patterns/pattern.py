@@ -94,7 +94,7 @@ class Pattern:
         """Whether a key may count more than once in the softmax, see `multiset`."""
         return False
 
-    def head(self, index: int) -> Pattern:
+    def for_head(self, index: int) -> Pattern:
         """The pattern of one head."""
         return self
 
@@ -124,13 +124,13 @@ class Pattern:
             raise PatternError(f"layout needs lengths >= 0 and tiles >= 1, got t={t}, s={s}, tile={tile}")
         if self.heads is None:
             return build_layout(self, t, s, tuple(tile))
-        return tuple(build_layout(self.head(i), t, s, tuple(tile)) for i in range(self.heads))
+        return tuple(build_layout(self.for_head(i), t, s, tuple(tile)) for i in range(self.heads))
 
     def pairs(self, t: int, s: int | None = None) -> int:
         """The exact number of allowed (query, key) pairs, summed over the heads the pattern distinguishes."""
         s = t if s is None else s
         if self.heads is not None:
-            return sum(self.head(i).pairs(t, s) for i in range(self.heads))
+            return sum(self.for_head(i).pairs(t, s) for i in range(self.heads))
         layout = self.layout(t, s)
         tiles = layout.rows.astype(np.int64) * layout.grid.columns + layout.columns
         partial, _ = count_pairs(self, layout.grid, tiles[~layout.full])
@@ -197,8 +197,8 @@ class _Combination(Pattern):
     def repeats(self) -> bool:
         return any(term.repeats for term in self.terms)
 
-    def head(self, index: int) -> Pattern:
-        return self if self.heads is None else type(self).of(*(term.head(index) for term in self.terms))
+    def for_head(self, index: int) -> Pattern:
+        return self if self.heads is None else type(self).of(*(term.for_head(index) for term in self.terms))
 
     def check(self, t, s):
         for term in self.terms:
@@ -342,8 +342,8 @@ class Shift(Pattern):
     def repeats(self):
         return self.pattern.repeats
 
-    def head(self, index):
-        return Shift(self.pattern.head(index), self.by)
+    def for_head(self, index):
+        return Shift(self.pattern.for_head(index), self.by)
 
     def check(self, t, s):
         self.pattern.check(t, s)
@@ -392,7 +392,7 @@ class PerHead(Pattern):
     def heads(self) -> int:
         return len(self.patterns)
 
-    def head(self, index: int) -> Pattern:
+    def for_head(self, index: int) -> Pattern:
         return self.patterns[index]
 
     def check(self, t, s):

@@ -40,7 +40,7 @@ def check(layout: TileLayout, mask: np.ndarray, tile: tuple[int, int]):
     assert layout.columns.dtype == np.int32
 
 
-@settings(max_examples=150)
+@settings(max_examples=2000)
 @given(patterns(longest=45), LENGTHS, LENGTHS, TILES)
 def test_layout_is_the_oracle_mask_in_tiles(pattern, t, s, tile):
     masks, layouts = pattern.dense(t, s), pattern.layout(t, s, tile)

@@ -275,10 +275,10 @@ def test_keys_are_as_many_as_queries_unless_said(pattern, t):
 def test_a_head_of_the_mask_is_the_mask_of_the_head(pattern):
     together = pattern.dense(20, 31)
     if pattern.heads is None:
-        assert pattern.head(7) == pattern
+        assert pattern.for_head(7) == pattern
         return
-    assert all(pattern.head(i).heads is None for i in range(pattern.heads))
-    np.testing.assert_array_equal(together, [pattern.head(i).dense(20, 31) for i in range(pattern.heads)])
+    assert all(pattern.for_head(i).heads is None for i in range(pattern.heads))
+    np.testing.assert_array_equal(together, [pattern.for_head(i).dense(20, 31) for i in range(pattern.heads)])
 
 
 # Lengths are fixed and examples few: each one is compiled.

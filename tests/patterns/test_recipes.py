@@ -34,7 +34,7 @@ def test_bigbird_scores_eight_tiles_in_each_row(plan):
     n = 4096 // 64
     # The first and the last row see everything; the second and the last but one have one end in their window.
     rows = 2 * n + 2 * (4 + 3) + (n - 4) * (5 + 3)
-    counts = [pattern.head(i).dense(4096)[::64, ::64].sum() for i in range(2)]
+    counts = [pattern.for_head(i).dense(4096)[::64, ::64].sum() for i in range(2)]
     if plan == "uniform":
         assert counts == [rows, rows]
         assert pattern.pairs(4096) == 2 * 64 * 64 * rows

@@ -308,7 +308,7 @@ def test_joins_of_two_kinds_stay_nested():
 
 @given(patterns_with_heads(2))
 def test_the_pattern_of_a_head_is_flat_too(pattern):
-    for head in (pattern.head(0), pattern.head(1)):
+    for head in (pattern.for_head(0), pattern.for_head(1)):
         assert head.heads is None
         assert parse(str(head)) == head
 

@@ -1,0 +1,58 @@
+"""Panels, against the oracle mask and the tile layout, which are held against plain Python elsewhere."""
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from sparsejax.patterns import draw_mask, draw_pattern, name_numbers, parse
+from sparsejax.patterns.drawing import COUNTED_TILE, MOST_HEADS
+from tests.patterns.strategies import shared_patterns
+
+
+@given(shared_patterns(), st.integers(1, 45), st.integers(2, 9))
+def test_panels_are_the_mask_and_the_layout(pattern, length, tile):
+    mask = pattern.dense(length)
+    (tokens,) = draw_pattern(pattern, length)
+    np.testing.assert_array_equal(tokens.states, 2 * mask)
+    assert tokens.density == mask.mean()
+    (tiles,) = draw_pattern(pattern, length, tile)
+    np.testing.assert_array_equal(tiles.states, pattern.layout(length, tile=(tile, tile)).dense())
+    assert tiles.density == pytest.approx(mask.mean())
+    # The way of any other array (reach, for one) ends at the same picture.
+    np.testing.assert_array_equal(draw_mask("", mask, tile).states, tiles.states)
+    assert tokens.states.dtype == tiles.states.dtype == np.int8
+    assert tokens.title == tiles.title == str(pattern)
+
+
+@pytest.mark.parametrize("text", ["causal & (window(300) | sink(4))", "globals([7, -1])", "full"])
+def test_wide_tiles_are_put_together_from_counted_ones(text):
+    pattern, length, tile = parse(text), 1100, 2 * COUNTED_TILE
+    (panel,) = draw_pattern(pattern, length, tile)
+    np.testing.assert_array_equal(panel.states, draw_mask("", pattern.dense(length), tile).states)
+
+
+def test_equal_heads_share_a_panel():
+    pattern = parse("per_head(window(1), causal, window(1), window(1)) & sink(3)")
+    first, second = draw_pattern(pattern, 6)
+    assert (first.title, second.title) == ("heads 0, 2-3: window(1) & sink(3)", "head 1: causal & sink(3)")
+    np.testing.assert_array_equal(first.states, 2 * pattern.dense(6)[3])
+    np.testing.assert_array_equal(second.states, 2 * pattern.dense(6)[1])
+    assert [panel.title for panel in draw_pattern(pattern, 6, title="Mine")] == ["Mine, heads 0, 2-3", "Mine, head 1"]
+
+
+def test_heads_that_are_left_out_are_counted():
+    panels = draw_pattern(parse(f"per_head({', '.join(f'window({n})' for n in range(MOST_HEADS + 3))})"), 4)
+    assert len(panels) == MOST_HEADS
+    assert "(3 more are not drawn)" in panels[-1].title
+
+
+def test_captions_say_how_sparse():
+    assert draw_pattern(parse("causal"), 4)[0].caption == "62.5% of pairs"
+    assert draw_pattern(parse("causal"), 4, tile=2)[0].caption == "75% of tiles of 2, 62.5% of pairs"
+
+
+def test_numbers_are_named_in_ranges():
+    assert name_numbers([3]) == "3"
+    assert name_numbers([0, 1, 2, 5, 7, 8]) == "0-2, 5, 7-8"
+    assert name_numbers(list(range(0, 40, 2))) == "0, 2, 4, 6, 8, ..., 38"

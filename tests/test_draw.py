@@ -1,0 +1,171 @@
+"""`draw`: the terminal by hand, files that are equal when drawn again, and what cannot be drawn."""
+
+import io
+import re
+import shlex
+import sys
+import xml.etree.ElementTree as ElementTree
+
+import numpy as np
+import pytest
+from rich.color import Color
+from rich.console import Console
+
+from sparsejax import config as configs
+from sparsejax.cli import USAGE_ERROR, main
+from sparsejax.draw import COLOURS, LINED_CELLS, MOST_CELLS, draw_panels, name_layers
+from sparsejax.patterns import draw_pattern, parse
+from tests.train import recipe, runs
+
+PNG = b"\x89PNG\r\n\x1a\n"
+
+
+def output(capsys, *given):
+    """The lines that `draw` prints, without the blanks that pad them."""
+    assert main(["draw", *given]) == 0
+    return [line.rstrip() for line in capsys.readouterr().out.splitlines()]
+
+
+def texts(path):
+    """All text of an SVG file, element by element."""
+    return [element.text.strip() for element in ElementTree.parse(path).iter() if (element.text or "").strip()]
+
+
+def test_tokens_in_a_pipe(capsys):
+    assert output(capsys, "causal & (window(1) | sink(1))", "--length=4") == [
+        "causal & (window(1) | sink(1))",
+        "# . . .",
+        "# # . .",
+        "# # # .",
+        "# . # #",
+        "56.2% of pairs",
+        "# seen   . not seen",
+    ]
+
+
+def test_tiles_in_a_pipe_side_by_side(capsys):
+    lines = output(capsys, "causal & window(2)", "full", "--length=5", "--tile=2", "--titles=Local, Dense")
+    assert [re.split("   +", line) for line in lines[:5]] == [
+        ["Local", "Dense"],
+        ["+ . .", "# # #"],
+        ["+ + .", "# # #"],
+        [". # #", "# # #"],
+        ["55.6% of tiles of 2, 48% of pairs", "100% of tiles of 2, 100% of pairs"],
+    ]
+    assert lines[5] == "# full tile   + partial tile   . dead tile"
+
+
+def test_what_does_not_fit_goes_over_to_tiles(capsys):
+    lines = output(capsys, "causal", "--length=1000")  # 160 characters are 80 cells
+    assert len(lines[1].split()) == -(-1000 // 16)
+    assert "of tiles of 16" in lines[-2]
+
+
+def test_colours_on_a_terminal_are_the_states():
+    (panel,) = draw_pattern(parse("causal & (window(5) | sink(2))"), 33, 3)
+    out = io.StringIO()
+    draw_panels([panel], Console(file=out, width=60, force_terminal=True, color_system="truecolor"))
+    state_of = {";".join(map(str, Color.parse(name).triplet)): state for state, name in COLOURS.items()}
+    rows = []
+    for line in out.getvalue().splitlines()[1:-2]:
+        runs_of_cells = re.findall(r"38;2;(\d+;\d+;\d+)(?:;48;2;(\d+;\d+;\d+))?m(▀+)", line)
+        pairs = [(upper, lower) for upper, lower, run in runs_of_cells for _ in run]
+        rows += [[state_of[part[i]] for part in pairs] for i in (0, 1) if pairs[0][i]]
+    np.testing.assert_array_equal(rows, panel.states)
+
+
+def test_few_colours_are_still_told_apart():
+    out = io.StringIO()
+    panels = draw_pattern(parse("causal"), 4, 2)
+    draw_panels(panels, Console(file=out, width=60, force_terminal=True, color_system="standard"))
+    *_, key = out.getvalue().splitlines()
+    assert re.findall(r"\x1b\[(\d+)m██", key) == ["34", "36", "37"]  # blue, cyan, white
+
+
+def test_a_schedule_shows_equal_layers_once(capsys):
+    named = name_layers(configs.check(recipe.get_config()).model)
+    assert named == [
+        ("layers 0, 2: ssm\ncausal (mamba)", parse("causal")),
+        ("layers 1, 3: local\ncausal & (window(5) | sink(2))", parse("causal & (window(5) | sink(2))")),
+        ("layer 4: full\ncausal", parse("causal")),
+    ]
+    lines = output(capsys, f"--config={runs.RECIPE}", "--config.model.schedule=local full local", "--length=8")
+    assert lines[0].split("   ")[0] == "layers 0, 2: local"
+    assert lines[0].endswith("layer 1: full")
+    assert len(lines[2].split()) == 16
+    assert len(output(capsys, f"--config={runs.RECIPE}")[2].split()) == 2 * recipe.get_config().data.length
+
+
+@pytest.mark.parametrize("length", [LINED_CELLS, LINED_CELLS + 1])  # shapes, and an image
+@pytest.mark.parametrize("ending", [".png", ".svg"])
+def test_files_are_equal_when_drawn_again(length, ending, tmp_path, capsys):
+    files = [tmp_path / f"{name}{ending}" for name in ("one", "two")]
+    for file in files:
+        assert output(capsys, "causal & window(9)", "sink(2)", f"--length={length}", f"--out={file}") == []
+    one, two = (file.read_bytes() for file in files)
+    assert one == two
+    assert one.startswith(PNG if ending == ".png" else b"<?xml")
+    assert len(one) < 200_000
+
+
+def test_svg_holds_titles_captions_and_axes(tmp_path, capsys):
+    file = tmp_path / "figure.svg"
+    output(capsys, "per_head(window(1), full, full)", "causal", "--length=8", "--titles=$A & B_,C", f"--out={file}")
+    assert {"$A & B_, head 0", "$A & B_, heads 1-2", "C", "56.2% of pairs", "query", "key", "seen"} <= set(texts(file))
+    output(capsys, "causal", "--length=40", "--tile=8", f"--out={file}")
+    assert {"full tile", "partial tile", "dead tile", "60% of tiles of 8, 51.2% of pairs", "32"} <= set(texts(file))
+
+
+def test_svg_shapes_cover_the_live_cells(tmp_path, capsys):
+    file = tmp_path / "figure.svg"
+    output(capsys, "causal & (window(2) | sink(1))", "--length=16", f"--out={file}")
+    colour = COLOURS[2]
+    shapes = re.findall(rf'<path d="([^"]+)"[^>]*style="fill: {colour}"/>', file.read_text())
+    corners = [np.array(re.findall(r"[ML] (\S+) (\S+)", shape), float) for shape in shapes]
+    sizes = np.array([np.ptp(points, axis=0) for points in corners])
+    cell = sizes.min(axis=0)
+    assert np.prod(sizes / cell, axis=1).sum() == pytest.approx(parse("causal & (window(2) | sink(1))").pairs(16))
+
+
+BAD = {
+    "'causal & windw(3)' --length=8": ["column 10", "windw", "did you mean 'window'"],
+    "causal": ["--length"],
+    "causal --length=0": ["--length", "got 0"],
+    "causal --length=x": ["--length", "'x'"],
+    "causal --length=1000000": ["--length", "got 1000000"],
+    "causal --length=8 --tile=0": ["--tile", "got 0"],
+    "causal --length=1024 --tile=200": ["--tile", "multiple", "got 200"],
+    "causal --length=8 --out=picture.pdf": ["--out", ".png or .svg", "picture.pdf"],
+    "causal --length=8 --out=picture": ["--out", ".png or .svg"],
+    "causal --length=8 --out=absent/picture.png": ["--out", "no folder 'absent'"],
+    f"causal --length={MOST_CELLS + 1} --out=picture.png": [str(MOST_CELLS), "--tile=2"],
+    "causal --length=8 --titles=A,B": ["--titles", "2 titles", "1 patterns"],
+    "--length=8": ["give patterns, or --config"],
+    f"causal --config={runs.RECIPE} --length=8": ["give patterns, or --config"],
+    "causal --length=8 --config.model.width=8": ["--config.model.width", "needs --config"],
+    f"--config={runs.RECIPE} --length=0": ["--length", "got 0"],
+    f"--config={runs.RECIPE} --config.model.widht=8": ["model.widht"],
+}
+
+
+@pytest.mark.parametrize("given", BAD)
+def test_what_cannot_be_drawn_is_said_in_one_line(given, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert main(["draw", *shlex.split(given)]) == USAGE_ERROR
+    err = capsys.readouterr().err
+    assert err.count("\n") == 1, err
+    for part in BAD[given]:
+        assert part in err
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_missing_matplotlib_is_named(tmp_path, capsys, monkeypatch):
+    for name in [name for name in sys.modules if name.split(".")[0] == "matplotlib"]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    assert main(["draw", "causal", "--length=8", f"--out={tmp_path / 'picture.png'}"]) == USAGE_ERROR
+    err = capsys.readouterr().err
+    assert err.count("\n") == 1
+    assert "pip install 'sparsejax[plot]'" in err
+    assert list(tmp_path.iterdir()) == []
+    assert output(capsys, "causal", "--length=2")[1:3] == ["# .", "# #"]
