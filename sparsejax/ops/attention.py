@@ -8,7 +8,7 @@ from typing import NamedTuple
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from sparsejax.ops import dense, gather
+from sparsejax.ops import dense, gather, segment
 from sparsejax.ops.request import Request, masked_softmax
 from sparsejax.patterns import Pattern
 
@@ -24,6 +24,7 @@ class Implementation(NamedTuple):
 IMPLEMENTATIONS = (
     Implementation("dense", dense.run, dense.refuse),
     Implementation("gather", gather.run, gather.refuse),
+    Implementation("segment", segment.run, segment.refuse),
 )
 
 # Below this length, or above this share of live tiles, one masked product beats gathering (measured on CPU by
@@ -60,7 +61,7 @@ def attend(
       k: keys; `g` divides `h`.
       v: values.
       pattern: who may look at whom; a pattern with heads must have `h` of them.
-      impl: "auto", or the name of an implementation: "dense" or "gather".
+      impl: "auto", or the name of an implementation: "dense", "gather" or "segment".
       scale: factor on q·k, `d ** -0.5` if not given.
       softcap: bounds the scaled scores to `softcap * tanh(score / softcap)`.
       sink_logits: one logit for each query head that joins the softmax's denominator but has no value.

@@ -17,7 +17,7 @@ from typing import Any, ClassVar
 
 import numpy as np
 
-from sparsejax.patterns.tiles import Bounds, TileGrid, TileLayout, build_layout, count_pairs
+from sparsejax.patterns.tiles import Bounds, TileGrid, TileLayout, build_layout, count_pairs, list_pairs
 
 
 class PatternError(ValueError):
@@ -123,6 +123,27 @@ class Pattern:
         height = np.minimum(layout.grid.tile[0], t - layout.rows * layout.grid.tile[0])
         width = np.minimum(layout.grid.tile[1], s - layout.columns * layout.grid.tile[1])
         return int(partial.sum()) + int((height.astype(np.int64) * width)[layout.full].sum())
+
+    def edges(
+        self, t: int, s: int | None = None
+    ) -> tuple[np.ndarray, np.ndarray] | tuple[tuple[np.ndarray, np.ndarray], ...]:
+        """The allowed (query, key) pairs themselves, in time proportional to the live tiles.
+
+        Args:
+          t: number of queries.
+          s: number of keys, `t` if not given.
+
+        Returns:
+          Queries and keys, int32 [pairs] each, sorted by query and then by key; for a pattern with heads a tuple
+          of such a pair for each head (equal heads share theirs).
+
+        Raises:
+          PatternError: a length below 0.
+        """
+        build = functools.cache(lambda pattern: list_pairs(pattern, pattern.layout(t, s)))
+        if self.heads is None:
+            return build(self)
+        return tuple(build(self.head(i)) for i in range(self.heads))
 
     @property
     def digest(self) -> str:

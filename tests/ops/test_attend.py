@@ -28,7 +28,7 @@ from tests.patterns.strategies import patterns_with_heads, shared_patterns
 from tests.tolerances import assert_close
 
 IMPLS = [one.name for one in IMPLEMENTATIONS]
-SERVES_ALL = {"dense", "gather"}
+SERVES_ALL = {"dense", "gather", "segment"}
 # Compiling is what these tests spend their time on: leave out what only makes the code faster.
 QUICK = {"xla_backend_optimization_level": 0} if jax.default_backend() == "cpu" else None
 
