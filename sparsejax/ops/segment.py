@@ -109,7 +109,7 @@ def attend_edges(
 
 
 def _split_edges(queries: Array, keys: Array, t: int, s: int, chunk: int) -> tuple[Array, Array]:
-    """The list in chunks, int32 [chunks, chunk] each. What pads it or lies outside is at (t, s), which scatters drop."""
+    """The list in chunks, int32 [chunks, chunk] each; padding and edges outside are at (t, s): scatters drop them."""
     count = len(queries)
     chunk = min(chunk, max(1, count))
     inside = (queries >= 0) & (queries < t) & (keys >= 0) & (keys < s)
@@ -128,8 +128,8 @@ class _Plan(NamedTuple):
     dtype: jnp.dtype
 
     def score(self, q: Array, k: Array) -> Array:
-        """Rows q [c,b,g,r,d] and k [c,b,g,d] -> [c,b,g,r]. A sum, not a dot: nothing is shared between edges."""
-        return cap((q * k[:, :, :, None]).sum(axis=-1) * self.scale, self.softcap)
+        """Scores [c,b,g,r] of rows q [c,b,g,r,d] and k [c,b,g,d]."""
+        return cap(_dot(q, k) * self.scale, self.softcap)
 
     def rows(self, x: Array, positions: Array) -> Array:
         """The rows of x [n,...] at positions [c], any row for a position that is not in it, in the dtype of sums."""
@@ -138,6 +138,11 @@ class _Plan(NamedTuple):
     def weigh(self, scores: Array, top: Array, segments, queries: Array, keys: Array) -> Array:
         """Weights [c,b,g,r] of scores beside the greatest score of their queries, `top` [t,b,g,r]."""
         return jnp.where(_meet(segments, queries, keys), jnp.exp(scores - self.rows(top, queries)), 0.0)
+
+
+def _dot(q: Array, k: Array) -> Array:
+    """Products along d of rows [c,b,g,r,d] and [c,b,g,d]. XLA:CPU computes a dot 5 times as fast as its sum."""
+    return jnp.einsum("cbgrd,cbgd->cbgr", q, k, precision=jax.lax.Precision.HIGHEST)
 
 
 def _meet(segments, queries: Array, keys: Array) -> Array | bool:
@@ -150,7 +155,7 @@ def _meet(segments, queries: Array, keys: Array) -> Array | bool:
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _attend_rows(plan, q, k, v, sink, segments, edges):
-    """q [t,b,g,r,d]; k, v [s,b,g,d]; sink [g,r]; edges int32 [chunks,c] twice -> out like q, lse [t,b,g,r]."""
+    """Rows q [t,b,g,r,d]; k, v [s,b,g,d]; sink [g,r]; edges int32 [chunks,c] twice -> out like q, lse [t,b,g,r]."""
     return _attend_rows_forward(plan, q, k, v, sink, segments, edges)[0]
 
 
@@ -190,11 +195,11 @@ def _attend_rows_backward(plan, saved, cotangents):
     def differentiate(carry, chunk):
         queries, keys = chunk
         d_q, d_k, d_v = carry
-        value, d_row = plan.rows(v, keys)[:, :, :, None], plan.rows(d_out, queries)
+        d_row = plan.rows(d_out, queries)
         scores, pull = jax.vjp(plan.score, plan.rows(q, queries), plan.rows(k, keys))
         weights = plan.weigh(scores, top, segments, queries, keys)
-        d_query, d_key = pull(weights * ((d_row * value).sum(axis=-1) + plan.rows(slope, queries)))
-        d_value = (weights[..., None] * d_row).sum(axis=3)
+        d_query, d_key = pull(weights * (_dot(d_row, plan.rows(v, keys)) + plan.rows(slope, queries)))
+        d_value = jnp.einsum("cbgr,cbgrd->cbgd", weights, d_row, precision=jax.lax.Precision.HIGHEST)
         return (
             d_q.at[queries].add(d_query, mode="drop"),
             d_k.at[keys].add(d_key, mode="drop"),
