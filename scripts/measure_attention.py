@@ -3,7 +3,8 @@
     python scripts/measure_attention.py [--out FILE.json]
 
 Sizes bracket the thresholds of `sparsejax.ops.attention`: below which length and above which share of live
-tiles the dense product wins. Each line is a ratio of medians of runs taken in turn.
+tiles the dense product wins, and below which share of allowed pairs in the live tiles (`fill`) the edge list
+does. Each line holds medians of runs taken in turn.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from rich.table import Table
 
 from sparsejax import patterns
 from sparsejax.ops import attend
+from sparsejax.ops.gather import TILE
 
 CASES = [
     (8, 64, "causal"),
@@ -35,7 +37,15 @@ CASES = [
     (2, 1024, "full"),
     (2, 1024, "causal & window(128)"),
     (1, 4096, "window(256, 256)"),
+    (2, 1024, "globals([5, 900]) | window(0)"),
+    (2, 1024, "globals([5, 900]) | window(15)"),
+    (2, 1024, "chunk(2)"),
+    (2, 1024, "chunk(4)"),
+    (2, 1024, "chunk(8)"),
+    (2, 1024, "chunk(16)"),
+    (2, 1024, "chunk(32)"),
 ]
+IMPLS = ("dense", "gather", "segment")
 HEADS, WIDTH, REPEATS = 4, 32, 7
 
 
@@ -53,25 +63,24 @@ def compile_gradient(batch: int, length: int, text: str, impl: str):
 
 
 def measure(batch: int, length: int, text: str) -> dict:
-    """Median seconds of both implementations, run in turn."""
-    runs = {impl: compile_gradient(batch, length, text, impl) for impl in ("dense", "gather")}
+    """Median milliseconds and temporary memory of all implementations, run in turn."""
+    runs = {impl: compile_gradient(batch, length, text, impl) for impl in IMPLS}
     seconds: dict[str, list[float]] = {impl: [] for impl in runs}
     for _ in range(REPEATS + 1):
         for impl, (run, arrays, _) in runs.items():
             start = time.perf_counter()
             jax.block_until_ready(run(*arrays))
             seconds[impl].append(time.perf_counter() - start)
-    medians = {impl: float(np.median(each[1:])) for impl, each in seconds.items()}
+    pattern = patterns.parse(text)
+    layout = pattern.layout(length, tile=(TILE, TILE))
     return {
         "batch": batch,
         "length": length,
         "pattern": text,
-        "density": patterns.parse(text).layout(length, tile=(64, 64)).density,
-        "dense_ms": 1e3 * medians["dense"],
-        "gather_ms": 1e3 * medians["gather"],
-        "dense_over_gather": medians["dense"] / medians["gather"],
-        "dense_mib": runs["dense"][2],
-        "gather_mib": runs["gather"][2],
+        "density": layout.density,
+        "fill": pattern.pairs(length) / (len(layout.columns) * TILE**2),
+        **{f"{impl}_ms": 1e3 * float(np.median(each[1:])) for impl, each in seconds.items()},
+        **{f"{impl}_mib": runs[impl][2] for impl in IMPLS},
     }
 
 
@@ -83,7 +92,7 @@ def main() -> None:
     rows = []
     for case in CASES:
         rows.append(measure(*case))
-        print(f"{len(rows)}/{len(CASES)} {case}: dense / gather {rows[-1]['dense_over_gather']:.2f}", flush=True)
+        print(f"{len(rows)}/{len(CASES)} {case}: fastest {min(IMPLS, key=lambda i: rows[-1][f'{i}_ms'])}", flush=True)
     table = Table(*rows[0])
     for row in rows:
         table.add_row(*(f"{value:.3g}" if isinstance(value, float) else str(value) for value in row.values()))

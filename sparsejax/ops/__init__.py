@@ -2,12 +2,14 @@
 
 from sparsejax.ops.attention import IMPLEMENTATIONS, Implementation, ImplementationError, attend, attend_one
 from sparsejax.ops.scan import selective_scan, selective_step
+from sparsejax.ops.segment import attend_edges
 
 __all__ = [
     "IMPLEMENTATIONS",
     "Implementation",
     "ImplementationError",
     "attend",
+    "attend_edges",
     "attend_one",
     "selective_scan",
     "selective_step",

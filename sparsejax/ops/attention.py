@@ -8,7 +8,7 @@ from typing import NamedTuple
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from sparsejax.ops import dense, gather
+from sparsejax.ops import dense, gather, segment
 from sparsejax.ops.request import Request, masked_softmax
 from sparsejax.patterns import Pattern
 
@@ -24,12 +24,15 @@ class Implementation(NamedTuple):
 IMPLEMENTATIONS = (
     Implementation("dense", dense.run, dense.refuse),
     Implementation("gather", gather.run, gather.refuse),
+    Implementation("segment", segment.run, segment.refuse),
 )
 
-# Below this length, or above this share of live tiles, one masked product beats gathering (measured on CPU by
-# scripts/measure_attention.py).
+# Measured on CPU by scripts/measure_attention.py. Below this length, or above this share of live tiles, one masked
+# product beats gathering. Edges one by one beat both below a tenth of allowed pairs in the live tiles: this share is
+# on the safe side of it.
 DENSE_LENGTH = 64
 DENSE_DENSITY = 0.6
+SEGMENT_FILL = 1 / 16
 
 
 class ImplementationError(ValueError):
@@ -60,7 +63,7 @@ def attend(
       k: keys; `g` divides `h`.
       v: values.
       pattern: who may look at whom; a pattern with heads must have `h` of them.
-      impl: "auto", or the name of an implementation: "dense" or "gather".
+      impl: "auto", or the name of an implementation: "dense", "gather" or "segment".
       scale: factor on q·k, `d ** -0.5` if not given.
       softcap: bounds the scaled scores to `softcap * tanh(score / softcap)`.
       sink_logits: one logit for each query head that joins the softmax's denominator but has no value.
@@ -103,25 +106,29 @@ def attend_one(
 
 
 def _choose(impl: str, request: Request) -> Implementation:
-    names = [one.name for one in IMPLEMENTATIONS]
-    if impl not in ("auto", *names):
-        raise ImplementationError(f"attend: no implementation {impl!r}; there are {', '.join(names)} and auto")
-    asked = [one for one in IMPLEMENTATIONS if impl in ("auto", one.name)]
-    reasons = {one.name: one.refuse(request) for one in asked}
-    able = {one.name: one for one in asked if reasons[one.name] is None}
-    if not able:
-        why = "; ".join(f"{name}: {reason}" for name, reason in reasons.items())
-        raise ImplementationError(f"attend: impl={impl!r} cannot serve this request ({why})")
-    if impl != "auto":
-        return able[impl]
-    return able["dense" if _prefers_dense(request) and "dense" in able else next(reversed(able))]
+    known = {one.name: one for one in IMPLEMENTATIONS}
+    if impl not in ("auto", *known):
+        raise ImplementationError(f"attend: no implementation {impl!r}; there are {', '.join(known)} and auto")
+    reasons = {}
+    for name in _preferences(request) if impl == "auto" else (impl,):
+        reasons[name] = known[name].refuse(request)
+        if reasons[name] is None:
+            return known[name]
+    why = "; ".join(f"{name}: {reason}" for name, reason in reasons.items())
+    raise ImplementationError(f"attend: impl={impl!r} cannot serve this request ({why})")
 
 
-def _prefers_dense(request: Request) -> bool:
+def _preferences(request: Request) -> tuple[str, ...]:
+    """What "auto" tries, best first. An implementation that is not named here has to be asked for."""
     t, s = request.q.shape[1], request.k.shape[1]
     if max(t, s) <= DENSE_LENGTH:
-        return True
-    live = sum(
-        p.layout(t, s, (gather.TILE, gather.TILE)).density * len(heads) for p, heads in request.head_groups().items()
-    )
-    return live / request.q.shape[2] > DENSE_DENSITY
+        return "dense", "gather", "segment"
+    tile, live, pairs = gather.TILE, 0, 0
+    for pattern, heads in request.head_groups().items():
+        live += len(pattern.layout(t, s, (tile, tile)).columns) * len(heads)
+        pairs += pattern.pairs(t, s) * len(heads)
+    if pairs < SEGMENT_FILL * live * tile**2:
+        return "segment", "gather", "dense"
+    if live > DENSE_DENSITY * -(-t // tile) * -(-s // tile) * request.q.shape[2]:
+        return "dense", "gather", "segment"
+    return "gather", "segment", "dense"

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-from sparsejax.ops.request import Request, cap, masked_softmax
+from sparsejax.ops.request import Request, by_pattern, cap, masked_softmax
 from sparsejax.patterns import Pattern, TileLayout
 
 TILE = 64  # the fastest of 32, 64 and 128 on CPU, and the smallest in memory
@@ -29,25 +29,14 @@ def refuse(request: Request) -> str | None:
 
 def run(request: Request) -> tuple[Float[Array, "b t h d"], Float[Array, "b t h"]]:
     """Output in the dtype of q, log-sum-exp in float32."""
-    groups = request.head_groups()
-    if len(groups) == 1:
-        return _attend_one_pattern(request, *groups, request.q, request.k, request.v, request.sink_logits)
-    share = request.q.shape[2] // request.k.shape[2]
-    parts, order = [], []
-    for pattern, heads in groups.items():  # each query head of the group takes a key/value head of its own
-        order += heads
-        own = np.array(heads)
-        k, v = request.k[:, :, own // share], request.v[:, :, own // share]
-        sink = None if request.sink_logits is None else request.sink_logits[own]
-        parts.append(_attend_one_pattern(request, pattern, request.q[:, :, own], k, v, sink))
-    out, lse = (jnp.concatenate(arrays, axis=2)[:, :, np.argsort(order)] for arrays in zip(*parts, strict=True))
-    return out, lse
+    return by_pattern(request, _run_one_pattern)
 
 
-def _attend_one_pattern(request: Request, pattern: Pattern, q: Array, k: Array, v: Array, sink: Array | None):
+def _run_one_pattern(request: Request) -> tuple[Array, Array]:
+    q, k, v, sink = request.q, request.k, request.v, request.sink_logits
     (b, t, h, d), (_, s, g, _) = q.shape, k.shape
     tile = min(TILE, -(-max(t, s) // 8) * 8)
-    plan = _Plan(pattern, t, s, tile, request.scale, request.softcap, request.dtype)
+    plan = _Plan(request.pattern, t, s, tile, request.scale, request.softcap, request.dtype)
     queries = _split_tiles(q, tile).reshape(-1, b, tile, g, h // g, d).transpose(0, 1, 3, 4, 2, 5)
     keys, values = (_split_tiles(x, tile).transpose(0, 1, 3, 2, 4) for x in (k, v))
     if sink is not None:

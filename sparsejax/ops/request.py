@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
 from sparsejax.patterns import Pattern
@@ -55,6 +57,25 @@ class Request:
         for head in range(self.q.shape[2]):
             groups.setdefault(self.pattern.for_head(head), []).append(head)
         return groups
+
+
+def by_pattern(
+    request: Request, run: Callable[[Request], tuple[Array, Array]]
+) -> tuple[Float[Array, "b t h d"], Float[Array, "b t h"]]:
+    """What `run` makes of the request: of each group of heads that follow one pattern in turn."""
+    groups = request.head_groups()
+    if len(groups) == 1:
+        return run(dataclasses.replace(request, pattern=next(iter(groups))))
+    share = request.q.shape[2] // request.k.shape[2]
+    parts, order = [], []
+    for pattern, heads in groups.items():  # each query head of the group takes a key/value head of its own
+        order += heads
+        own = np.array(heads)
+        q, k, v = request.q[:, :, own], request.k[:, :, own // share], request.v[:, :, own // share]
+        sink = None if request.sink_logits is None else request.sink_logits[own]
+        parts.append(run(dataclasses.replace(request, q=q, k=k, v=v, pattern=pattern, sink_logits=sink)))
+    out, lse = (jnp.concatenate(arrays, axis=2)[:, :, np.argsort(order)] for arrays in zip(*parts, strict=True))
+    return out, lse
 
 
 def _shapes(*arrays: jax.Array) -> str:

@@ -17,7 +17,7 @@ from typing import Any, ClassVar
 
 import numpy as np
 
-from sparsejax.patterns.tiles import Bounds, TileGrid, TileLayout, build_layout, count_pairs
+from sparsejax.patterns.tiles import Bounds, TileGrid, TileLayout, build_layout, count_pairs, list_pairs
 
 FOREVER = np.iinfo(np.int64).max
 FARTHEST = 2**30  # sums of two positions stay within the int32 of a compiled program, where overflow is silent
@@ -138,6 +138,29 @@ class Pattern:
         width = np.minimum(layout.grid.tile[1], s - layout.columns * layout.grid.tile[1])
         return int(partial.sum()) + int((height.astype(np.int64) * width)[layout.full].sum())
 
+    def edges(
+        self, t: int, s: int | None = None
+    ) -> tuple[np.ndarray, np.ndarray] | tuple[tuple[np.ndarray, np.ndarray], ...]:
+        """The allowed (query, key) pairs themselves, in time proportional to the live tiles.
+
+        A pair that counts more than once, see `multiset`, is listed as often.
+
+        Args:
+          t: number of queries.
+          s: number of keys, `t` if not given.
+
+        Returns:
+          Queries and keys, int32 [pairs] each, sorted by query and then by key; for a pattern with heads a tuple
+          of such a pair for each head (equal heads share theirs).
+
+        Raises:
+          PatternError: a length below 0.
+        """
+        build = functools.cache(lambda pattern: _list_edges(pattern, t, t if s is None else s))
+        if self.heads is None:
+            return build(self)
+        return tuple(build(self.for_head(i)) for i in range(self.heads))
+
     @property
     def digest(self) -> str:
         """A short stable name of the pattern: 12 hexadecimal digits of its text form's SHA-256."""
@@ -161,6 +184,14 @@ class Pattern:
             else:
                 shown.append(f"{field.name}=" * (skipped or field.kw_only) + _show(value))
         return f"{self.name}({', '.join(shown)})" if dataclasses.fields(self) else self.name
+
+
+def _list_edges(pattern: Pattern, t: int, s: int) -> tuple[np.ndarray, np.ndarray]:
+    queries, keys = list_pairs(pattern, pattern.layout(t, s))
+    if not pattern.repeats:
+        return queries, keys
+    counts = pattern.counts(queries, keys, t, s)
+    return np.repeat(queries, counts), np.repeat(keys, counts)
 
 
 def require(pattern: Pattern, **least: int) -> None:

@@ -269,3 +269,18 @@ def count_pairs(pattern: Pattern, grid: TileGrid, tiles: np.ndarray) -> tuple[np
         allowed = pattern.allows(q, k, grid.t, grid.s) & (q < grid.t) & (k < grid.s)
         counts[start : start + COUNT_AT_ONCE] = allowed.sum(axis=(1, 2))
     return counts[same.ravel()], height * width
+
+
+def list_pairs(pattern: Pattern, layout: TileLayout) -> tuple[np.ndarray, np.ndarray]:
+    """The allowed pairs of a layout's live tiles, sorted: queries int32 [n] and keys int32 [n]."""
+    grid = layout.grid
+    queries, keys = [np.zeros(0, np.int32)], [np.zeros(0, np.int32)]
+    for row in range(grid.rows):  # the live tiles of a row side by side are in order: nothing is left to sort
+        columns = layout.columns[layout.starts[row] : layout.starts[row + 1]]
+        q = np.arange(row * grid.tile[0], min((row + 1) * grid.tile[0], grid.t))
+        k = (columns[:, None] * np.int64(grid.tile[1]) + np.arange(grid.tile[1])).ravel()
+        k = k[k < grid.s]
+        i, j = np.nonzero(pattern.allows(q[:, None], k[None, :], grid.t, grid.s))
+        queries.append(q[i].astype(np.int32))
+        keys.append(k[j].astype(np.int32))
+    return np.concatenate(queries), np.concatenate(keys)

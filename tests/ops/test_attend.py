@@ -28,7 +28,7 @@ from tests.patterns.strategies import patterns_with_heads, shared_patterns
 from tests.tolerances import assert_close
 
 IMPLS = [one.name for one in IMPLEMENTATIONS]
-SERVES_ALL = {"dense", "gather"}
+SERVES_ALL = {"dense", "gather", "segment"}
 # Compiling is what these tests spend their time on: leave out what only makes the code faster.
 QUICK = {"xla_backend_optimization_level": 0} if jax.default_backend() == "cpu" else None
 
@@ -395,27 +395,41 @@ def test_auto_computes_the_same():
 
 
 @pytest.mark.parametrize(
-    ("pattern", "length", "chosen"),
+    ("pattern", "length", "ranking"),
     [
-        ("globals([])", 40, "dense"),  # so short that one product is quickest
-        ("causal & window(16)", 2000, "second"),
-        ("full", 2000, "dense"),
-        ("per_head(full, full, full, window(16))", 2000, "dense"),
-        ("per_head(full, window(16), window(16), window(16))", 2000, "second"),
+        ("globals([])", 40, "dense gather segment"),  # so short that one product is quickest
+        ("window(0)", 40, "dense gather segment"),
+        ("globals([])", 2000, "gather segment dense"),
+        ("causal & window(16)", 2000, "gather segment dense"),
+        ("full", 2000, "dense gather segment"),
+        ("per_head(full, full, full, window(16))", 2000, "dense gather segment"),
+        ("per_head(full, window(16), window(16), window(16))", 2000, "gather segment dense"),
+        ("window(0)", 2000, "segment gather dense"),  # a 64th of the pairs in the tiles it touches
+        ("globals([5, 900, 1500]) | window(0)", 2000, "segment gather dense"),
+        ("per_head(window(0), window(0), window(0), window(40))", 2000, "gather segment dense"),
     ],
 )
-def test_auto_chooses_among_those_that_serve(monkeypatch, pattern, length, chosen):
-    able = [
-        Implementation(name, run=lambda request, name=name: (name, None), refuse=lambda request: None)
-        for name in ("dense", "first", "second")
-    ]
-    never = Implementation("never", run=None, refuse=lambda request: "it is not its day")
-    monkeypatch.setattr("sparsejax.ops.attention.IMPLEMENTATIONS", (never, *able, never))
-    shape = (1, length, 4, 8)
-    assert small_attend(shape, shape, pattern=pattern) == chosen
-    assert small_attend(shape, shape, pattern=pattern, impl="first") == "first"
-    with pytest.raises(ImplementationError, match=r"impl='never' .*\(never: it is not its day\)"):
-        small_attend(impl="never")
+def test_auto_takes_the_best_that_serves(monkeypatch, pattern, length, ranking):
+    shape, ranking = (1, length, 4, 8), ranking.split()
+    unable = set()
+    fakes = tuple(
+        Implementation(
+            name,
+            run=lambda request, name=name: (name, None),
+            refuse=lambda request, name=name: f"not {name}'s day" if name in unable else None,
+        )
+        for name in ("other", "segment", "gather", "dense")
+    )
+    monkeypatch.setattr("sparsejax.ops.attention.IMPLEMENTATIONS", fakes)
+    for name in ranking:
+        assert small_attend(shape, shape, pattern=pattern) == name
+        unable.add(name)
+    assert small_attend(shape, shape, pattern=pattern, impl="other") == "other"
+    with pytest.raises(ImplementationError) as refusal:
+        small_attend(shape, shape, pattern=pattern)
+    assert all(f"{name}: not {name}'s day" in str(refusal.value) for name in ranking)
+    with pytest.raises(ImplementationError, match=r"impl='gather' .*\(gather: not gather's day\)"):
+        small_attend(impl="gather")
 
 
 def test_refusal_names_every_reason(monkeypatch):
