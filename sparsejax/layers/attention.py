@@ -41,6 +41,11 @@ class AttentionConfig:
         if pattern.heads not in (None, self.heads):
             raise ValueError(f"pattern is for {pattern.heads} heads, heads = {self.heads}: {self.pattern!r}")
 
+    @property
+    def sees(self) -> patterns.Pattern:
+        """What a position takes from the others."""
+        return patterns.parse(self.pattern)
+
 
 class Attention(nnx.Module):
     """Softmax attention (arXiv:1706.03762) under a pattern."""

@@ -2,6 +2,7 @@
 
 from sparsejax.patterns.library import FOREVER, Causal, Chunk, Full, Globals, Sink, Window
 from sparsejax.patterns.pattern import And, Or, Pattern, PatternError, PerHead, per_head
+from sparsejax.patterns.reach import connect, count_layers, count_unreachable, grow, saturate, trace
 from sparsejax.patterns.retention import cache_slots
 from sparsejax.patterns.text import parse
 from sparsejax.patterns.tiles import TileGrid, TileLayout
@@ -22,6 +23,12 @@ __all__ = [
     "TileLayout",
     "Window",
     "cache_slots",
+    "connect",
+    "count_layers",
+    "count_unreachable",
+    "grow",
     "parse",
     "per_head",
+    "saturate",
+    "trace",
 ]
