@@ -1,5 +1,6 @@
 """Patterns: who may look at whom, said once. NumPy only; nothing here imports the rest of the package."""
 
+from sparsejax.patterns.advice import advise
 from sparsejax.patterns.library import FOREVER, Causal, Chunk, Full, Globals, Sink, Window
 from sparsejax.patterns.pattern import And, Or, Pattern, PatternError, PerHead, per_head
 from sparsejax.patterns.reach import connect, count_layers, count_unreachable, grow, saturate, trace
@@ -22,6 +23,7 @@ __all__ = [
     "TileGrid",
     "TileLayout",
     "Window",
+    "advise",
     "cache_slots",
     "connect",
     "count_layers",

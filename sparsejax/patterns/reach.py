@@ -73,18 +73,20 @@ def saturate(
 
 
 def count_layers(layers: Sequence[Pattern], n: int, position: int | None = None, most: int = MOST_LAYERS) -> int | None:
-    """The fewest layers, the schedule being repeated and cut off anywhere, that let a position see all n inputs.
+    """The fewest layers, the schedule being repeated and cut off anywhere, that let a position see all it may.
 
-    None if no number up to `most` does. The position is the last one if None.
+    That is all n inputs, or its own past if no layer looks ahead. None if no number of layers up to `most` does. The
+    position is the last one if None.
     """
-    if n == 1 or not saturate(layers, n, position, most)[0].all():
-        return 0 if n == 1 else None
+    wanted = n if looks_ahead(layers) else _check(n, position) + 1
+    if wanted == 1 or saturate(layers, n, position, most)[0].sum() < wanted:
+        return 0 if wanted == 1 else None
     period = next(p for p in range(1, len(layers) + 1) if list(layers) == list(layers[:p]) * (len(layers) // p))
     fewest = most + 1
     for last in range(period):  # which layer of the period is the last one
         backward = itertools.cycle([layers[(last - i) % period] for i in range(period)])
         walk = itertools.islice(enumerate(_walk(backward, n, position)), fewest - 1)
-        found = (number + 1 for number, marked in walk if number % period == last and marked.all())
+        found = (number + 1 for number, marked in walk if number % period == last and marked.sum() == wanted)
         fewest = min(next(found, fewest), fewest)
     return fewest if fewest <= most else None
 
