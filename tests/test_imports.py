@@ -20,8 +20,9 @@ NEEDS = {
     "data": set(),
     "model": {"layers", "schedule", "config"},
     "decode": {"model"},
-    "show": {"layers", "config", "model"},
-    "train": {"config", "sharding", "data", "model", "decode"},
+    "account": {"patterns", "layers", "config", "model"},
+    "show": {"patterns", "layers", "config", "account"},
+    "train": {"patterns", "config", "sharding", "data", "model", "decode"},
     "cli": {"patterns", "ops", "schedule", "config", "data", "show", "train"},
     "__main__": {"cli"},
     "__init__": set(),  # so that one room can be imported without the others
