@@ -18,7 +18,7 @@ from sparsejax.data import DataError
 from sparsejax.ops import ImplementationError
 from sparsejax.patterns import PatternError
 from sparsejax.schedule import ScheduleError
-from sparsejax.show import show
+from sparsejax.show import show, show_complexity
 from sparsejax.train import BadLoss, CheckpointError, Interrupted, train
 
 USAGE_ERROR = 2  # something given cannot be used; one line says what
@@ -70,8 +70,17 @@ class _Parser(argparse.ArgumentParser):
 def _run(arguments: list[str]) -> int:
     given, overrides = _split_overrides(arguments)
     options = _parser().parse_args(given)
-    settings = configs.load(options.config, overrides)
     console = Console(width=None if sys.stdout.isatty() else PLAIN_WIDTH)
+    if options.verb == "show" and options.table:
+        if options.config or overrides:
+            raise ConfigError(f"--table={options.table}: is not about a config, so --config cannot be given")
+        show_complexity(options.length, options.measure, console)
+        return 0
+    if options.config is None:
+        raise ConfigError(f"the following arguments are required: --config (see sparsejax {options.verb} --help)")
+    if options.verb == "show" and options.measure:
+        raise ConfigError("--measure: goes with --table=complexity")
+    settings = configs.load(options.config, overrides)
     if options.verb == "train":
         train(settings, Path(options.workdir), console)
     else:
@@ -82,13 +91,18 @@ def _run(arguments: list[str]) -> int:
 def _parser() -> argparse.ArgumentParser:
     parser = _Parser(prog="sparsejax", description="Sparse and hybrid sequence models.")
     verbs = parser.add_subparsers(dest="verb", required=True, metavar="VERB")
-    purposes = {"train": "train, or go on with, the run of a config", "show": "print the layers and their costs"}
+    purposes = {"train": "train, or go on with, the run of a config", "show": "print layers, costs, reach and warnings"}
     for verb, purpose in purposes.items():
         one = verbs.add_parser(verb, help=purpose, description=purpose, allow_abbrev=False)
-        one.add_argument("--config", required=True, metavar="FILE[:ARG]", help="a file that defines get_config()")
+        one.add_argument("--config", metavar="FILE[:ARG]", help="a file that defines get_config()")
         one.epilog = "--config.KEY=VALUE sets any key of the config, for example --config.model.width=256"
     verbs.choices["train"].add_argument("--workdir", required=True, help="what the run writes and resumes from")
-    verbs.choices["show"].add_argument("--length", type=int, default=None, help="tokens; data.length if not given")
+    display = verbs.choices["show"]
+    display.add_argument("--length", type=int, default=None, help="tokens; data.length if not given")
+    display.add_argument("--table", choices=["complexity"], help="in place of a config: how each method grows with n")
+    display.add_argument(
+        "--measure", action="store_true", help="with --table: time and memory on this machine, minutes"
+    )
     return parser
 
 

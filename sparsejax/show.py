@@ -1,4 +1,4 @@
-"""What a configuration builds, layer by layer, what it costs and how far it sees; nothing is trained."""
+"""What a configuration builds, layer by layer, what it costs and how far it sees; the table of methods."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import operator
 from rich.console import Console
 from rich.table import Table
 
-from sparsejax import patterns
+from sparsejax import complexity, patterns
 from sparsejax.account import Account, account_model
 from sparsejax.config import Config, ConfigError
 from sparsejax.layers import AttentionConfig, LayerConfig
@@ -27,8 +27,7 @@ def show(config: Config, length: int | None, console: Console) -> None:
       ConfigError: a length below 1.
     """
     length = config.data.length if length is None else length
-    if length < 1:
-        raise ConfigError(f"--length: must be at least 1, got {length}")
+    _require_length(length)
     layers, outside = account_model(config.model, length)
     total = functools.reduce(operator.add, layers, outside)
     columns = ("layer", "name", "mixer", "pattern", "parameters", "pairs", "FLOPs/token", "cache bytes", "live tiles")
@@ -52,6 +51,34 @@ def show(config: Config, length: int | None, console: Console) -> None:
     )
 
 
+def show_complexity(length: int | None, measured: bool, console: Console) -> None:
+    """Prints how the cost of each method grows with the length.
+
+    Args:
+      length: tokens of a sequence, for the exact pairs; 131,072 if None.
+      measured: also measure time and memory on this machine (minutes), and print the exponents.
+      console: where to print.
+
+    Raises:
+      ConfigError: a length below 1.
+    """
+    length = complexity.TABLE_LENGTH if length is None else length
+    _require_length(length)
+    growth = {method.name: complexity.measure(method) for method in complexity.METHODS} if measured else None
+    heading, *rows = complexity.tabulate(length, growth)
+    table = Table(*heading)
+    for column in table.columns[3:]:
+        column.justify = "right"
+    for row in rows:
+        table.add_row(*row)
+    console.print(table)
+    _print(
+        console,
+        "pairs: one head, counted from the pattern; of dense causal: over the pairs of dense causal attention",
+        *(["time, memory: forward and backward pass of one head, fitted on this machine"] if measured else []),
+    )
+
+
 def describe_reach(layers: list[tuple[str, patterns.Pattern]], length: int) -> str:
     """How many inputs the last position sees after each layer, in one line; layers of equal growth are taken together.
 
@@ -67,6 +94,11 @@ def describe_reach(layers: list[tuple[str, patterns.Pattern]], length: int) -> s
         gain = f"+{more:,} a layer to " if others else ""
         parts.append(f"{gain}{sizes[last + 1]:,} after layer {last}" if more else f"no more up to layer {last}")
     return f"reach of the last position, of {length:,} inputs: {'; '.join(parts)}"
+
+
+def _require_length(length: int) -> None:
+    if length < 1:
+        raise ConfigError(f"--length: must be at least 1, got {length}")
 
 
 def _numbers(account: Account) -> tuple[str, ...]:

@@ -101,8 +101,8 @@ def test_xla_counts_the_flops_of_a_model_forward_and_in_training(model):
 def test_xla_counts_the_body_of_a_scan_once():
     module = build(Mamba, MambaConfig(inner=256, state=16, conv=4, dt_rank=16, dt_min=1e-3, dt_max=0.1))
     chunk, many = (xla_flops(module, jnp.zeros((1, n, WIDTH))) for n in (512, 1024))
-    # So the recurrence, which loops over the chunks of the sequence, is missing for all chunks but one, and what is
-    # left of the account is the projections: those XLA counts at every length.
+    # So the recurrence, which loops over chunks and in them over tokens, is missing for all tokens but one, and what
+    # is left of the account is the projections: those XLA counts at every length.
     linear = sum(part.flops for part in (module.input, module.gate, module.select, module.dt, module.out))
     assert many - chunk == pytest.approx(512 * linear, rel=0.1)
     assert many < 1024 * module.cost(1024).flops
