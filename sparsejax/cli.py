@@ -20,7 +20,7 @@ from sparsejax.draw import draw, name_layers
 from sparsejax.ops import ImplementationError
 from sparsejax.patterns import PatternError
 from sparsejax.schedule import ScheduleError
-from sparsejax.show import show
+from sparsejax.show import show, show_complexity
 from sparsejax.train import BadLoss, CheckpointError, Interrupted, train
 
 USAGE_ERROR = 2  # something given cannot be used; one line says what
@@ -76,6 +76,15 @@ def _run(arguments: list[str]) -> int:
     if options.verb == "draw":
         _draw(options, overrides, console)
         return 0
+    if options.verb == "show" and options.table:
+        if options.config or overrides:
+            raise ConfigError(f"--table={options.table}: is not about a config, so --config cannot be given")
+        show_complexity(options.length, options.measure, console)
+        return 0
+    if options.config is None:
+        raise ConfigError(f"the following arguments are required: --config (see sparsejax {options.verb} --help)")
+    if options.verb == "show" and options.measure:
+        raise ConfigError("--measure: goes with --table=complexity")
     settings = configs.load(options.config, overrides)
     if options.verb == "train":
         train(settings, Path(options.workdir), console)
@@ -110,17 +119,18 @@ def _parser() -> argparse.ArgumentParser:
     verbs = parser.add_subparsers(dest="verb", required=True, metavar="VERB")
     purposes = {
         "train": "train, or go on with, the run of a config",
-        "show": "print the layers and their costs",
+        "show": "print layers, costs, reach and warnings",
         "draw": "draw patterns, or what the layers of a config can see",
     }
     for verb, purpose in purposes.items():
         one = verbs.add_parser(verb, help=purpose, description=purpose, allow_abbrev=False)
-        one.add_argument(
-            "--config", required=verb != "draw", metavar="FILE[:ARG]", help="a file that defines get_config()"
-        )
+        one.add_argument("--config", metavar="FILE[:ARG]", help="a file that defines get_config()")
         one.epilog = "--config.KEY=VALUE sets any key of the config, for example --config.model.width=256"
     verbs.choices["train"].add_argument("--workdir", required=True, help="what the run writes and resumes from")
-    verbs.choices["show"].add_argument("--length", type=int, default=None, help="tokens; data.length if not given")
+    one = verbs.choices["show"]
+    one.add_argument("--length", type=int, default=None, help="tokens; data.length if not given")
+    one.add_argument("--table", choices=["complexity"], help="in place of a config: how each method grows with n")
+    one.add_argument("--measure", action="store_true", help="with --table: time and memory on this machine, minutes")
     one = verbs.choices["draw"]
     one.add_argument("patterns", nargs="*", metavar="PATTERN", help="for example 'causal & window(7)'")
     one.add_argument("--length", type=int, default=None, help="tokens; with --config data.length if not given")

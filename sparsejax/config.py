@@ -62,6 +62,11 @@ class ModelConfig:
         """Layer names in order."""
         return schedule.parse(self.schedule)
 
+    @property
+    def sees(self) -> list[tuple[str, patterns.Pattern]]:
+        """Name and pattern of each layer in order: what reach and advice start from."""
+        return [(name, self.layers[name].mixer.sees) for name in self.names]
+
 
 @dataclasses.dataclass(frozen=True)
 class DataConfig:

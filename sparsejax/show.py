@@ -1,57 +1,110 @@
-"""What a configuration builds, layer by layer, and what it costs; nothing is trained."""
+"""What a configuration builds, layer by layer, what it costs and how far it sees; the table of methods."""
 
 from __future__ import annotations
 
-import dataclasses
-import math
+import functools
+import itertools
+import operator
 
-import jax
-from flax import nnx
 from rich.console import Console
 from rich.table import Table
 
+from sparsejax import complexity, patterns
+from sparsejax.account import Account, account_model
 from sparsejax.config import Config, ConfigError
 from sparsejax.layers import AttentionConfig, LayerConfig
-from sparsejax.model import Model
 
 
 def show(config: Config, length: int | None, console: Console) -> None:
-    """Prints one row for each layer of the schedule: mixer, pattern, parameters, pairs, FLOPs and cache.
+    """Prints one row for each layer of the schedule, with what it costs; then the schedule's reach and warnings.
 
     Args:
       config: the run.
       length: tokens of a sequence; `data.length` if None.
       console: where to print.
+
+    Raises:
+      ConfigError: a length below 1.
     """
     length = config.data.length if length is None else length
-    if length < 1:
-        raise ConfigError(f"--length: must be at least 1, got {length}")
-    columns = ("layer", "name", "mixer", "pattern", "parameters", "pairs", "FLOPs/token", "cache bytes")
+    _require_length(length)
+    layers, outside = account_model(config.model, length)
+    total = functools.reduce(operator.add, layers, outside)
+    columns = ("layer", "name", "mixer", "pattern", "parameters", "pairs", "FLOPs/token", "cache bytes", "live tiles")
     table = Table(*columns, title=f"{config.model.schedule}, {length:,} tokens")
     for column in table.columns[4:]:
         column.justify = "right"
-    # Unrolled, so that every layer of the schedule is a module of its own; built as shapes only.
-    unrolled = dataclasses.replace(config.model, scan=False)
-    model = nnx.eval_shape(lambda: Model(unrolled, nnx.Rngs(0)))
-    totals = [0, 0, 0.0, 0]
-    for number, (name, layer) in enumerate(zip(config.model.names, model.before, strict=True)):
-        cost = layer.cost(length)
-        cache = jax.eval_shape(lambda layer=layer: layer.init_cache(1, length))
-        numbers = [_parameters(layer), cost.pairs, cost.flops, _bytes(cache)]
-        totals = [total + number for total, number in zip(totals, numbers, strict=True)]
-        table.add_row(str(number), name, *_describe(config.model.layers[name]), *(f"{n:,.0f}" for n in numbers))
-    outside = _parameters(model) - totals[0]
-    head = 2 * config.model.width * config.model.vocab
-    table.add_row("", "embedding, norm, head", "", "", f"{outside:,}", "", f"{head:,}", "")
+    for number, (name, account) in enumerate(zip(config.model.names, layers, strict=True)):
+        table.add_row(str(number), name, *_describe(config.model.layers[name]), *_numbers(account))
+    table.add_row("", "embedding, norm, head", "", "", *_numbers(outside))
     table.add_section()
-    totals[0], totals[2] = totals[0] + outside, totals[2] + head
-    table.add_row("", "total", "", "", *(f"{n:,.0f}" for n in totals))
+    table.add_row("", "total", "", "", *_numbers(total))
     console.print(table)
-    console.print(
+    _print(
+        console,
         "pairs: (query, key) pairs scored, all heads, one sequence; FLOPs: forward, averaged over the sequence;"
-        " cache: to decode one sequence of this length",
-        highlight=False,
+        " cache: to decode one sequence of this length; tiles: 128 x 128, all heads",
+        f"one sequence: {total.sequence_flops:,.0f} FLOPs forward, {length * total.training_flops:,.0f} in training;"
+        f" {total.score_bytes:,} bytes of scores if all are kept, in float32",
+        describe_reach(config.model.sees, length),
+        *(f"warning: {warning}" for warning in patterns.advise(config.model.sees, length)),
     )
+
+
+def show_complexity(length: int | None, measured: bool, console: Console) -> None:
+    """Prints how the cost of each method grows with the length.
+
+    Args:
+      length: tokens of a sequence, for the exact pairs; 131,072 if None.
+      measured: also measure time and memory on this machine (minutes), and print the exponents.
+      console: where to print.
+
+    Raises:
+      ConfigError: a length below 1.
+    """
+    length = complexity.TABLE_LENGTH if length is None else length
+    _require_length(length)
+    growth = {method.name: complexity.measure(method) for method in complexity.METHODS} if measured else None
+    heading, *rows = complexity.tabulate(length, growth)
+    table = Table(*heading)
+    for column in table.columns[3:]:
+        column.justify = "right"
+    for row in rows:
+        table.add_row(*row)
+    console.print(table)
+    _print(
+        console,
+        "pairs: one head, counted from the pattern; of dense causal: over the pairs of dense causal attention",
+        *(["time, memory: forward and backward pass of one head, fitted on this machine"] if measured else []),
+    )
+
+
+def describe_reach(layers: list[tuple[str, patterns.Pattern]], length: int) -> str:
+    """How many inputs the last position sees after each layer, in one line; layers of equal growth are taken together.
+
+    Args:
+      layers: name and pattern of each layer, in order.
+      length: tokens of a sequence.
+    """
+    sizes = patterns.grow([pattern for _, pattern in layers], length).tolist()
+    growth = [after - before for before, after in itertools.pairwise(sizes)]
+    parts = []
+    for more, run in itertools.groupby(range(len(growth)), key=growth.__getitem__):
+        *others, last = run
+        gain = f"+{more:,} a layer to " if others else ""
+        parts.append(f"{gain}{sizes[last + 1]:,} after layer {last}" if more else f"no more up to layer {last}")
+    return f"reach of the last position, of {length:,} inputs: {'; '.join(parts)}"
+
+
+def _require_length(length: int) -> None:
+    if length < 1:
+        raise ConfigError(f"--length: must be at least 1, got {length}")
+
+
+def _numbers(account: Account) -> tuple[str, ...]:
+    tiles = f"{account.live_tiles:,}/{account.tiles:,}" if account.tiles else "-"
+    numbers = (account.parameters, account.pairs, account.flops, account.cache_bytes)
+    return *(f"{number:,.0f}" for number in numbers), tiles
 
 
 def _describe(layer: LayerConfig) -> tuple[str, str]:
@@ -61,9 +114,6 @@ def _describe(layer: LayerConfig) -> tuple[str, str]:
     return f"mamba {mixer.inner} x {mixer.state}", "-"
 
 
-def _parameters(module: nnx.Module) -> int:
-    return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(nnx.state(module, nnx.Param)))
-
-
-def _bytes(tree: object) -> int:
-    return sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
+def _print(console: Console, *lines: str) -> None:
+    for line in lines:
+        console.print(line, highlight=False, markup=False, soft_wrap=True)

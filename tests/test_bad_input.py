@@ -80,6 +80,12 @@ def test_bad_command_lines_are_one_line(text, tmp_path, capsys):
     assert "absent.py" in complain(capsys, ["train", "--config=absent.py", f"--workdir={tmp_path / 'run'}"])
     assert "--workdir" in complain(capsys, ["train", f"--config={runs.RECIPE}"])
     assert "fly" in complain(capsys, ["fly"])
+    for verb in (["show"], ["train", f"--workdir={tmp_path / 'run'}"]):
+        assert "required: --config" in complain(capsys, verb)
+    assert "complexity" in complain(capsys, ["show", "--table=depth"])
+    assert "--config cannot" in complain(capsys, ["show", "--table=complexity", "--config.model.width=8"])
+    assert "--measure" in complain(capsys, ["show", f"--config={runs.RECIPE}", "--measure"])
+    assert "--length: must be at least 1" in complain(capsys, ["show", "--table=complexity", "--length=0"])
     (tmp_path / "broken.py").write_text("def get_config(:\n")
     line = complain(capsys, ["train", f"--config={tmp_path / 'broken.py'}", f"--workdir={tmp_path / 'run'}"])
     assert "broken.py: line 1: SyntaxError" in line

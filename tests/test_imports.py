@@ -20,9 +20,11 @@ NEEDS = {
     "data": set(),
     "model": {"layers", "schedule", "config"},
     "decode": {"model"},
-    "show": {"layers", "config", "model"},
+    "account": {"patterns", "layers", "config", "model"},
+    "complexity": {"patterns", "ops"},
+    "show": {"patterns", "layers", "config", "account", "complexity"},
     "draw": {"patterns", "layers", "config"},
-    "train": {"config", "sharding", "data", "model", "decode"},
+    "train": {"patterns", "config", "sharding", "data", "model", "decode"},
     "cli": {"patterns", "ops", "schedule", "config", "data", "show", "draw", "train"},
     "__main__": {"cli"},
     "__init__": set(),  # so that one room can be imported without the others

@@ -19,7 +19,7 @@ ATTENTION = 2 * 16 * 16 + 2 * 16 * 8, 2 * (2 * 16 * 16 + 2 * 16 * 8)
 LOCAL = 2 * (21 + 58 * 6 + 1 + 57 * 2)
 FULL = 2 * 64 * 65 // 2
 EXPECTED = {
-    # parameters, pairs, FLOPs for each token, bytes of cache
+    # parameters, pairs, FLOPs for each token, bytes of cache; one tile for each head is all there is
     "ssm": (
         # input, gate, out; convolution of 3 with bias; dt 2, B 4, C 4; dt from 2, with bias; decay; skip
         3 * 16 * 16 + 4 * 16 + 16 * 10 + 2 * 16 + 16 + 16 * 4 + 16 + MLP[0],
@@ -34,11 +34,16 @@ EXPECTED = {
 SCHEDULE = ["ssm", "local", "ssm", "local", "full"]
 
 
+def shown(length=LENGTH, **model):
+    out, settings = io.StringIO(), recipe.get_config()
+    settings.model.update(model)
+    show(configs.check(settings), length, Console(file=out, width=160))
+    return out.getvalue().splitlines()
+
+
 @pytest.fixture
 def table():
-    out = io.StringIO()
-    show(configs.check(recipe.get_config()), LENGTH, Console(file=out, width=160))
-    return [[cell.strip() for cell in line.strip("│ ").split("│")] for line in out.getvalue().splitlines()]
+    return [[cell.strip() for cell in line.strip("│ ").split("│")] for line in shown()]
 
 
 def numbers(cells):
@@ -48,7 +53,8 @@ def numbers(cells):
 def test_every_layer_says_what_it_is_and_costs(table):
     rows = [row for row in table if row[0].isdigit()]
     assert [row[1] for row in rows] == SCHEDULE
-    assert [numbers(row[4:]) for row in rows] == [EXPECTED[name] for name in SCHEDULE]
+    assert [numbers(row[4:8]) for row in rows] == [EXPECTED[name] for name in SCHEDULE]
+    assert [row[8] for row in rows] == ["-", "2/2", "-", "2/2", "2/2"]
     assert rows[0][2:4] == ["mamba 16 x 4", "-"]
     assert rows[1][2:4] == ["attention 2/1 x 8", "causal & (window(5) | sink(2))"]
     assert rows[4][2:4] == ["attention 2/1 x 8", "causal"]
@@ -58,7 +64,40 @@ def test_the_total_adds_the_embedding_and_the_head(table):
     (total,) = [row for row in table if "total" in row]
     layers = [sum(column) for column in zip(*(EXPECTED[name] for name in SCHEDULE), strict=True)]
     embedding, norm, head = 256 * 16, 16, 2 * 16 * 256
-    assert numbers(total[-4:]) == (layers[0] + embedding + norm, layers[1], layers[2] + head, layers[3])
+    assert numbers(total[-5:-1]) == (layers[0] + embedding + norm, layers[1], layers[2] + head, layers[3])
+    assert total[-1] == "6/6"
+
+
+def test_the_text_below_sums_up_a_sequence():
+    forward = 64 * (sum(EXPECTED[name][2] for name in SCHEDULE) + 2 * 16 * 256)
+    kept = 4 * sum(EXPECTED[name][1] for name in SCHEDULE)
+    (line,) = [line for line in shown() if line.startswith("one sequence")]
+    assert line == (
+        f"one sequence: {forward:,.0f} FLOPs forward, {3 * forward:,.0f} in training;"
+        f" {kept:,} bytes of scores if all are kept, in float32"
+    )
+
+
+@pytest.mark.parametrize(
+    ("schedule", "expected"),
+    [
+        ("2x(ssm local) full", "64 after layer 0; no more up to layer 4"),
+        # The two sinks are out of the windows' reach: 5 + 2 more, and then the windows before the window.
+        ("4x(local) full", "8 after layer 0; +5 a layer to 23 after layer 3; 64 after layer 4"),
+        ("local", "8 after layer 0"),
+    ],
+)
+def test_the_reach_is_one_line(schedule, expected):
+    (line,) = [line for line in shown(schedule=schedule) if line.startswith("reach")]
+    assert line == f"reach of the last position, of 64 inputs: {expected}"
+
+
+def test_warnings_come_last():
+    assert not [line for line in shown() if "warning" in line]
+    assert shown(schedule="2x(local)")[-1] == (
+        "warning: layers 0-1 (local): position 63 is reached by 13 of the 64 inputs that it could see;"
+        " it takes 13 layers of this schedule"
+    )
 
 
 def test_a_length_below_one_is_refused():

@@ -41,6 +41,11 @@ class AttentionConfig:
         if pattern.heads not in (None, self.heads):
             raise ValueError(f"pattern is for {pattern.heads} heads, heads = {self.heads}: {self.pattern!r}")
 
+    @property
+    def sees(self) -> patterns.Pattern:
+        """What a position takes from the others."""
+        return patterns.parse(self.pattern)
+
 
 class Attention(nnx.Module):
     """Softmax attention (arXiv:1706.03762) under a pattern."""
@@ -88,11 +93,12 @@ class Attention(nnx.Module):
         return self.out(y.reshape(x.shape[0], -1)), cache
 
     def cost(self, length: int) -> Cost:
-        """Scored pairs and forward FLOPs for each token at a length; 4 d FLOPs for each pair of a head."""
-        pairs = self.pattern.pairs(length)
-        pairs *= self.config.heads if self.pattern.heads is None else 1
+        """Scored pairs, tiles, and forward FLOPs for each token at a length; 4 d FLOPs for each pair of a head."""
+        alike = self.config.heads if self.pattern.heads is None else 1
+        pairs = alike * self.pattern.pairs(length)
+        live, every = self.pattern.tiles(length)
         linear = sum(part.flops for part in (self.query, self.key, self.value, self.out))
-        return Cost(pairs, linear + 4.0 * self.config.head_width * pairs / length)
+        return Cost(pairs, linear + 4.0 * self.config.head_width * pairs / length, (alike * live, alike * every))
 
     def _project(self, x: Array, positions: Array) -> tuple[Array, Array, Array]:
         d, base = self.config.head_width, self.config.rope_base

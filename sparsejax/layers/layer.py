@@ -14,7 +14,8 @@ from sparsejax.layers.mlp import Mlp, MlpConfig
 from sparsejax.layers.norm import Norm, NormConfig
 from sparsejax.layers.stream import Cost, Stream
 
-# A new mixer is one file and one line here. Each has __call__, init_cache, step and cost.
+# A new mixer is one file and one line here. Each has __call__, init_cache, step and cost; its config has `sees`, the
+# pattern of what a position takes from the others.
 MIXERS = {"attention": (AttentionConfig, Attention), "mamba": (MambaConfig, Mamba)}
 MixerConfig = AttentionConfig | MambaConfig
 

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
+from sparsejax import patterns
 from sparsejax.layers.stream import Cost, Linear, Stream, output_scale, parameter
 from sparsejax.ops import selective_scan, selective_step
 
@@ -30,6 +31,11 @@ class MambaConfig:
             raise ValueError("inner, state, conv and dt_rank must be at least 1")
         if not 0 < self.dt_min <= self.dt_max:
             raise ValueError(f"needs 0 < dt_min <= dt_max, got {self.dt_min} and {self.dt_max}")
+
+    @property
+    def sees(self) -> patterns.Pattern:
+        """What a position takes from the others: its whole past, by way of the state."""
+        return patterns.Causal()
 
 
 class Mamba(nnx.Module):

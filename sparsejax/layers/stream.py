@@ -27,10 +27,14 @@ def parameter(rngs: nnx.Rngs, init: Callable, shape: tuple[int, ...], axes: tupl
 
 @dataclasses.dataclass(frozen=True)
 class Cost:
-    """What a mixer does with a sequence: `pairs` it scores (all heads), forward FLOPs for each token."""
+    """What a mixer does with a sequence: `pairs` it scores, forward FLOPs for each token, live tiles and all tiles.
+
+    Pairs and tiles of 128 x 128 are those of all heads together; a mixer that scores nothing has none.
+    """
 
     pairs: int
     flops: float
+    tiles: tuple[int, int] = (0, 0)
 
 
 class Linear(nnx.Module):

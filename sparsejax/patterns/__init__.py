@@ -1,6 +1,7 @@
 """Patterns: who may look at whom, said once. NumPy only; nothing here imports the rest of the package."""
 
 from sparsejax.patterns import recipes
+from sparsejax.patterns.advice import advise
 from sparsejax.patterns.drawing import Panel, draw_mask, draw_pattern, name_numbers
 from sparsejax.patterns.library import (
     NAMES,
@@ -29,6 +30,7 @@ from sparsejax.patterns.pattern import (
     Shift,
     per_head,
 )
+from sparsejax.patterns.reach import connect, count_layers, count_unreachable, grow, saturate, trace
 from sparsejax.patterns.retention import cache_slots
 from sparsejax.patterns.text import parse
 from sparsejax.patterns.tiled import BigBirdRandom, Random, Tiles
@@ -63,11 +65,18 @@ __all__ = [
     "TileLayout",
     "Tiles",
     "Window",
+    "advise",
     "cache_slots",
+    "connect",
+    "count_layers",
+    "count_unreachable",
     "draw_mask",
     "draw_pattern",
+    "grow",
     "name_numbers",
     "parse",
     "per_head",
     "recipes",
+    "saturate",
+    "trace",
 ]

@@ -161,6 +161,12 @@ class Pattern:
             return build(self)
         return tuple(build(self.for_head(i)) for i in range(self.heads))
 
+    def tiles(self, t: int, s: int | None = None, tile: tuple[int, int] = (128, 128)) -> tuple[int, int]:
+        """How many tiles are live, and how many there are, summed over the heads the pattern distinguishes."""
+        layouts = self.layout(t, s, tile)
+        layouts = (layouts,) if self.heads is None else layouts
+        return sum(len(one.columns) for one in layouts), sum(one.grid.rows * one.grid.columns for one in layouts)
+
     @property
     def digest(self) -> str:
         """A short stable name of the pattern: 12 hexadecimal digits of its text form's SHA-256."""

@@ -250,25 +250,40 @@ def build_layout(pattern: Pattern, t: int, s: int, tile: tuple[int, int]) -> Til
 
 
 def count_pairs(pattern: Pattern, grid: TileGrid, tiles: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Allowed pairs and all pairs of the given tiles (flat tile numbers), int64 [n] each.
-
-    Tiles with equal `Pattern.signature` hold the same pairs and are looked at once.
-    """
+    """Allowed pairs and all pairs of the given tiles (flat tile numbers), int64 [n] each."""
     rows, columns = np.divmod(tiles, max(1, grid.columns))
     q0, k0 = rows * grid.tile[0], columns * grid.tile[1]
-    height, width = np.minimum(grid.tile[0], grid.t - q0), np.minimum(grid.tile[1], grid.s - k0)
-    if not len(tiles):
-        return height, height * width
-    keys = np.stack([height, width, *pattern.signature(grid, q0, k0)])
-    _, first, same = np.unique(keys, axis=1, return_index=True, return_inverse=True)
+    areas = np.minimum(grid.tile[0], grid.t - q0) * np.minimum(grid.tile[1], grid.s - k0)
+    first, same = group_tiles(pattern, grid, rows, columns)
     counts = np.empty(len(first), np.int64)
-    i, j = np.arange(grid.tile[0])[:, None], np.arange(grid.tile[1])[None, :]
     for start in range(0, len(first), COUNT_AT_ONCE):
         part = first[start : start + COUNT_AT_ONCE]
-        q, k = q0[part, None, None] + i, k0[part, None, None] + j
-        allowed = pattern.allows(q, k, grid.t, grid.s) & (q < grid.t) & (k < grid.s)
-        counts[start : start + COUNT_AT_ONCE] = allowed.sum(axis=(1, 2))
-    return counts[same.ravel()], height * width
+        counts[start : start + COUNT_AT_ONCE] = tile_masks(pattern, grid, rows[part], columns[part]).sum(axis=(1, 2))
+    return counts[same], areas
+
+
+def group_tiles(
+    pattern: Pattern, grid: TileGrid, rows: np.ndarray, columns: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
+    """Groups of tiles (rows and columns, int [n]) that hold the same pairs, by their `Pattern.signature`.
+
+    Returns:
+      The index of one tile of each group, int64 [groups], and each tile's group, int64 [n].
+    """
+    if not len(rows):
+        return np.zeros(0, np.int64), np.zeros(0, np.int64)
+    q0, k0 = rows.astype(np.int64) * grid.tile[0], columns.astype(np.int64) * grid.tile[1]
+    height, width = np.minimum(grid.tile[0], grid.t - q0), np.minimum(grid.tile[1], grid.s - k0)
+    keys = np.stack([height, width, *pattern.signature(grid, q0, k0)])
+    _, first, same = np.unique(keys, axis=1, return_index=True, return_inverse=True)
+    return first, same.ravel()
+
+
+def tile_masks(pattern: Pattern, grid: TileGrid, rows: np.ndarray, columns: np.ndarray) -> np.ndarray:
+    """The pairs that the given tiles (int [n] each) allow, bool [n, queries, keys]; nothing beyond the lengths."""
+    q = rows[:, None, None] * grid.tile[0] + np.arange(grid.tile[0])[:, None]
+    k = columns[:, None, None] * grid.tile[1] + np.arange(grid.tile[1])
+    return pattern.allows(q, k, grid.t, grid.s) & (q < grid.t) & (k < grid.s)
 
 
 def list_pairs(pattern: Pattern, layout: TileLayout) -> tuple[np.ndarray, np.ndarray]:

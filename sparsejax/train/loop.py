@@ -18,7 +18,7 @@ from rich.console import Console
 from rich.table import Table
 
 from sparsejax import config as configs
-from sparsejax import data, sharding
+from sparsejax import data, patterns, sharding
 from sparsejax.config import Config, ConfigError
 from sparsejax.decode import generate
 from sparsejax.model import Functional
@@ -57,7 +57,7 @@ def train(settings: ConfigDict, workdir: Path, console: Console) -> Evaluation:
     _validation_batches(corpus, config, mesh)  # finds out now, not at the first evaluation, if they cannot be
     _claim_workdir(workdir, settings, config)
     model = Functional(config.model)
-    _describe(corpus, model, mesh, console)
+    _describe(config, corpus, model, mesh, console)
 
     optimizer = build_optimizer(config.optimizer, config.train.steps)
     meta = {"config": settings.to_dict(), "digest": configs.digest(settings), "corpus": corpus.digest}
@@ -206,7 +206,7 @@ def _validation_batches(corpus: data.Corpus, config: Config, mesh: Mesh, limit: 
     return (jax.device_put(batch, sharding.batch_sharding(mesh)) for batch in held_out)
 
 
-def _describe(corpus: data.Corpus, model: Functional, mesh: Mesh, console: Console) -> None:
+def _describe(config: Config, corpus: data.Corpus, model: Functional, mesh: Mesh, console: Console) -> None:
     size = sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(model.shapes))
     axes = " x ".join(f"{name} {n}" for name, n in mesh.shape.items())
     console.print(
@@ -218,6 +218,8 @@ def _describe(corpus: data.Corpus, model: Functional, mesh: Mesh, console: Conso
         markup=False,
         soft_wrap=True,
     )
+    for warning in patterns.advise(model.config.sees, config.data.length):
+        console.print(f"warning: {warning}", highlight=False, markup=False, soft_wrap=True)
 
 
 def _show_evaluation(evaluation: Evaluation, console: Console) -> None:

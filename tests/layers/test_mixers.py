@@ -50,12 +50,10 @@ def make_x(length: int = LENGTH) -> np.ndarray:
 
 
 def allowed(config, length: int) -> np.ndarray:
-    """Booleans [t, t']: whether output t may depend on input t'; a causal recurrence sees all of the past."""
-    past = np.tri(length, dtype=bool)
-    if not isinstance(config, AttentionConfig):
-        return past
-    seen = np.atleast_3d(definition.mask(parse(config.pattern), length, length).T).any(axis=-1).T
-    assert not (seen & ~past).any()
+    """Booleans [t, t']: whether output t may depend on input t', by what the config says it sees."""
+    mask = definition.mask(config.sees, length, length)
+    seen = mask.any(axis=0) if mask.ndim == 3 else mask
+    assert not (seen & ~np.tri(length, dtype=bool)).any()
     return seen
 
 

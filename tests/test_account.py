@@ -1,0 +1,108 @@
+"""Accounts, held against numbers worked out by hand and against what XLA counts in the compiled program."""
+
+import jax
+import jax.numpy as jnp
+import pytest
+from flax import nnx
+
+from sparsejax.account import Account, account_model, account_pattern
+from sparsejax.config import ModelConfig
+from sparsejax.layers import (
+    Attention,
+    AttentionConfig,
+    LayerConfig,
+    Mamba,
+    MambaConfig,
+    Mlp,
+    MlpConfig,
+    NormConfig,
+    Stream,
+)
+from sparsejax.model import Functional
+from sparsejax.patterns import parse
+
+LENGTH, WIDTH = 256, 256
+NORM = NormConfig("rms", 1e-6)
+MLP = MlpConfig("gated", 512, "silu")
+
+
+def attention(pattern):
+    return AttentionConfig(pattern, 2, 1, 128, rope_base=None, qk_norm=NormConfig("none", 1e-6), impl="dense")
+
+
+def xla_flops(function, *arguments):
+    return jax.jit(function).lower(*arguments).compile().cost_analysis()["flops"]
+
+
+def build(kind, config):
+    return kind(config, Stream(WIDTH, 1, jnp.float32), nnx.Rngs(0))
+
+
+def test_a_window_of_4096_over_131072_tokens():
+    n = 131_072
+    window, dense = account_pattern(parse("causal & window(4095)"), n), account_pattern(parse("causal"), n)
+    assert window.pairs == 4096 * n - 4096 * 4095 // 2 == 528_484_352
+    assert dense.pairs == n * (n + 1) // 2 == 8_590_000_128
+    assert dense.pairs / window.pairs == pytest.approx(16.25, abs=0.005)
+    # The factor that is often quoted is 32 before the edge: every key, the future too, over the window.
+    assert n * n / window.pairs == pytest.approx(32.5, abs=0.05)
+
+
+def test_the_account_of_a_pattern():
+    account = account_pattern(parse("causal & window(127)"), 1024, heads=8, kv_heads=2, head_width=32)
+    pairs = 8 * (128 * 1024 - 128 * 127 // 2)
+    assert (account.pairs, account.score_bytes) == (pairs, 4 * pairs)
+    assert account.sequence_flops == 4 * 32 * pairs
+    assert account.training_flops * 1024 == 3 * 4 * 32 * pairs
+    assert account.cache_bytes == 2 * 4 * 128 * 2 * 32  # keys and values of 128 positions
+    assert (account.live_tiles, account.tiles) == (8 * 15, 8 * 64)
+    each = account_pattern(parse("per_head(causal, causal & window(0))"), 1024, heads=2)
+    assert (each.pairs, each.live_tiles, each.tiles) == (1024 * 1025 // 2 + 1024, 36 + 8, 2 * 64)
+
+
+def test_accounts_of_one_length_add_up():
+    assert Account(8, 1, 2, 3.0, 4, 5, 6) + Account(8, 10, 20, 30.0, 40, 50, 60) == Account(8, 11, 22, 33.0, 44, 55, 66)
+    with pytest.raises(ValueError, match="8 and 9 tokens"):
+        Account(8) + Account(9)
+
+
+def test_xla_counts_the_flops_of_dense_attention():
+    module = build(Attention, attention("full"))
+    found = xla_flops(module, jnp.zeros((1, LENGTH, WIDTH)))
+    assert found == pytest.approx(LENGTH * module.cost(LENGTH).flops, rel=0.05)
+
+
+def test_xla_counts_the_flops_of_an_mlp():
+    module = build(Mlp, MLP)
+    assert xla_flops(module, jnp.zeros((1, LENGTH, WIDTH))) == pytest.approx(LENGTH * module.flops, rel=0.05)
+
+
+@pytest.fixture
+def model():
+    layers = {name: LayerConfig(attention(text), MLP, NORM, "pre", remat=False) for name, text in PATTERNS.items()}
+    return ModelConfig(512, WIDTH, "2x(local) full", layers, NORM, tied=True, dtype="float32", scan=False)
+
+
+PATTERNS = {"local": "causal & window(31)", "full": "causal"}
+
+
+def test_xla_counts_the_flops_of_a_model_forward_and_in_training(model):
+    functions, tokens = Functional(model), jnp.zeros((1, LENGTH), jnp.int32)
+    layers, outside = account_model(model, LENGTH)
+    total = sum(layers, outside)
+    # The dense implementation also computes the pairs that the mask then hides: 4 FLOPs for each number of a head.
+    hidden = 4 * 128 * (3 * 2 * LENGTH**2 - total.pairs)
+    expected = total.sequence_flops + hidden
+    assert xla_flops(lambda p: functions.bind(p)(tokens), functions.shapes) == pytest.approx(expected, rel=0.05)
+    loss = jax.grad(lambda p: functions.bind(p)(tokens).mean())
+    assert xla_flops(loss, functions.shapes) == pytest.approx(3 * expected, rel=0.05)
+
+
+def test_xla_counts_the_body_of_a_scan_once():
+    module = build(Mamba, MambaConfig(inner=256, state=16, conv=4, dt_rank=16, dt_min=1e-3, dt_max=0.1))
+    chunk, many = (xla_flops(module, jnp.zeros((1, n, WIDTH))) for n in (512, 1024))
+    # So the recurrence, which loops over chunks and in them over tokens, is missing for all tokens but one, and what
+    # is left of the account is the projections: those XLA counts at every length.
+    linear = sum(part.flops for part in (module.input, module.gate, module.select, module.dt, module.out))
+    assert many - chunk == pytest.approx(512 * linear, rel=0.1)
+    assert many < 1024 * module.cost(1024).flops

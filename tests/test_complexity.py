@@ -1,0 +1,59 @@
+"""The table of methods: formulas against counts, and exponents against power laws."""
+
+import dataclasses
+import re
+
+import pytest
+
+from sparsejax import complexity
+from sparsejax.cli import main
+from sparsejax.complexity import METHODS, Growth, fit_exponent, measure, tabulate
+
+N = 4096
+BY_NAME = {method.name: method for method in METHODS}
+
+
+def evaluate(formula, n):
+    """The number that a formula of the table stands for."""
+    text = formula.removeprefix("~").replace(",", "").replace("√n", "*n**0.5").replace("n²", "n**2")
+    text = re.sub(r"(?<=[\d)n]) ?(?=[n(])", "*", text.replace("·", "*")).replace("**0.5", "**0.5")
+    return eval(text, {"n": n})
+
+
+@pytest.mark.parametrize("method", [m for m in METHODS if m.pattern], ids=lambda m: m.name)
+def test_a_formula_is_the_count_of_its_pattern(method):
+    pairs = method.parse(N).pairs(N)
+    assert evaluate(method.formula, N) == (pytest.approx(pairs, rel=0.05) if method.formula[0] == "~" else pairs)
+
+
+def test_the_table_counts_pairs_against_dense_causal_attention():
+    heading, *rows = tabulate(N)
+    assert heading[3] == "pairs, n = 4,096"
+    shown = {row[0]: row[3:] for row in rows}
+    assert set(shown) == set(BY_NAME)
+    assert shown["dense"] == ("16,777,216", "2.00")
+    assert shown["dense, causal"] == ("8,390,656", "1.00")
+    assert shown["chunk"] == ("526,336", "1/15.94")
+    assert shown["SSM"] == ("0", "0.00")
+
+
+def test_an_exponent_is_fitted():
+    lengths = (10, 100, 1000)
+    assert fit_exponent(lengths, [3 * n**1.5 for n in lengths]) == pytest.approx(1.5)
+    growth = {name: Growth(lengths, tuple(n**2.0 for n in lengths), lengths) for name in BY_NAME}
+    assert all(row[-2:] == ("n^2.00", "n^1.00") for row in tabulate(N, growth)[1:])
+
+
+@pytest.mark.parametrize(("name", "low", "high"), [("dense", 1.9, 2.1), ("window", 0.5, 1.1), ("SSM", 0.9, 1.1)])
+def test_memory_grows_as_it_should(name, low, high, monkeypatch):
+    monkeypatch.setattr(complexity, "LEAST_SECONDS", 0.0)
+    growth = measure(dataclasses.replace(BY_NAME[name]), (1024, 2048))
+    assert low < growth.memory_exponent < high
+    assert min(growth.seconds) > 0
+
+
+def test_the_command_needs_no_config(capsys):
+    assert main(["show", "--table=complexity", "--length=1000"]) == 0
+    out = capsys.readouterr().out
+    assert "pairs, n = 1,000" in out
+    assert "500,500" in out

@@ -1,0 +1,56 @@
+"""Reach on a real model: an input outside of it changes nothing at all, one inside changes the logits."""
+
+import jax
+import numpy as np
+import pytest
+
+from sparsejax import config as configs
+from sparsejax.model import Functional
+from sparsejax.patterns import connect, parse
+from tests.train import recipe
+
+LENGTH = 24
+ATTENTION = {
+    "local": "causal & window(3)",
+    "sinks": "causal & (window(2) | sink(2))",
+    "chunks": "causal & chunk(5)",
+    "heads": "per_head(causal & window(1), causal & chunk(4))",
+    "globals": "causal & (window(2) | globals([4]))",
+    "full": "causal",
+}
+SCHEDULES = ["3x(local)", "2x(sinks local)", "2x(chunks)", "2x(heads)", "2x(globals)", "local ssm", "chunks full"]
+
+
+def build_model(schedule):
+    settings = recipe.get_config().model.to_dict()
+    mixers = {name: recipe.layer(recipe.attention(pattern)) for name, pattern in ATTENTION.items()}
+    whole = recipe.get_config()
+    whole.model = settings | {"schedule": schedule, "scan": False, "layers": settings["layers"] | mixers}
+    return Functional(configs.check(whole).model)
+
+
+def changed_outputs(model):
+    """Booleans [t, t']: whether another token at t' changes the logits at t in any bit."""
+    draws = np.random.default_rng(0)
+    parameters = model.init(jax.random.key(0))
+    run = jax.jit(lambda tokens: model.bind(parameters)(tokens))
+    changed = np.zeros((LENGTH, LENGTH), bool)
+    for _ in range(4):  # a faint influence may be lost in rounding, though not each time
+        tokens = draws.integers(0, 256, LENGTH)
+        others = np.where(np.eye(LENGTH, dtype=bool), (tokens + draws.integers(1, 256)) % 256, tokens)
+        logits = run(np.concatenate([tokens[None], others]))
+        changed |= np.asarray((logits[1:] != logits[0]).any(axis=-1)).T
+    return changed
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES)
+def test_exactly_the_inputs_within_reach_change_the_logits(schedule):
+    model = build_model(schedule)
+    layers = [model.config.layers[name].mixer.sees for name in model.config.names]
+    np.testing.assert_array_equal(changed_outputs(model), connect(layers, LENGTH))
+
+
+def test_a_mixer_says_what_it_sees():
+    layers = build_model("local ssm").config.layers
+    assert layers["ssm"].mixer.sees == parse("causal")
+    assert layers["heads"].mixer.sees == parse(ATTENTION["heads"])
