@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-from sparsejax.ops.request import Request, by_pattern, cap, masked_softmax
+from sparsejax.ops.request import MASKED, Request, by_pattern, cap
 from sparsejax.patterns import Pattern, TileLayout
 
 TILE = 64  # the fastest of 32, 64 and 128 on CPU, and the smallest in memory
@@ -40,7 +40,7 @@ def _run_one_pattern(request: Request) -> tuple[Array, Array]:
     queries = _split_tiles(q, tile).reshape(-1, b, tile, g, h // g, d).transpose(0, 1, 3, 4, 2, 5)
     keys, values = (_split_tiles(x, tile).transpose(0, 1, 3, 2, 4) for x in (k, v))
     if sink is not None:
-        sink = sink.astype(request.dtype).reshape(1, g, h // g, 1, 1)
+        sink = sink.astype(request.dtype).reshape(g, h // g, 1)
     segments = None if request.segments is None else tuple(_split_tiles(x, tile) for x in request.segments)
     out, lse = _attend_tiles(plan, queries, keys, values, sink, segments)
     out = out.transpose(1, 0, 4, 2, 3, 5).reshape(b, -1, h, d)[:, :t]
@@ -69,7 +69,8 @@ def _attend_tiles(plan, queries, keys, values, sink, segments):
 
     def attend_row(carry, row):
         index, columns = row
-        out, lse = _attend_row(plan, row, segments, queries[index], keys[columns], values[columns], sink)
+        scores = cap(_score(plan, queries[index], keys[columns]), plan.softcap)
+        out, lse = _average(plan, jnp.where(_mask(plan, row, segments), scores, MASKED), values[columns], sink)
         return (carry[0].at[index].set(out), carry[1].at[index].set(lse)), None
 
     carry = jnp.zeros(queries.shape, plan.dtype), jnp.zeros(queries.shape[:-1], plan.dtype)
@@ -79,53 +80,68 @@ def _attend_tiles(plan, queries, keys, values, sink, segments):
 
 
 def _attend_tiles_forward(plan, *arrays):
-    return _attend_tiles(plan, *arrays), arrays
+    out, lse = _attend_tiles(plan, *arrays)
+    return (out, lse), (*arrays, out, lse)
 
 
-def _attend_tiles_backward(plan, arrays, cotangents):
-    queries, keys, values, sink, segments = arrays
+def _attend_tiles_backward(plan, saved, cotangents):
+    """As in FlashAttention (arXiv:2205.14135): weights from the scores and their log-sum-exp, no softmax again."""
+    queries, keys, values, sink, segments, out, lse = saved
+    d_out, d_lse = cotangents
+    slope = d_lse - (d_out * out).sum(axis=-1)  # the gradient of a score is weight * (d_weight + slope)
 
     def differentiate_row(carry, row):
         index, columns = row
-        d_queries, d_keys, d_values, d_sink = carry
-        inputs = queries[index], keys[columns], values[columns], sink
-        _, vjp = jax.vjp(functools.partial(_attend_row, plan, row, segments), *inputs)
-        d_query, d_key, d_value, d_row_sink = vjp((cotangents[0][index], cotangents[1][index]))
-        d_queries = d_queries.at[index].set(d_query)
-        d_keys = d_keys.at[columns].add(d_key.astype(plan.dtype))
-        d_values = d_values.at[columns].add(d_value.astype(plan.dtype))
-        return (d_queries, d_keys, d_values, None if sink is None else d_sink + d_row_sink), None
+        query, key, value, d_row = queries[index], keys[columns], values[columns], d_out[index]
+        scores, uncap = jax.vjp(functools.partial(cap, softcap=plan.softcap), _score(plan, query, key))
+        scores = jnp.where(_mask(plan, row, segments), scores, MASKED)
+        weights = jnp.exp(scores - jnp.where(lse[index] > MASKED, lse[index], 0.0)[..., None, None])
+        d_weights = jnp.einsum("bgrqd,nbgkd->bgrqnk", d_row, value)
+        (d_scores,) = uncap(weights * (d_weights + slope[index][..., None, None]))
+        d_scores = d_scores * plan.scale
+        d_queries = carry[0].at[index].set(jnp.einsum("bgrqnk,nbgkd->bgrqd", d_scores, key))
+        d_keys = carry[1].at[columns].add(jnp.einsum("bgrqnk,bgrqd->nbgkd", d_scores, query))
+        d_values = carry[2].at[columns].add(jnp.einsum("bgrqnk,bgrqd->nbgkd", weights, d_row))
+        return (d_queries, d_keys, d_values), None
 
-    carry = (
-        jnp.zeros_like(queries),
-        jnp.zeros(keys.shape, plan.dtype),
-        jnp.zeros(values.shape, plan.dtype),
-        None if sink is None else jnp.zeros_like(sink),
-    )
+    carry = tuple(jnp.zeros(x.shape, plan.dtype) for x in (queries, keys, values))
     for group in plan.groups():
         carry, _ = jax.lax.scan(differentiate_row, carry, group)
-    d_queries, d_keys, d_values, d_sink = carry
-    return d_queries, d_keys.astype(keys.dtype), d_values.astype(values.dtype), d_sink, None
+    d_sink = None if sink is None else (jnp.exp(sink - lse) * slope).sum(axis=(0, 1, 4))[..., None]
+    return *(d.astype(x.dtype) for d, x in zip(carry, saved, strict=False)), d_sink, None
 
 
 _attend_tiles.defvjp(_attend_tiles_forward, _attend_tiles_backward)
 
 
-def _attend_row(plan, row, segments, query, key, value, sink):
-    """One query tile [b,g,r,tile,d] against its key tiles [degree,b,g,tile,d] -> out [b,g,r,tile,d], lse."""
+def _score(plan, query, key):
+    """Scaled products of a query tile [b,g,r,tile,d] with key tiles [degree,b,g,tile,d]: [b,g,r,tile,degree,tile]."""
+    return jnp.einsum("bgrqd,nbgkd->bgrqnk", query, key, preferred_element_type=plan.dtype) * plan.scale
+
+
+def _mask(plan, row, segments):
+    """Which of those scores count, broadcastable with them."""
     index, columns = row
-    q_at = index * plan.tile + jnp.arange(plan.tile)
+    q_at = index * plan.tile + jnp.arange(plan.tile)[:, None, None]
     k_at = columns[:, None] * plan.tile + jnp.arange(plan.tile)
-    mask = plan.pattern.allows(q_at[:, None, None], k_at, plan.t, plan.s) & (k_at >= 0) & (k_at < plan.s)
-    if segments is not None:
-        own, others = segments[0][index], segments[1][columns].swapaxes(0, 1)
-        mask = (mask & (own[:, :, None, None] == others[:, None]))[:, None, None]
-    mask = mask.reshape(*mask.shape[:-2], -1)
-    scores = jnp.einsum("bgrqd,nbgkd->bgrqnk", query, key, preferred_element_type=plan.dtype)
-    scores = cap(scores * plan.scale, plan.softcap).reshape(*scores.shape[:4], -1)
-    weights, lse = masked_softmax(scores, mask, sink)
-    weights = weights.astype(value.dtype).reshape(*weights.shape[:4], *k_at.shape)
-    return jnp.einsum("bgrqnk,nbgkd->bgrqd", weights, value, preferred_element_type=plan.dtype), lse
+    mask = plan.pattern.allows(q_at, k_at, plan.t, plan.s) & (k_at >= 0) & (k_at < plan.s)
+    if segments is None:
+        return mask
+    own, others = segments[0][index], segments[1][columns].swapaxes(0, 1)
+    return (mask & (own[:, :, None, None] == others[:, None]))[:, None, None]
+
+
+def _average(plan, scores, value, sink):
+    """Values averaged by the softmax of masked scores: out [b,g,r,tile,d] and log-sum-exp; see `masked_softmax`."""
+    top = scores.max(axis=(-2, -1))
+    top = top if sink is None else jnp.maximum(top, sink)
+    top = jnp.where(top > MASKED / 2, top, 0.0)  # a row without any key: its terms become 0 and not 1
+    terms = jnp.exp(scores - top[..., None, None])
+    total = terms.sum(axis=(-2, -1))
+    total = total if sink is None else total + jnp.exp(sink - top)
+    safe = jnp.where(total > 0, total, 1.0)
+    out = jnp.einsum("bgrqnk,nbgkd->bgrqd", terms.astype(value.dtype), value, preferred_element_type=plan.dtype)
+    return out / safe[..., None], jnp.where(total > 0, top + jnp.log(safe), -jnp.inf)
 
 
 def _split_tiles(x: Array, tile: int) -> Array:

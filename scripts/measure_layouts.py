@@ -1,0 +1,142 @@
+"""Times tile layouts and their transposes, beside a dense mask and PyTorch's block mask.
+
+    python scripts/measure_layouts.py [--torch TORCH_PYTHON] [--out FILE.json]
+
+Peak memory is what Python and NumPy allocate while the layout is built (tracemalloc); of PyTorch it is how far the
+process grew. TORCH_PYTHON is a Python that has torch and transformers.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.metadata
+import json
+import platform
+import statistics
+import time
+import tracemalloc
+from collections.abc import Callable
+from pathlib import Path
+
+from contest import LEFT, SINK, TorchProcess, keep_to_cores
+from rich.console import Console
+from rich.table import Table
+
+from sparsejax import patterns
+
+COMMAND = "python scripts/measure_layouts.py --torch TORCH_PYTHON --out FILE.json"
+TILE, REPEATS = 128, 5
+MASK = f"causal & (window({LEFT}) | sink({SINK}))"
+BIG_BIRD = f"window({TILE}, {TILE}) | globals({TILE})"  # TO REPLACE: `| random(3, tile=128, seed=0)` when it lands
+LENGTHS = (131_072, 1_048_576)
+TARGETS = {131_072: 0.2, 1_048_576: 2.0}  # seconds
+DENSE_LENGTHS = (8192, 16_384, 32_768)
+TORCH_LENGTHS = (8192, 16_384, 32_768, 65_536, 131_072)  # as far as a minute and 8 GiB reach
+TORCH_SECONDS, TORCH_GIB = 60.0, 8.0
+
+
+def measure(build: Callable[[], object], repeats: int = REPEATS) -> dict:
+    """Median seconds, and the peak in MiB of one more run, which tracing slows down."""
+    runs = []
+    for _ in range(repeats):
+        start = time.perf_counter()
+        build()
+        runs.append(time.perf_counter() - start)
+    tracemalloc.start()
+    build()
+    peak = tracemalloc.get_traced_memory()[1] / 2**20
+    tracemalloc.stop()
+    return {"seconds": statistics.median(runs), "runs": runs, "peak_mib": peak}
+
+
+def measure_layouts(text: str, length: int) -> list[dict]:
+    """A layout and its transpose."""
+    pattern = patterns.parse(text)
+    layout = pattern.layout(length, tile=(TILE, TILE))
+    about = {"pattern": text, "length": length, "live": len(layout.columns)}
+    built = measure(lambda: pattern.layout(length, tile=(TILE, TILE)))
+    return [about | {"what": "layout"} | built, about | {"what": "transpose"} | measure(layout.transpose)]
+
+
+def measure_dense(length: int) -> dict:
+    """The dense mask of booleans."""
+    pattern = patterns.parse(MASK)
+    about = {"pattern": MASK, "length": length, "what": "dense mask"}
+    return about | measure(lambda: pattern.dense(length), repeats=1)
+
+
+def measure_torch(python: str, length: int) -> dict:
+    """PyTorch's block mask, in a process of its own so that its peak is its own."""
+    about = {"pattern": MASK, "length": length, "what": "PyTorch block mask"}
+    with TorchProcess(python) as torch:
+        before = torch.ask(do="versions")
+        answer = torch.ask(do="layout", length=length, tile=TILE, limit_gib=TORCH_GIB)
+    if "error" in answer:
+        return about | answer
+    peak = answer["peak_rss_mib"] - before["rss_mib"]
+    return about | {"seconds": answer["seconds"], "peak_mib": peak, "live": answer["live"]}
+
+
+def climb_torch(python: str) -> list[dict]:
+    """Growing lengths until one fails or takes too long."""
+    rows = []
+    for length in TORCH_LENGTHS:
+        rows.append(measure_torch(python, length))
+        print(rows[-1], flush=True)
+        if "error" in rows[-1] or rows[-1]["seconds"] > TORCH_SECONDS:
+            break
+    return rows
+
+
+def compare(rows: list[dict]) -> dict:
+    """How often the layout of the same mask and length fits into the time and memory of each other way."""
+    ratios = {}
+    for row in rows:
+        if row["what"] in ("dense mask", "PyTorch block mask") and "error" not in row:
+            ours = measure_layouts(MASK, row["length"])[0]
+            if row.get("live", ours["live"]) != ours["live"]:
+                raise SystemExit(f"{row['what']} has {row['live']} live tiles, the layout {ours['live']}")
+            ratios[f"{row['what']} / layout, {row['length']} tokens"] = {
+                "seconds": row["seconds"] / ours["seconds"],
+                "memory": row["peak_mib"] / ours["peak_mib"],
+            }
+    return ratios
+
+
+def main() -> None:
+    """Prints a table; with --out also writes what was measured."""
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--torch", help="a Python that has torch and transformers")
+    parser.add_argument("--out", type=Path, help="a JSON file to write")
+    options = parser.parse_args()
+    record = {"command": COMMAND, "python": platform.python_version(), "machine": platform.machine()}
+    record |= {"cores": len(keep_to_cores()), "numpy": importlib.metadata.version("numpy"), "tile": TILE}
+    rows = []
+    for text in (MASK, BIG_BIRD):
+        for length in LENGTHS:
+            rows += measure_layouts(text, length)
+            print(f"{text}, {length} tokens: {rows[-2]['seconds']:.3f} s", flush=True)
+    for length in DENSE_LENGTHS:
+        rows.append(measure_dense(length))
+        print(f"dense mask, {length} tokens: {rows[-1]['seconds']:.3f} s", flush=True)
+    if options.torch:
+        rows += climb_torch(options.torch)
+        with TorchProcess(options.torch) as torch:
+            record["torch_side"] = torch.ask(do="versions")
+    else:
+        print("no --torch: PyTorch's block mask is left out")
+    table = Table("", "tokens", "live tiles", "seconds", "peak MiB", title=MASK)
+    for row in rows:
+        found = [row["error"], ""] if "error" in row else [f"{row['seconds']:.4f}", f"{row['peak_mib']:.1f}"]
+        what = row["what"] if row["pattern"] == MASK else f"{row['what']} of {row['pattern']}"
+        table.add_row(what, str(row["length"]), str(row.get("live", "")), *found)
+    Console(width=120).print(table)
+    record |= {"rows": rows, "ratios": compare(rows), "targets": {str(n): TARGETS[n] for n in LENGTHS}}
+    for name, ratio in record["ratios"].items():
+        print(f"{name}: {ratio['seconds']:.0f} in time, {ratio['memory']:.0f} in memory")
+    if options.out:
+        options.out.write_text(json.dumps(record, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
