@@ -141,3 +141,9 @@ def test_show_trains_nothing_and_adds_up(capsys):
     assert out.count("mamba") == 2
     assert out.count("window(5) | sink(2)") == 2
     assert f"{2 * 64 * 65 // 2:,}" in out  # causal pairs of two heads
+
+
+def test_train_warns_as_it_starts(text, tmp_path, capsys):
+    assert main(arguments(text, tmp_path / "run", "--config.train.steps=5", "--config.model.schedule=local")) == 0
+    (line,) = [line for line in capsys.readouterr().out.splitlines() if "warning" in line]
+    assert line.startswith("warning: layer 0 (local): position 31 is reached by 8 of the 32 inputs")

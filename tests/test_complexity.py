@@ -2,6 +2,7 @@
 
 import dataclasses
 import re
+from pathlib import Path
 
 import pytest
 
@@ -9,6 +10,7 @@ from sparsejax import complexity
 from sparsejax.cli import main
 from sparsejax.complexity import METHODS, Growth, fit_exponent, measure, tabulate
 
+ROOT = Path(__file__).parent.parent
 N = 4096
 BY_NAME = {method.name: method for method in METHODS}
 
@@ -57,3 +59,7 @@ def test_the_command_needs_no_config(capsys):
     out = capsys.readouterr().out
     assert "pairs, n = 1,000" in out
     assert "500,500" in out
+
+
+def test_the_readme_shows_what_was_recorded():
+    assert (ROOT / "experiments" / "complexity" / "table.md").read_text() in (ROOT / "README.md").read_text()

@@ -12,7 +12,7 @@ from sparsejax import patterns
 from sparsejax.layers.norm import Norm, NormConfig
 from sparsejax.layers.rotary import rotate
 from sparsejax.layers.stream import Cost, Linear, Stream, output_scale
-from sparsejax.ops import IMPLEMENTATIONS, attend, attend_one
+from sparsejax.ops import IMPLEMENTATIONS, attend, attend_one, count_bonus
 
 
 @dataclasses.dataclass(frozen=True)
@@ -89,7 +89,8 @@ class Attention(nnx.Module):
         }
         held = cache["at"]
         mask = self.pattern.allows(position[None], held, length, length) & (held >= 0)
-        y = attend_one(q[:, 0], cache["k"], cache["v"], jnp.atleast_2d(mask))
+        bonus = count_bonus(self.pattern, position[None], held, length, length)
+        y = attend_one(q[:, 0], cache["k"], cache["v"], jnp.atleast_2d(mask), bonus=jnp.atleast_2d(bonus))
         return self.out(y.reshape(x.shape[0], -1)), cache
 
     def cost(self, length: int) -> Cost:

@@ -1,6 +1,7 @@
 """Arrays in, arrays out: no parameters, no configuration."""
 
 from sparsejax.ops.attention import IMPLEMENTATIONS, Implementation, ImplementationError, attend, attend_one
+from sparsejax.ops.request import count_bonus
 from sparsejax.ops.scan import selective_scan, selective_step
 from sparsejax.ops.segment import attend_edges
 
@@ -11,6 +12,7 @@ __all__ = [
     "attend",
     "attend_edges",
     "attend_one",
+    "count_bonus",
     "selective_scan",
     "selective_step",
 ]

@@ -94,14 +94,18 @@ def attend_one(
     v: Float[Array, "b s g d"],
     mask: Bool[Array, "#h s"],
     scale: float | None = None,
+    bonus: Float[Array, "#h s"] | float = 0.0,
 ) -> Float[Array, "b h d"]:
-    """Attention of one query over the slots of a decode cache; `mask` says which slots it may look at."""
+    """Attention of one query over the slots of a decode cache; `mask` says which slots it may look at.
+
+    `bonus` is added to the scores; the logarithm of how often a slot counts.
+    """
     (b, h, d), g = q.shape, k.shape[2]
     wide = jnp.promote_types(q.dtype, jnp.float32)
     q = q.reshape(b, g, h // g, d).astype(wide) * (d**-0.5 if scale is None else scale)
     scores = jnp.einsum("bgrd,bsgd->bgrs", q, k.astype(wide))
-    mask = jnp.broadcast_to(mask, (h, k.shape[1])).reshape(g, h // g, -1)
-    weights, _ = masked_softmax(scores, mask, None)
+    mask, bonus = (jnp.broadcast_to(x, (h, k.shape[1])).reshape(g, h // g, -1) for x in (mask, bonus))
+    weights, _ = masked_softmax(scores + bonus, mask, None)
     return jnp.einsum("bgrs,bsgd->bgrd", weights, v.astype(wide)).reshape(b, h, d).astype(v.dtype)
 
 

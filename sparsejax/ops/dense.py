@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from sparsejax.ops.request import Request, cap, masked_softmax
+from sparsejax.ops.request import Request, cap, count_bonus, masked_softmax
 
 
 def refuse(request: Request) -> str | None:
@@ -20,16 +20,25 @@ def run(request: Request) -> tuple[Float[Array, "b t h d"], Float[Array, "b t h"
     q, k, v = (x.astype(request.dtype) for x in (request.q, request.k, request.v))
     q = q.reshape(b, t, g, h // g, d)
     scores = jnp.einsum("btgrd,bsgd->bgrts", q, k, precision=jax.lax.Precision.HIGHEST) * request.scale
-    weights, lse = masked_softmax(cap(scores, request.softcap), _mask(request), _sink(request))
+    scores = cap(scores, request.softcap) + _by_head(request, count_bonus(request.pattern, *_positions(request)))
+    weights, lse = masked_softmax(scores, _mask(request), _sink(request))
     out = jnp.einsum("bgrts,bsgd->btgrd", weights, v, precision=jax.lax.Precision.HIGHEST)
     return out.reshape(b, t, h, d).astype(request.q.dtype), jnp.moveaxis(lse, -1, 1).reshape(b, t, h)
 
 
+def _positions(request: Request) -> tuple[Array, Array, int, int]:
+    t, s = request.q.shape[1], request.k.shape[1]
+    return jnp.arange(t)[:, None], jnp.arange(s)[None, :], t, s
+
+
+def _by_head(request: Request, x: Array | float) -> Array | float:
+    """[t, s] or [h, t, s] -> [1, g or 1, r or 1, t, s]."""
+    return x.reshape(1, request.k.shape[2], -1, *x.shape[1:]) if jnp.ndim(x) == 3 else x
+
+
 def _mask(request: Request) -> Array:
-    """Booleans [b or 1, g or 1, r or 1, t, s]."""
-    (_, t, h, _), (_, s, g, _) = request.q.shape, request.k.shape
-    mask = request.pattern.allows(jnp.arange(t)[:, None], jnp.arange(s)[None, :], t, s)
-    mask = mask[None, None, None] if mask.ndim == 2 else mask.reshape(1, g, h // g, t, s)
+    """Booleans that broadcast to [b, g, r, t, s]."""
+    mask = _by_head(request, request.pattern.allows(*_positions(request)))
     if request.segments is None:
         return mask
     queries, keys = request.segments

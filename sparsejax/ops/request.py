@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -85,6 +86,11 @@ def _shapes(*arrays: jax.Array) -> str:
 def cap(scores: Array, softcap: float | None) -> Array:
     """Bounds scores smoothly to (-softcap, softcap) (Gemma 2, arXiv:2408.00118)."""
     return scores if softcap is None else softcap * jnp.tanh(scores / softcap)
+
+
+def count_bonus(pattern: Pattern, *positions: Any) -> Array | float:
+    """What is added to scores so that a key that counts m times does: log m, shaped like `pattern.allows` of these."""
+    return jnp.log(jnp.maximum(pattern.counts(*positions), 1)) if pattern.repeats else 0.0
 
 
 def masked_softmax(

@@ -25,6 +25,16 @@ PATTERNS = {
     "causal & (window(4) | sink(3))": 3 + 4 + 1,
     "causal & (window(11) | globals([0, 5]))": None,  # the window is longer than what is left beside the globals
     "causal & (window(1) | globals([3, -1]))": None,
+    "causal & (window(1) | dilated(2, stride=3))": 2 * 3 + 1,
+    "causal & (window(3) | strided(4))": LENGTH,
+    "causal & (chunk(4) | fixed(4, 1))": None,
+    "causal & (window(1) | prefix(3))": None,
+    "causal & (global_keys([2]) | global_queries([-1]) | window(2))": None,
+    "causal & (window(1) | random(2, tile=3, seed=0, reach=3))": None,
+    "causal & (window(1) | bigbird_random(2, tile=1, seed=0))": None,
+    "causal & tiles([[0], [0, 1], [1, 2], [2, 3]], tile=4)": None,
+    "causal & (window(0) | shift(window(3), 2))": 3 + 2 + 1,
+    "causal & multiset(window(4), window(1), sink(2))": 2 + 4 + 1,
     "per_head(causal, window(2), causal & chunk(5), causal & (window(1) | sink(2)))": LENGTH,
 }
 

@@ -95,8 +95,8 @@ class Result(NamedTuple):
     sink: np.ndarray | None
 
 
-def oracle(case: Case, inputs: Inputs, mask: np.ndarray) -> Result:
-    """Attention under a mask [b, h, t, s], forward and backward, written out."""
+def oracle(case: Case, inputs: Inputs, counts: np.ndarray) -> Result:
+    """Attention in which a key counts so many times [b, h, t, s], forward and backward, written out."""
     q, k, v, sink, _, d_out, d_lse = (None if x is None or isinstance(x, tuple) else np.float64(x) for x in inputs)
     b, s, g, d = k.shape
     share = q.shape[2] // g
@@ -104,13 +104,13 @@ def oracle(case: Case, inputs: Inputs, mask: np.ndarray) -> Result:
     scale = d**-0.5 if case.scale is None else case.scale
     raw = scale * np.einsum("bthd,bshd->bhts", q, k)
     capped = raw if case.softcap is None else case.softcap * np.tanh(raw / case.softcap)
-    terms = np.where(mask, capped, -np.inf)
+    terms = np.where(counts, capped + np.log(np.maximum(counts, 1)), -np.inf)
     if sink is not None:
         sink = np.broadcast_to(sink[:, None], terms.shape[:-1])
         terms = np.concatenate([terms, sink[..., None]], axis=-1)
     lse = np.logaddexp.reduce(terms, axis=-1)
     normaliser = np.where(np.isfinite(lse), lse, 0.0)
-    weights = np.where(mask, np.exp(capped - normaliser[..., None]), 0.0)
+    weights = np.where(counts, counts * np.exp(capped - normaliser[..., None]), 0.0)
 
     d_weights = np.einsum("bthd,bshd->bhts", d_out, v)
     slope = d_lse - (weights * d_weights).sum(axis=-1)  # the gradient of a score is weight * (d_weight + slope)
@@ -128,13 +128,14 @@ def oracle(case: Case, inputs: Inputs, mask: np.ndarray) -> Result:
     )
 
 
-def mask_of(case: Case, inputs: Inputs) -> np.ndarray:
-    mask = parse(case.pattern).dense(case.t, case.s)
-    mask = np.broadcast_to(mask, (len(inputs.q), case.heads[0], case.t, case.s))
+def counts_of(case: Case, inputs: Inputs) -> np.ndarray:
+    q, k = np.arange(case.t)[:, None], np.arange(case.s)[None, :]
+    counts = parse(case.pattern).counts(q, k, case.t, case.s)
+    counts = np.broadcast_to(counts, (len(inputs.q), case.heads[0], case.t, case.s))
     if inputs.segments is None:
-        return mask
+        return counts
     queries, keys = inputs.segments if isinstance(inputs.segments, tuple) else (inputs.segments,) * 2
-    return mask & (queries[:, :, None] == keys[:, None, :])[:, None]
+    return counts * (queries[:, :, None] == keys[:, None, :])[:, None]
 
 
 def serve(impl: str, *arguments, **options):
@@ -163,7 +164,7 @@ def compute(impl: str, case: Case, inputs: Inputs, transform=lambda function: fu
 
 def check(impl: str, case: Case, inputs: Inputs | None = None, **how):
     inputs = draw_inputs(case) if inputs is None else inputs
-    mask = mask_of(case, inputs)
+    mask = counts_of(case, inputs)
     expected, found = oracle(case, inputs, mask), compute(impl, case, inputs, **how)
     assert (found.sink is None) == (not case.sink)
     for name, one, other in zip(Result._fields, found, expected, strict=True):
@@ -210,6 +211,17 @@ CASES = [
     Case("per_head(causal, globals([70]), causal, causal)", 129, 129, heads=(4, 2), sink=True, segments="pair"),
     Case("per_head(full, causal & chunk(50)) | sink(1)", 65, 129, heads=(2, 2), softcap=4.0, dtype="bfloat16"),
     Case("per_head(window(70), window(70))", 129, 129, heads=(2, 1)),
+    Case("dilated(9, 4, stride=7)", 200, 129, sink=True),
+    Case("causal & (window(30) | strided(30))", 300, 300, heads=(4, 2)),
+    Case("causal & (chunk(40) | fixed(40, 3))", 300, 300, segments="one"),
+    Case("causal | prefix(70)", 129, 129, softcap=3.0),
+    Case("global_keys([3, -1]) | global_queries([70])", 129, 200),
+    Case("random(2, tile=16, seed=1) - sink(2)", 200, 150, heads=(2, 2), sink=True),
+    Case("bigbird_random(2, tile=16, seed=1) | window(3, 3)", 200, 200, dtype="bfloat16"),
+    Case("tiles([[0, 1, 3], [0, 1, 2], [1, 2, 3], [0, 2, 3]])", 250, 250),
+    Case("causal & shift(window(70, 20), 90)", 250, 250, sink=True),
+    Case("multiset(causal, window(30), sink(9), sink(2))", 130, 130, heads=(4, 2), sink=True, softcap=3.0),
+    Case("per_head(multiset(full, chunk(20)), causal)", 70, 70, segments="pair"),
 ]
 
 # Rows that see no key, and keys that no row sees.
@@ -233,7 +245,7 @@ def test_the_cases_cover_the_library():
     for name in NAMES:
         assert any(name in re.findall(r"\w+", case.pattern) for case in CASES), name
     for case in LONELY:
-        assert not mask_of(case, draw_inputs(case)).any(axis=-1).all()
+        assert not counts_of(case, draw_inputs(case)).any(axis=-1).all()
 
 
 @st.composite
@@ -270,7 +282,7 @@ def test_scores_beyond_the_range_of_exp(impl):
     q[..., 0], k[..., 0] = [1, -1], 100_000  # one head far above, one far below
     sink = np.array([400_300, -400_300], np.float32)
     inputs = inputs._replace(q=q, k=k, sink=sink)
-    expected = oracle(case, inputs, mask_of(case, inputs))
+    expected = oracle(case, inputs, counts_of(case, inputs))
     with unless_refused(impl, pytest.skip):
         found = compute(impl, case, inputs)
     assert_close("out", found.out, expected.out, "float32")
@@ -300,7 +312,7 @@ def test_under_checkpoint(impl):
 @pytest.mark.parametrize("impl", IMPLS)
 def test_without_jit(impl):
     inputs = draw_inputs(PLAIN)
-    expected = oracle(PLAIN, inputs, mask_of(PLAIN, inputs))
+    expected = oracle(PLAIN, inputs, counts_of(PLAIN, inputs))
     options = {"sink_logits": inputs.sink, "segment_ids": inputs.segments}
     with unless_refused(impl, pytest.skip):
         out, lse = serve(impl, *map(jnp.asarray, inputs[:3]), parse(PLAIN.pattern), return_lse=True, **options)
@@ -325,11 +337,11 @@ def test_under_vmap(impl):
     with unless_refused(impl, pytest.skip):
         each = jax.jit(jax.vmap(gradients), compiler_options=QUICK)(q, k, v, segments, d_out)
         one_memory = jax.jit(jax.vmap(attend_sequence, in_axes=(0, None, None, None)))(q, k[0], v[0], segments[0])
-    expected = oracle(PLAIN, inputs, mask_of(PLAIN, inputs))
+    expected = oracle(PLAIN, inputs, counts_of(PLAIN, inputs))
     for name, found in zip("qkv", each, strict=True):
         assert_close(name, found, getattr(expected, name), "float32")
     repeated = inputs._replace(k=k[[0, 0]], v=v[[0, 0]], segments=segments[[0, 0]])
-    assert_close("out", one_memory, oracle(PLAIN, repeated, mask_of(PLAIN, repeated)).out, "float32")
+    assert_close("out", one_memory, oracle(PLAIN, repeated, counts_of(PLAIN, repeated)).out, "float32")
 
 
 SHARDED = """
@@ -391,7 +403,7 @@ def test_auto_computes_the_same():
     inputs = draw_inputs(case)
     out = jax.jit(lambda *x: attend(*x, parse(case.pattern)), compiler_options=QUICK)(*inputs[:3])
     assert isinstance(out, jax.Array), "the log-sum-exp comes on demand only"
-    assert_close("out", out, oracle(case, inputs, mask_of(case, inputs)).out, "float32")
+    assert_close("out", out, oracle(case, inputs, counts_of(case, inputs)).out, "float32")
 
 
 @pytest.mark.parametrize(
