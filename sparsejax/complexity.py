@@ -16,7 +16,7 @@ from sparsejax.ops import attend, selective_scan
 from sparsejax.patterns import Pattern
 
 # Lengths of the measurements: what is long for the one is short for the other.
-LENGTHS = {"dense": (2048, 4096, 8192), "gather": (4096, 8192, 16384)}
+LENGTHS = {"dense": (2048, 4096, 8192), "gather": (4096, 8192, 16384), "segment": (4096, 8192, 16384)}
 LEAST_RUNS, LEAST_SECONDS = 3, 0.5  # of each
 TABLE_LENGTH = 131_072  # of the table's pairs, if none is given
 HEAD_WIDTH, CHANNELS, STATE = 32, 32, 16
@@ -44,7 +44,11 @@ METHODS = [
     Method("dense", "n²", "full", "dense"),
     Method("dense, causal", "n(n + 1) / 2", "causal", "dense"),
     Method("window", "256 n - 32,640", "causal & window(255)"),
+    Method("dilated", "256 n - 130,560", "causal & dilated(255, stride=4)"),
+    Method("strided", "~1.5 n√n", "causal & (window({root}) | strided({root}))", "segment"),
+    Method("fixed", "~n√n", "causal & (chunk({root}) | fixed({root}, 1))", "segment"),
     Method("Longformer", "~(257 + 2·4) n", "window(128, 128) | globals(4)"),
+    Method("BigBird", "640 n - 73,728", str(patterns.recipes.bigbird(64, 3, seed=0))),
     Method("chunk", "257 n / 2", "causal & chunk(256)"),
     Method("SSM", "0, and n steps of a state", None),
 ]
