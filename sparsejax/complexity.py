@@ -44,7 +44,11 @@ METHODS = [
     Method("dense", "n²", "full", "dense"),
     Method("dense, causal", "n(n + 1) / 2", "causal", "dense"),
     Method("window", "256 n - 32,640", "causal & window(255)"),
+    Method("dilated", "64 n - 8,064", "causal & dilated(63, stride=4)"),
+    Method("strided", "~1.5 n √n", "causal & (window({root}) | strided({root}))"),
+    Method("fixed", "~4.5 n √n", "causal & (chunk({root}) | fixed({root}, 8))"),
     Method("Longformer", "~(257 + 2·4) n", "window(128, 128) | globals(4)"),
+    Method("BigBird", "~(193 + 2·64 + 3·64) n", "window(96, 96) | globals(64) | random(3, tile=64, seed=0)"),
     Method("chunk", "257 n / 2", "causal & chunk(256)"),
     Method("SSM", "0, and n steps of a state", None),
 ]
