@@ -43,7 +43,7 @@ def show(config: Config, length: int | None, console: Console) -> None:
     _print(
         console,
         "pairs: (query, key) pairs scored, all heads, one sequence; FLOPs: forward, averaged over the sequence;"
-        " cache: to decode one sequence of this length; tiles: 128 x 128, all heads",
+        " cache: to decode one sequence of this length; live tiles: of all tiles of 128 x 128",
         f"one sequence: {total.sequence_flops:,.0f} FLOPs forward, {length * total.training_flops:,.0f} in training;"
         f" {total.score_bytes:,} bytes of scores if all are kept, in float32",
         describe_reach(config.model.sees, length),
@@ -102,7 +102,7 @@ def _require_length(length: int) -> None:
 
 
 def _numbers(account: Account) -> tuple[str, ...]:
-    tiles = f"{account.live_tiles:,}/{account.tiles:,}" if account.tiles else "-"
+    tiles = f"{account.live_tiles / account.tiles:.2%}" if account.tiles else "-"
     numbers = (account.parameters, account.pairs, account.flops, account.cache_bytes)
     return *(f"{number:,.0f}" for number in numbers), tiles
 

@@ -25,7 +25,7 @@ def evaluate(formula, n):
 @pytest.mark.parametrize("method", [m for m in METHODS if m.pattern], ids=lambda m: m.name)
 def test_a_formula_is_the_count_of_its_pattern(method):
     pairs = method.parse(N).pairs(N)
-    assert evaluate(method.formula, N) == (pytest.approx(pairs, rel=0.05) if method.formula[0] == "~" else pairs)
+    assert evaluate(method.formula, N) == (pytest.approx(pairs, rel=0.1) if method.formula[0] == "~" else pairs)
 
 
 def test_the_table_counts_pairs_against_dense_causal_attention():

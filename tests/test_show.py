@@ -54,7 +54,7 @@ def test_every_layer_says_what_it_is_and_costs(table):
     rows = [row for row in table if row[0].isdigit()]
     assert [row[1] for row in rows] == SCHEDULE
     assert [numbers(row[4:8]) for row in rows] == [EXPECTED[name] for name in SCHEDULE]
-    assert [row[8] for row in rows] == ["-", "2/2", "-", "2/2", "2/2"]
+    assert [row[8] for row in rows] == ["-", "100.00%", "-", "100.00%", "100.00%"]
     assert rows[0][2:4] == ["mamba 16 x 4", "-"]
     assert rows[1][2:4] == ["attention 2/1 x 8", "causal & (window(5) | sink(2))"]
     assert rows[4][2:4] == ["attention 2/1 x 8", "causal"]
@@ -65,7 +65,12 @@ def test_the_total_adds_the_embedding_and_the_head(table):
     layers = [sum(column) for column in zip(*(EXPECTED[name] for name in SCHEDULE), strict=True)]
     embedding, norm, head = 256 * 16, 16, 2 * 16 * 256
     assert numbers(total[-5:-1]) == (layers[0] + embedding + norm, layers[1], layers[2] + head, layers[3])
-    assert total[-1] == "6/6"
+    assert total[-1] == "100.00%"
+
+
+def test_the_live_tiles_are_a_share_of_all():
+    (row,) = [line.split("│") for line in shown(512, schedule="local") if "attention" in line]
+    assert row[-2].strip() == "56.25%"  # of 4 x 4 tiles 4 on the diagonal, 3 beside it, 2 more with sinks
 
 
 def test_the_text_below_sums_up_a_sequence():
