@@ -85,11 +85,11 @@ BIG_BIRD = BigBird(BIG_BIRD_TILE, RANDOM_TILES, BIG_BIRD_LENGTH // BIG_BIRD_TILE
 
 
 class Contender:
-    """Something to time: `run` returns the seconds of one forward and backward pass."""
+    """Something to time. `run(keep)` does one forward and backward pass: its seconds and, if kept, its result."""
 
-    def __init__(self, run: Callable[[], float], temporary_mib: float | None = None, result: list | None = None):
-        self.run, self.temporary_mib, self.result = run, temporary_mib, result
-        self.first = run()  # compiles, loads, allocates
+    def __init__(self, run: Callable[[bool], tuple[float, list | None]], temporary_mib: float | None = None):
+        self.run, self.temporary_mib = run, temporary_mib
+        self.first, self.result = run(True)  # loads, allocates
         self.repeats = FEW if self.first > SLOW else REPEATS
         self.seconds: list[float] = []
 
@@ -104,28 +104,25 @@ def jax_contender(attention: Callable, length: int) -> Contender:
 
     compiled = jax.jit(differentiate).lower(*arrays).compile()
 
-    def run() -> float:
+    def run(keep: bool) -> tuple[float, list | None]:
         start = time.perf_counter()
-        jax.block_until_ready(compiled(*arrays))
-        return time.perf_counter() - start
+        result = jax.block_until_ready(compiled(*arrays))
+        return time.perf_counter() - start, [np.asarray(x) for x in result] if keep else None
 
-    result = [np.asarray(x) for x in compiled(*arrays)]
-    return Contender(run, compiled.memory_analysis().temp_size_in_bytes / 2**20, result)
+    return Contender(run, compiled.memory_analysis().temp_size_in_bytes / 2**20)
 
 
 def torch_contender(torch: TorchProcess, name: str, length: int) -> Contender:
     """One of the contenders of `torch_contenders.py`."""
 
-    def run(save: str | None = None) -> float:
-        answer = torch.ask(do="attend", contender=name, length=length, save=save)
-        if "error" in answer:
-            raise SystemExit(f"{name}: {answer['error']}")
-        return answer["seconds"]
+    def run(keep: bool) -> tuple[float, list | None]:
+        with tempfile.NamedTemporaryFile(suffix=".npz") as file:
+            answer = torch.ask(do="attend", contender=name, length=length, save=file.name if keep else None)
+            if "error" in answer:
+                raise SystemExit(f"{name}: {answer['error']}")
+            return answer["seconds"], [np.array(x) for x in np.load(file.name).values()] if keep else None
 
-    with tempfile.NamedTemporaryFile(suffix=".npz") as file:
-        run(file.name)
-        result = [np.array(x) for x in np.load(file.name).values()]
-    return Contender(run, result=result)
+    return Contender(run)
 
 
 def sparsejax_attention(impl: str, pattern: patterns.Pattern) -> Callable:
@@ -163,7 +160,7 @@ def take_turns(make: dict[str, Callable[[], Contender]], agree: bool = True) -> 
     for repeat in range(REPEATS):
         for each in contenders.values():
             if repeat < each.repeats:
-                each.seconds.append(each.run())
+                each.seconds.append(each.run(False)[0])
     return {
         name: {
             "seconds": statistics.median(each.seconds),

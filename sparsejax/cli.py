@@ -16,7 +16,7 @@ from sparsejax import config as configs
 from sparsejax import patterns
 from sparsejax.config import ConfigError
 from sparsejax.data import DataError
-from sparsejax.draw import draw, name_layers
+from sparsejax.draw import draw, draw_reach, name_layers
 from sparsejax.ops import ImplementationError
 from sparsejax.patterns import PatternError
 from sparsejax.schedule import ScheduleError
@@ -100,10 +100,11 @@ def _draw(options: argparse.Namespace, overrides: list[str], console: Console) -
         raise ConfigError(f"--config.{overrides[0].partition('=')[0]}: needs --config=FILE")
     if options.config:
         config = configs.check(configs.load(options.config, overrides))
-        named = name_layers(config.model)
+        named = config.model.sees if options.reach else name_layers(config.model)
         length = config.data.length if options.length is None else options.length
     else:
-        named, length = [(None, patterns.parse(text)) for text in options.patterns], options.length
+        length = options.length
+        named = [(text if options.reach else None, patterns.parse(text, length)) for text in options.patterns]
     if length is None:
         raise ConfigError("--length: how many tokens the picture shows")
     if options.titles is not None:
@@ -111,7 +112,7 @@ def _draw(options: argparse.Namespace, overrides: list[str], console: Console) -
         if len(titles) != len(named):
             raise ConfigError(f"--titles: {len(titles)} titles, separated by commas, for {len(named)} patterns")
         named = [(title, pattern) for title, (_, pattern) in zip(titles, named, strict=True)]
-    draw(named, length, console, options.tile, options.out)
+    (draw_reach if options.reach else draw)(named, length, console, options.tile, options.out)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -134,6 +135,7 @@ def _parser() -> argparse.ArgumentParser:
     one = verbs.choices["draw"]
     one.add_argument("patterns", nargs="*", metavar="PATTERN", help="for example 'causal & window(7)'")
     one.add_argument("--length", type=int, default=None, help="tokens; with --config data.length if not given")
+    one.add_argument("--reach", action="store_true", help="the patterns are layers: which input reaches which output")
     one.add_argument("--tile", type=int, default=None, help="tokens of a cell; 1, or what fits, if not given")
     one.add_argument("--out", default=None, metavar="FILE", help=".png or .svg; the terminal if not given")
     one.add_argument("--titles", default=None, metavar="A,B", help="a title for each pattern, separated by commas")

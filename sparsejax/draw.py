@@ -16,7 +16,7 @@ from rich.text import Text
 
 from sparsejax.config import ConfigError, ModelConfig
 from sparsejax.layers import MIXERS, AttentionConfig
-from sparsejax.patterns import Causal, Panel, Pattern, draw_pattern, name_numbers, parse
+from sparsejax.patterns import Causal, Panel, Pattern, connect_each, draw_mask, draw_pattern, name_numbers, parse
 from sparsejax.patterns.drawing import COUNTED_TILE, DEAD, FULL, PARTIAL
 
 if TYPE_CHECKING:
@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 
 ENDINGS = (".png", ".svg")
 MOST_CELLS = 4096  # on a side of a picture in a file
+MOST_CONNECTED = 2048  # tokens of a reach, which is found by products of boolean matrices
 MOST_TOKENS = 2**18  # a full pattern is four million tiles then
 
 COLOURS = {DEAD: "#f2f2f2", PARTIAL: "#8fc1e3", FULL: "#0a5a9c"}  # told apart without colour vision, and in grey
@@ -57,6 +58,33 @@ def draw(
     """
     tile = choose_tile(length, tile, console, out)
     panels = [panel for title, pattern in named for panel in draw_pattern(pattern, length, tile, title)]
+    draw_panels(panels, console, out)
+
+
+def draw_reach(
+    layers: Sequence[tuple[str, Pattern]],
+    length: int,
+    console: Console,
+    tile: int | None = None,
+    out: str | None = None,
+) -> None:
+    """Draws which inputs (across) can influence which outputs (down) after each layer; arguments as `draw`.
+
+    Layers that add nothing share the panel of the one before them.
+
+    Raises:
+      ConfigError: a picture that cannot be, and which argument is to blame.
+    """
+    if length > MOST_CONNECTED:
+        raise ConfigError(f"--length: at most {MOST_CONNECTED} tokens with --reach, got {length}")
+    tile = choose_tile(length, tile, console, out)
+    reached = list(connect_each((pattern for _, pattern in layers), length))[1:]
+    firsts = [i for i, now in enumerate(reached) if i == 0 or (now != reached[i - 1]).any()]
+    panels = []
+    for first, stop in itertools.pairwise([*firsts, len(layers)]):
+        names = ", ".join(dict.fromkeys(name for name, _ in layers[first:stop]))
+        title = f"after layer{'s' * (stop - first > 1)} {name_numbers(list(range(first, stop)))}: {names}"
+        panels.append(draw_mask(title, reached[first], tile))
     draw_panels(panels, console, out)
 
 
@@ -133,12 +161,17 @@ def print_panels(panels: Sequence[Panel], console: Console) -> None:
     """Prints panels side by side as far as they fit, two cells to a character; without colours one sign a cell."""
     plain = console.color_system is None
     colours = SIXTEEN_COLOURS if console.color_system in ("standard", "windows") else COLOURS
-    blocks = []
-    for panel in panels:
-        picture = _signs(panel.states) if plain else _half_characters(panel.states, colours)
-        title = Text(_wrap(panel.title, max(len(picture.plain.split("\n", 1)[0]), TITLE_WIDTH)), style="bold")
-        blocks.append(Text("\n", no_wrap=True).join([title, picture, Text(panel.caption, style="dim")]))
-    console.print(Columns(blocks, padding=(1, 3)), highlight=False)
+    pictures = [_signs(panel.states) if plain else _half_characters(panel.states, colours) for panel in panels]
+    width = max(TITLE_WIDTH, *(len(picture.plain.split("\n", 1)[0]) for picture in pictures))
+    titles = [_wrap(panel.title, width) for panel in panels]
+    most = max(title.count("\n") for title in titles)  # shorter titles stand lower, so that pictures stand level
+    columns = [
+        Text("\n", no_wrap=True).join(
+            [Text("\n" * (most - title.count("\n")) + title, style="bold"), picture, Text(panel.caption, style="dim")]
+        )
+        for panel, title, picture in zip(panels, titles, pictures, strict=True)
+    ]
+    console.print(Columns(columns, padding=(1, 3)), highlight=False)
     key = Text("   ").join(
         Text.assemble((PLAIN[state], "") if plain else ("██", colours[state]), f" {word}")
         for state, word in _words(panels).items()

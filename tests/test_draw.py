@@ -128,6 +128,7 @@ def test_svg_shapes_cover_the_live_cells(tmp_path, capsys):
 
 
 BAD = {
+    "causal --reach --length=5000": ["--length: at most 2048 tokens with --reach, got 5000"],
     "'causal & windw(3)' --length=8": ["column 10", "windw", "did you mean 'window'"],
     "causal": ["--length"],
     "causal --length=0": ["--length", "got 0"],
@@ -169,3 +170,22 @@ def test_missing_matplotlib_is_named(tmp_path, capsys, monkeypatch):
     assert "pip install 'sparsejax[plot]'" in err
     assert list(tmp_path.iterdir()) == []
     assert output(capsys, "causal", "--length=2")[1:3] == ["# .", "# #"]
+
+
+def test_reach_grows_layer_by_layer(capsys):
+    # One key back in each layer; the third layer adds nothing and shares the panel of the second.
+    lines = output(capsys, "window(1)", "window(2)", "window(0)", "--reach", "--length=5")
+    assert lines[0].strip() == "after layers 1-2: window(2),"
+    assert lines[1].split() == ["after", "layer", "0:", "window(1)", "window(0)"]
+    assert [line.replace(" ", "") for line in lines[2:7]] == [
+        "#...." + "#....",
+        "##..." + "##...",
+        ".##.." + "###..",
+        "..##." + "####.",
+        "...##" + ".####",
+    ]
+
+
+def test_reach_of_a_config(capsys):
+    lines = output(capsys, f"--config={runs.RECIPE}", "--reach", "--length=8")
+    assert " ".join(lines[:2]) == "after layers 0-4: ssm, local, full"  # the first layer sees all before it

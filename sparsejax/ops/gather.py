@@ -1,8 +1,9 @@
 """Tile gather: each query tile gathers its live key tiles and attends to those alone.
 
-A loop over query tiles keeps one tile's scores alive at a time; the backward pass computes them again and
-adds each tile's share to dk and dv in place, so that memory grows with the length and time with the live
-tiles. Query tiles are grouped by how many key tiles they see, so that a few global rows do not widen the rest.
+A loop over query tiles keeps one tile's scores alive at a time; the backward pass computes them again from the
+saved log-sum-exp and adds each tile's share to dk and dv in place, so that memory grows with the length and time
+with the live tiles. Query tiles are grouped by how many key tiles they see, so that a few global rows do not widen
+the rest.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-from sparsejax.ops.request import MASKED, Request, by_pattern, cap
+from sparsejax.ops.request import MASKED, Request, by_pattern, cap, count_bonus
 from sparsejax.patterns import Pattern, TileLayout
 
 TILE = 64  # the fastest of 32, 64 and 128 on CPU, and the smallest in memory
@@ -27,24 +28,20 @@ def refuse(request: Request) -> str | None:
     return "interpret=True is for Pallas kernels" if request.interpret else None
 
 
-def run(request: Request) -> tuple[Float[Array, "b t h d"], Float[Array, "b t h"]]:
-    """Output in the dtype of q, log-sum-exp in float32."""
-    return by_pattern(request, _run_one_pattern)
+def run(request: Request, tile: int = TILE) -> tuple[Float[Array, "b t h d"], Float[Array, "b t h"]]:
+    """Output in the dtype of q, log-sum-exp in float32; `tile` is the side of a tile, in tokens."""
+    return by_pattern(request, functools.partial(_run_one_pattern, tile=tile))
 
 
-def _run_one_pattern(request: Request) -> tuple[Array, Array]:
+def _run_one_pattern(request: Request, tile: int) -> tuple[Array, Array]:
     q, k, v, sink = request.q, request.k, request.v, request.sink_logits
     (b, t, h, d), (_, s, g, _) = q.shape, k.shape
-    tile = min(TILE, -(-max(t, s) // 8) * 8)
-    plan = _Plan(request.pattern, t, s, tile, request.scale, request.softcap, request.dtype)
-    queries = _split_tiles(q, tile).reshape(-1, b, tile, g, h // g, d).transpose(0, 1, 3, 4, 2, 5)
-    keys, values = (_split_tiles(x, tile).transpose(0, 1, 3, 2, 4) for x in (k, v))
-    if sink is not None:
-        sink = sink.astype(request.dtype).reshape(g, h // g, 1)
+    tile = min(tile, -(-max(t, s) // 8) * 8)
+    plan = _Plan(request.pattern, t, s, h, g, tile, request.scale, request.softcap, request.dtype)
     segments = None if request.segments is None else tuple(_split_tiles(x, tile) for x in request.segments)
-    out, lse = _attend_tiles(plan, queries, keys, values, sink, segments)
-    out = out.transpose(1, 0, 4, 2, 3, 5).reshape(b, -1, h, d)[:, :t]
-    return out.astype(q.dtype), lse.transpose(1, 0, 4, 2, 3).reshape(b, -1, h)[:, :t]
+    sink = None if sink is None else sink.astype(request.dtype)
+    out, lse = _attend_tiles(plan, *(_split_tiles(x, tile) for x in (q, k, v)), sink, segments)
+    return out.reshape(b, -1, h, d)[:, :t].astype(q.dtype), lse.reshape(b, -1, h)[:, :t]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,6 +51,8 @@ class _Plan:
     pattern: Pattern
     t: int
     s: int
+    h: int
+    g: int
     tile: int
     scale: float
     softcap: float | None
@@ -65,13 +64,14 @@ class _Plan:
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _attend_tiles(plan, queries, keys, values, sink, segments):
-    """Queries [rows,b,g,r,tile,d]; keys, values [columns,b,g,tile,d] -> out like queries, lse [rows,b,g,r,tile]."""
+    """Queries [b,rows,tile,h,d]; keys, values [b,columns,tile,g,d] -> out like queries, lse [b,rows,tile,h]."""
 
     def attend_row(carry, row):
         index, columns = row
-        scores = cap(_score(plan, queries[index], keys[columns]), plan.softcap)
-        out, lse = _average(plan, jnp.where(_mask(plan, row, segments), scores, MASKED), values[columns], sink)
-        return (carry[0].at[index].set(out), carry[1].at[index].set(lse)), None
+        query, key, value = (_take(plan, x, i) for x, i in ((queries, index), (keys, columns), (values, columns)))
+        scores = cap(_score(plan, query, key), plan.softcap)
+        out, lse = _average(plan, _mask(plan, row, segments, scores), value, sink)
+        return (_put(carry[0], index, out), _put(carry[1], index, lse)), None
 
     carry = jnp.zeros(queries.shape, plan.dtype), jnp.zeros(queries.shape[:-1], plan.dtype)
     for group in plan.groups():
@@ -92,63 +92,91 @@ def _attend_tiles_backward(plan, saved, cotangents):
 
     def differentiate_row(carry, row):
         index, columns = row
-        query, key, value, d_row = queries[index], keys[columns], values[columns], d_out[index]
+        query, d_row, bottom, tilt = (_take(plan, x, index) for x in (queries, d_out, lse, slope))
+        key, value = _take(plan, keys, columns), _take(plan, values, columns)
         scores, uncap = jax.vjp(functools.partial(cap, softcap=plan.softcap), _score(plan, query, key))
-        scores = jnp.where(_mask(plan, row, segments), scores, MASKED)
-        weights = jnp.exp(scores - jnp.where(lse[index] > MASKED, lse[index], 0.0)[..., None, None])
-        d_weights = jnp.einsum("bgrqd,nbgkd->bgrqnk", d_row, value)
-        (d_scores,) = uncap(weights * (d_weights + slope[index][..., None, None]))
+        scores = _mask(plan, row, segments, scores)
+        weights = jnp.exp(scores - jnp.where(bottom > MASKED, bottom, 0.0)[..., None])
+        (d_scores,) = uncap(weights * (jnp.einsum("bgqd,bgkd->bgqk", d_row, value) + tilt[..., None]))
         d_scores = d_scores * plan.scale
-        d_queries = carry[0].at[index].set(jnp.einsum("bgrqnk,nbgkd->bgrqd", d_scores, key))
-        d_keys = carry[1].at[columns].add(jnp.einsum("bgrqnk,bgrqd->nbgkd", d_scores, query))
-        d_values = carry[2].at[columns].add(jnp.einsum("bgrqnk,bgrqd->nbgkd", weights, d_row))
+        d_queries = _put(carry[0], index, jnp.einsum("bgqk,bgkd->bgqd", d_scores, key))
+        d_keys = _add(carry[1], columns, jnp.einsum("bgqk,bgqd->bgkd", d_scores, query))
+        d_values = _add(carry[2], columns, jnp.einsum("bgqk,bgqd->bgkd", weights, d_row))
         return (d_queries, d_keys, d_values), None
 
     carry = tuple(jnp.zeros(x.shape, plan.dtype) for x in (queries, keys, values))
     for group in plan.groups():
         carry, _ = jax.lax.scan(differentiate_row, carry, group)
-    d_sink = None if sink is None else (jnp.exp(sink - lse) * slope).sum(axis=(0, 1, 4))[..., None]
+    d_sink = None if sink is None else (jnp.exp(sink - lse) * slope).sum(axis=(0, 1, 2))
     return *(d.astype(x.dtype) for d, x in zip(carry, saved, strict=False)), d_sink, None
 
 
 _attend_tiles.defvjp(_attend_tiles_forward, _attend_tiles_backward)
 
 
+# Inside a row: queries [b,g,q,d], q over the tokens of the tile and, for each, the heads that share a key/value
+# head; keys and values [b,g,k,d], k over the tokens of all its key tiles. The products then need no transposing.
+
+
 def _score(plan, query, key):
-    """Scaled products of a query tile [b,g,r,tile,d] with key tiles [degree,b,g,tile,d]: [b,g,r,tile,degree,tile]."""
-    return jnp.einsum("bgrqd,nbgkd->bgrqnk", query, key, preferred_element_type=plan.dtype) * plan.scale
+    return jnp.einsum("bgqd,bgkd->bgqk", query, key, preferred_element_type=plan.dtype) * plan.scale
 
 
-def _mask(plan, row, segments):
-    """Which of those scores count, broadcastable with them."""
+def _mask(plan, row, segments, scores):
+    """The scores of a row [b,g,q,k] that count, raised where they count more than once; MASKED for the others."""
     index, columns = row
-    q_at = index * plan.tile + jnp.arange(plan.tile)[:, None, None]
-    k_at = columns[:, None] * plan.tile + jnp.arange(plan.tile)
+    token = np.repeat(np.arange(plan.tile), plan.h // plan.g)
+    q_at = index * plan.tile + token[:, None]
+    k_at = (columns[:, None] * plan.tile + np.arange(plan.tile)).reshape(-1)
     mask = plan.pattern.allows(q_at, k_at, plan.t, plan.s) & (k_at >= 0) & (k_at < plan.s)
-    if segments is None:
-        return mask
-    own, others = segments[0][index], segments[1][columns].swapaxes(0, 1)
-    return (mask & (own[:, :, None, None] == others[:, None]))[:, None, None]
+    if segments is not None:
+        own, others = segments[0][:, index][:, token], segments[1][:, columns].reshape(-1, len(k_at))
+        mask = (mask & (own[:, :, None] == others[:, None]))[:, None]
+    return jnp.where(mask, scores + count_bonus(plan.pattern, q_at, k_at, plan.t, plan.s), MASKED)
 
 
 def _average(plan, scores, value, sink):
-    """Values averaged by the softmax of masked scores: out [b,g,r,tile,d] and log-sum-exp; see `masked_softmax`."""
-    top = scores.max(axis=(-2, -1))
-    top = top if sink is None else jnp.maximum(top, sink)
+    """Values averaged by the softmax of masked scores: out [b,g,q,d] and log-sum-exp [b,g,q]; see `masked_softmax`."""
+    top = scores.max(axis=-1)
+    if sink is not None:
+        sink = jnp.tile(sink.reshape(plan.g, -1), plan.tile)
+        top = jnp.maximum(top, sink)
     top = jnp.where(top > MASKED / 2, top, 0.0)  # a row without any key: its terms become 0 and not 1
-    terms = jnp.exp(scores - top[..., None, None])
-    total = terms.sum(axis=(-2, -1))
+    terms = jnp.exp(scores - top[..., None])
+    total = terms.sum(axis=-1)
     total = total if sink is None else total + jnp.exp(sink - top)
     safe = jnp.where(total > 0, total, 1.0)
-    out = jnp.einsum("bgrqnk,nbgkd->bgrqd", terms.astype(value.dtype), value, preferred_element_type=plan.dtype)
+    out = jnp.einsum("bgqk,bgkd->bgqd", terms.astype(value.dtype), value, preferred_element_type=plan.dtype)
     return out / safe[..., None], jnp.where(total > 0, top + jnp.log(safe), -jnp.inf)
 
 
+def _take(plan, x, tiles):
+    """A tile, or an array of tiles, of [b,tiles,tile,heads,...] as [b,g,tokens * heads // g,...]."""
+    b, _, _, heads, *rest = x.shape
+    x = x[:, tiles].reshape(b, -1, plan.g, heads // plan.g, *rest)
+    return jnp.moveaxis(x, 2, 1).reshape(b, plan.g, -1, *rest)
+
+
+def _as_tiles(taken, x):
+    """What `_take` took from `x`, or is like it, as tiles again: [b,number,tile,heads,...]."""
+    (b, g), (_, _, tile, heads, *rest) = taken.shape[:2], x.shape
+    taken = taken.reshape(b, g, -1, heads // g, *rest)
+    return jnp.moveaxis(taken, 1, 2).reshape(b, -1, tile, heads, *rest)
+
+
+def _put(x, tile, part):
+    return x.at[:, tile].set(_as_tiles(part, x)[:, 0])
+
+
+def _add(x, tiles, part):
+    return x.at[:, tiles].add(_as_tiles(part, x))
+
+
 def _split_tiles(x: Array, tile: int) -> Array:
-    """Cuts axis 1 into tiles, padded with zeros: [b, t, ...] -> [tiles, b, tile, ...]."""
+    """Cuts axis 1 into tiles, padded with zeros: [b, t, ...] -> [b, tiles, tile, ...]."""
     b, t = x.shape[:2]
     x = jnp.pad(x, [(0, 0), (0, -t % tile)] + [(0, 0)] * (x.ndim - 2))
-    return jnp.moveaxis(x.reshape(b, -1, tile, *x.shape[2:]), 1, 0)
+    return x.reshape(b, -1, tile, *x.shape[2:])
 
 
 def group_rows(layout: TileLayout) -> list[tuple[np.ndarray, np.ndarray]]:

@@ -17,6 +17,7 @@ from sparsejax.patterns.library import (
     Sink,
     Strided,
     Window,
+    from_ranges,
 )
 from sparsejax.patterns.pattern import (
     FOREVER,
@@ -30,7 +31,7 @@ from sparsejax.patterns.pattern import (
     Shift,
     per_head,
 )
-from sparsejax.patterns.reach import connect, count_layers, count_unreachable, grow, saturate, trace
+from sparsejax.patterns.reach import connect, connect_each, count_layers, count_unreachable, grow, saturate, trace
 from sparsejax.patterns.retention import cache_slots
 from sparsejax.patterns.text import parse
 from sparsejax.patterns.tiled import BigBirdRandom, Random, Tiles
@@ -68,10 +69,12 @@ __all__ = [
     "advise",
     "cache_slots",
     "connect",
+    "connect_each",
     "count_layers",
     "count_unreachable",
     "draw_mask",
     "draw_pattern",
+    "from_ranges",
     "grow",
     "name_numbers",
     "parse",

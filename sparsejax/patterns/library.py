@@ -50,7 +50,7 @@ class Causal(Pattern):
 
     def bounds(self, grid):
         first, last = grid.row_bounds()
-        return _from_ranges(grid, any_key=(0 * first, last + 1), every_key=(0 * first, first + 1))
+        return from_ranges(grid, any_key=(0 * first, last + 1), every_key=(0 * first, first + 1))
 
     def signature(self, grid, q0, k0):
         return [k0 - q0]
@@ -78,7 +78,7 @@ class Window(Pattern):
 
     def bounds(self, grid):
         first, last = grid.row_bounds()
-        return _from_ranges(
+        return from_ranges(
             grid,
             any_key=(first - self.left, last + self.right + 1),
             every_key=(last - self.left, first + self.right + 1),
@@ -201,7 +201,7 @@ class Chunk(Pattern):
     def bounds(self, grid):
         first, last = (position // self.size * self.size for position in grid.row_bounds())
         one_chunk = np.where(first == last, self.size, 0)
-        return _from_ranges(grid, any_key=(first, last + self.size), every_key=(first, first + one_chunk))
+        return from_ranges(grid, any_key=(first, last + self.size), every_key=(first, first + one_chunk))
 
     def signature(self, grid, q0, k0):
         return [q0 % self.size, k0 - q0]
@@ -256,7 +256,7 @@ class Prefix(Pattern):
         first, last = grid.row_bounds()
         none = np.zeros_like(first)
         any_key, every_key = (np.where(row < self.n, self.n, 0) for row in (first, last))
-        return _from_ranges(grid, any_key=(none, any_key), every_key=(none, every_key))
+        return from_ranges(grid, any_key=(none, any_key), every_key=(none, every_key))
 
     def signature(self, grid, q0, k0):
         return [np.minimum(q0, self.n), np.minimum(k0, self.n)]
@@ -358,7 +358,7 @@ class GlobalQueries(GlobalKeys):
         ids = self._inside(grid.t)
         inside = np.searchsorted(ids, last, side="right") - np.searchsorted(ids, first)
         any_key, every_key = np.where(inside > 0, grid.s, 0), np.where(inside == last - first + 1, grid.s, 0)
-        return _from_ranges(grid, any_key=(0 * first, any_key), every_key=(0 * first, every_key))
+        return from_ranges(grid, any_key=(0 * first, any_key), every_key=(0 * first, every_key))
 
     def signature(self, grid, q0, k0):
         return [self._phase(q0, grid.t, grid.tile[0])]
@@ -396,7 +396,7 @@ class Globals(GlobalKeys):
         return GlobalQueries(self.ids), GlobalKeys(self.ids)
 
 
-def _from_ranges(grid: TileGrid, any_key: tuple, every_key: tuple) -> Bounds:
+def from_ranges(grid: TileGrid, any_key: tuple, every_key: tuple) -> Bounds:
     """Bounds of a pattern whose rows are intervals.
 
     `any_key`: per query tile the keys `[start, stop)` that at least one of its queries sees, without a gap;

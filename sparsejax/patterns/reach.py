@@ -93,11 +93,17 @@ def count_layers(layers: Sequence[Pattern], n: int, position: int | None = None,
 
 def connect(layers: Sequence[Pattern], n: int) -> np.ndarray:
     """Which output can be influenced by which input, bool [n, n] (outputs, inputs), for small n."""
+    return list(connect_each(layers, n))[-1]
+
+
+def connect_each(layers: Iterable[Pattern], n: int) -> Iterator[np.ndarray]:
+    """`connect` for no layer, the first one, the first two and so on."""
     reached = np.eye(n, dtype=bool)
+    yield reached
     for pattern in layers:
         sees = pattern.dense(n).reshape(-1, n, n).any(axis=0)
-        reached |= sees.astype(np.float32) @ reached.astype(np.float32) > 0
-    return reached
+        reached = reached | (sees.astype(np.float32) @ reached.astype(np.float32) > 0)
+        yield reached
 
 
 def count_unreachable(layers: Sequence[Pattern], n: int) -> int:
