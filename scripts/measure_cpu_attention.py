@@ -172,9 +172,8 @@ def take_turns(make: dict[str, Callable[[], Contender]], agree: bool = True) -> 
     }
 
 
-def measure_window(torch: TorchProcess | None) -> dict:
+def measure_window(torch: TorchProcess | None, length: int) -> dict:
     """The window: `gather`, three dense ways of JAX, and PyTorch's."""
-    length = WINDOW_LENGTH
     mask = WINDOW.dense(length)
     ways = {
         "gather": sparsejax_attention("gather", WINDOW),
@@ -258,6 +257,7 @@ def main() -> None:
     parser.add_argument("--torch", help="a Python that has torch and transformers")
     parser.add_argument("--out", type=Path, help="a JSON file to write")
     parser.add_argument("--only", nargs="+", choices=parts, default=parts)
+    parser.add_argument("--length", type=int, default=WINDOW_LENGTH, help="of the part `window`: a multiple of 512")
     options = parser.parse_args()
     record = {"command": COMMAND, "python": platform.python_version(), "machine": platform.machine()}
     record |= {"cores": len(keep_to_cores()), "load_before": os.getloadavg()[0]}
@@ -268,7 +268,7 @@ def main() -> None:
     else:
         print("no --torch: PyTorch's contenders are left out")
     measures = {
-        "window": functools.partial(measure_window, torch),
+        "window": functools.partial(measure_window, torch, options.length),
         "big_bird": functools.partial(measure_big_bird, torch),
         "growth": measure_growth,
         "tiles": measure_tiles,
