@@ -127,7 +127,7 @@ def main() -> None:
         print("no --torch: PyTorch's block mask is left out")
     table = Table("", "tokens", "live tiles", "seconds", "peak MiB", title=MASK)
     for row in rows:
-        found = [row["error"], ""] if "error" in row else [f"{row['seconds']:.4f}", f"{row['peak_mib']:.1f}"]
+        found = ["failed", ""] if "error" in row else [f"{row['seconds']:.4f}", f"{row['peak_mib']:.1f}"]
         what = row["what"] if row["pattern"] == MASK else f"{row['what']} of {row['pattern']}"
         table.add_row(what, str(row["length"]), str(row.get("live", "")), *found)
     Console(width=120).print(table)
