@@ -10,7 +10,6 @@ contenders of a part take turns; each number is a median.
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import functools
 import importlib.metadata
 import json
@@ -32,7 +31,6 @@ from rich.table import Table
 from sparsejax import patterns
 from sparsejax.ops import attend, gather
 from sparsejax.ops.request import Request
-from sparsejax.patterns.tiles import Bounds, Spans
 
 COMMAND = "python scripts/measure_cpu_attention.py --torch TORCH_PYTHON --out FILE.json"
 REPEATS, FEW = 7, 3  # runs after the first; a contender whose first run takes longer than SLOW seconds has FEW
@@ -53,35 +51,7 @@ TORCH_WINDOW = ["PyTorch dense SDPA", "PyTorch band, products", "PyTorch band, S
 TORCH_BIG_BIRD = "HF BigBird"
 
 
-@dataclasses.dataclass(frozen=True)
-class BigBird(patterns.Pattern):
-    """The links of BigBird (arXiv:2007.14062) between tiles, with `links` random ones for each row of tiles."""
-
-    name = "big_bird"
-    tile: int
-    links: int
-    rows: int
-
-    @functools.cached_property
-    def drawn(self) -> np.ndarray:
-        """The random key tiles of each query tile, [rows, links], none of them a neighbour or global."""
-        random, last = np.random.default_rng(0), self.rows - 1
-        near = [{0, last, row - 1, row, row + 1} for row in range(self.rows)]
-        return np.stack([random.permutation(sorted(set(range(self.rows)) - taken))[: self.links] for taken in near])
-
-    def allows(self, q, k, t=None, s=None):
-        q, k, last = q // self.tile, k // self.tile, self.rows - 1
-        drawn = jnp.asarray(self.drawn)[q] if isinstance(q, jax.Array) else self.drawn[np.minimum(q, last)]
-        random = (drawn == k[..., None]).any(axis=-1)
-        return (abs(q - k) <= 1) | (q == 0) | (q == last) | (k == 0) | (k == last) | random
-
-    def bounds(self, grid):
-        tiles = grid.rows * grid.columns
-        nothing, everything = (Spans.union(np.array([0]), np.array([stop]), tiles) for stop in (0, tiles))
-        return Bounds(nothing, everything, nothing, everything)
-
-
-BIG_BIRD = BigBird(BIG_BIRD_TILE, RANDOM_TILES, BIG_BIRD_LENGTH // BIG_BIRD_TILE)  # TO REPLACE: `random` when it lands
+BIG_BIRD = patterns.recipes.bigbird(BIG_BIRD_TILE, RANDOM_TILES, seed=0)
 
 
 class Contender:
@@ -172,9 +142,8 @@ def take_turns(make: dict[str, Callable[[], Contender]], agree: bool = True) -> 
     }
 
 
-def measure_window(torch: TorchProcess | None) -> dict:
+def measure_window(torch: TorchProcess | None, length: int) -> dict:
     """The window: `gather`, three dense ways of JAX, and PyTorch's."""
-    length = WINDOW_LENGTH
     mask = WINDOW.dense(length)
     ways = {
         "gather": sparsejax_attention("gather", WINDOW),
@@ -258,6 +227,7 @@ def main() -> None:
     parser.add_argument("--torch", help="a Python that has torch and transformers")
     parser.add_argument("--out", type=Path, help="a JSON file to write")
     parser.add_argument("--only", nargs="+", choices=parts, default=parts)
+    parser.add_argument("--length", type=int, default=WINDOW_LENGTH, help="of the part `window`: a multiple of 512")
     options = parser.parse_args()
     record = {"command": COMMAND, "python": platform.python_version(), "machine": platform.machine()}
     record |= {"cores": len(keep_to_cores()), "load_before": os.getloadavg()[0]}
@@ -268,7 +238,7 @@ def main() -> None:
     else:
         print("no --torch: PyTorch's contenders are left out")
     measures = {
-        "window": functools.partial(measure_window, torch),
+        "window": functools.partial(measure_window, torch, options.length),
         "big_bird": functools.partial(measure_big_bird, torch),
         "growth": measure_growth,
         "tiles": measure_tiles,

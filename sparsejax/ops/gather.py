@@ -58,24 +58,27 @@ class _Plan:
     softcap: float | None
     dtype: jnp.dtype
 
-    def groups(self) -> list[tuple[np.ndarray, np.ndarray]]:
-        return group_rows(self.pattern.layout(self.t, self.s, (self.tile, self.tile)))
+    def groups(self) -> list[tuple[bool, tuple[np.ndarray, np.ndarray]]]:
+        """The groups of `group_rows`, and of each whether its live tiles are all full and need no mask."""
+        layout = self.pattern.layout(self.t, self.s, (self.tile, self.tile))
+        partial = np.unique(layout.rows[~layout.full])
+        return [(not np.isin(group[0], partial).any(), group) for group in group_rows(layout)]
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _attend_tiles(plan, queries, keys, values, sink, segments):
     """Queries [b,rows,tile,h,d]; keys, values [b,columns,tile,g,d] -> out like queries, lse [b,rows,tile,h]."""
 
-    def attend_row(carry, row):
+    def attend_row(full, carry, row):
         index, columns = row
         query, key, value = (_take(plan, x, i) for x, i in ((queries, index), (keys, columns), (values, columns)))
         scores = cap(_score(plan, query, key), plan.softcap)
-        out, lse = _average(plan, _mask(plan, row, segments, scores), value, sink)
+        out, lse = _average(plan, _mask(plan, full, row, segments, scores), value, sink)
         return (_put(carry[0], index, out), _put(carry[1], index, lse)), None
 
     carry = jnp.zeros(queries.shape, plan.dtype), jnp.zeros(queries.shape[:-1], plan.dtype)
-    for group in plan.groups():
-        carry, _ = jax.lax.scan(attend_row, carry, group)
+    for full, group in plan.groups():
+        carry, _ = jax.lax.scan(functools.partial(attend_row, full), carry, group)
     return carry
 
 
@@ -90,12 +93,12 @@ def _attend_tiles_backward(plan, saved, cotangents):
     d_out, d_lse = cotangents
     slope = d_lse - (d_out * out).sum(axis=-1)  # the gradient of a score is weight * (d_weight + slope)
 
-    def differentiate_row(carry, row):
+    def differentiate_row(full, carry, row):
         index, columns = row
         query, d_row, bottom, tilt = (_take(plan, x, index) for x in (queries, d_out, lse, slope))
         key, value = _take(plan, keys, columns), _take(plan, values, columns)
         scores, uncap = jax.vjp(functools.partial(cap, softcap=plan.softcap), _score(plan, query, key))
-        scores = _mask(plan, row, segments, scores)
+        scores = _mask(plan, full, row, segments, scores)
         weights = jnp.exp(scores - jnp.where(bottom > MASKED, bottom, 0.0)[..., None])
         (d_scores,) = uncap(weights * (jnp.einsum("bgqd,bgkd->bgqk", d_row, value) + tilt[..., None]))
         d_scores = d_scores * plan.scale
@@ -105,8 +108,8 @@ def _attend_tiles_backward(plan, saved, cotangents):
         return (d_queries, d_keys, d_values), None
 
     carry = tuple(jnp.zeros(x.shape, plan.dtype) for x in (queries, keys, values))
-    for group in plan.groups():
-        carry, _ = jax.lax.scan(differentiate_row, carry, group)
+    for full, group in plan.groups():
+        carry, _ = jax.lax.scan(functools.partial(differentiate_row, full), carry, group)
     d_sink = None if sink is None else (jnp.exp(sink - lse) * slope).sum(axis=(0, 1, 2))
     return *(d.astype(x.dtype) for d, x in zip(carry, saved, strict=False)), d_sink, None
 
@@ -122,16 +125,19 @@ def _score(plan, query, key):
     return jnp.einsum("bgqd,bgkd->bgqk", query, key, preferred_element_type=plan.dtype) * plan.scale
 
 
-def _mask(plan, row, segments, scores):
+def _mask(plan, full, row, segments, scores):
     """The scores of a row [b,g,q,k] that count, raised where they count more than once; MASKED for the others."""
     index, columns = row
     token = np.repeat(np.arange(plan.tile), plan.h // plan.g)
     q_at = index * plan.tile + token[:, None]
-    k_at = (columns[:, None] * plan.tile + np.arange(plan.tile)).reshape(-1)
-    mask = plan.pattern.allows(q_at, k_at, plan.t, plan.s) & (k_at >= 0) & (k_at < plan.s)
+    k_at = (columns[:, None] * plan.tile + np.arange(plan.tile)).reshape(1, -1)
+    mask = (k_at >= 0) & (k_at < plan.s)
+    if not full:
+        mask &= plan.pattern.allows(q_at, k_at, plan.t, plan.s)
     if segments is not None:
-        own, others = segments[0][:, index][:, token], segments[1][:, columns].reshape(-1, len(k_at))
-        mask = (mask & (own[:, :, None] == others[:, None]))[:, None]
+        own, others = segments[0][:, index][:, token], segments[1][:, columns].reshape(-1, 1, k_at.size)
+        mask = (mask & (own[:, :, None] == others))[:, None]
+    mask = jax.lax.optimization_barrier(mask)  # or it is fused into what uses it, and computed again for each head
     return jnp.where(mask, scores + count_bonus(plan.pattern, q_at, k_at, plan.t, plan.s), MASKED)
 
 
