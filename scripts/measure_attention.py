@@ -22,7 +22,7 @@ from rich.table import Table
 
 from sparsejax import patterns
 from sparsejax.ops import attend
-from sparsejax.ops.gather import TILE
+from sparsejax.ops.gather import SMALL
 
 CASES = [
     (8, 64, "causal"),
@@ -72,13 +72,13 @@ def measure(batch: int, length: int, text: str) -> dict:
             jax.block_until_ready(run(*arrays))
             seconds[impl].append(time.perf_counter() - start)
     pattern = patterns.parse(text)
-    layout = pattern.layout(length, tile=(TILE, TILE))
+    layout = pattern.layout(length, tile=(SMALL, SMALL))
     return {
         "batch": batch,
         "length": length,
         "pattern": text,
         "density": layout.density,
-        "fill": pattern.pairs(length) / (len(layout.columns) * TILE**2),
+        "fill": pattern.pairs(length) / (len(layout.columns) * SMALL**2),
         **{f"{impl}_ms": 1e3 * float(np.median(each[1:])) for impl, each in seconds.items()},
         **{f"{impl}_mib": runs[impl][2] for impl in IMPLS},
     }

@@ -48,7 +48,7 @@ TILE_CASES = [
     (8192, "window(128, 128) | globals(64)"),
 ]
 TORCH_WINDOW = ["PyTorch dense SDPA", "PyTorch band, products", "PyTorch band, SDPA", "HF Longformer"]
-TORCH_BIG_BIRD = "HF BigBird"
+TORCH_BIG_BIRD = ["HF BigBird", "HF BigBird with projections"]
 
 
 BIG_BIRD = patterns.recipes.bigbird(BIG_BIRD_TILE, RANDOM_TILES, seed=0)
@@ -166,11 +166,11 @@ def measure_big_bird(torch: TorchProcess | None) -> dict:
     length = BIG_BIRD_LENGTH
     make = {"gather": functools.partial(jax_contender, sparsejax_attention("gather", BIG_BIRD), length)}
     if torch:
-        make[TORCH_BIG_BIRD] = functools.partial(torch_contender, torch, TORCH_BIG_BIRD, length)
+        make |= {name: functools.partial(torch_contender, torch, name, length) for name in TORCH_BIG_BIRD}
     rows = take_turns(make, agree=False)
     ratios = {}
     if torch:
-        ratios = {"HF BigBird / gather": rows[TORCH_BIG_BIRD]["seconds"] / rows["gather"]["seconds"]}
+        ratios = {f"{name} / gather": rows[name]["seconds"] / rows["gather"]["seconds"] for name in TORCH_BIG_BIRD}
     return {"pattern": str(BIG_BIRD), "length": length, "contenders": rows, "ratios": ratios}
 
 

@@ -113,9 +113,8 @@ def longformer(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tenso
     return out.reshape(q.shape)
 
 
-def big_bird(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
-    """Hugging Face's BigBird attention (sparse, in training mode, for only then its links are random)."""
-    length = q.shape[1]
+def big_bird_layer(length: int) -> tuple[torch.nn.Module, tuple[torch.Tensor, ...]]:
+    """Hugging Face's BigBird attention (in training mode, for only then its links are random), and its masks."""
     config = transformers.BigBirdConfig(
         hidden_size=HEADS * WIDTH,
         num_attention_heads=HEADS,
@@ -124,10 +123,14 @@ def big_bird(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
         max_position_embeddings=length,
     )
     layer = modeling_big_bird.BigBirdBlockSparseAttention(config, seed=0).train()
-    everything = torch.ones(1, length)
-    blocked, band, rows, columns = modeling_big_bird.BigBirdModel.create_masks_for_block_sparse_attn(
-        everything, BIG_BIRD_TILE
-    )
+    masks = modeling_big_bird.BigBirdModel.create_masks_for_block_sparse_attn(torch.ones(1, length), BIG_BIRD_TILE)
+    return layer, masks
+
+
+def big_bird(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+    """Its core alone, of given queries, keys and values."""
+    length = q.shape[1]
+    layer, (blocked, band, rows, columns) = big_bird_layer(length)
     out, _ = layer.bigbird_block_sparse_attention(
         *(x.transpose(1, 2) for x in (q, k, v)),
         *(band, rows, columns, blocked, blocked),
@@ -139,12 +142,20 @@ def big_bird(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
     return out.reshape(q.shape)
 
 
+def big_bird_projected(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+    """The same as it is called: with its projections, of one input, to queries, keys and values."""
+    layer, (blocked, band, rows, columns) = big_bird_layer(q.shape[1])
+    hidden = (q + k + v).reshape(1, q.shape[1], -1)
+    return layer(hidden, band, rows, columns, blocked, blocked)[0].reshape(q.shape)
+
+
 CONTENDERS = {
     "PyTorch dense SDPA": sdpa_dense,
     "PyTorch band, products": band_products,
     "PyTorch band, SDPA": band_sdpa,
     "HF Longformer": longformer,
     "HF BigBird": big_bird,
+    "HF BigBird with projections": big_bird_projected,
 }
 
 

@@ -127,7 +127,7 @@ def _preferences(request: Request) -> tuple[str, ...]:
     t, s = request.q.shape[1], request.k.shape[1]
     if max(t, s) <= DENSE_LENGTH:
         return "dense", "gather", "segment"
-    tile, live, pairs = gather.TILE, 0, 0
+    tile, live, pairs = gather.SMALL, 0, 0
     for pattern, heads in request.head_groups().items():
         live += len(pattern.layout(t, s, (tile, tile)).columns) * len(heads)
         pairs += pattern.pairs(t, s) * len(heads)

@@ -19,7 +19,11 @@ from jaxtyping import Array, Float
 from sparsejax.ops.request import MASKED, Request, by_pattern, cap, count_bonus
 from sparsejax.patterns import Pattern, TileLayout
 
-TILE = 64  # the fastest of 32, 64 and 128 on CPU, and the smallest in memory
+# Measured on CPU by scripts/measure_cpu_attention.py: the large tile needs a third less time for as many pairs, while
+# a step's scores, for all sequences and heads, stay in the cache.
+SMALL, LARGE = 64, 128
+LARGE_AREA = 1.3  # times the pairs in live tiles, that large tiles may have
+LARGE_HEADS = 8  # sequences times heads
 MOST_GROUPS = 4  # each group of rows compiles a loop of its own
 
 
@@ -28,15 +32,21 @@ def refuse(request: Request) -> str | None:
     return "interpret=True is for Pallas kernels" if request.interpret else None
 
 
-def run(request: Request, tile: int = TILE) -> tuple[Float[Array, "b t h d"], Float[Array, "b t h"]]:
-    """Output in the dtype of q, log-sum-exp in float32; `tile` is the side of a tile, in tokens."""
+def run(request: Request, tile: int | None = None) -> tuple[Float[Array, "b t h d"], Float[Array, "b t h"]]:
+    """Output in the dtype of q, log-sum-exp in float32; `tile` is the side of a tile in tokens, if not the best."""
     return by_pattern(request, functools.partial(_run_one_pattern, tile=tile))
 
 
-def _run_one_pattern(request: Request, tile: int) -> tuple[Array, Array]:
+def choose_tile(pattern: Pattern, b: int, t: int, s: int, h: int) -> int:
+    """The tile that is the fastest for b sequences of t queries and s keys and h heads."""
+    area = {tile: len(pattern.layout(t, s, (tile, tile)).columns) * tile**2 for tile in (SMALL, LARGE)}
+    return LARGE if b * h <= LARGE_HEADS and area[LARGE] <= LARGE_AREA * area[SMALL] else SMALL
+
+
+def _run_one_pattern(request: Request, tile: int | None) -> tuple[Array, Array]:
     q, k, v, sink = request.q, request.k, request.v, request.sink_logits
     (b, t, h, d), (_, s, g, _) = q.shape, k.shape
-    tile = min(tile, -(-max(t, s) // 8) * 8)
+    tile = min(tile or choose_tile(request.pattern, b, t, s, h), -(-max(t, s) // 8) * 8)
     plan = _Plan(request.pattern, t, s, h, g, tile, request.scale, request.softcap, request.dtype)
     segments = None if request.segments is None else tuple(_split_tiles(x, tile) for x in request.segments)
     sink = None if sink is None else sink.astype(request.dtype)
@@ -58,27 +68,31 @@ class _Plan:
     softcap: float | None
     dtype: jnp.dtype
 
-    def groups(self) -> list[tuple[bool, tuple[np.ndarray, np.ndarray]]]:
-        """The groups of `group_rows`, and of each whether its live tiles are all full and need no mask."""
+    def groups(self, packed: bool) -> list[tuple[bool, tuple[np.ndarray, np.ndarray]]]:
+        """The groups of `group_rows`, and of each whether it needs a mask; `packed`: there are segments."""
         layout = self.pattern.layout(self.t, self.s, (self.tile, self.tile))
         partial = np.unique(layout.rows[~layout.full])
-        return [(not np.isin(group[0], partial).any(), group) for group in group_rows(layout)]
+        always = packed or self.pattern.repeats or self.s % self.tile
+        return [
+            (bool(always or (columns < 0).any() or np.isin(rows, partial).any()), (rows, columns))
+            for rows, columns in group_rows(layout)
+        ]
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _attend_tiles(plan, queries, keys, values, sink, segments):
     """Queries [b,rows,tile,h,d]; keys, values [b,columns,tile,g,d] -> out like queries, lse [b,rows,tile,h]."""
 
-    def attend_row(full, carry, row):
+    def attend_row(masked, carry, row):
         index, columns = row
         query, key, value = (_take(plan, x, i) for x, i in ((queries, index), (keys, columns), (values, columns)))
         scores = cap(_score(plan, query, key), plan.softcap)
-        out, lse = _average(plan, _mask(plan, full, row, segments, scores), value, sink)
+        out, lse = _average(plan, _mask(plan, row, segments, scores) if masked else scores, value, sink)
         return (_put(carry[0], index, out), _put(carry[1], index, lse)), None
 
     carry = jnp.zeros(queries.shape, plan.dtype), jnp.zeros(queries.shape[:-1], plan.dtype)
-    for full, group in plan.groups():
-        carry, _ = jax.lax.scan(functools.partial(attend_row, full), carry, group)
+    for masked, group in plan.groups(segments is not None):
+        carry, _ = jax.lax.scan(functools.partial(attend_row, masked), carry, group)
     return carry
 
 
@@ -93,12 +107,12 @@ def _attend_tiles_backward(plan, saved, cotangents):
     d_out, d_lse = cotangents
     slope = d_lse - (d_out * out).sum(axis=-1)  # the gradient of a score is weight * (d_weight + slope)
 
-    def differentiate_row(full, carry, row):
+    def differentiate_row(masked, carry, row):
         index, columns = row
         query, d_row, bottom, tilt = (_take(plan, x, index) for x in (queries, d_out, lse, slope))
         key, value = _take(plan, keys, columns), _take(plan, values, columns)
         scores, uncap = jax.vjp(functools.partial(cap, softcap=plan.softcap), _score(plan, query, key))
-        scores = _mask(plan, full, row, segments, scores)
+        scores = _mask(plan, row, segments, scores) if masked else scores
         weights = jnp.exp(scores - jnp.where(bottom > MASKED, bottom, 0.0)[..., None])
         (d_scores,) = uncap(weights * (jnp.einsum("bgqd,bgkd->bgqk", d_row, value) + tilt[..., None]))
         d_scores = d_scores * plan.scale
@@ -108,8 +122,8 @@ def _attend_tiles_backward(plan, saved, cotangents):
         return (d_queries, d_keys, d_values), None
 
     carry = tuple(jnp.zeros(x.shape, plan.dtype) for x in (queries, keys, values))
-    for full, group in plan.groups():
-        carry, _ = jax.lax.scan(functools.partial(differentiate_row, full), carry, group)
+    for masked, group in plan.groups(segments is not None):
+        carry, _ = jax.lax.scan(functools.partial(differentiate_row, masked), carry, group)
     d_sink = None if sink is None else (jnp.exp(sink - lse) * slope).sum(axis=(0, 1, 2))
     return *(d.astype(x.dtype) for d, x in zip(carry, saved, strict=False)), d_sink, None
 
@@ -125,15 +139,13 @@ def _score(plan, query, key):
     return jnp.einsum("bgqd,bgkd->bgqk", query, key, preferred_element_type=plan.dtype) * plan.scale
 
 
-def _mask(plan, full, row, segments, scores):
+def _mask(plan, row, segments, scores):
     """The scores of a row [b,g,q,k] that count, raised where they count more than once; MASKED for the others."""
     index, columns = row
     token = np.repeat(np.arange(plan.tile), plan.h // plan.g)
     q_at = index * plan.tile + token[:, None]
     k_at = (columns[:, None] * plan.tile + np.arange(plan.tile)).reshape(1, -1)
-    mask = (k_at >= 0) & (k_at < plan.s)
-    if not full:
-        mask &= plan.pattern.allows(q_at, k_at, plan.t, plan.s)
+    mask = (k_at >= 0) & (k_at < plan.s) & plan.pattern.allows(q_at, k_at, plan.t, plan.s)
     if segments is not None:
         own, others = segments[0][:, index][:, token], segments[1][:, columns].reshape(-1, 1, k_at.size)
         mask = (mask & (own[:, :, None] == others))[:, None]
