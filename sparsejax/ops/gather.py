@@ -142,9 +142,10 @@ def _score(plan, query, key):
 def _mask(plan, row, segments, scores):
     """The scores of a row [b,g,q,k] that count, raised where they count more than once; MASKED for the others."""
     index, columns = row
-    token = np.repeat(np.arange(plan.tile), plan.h // plan.g)
+    share = plan.h // plan.g
+    token = jnp.arange(plan.tile * share) // share
     q_at = index * plan.tile + token[:, None]
-    k_at = (columns[:, None] * plan.tile + np.arange(plan.tile)).reshape(1, -1)
+    k_at = (columns[:, None] * plan.tile + jnp.arange(plan.tile)).reshape(1, -1)
     mask = (k_at >= 0) & (k_at < plan.s) & plan.pattern.allows(q_at, k_at, plan.t, plan.s)
     if segments is not None:
         own, others = segments[0][:, index][:, token], segments[1][:, columns].reshape(-1, 1, k_at.size)
