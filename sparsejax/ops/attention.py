@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import NamedTuple
 
+import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
@@ -27,12 +28,14 @@ IMPLEMENTATIONS = (
     Implementation("segment", segment.run, segment.refuse),
 )
 
-# Measured on CPU by scripts/measure_attention.py. Below this length, or above this share of live tiles, one masked
-# product beats gathering. Edges one by one beat both below a tenth of allowed pairs in the live tiles: this share is
-# on the safe side of it.
+# Measured on CPU by scripts/measure_attention.py (experiments/attention): up to one tile there is nothing to skip, and
+# from there on gathering beats the masked product even where it skips nothing. Edges one by one beat it where fewer
+# pairs are allowed than this share of those in the live tiles.
 DENSE_LENGTH = 64
-DENSE_DENSITY = 0.6
 SEGMENT_FILL = 1 / 16
+# Not measured: elsewhere a loop over tiles keeps little of the machine busy, and above this share of live tiles one
+# masked product is taken.
+DENSE_DENSITY = 0.6
 
 
 class ImplementationError(ValueError):
@@ -133,6 +136,6 @@ def _preferences(request: Request) -> tuple[str, ...]:
         pairs += pattern.pairs(t, s) * len(heads)
     if pairs < SEGMENT_FILL * live * tile**2:
         return "segment", "gather", "dense"
-    if live > DENSE_DENSITY * -(-t // tile) * -(-s // tile) * request.q.shape[2]:
+    if jax.default_backend() != "cpu" and live > DENSE_DENSITY * -(-t // tile) * -(-s // tile) * request.q.shape[2]:
         return "dense", "gather", "segment"
     return "gather", "segment", "dense"

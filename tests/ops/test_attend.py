@@ -413,15 +413,32 @@ def test_auto_computes_the_same():
         ("window(0)", 40, "dense gather segment"),
         ("globals([])", 2000, "gather segment dense"),
         ("causal & window(16)", 2000, "gather segment dense"),
-        ("full", 2000, "dense gather segment"),
-        ("per_head(full, full, full, window(16))", 2000, "dense gather segment"),
-        ("per_head(full, window(16), window(16), window(16))", 2000, "gather segment dense"),
+        ("full", 65, "gather segment dense"),
+        ("full", 2000, "gather segment dense"),
+        ("per_head(full, full, full, window(16))", 2000, "gather segment dense"),
         ("window(0)", 2000, "segment gather dense"),  # a 64th of the pairs in the tiles it touches
         ("globals([5, 900, 1500]) | window(0)", 2000, "segment gather dense"),
         ("per_head(window(0), window(0), window(0), window(40))", 2000, "gather segment dense"),
     ],
 )
 def test_auto_takes_the_best_that_serves(monkeypatch, pattern, length, ranking):
+    check_ranking(monkeypatch, pattern, length, ranking)
+
+
+@pytest.mark.parametrize(
+    ("pattern", "ranking"),
+    [
+        ("full", "dense gather segment"),
+        ("per_head(full, full, full, window(16))", "dense gather segment"),
+        ("per_head(full, window(16), window(16), window(16))", "gather segment dense"),
+    ],
+)
+def test_auto_prefers_one_product_for_most_pairs_elsewhere_than_on_cpu(monkeypatch, pattern, ranking):
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    check_ranking(monkeypatch, pattern, 2000, ranking)
+
+
+def check_ranking(monkeypatch, pattern, length, ranking):
     shape, ranking = (1, length, 4, 8), ranking.split()
     unable = set()
     fakes = tuple(
