@@ -55,29 +55,30 @@ def train(settings: ConfigDict, workdir: Path, console: Console) -> Evaluation:
     corpus = data.load_corpus(config.data.files)
     batches = data.train_batches(corpus.train, config.data.length, config.train.batch, config.train.seed)
     _validation_batches(corpus, config, mesh)  # finds out now, not at the first evaluation, if they cannot be
-    _claim_workdir(workdir, settings, config)
-    model = Functional(config.model)
-    _describe(config, corpus, model, mesh, console)
-
-    optimizer = build_optimizer(config.optimizer, config.train.steps)
-    meta = {"config": settings.to_dict(), "digest": configs.digest(settings), "corpus": corpus.digest}
-    with Checkpoints(workdir / "checkpoints", config.checkpoint, meta) as checkpoints:
-        if checkpoints.latest is None:
-            state = init_state(model, optimizer, config.train.seed, mesh)
-        else:
-            state = checkpoints.restore(state_shapes(model, optimizer, mesh), batches)
-            console.print(
-                f"resuming {workdir} at step {int(state.step)}", highlight=False, markup=False, soft_wrap=True
-            )
-        _log_versions(workdir)
-        state, final = _run(config, model, optimizer, mesh, corpus, state, batches, checkpoints, workdir, console)
+    # From here on a signal is noted and not raised: an exception at just any place can be lost in a callback.
+    with _StopSignals() as signals:
+        _claim_workdir(workdir, settings, config)
+        model = Functional(config.model)
+        _describe(config, corpus, model, mesh, console)
+        optimizer = build_optimizer(config.optimizer, config.train.steps)
+        meta = {"config": settings.to_dict(), "digest": configs.digest(settings), "corpus": corpus.digest}
+        with Checkpoints(workdir / "checkpoints", config.checkpoint, meta) as checkpoints:
+            if checkpoints.latest is None:
+                state = init_state(model, optimizer, config.train.seed, mesh)
+            else:
+                state = checkpoints.restore(state_shapes(model, optimizer, mesh), batches)
+                where = f"resuming {workdir} at step {int(state.step)}"
+                console.print(where, highlight=False, markup=False, soft_wrap=True)
+            _log_versions(workdir)
+            run = checkpoints, signals, workdir, console
+            state, final = _run(config, model, optimizer, mesh, corpus, state, batches, *run)
     _show_evaluation(final, console)
     if config.eval.sample:
         _show_sample(model, state, corpus, config.eval.sample, console)
     return final
 
 
-def _run(config, model, optimizer, mesh, corpus, state, batches, checkpoints, workdir, console):
+def _run(config, model, optimizer, mesh, corpus, state, batches, checkpoints, signals, workdir, console):
     """The loop proper: from the given state to the last step; returns the last state and its evaluation."""
     step = build_step(model, optimizer, build_schedule(config.optimizer, config.train.steps), config.train, mesh)
     evaluation_step = build_evaluation(model, mesh)
@@ -86,9 +87,10 @@ def _run(config, model, optimizer, mesh, corpus, state, batches, checkpoints, wo
     with (
         Writers(workdir, start) as writers,
         ProgressReport(console, start, steps, config.train.batch * config.data.length) as progress,
-        _StopSignals() as signals,
     ):
         record = _Recorder(config, writers, progress)
+        if signals.received:
+            raise Interrupted(f"stopped by {signals.received} at step {start}; the same command goes on from there")
         for number in range(start + 1, steps + 1):
             state, metrics = step(state, jax.device_put(next(batches), place))
             progress.advance(number)
