@@ -131,7 +131,7 @@ def _walk(layers: Iterable[Pattern], n: int, position: int | None) -> Iterator[n
     for pattern in layers:
         queries = marked.copy()
         for head in [pattern] if pattern.heads is None else {pattern.for_head(i) for i in range(pattern.heads)}:
-            new = queries & ~followed.get(head, False)
+            new = queries & np.logical_not(followed.get(head, False))
             if new.any():
                 _links(head, n).mark_keys(new, marked)
             followed[head] = queries
