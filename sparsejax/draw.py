@@ -15,8 +15,8 @@ from rich.console import Console
 from rich.text import Text
 
 from sparsejax.config import ConfigError, ModelConfig
-from sparsejax.layers import MIXERS, AttentionConfig
-from sparsejax.patterns import Causal, Panel, Pattern, connect_each, draw_mask, draw_pattern, name_numbers, parse
+from sparsejax.layers import MIXERS
+from sparsejax.patterns import Panel, Pattern, connect_each, draw_mask, draw_pattern, name_numbers
 from sparsejax.patterns.drawing import COUNTED_TILE, DEAD, FULL, PARTIAL
 
 if TYPE_CHECKING:
@@ -98,17 +98,16 @@ def draw_panels(panels: Sequence[Panel], console: Console, out: str | None = Non
 
 def name_layers(config: ModelConfig) -> list[tuple[str, Pattern]]:
     """What the layers of a schedule can see, with titles: equal layers share one, a state space sees causally."""
-    equal: dict[tuple[str, str], list[int]] = {}
-    for number, name in enumerate(config.names):
+    equal: dict[tuple[str, Pattern], list[int]] = {}
+    for number, (name, sees) in enumerate(config.sees):
         mixer = config.layers[name].mixer
         kind = next(kind for kind, (cls, _) in MIXERS.items() if isinstance(mixer, cls))
-        sees = str(parse(mixer.pattern)) if isinstance(mixer, AttentionConfig) else str(Causal())
         equal.setdefault((kind, sees), []).append(number)
     named = []
     for (kind, sees), numbers in equal.items():
         names = ", ".join(dict.fromkeys(config.names[number] for number in numbers))
-        what = sees if kind == "attention" else f"{sees} ({kind})"
-        named.append((f"layer{'s' * (len(numbers) > 1)} {name_numbers(numbers)}: {names}\n{what}", parse(sees)))
+        what = str(sees) if kind == "attention" else f"{sees} ({kind})"
+        named.append((f"layer{'s' * (len(numbers) > 1)} {name_numbers(numbers)}: {names}\n{what}", sees))
     return named
 
 

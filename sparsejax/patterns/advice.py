@@ -11,6 +11,7 @@ from collections.abc import Iterator, Sequence
 
 import numpy as np
 
+from sparsejax.patterns.drawing import name_ranges
 from sparsejax.patterns.library import FARTHEST, FOREVER
 from sparsejax.patterns.pattern import Pattern
 from sparsejax.patterns.reach import MOST_LAYERS, count_layers, grow, looks_ahead, saturate
@@ -137,12 +138,6 @@ def _parts(pattern: Pattern) -> Iterator[Pattern]:
 
 def _name_layers(layers: Named, numbers: Sequence[int]) -> str:
     """`layer 3 (local)`, or `layers 0-2, 4 (local, full)`."""
-    runs = []
-    for number in numbers:
-        if runs and runs[-1][1] == number - 1:
-            runs[-1][1] = number
-        else:
-            runs.append([number, number])
-    shown = ", ".join(str(first) if first == last else f"{first}-{last}" for first, last in runs)
+    shown = ", ".join(name_ranges(list(numbers)))
     names = ", ".join(dict.fromkeys(layers[number][0] for number in numbers))
     return f"{'layer' if len(numbers) == 1 else 'layers'} {shown} ({names})"

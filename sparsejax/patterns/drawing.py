@@ -62,10 +62,15 @@ def draw_mask(title: str, mask: np.ndarray, tile: int = 1) -> Panel:
 
 def name_numbers(numbers: list[int]) -> str:
     """Ascending numbers in short: `0-3, 5`; of more than six ranges only the first five and the last are named."""
+    ranges = name_ranges(numbers)
+    return ", ".join(ranges if len(ranges) <= 6 else [*ranges[:5], "...", ranges[-1]])
+
+
+def name_ranges(numbers: list[int]) -> list[str]:
+    """Ascending numbers as the ranges they form: `0-3` and `5`."""
     starts = [n for n in numbers if n - 1 not in numbers]
     stops = [n for n in numbers if n + 1 not in numbers]
-    ranges = [str(a) if a == b else f"{a}-{b}" for a, b in zip(starts, stops, strict=True)]
-    return ", ".join(ranges if len(ranges) <= 6 else [*ranges[:5], "...", ranges[-1]])
+    return [str(a) if a == b else f"{a}-{b}" for a, b in zip(starts, stops, strict=True)]
 
 
 def _draw_shared(pattern: Pattern, length: int, tile: int, title: str) -> Panel:

@@ -119,7 +119,7 @@ class TileGrid:
     def in_every_row(self, start: np.ndarray, stop: np.ndarray) -> Bounds:
         """Bounds of a pattern all of whose queries see the keys of the disjoint intervals `[start, stop)`, [n]."""
         start, stop = merge_intervals(start, stop)
-        row = dataclasses.replace(self, t=min(self.t, 1), keys=self.keys or (0, self.s))
+        row = dataclasses.replace(self, t=min(self.t, 1))
         same = np.zeros(len(start), np.int64)
         return Bounds.exact(self._repeat(row.touched(start, stop, same)), self._repeat(row.filled(start, stop, same)))
 
