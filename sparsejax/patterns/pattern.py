@@ -131,12 +131,7 @@ class Pattern:
         s = t if s is None else s
         if self.heads is not None:
             return sum(self.for_head(i).pairs(t, s) for i in range(self.heads))
-        layout = self.layout(t, s)
-        tiles = layout.rows.astype(np.int64) * layout.grid.columns + layout.columns
-        partial, _ = count_pairs(self, layout.grid, tiles[~layout.full])
-        height = np.minimum(layout.grid.tile[0], t - layout.rows * layout.grid.tile[0])
-        width = np.minimum(layout.grid.tile[1], s - layout.columns * layout.grid.tile[1])
-        return int(partial.sum()) + int((height.astype(np.int64) * width)[layout.full].sum())
+        return _count_pairs(self, t, s)
 
     def edges(
         self, t: int, s: int | None = None
@@ -190,6 +185,17 @@ class Pattern:
             else:
                 shown.append(f"{field.name}=" * (skipped or field.kw_only) + _show(value))
         return f"{self.name}({', '.join(shown)})" if dataclasses.fields(self) else self.name
+
+
+@functools.lru_cache(maxsize=256)
+def _count_pairs(pattern: Pattern, t: int, s: int) -> int:
+    """Of a pattern that is the same for all heads; kept, as each trace of `attend` asks again."""
+    layout = pattern.layout(t, s)
+    tiles = layout.rows.astype(np.int64) * layout.grid.columns + layout.columns
+    partial, _ = count_pairs(pattern, layout.grid, tiles[~layout.full])
+    height = np.minimum(layout.grid.tile[0], t - layout.rows * layout.grid.tile[0])
+    width = np.minimum(layout.grid.tile[1], s - layout.columns * layout.grid.tile[1])
+    return int(partial.sum()) + int((height.astype(np.int64) * width)[layout.full].sum())
 
 
 def _list_edges(pattern: Pattern, t: int, s: int) -> tuple[np.ndarray, np.ndarray]:
