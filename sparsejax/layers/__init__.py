@@ -5,12 +5,14 @@ from sparsejax.layers.layer import MIXERS, Layer, LayerConfig, MixerConfig
 from sparsejax.layers.mamba import Mamba, MambaConfig
 from sparsejax.layers.mlp import Mlp, MlpConfig
 from sparsejax.layers.norm import Norm, NormConfig
-from sparsejax.layers.stream import Cost, Linear, Stream, parameter
+from sparsejax.layers.stream import NOTHING, Context, Cost, Linear, Stream, parameter
 
 __all__ = [
     "MIXERS",
+    "NOTHING",
     "Attention",
     "AttentionConfig",
+    "Context",
     "Cost",
     "Layer",
     "LayerConfig",

@@ -11,7 +11,7 @@ from jaxtyping import Array, Float, Int
 from sparsejax import patterns
 from sparsejax.layers.norm import Norm, NormConfig
 from sparsejax.layers.rotary import rotate
-from sparsejax.layers.stream import Cost, Linear, Stream, output_scale
+from sparsejax.layers.stream import NOTHING, Context, Cost, Linear, Stream, output_scale
 from sparsejax.ops import IMPLEMENTATIONS, attend, attend_one, count_bonus
 
 
@@ -62,10 +62,10 @@ class Attention(nnx.Module):
         self.query_norm = Norm(config.qk_norm, d, rngs, axis=None)
         self.key_norm = Norm(config.qk_norm, d, rngs, axis=None)
 
-    def __call__(self, x: Float[Array, "b t m"]) -> Float[Array, "b t m"]:
+    def __call__(self, x: Float[Array, "b t m"], context: Context = NOTHING) -> Float[Array, "b t m"]:
         """Mixes a whole sequence."""
         q, k, v = self._project(x, jnp.arange(x.shape[1]))
-        y = attend(q, k, v, self.pattern, impl=self.config.impl)
+        y = attend(q, k, v, self.pattern, impl=self.config.impl, segment_ids=context.attend_segments)
         return self.out(y.reshape(*x.shape[:2], -1))
 
     def init_cache(self, batch: int, length: int) -> dict[str, Array]:
@@ -76,7 +76,12 @@ class Attention(nnx.Module):
         return {"k": jnp.zeros(shape, dtype), "v": jnp.zeros(shape, dtype), "at": jnp.full(slots, -1, jnp.int32)}
 
     def step(
-        self, x: Float[Array, "b m"], cache: dict[str, Array], position: Int[Array, ""], length: int
+        self,
+        x: Float[Array, "b m"],
+        cache: dict[str, Array],
+        position: Int[Array, ""],
+        length: int,
+        context: Context = NOTHING,
     ) -> tuple[Float[Array, "b m"], dict[str, Array]]:
         """Mixes one more token, at `position` of at most `length`."""
         table, _ = patterns.cache_slots(self.pattern, length)

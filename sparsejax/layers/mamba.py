@@ -11,7 +11,7 @@ from flax import nnx
 from jaxtyping import Array, Float, Int
 
 from sparsejax import patterns
-from sparsejax.layers.stream import Cost, Linear, Stream, output_scale, parameter
+from sparsejax.layers.stream import NOTHING, Context, Cost, Linear, Stream, output_scale, parameter
 from sparsejax.ops import selective_scan, selective_step
 
 
@@ -56,7 +56,7 @@ class Mamba(nnx.Module):
         self.skip = parameter(rngs, jax.nn.initializers.ones, (d,), ("inner",))
         self.out = Linear(d, m, ("inner", "width"), dtype=dtype, rngs=rngs, scale=output_scale(stream))
 
-    def __call__(self, x: Float[Array, "b t m"]) -> Float[Array, "b t m"]:
+    def __call__(self, x: Float[Array, "b t m"], context: Context = NOTHING) -> Float[Array, "b t m"]:
         """Mixes a whole sequence."""
         taps, t = self.conv[...].astype(x.dtype), x.shape[1]
         padded = jnp.pad(self.input(x), ((0, 0), (len(taps) - 1, 0), (0, 0)))
@@ -74,7 +74,12 @@ class Mamba(nnx.Module):
         }
 
     def step(
-        self, x: Float[Array, "b m"], cache: dict[str, Array], position: Int[Array, ""], length: int
+        self,
+        x: Float[Array, "b m"],
+        cache: dict[str, Array],
+        position: Int[Array, ""],
+        length: int,
+        context: Context = NOTHING,
     ) -> tuple[Float[Array, "b m"], dict[str, Array]]:
         """Mixes one more token."""
         recent = jnp.concatenate([cache["conv"], self.input(x)[:, None]], axis=1)

@@ -8,7 +8,7 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array, Float
+from jaxtyping import Array, Bool, Float, Int
 
 
 @dataclasses.dataclass(frozen=True)
@@ -18,6 +18,49 @@ class Stream:
     width: int  # m
     depth: int  # number of layers; output projections start smaller in deeper models
     dtype: jnp.dtype  # of the computation; parameters are float32
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Context:
+    """What layers may know of the tokens beside the stream. None: nothing to know.
+
+    Attributes:
+      segments: ids of the documents that were packed into a row; nothing crosses from one to another.
+      mask: False at padding. No token looks at it, and it leaves the state of a recurrence as zero input would.
+      globals: positions of tokens that are global in this batch alone, in any order; -1 pads the list.
+      embeddings: the stream before the first layer.
+      layer: the number of the layer, from 0.
+    """
+
+    segments: Int[Array, "b t"] | None = None
+    mask: Bool[Array, "b t"] | None = None
+    globals: Int[Array, "b n"] | None = None
+    embeddings: Float[Array, "b t m"] | None = None
+    layer: Int[Array, ""] | None = None
+
+    @property
+    def attend_segments(self) -> tuple[Int[Array, "b t"], Int[Array, "b t"]] | None:
+        """Segment ids of queries and of keys for `attend`: those of padding are equal to no other."""
+        if self.mask is None:
+            return None if self.segments is None else (self.segments, self.segments)
+        ids = jnp.zeros(self.mask.shape, jnp.int32) if self.segments is None else self.segments
+        return jnp.where(self.mask, ids, -1), jnp.where(self.mask, ids, -2)
+
+    @property
+    def starts(self) -> Bool[Array, "b t"] | None:
+        """True where a document begins in the middle of a row: there a recurrence forgets what it holds."""
+        if self.segments is None:
+            return None
+        changed = self.segments[:, 1:] != self.segments[:, :-1]
+        return jnp.pad(changed, ((0, 0), (1, 0)))
+
+    def clear(self, x: Float[Array, "b t *rest"]) -> Float[Array, "b t *rest"]:
+        """`x` with zeros at padding."""
+        return x if self.mask is None else jnp.where(jnp.expand_dims(self.mask, range(2, x.ndim)), x, 0)
+
+
+NOTHING = Context()
 
 
 def parameter(rngs: nnx.Rngs, init: Callable, shape: tuple[int, ...], axes: tuple[str | None, ...]) -> nnx.Param:
