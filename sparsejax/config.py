@@ -1,7 +1,8 @@
 """Configuration: a ConfigDict from a file and the command line, checked once into frozen dataclasses.
 
-Below this module nobody sees a ConfigDict. Config files are complete: no field has a default here, a missing
-key is an error.
+Below this module nobody sees a ConfigDict. Optional features have a default here that leaves them out; any other key
+that is missing is an error. What a file leaves out is filled in at once, so that overrides, records and digests see
+the whole configuration.
 """
 
 from __future__ import annotations
@@ -9,10 +10,12 @@ from __future__ import annotations
 import ast
 import dataclasses
 import difflib
+import functools
 import hashlib
 import importlib.util
 import json
 import math
+import operator
 import sys
 import traceback
 import types
@@ -23,12 +26,66 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from sparsejax import patterns, schedule
-from sparsejax.layers import MIXERS, LayerConfig, MixerConfig, NormConfig
-from sparsejax.layers.attention import AttentionConfig
+from sparsejax.layers import (
+    ACTIVATIONS,
+    FEEDFORWARDS,
+    MIXERS,
+    FeedForwardConfig,
+    LayerConfig,
+    MixerConfig,
+    NormConfig,
+)
 
 
 class ConfigError(ValueError):
     """A configuration that cannot be used; the message is one line and names the key."""
+
+
+def _require(config: Any, **least: float) -> None:
+    for name, low in least.items():
+        if getattr(config, name) < low:
+            raise ValueError(f"{name} must be at least {low}, got {getattr(config, name)}")
+
+
+def _choose(config: Any, name: str, *options: str) -> None:
+    if getattr(config, name) not in options:
+        raise ValueError(f"{name} must be one of {', '.join(options)}, got {getattr(config, name)!r}")
+
+
+# Sections whose class is told by their `kind`.
+KINDS = {MixerConfig: MIXERS, FeedForwardConfig: FEEDFORWARDS}
+
+
+@dataclasses.dataclass(frozen=True)
+class EmbeddingConfig:
+    """What is done with a token's embedding before the first layer, in this order."""
+
+    scale: float = 1.0  # a factor, such as width ** 0.5 (arXiv:1706.03762)
+    types: int = 0  # token types; every token is of type 0
+    positions: int = 0  # learned absolute positions; 0: none
+    padding: int | None = None  # RoBERTa: positions start behind this token id, and it takes none itself
+    norm: NormConfig | None = None
+
+    def __post_init__(self):
+        _require(self, types=0, positions=0)
+
+
+@dataclasses.dataclass(frozen=True)
+class HeadConfig:
+    """From the last norm to logits: linear, activation and norm if there is an `activation`, then the vocabulary."""
+
+    activation: str | None = None  # BERT's masked language model: a linear map, an activation, a norm
+    linear_bias: bool = True  # of that linear map
+    norm: NormConfig | None = None  # after the activation
+    bias: bool = False  # on the logits
+    scale: float = 1.0  # of the logits
+    softcap: float | None = None  # bounds the logits to softcap * tanh(logit / softcap) (Gemma 2)
+
+    def __post_init__(self):
+        if self.activation is not None:
+            _choose(self, "activation", *ACTIVATIONS)
+        if self.softcap is not None and self.softcap <= 0:
+            raise ValueError(f"softcap must be above 0, got {self.softcap}")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,19 +100,24 @@ class ModelConfig:
     tied: bool  # the head is the embedding's transpose
     dtype: str  # of the computation: float32 or bfloat16; parameters and optimizer state are float32
     scan: bool  # scan over the schedule's period, or unroll every layer
+    causal: bool = True  # predicts the next token, so no layer may look ahead
+    embedding: EmbeddingConfig = EmbeddingConfig()
+    head: HeadConfig = HeadConfig()
+    reversible: bool = False  # two streams, see `layers.Layer`
 
     def __post_init__(self):
         _require(self, vocab=1, width=1)
         _choose(self, "dtype", "float32", "bfloat16")
+        if not self.layers:
+            raise ValueError("layers: needs at least one")
         schedule.check(self.schedule, self.layers)
-        for name, layer in self.layers.items():
-            if isinstance(layer.mixer, AttentionConfig):
-                ahead = patterns.parse(layer.mixer.pattern).lookahead()
-                if ahead > 0:
-                    raise ValueError(
-                        f"layers.{name}.mixer.pattern: {layer.mixer.pattern!r} sees {ahead} positions ahead; a model"
-                        " that predicts the next token needs 'causal & ...'"
-                    )
+        for name, layer in self.layers.items() if self.causal else ():
+            ahead = 0 if layer.mixer is None else layer.mixer.sees.lookahead()
+            if ahead > 0:
+                raise ValueError(
+                    f"layers.{name}.mixer.pattern: {str(layer.mixer.sees)!r} sees {ahead} positions ahead; a model"
+                    " that predicts the next token needs 'causal & ...'"
+                )
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -65,7 +127,7 @@ class ModelConfig:
     @property
     def sees(self) -> list[tuple[str, patterns.Pattern]]:
         """Name and pattern of each layer in order: what reach and advice start from."""
-        return [(name, self.layers[name].mixer.sees) for name in self.names]
+        return [(name, self.layers[name].sees) for name in self.names]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -177,22 +239,11 @@ class Config:
                 f" checkpoint.every = {self.checkpoint.every} (or set keep_best = 0)"
             )
         for name, layer in self.model.layers.items():
-            if isinstance(layer.mixer, AttentionConfig):
+            if hasattr(layer.mixer, "pattern"):
                 try:
                     patterns.parse(layer.mixer.pattern, self.data.length)
                 except patterns.PatternError as error:
                     raise ValueError(f"model.layers.{name}.mixer.pattern: {error}") from None
-
-
-def _require(config: Any, **least: float) -> None:
-    for name, low in least.items():
-        if getattr(config, name) < low:
-            raise ValueError(f"{name} must be at least {low}, got {getattr(config, name)}")
-
-
-def _choose(config: Any, name: str, *options: str) -> None:
-    if getattr(config, name) not in options:
-        raise ValueError(f"{name} must be one of {', '.join(options)}, got {getattr(config, name)!r}")
 
 
 def load(place: str, overrides: typing.Iterable[str] = ()) -> ConfigDict:
@@ -219,7 +270,7 @@ def load(place: str, overrides: typing.Iterable[str] = ()) -> ConfigDict:
         raise ConfigError(f"{path}: get_config returned {type(config).__name__}, not a ConfigDict")
     # A dict that a file uses twice would be one ConfigDict in both places, and an override of the one would
     # silently change the other.
-    config = ConfigDict(_copy_tree(config.to_dict()))
+    config = ConfigDict(_complete(Config, _copy_tree(config.to_dict())))
     for text in overrides:
         key, equals, value = text.partition("=")
         if not equals:
@@ -259,9 +310,9 @@ def override(config: ConfigDict, key: str, text: str) -> None:
         if part not in section:
             raise _unknown_key(".".join(key.split(".")[: i + 1]), part, list(section.keys()))
         section = section[part] if i < len(sections) else section
-    if isinstance(section[name], ConfigDict):
-        raise ConfigError(f"{key}: is a section; set one of its keys: {', '.join(section[name].keys())}")
     value = text if isinstance(section[name], str) else _literal(text)
+    if isinstance(section[name], ConfigDict) and value is not None:
+        raise ConfigError(f"{key}: is a section; set one of its keys: {', '.join(section[name].keys())}")
     if isinstance(section[name], float) and type(value) is int:
         value = float(value)
     del section[name]  # set anew, so that ConfigDict does not convert it: `check` is to see what was given
@@ -276,6 +327,11 @@ def _literal(text: str) -> Any:
         return ast.literal_eval(text)
     except (ValueError, TypeError, SyntaxError, MemoryError, RecursionError):
         return text
+
+
+def build(kind: type, section: dict[str, Any]) -> Any:
+    """A section, such as the model's, as the dataclass `kind`; raises ConfigError as `check` does."""
+    return _build(kind, section, "")
 
 
 def check(config: ConfigDict) -> Config:
@@ -312,18 +368,55 @@ def _unknown_key(path: str, name: str, known: list[str]) -> ConfigError:
     return ConfigError(f"{path}: unknown key{f', did you mean {near[0]!r}?' if near else ''}")
 
 
-def _build(kind: Any, value: Any, path: str) -> Any:
-    """`value` as a `kind` (a dataclass, a union, a dict of names, or a plain type), or a ConfigError."""
-    if kind == MixerConfig:
-        return _build_mixer(value, path)
+def _complete(kind: Any, value: Any) -> Any:
+    """`value` with the defaults of the sections in it; what cannot be understood is left for `check` to refuse."""
+    kind = _resolve(kind, value)
+    if isinstance(value, dict) and typing.get_origin(kind) is dict:
+        return {key: _complete(typing.get_args(kind)[1], item) for key, item in value.items()}
+    if not isinstance(value, dict) or not dataclasses.is_dataclass(kind):
+        return value
+    hints = typing.get_type_hints(kind)
+    defaults = {field.name: field.default for field in dataclasses.fields(kind) if _is_optional(field)}
+    for name, default in defaults.items():
+        if name not in value:
+            value[name] = dataclasses.asdict(default) if dataclasses.is_dataclass(default) else default
+    return {key: _complete(hints[key], item) if key in hints else item for key, item in value.items()}
+
+
+def _is_optional(field: dataclasses.Field) -> bool:
+    return field.default is not dataclasses.MISSING
+
+
+def _resolve(kind: Any, value: Any) -> Any:
+    """The class meant by an annotation: a union's one besides None, or the one that a section's `kind` tells."""
     if isinstance(kind, types.UnionType):
-        options = [option for option in typing.get_args(kind) if option is not types.NoneType]
-        return None if value is None else _build(options[0], value, path)
+        kind = functools.reduce(operator.or_, (one for one in typing.get_args(kind) if one is not types.NoneType))
+    if kind in KINDS and isinstance(value, dict):
+        name = value.get("kind")
+        return KINDS[kind][name][0] if isinstance(name, str) and name in KINDS[kind] else None
+    return kind
+
+
+def _build(kind: Any, value: Any, path: str) -> Any:
+    """`value` as a `kind` (a dataclass, a union, a tuple, a dict of names, or a plain type), or a ConfigError."""
+    if isinstance(kind, types.UnionType) and types.NoneType in typing.get_args(kind) and value is None:
+        return None
+    options = next((KINDS[one] for one in KINDS if _resolve(kind, None) == one), None)
+    if options is not None:
+        _demand(isinstance(value, dict), path, "a section", value)
+        if value.get("kind") not in options:
+            raise ConfigError(f"{path}.kind: must be one of {', '.join(options)}, got {value.get('kind')!r}")
+    kind = _resolve(kind, value)
     if dataclasses.is_dataclass(kind):
-        return _build_section(kind, value, path)
+        # A class that serves several kinds has a field for it.
+        own = options is None or "kind" in typing.get_type_hints(kind)
+        return _build_section(kind, value if own else {k: v for k, v in value.items() if k != "kind"}, path)
     if typing.get_origin(kind) is dict:
-        _demand(isinstance(value, dict) and value, path, "a section with at least one entry", value)
+        _demand(isinstance(value, dict), path, "a section", value)
         return {key: _build(typing.get_args(kind)[1], item, f"{path}.{key}") for key, item in value.items()}
+    if typing.get_origin(kind) is tuple:
+        _demand(isinstance(value, tuple | list), path, "a tuple", value)
+        return tuple(_build(typing.get_args(kind)[0], item, f"{path}[{i}]") for i, item in enumerate(value))
     if kind is float:
         number = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
         _demand(number, path, "a number", value)
@@ -335,30 +428,23 @@ def _build(kind: Any, value: Any, path: str) -> Any:
 
 def _build_section(kind: type, value: Any, path: str) -> Any:
     _demand(isinstance(value, dict), path, "a section", value)
-    fields = typing.get_type_hints(kind)
+    hints, fields = typing.get_type_hints(kind), {field.name: field for field in dataclasses.fields(kind)}
     for key in value:
         if key not in fields:
             raise _unknown_key(f"{path}.{key}" if path else key, key, list(fields))
     parts = {}
-    for key, hint in fields.items():
+    for key, field in fields.items():
         where = f"{path}.{key}" if path else key
-        if key not in value:
+        if key in value:
+            parts[key] = _build(hints[key], value[key], where)
+        elif not _is_optional(field):
             raise ConfigError(f"{where}: missing")
-        parts[key] = _build(hint, value[key], where)
     try:
         return kind(**parts)
     except ConfigError:
         raise
     except ValueError as error:
         raise ConfigError(f"{path}: {error}" if path else str(error)) from error
-
-
-def _build_mixer(value: Any, path: str) -> Any:
-    _demand(isinstance(value, dict), path, "a section", value)
-    if value.get("kind") not in MIXERS:
-        raise ConfigError(f"{path}.kind: must be one of {', '.join(MIXERS)}, got {value.get('kind')!r}")
-    kind, _ = MIXERS[value["kind"]]
-    return _build_section(kind, {key: item for key, item in value.items() if key != "kind"}, path)
 
 
 def _demand(holds: Any, path: str, expected: str, value: Any) -> None:

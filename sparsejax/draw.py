@@ -15,7 +15,6 @@ from rich.console import Console
 from rich.text import Text
 
 from sparsejax.config import ConfigError, ModelConfig
-from sparsejax.layers import MIXERS
 from sparsejax.patterns import Panel, Pattern, connect_each, draw_mask, draw_pattern, name_numbers
 from sparsejax.patterns.drawing import COUNTED_TILE, DEAD, FULL, PARTIAL
 
@@ -101,7 +100,7 @@ def name_layers(config: ModelConfig) -> list[tuple[str, Pattern]]:
     equal: dict[tuple[str, Pattern], list[int]] = {}
     for number, (name, sees) in enumerate(config.sees):
         mixer = config.layers[name].mixer
-        kind = next(kind for kind, (cls, _) in MIXERS.items() if isinstance(mixer, cls))
+        kind = "feed-forward" if mixer is None else mixer.summary.split()[0]
         equal.setdefault((kind, sees), []).append(number)
     named = []
     for (kind, sees), numbers in equal.items():

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import dataclasses
+import operator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
@@ -12,13 +14,14 @@ from jaxtyping import Array, Float, Int
 
 from sparsejax import schedule
 from sparsejax.config import ModelConfig
-from sparsejax.layers import Layer, Linear, Norm, Stream, parameter
+from sparsejax.embedding import Embedding, Head
+from sparsejax.layers import NOTHING, Context, Layer, Losses, Norm, Stream
 
 Cache = dict[str, Any]
 
 
 class Model(nnx.Module):
-    """A causal sequence model.
+    """A sequence model.
 
     The schedule is folded into `before + period * repeats + after`. The layers of the period hold their
     parameters with a leading axis of `repeats` and run in one `lax.scan`, so that compile time follows the
@@ -26,48 +29,67 @@ class Model(nnx.Module):
     """
 
     def __init__(self, config: ModelConfig, rngs: nnx.Rngs):
+        self.config = config
         names = config.names
-        stream = Stream(config.width, len(names), jnp.dtype(config.dtype))
+        stream = Stream(config.width, len(names), jnp.dtype(config.dtype), config.reversible)
         self.fold = schedule.fold(names) if config.scan else schedule.Fold(names, (), 0, ())
 
         def build(names: tuple[str, ...], rngs: nnx.Rngs) -> nnx.List:
             return nnx.List([Layer(config.layers[name], stream, rngs) for name in names])
 
-        init = jax.nn.initializers.normal(config.width**-0.5)
-        self.embedding = parameter(rngs, init, (config.vocab, config.width), ("vocab", "width"))
+        self.embedding = Embedding(config, stream, rngs)
         self.before = build(self.fold.before, rngs)
         keys = jax.random.split(rngs.params(), max(self.fold.repeats, 1))
         self.period = nnx.vmap(lambda key: build(self.fold.period, nnx.Rngs(key)))(keys)
         self.after = build(self.fold.after, rngs)
-        self.norm = Norm(config.norm, config.width, rngs)
-        self.dtype = stream.dtype
-        axes = ("width", "vocab")
-        self.head = None if config.tied else Linear(config.width, config.vocab, axes, dtype=stream.dtype, rngs=rngs)
+        self.norm = Norm(config.norm, config.width * (2 if config.reversible else 1), rngs)
+        self.head = Head(config, stream, rngs)
 
-    def __call__(
-        self, tokens: Int[Array, "b t"], place: Callable[[Array], Array] = lambda x: x
-    ) -> Float[Array, "b t v"]:
-        """Logits of the next token at every position, in float32.
+    def __call__(self, tokens: Int[Array, "b t"], context: Context = NOTHING) -> Float[Array, "b t v"]:
+        """Logits at every position, in float32; of the next token if the model is causal."""
+        return self.forward(tokens, context)[0]
+
+    def forward(
+        self, tokens: Int[Array, "b t"], context: Context = NOTHING, place: Callable[[Array], Array] = lambda x: x
+    ) -> tuple[Float[Array, "b t v"], Losses]:
+        """Logits, and what the layers add to the loss, by name and weighted.
 
         Args:
           tokens: token ids.
+          context: what the layers may know of the tokens.
           place: applied to the stream [b, t, m] between layers; the training step keeps its sharding with it.
         """
-        x = place(self._embed(tokens))
-        for layer in self.before:
-            x = place(layer(x))
+        x, context = self._enter(tokens, context)
+        x, losses = place(x), []
+
+        def run(layers: nnx.List, x: Array, first: Array | int) -> tuple[Array, list[Losses]]:
+            found = []
+            for number, layer in enumerate(layers):
+                x, more = layer(x, dataclasses.replace(context, layer=jnp.asarray(first + number)))
+                x = place(x)
+                found.append(more)
+            return x, found
+
+        x, found = run(self.before, x, 0)
+        losses += found
         if self.fold.repeats:
             graph, parameters = nnx.split(self.period)
+            x, found = jax.lax.scan(
+                lambda x, each: run(nnx.merge(graph, each[0]), x, each[1]), x, (parameters, self._period_starts)
+            )
+            losses += jax.tree.map(jnp.sum, found)
+        x, found = run(self.after, x, len(self.config.names) - len(self.after))
+        losses += found
+        return self._leave(x), _add(losses)
 
-            def run_period(x, parameters):
-                for layer in nnx.merge(graph, parameters):
-                    x = place(layer(x))
-                return x, None
-
-            x, _ = jax.lax.scan(run_period, x, parameters)
-        for layer in self.after:
-            x = place(layer(x))
-        return self._logits(x)
+    def streams(self, tokens: Int[Array, "b t"], context: Context = NOTHING) -> list[Float[Array, "b t m"]]:
+        """The stream before the first layer, after each layer, and after the last norm; every layer unrolled."""
+        x, context = self._enter(tokens, context)
+        streams = [x]
+        for number, layer in enumerate(self._unroll()):
+            x, _ = layer(x, dataclasses.replace(context, layer=jnp.asarray(number)))
+            streams.append(x)
+        return [*streams, self.norm(x)]
 
     def init_cache(self, batch: int, length: int) -> Cache:
         """Empty caches for decoding `length` tokens; the period's have a leading axis of `repeats`."""
@@ -85,31 +107,60 @@ class Model(nnx.Module):
         self, tokens: Int[Array, " b"], cache: Cache, position: Int[Array, ""], length: int
     ) -> tuple[Float[Array, "b v"], Cache]:
         """Logits after one more token at `position`, and the next cache; `length` as given to `init_cache`."""
+        x = self._double(self.embedding.step(tokens, position))
+        context = Context(embeddings=x)
 
-        def run(layers, x, caches):
+        def run(layers, x, caches, first):
             after = []
-            for layer, held in zip(layers, caches, strict=True):
-                x, held = layer.step(x, held, position, length)
+            for number, (layer, held) in enumerate(zip(layers, caches, strict=True)):
+                here = dataclasses.replace(context, layer=jnp.asarray(first + number))
+                x, held = layer.step(x, held, position, length, here)
                 after.append(held)
             return x, after
 
-        x, before = run(self.before, self._embed(tokens), cache["before"])
+        x, before = run(self.before, x, cache["before"], 0)
         period = cache["period"]
         if self.fold.repeats:
             graph, parameters = nnx.split(self.period)
             x, period = jax.lax.scan(
-                lambda x, each: run(nnx.merge(graph, each[0]), x, each[1]), x, (parameters, period)
+                lambda x, each: run(nnx.merge(graph, each[0]), x, *each[1:]),
+                x,
+                (parameters, period, self._period_starts),
             )
-        x, after = run(self.after, x, cache["after"])
-        return self._logits(x), {"before": before, "period": period, "after": after}
+        x, after = run(self.after, x, cache["after"], len(self.config.names) - len(self.after))
+        return self._leave(x), {"before": before, "period": period, "after": after}
 
-    def _embed(self, tokens: Array) -> Array:
-        return self.embedding[...].astype(self.dtype)[tokens]
+    @property
+    def _period_starts(self) -> Array:
+        """The number of the first layer of each turn of the period."""
+        return len(self.fold.before) + len(self.fold.period) * jnp.arange(self.fold.repeats)
 
-    def _logits(self, x: Array) -> Array:
-        weight = self.embedding[...].T if self.head is None else self.head.weight[...]
-        # Multiplied in the stream's dtype, but summed and kept in float32: the loss would feel the rounding.
-        return jnp.matmul(self.norm(x), weight.astype(self.dtype), preferred_element_type=jnp.float32)
+    def _unroll(self) -> Iterator[Layer]:
+        """Every layer in order, those of the period cut out of their stack."""
+        yield from self.before
+        graph, parameters = nnx.split(self.period)
+        for turn in range(self.fold.repeats):
+            yield from nnx.merge(graph, jax.tree.map(operator.itemgetter(turn), parameters))
+        yield from self.after
+
+    def _enter(self, tokens: Array, context: Context) -> tuple[Array, Context]:
+        x = self._double(self.embedding(tokens))
+        return x, dataclasses.replace(context, embeddings=x)
+
+    def _double(self, x: Array) -> Array:
+        return jnp.concatenate([x, x], axis=-1) if self.config.reversible else x
+
+    def _leave(self, x: Array) -> Array:
+        return self.head(self.norm(x), self.embedding.tokens[...])
+
+
+def _add(losses: list[Losses]) -> Losses:
+    """The sum over layers, name by name."""
+    total: Losses = {}
+    for one in losses:
+        for name, value in one.items():
+            total[name] = total.get(name, 0.0) + value
+    return total
 
 
 class Functional:

@@ -15,7 +15,7 @@ BATCH_AXES = ("data", "fsdp")
 
 # Logical axis of a parameter -> mesh axis. Axes not named here, and those that the mesh axis does not divide,
 # are replicated.
-RULES = {"vocab": "tensor", "width": "fsdp", "heads": "tensor", "ff": "tensor", "inner": "tensor"}
+RULES = {"vocab": "tensor", "width": "fsdp", "heads": "tensor", "ff": "tensor", "inner": "tensor", "experts": "tensor"}
 
 
 def make_mesh(config: ShardingConfig) -> Mesh:
@@ -62,6 +62,7 @@ def parameter_shardings(mesh: Mesh, shapes: Any, axes: Any) -> Any:
     def shard(leaf: Any, names: tuple[str | None, ...]) -> NamedSharding:
         places = [RULES.get(name) for name in names]
         fits = [p if p and n % mesh.shape[p] == 0 else None for n, p in zip(leaf.shape, places, strict=True)]
+        fits = [None if p in fits[:i] else p for i, p in enumerate(fits)]  # a mesh axis splits an array once
         return NamedSharding(mesh, PartitionSpec(*fits))
 
     return jax.tree.map(shard, shapes, axes)

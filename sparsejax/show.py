@@ -12,7 +12,7 @@ from rich.table import Table
 from sparsejax import complexity, patterns
 from sparsejax.account import Account, account_model
 from sparsejax.config import Config, ConfigError
-from sparsejax.layers import AttentionConfig, LayerConfig
+from sparsejax.layers import LayerConfig
 
 
 def show(config: Config, length: int | None, console: Console) -> None:
@@ -108,10 +108,9 @@ def _numbers(account: Account) -> tuple[str, ...]:
 
 
 def _describe(layer: LayerConfig) -> tuple[str, str]:
-    mixer = layer.mixer
-    if isinstance(mixer, AttentionConfig):
-        return f"attention {mixer.heads}/{mixer.kv_heads} x {mixer.head_width}", mixer.pattern
-    return f"mamba {mixer.inner} x {mixer.state}", "-"
+    if layer.mixer is None:
+        return "-", "-"
+    return layer.mixer.summary, getattr(layer.mixer, "pattern", "-")
 
 
 def _print(console: Console, *lines: str) -> None:

@@ -8,7 +8,7 @@ from ml_collections import ConfigDict
 
 from sparsejax import config as configs
 from sparsejax.config import ConfigError
-from sparsejax.layers import AttentionConfig, MambaConfig
+from sparsejax.layers import FEEDFORWARDS, MIXERS, AttentionConfig, MambaConfig
 
 LOCAL = "model.layers.local.mixer"
 SSM = "model.layers.ssm.mixer"
@@ -105,8 +105,8 @@ def test_every_key_must_be_there(tiny_config, key):
         ("train", 3, "a section, got 3"),
         ("train.steps", {"a": 1}, "an integer, got a section"),
         ("model.norm", "rms", "a section, got 'rms'"),
-        ("model.layers", {}, "a section with at least one entry, got a section"),
-        ("model.layers", ["ssm"], "a section with at least one entry, got ['ssm']"),
+        ("model.embedding", 1, "a section, got 1"),
+        ("model.layers", ["ssm"], "a section, got ['ssm']"),
         ("model.layers.local", "attention", "a section, got 'attention'"),
         (LOCAL, "attention", "a section, got 'attention'"),
     ],
@@ -127,7 +127,7 @@ def test_types(tiny_config, key, value, expected):
             "ssm locl",
             "model: schedule 'ssm locl': column 5: layer 'locl' is not defined, did you mean 'local'?",
         ),
-        (f"{LOCAL}.kind", "mama", f"{LOCAL}.kind: must be one of attention, mamba, got 'mama'"),
+        (f"{LOCAL}.kind", "mama", f"{LOCAL}.kind: must be one of {', '.join(MIXERS)}, got 'mama'"),
         (f"{LOCAL}.kv_heads", 3, f"{LOCAL}: heads = 4 is not divisible by kv_heads = 3"),
         (f"{LOCAL}.heads", 0, f"{LOCAL}: heads, kv_heads and head_width must be at least 1"),
         (f"{LOCAL}.head_width", 7, f"{LOCAL}: rotary positions need an even head_width and rope_base > 1"),
@@ -150,11 +150,15 @@ def test_types(tiny_config, key, value, expected):
         ),
         (f"{SSM}.conv", 0, f"{SSM}: inner, state, conv and dt_rank must be at least 1"),
         (f"{SSM}.dt_max", 1e-4, f"{SSM}: needs 0 < dt_min <= dt_max, got 0.001 and 0.0001"),
-        ("model.layers.full.norm_position", "mid", "model.layers.full: norm_position must be pre or post, got 'mid'"),
+        (
+            "model.layers.full.norm_position",
+            "mid",
+            "model.layers.full: norm_position must be pre, post or both, got 'mid'",
+        ),
         (
             "model.layers.full.mlp.kind",
             "glu",
-            "model.layers.full.mlp: kind must be one of gated, plain, none, got 'glu'",
+            f"model.layers.full.mlp.kind: must be one of {', '.join(FEEDFORWARDS)}, got 'glu'",
         ),
         (
             "model.layers.full.mlp.activation",

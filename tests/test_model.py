@@ -19,7 +19,7 @@ from tests.tolerances import assert_close
 
 BATCH, LENGTH, VOCAB, WIDTH = 2, 12, 17, 8
 NORM = NormConfig("rms", 1e-6)
-BARE = functools.partial(LayerConfig, mlp=MlpConfig("none", 0, "relu"), norm=NORM, norm_position="pre", remat=False)
+BARE = functools.partial(LayerConfig, mlp=None, norm=NORM, norm_position="pre", remat=False)
 ATTENTION = AttentionConfig("causal", 2, 1, 4, rope_base=100.0, qk_norm=NORM, impl="auto")
 CONFIG = ModelConfig(
     vocab=VOCAB,
@@ -117,10 +117,10 @@ def test_an_untied_post_norm_model_without_a_period_whose_logits_depend_on_the_p
     mix = np.random.default_rng(1).normal(size=VOCAB).astype(np.float32)
 
     def run(embedding):
-        logits = Functional(config).bind(held | {"embedding": embedding})(tokens)
+        logits = Functional(config).bind(held | {"embedding": {"tokens": embedding}})(tokens)
         return (logits[0] * mix).sum(-1), logits
 
-    jacobian, logits = jax.jit(jax.jacrev(run, has_aux=True))(held["embedding"])
+    jacobian, logits = jax.jit(jax.jacrev(run, has_aux=True))(held["embedding"]["tokens"])
     assert_close("logits", logits, reference.model(config, jax.tree.map(np.float64, held), tokens), "float32")
     np.testing.assert_array_equal((jacobian[:, :LENGTH] != 0).any(-1), np.tri(LENGTH, dtype=bool))
 
@@ -156,7 +156,7 @@ def test_place_is_applied_to_the_stream_between_layers():
         seen.append(x.shape)
         return x
 
-    jax.eval_shape(lambda p: Functional(CONFIG).bind(p)(TOKENS, place), Functional(CONFIG).shapes)
+    jax.eval_shape(lambda p: Functional(CONFIG).bind(p).forward(TOKENS, place=place), Functional(CONFIG).shapes)
     assert seen == [(BATCH, LENGTH, WIDTH)] * 4  # the embedding, the period's two, full
 
 
@@ -181,13 +181,13 @@ def test_every_parameter_has_axes(schedule, scan):
 def test_axes_of_a_scanned_and_of_an_unrolled_layer():
     functional = Functional(change(tied=False, schedule="full 2x(ssm local) full"))
     axes, shapes = functional.axes, functional.shapes
-    assert axes["embedding"] == ("vocab", "width")
+    assert axes["embedding"]["tokens"] == ("vocab", "width")
     assert axes["head"]["weight"] == ("width", "vocab")
     assert axes["before"][0]["mixer"]["query"]["weight"] == ("width", "heads")
     assert axes["period"][0]["mixer"]["log_decay"] == (None, "inner", None)
     assert shapes["period"][0]["mixer"]["log_decay"].shape == (2, 12, 3)
     assert axes["period"][1]["mlp"]["down"]["weight"] == (None, "ff", "width")
-    assert axes["after"][0]["mixer_norm"]["scale"] == ("width",)
+    assert axes["after"][0]["mixer_residual"]["before"]["scale"] == ("width",)
 
 
 def test_the_number_of_parameters_by_hand():

@@ -1,22 +1,28 @@
 """Layers of a sequence model, as thin Flax NNX modules."""
 
 from sparsejax.layers.attention import Attention, AttentionConfig
-from sparsejax.layers.layer import MIXERS, Layer, LayerConfig, MixerConfig
+from sparsejax.layers.layer import FEEDFORWARDS, FeedForwardConfig, Layer, LayerConfig, Losses, ResidualConfig
 from sparsejax.layers.mamba import Mamba, MambaConfig
-from sparsejax.layers.mlp import Mlp, MlpConfig
+from sparsejax.layers.mixers import MIXERS, BranchConfig, MixerConfig, Parallel, ParallelConfig
+from sparsejax.layers.mlp import ACTIVATIONS, Mlp, MlpConfig
 from sparsejax.layers.norm import Norm, NormConfig
 from sparsejax.layers.stream import NOTHING, Context, Cost, Linear, Stream, parameter
 
 __all__ = [
+    "ACTIVATIONS",
+    "FEEDFORWARDS",
     "MIXERS",
     "NOTHING",
     "Attention",
     "AttentionConfig",
+    "BranchConfig",
     "Context",
     "Cost",
+    "FeedForwardConfig",
     "Layer",
     "LayerConfig",
     "Linear",
+    "Losses",
     "Mamba",
     "MambaConfig",
     "MixerConfig",
@@ -24,6 +30,9 @@ __all__ = [
     "MlpConfig",
     "Norm",
     "NormConfig",
+    "Parallel",
+    "ParallelConfig",
+    "ResidualConfig",
     "Stream",
     "parameter",
 ]

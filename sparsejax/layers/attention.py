@@ -42,6 +42,11 @@ class AttentionConfig:
             raise ValueError(f"pattern is for {pattern.heads} heads, heads = {self.heads}: {self.pattern!r}")
 
     @property
+    def summary(self) -> str:
+        """Kind and sizes, in a few words."""
+        return f"attention {self.heads}/{self.kv_heads} x {self.head_width}"
+
+    @property
     def sees(self) -> patterns.Pattern:
         """What a position takes from the others."""
         return patterns.parse(self.pattern)

@@ -1,83 +1,170 @@
-"""A layer: one residual unit, a mixer and usually an MLP, each with its norm."""
+"""A layer: one residual unit, a mixer or a feed-forward part or both, each with its norms."""
 
 from __future__ import annotations
 
 import dataclasses
 
 import jax
+import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
-from sparsejax.layers.attention import Attention, AttentionConfig
-from sparsejax.layers.mamba import Mamba, MambaConfig
+from sparsejax import patterns
+from sparsejax.layers.mixers import MixerConfig, make_mixer
 from sparsejax.layers.mlp import Mlp, MlpConfig
 from sparsejax.layers.norm import Norm, NormConfig
-from sparsejax.layers.stream import Cost, Stream
+from sparsejax.layers.stream import NOTHING, Context, Cost, Stream
 
-# A new mixer is one file and one line here. Each has __call__, init_cache, step and cost; its config has `sees`, the
-# pattern of what a position takes from the others.
-MIXERS = {"attention": (AttentionConfig, Attention), "mamba": (MambaConfig, Mamba)}
-MixerConfig = AttentionConfig | MambaConfig
+# Feed-forward parts by their `kind`; each is called with the stream and the context, and gives what it adds and a
+# dict of losses.
+FEEDFORWARDS = {"gated": (MlpConfig, Mlp), "plain": (MlpConfig, Mlp)}
+FeedForwardConfig = MlpConfig
+Losses = dict[str, Float[Array, ""]]
+
+
+@dataclasses.dataclass(frozen=True)
+class ResidualConfig:
+    """How a branch f joins the stream: `keep` · base + `scale` · f(...).
+
+    `base` is "stream", or "norm" for what the branch's norm made of it (MiniMax-01, arXiv:2501.08313). DeepNorm
+    (arXiv:2203.00555) is norm_position "post" with keep = (2 · depth) ** 0.25.
+    """
+
+    base: str = "stream"
+    keep: float = 1.0
+    scale: float = 1.0
+
+    def __post_init__(self):
+        if self.base not in ("stream", "norm"):
+            raise ValueError(f"base must be stream or norm, got {self.base!r}")
 
 
 @dataclasses.dataclass(frozen=True)
 class LayerConfig:
-    """`norm_position`: "pre" (x + f(norm(x)), arXiv:2002.04745) or "post" (norm(x + f(x)))."""
+    """A mixer, then a feed-forward part; either may be None.
 
-    mixer: MixerConfig
-    mlp: MlpConfig
+    `norm_position`: "pre" (x + f(norm(x)), arXiv:2002.04745), "post" (norm(x + f(x))) or "both" (x + norm(f(norm(x))),
+    Gemma 2, arXiv:2408.00118).
+    """
+
+    mixer: MixerConfig | None
+    mlp: FeedForwardConfig | None
     norm: NormConfig
     norm_position: str
     remat: bool  # compute activations again in the backward pass instead of keeping them
+    mixer_norm: NormConfig | None = None  # before the mixer, if it is another one than `norm`
+    mixer_residual: ResidualConfig = ResidualConfig()
+    mlp_residual: ResidualConfig = ResidualConfig()
 
     def __post_init__(self):
-        if self.norm_position not in ("pre", "post"):
-            raise ValueError(f"norm_position must be pre or post, got {self.norm_position!r}")
+        if self.norm_position not in ("pre", "post", "both"):
+            raise ValueError(f"norm_position must be pre, post or both, got {self.norm_position!r}")
+        if self.mixer is None and self.mlp is None:
+            raise ValueError("mixer and mlp are both None: a layer needs one of them")
+
+    @property
+    def sees(self) -> patterns.Pattern:
+        """What a position takes from the others: without a mixer, itself alone."""
+        return patterns.Window(0) if self.mixer is None else self.mixer.sees
+
+
+class Residual(nnx.Module):
+    """A branch's norms and its way back into the stream."""
+
+    def __init__(self, config: ResidualConfig, position: str, norm: NormConfig, out: NormConfig, width, rngs):
+        self.config = config
+        self.before = Norm(norm, width, rngs) if position in ("pre", "both") else None
+        self.within = Norm(out, width, rngs) if position == "both" else None
+        self.after = Norm(out, width, rngs) if position == "post" else None
+
+    def enter(self, x: Array) -> Array:
+        """What the branch reads."""
+        return x if self.before is None else self.before(x)
+
+    def leave(self, x: Array, y: Array, read: Array) -> Array:
+        """The stream `x` with the branch's output `y`; `read` is what the branch read."""
+        config = self.config
+        y = y if self.within is None else self.within(y)
+        base = read if config.base == "norm" else x
+        x = (base if config.keep == 1 else config.keep * base) + (y if config.scale == 1 else config.scale * y)
+        return x if self.after is None else self.after(x)
 
 
 class Layer(nnx.Module):
-    """A residual unit of the stream."""
+    """A residual unit of the stream.
+
+    In a reversible stream (arXiv:2001.04451) x is two streams side by side, x1 and x2: the mixer reads x2 and is
+    added to x1, then the feed-forward part reads x1 and is added to x2.
+    """
 
     def __init__(self, config: LayerConfig, stream: Stream, rngs: nnx.Rngs):
-        self.config = config
-        mixer = next(module for kind, module in MIXERS.values() if isinstance(config.mixer, kind))
-        self.mixer = mixer(config.mixer, stream, rngs)
-        self.mixer_norm = Norm(config.norm, stream.width, rngs)
-        has_mlp = config.mlp.kind != "none"
-        self.mlp = Mlp(config.mlp, stream, rngs) if has_mlp else None
-        self.mlp_norm = Norm(config.norm, stream.width, rngs) if has_mlp else None
+        self.config, self.reversible = config, stream.reversible
+        norm, place = config.norm, config.norm_position
 
-    def __call__(self, x: Float[Array, "b t m"]) -> Float[Array, "b t m"]:
-        """The stream after this layer, for a whole sequence."""
-        return jax.checkpoint(self._run)(x) if self.config.remat else self._run(x)
+        def residual(how: ResidualConfig, first: NormConfig) -> Residual:
+            return Residual(how, place, first, norm, stream.width, rngs)
+
+        self.mixer = None if config.mixer is None else make_mixer(config.mixer, stream, rngs)
+        self.mlp = None if config.mlp is None else make_feed_forward(config.mlp, stream, rngs)
+        first = norm if config.mixer_norm is None else config.mixer_norm
+        self.mixer_residual = None if self.mixer is None else residual(config.mixer_residual, first)
+        self.mlp_residual = None if self.mlp is None else residual(config.mlp_residual, norm)
+
+    def __call__(self, x: Float[Array, "b t m"], context: Context = NOTHING) -> tuple[Float[Array, "b t m"], Losses]:
+        """The stream after this layer, for a whole sequence, and the losses of its parts."""
+        return jax.checkpoint(self._run)(x, context) if self.config.remat else self._run(x, context)
 
     def init_cache(self, batch: int, length: int) -> dict[str, Array]:
         """The mixer's cache before the first of `length` tokens."""
-        return self.mixer.init_cache(batch, length)
+        return {} if self.mixer is None else self.mixer.init_cache(batch, length)
 
     def step(
-        self, x: Float[Array, "b m"], cache: dict[str, Array], position: Int[Array, ""], length: int
+        self,
+        x: Float[Array, "b m"],
+        cache: dict[str, Array],
+        position: Int[Array, ""],
+        length: int,
+        context: Context = NOTHING,
     ) -> tuple[Float[Array, "b m"], dict[str, Array]]:
         """The stream after this layer, for one more token, and the next cache."""
-        y, cache = self.mixer.step(self._enter(x, self.mixer_norm), cache, position, length)
-        return self._feed(self._leave(x, y, self.mixer_norm)), cache
+
+        def mix(read: Array) -> tuple[Array, dict[str, Array]]:
+            return self.mixer.step(read, cache, position, length, context)
+
+        x, cache = self._mix(x, mix, cache)
+        # A feed-forward part works on sequences: [b, 1, m].
+        x, _ = self._feed(x[:, None], NOTHING)
+        return x[:, 0], cache
 
     def cost(self, length: int) -> Cost:
         """Scored pairs, and forward FLOPs for each token."""
-        cost = self.mixer.cost(length)
-        return cost if self.mlp is None else dataclasses.replace(cost, flops=cost.flops + self.mlp.flops)
+        cost = Cost(0, 0.0) if self.mixer is None else self.mixer.cost(length)
+        return cost if self.mlp is None else cost + Cost(0, self.mlp.flops)
 
-    def _run(self, x: Array) -> Array:
-        y = self.mixer(self._enter(x, self.mixer_norm))
-        return self._feed(self._leave(x, y, self.mixer_norm))
+    def _run(self, x: Array, context: Context) -> tuple[Array, Losses]:
+        x, _ = self._mix(x, lambda read: (self.mixer(read, context), None), None)
+        return self._feed(x, context)
 
-    def _feed(self, x: Array) -> Array:
-        if self.mlp is None:
-            return x
-        return self._leave(x, self.mlp(self._enter(x, self.mlp_norm)), self.mlp_norm)
+    def _mix(self, x: Array, run, nothing):
+        return (x, nothing) if self.mixer is None else self._join(x, self.mixer_residual, run, 0)
 
-    def _enter(self, x: Array, norm: Norm) -> Array:
-        return norm(x) if self.config.norm_position == "pre" else x
+    def _feed(self, x: Array, context: Context) -> tuple[Array, Losses]:
+        return (x, {}) if self.mlp is None else self._join(x, self.mlp_residual, lambda r: self.mlp(r, context), 1)
 
-    def _leave(self, x: Array, y: Array, norm: Norm) -> Array:
-        return x + y if self.config.norm_position == "pre" else norm(x + y)
+    def _join(self, x: Array, residual: Residual, run, side: int):
+        """The stream with a branch's output, and what else `run` gives; of two streams, `side` is written."""
+        if not self.reversible:
+            read = residual.enter(x)
+            y, more = run(read)
+            return residual.leave(x, y, read), more
+        streams = jnp.split(x, 2, axis=-1)
+        read = residual.enter(streams[1 - side])
+        y, more = run(read)
+        streams[side] = residual.leave(streams[side], y, read)
+        return jnp.concatenate(streams, axis=-1), more
+
+
+def make_feed_forward(config: FeedForwardConfig, stream: Stream, rngs: nnx.Rngs) -> nnx.Module:
+    """The module that `config` describes."""
+    module = next(module for kind, module in FEEDFORWARDS.values() if isinstance(config, kind))
+    return module(config, stream, rngs)

@@ -33,6 +33,11 @@ class MambaConfig:
             raise ValueError(f"needs 0 < dt_min <= dt_max, got {self.dt_min} and {self.dt_max}")
 
     @property
+    def summary(self) -> str:
+        """Kind and sizes, in a few words."""
+        return f"mamba {self.inner} x {self.state}"
+
+    @property
     def sees(self) -> patterns.Pattern:
         """What a position takes from the others: its whole past, by way of the state."""
         return patterns.Causal()

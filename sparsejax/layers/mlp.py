@@ -8,15 +8,15 @@ import jax
 from flax import nnx
 from jaxtyping import Array, Float
 
-from sparsejax.layers.stream import Linear, Stream, output_scale
+from sparsejax.layers.stream import NOTHING, Context, Linear, Stream, output_scale
 
 ACTIVATIONS = {"silu": jax.nn.silu, "gelu": jax.nn.gelu, "relu": jax.nn.relu}
-KINDS = ("gated", "plain", "none")
+KINDS = ("gated", "plain")
 
 
 @dataclasses.dataclass(frozen=True)
 class MlpConfig:
-    """`kind`: "gated" (GLU, arXiv:2002.05202), "plain" or "none"; `width`: hidden width; `activation`: by name."""
+    """`kind`: "gated" (GLU, arXiv:2002.05202) or "plain"; `width`: hidden width; `activation`: by name."""
 
     kind: str
     width: int
@@ -27,7 +27,7 @@ class MlpConfig:
             raise ValueError(f"kind must be one of {', '.join(KINDS)}, got {self.kind!r}")
         if self.activation not in ACTIVATIONS:
             raise ValueError(f"activation must be one of {', '.join(ACTIVATIONS)}, got {self.activation!r}")
-        if self.kind != "none" and self.width < 1:
+        if self.width < 1:
             raise ValueError(f"width must be at least 1, got {self.width}")
 
 
@@ -41,9 +41,12 @@ class Mlp(nnx.Module):
         self.gate = Linear(m, f, ("width", "ff"), dtype=dtype, rngs=rngs) if config.kind == "gated" else None
         self.down = Linear(f, m, ("ff", "width"), dtype=dtype, rngs=rngs, scale=output_scale(stream))
 
-    def __call__(self, x: Float[Array, "*b m"]) -> Float[Array, "*b m"]:
+    def __call__(
+        self, x: Float[Array, "*b m"], context: Context = NOTHING
+    ) -> tuple[Float[Array, "*b m"], dict[str, Array]]:
+        """The output, and no losses."""
         activate = ACTIVATIONS[self.config.activation]
-        return self.down(activate(self.up(x)) if self.gate is None else activate(self.gate(x)) * self.up(x))
+        return self.down(activate(self.up(x)) if self.gate is None else activate(self.gate(x)) * self.up(x)), {}
 
     @property
     def flops(self) -> float:

@@ -18,6 +18,7 @@ class Stream:
     width: int  # m
     depth: int  # number of layers; output projections start smaller in deeper models
     dtype: jnp.dtype  # of the computation; parameters are float32
+    reversible: bool = False  # two streams side by side, see `Layer`
 
 
 @jax.tree_util.register_dataclass
@@ -78,6 +79,10 @@ class Cost:
     pairs: int
     flops: float
     tiles: tuple[int, int] = (0, 0)
+
+    def __add__(self, other: Cost) -> Cost:
+        tiles = self.tiles[0] + other.tiles[0], self.tiles[1] + other.tiles[1]
+        return Cost(self.pairs + other.pairs, self.flops + other.flops, tiles)
 
 
 class Linear(nnx.Module):

@@ -80,7 +80,7 @@ def build_evaluation(model: Functional, mesh: Mesh) -> Callable[[Any, Batch], tu
     place = _keep_batch_sharded(mesh)
 
     def evaluate(parameters: Any, batch: Batch) -> tuple[Array, Array]:
-        logits = model.bind(parameters)(batch["inputs"], place)
+        logits, _ = model.bind(parameters).forward(batch["inputs"], place=place)
         return token_losses(logits, batch["targets"], batch["weights"]).sum(0), batch["weights"].sum(0)
 
     return jax.jit(evaluate)
@@ -91,8 +91,10 @@ def _gradient(model: Functional, parts: int, mesh: Mesh):
     place = _keep_batch_sharded(mesh)
 
     def total_loss(parameters: Any, batch: Batch) -> Array:
-        logits = model.bind(parameters)(batch["inputs"], place)
-        return token_losses(logits, batch["targets"], batch["weights"]).sum()
+        logits, others = model.bind(parameters).forward(batch["inputs"], place=place)
+        weights = batch["weights"]
+        # What the layers add is a mean over tokens already; it counts for as much as the tokens it is a mean of.
+        return token_losses(logits, batch["targets"], weights).sum() + weights.sum() * sum(others.values())
 
     def differentiate(parameters: Any, batch: Batch) -> tuple[Array, Any]:
         scale = 1 / jnp.maximum(batch["weights"].sum(), 1)

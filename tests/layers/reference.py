@@ -109,23 +109,27 @@ def mamba(config, w, x):
 
 def layer(config, w, x):
     mixer = attention if isinstance(config.mixer, AttentionConfig) else mamba
-    parts = [(lambda x: mixer(config.mixer, w["mixer"], x), w.get("mixer_norm"))]
-    if config.mlp.kind != "none":
-        parts.append((lambda x: mlp(config.mlp, w["mlp"], x), w.get("mlp_norm")))
-    for part, scales in parts:
-        if config.norm_position == "pre":
-            x = x + part(norm(config.norm, scales, x))
-        else:
-            x = norm(config.norm, scales, x + part(x))
+    parts = []
+    if config.mixer is not None:
+        first = config.mixer_norm or config.norm
+        parts.append((lambda x: mixer(config.mixer, w["mixer"], x), "mixer_residual", config.mixer_residual, first))
+    if config.mlp is not None:
+        parts.append((lambda x: mlp(config.mlp, w["mlp"], x), "mlp_residual", config.mlp_residual, config.norm))
+    for part, name, how, first in parts:
+        scales = w.get(name, {})
+        read = x if config.norm_position == "post" else norm(first, scales.get("before"), x)
+        y = norm(config.norm, scales.get("within"), part(read)) if config.norm_position == "both" else part(read)
+        x = how.keep * (read if how.base == "norm" else x) + how.scale * y
+        x = norm(config.norm, scales.get("after"), x) if config.norm_position == "post" else x
     return x
 
 
 def model(config, w, tokens):
-    x = w["embedding"][tokens]
+    x = w["embedding"]["tokens"][tokens]
     for name, own in zip(config.names, layer_weights(config, w), strict=True):
         x = layer(config.layers[name], own, x)
     x = norm(config.norm, w.get("norm"), x)
-    return x @ (w["embedding"].T if config.tied else w["head"]["weight"])
+    return x @ (w["embedding"]["tokens"].T if config.tied else w["head"]["weight"])
 
 
 def layer_weights(config, w) -> list[dict]:

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from sparsejax.layers import Layer, LayerConfig, MambaConfig, MlpConfig, NormConfig, Stream
+from sparsejax.layers import Layer, LayerConfig, MambaConfig, MlpConfig, NormConfig, ResidualConfig, Stream
 from tests.layers import reference
 from tests.layers.test_attention import CONFIG as ATTENTION
 from tests.layers.test_mixers import decode
@@ -27,8 +27,20 @@ MAMBA = MambaConfig(inner=10, state=3, conv=4, dt_rank=2, dt_min=1e-3, dt_max=0.
 CHANGES = {
     "pre": {},
     "post": {"norm_position": "post", "norm": NormConfig("layer", 1e-6)},
-    "without an mlp": {"mlp": MlpConfig("none", 0, "silu")},
+    "without an mlp": {"mlp": None},
     "without norms": {"norm": NormConfig("none", 1e-6), "mlp": MlpConfig("plain", 7, "gelu")},
+    "norms on both sides": {"norm_position": "both"},
+    "without a mixer": {"mixer": None},
+    "another first norm": {"mixer_norm": NormConfig("none", 1e-6)},
+    "residual of the norm": {
+        "mixer_residual": ResidualConfig("norm", keep=1.3, scale=0.9),
+        "mlp_residual": ResidualConfig("norm", keep=1.4, scale=1.1),
+    },
+    "deepnorm": {
+        "norm_position": "post",
+        "mixer_residual": ResidualConfig(keep=8**0.25),
+        "mlp_residual": ResidualConfig(keep=8**0.25),
+    },
     "mamba": {"mixer": MAMBA},
     "post mamba": {"mixer": MAMBA, "norm_position": "post"},
 }
@@ -44,7 +56,7 @@ def build(**change) -> Layer:
 def test_equals_the_reference_whole_and_in_steps(change):
     layer = build(**change)
     expected = reference.layer(layer.config, reference.weights(layer), X)
-    y, steps = jax.jit(lambda x: (layer(x), decode(layer, x, LENGTH)))(X)
+    y, steps = jax.jit(lambda x: (layer(x)[0], decode(layer, x, LENGTH)))(X)
     assert_close("call", y, expected, "float32")
     assert_close("steps", steps, expected, "float32")
 
@@ -53,7 +65,7 @@ def test_remat_keeps_nothing_but_inputs_for_the_backward_pass():
     def kept(layer) -> int:
         graph, parameters = nnx.split(layer)
         x = jax.ShapeDtypeStruct((2, 200, WIDTH), jnp.float32)
-        _, vjp = jax.eval_shape(lambda p, x: jax.vjp(lambda p, x: nnx.merge(graph, p)(x), p, x), parameters, x)
+        _, vjp = jax.eval_shape(lambda p, x: jax.vjp(lambda p, x: nnx.merge(graph, p)(x)[0], p, x), parameters, x)
         return sum(leaf.size for leaf in jax.tree.leaves(vjp))
 
     mixer = dataclasses.replace(CONFIG.mixer, impl="gather")  # the edge list of `segment` would be kept too
@@ -65,10 +77,28 @@ def test_the_cost_adds_the_mlp():
     layer = build()
     assert layer.cost(64).pairs == layer.mixer.cost(64).pairs
     assert layer.cost(64).flops == layer.mixer.cost(64).flops + 2 * 3 * WIDTH * 12
-    bare = build(mlp=MlpConfig("none", 0, "silu"))
+    bare = build(mlp=None)
     assert bare.cost(64) == bare.mixer.cost(64)
 
 
 def test_refuses_another_norm_position():
-    with pytest.raises(ValueError, match="norm_position must be pre or post, got 'sandwich'"):
+    with pytest.raises(ValueError, match="norm_position must be pre, post or both, got 'sandwich'"):
         dataclasses.replace(CONFIG, norm_position="sandwich")
+
+
+def test_refuses_a_layer_of_nothing():
+    with pytest.raises(ValueError, match="mixer and mlp are both None"):
+        dataclasses.replace(CONFIG, mixer=None, mlp=None)
+
+
+def test_a_reversible_layer_can_be_undone():
+    stream = Stream(WIDTH, 4, jnp.float32, reversible=True)
+    layer = reference.fill(lambda: Layer(CONFIG, stream, nnx.Rngs(0)))
+    w, x = reference.weights(layer), np.concatenate([X, X[::-1]], axis=-1)
+    y, steps = jax.jit(lambda x: (layer(x)[0], decode(layer, x, LENGTH)))(x)
+    assert_close("steps", steps, y, "float32")
+    one, two = np.split(np.asarray(y, np.float64), 2, axis=-1)
+    before = [w[name]["before"] for name in ("mixer_residual", "mlp_residual")]
+    two = two - reference.mlp(CONFIG.mlp, w["mlp"], reference.norm(CONFIG.norm, before[1], one))
+    one = one - reference.attention(CONFIG.mixer, w["mixer"], reference.norm(CONFIG.norm, before[0], two))
+    assert_close("undone", np.concatenate([one, two], axis=-1), x, "float32")

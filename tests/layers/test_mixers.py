@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from sparsejax.layers import MIXERS, AttentionConfig, MambaConfig, NormConfig, Stream
+from sparsejax.layers import MIXERS, AttentionConfig, BranchConfig, MambaConfig, NormConfig, ParallelConfig, Stream
 from sparsejax.patterns import parse
 from sparsejax.patterns.library import NAMES
 from tests.layers import reference
@@ -44,6 +44,14 @@ def attention(pattern: str, impl: str = "auto") -> AttentionConfig:
 
 
 MIXED = {
+    "parallel": {
+        "parallel": ParallelConfig(
+            {
+                "attention": BranchConfig(attention("causal & window(4)"), scale_in=1.2, scale_out=0.9),
+                "ssm": BranchConfig(MambaConfig(inner=8, state=3, conv=4, dt_rank=2, dt_min=1e-2, dt_max=0.5)),
+            }
+        )
+    },
     "mamba": {"mamba": MambaConfig(inner=8, state=3, conv=4, dt_rank=2, dt_min=1e-2, dt_max=0.5)},
     "attention": {pattern: attention(pattern) for pattern in PATTERNS},
 }

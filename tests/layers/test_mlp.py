@@ -21,8 +21,8 @@ def build(config: MlpConfig, dtype=jnp.float32) -> Mlp:
 def test_equals_the_reference(kind, activation):
     config = MlpConfig(kind, 10, activation)
     module = build(config)
-    assert_close(kind, module(X), reference.mlp(config, reference.weights(module), X), "float32")
-    assert_close("one token", module(X[:, 3]), module(X)[:, 3], "float32")
+    assert_close(kind, module(X)[0], reference.mlp(config, reference.weights(module), X), "float32")
+    assert_close("one token", module(X[:, 3])[0], module(X)[0][:, 3], "float32")
 
 
 @pytest.mark.parametrize(("kind", "matrices"), [("gated", 3), ("plain", 2)])
@@ -34,15 +34,15 @@ def test_bfloat16():
     config = MlpConfig("gated", 10, "silu")
     module = build(config, jnp.bfloat16)
     assert {leaf.dtype for leaf in reference.parameters(module)} == {jnp.dtype("float32")}
-    assert module(X).dtype == jnp.bfloat16
+    assert module(X)[0].dtype == jnp.bfloat16
     expected = reference.mlp(config, reference.weights(module), X)
-    assert_close("gated", module(X).astype(jnp.float32), expected, "bfloat16")
+    assert_close("gated", module(X)[0].astype(jnp.float32), expected, "bfloat16")
 
 
 @pytest.mark.parametrize(
     ("kind", "width", "activation", "message"),
     [
-        ("glu", 4, "silu", "kind must be one of gated, plain, none, got 'glu'"),
+        ("glu", 4, "silu", "kind must be one of gated, plain, got 'glu'"),
         ("plain", 4, "tanh", "activation must be one of silu, gelu, relu, got 'tanh'"),
         ("gated", 0, "silu", "width must be at least 1, got 0"),
     ],

@@ -1,0 +1,86 @@
+"""The two ends of a model: from tokens to the stream, and from the stream to logits."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float, Int
+
+from sparsejax.config import ModelConfig
+from sparsejax.layers import ACTIVATIONS, Linear, Norm, Stream, parameter
+
+
+class Embedding(nnx.Module):
+    """Token embeddings, scaled; plus type and learned absolute positions; normalised: see `EmbeddingConfig`."""
+
+    def __init__(self, config: ModelConfig, stream: Stream, rngs: nnx.Rngs):
+        self.config, self.dtype = config.embedding, stream.dtype
+        init = jax.nn.initializers.normal(config.width**-0.5)
+
+        def table(rows: int, axes: tuple[str | None, str]) -> nnx.Param | None:
+            return parameter(rngs, init, (rows, config.width), axes) if rows else None
+
+        self.tokens = table(config.vocab, ("vocab", "width"))
+        self.types = table(self.config.types, (None, "width"))
+        self.positions = table(self.config.positions, (None, "width"))
+        self.norm = None if self.config.norm is None else Norm(self.config.norm, config.width, rngs)
+
+    def __call__(self, tokens: Int[Array, "b t"]) -> Float[Array, "b t m"]:
+        """The stream before the first layer.
+
+        Raises:
+          ValueError: more tokens than there are learned positions.
+        """
+        start, rows = self.config.padding, self.config.positions
+        if rows and tokens.shape[1] + (0 if start is None else start + 1) > rows:
+            raise ValueError(f"{tokens.shape[1]} tokens are more than the {rows} positions that the model has")
+        if start is None:
+            return self._embed(tokens, jnp.arange(tokens.shape[1]))
+        real = tokens != start
+        return self._embed(tokens, start + jnp.cumsum(real, axis=1) * real)
+
+    def step(self, tokens: Int[Array, " b"], position: Int[Array, ""]) -> Float[Array, "b m"]:
+        """The embedding of one token, at `position`; padding has no place in a step."""
+        return self._embed(tokens, position if self.config.padding is None else position + self.config.padding + 1)
+
+    def _embed(self, tokens: Array, positions: Array) -> Array:
+        x = self.tokens[...].astype(self.dtype)[tokens]
+        x = x if self.config.scale == 1 else x * jnp.asarray(self.config.scale, self.dtype)
+        if self.types is not None:
+            x = x + self.types[...].astype(self.dtype)[0]
+        if self.positions is not None:
+            x = x + self.positions[...].astype(self.dtype)[positions]
+        return x if self.norm is None else self.norm(x)
+
+
+class Head(nnx.Module):
+    """Logits from the last norm's output: see `HeadConfig`."""
+
+    def __init__(self, config: ModelConfig, stream: Stream, rngs: nnx.Rngs):
+        self.config, self.dtype = config.head, stream.dtype
+        m, inputs = config.width, config.width * (2 if config.reversible else 1)
+        self.linear = self.norm = None
+        if self.config.activation is not None:
+            axes = ("width", None)
+            self.linear = Linear(m, m, axes, dtype=stream.dtype, rngs=rngs, bias=self.config.linear_bias)
+        if self.config.norm is not None:
+            self.norm = Norm(self.config.norm, m, rngs)
+        init = jax.nn.initializers.normal(inputs**-0.5)
+        self.weight = None if config.tied else parameter(rngs, init, (inputs, config.vocab), ("width", "vocab"))
+        zeros = jax.nn.initializers.zeros
+        self.bias = parameter(rngs, zeros, (config.vocab,), ("vocab",)) if self.config.bias else None
+
+    def __call__(self, x: Float[Array, "*b m"], embedding: Float[Array, "v m"]) -> Float[Array, "*b v"]:
+        """Logits in float32; `embedding` is the tokens' table, for heads that are tied to it."""
+        if self.linear is not None:
+            x = ACTIVATIONS[self.config.activation](self.linear(x))
+        if self.norm is not None:
+            x = self.norm(x)
+        weight = embedding.T if self.weight is None else self.weight[...]
+        # Multiplied in the stream's dtype, but summed and kept in float32: the loss would feel the rounding.
+        logits = jnp.matmul(x, weight.astype(self.dtype), preferred_element_type=jnp.float32)
+        logits = logits if self.bias is None else logits + self.bias[...]
+        logits = logits if self.config.scale == 1 else logits * self.config.scale
+        cap = self.config.softcap
+        return logits if cap is None else cap * jnp.tanh(logits / cap)
