@@ -30,7 +30,7 @@ def attention(pattern):
         heads=4,
         kv_heads=2,
         head_width=32,
-        rope_base=10_000.0,
+        rope=dict(base=10_000.0),
         qk_norm=norm(),
         impl="auto",
     )

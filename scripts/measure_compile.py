@@ -23,7 +23,7 @@ from rich.console import Console
 from rich.table import Table
 
 from sparsejax.config import ModelConfig
-from sparsejax.layers import AttentionConfig, LayerConfig, MambaConfig, MixerConfig, MlpConfig, NormConfig
+from sparsejax.layers import AttentionConfig, LayerConfig, MambaConfig, MixerConfig, MlpConfig, NormConfig, RopeConfig
 from sparsejax.model import Functional
 
 COMMAND = "python scripts/measure_compile.py --out FILE.json"
@@ -39,7 +39,7 @@ def build_config(depth: int, scan: bool) -> ModelConfig:
         return LayerConfig(mixer, MlpConfig("gated", 2 * WIDTH, "silu"), norm, norm_position="pre", remat=False)
 
     def attention(pattern: str) -> LayerConfig:
-        return layer(AttentionConfig(pattern, 4, 2, WIDTH // 4, rope_base=1e4, qk_norm=norm, impl="auto"))
+        return layer(AttentionConfig(pattern, 4, 2, WIDTH // 4, rope=RopeConfig(1e4), qk_norm=norm, impl="auto"))
 
     return ModelConfig(
         vocab=VOCAB,

@@ -125,6 +125,11 @@ class ModelConfig:
         return schedule.parse(self.schedule)
 
     @property
+    def fold(self) -> schedule.Fold:
+        """Which layers are scanned, and which are unrolled."""
+        return schedule.fold(self.names) if self.scan else schedule.Fold(self.names, (), 0, ())
+
+    @property
     def sees(self) -> list[tuple[str, patterns.Pattern]]:
         """Name and pattern of each layer in order: what reach and advice start from."""
         return [(name, self.layers[name].sees) for name in self.names]

@@ -12,7 +12,6 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
-from sparsejax import schedule
 from sparsejax.config import ModelConfig
 from sparsejax.embedding import Embedding, Head
 from sparsejax.layers import NOTHING, Context, Layer, Losses, Norm, Stream
@@ -32,7 +31,7 @@ class Model(nnx.Module):
         self.config = config
         names = config.names
         stream = Stream(config.width, len(names), jnp.dtype(config.dtype), config.reversible)
-        self.fold = schedule.fold(names) if config.scan else schedule.Fold(names, (), 0, ())
+        self.fold = config.fold
 
         def build(names: tuple[str, ...], rngs: nnx.Rngs) -> nnx.List:
             return nnx.List([Layer(config.layers[name], stream, rngs) for name in names])

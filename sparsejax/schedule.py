@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from typing import NamedTuple
 
 TOKEN = re.compile(r"\s*(?:(?P<repeat>\d+)x\(|(?P<close>\))|(?P<name>[A-Za-z_]\w*))")
@@ -92,6 +92,15 @@ def fold(names: tuple[str, ...]) -> Fold:
                 stop = start + repeats * width
                 best = Fold(names[:start], names[start : start + width], repeats, names[stop:])
     return best
+
+
+def write(names: Sequence[str]) -> str:
+    """A short text that parses to these names: repetitions are folded."""
+    before, period, repeats, after = fold(tuple(names))
+    if not repeats:
+        return " ".join(names)
+    parts = [write(before), f"{repeats}x({write(period)})", write(after)]
+    return " ".join(part for part in parts if part)
 
 
 def _error(text: str, at: int, problem: str) -> ScheduleError:

@@ -26,8 +26,8 @@ def tiny_config() -> ConfigDict:
                 "schedule": "2x(ssm local) full",
                 "layers": {
                     "ssm": _layer(_mamba()),
-                    "local": _layer(_attention("causal & (window(7) | sink(2))", rope_base=10_000.0)),
-                    "full": _layer(_attention("causal", rope_base=None)),
+                    "local": _layer(_attention("causal & (window(7) | sink(2))", rope={"base": 10_000.0})),
+                    "full": _layer(_attention("causal", rope=None)),
                 },
                 "norm": _norm(),
                 "tied": True,
@@ -66,14 +66,14 @@ def _layer(mixer: dict) -> dict:
     return {"mixer": mixer, "mlp": mlp, "norm": _norm(), "norm_position": "pre", "remat": False}
 
 
-def _attention(pattern: str, rope_base: float | None) -> dict:
+def _attention(pattern: str, rope: dict | None) -> dict:
     return {
         "kind": "attention",
         "pattern": pattern,
         "heads": 4,
         "kv_heads": 2,
         "head_width": 8,
-        "rope_base": rope_base,
+        "rope": rope,
         "qk_norm": _norm(),
         "impl": "auto",
     }

@@ -27,7 +27,7 @@ MLP = MlpConfig("gated", 512, "silu")
 
 
 def attention(pattern):
-    return AttentionConfig(pattern, 2, 1, 128, rope_base=None, qk_norm=NormConfig("none", 1e-6), impl="dense")
+    return AttentionConfig(pattern, 2, 1, 128, rope=None, qk_norm=NormConfig("none", 1e-6), impl="dense")
 
 
 def xla_flops(function, *arguments):

@@ -50,7 +50,7 @@ def test_becomes_frozen_dataclasses(tiny_config):
     assert config.model.names == ("ssm", "local", "ssm", "local", "full")
     assert isinstance(config.model.layers["ssm"].mixer, MambaConfig)
     assert isinstance(config.model.layers["local"].mixer, AttentionConfig)
-    assert config.model.layers["full"].mixer.rope_base is None
+    assert config.model.layers["full"].mixer.rope is None
     assert (config.train.steps, config.data.length, config.sharding.data) == (20, 64, -1)
     with pytest.raises(AttributeError):
         config.train.steps = 1
@@ -101,7 +101,7 @@ def test_every_key_must_be_there(tiny_config, key):
         ("model.layers.ssm.remat", "yes", "true or false, got 'yes'"),
         ("model.dtype", 32, "text, got 32"),
         ("model.schedule", ("ssm", "full"), "text, got ('ssm', 'full')"),
-        (f"{LOCAL}.rope_base", "10000", "a number, got '10000'"),
+        (f"{LOCAL}.rope", "10000", "a section, got '10000'"),
         ("train", 3, "a section, got 3"),
         ("train.steps", {"a": 1}, "an integer, got a section"),
         ("model.norm", "rms", "a section, got 'rms'"),
@@ -130,8 +130,8 @@ def test_types(tiny_config, key, value, expected):
         (f"{LOCAL}.kind", "mama", f"{LOCAL}.kind: must be one of {', '.join(MIXERS)}, got 'mama'"),
         (f"{LOCAL}.kv_heads", 3, f"{LOCAL}: heads = 4 is not divisible by kv_heads = 3"),
         (f"{LOCAL}.heads", 0, f"{LOCAL}: heads, kv_heads and head_width must be at least 1"),
-        (f"{LOCAL}.head_width", 7, f"{LOCAL}: rotary positions need an even head_width and rope_base > 1"),
-        (f"{LOCAL}.rope_base", 1, f"{LOCAL}: rotary positions need an even head_width and rope_base > 1"),
+        (f"{LOCAL}.head_width", 7, f"{LOCAL}: rotary positions turn pairs; 1 of head_width = 7 is 7"),
+        (f"{LOCAL}.rope.base", 1, f"{LOCAL}.rope: base must be above 1, got 1.0"),
         (
             f"{LOCAL}.pattern",
             "causl",
@@ -215,8 +215,8 @@ def test_a_whole_number_serves_as_a_float(tiny_config):
         ("optimizer.learning_rate=1e-3", 1e-3),
         ("model.tied=False", False),
         ("model.tied=true", True),
-        (f"{LOCAL}.rope_base=none", None),
-        ("model.layers.full.mixer.rope_base=500000.0", 500_000.0),
+        (f"{LOCAL}.rope=none", None),
+        ("model.layers.local.mixer.rope.base=500000.0", 500_000.0),
         ("model.schedule=3x(ssm) full", "3x(ssm) full"),
         (f"{LOCAL}.pattern=causal & globals([0, 3])", "causal & globals([0, 3])"),
         ("data.files=7", "7"),

@@ -11,7 +11,7 @@ import pytest
 from flax import nnx
 
 from sparsejax.config import ModelConfig
-from sparsejax.layers import AttentionConfig, LayerConfig, MambaConfig, MlpConfig, NormConfig
+from sparsejax.layers import AttentionConfig, LayerConfig, MambaConfig, MlpConfig, NormConfig, RopeConfig
 from sparsejax.model import Functional, Model
 from tests.layers import reference
 from tests.layers.test_mixers import decode
@@ -20,7 +20,7 @@ from tests.tolerances import assert_close
 BATCH, LENGTH, VOCAB, WIDTH = 2, 12, 17, 8
 NORM = NormConfig("rms", 1e-6)
 BARE = functools.partial(LayerConfig, mlp=None, norm=NORM, norm_position="pre", remat=False)
-ATTENTION = AttentionConfig("causal", 2, 1, 4, rope_base=100.0, qk_norm=NORM, impl="auto")
+ATTENTION = AttentionConfig("causal", 2, 1, 4, rope=RopeConfig(100.0), qk_norm=NORM, impl="auto")
 CONFIG = ModelConfig(
     vocab=VOCAB,
     width=WIDTH,

@@ -6,6 +6,7 @@ from sparsejax.layers.mamba import Mamba, MambaConfig
 from sparsejax.layers.mixers import MIXERS, BranchConfig, MixerConfig, Parallel, ParallelConfig
 from sparsejax.layers.mlp import ACTIVATIONS, Mlp, MlpConfig
 from sparsejax.layers.norm import Norm, NormConfig
+from sparsejax.layers.rotary import RopeConfig, RopeScaling
 from sparsejax.layers.stream import NOTHING, Context, Cost, Linear, Stream, parameter
 
 __all__ = [
@@ -33,6 +34,8 @@ __all__ = [
     "Parallel",
     "ParallelConfig",
     "ResidualConfig",
+    "RopeConfig",
+    "RopeScaling",
     "Stream",
     "parameter",
 ]

@@ -12,6 +12,7 @@ from jaxtyping import Array, Float
 from sparsejax.layers.stream import parameter
 
 KINDS = ("rms", "layer", "none")
+GATES = {"silu": jax.nn.silu, "sigmoid": jax.nn.sigmoid}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -20,6 +21,8 @@ class NormConfig:
 
     kind: str
     eps: float
+    offset: bool = False  # the stored scale is what is added to 1 (Gemma)
+    bias: bool = True  # of "layer"
 
     def __post_init__(self):
         if self.kind not in KINDS:
@@ -35,14 +38,46 @@ class Norm(nnx.Module):
         self.config = config
         kind, shape = config.kind, (width,)
         ones, zeros = jax.nn.initializers.ones, jax.nn.initializers.zeros
-        self.scale = None if kind == "none" else parameter(rngs, ones, shape, (axis,))
-        self.bias = parameter(rngs, zeros, shape, (axis,)) if kind == "layer" else None
+        start = zeros if config.offset else ones
+        self.scale = None if kind == "none" else parameter(rngs, start, shape, (axis,))
+        self.bias = parameter(rngs, zeros, shape, (axis,)) if kind == "layer" and config.bias else None
 
     def __call__(self, x: Float[Array, "*b m"]) -> Float[Array, "*b m"]:
         if self.config.kind == "none":
             return x
-        wide = x.astype(jnp.float32)
+        wide = x.astype(jnp.promote_types(x.dtype, jnp.float32))
         if self.config.kind == "layer":
             wide = wide - wide.mean(axis=-1, keepdims=True)
-        y = wide * jax.lax.rsqrt((wide * wide).mean(axis=-1, keepdims=True) + self.config.eps) * self.scale[...]
+        y = standardize(wide, self.config.eps) * (self.scale[...] + (1 if self.config.offset else 0))
         return (y if self.bias is None else y + self.bias[...]).astype(x.dtype)
+
+
+class GatedNorm(nnx.Module):
+    """RMSNorm over groups of channels, with a gate before it or after it (Mamba-2, arXiv:2405.21060)."""
+
+    def __init__(
+        self,
+        width: int,
+        eps: float,
+        rngs: nnx.Rngs,
+        *,
+        groups: int = 1,
+        gate_first: bool = False,
+        activation: str = "silu",
+        axis: str | None = "inner",
+    ):
+        self.eps, self.groups, self.gate_first, self.activation = eps, groups, gate_first, activation
+        self.scale = parameter(rngs, jax.nn.initializers.ones, (width,), (axis,))
+
+    def __call__(self, x: Float[Array, "*b m"], gate: Float[Array, "*b m"]) -> Float[Array, "*b m"]:
+        wide = x.astype(jnp.promote_types(x.dtype, jnp.float32))
+        gate = GATES[self.activation](gate.astype(wide.dtype))
+        wide = wide * gate if self.gate_first else wide
+        grouped = wide.reshape(*wide.shape[:-1], self.groups, -1)
+        y = standardize(grouped, self.eps).reshape(wide.shape) * self.scale[...]
+        return (y if self.gate_first else y * gate).astype(x.dtype)
+
+
+def standardize(x: Float[Array, "*b m"], eps: float) -> Float[Array, "*b m"]:
+    """`x` over the root of its mean square."""
+    return x * jax.lax.rsqrt((x * x).mean(axis=-1, keepdims=True) + eps)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import functools
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import jax
@@ -10,7 +11,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from sparsejax.ops import dense, gather, segment
-from sparsejax.ops.request import Request, masked_softmax
+from sparsejax.ops.request import Request, align_widths, cap, masked_softmax
 from sparsejax.patterns import Pattern
 
 
@@ -45,7 +46,7 @@ class ImplementationError(ValueError):
 def attend(
     q: Float[Array, "b t h d"],
     k: Float[Array, "b s g d"],
-    v: Float[Array, "b s g d"],
+    v: Float[Array, "b s g e"],
     pattern: Pattern,
     *,
     impl: str = "auto",
@@ -55,7 +56,7 @@ def attend(
     segment_ids: Int[Array, "b t"] | tuple[Int[Array, "b t"], Int[Array, "b s"]] | None = None,
     return_lse: bool = False,
     interpret: bool = False,
-) -> Float[Array, "b t h d"] | tuple[Float[Array, "b t h d"], Float[Array, "b t h"]]:
+) -> Float[Array, "b t h e"] | tuple[Float[Array, "b t h e"], Float[Array, "b t h"]]:
     """Softmax attention in which `pattern` says which keys each query may look at.
 
     Query i and key i are both at position i. A row without any allowed key gives zeros, and zero gradients.
@@ -64,7 +65,7 @@ def attend(
     Args:
       q: queries.
       k: keys; `g` divides `h`.
-      v: values.
+      v: values; their width may differ from that of the keys.
       pattern: who may look at whom; a pattern with heads must have `h` of them.
       impl: "auto", or the name of an implementation: "dense", "gather" or "segment".
       scale: factor on q·k, `d ** -0.5` if not given.
@@ -85,31 +86,52 @@ def attend(
     """
     if segment_ids is not None and not isinstance(segment_ids, tuple):
         segment_ids = (segment_ids, segment_ids)
-    scale = q.shape[-1] ** -0.5 if scale is None else scale
-    request = Request(q, k, v, pattern, scale, softcap, sink_logits, segment_ids, interpret)
+    scale, width = q.shape[-1] ** -0.5 if scale is None else scale, v.shape[-1]
+    request = Request(*align_widths(q, k, v), pattern, scale, softcap, sink_logits, segment_ids, interpret)
     out, lse = _choose(impl, request).run(request)
+    out = out[..., :width]
     return (out, lse) if return_lse else out
 
 
 def attend_one(
     q: Float[Array, "b h d"],
     k: Float[Array, "b s g d"],
-    v: Float[Array, "b s g d"],
+    v: Float[Array, "b s g e"],
     mask: Bool[Array, "#h s"],
     scale: float | None = None,
     bonus: Float[Array, "#h s"] | float = 0.0,
-) -> Float[Array, "b h d"]:
+    softcap: float | None = None,
+    sink_logits: Float[Array, " h"] | None = None,
+) -> Float[Array, "b h e"]:
     """Attention of one query over the slots of a decode cache; `mask` says which slots it may look at.
 
-    `bonus` is added to the scores; the logarithm of how often a slot counts.
+    `bonus` is added to the scores; the logarithm of how often a slot counts. The rest is as in `attend`.
     """
     (b, h, d), g = q.shape, k.shape[2]
     wide = jnp.promote_types(q.dtype, jnp.float32)
     q = q.reshape(b, g, h // g, d).astype(wide) * (d**-0.5 if scale is None else scale)
-    scores = jnp.einsum("bgrd,bsgd->bgrs", q, k.astype(wide))
+    scores = cap(jnp.einsum("bgrd,bsgd->bgrs", q, k.astype(wide)), softcap)
     mask, bonus = (jnp.broadcast_to(x, (h, k.shape[1])).reshape(g, h // g, -1) for x in (mask, bonus))
-    weights, _ = masked_softmax(scores + bonus, mask, None)
-    return jnp.einsum("bgrs,bsgd->bgrd", weights, v.astype(wide)).reshape(b, h, d).astype(v.dtype)
+    sink = None if sink_logits is None else sink_logits.astype(wide).reshape(g, h // g, 1)
+    weights, _ = masked_softmax(scores + bonus, mask, sink)
+    return jnp.einsum("bgrs,bsge->bgre", weights, v.astype(wide)).reshape(b, h, -1).astype(v.dtype)
+
+
+def merge(
+    parts: Sequence[tuple[Float[Array, "b t h e"], Float[Array, "b t h"]]],
+) -> tuple[Float[Array, "b t h e"], Float[Array, "b t h"]]:
+    """Attention over a set of keys, from the outputs and log-sum-exps of attention over parts of it."""
+    outs, lses = zip(*parts, strict=True)
+    top = jax.lax.stop_gradient(functools.reduce(jnp.maximum, lses))
+    top = jnp.where(jnp.isfinite(top), top, 0.0)
+    shares = [jnp.exp(lse - top) for lse in lses]
+    total = functools.reduce(jnp.add, shares)
+    live = total > 0
+    safe = jnp.where(live, total, 1.0)
+    out = sum(
+        out.astype(lse.dtype) * (share / safe)[..., None] for out, lse, share in zip(outs, lses, shares, strict=True)
+    )
+    return out.astype(outs[0].dtype), jnp.where(live, top + jnp.log(safe), -jnp.inf)
 
 
 def _choose(impl: str, request: Request) -> Implementation:

@@ -60,6 +60,16 @@ class Request:
         return groups
 
 
+def align_widths(q: Array, k: Array, v: Array) -> tuple[Array, Array, Array]:
+    """Queries and keys, or values, with zeros at the end where the others are wider: they change no result."""
+    width = max(q.shape[-1], v.shape[-1])
+
+    def pad(x: Array) -> Array:
+        return x if x.shape[-1] == width else jnp.pad(x, ((0, 0),) * (x.ndim - 1) + ((0, width - x.shape[-1]),))
+
+    return (q, k, v) if q.shape[-1] != k.shape[-1] else (pad(q), pad(k), pad(v))
+
+
 def by_pattern(
     request: Request, run: Callable[[Request], tuple[Array, Array]]
 ) -> tuple[Float[Array, "b t h d"], Float[Array, "b t h"]]:

@@ -18,7 +18,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from sparsejax.ops.request import MASKED, Request, by_pattern, cap
+from sparsejax.ops.request import MASKED, Request, align_widths, by_pattern, cap
 from sparsejax.patterns import Full
 
 MOST_EDGES = 2**24  # of one head: 128 MiB of positions, which the compiled program holds
@@ -58,7 +58,7 @@ def _run_one_pattern(request: Request) -> tuple[Array, Array]:
 def attend_edges(
     q: Float[Array, "b t h d"],
     k: Float[Array, "b s g d"],
-    v: Float[Array, "b s g d"],
+    v: Float[Array, "b s g e"],
     queries: Int[Array, " e"],
     keys: Int[Array, " e"],
     *,
@@ -67,7 +67,7 @@ def attend_edges(
     sink_logits: Float[Array, " h"] | None = None,
     segment_ids: tuple[Int[Array, "b t"], Int[Array, "b s"]] | None = None,
     return_lse: bool = False,
-) -> Float[Array, "b t h d"] | tuple[Float[Array, "b t h d"], Float[Array, "b t h"]]:
+) -> Float[Array, "b t h e"] | tuple[Float[Array, "b t h e"], Float[Array, "b t h"]]:
     """Softmax attention in which query `queries[i]` looks at key `keys[i]`, and no others do; see `attend`.
 
     The list may be traced, so that it can come from the data. It serves all sequences and heads alike; `jax.vmap`
@@ -76,7 +76,7 @@ def attend_edges(
     Args:
       q: queries.
       k: keys; `g` divides `h`.
-      v: values.
+      v: values; their width may differ from that of the keys.
       queries: positions, in any order, though memory is read in order if they ascend. An edge that occurs twice
         counts twice; one with a position outside of `[0, t)` or `[0, s)` is left out, as padding to a fixed number.
       keys: positions.
@@ -93,7 +93,8 @@ def attend_edges(
     Raises:
       ValueError: shapes that do not fit together.
     """
-    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    scale, width = q.shape[-1] ** -0.5 if scale is None else scale, v.shape[-1]
+    q, k, v = align_widths(q, k, v)
     request = Request(q, k, v, Full(), scale, softcap, sink_logits, segment_ids, interpret=False)
     if queries.ndim != 1 or queries.shape != keys.shape:
         raise ValueError(f"attend_edges: queries and keys must be [e]; got {list(queries.shape)}, {list(keys.shape)}")
@@ -105,7 +106,8 @@ def attend_edges(
     plan = _Plan(scale, softcap, request.dtype)
     out, lse = _attend_rows(plan, rows, jnp.moveaxis(k, 1, 0), jnp.moveaxis(v, 1, 0), sink, segments, edges)
     out, lse = (jnp.moveaxis(x.reshape(t, b, h, *x.shape[4:]), 0, 1) for x in (out, lse))
-    return (out.astype(q.dtype), lse) if return_lse else out.astype(q.dtype)
+    out = out[..., :width].astype(q.dtype)
+    return (out, lse) if return_lse else out
 
 
 def _split_edges(queries: Array, keys: Array, t: int, s: int, chunk: int) -> tuple[Array, Array]:

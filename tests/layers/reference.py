@@ -77,8 +77,8 @@ def attention(config, w, x):
     b, t, _ = x.shape
     q, k, v = ((x @ w[name]["weight"]).reshape(b, t, -1, config.head_width) for name in ("query", "key", "value"))
     q, k = norm(config.qk_norm, w.get("query_norm"), q), norm(config.qk_norm, w.get("key_norm"), k)
-    if config.rope_base is not None:
-        q, k = rotate(q, config.rope_base), rotate(k, config.rope_base)
+    if config.rope is not None:
+        q, k = rotate(q, config.rope.base), rotate(k, config.rope.base)
     allowed = np.broadcast_to(mask(parse(config.pattern), t, t), (config.heads, t, t))
     y = np.zeros_like(q)
     for head in range(config.heads):

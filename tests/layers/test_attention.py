@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from sparsejax.layers import Attention, AttentionConfig, NormConfig, Stream
+from sparsejax.layers import Attention, AttentionConfig, NormConfig, RopeConfig, Stream
 from tests.layers import reference
 from tests.tolerances import assert_close
 
@@ -19,7 +19,7 @@ CONFIG = AttentionConfig(
     heads=4,
     kv_heads=2,
     head_width=6,
-    rope_base=100.0,
+    rope=RopeConfig(100.0),
     qk_norm=NormConfig("none", 1e-6),
     impl="auto",
 )
@@ -35,7 +35,7 @@ def build(config: AttentionConfig, dtype=jnp.float32) -> Attention:
         {},
         {"kv_heads": 4},
         {"kv_heads": 1},
-        {"rope_base": None, "head_width": 5},
+        {"rope": None, "head_width": 5},
         {"qk_norm": NormConfig("rms", 1e-6)},
         {"qk_norm": NormConfig("layer", 1e-2)},
         {"pattern": "per_head(causal, window(0), causal & chunk(4), window(2, 2))"},
@@ -77,8 +77,7 @@ def test_parameters_are_the_four_projections_and_the_norms_if_any():
     [
         ({"heads": 4, "kv_heads": 3}, "heads = 4 is not divisible by kv_heads = 3"),
         ({"kv_heads": 0}, "must be at least 1"),
-        ({"head_width": 5}, "rotary positions need an even head_width"),
-        ({"rope_base": 1.0}, "rotary positions need an even head_width and rope_base > 1"),
+        ({"head_width": 5}, "rotary positions turn pairs; 1 of head_width = 5 is 5"),
         ({"pattern": "windw(3)"}, "did you mean 'window'"),
         ({"pattern": "per_head(causal, full)"}, "pattern is for 2 heads, heads = 4"),
     ],

@@ -9,7 +9,16 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from sparsejax.layers import MIXERS, AttentionConfig, BranchConfig, MambaConfig, NormConfig, ParallelConfig, Stream
+from sparsejax.layers import (
+    MIXERS,
+    AttentionConfig,
+    BranchConfig,
+    MambaConfig,
+    NormConfig,
+    ParallelConfig,
+    RopeConfig,
+    Stream,
+)
 from sparsejax.patterns import parse
 from sparsejax.patterns.library import NAMES
 from tests.layers import reference
@@ -40,7 +49,7 @@ PATTERNS = {
 
 
 def attention(pattern: str, impl: str = "auto") -> AttentionConfig:
-    return AttentionConfig(pattern, 4, 2, 4, rope_base=100.0, qk_norm=NormConfig("none", 1e-6), impl=impl)
+    return AttentionConfig(pattern, 4, 2, 4, rope=RopeConfig(100.0), qk_norm=NormConfig("none", 1e-6), impl=impl)
 
 
 MIXED = {

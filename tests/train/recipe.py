@@ -19,7 +19,7 @@ def attention(pattern):
         "heads": 2,
         "kv_heads": 1,
         "head_width": 8,
-        "rope_base": 10_000.0,
+        "rope": {"base": 10_000.0},
         "qk_norm": {"kind": "none", "eps": 1e-6},
         "impl": "auto",
     }

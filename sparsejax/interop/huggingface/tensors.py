@@ -1,0 +1,78 @@
+"""Which tensors of a checkpoint hold which parameters, and how the numbers lie in each: a bijection, piece by piece.
+
+Parameters are named by their path in the unrolled model: `layers.3.mixer.query.weight`. Every piece only moves
+numbers, so it carries gradients over as well as weights.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterable, Sequence
+
+import numpy as np
+
+Arrays = list[np.ndarray]
+
+
+@dataclasses.dataclass(frozen=True)
+class Piece:
+    """Tensors, and the parameters with the same numbers: `read` makes these of those, `write` those of these."""
+
+    theirs: tuple[str, ...]
+    ours: tuple[str, ...]
+    read: Callable[[Arrays], Arrays]
+    write: Callable[[Arrays], Arrays]
+
+
+def same(theirs: str, ours: str) -> Piece:
+    """A parameter that is stored as it is."""
+    return Piece((theirs,), (ours,), list, list)
+
+
+def transposed(theirs: str, ours: str) -> Piece:
+    """A matrix [out, in] there, [in, out] here."""
+    return Piece((theirs,), (ours,), _transpose, _transpose)
+
+
+def linear(theirs: str, ours: str, bias: bool = False) -> list[Piece]:
+    """A linear map with its bias."""
+    pieces = [transposed(f"{theirs}.weight", f"{ours}.weight")]
+    return [*pieces, same(f"{theirs}.bias", f"{ours}.bias")] if bias else pieces
+
+
+def split(theirs: str, ours: Sequence[str], sizes: Sequence[int]) -> Piece:
+    """A tensor whose first axis is several parameters in a row: `sizes` of each; matrices are transposed."""
+
+    def read(arrays: Arrays) -> Arrays:
+        if len(arrays[0]) != sum(sizes):
+            raise ValueError(f"expected {sum(sizes)} rows, got {len(arrays[0])}")
+        return _transpose(np.split(arrays[0], np.cumsum(sizes)[:-1]))
+
+    return Piece((theirs,), tuple(ours), read, lambda arrays: [np.concatenate(_transpose(arrays))])
+
+
+def split_linear(theirs: str, ours: Sequence[str], sizes: Sequence[int], bias: bool = False) -> list[Piece]:
+    """A fused linear map with its bias, as `split`."""
+    pieces = [split(f"{theirs}.weight", [f"{name}.weight" for name in ours], sizes)]
+    return [*pieces, split(f"{theirs}.bias", [f"{name}.bias" for name in ours], sizes)] if bias else pieces
+
+
+def stack(theirs: Iterable[str], ours: str) -> Piece:
+    """Several tensors of one shape, such as one of each expert, as one parameter; matrices are transposed."""
+    return Piece(
+        tuple(theirs),
+        (ours,),
+        lambda arrays: [np.stack(_transpose(arrays))],
+        lambda arrays: _transpose(list(arrays[0])),
+    )
+
+
+def conv(theirs: str, ours: str) -> Piece:
+    """Taps of a depthwise convolution: [channels, 1, taps] there, [taps, channels] here."""
+    return Piece(
+        (theirs,), (ours,), lambda arrays: [arrays[0][:, 0].T], lambda arrays: [np.expand_dims(arrays[0].T, 1)]
+    )
+
+
+def _transpose(arrays: Arrays) -> Arrays:
+    return [array.T for array in arrays]
