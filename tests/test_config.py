@@ -248,7 +248,7 @@ def test_overrides_set_one_key(tiny_config, override, expected):
         ("train.steps.x=3", "train.steps: is a value, not a section"),
         ("train.steps.x.y=3", "train.steps: is a value, not a section"),
         ("sharding=1", "sharding: is a section; set one of its keys: data, fsdp, tensor"),
-        ("model.norm=rms", "model.norm: is a section; set one of its keys: eps, kind"),
+        ("model.norm=rms", "model.norm: is a section; set one of its keys: bias, eps, kind, offset"),
         ("train.steps", "--config.train.steps: write --config.train.steps=VALUE"),
     ],
 )

@@ -272,7 +272,7 @@ def _sinusoids(positions: Array, pairs: int) -> tuple[Array, Array]:
 
 
 def alibi_slopes(heads: int) -> np.ndarray:
-    """2^(-8 (h + 1) / H) for H a power of two; else those of the next lower power, then every other of the next higher."""
+    """2^(-8 (h + 1) / H) for H a power of two; else those of the power below, then every other of the power above."""
 
     def slopes(n: int) -> np.ndarray:
         return 2.0 ** (-8.0 * np.arange(1, n + 1) / n)

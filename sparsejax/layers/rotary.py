@@ -17,9 +17,9 @@ class RopeScaling:
     """How frequencies change so that a model trained on `original_length` tokens reads `factor` times as many.
 
     "linear": positions are divided by the factor (arXiv:2306.15595). "ntk": the base grows, so that only the lowest
-    frequency is divided by the whole factor. "yarn" (arXiv:2309.00071): dimensions that turn more than `fast` times over
-    the original length stay, those that turn less than `slow` times are divided, with a ramp between; queries and keys
-    grow by `attention_factor`. "llama3" (arXiv:2407.21783): the same idea with a ramp over wavelengths.
+    frequency is divided by the whole factor. "yarn" (arXiv:2309.00071): dimensions that turn more than `fast` times
+    over the original length stay, those that turn less than `slow` times are divided, with a ramp between; queries and
+    keys grow by `attention_factor`. "llama3" (arXiv:2407.21783): the same idea with a ramp over wavelengths.
     """
 
     kind: str
@@ -84,7 +84,7 @@ class RopeConfig:
         return keep * plain + (1 - keep) * plain / scaling.factor, grow
 
     def _yarn_ramp(self, width: int) -> np.ndarray:
-        """From 0 at the pair that turns `fast` times over the original length to 1 at the one that turns `slow` times."""
+        """From 0 at the pair that turns `fast` times over the original length to 1 at that which turns `slow` times."""
         scaling = self.scaling
 
         def pair_that_turns(times: float) -> float:

@@ -11,54 +11,16 @@ _REQUIRED = object()
 # Of no account for what a model computes: how it was trained or is to be sampled from, and who wrote the file. Dropout
 # acts in training alone.
 INERT = frozenset(
-    [
-        "architectures",
-        "attention_dropout",
-        "attention_probs_dropout_prob",
-        "attn_implementation",
-        "auto_map",
-        "bos_token_id",
-        "chunk_size_feed_forward",
-        "classifier_dropout",
-        "decoder_start_token_id",
-        "dtype",
-        "embedding_dropout",
-        "eos_token_id",
-        "finetuning_task",
-        "gradient_checkpointing",
-        "hidden_dropout",
-        "hidden_dropout_prob",
-        "id2label",
-        "initializer_range",
-        "initializer_cutoff_factor",
-        "keys_to_ignore_at_inference",
-        "label2id",
-        "max_position_embeddings",
-        "mlp_dropout",
-        "model_type",
-        "name_or_path",
-        "_name_or_path",
-        "num_logits_to_keep",
-        "output_attentions",
-        "output_hidden_states",
-        "output_router_logits",
-        "pad_token_id",
-        "problem_type",
-        "return_dict",
-        "router_aux_loss_coef",
-        "router_jitter_noise",
-        "sep_token_id",
-        "cls_token_id",
-        "mask_token_id",
-        "task_specific_params",
-        "tokenizer_class",
-        "torch_dtype",
-        "torchscript",
-        "transformers_version",
-        "unk_token_id",
-        "use_cache",
-        "use_mamba_kernels",
-    ]
+    """
+    architectures attention_dropout attention_probs_dropout_prob attn_implementation auto_map bos_token_id
+    chunk_size_feed_forward classifier_dropout cls_token_id decoder_start_token_id dtype embedding_dropout eos_token_id
+    finetuning_task gradient_checkpointing hidden_dropout hidden_dropout_prob id2label initializer_cutoff_factor
+    initializer_range keys_to_ignore_at_inference label2id mask_token_id max_position_embeddings mlp_dropout model_type
+    name_or_path _name_or_path  output_attentions output_hidden_states output_router_logits pad_token_id
+    num_logits_to_keep problem_type return_dict router_aux_loss_coef router_jitter_noise sep_token_id
+    task_specific_params tokenizer_class
+    torch_dtype torchscript transformers_version unk_token_id use_cache use_mamba_kernels
+    """.split()  # noqa: SIM905 (thirty lines otherwise)
 )
 
 

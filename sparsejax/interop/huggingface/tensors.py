@@ -59,12 +59,11 @@ def split_linear(theirs: str, ours: Sequence[str], sizes: Sequence[int], bias: b
 
 def stack(theirs: Iterable[str], ours: str) -> Piece:
     """Several tensors of one shape, such as one of each expert, as one parameter; matrices are transposed."""
-    return Piece(
-        tuple(theirs),
-        (ours,),
-        lambda arrays: [np.stack(_transpose(arrays))],
-        lambda arrays: _transpose(list(arrays[0])),
-    )
+
+    def read(arrays: Arrays) -> Arrays:
+        return [np.stack(_transpose(arrays))]
+
+    return Piece(tuple(theirs), (ours,), read, lambda arrays: _transpose(list(arrays[0])))
 
 
 def conv(theirs: str, ours: str) -> Piece:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Callable, Sequence
 
 from sparsejax import schedule
 from sparsejax.config import ModelConfig
-from sparsejax.interop.huggingface.tensors import Piece
-from sparsejax.layers import LayerConfig
+from sparsejax.interop.huggingface.fields import Fields
+from sparsejax.interop.huggingface.tensors import Piece, linear, same, transposed
+from sparsejax.layers import LayerConfig, RopeConfig, RopeScaling
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,3 +51,117 @@ def name_layers(layers: Sequence[tuple[str, LayerConfig]]) -> dict[str, object]:
             named[found] = config
         names.append(found)
     return {"schedule": schedule.write(names), "layers": named}
+
+
+def read_rope(fields: Fields, kind: str | None = None, base: float = 10_000.0, fraction: float = 1.0) -> RopeConfig:
+    """Rotary positions of a config.json.
+
+    Today's files have `rope_parameters`, older ones `rope_theta`, `rope_scaling` and `partial_rotary_factor`.
+
+    Args:
+      fields: the file.
+      kind: of the layers, such as "full_attention", where `rope_parameters` has an entry for each.
+      base: if the file has none.
+      fraction: of the head that turns, if the file does not say.
+
+    Raises:
+      CheckpointError: a kind of scaling that is not supported, or a key of it that is not known.
+    """
+    given = dict(fields.take("rope_parameters", None) or fields.take("rope_scaling", None) or {})
+    if kind is not None and isinstance(given.get(kind), dict):
+        given = dict(given[kind])
+    base = float(given.pop("rope_theta", None) or fields.take("rope_theta", None) or base)
+    fraction = given.pop("partial_rotary_factor", None) or fields.take("partial_rotary_factor", None) or fraction
+    name = given.pop("rope_type", None) or given.pop("type", None) or "default"
+    given.pop("type", None)
+    given = {key: value for key, value in given.items() if value is not None}
+    if name not in ROPE_TYPES:
+        raise fields.error("rope_type", f"{name!r} is not supported; only {', '.join(ROPE_TYPES)}")
+    known = ROPE_TYPES[name]
+    for key in given:
+        if key not in known and not (key == "original_max_position_embeddings" and name in ("default", "linear")):
+            raise fields.error(f"rope_parameters.{key}", f"not known for rope_type {name!r}")
+    scaling = None
+    if name != "default":
+        if name in ("yarn", "llama3"):
+            given.setdefault("original_max_position_embeddings", fields.take("max_position_embeddings", None))
+        renamed = {known[key]: value for key, value in given.items() if key in known}
+        grow = _yarn_factor(renamed.pop("mscale", None), renamed.pop("mscale_all_dim", None), renamed)
+        scaling = RopeScaling(kind=name, **(renamed | grow))
+    return RopeConfig(base=base, fraction=float(fraction), scaling=scaling)
+
+
+# rope_type -> what its keys are called here.
+ROPE_TYPES = {
+    "default": {},
+    "linear": {"factor": "factor"},
+    "yarn": {
+        "factor": "factor",
+        "original_max_position_embeddings": "original_length",
+        "beta_fast": "fast",
+        "beta_slow": "slow",
+        "attention_factor": "attention_factor",
+        "truncate": "truncate",
+        "mscale": "mscale",
+        "mscale_all_dim": "mscale_all_dim",
+    },
+    "llama3": {
+        "factor": "factor",
+        "original_max_position_embeddings": "original_length",
+        "high_freq_factor": "fast",
+        "low_freq_factor": "slow",
+    },
+}
+
+
+def _yarn_factor(mscale: float | None, mscale_all: float | None, given: dict) -> dict[str, float]:
+    """The factor on queries and keys that DeepSeek's two numbers make (arXiv:2405.04434)."""
+    if given.get("attention_factor") is not None or not (mscale and mscale_all):
+        return {}
+    log = 0.1 * math.log(given["factor"])
+    return {"attention_factor": (mscale * log + 1) / (mscale_all * log + 1)}
+
+
+def read_window(fields: Fields, key: str = "sliding_window", default: int | None = None) -> str:
+    """A causal window of so many keys, the query's own included; no window if it is null."""
+    width = fields.take(key, default)
+    return "causal" if width is None else f"causal & window({width - 1})"
+
+
+ACTIVATIONS = {
+    "silu": "silu",
+    "swish": "silu",
+    "gelu": "gelu",
+    "gelu_new": "gelu_tanh",
+    "gelu_pytorch_tanh": "gelu_tanh",
+    "gelu_fast": "gelu_tanh",
+    "relu": "relu",
+    "relu2": "relu2",
+}
+
+
+def pieces_of_attention(theirs: str, ours: str, bias: bool = False, out_bias: bool = False) -> list[Piece]:
+    """The four projections by the names that most families give them."""
+    return [
+        *(piece for name in ("q", "k", "v") for piece in linear(f"{theirs}.{name}_proj", f"{ours}.{LONG[name]}", bias)),
+        *linear(f"{theirs}.o_proj", f"{ours}.out", out_bias),
+    ]
+
+
+LONG = {"q": "query", "k": "key", "v": "value"}
+
+
+def pieces_of_gated_mlp(theirs: str, ours: str, bias: bool = False) -> list[Piece]:
+    """Gate, up and down."""
+    return [piece for n in ("gate", "up", "down") for piece in linear(f"{theirs}.{n}_proj", f"{ours}.{n}", bias)]
+
+
+def pieces_of_ends(tied: bool, embedding: str = "model.embed_tokens", norm: str = "model.norm") -> list[Piece]:
+    """Embedding, last norm, and a head of its own if it is not tied."""
+    ends = [same(f"{embedding}.weight", "embedding.tokens"), same(f"{norm}.weight", "norm.scale")]
+    return ends if tied else [*ends, transposed("lm_head.weight", "head.weight")]
+
+
+def tied_head(tied: bool) -> tuple[str, ...]:
+    """Tensors to leave out: a tied head is stored by some, and is the embedding again."""
+    return (r"lm_head\.weight",) if tied else ()

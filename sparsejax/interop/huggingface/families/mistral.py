@@ -1,0 +1,56 @@
+"""Mistral (arXiv:2310.06825): causal windows (W keys, the own one included), gated MLPs."""
+
+from __future__ import annotations
+
+from sparsejax.config import ModelConfig
+from sparsejax.interop.huggingface.fields import Fields
+from sparsejax.interop.huggingface.tensors import same
+from sparsejax.interop.huggingface.translation import (
+    ACTIVATIONS,
+    Translation,
+    name_layers,
+    pieces_of_attention,
+    pieces_of_ends,
+    pieces_of_gated_mlp,
+    read_rope,
+    read_window,
+    tied_head,
+)
+from sparsejax.layers import AttentionConfig, LayerConfig, MlpConfig, NormConfig
+
+
+def translate(fields: Fields) -> Translation:
+    """From the keys of a `MistralConfig`."""
+    width, heads, depth = (fields.take(k) for k in ("hidden_size", "num_attention_heads", "num_hidden_layers"))
+    norm = NormConfig("rms", fields.take("rms_norm_eps", 1e-6))
+    mixer = AttentionConfig(
+        pattern=read_window(fields, default=4096),
+        heads=heads,
+        kv_heads=fields.take("num_key_value_heads", 8),
+        head_width=fields.take("head_dim", None) or width // heads,
+        rope=read_rope(fields),
+        qk_norm=NormConfig("none", 1e-6),
+        impl="auto",
+    )
+    mlp = MlpConfig("gated", fields.take("intermediate_size"), fields.choose("hidden_act", ACTIVATIONS, "silu"))
+    layer = LayerConfig(mixer, mlp, norm, "pre", remat=False)
+    tied = fields.take("tie_word_embeddings", False)
+    model = ModelConfig(
+        vocab=fields.take("vocab_size"),
+        width=width,
+        **name_layers([("local", layer)] * depth),
+        norm=norm,
+        tied=tied,
+        dtype="float32",
+        scan=True,
+    )
+    pieces = pieces_of_ends(tied)
+    for i in range(depth):
+        theirs, ours = f"model.layers.{i}", f"layers.{i}"
+        pieces += [
+            same(f"{theirs}.input_layernorm.weight", f"{ours}.mixer_residual.before.scale"),
+            same(f"{theirs}.post_attention_layernorm.weight", f"{ours}.mlp_residual.before.scale"),
+            *pieces_of_attention(f"{theirs}.self_attn", f"{ours}.mixer"),
+            *pieces_of_gated_mlp(f"{theirs}.mlp", f"{ours}.mlp"),
+        ]
+    return Translation(model, pieces, ignored=tied_head(tied))

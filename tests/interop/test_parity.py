@@ -1,0 +1,113 @@
+"""Models of Hugging Face folders equal what transformers computed with them: logits, streams, loss, gradients."""
+
+import functools
+import json
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from sparsejax.interop import huggingface
+
+GOLDEN = Path(__file__).parents[1] / "golden"
+FOLDERS = sorted(path.parent.name for path in GOLDEN.glob("*/config.json"))
+EVERY = pytest.mark.parametrize("name", FOLDERS)
+
+# Largest difference of logits and streams, absolute; gradient norms relative to the norm. Reformer's own float32
+# rounds scores of -1e5 to 1/128, so its first tokens carry noise.
+TOLERANCE = {"jamba": 1e-3, "qwen3_next": 1e-3, "reformer": 2e-2}
+LOGITS, GRADIENTS = 5e-4, 2e-3
+
+
+@functools.cache
+def read(name: str) -> tuple[dict, dict, dict]:
+    """Inputs, outputs and notes of a folder."""
+    inputs, outputs = (dict(np.load(GOLDEN / name / f"{part}.npz")) for part in ("inputs", "outputs"))
+    return inputs, outputs, json.loads((GOLDEN / name / "meta.json").read_text())
+
+
+@functools.cache
+def load(name: str) -> huggingface.Pretrained:
+    inputs, _, _ = read(name)
+    options = {}
+    if "lsh_random_rotations" in inputs:
+        options["lsh_rotations"] = inputs["lsh_random_rotations"]
+    return huggingface.load(GOLDEN / name, **options)
+
+
+def keywords(name: str) -> dict:
+    inputs, _, _ = read(name)
+    return {key: inputs[key] for key in ("attention_mask", "global_attention_mask") if key in inputs}
+
+
+def real(name: str) -> np.ndarray:
+    inputs, _, _ = read(name)
+    return inputs.get("attention_mask", np.ones_like(inputs["input_ids"])).astype(bool)
+
+
+def assert_near(name: str, found, expected, what: str):
+    error = np.abs(np.asarray(found, np.float64) - expected).max()
+    assert error <= TOLERANCE.get(name, LOGITS), f"{name}: {what}: off by {error:.2e}"
+
+
+@EVERY
+def test_logits(name):
+    inputs, outputs, _ = read(name)
+    logits = load(name)(inputs["input_ids"], **keywords(name))
+    assert logits.dtype == jnp.float32
+    assert_near(name, logits[real(name)], outputs["logits"][real(name)], "logits")
+    if "leftpad_logits" in outputs:
+        mask = inputs["leftpad_attention_mask"]
+        logits = load(name)(inputs["input_ids"][:1], attention_mask=mask)
+        shown = mask.astype(bool)
+        assert_near(name, logits[shown], outputs["leftpad_logits"].reshape(logits.shape)[shown], "padded on the left")
+
+
+@EVERY
+def test_streams(name):
+    inputs, outputs, _ = read(name)
+    found = load(name).streams(inputs["input_ids"], **keywords(name))
+    names = ["embeddings_out", *(f"layer_{i}_out" for i in range(len(found) - 2)), "final_norm_out"]
+    shown = real(name)[0]
+    compared = 0
+    for key, stream in zip(names, found, strict=True):
+        if key in outputs:
+            assert_near(name, stream[0][shown], outputs[key][0][shown], key)
+            compared += 1
+    assert compared == sum(key.endswith("_out") for key in outputs)
+
+
+@EVERY
+def test_loss_and_gradients(name):
+    inputs, outputs, notes = read(name)
+    model, shown = load(name), jnp.asarray(real(name))
+
+    def measure(parameters):
+        logits = model.logits(parameters, inputs["input_ids"], **keywords(name))
+        losses = -jnp.take_along_axis(jax.nn.log_softmax(logits), inputs["labels"][..., None], axis=-1)[..., 0]
+        return jnp.where(shown, losses, 0).sum() / shown.sum()
+
+    loss, gradient = jax.value_and_grad(measure)(model.parameters)
+    assert_near(name, loss, outputs["loss"], "loss")
+    tensors = model.tensors(gradient)
+    top = max(notes["grad_norms"].values())
+    for key, norm in notes["grad_norms"].items():
+        found = np.linalg.norm(tensors[key])
+        assert abs(found - norm) <= GRADIENTS * (norm + 1e-3 * top), f"{name}: gradient of {key}: {found} for {norm}"
+
+
+@EVERY
+def test_saving_and_loading_gives_the_same_tensors(name, tmp_path):
+    model = load(name)
+    huggingface.save(model, tmp_path / "copy", shard_bytes=20_000)
+    again = huggingface.load(tmp_path / "copy")
+    assert again.source == model.source
+    assert again.dtypes == model.dtypes
+    same = jax.tree.map(np.array_equal, model.parameters, again.parameters)
+    assert all(jax.tree.leaves(same))
+    held = huggingface.pretrained.Checkpoint(GOLDEN / name)
+    copied = huggingface.pretrained.Checkpoint(tmp_path / "copy")
+    for key in copied.names:
+        np.testing.assert_array_equal(copied.read(key), held.read(key), err_msg=key)
