@@ -60,12 +60,12 @@ class Head(nnx.Module):
     def __init__(self, config: ModelConfig, stream: Stream, rngs: nnx.Rngs):
         self.config, self.dtype = config.head, stream.dtype
         m, inputs = config.width, config.width * (2 if config.reversible else 1)
-        self.linear = self.norm = None
-        if self.config.activation is not None:
-            axes = ("width", None)
-            self.linear = Linear(m, m, axes, dtype=stream.dtype, rngs=rngs, bias=self.config.linear_bias)
-        if self.config.norm is not None:
-            self.norm = Norm(self.config.norm, m, rngs)
+
+        def project() -> Linear:
+            return Linear(m, m, ("width", None), dtype=stream.dtype, rngs=rngs, bias=self.config.linear_bias)
+
+        self.linear = None if self.config.activation is None else project()
+        self.norm = None if self.config.norm is None else Norm(self.config.norm, m, rngs)
         init = jax.nn.initializers.normal(inputs**-0.5)
         self.weight = None if config.tied else parameter(rngs, init, (inputs, config.vocab), ("width", "vocab"))
         zeros = jax.nn.initializers.zeros

@@ -29,7 +29,7 @@ CONFIG = ModelConfig(
         "ssm": BARE(MambaConfig(inner=12, state=3, conv=4, dt_rank=2, dt_min=1e-2, dt_max=0.5)),
         "local": BARE(
             dataclasses.replace(ATTENTION, pattern="causal & (window(3) | sink(2))"),
-            mlp=MlpConfig("plain", 10, "gelu"),
+            mlp=MlpConfig("plain", 10, "gelu_tanh"),
         ),
         "full": BARE(ATTENTION),
     },

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 
 import jax
 from flax import nnx
@@ -10,7 +11,13 @@ from jaxtyping import Array, Float
 
 from sparsejax.layers.stream import NOTHING, Context, Linear, Stream, output_scale
 
-ACTIVATIONS = {"silu": jax.nn.silu, "gelu": jax.nn.gelu, "relu": jax.nn.relu}
+ACTIVATIONS = {
+    "silu": jax.nn.silu,
+    "gelu": functools.partial(jax.nn.gelu, approximate=False),
+    "gelu_tanh": jax.nn.gelu,
+    "relu": jax.nn.relu,
+    "relu2": lambda x: jax.nn.relu(x) ** 2,  # Primer (arXiv:2109.08668)
+}
 KINDS = ("gated", "plain")
 
 
@@ -21,6 +28,9 @@ class MlpConfig:
     kind: str
     width: int
     activation: str
+    bias: bool = False  # on every linear map
+    gate_scale: float = 1.0  # factor on the gate, before the activation (Falcon-H1, arXiv:2507.22448)
+    out_scale: float = 1.0  # factor on the output
 
     def __post_init__(self):
         if self.kind not in KINDS:
@@ -36,17 +46,27 @@ class Mlp(nnx.Module):
 
     def __init__(self, config: MlpConfig, stream: Stream, rngs: nnx.Rngs):
         self.config = config
-        m, f, dtype = stream.width, config.width, stream.dtype
-        self.up = Linear(m, f, ("width", "ff"), dtype=dtype, rngs=rngs)
-        self.gate = Linear(m, f, ("width", "ff"), dtype=dtype, rngs=rngs) if config.kind == "gated" else None
-        self.down = Linear(f, m, ("ff", "width"), dtype=dtype, rngs=rngs, scale=output_scale(stream))
+        m, f, start = stream.width, config.width, output_scale(stream)
+
+        def project(inputs: int, outputs: int, axes: tuple[str, str], scale: float = 1.0) -> Linear:
+            return Linear(inputs, outputs, axes, dtype=stream.dtype, rngs=rngs, bias=config.bias, scale=scale)
+
+        self.up = project(m, f, ("width", "ff"))
+        self.gate = project(m, f, ("width", "ff")) if config.kind == "gated" else None
+        self.down = project(f, m, ("ff", "width"), start)
 
     def __call__(
         self, x: Float[Array, "*b m"], context: Context = NOTHING
     ) -> tuple[Float[Array, "*b m"], dict[str, Array]]:
         """The output, and no losses."""
         activate = ACTIVATIONS[self.config.activation]
-        return self.down(activate(self.up(x)) if self.gate is None else activate(self.gate(x)) * self.up(x)), {}
+        hidden = activate(self.up(x)) if self.gate is None else activate(self._open(x)) * self.up(x)
+        y = self.down(hidden)
+        return (y if self.config.out_scale == 1 else y * self.config.out_scale), {}
+
+    def _open(self, x: Array) -> Array:
+        gate = self.gate(x)
+        return gate if self.config.gate_scale == 1 else gate * self.config.gate_scale
 
     @property
     def flops(self) -> float:

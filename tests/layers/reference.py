@@ -45,7 +45,7 @@ def sigmoid(x):
 
 ACTIVATIONS = {
     "silu": lambda x: x * sigmoid(x),
-    "gelu": lambda x: x / 2 * (1 + np.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x**3))),
+    "gelu_tanh": lambda x: x / 2 * (1 + np.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x**3))),
     "relu": lambda x: np.maximum(x, 0),
 }
 

@@ -28,7 +28,7 @@ CHANGES = {
     "pre": {},
     "post": {"norm_position": "post", "norm": NormConfig("layer", 1e-6)},
     "without an mlp": {"mlp": None},
-    "without norms": {"norm": NormConfig("none", 1e-6), "mlp": MlpConfig("plain", 7, "gelu")},
+    "without norms": {"norm": NormConfig("none", 1e-6), "mlp": MlpConfig("plain", 7, "gelu_tanh")},
     "norms on both sides": {"norm_position": "both"},
     "without a mixer": {"mixer": None},
     "another first norm": {"mixer_norm": NormConfig("none", 1e-6)},

@@ -165,3 +165,18 @@ def pieces_of_ends(tied: bool, embedding: str = "model.embed_tokens", norm: str 
 def tied_head(tied: bool) -> tuple[str, ...]:
     """Tensors to leave out: a tied head is stored by some, and is the embedding again."""
     return (r"lm_head\.weight",) if tied else ()
+
+
+# Entries of `layer_types` -> names in a schedule.
+LAYER_NAMES = {"sliding_attention": "local", "full_attention": "full", "linear_attention": "linear"}
+
+
+def read_layer_types(fields: Fields, default: Sequence[str], key: str = "layer_types") -> list[str]:
+    """The kind of each layer, or the family's own order where the file has none."""
+    kinds = fields.take(key, None) or list(default)
+    for kind in kinds:
+        if kind not in LAYER_NAMES:
+            raise fields.error(key, f"{kind!r} is not supported; only {', '.join(LAYER_NAMES)}")
+    if len(kinds) != len(default):
+        raise fields.error(key, f"{len(kinds)} entries for {len(default)} layers")
+    return kinds

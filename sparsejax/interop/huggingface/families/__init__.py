@@ -1,6 +1,11 @@
 """One file for each family of models: from its config.json to a `ModelConfig` and the map of its tensors."""
 
-from sparsejax.interop.huggingface.families import mistral
+from sparsejax.interop.huggingface.families import gemma, mistral, modernbert
 
 # A new family is one file and one line here: `model_type` of its config.json -> translate(fields).
-FAMILIES = {"mistral": mistral.translate}
+FAMILIES = {
+    "gemma2": gemma.translate_2,
+    "gemma3_text": gemma.translate_3,
+    "mistral": mistral.translate,
+    "modernbert": modernbert.translate,
+}
