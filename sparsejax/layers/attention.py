@@ -23,7 +23,7 @@ PADDING, ELSEWHERE = -1, -3  # segments that no key is in, and that no query is 
 class AttentionConfig:
     """An attention mixer; every head reads `head_width` numbers of each token."""
 
-    pattern: str  # text form, see sparsejax.patterns
+    pattern: str  # text form, see sparsejax.patterns; code may give a Pattern, whose text can be too long
     heads: int
     kv_heads: int
     head_width: int

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 
 from sparsejax.patterns import library as lib
 from sparsejax.patterns.pattern import Multiset, Pattern, PatternError, Shift, per_head
-from sparsejax.patterns.tiled import BigBirdRandom, Random
+from sparsejax.patterns.tiled import BigBirdRandom, Random, Tiles
 
 
 def longformer(
@@ -38,7 +38,7 @@ def bigbird(
     heads: int | None = None,
     layer: int = 0,
     extra: int = 0,
-    plan: str = "uniform",
+    plan: str | Sequence = "uniform",
     multiset: bool = False,
 ) -> Pattern:
     """BigBird (arXiv:2007.14062): a tile, its neighbours, global tiles, and `r` random ones. Both directions.
@@ -52,7 +52,8 @@ def bigbird(
       extra: 0: the first and the last tile are global (ITC). Otherwise the first so many tokens are, which are put
         before the sequence (ETC).
       plan: "uniform": drawn from all tiles not seen anyway. "released": what the released code draws in training.
-        "evaluation": what it has then, the first tile `r` times; only `multiset` makes a difference of that.
+        "evaluation": what it has then, the first tile `r` times; only `multiset` makes a difference of that. Or the
+        tiles themselves, a list of `r` for each inner query tile of each head: [heads, tiles - 2, r].
       multiset: a tile listed twice counts twice, as in the released code.
 
     Raises:
@@ -61,7 +62,10 @@ def bigbird(
     near = functools.reduce(operator.or_, (Shift(lib.Chunk(tile), by) for by in (tile, -tile)), lib.Chunk(tile))
     ends = (lib.Globals(extra),) if extra else (lib.Globals(tile), lib.Globals(-tile))
     known = functools.reduce(operator.or_, ends, near)
-    if plan == "uniform":
+    if not isinstance(plan, str):
+        drawn = [[_tiles_of_draw(tile, head, i) for i in range(r)] for head in plan]
+        heads = len(drawn)
+    elif plan == "uniform":
         keys = {"tile": tile, "seed": seed, "apart": 2, "ends": 0 if extra else 1, "layer": layer}
         drawn = [(Random(r, **keys, head=i),) for i in range(heads or 1)]
     elif plan == "released":
@@ -73,6 +77,11 @@ def bigbird(
     join = Multiset.of if multiset else lambda *terms: functools.reduce(operator.or_, terms)
     each = [join(known, *terms) for terms in drawn]
     return per_head(*each) if heads else each[0]
+
+
+def _tiles_of_draw(tile: int, rows: Sequence[Sequence[int]], draw: int) -> Pattern:
+    """The key tile of one draw for each inner query tile; the first and the last query tile see everything anyway."""
+    return Tiles(((), *((int(row[draw]),) for row in rows), ()), tile=tile)
 
 
 def sparse_transformer_strided(stride: int, heads: int | None = None) -> Pattern:

@@ -24,11 +24,11 @@ JOINED = {PerHead.name: per_head, Multiset.name: Multiset.of}  # words that take
 TOKEN = re.compile(r"\s*(?:(?P<name>[A-Za-z_]\w*)|(?P<integer>-?\d+)|(?P<sign>[()\[\],=&|-]))")
 
 
-def parse(text: str, t: int | None = None, s: int | None = None) -> Pattern:
+def parse(text: str | Pattern, t: int | None = None, s: int | None = None) -> Pattern:
     """The pattern that a text describes.
 
     Args:
-      text: see above.
+      text: see above. A pattern is taken as it is, however long its text would be.
       t: number of queries it is meant for. If given, what does not fit into it (ids past the end, more random
         tiles than there are) is an error too.
       s: number of keys, `t` if not given.
@@ -36,6 +36,10 @@ def parse(text: str, t: int | None = None, s: int | None = None) -> Pattern:
     Raises:
       PatternError: one line with the text, the column (from 1) and, for an unknown word, the nearest known one.
     """
+    if isinstance(text, Pattern):
+        if t is not None:
+            text.check(t, t if s is None else s)
+        return text
     return _Parser(text, None if t is None else (t, t if s is None else s)).parse()
 
 

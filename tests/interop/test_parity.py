@@ -111,3 +111,13 @@ def test_saving_and_loading_gives_the_same_tensors(name, tmp_path):
     copied = huggingface.pretrained.Checkpoint(tmp_path / "copy")
     for key in copied.names:
         np.testing.assert_array_equal(copied.read(key), held.read(key), err_msg=key)
+
+
+def test_bigbird_with_the_random_plans_of_training():
+    name = "bigbird_block_sparse"
+    inputs, outputs, _ = read(name)
+    plans = [inputs[f"train_rand_attn_layer_{i}"] for i in range(3)]
+    model = huggingface.load(GOLDEN / name, random_plans=plans)
+    logits = model(inputs["input_ids"], **keywords(name))
+    shown = real(name)[0]
+    assert_near(name, logits[0][shown], outputs["train_logits"][0][shown], "logits")

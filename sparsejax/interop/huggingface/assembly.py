@@ -22,8 +22,8 @@ Path = tuple[str | int, ...]
 
 def assemble(
     checkpoint: Checkpoint, translation: Translation, mesh: Mesh | None
-) -> tuple[dict[str, Any], dict[str, np.dtype]]:
-    """Parameters as nested dicts of float32 arrays, and how each tensor was stored.
+) -> tuple[dict[str, Any], dict[str, np.dtype], dict[str, np.ndarray]]:
+    """Parameters as nested dicts of float32 arrays, how each tensor was stored, and the tensors that are not used.
 
     One parameter is read at a time (of a scanned layer: all turns of the period), placed, and forgotten here.
 
@@ -33,7 +33,7 @@ def assemble(
     model, fold = Functional(translation.model), translation.model.fold
     shapes = _flatten(model.shapes)
     shardings = None if mesh is None else _flatten(parameter_shardings(mesh, model.shapes, model.axes))
-    _check_names(checkpoint, translation)
+    unused = {name: checkpoint.read(name) for name in _check_names(checkpoint, translation)}
     dtypes: dict[str, np.dtype] = {}
     waiting: dict[Path, dict[int | None, np.ndarray]] = {}
     done: dict[Path, jax.Array] = {}
@@ -52,7 +52,7 @@ def assemble(
     missing = [".".join(map(str, key)) for key in shapes if key not in done]
     if missing:
         raise AssertionError(f"no tensor is mapped to the parameter {missing[0]}")
-    return _nest(model.shapes, done), dtypes
+    return _nest(model.shapes, done), dtypes, unused
 
 
 def disassemble(pieces: Sequence[Piece], parameters: dict[str, Any], fold: Fold) -> dict[str, np.ndarray]:
@@ -93,14 +93,17 @@ def _read(checkpoint: Checkpoint, piece: Piece, dtypes: dict[str, np.dtype]) -> 
         raise CheckpointError(f"{checkpoint.folder}: wrong shape: {shapes}: {error}") from error
 
 
-def _check_names(checkpoint: Checkpoint, translation: Translation) -> None:
+def _check_names(checkpoint: Checkpoint, translation: Translation) -> list[str]:
+    """Refuses tensors that are missing or unknown; gives those that the family has no use for."""
     known = {name for piece in translation.pieces for name in piece.theirs}
     held = set(checkpoint.names)
     for name in sorted(known - held):
         raise CheckpointError(f"{checkpoint.folder}: no tensor {name}")
-    for name in sorted(held - known):
-        if not any(re.fullmatch(pattern, name) for pattern in translation.ignored):
+    unused = sorted(held - known)
+    for name in unused:
+        if not any(re.fullmatch(pattern, name) for pattern in translation.unused):
             raise CheckpointError(f"{checkpoint.folder}: tensor {name}: has no place in the model of config.json")
+    return unused
 
 
 def _check_shape(checkpoint, piece: Piece, path: str, array: np.ndarray, shapes, key: Path, turn: int | None) -> None:

@@ -33,11 +33,19 @@ class Pretrained:
       config: the model's configuration.
       parameters: nested dict of float32 arrays, for `Functional(config)`.
       dtypes: how each tensor was stored.
+      unused: tensors of the folder that the model has no use for, such as another head; `save` writes them again.
     """
 
-    def __init__(self, source: dict, translation: Translation, parameters: Parameters, dtypes: dict[str, np.dtype]):
-        self.source, self.config, self.parameters, self.dtypes = source, translation.model, parameters, dtypes
-        self._translation = translation
+    def __init__(
+        self,
+        source: dict[str, Any],
+        translation: Translation,
+        parameters: Parameters,
+        dtypes: dict[str, np.dtype],
+        unused: dict[str, np.ndarray],
+    ):
+        self.source, self.config, self.parameters = source, translation.model, parameters
+        self.dtypes, self.unused, self._translation = dtypes, unused, translation
         self._compiled: list[tuple[ModelConfig, Functional]] = []
 
     def __call__(
@@ -83,10 +91,10 @@ class Pretrained:
         given = {name: np.asarray(value) for name, value in given.items() if value is not None}
         tokens = np.asarray(input_ids)
         self._check(tokens, given)
-        config = self.config
+        config, multiple = self.config, 1
         if self._translation.at_length is not None:
-            config = self._translation.at_length(tokens.shape[1])
-        tokens, given = self._pad(tokens, given)
+            config, multiple = self._translation.at_length(tokens.shape[1])
+        tokens, given = self._pad(tokens, given, multiple)
         return self._build(config), jnp.asarray(tokens, jnp.int32), _make_context(given)
 
     def _check(self, tokens: np.ndarray, given: dict[str, np.ndarray]) -> None:
@@ -104,9 +112,11 @@ class Pretrained:
         if not 0 <= tokens.min() <= tokens.max() < self.config.vocab:
             raise ValueError(f"input_ids: ids must be from 0 to {self.config.vocab - 1}")
 
-    def _pad(self, tokens: np.ndarray, given: dict[str, np.ndarray]) -> tuple[np.ndarray, dict[str, np.ndarray]]:
+    def _pad(
+        self, tokens: np.ndarray, given: dict[str, np.ndarray], multiple: int
+    ) -> tuple[np.ndarray, dict[str, np.ndarray]]:
         """To a multiple of what the family wants; a mask hides the padding."""
-        gap = -tokens.shape[1] % self._translation.multiple
+        gap = -tokens.shape[1] % multiple
         if not gap:
             return tokens, given
         given = {"attention_mask": np.ones_like(tokens)} | given
@@ -155,8 +165,7 @@ def load(folder: str | Path, *, mesh: Mesh | None = None, **options: Any) -> Pre
     """
     source, place = _read_source(folder)
     translation = _translate(source, place, **options)
-    parameters, dtypes = assemble(Checkpoint(Path(folder)), translation, mesh)
-    return Pretrained(source, translation, parameters, dtypes)
+    return Pretrained(source, translation, *assemble(Checkpoint(Path(folder)), translation, mesh))
 
 
 def save(model: Pretrained, folder: str | Path, shard_bytes: int = checkpoint.SHARD_BYTES) -> None:
@@ -166,7 +175,7 @@ def save(model: Pretrained, folder: str | Path, shard_bytes: int = checkpoint.SH
       CheckpointError: the folder exists already, or cannot be written.
     """
     tensors = {name: tensor.astype(model.dtypes[name]) for name, tensor in model.tensors().items()}
-    checkpoint.write(Path(folder), model.source, tensors, shard_bytes)
+    checkpoint.write(Path(folder), model.source, tensors | model.unused, shard_bytes)
 
 
 def _read_source(place: str | Path) -> tuple[dict[str, Any], str]:

@@ -21,19 +21,16 @@ class Translation:
       model: the configuration.
       pieces: which tensors hold which parameters.
       keywords: what the model can be called with besides `input_ids`.
-      options: what `load` takes for it besides the folder.
-      ignored: regular expressions of tensors that the model does not use, such as buffers that follow from the rest.
-      multiple: sequences are padded to a multiple of this, and the padding is cut off again.
-      at_length: the configuration for sequences of a length, where it depends on it; same parameters.
+      unused: regular expressions of tensors that the model does not use, such as buffers that follow from the rest.
+      at_length: for sequences of a length: the configuration, where it depends on it, and the multiple to which they
+        are padded. The parameters are the same.
     """
 
     model: ModelConfig
     pieces: Sequence[Piece]
     keywords: frozenset[str] = frozenset({"attention_mask"})
-    options: frozenset[str] = frozenset()
-    ignored: tuple[str, ...] = ()
-    multiple: int = 1
-    at_length: Callable[[int], ModelConfig] | None = None
+    unused: tuple[str, ...] = ()
+    at_length: Callable[[int], tuple[ModelConfig, int]] | None = None
 
 
 def name_layers(layers: Sequence[tuple[str, LayerConfig]]) -> dict[str, object]:
@@ -163,7 +160,7 @@ def pieces_of_ends(tied: bool, embedding: str = "model.embed_tokens", norm: str 
 
 
 def tied_head(tied: bool) -> tuple[str, ...]:
-    """Tensors to leave out: a tied head is stored by some, and is the embedding again."""
+    """Tensors that are not used: a tied head is stored by some, and is the embedding again."""
     return (r"lm_head\.weight",) if tied else ()
 
 

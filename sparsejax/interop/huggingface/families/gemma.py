@@ -82,7 +82,7 @@ def _translate(fields: Fields, generation: int) -> Translation:
     pieces = pieces_of_ends(tied)
     for i in range(depth):
         pieces += _pieces_of_layer(f"model.layers.{i}", f"layers.{i}", bias, normed=generation == 3)
-    return Translation(model, pieces, ignored=tied_head(tied))
+    return Translation(model, pieces, unused=tied_head(tied))
 
 
 def _pieces_of_layer(theirs: str, ours: str, bias: bool, normed: bool) -> list[Piece]:

@@ -53,4 +53,4 @@ def translate(fields: Fields) -> Translation:
             *pieces_of_attention(f"{theirs}.self_attn", f"{ours}.mixer"),
             *pieces_of_gated_mlp(f"{theirs}.mlp", f"{ours}.mlp"),
         ]
-    return Translation(model, pieces, ignored=tied_head(tied))
+    return Translation(model, pieces, unused=tied_head(tied))

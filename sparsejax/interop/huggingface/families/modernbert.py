@@ -87,7 +87,7 @@ def translate(fields: Fields) -> Translation:
             *split_linear(f"{theirs}.mlp.Wi", [f"{ours}.mlp.{n}" for n in ("gate", "up")], [inner] * 2, mlp_bias),
             *linear(f"{theirs}.mlp.Wo", f"{ours}.mlp.down", mlp_bias),
         ]
-    return Translation(model, pieces, ignored=(r"decoder\.weight",) if tied else ())
+    return Translation(model, pieces, unused=(r"decoder\.weight",) if tied else ())
 
 
 def _norm(theirs: str, ours: str, bias: bool) -> list[Piece]:
