@@ -34,6 +34,7 @@ from sparsejax.layers import (
     LayerConfig,
     MixerConfig,
     NormConfig,
+    SharedConfig,
 )
 
 
@@ -104,6 +105,7 @@ class ModelConfig:
     embedding: EmbeddingConfig = EmbeddingConfig()
     head: HeadConfig = HeadConfig()
     reversible: bool = False  # two streams, see `layers.Layer`
+    shared: dict[str, SharedConfig] = dataclasses.field(default_factory=dict)  # blocks that layers share
 
     def __post_init__(self):
         _require(self, vocab=1, width=1)
@@ -111,13 +113,22 @@ class ModelConfig:
         if not self.layers:
             raise ValueError("layers: needs at least one")
         schedule.check(self.schedule, self.layers)
-        for name, layer in self.layers.items() if self.causal else ():
-            ahead = 0 if layer.mixer is None else layer.mixer.sees.lookahead()
-            if ahead > 0:
-                raise ValueError(
-                    f"layers.{name}.mixer.pattern: {str(layer.mixer.sees)!r} sees {ahead} positions ahead; a model"
-                    " that predicts the next token needs 'causal & ...'"
-                )
+        for name, layer in self.layers.items():
+            if layer.side is not None and layer.side.shared not in self.shared:
+                raise ValueError(f"layers.{name}.side.shared: no block {layer.side.shared!r} in shared")
+            if layer.side is not None and self.reversible:
+                raise ValueError(f"layers.{name}.side: a reversible stream has no shared blocks")
+            self._check_causal(f"layers.{name}", layer.mixer)
+        for name, block in self.shared.items():
+            self._check_causal(f"shared.{name}", block.mixer)
+
+    def _check_causal(self, place: str, mixer: MixerConfig | None) -> None:
+        ahead = mixer.sees.lookahead() if self.causal and mixer is not None else 0
+        if ahead > 0:
+            raise ValueError(
+                f"{place}.mixer.pattern: {str(mixer.sees)!r} sees {ahead} positions ahead; a model that predicts the"
+                " next token needs 'causal & ...'"
+            )
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -132,7 +143,10 @@ class ModelConfig:
     @property
     def sees(self) -> list[tuple[str, patterns.Pattern]]:
         """Name and pattern of each layer in order: what reach and advice start from."""
-        return [(name, self.layers[name].sees) for name in self.names]
+        return [(name, self._see(self.layers[name])) for name in self.names]
+
+    def _see(self, layer: LayerConfig) -> patterns.Pattern:
+        return layer.sees if layer.side is None else layer.sees | self.shared[layer.side.shared].mixer.sees
 
 
 @dataclasses.dataclass(frozen=True)
@@ -381,15 +395,15 @@ def _complete(kind: Any, value: Any) -> Any:
     if not isinstance(value, dict) or not dataclasses.is_dataclass(kind):
         return value
     hints = typing.get_type_hints(kind)
-    defaults = {field.name: field.default for field in dataclasses.fields(kind) if _is_optional(field)}
-    for name, default in defaults.items():
-        if name not in value:
-            value[name] = dataclasses.asdict(default) if dataclasses.is_dataclass(default) else default
+    for field in dataclasses.fields(kind):
+        if field.name not in value and _is_optional(field):
+            default = field.default if field.default is not dataclasses.MISSING else field.default_factory()
+            value[field.name] = dataclasses.asdict(default) if dataclasses.is_dataclass(default) else default
     return {key: _complete(hints[key], item) if key in hints else item for key, item in value.items()}
 
 
 def _is_optional(field: dataclasses.Field) -> bool:
-    return field.default is not dataclasses.MISSING
+    return field.default is not dataclasses.MISSING or field.default_factory is not dataclasses.MISSING
 
 
 def _resolve(kind: Any, value: Any) -> Any:

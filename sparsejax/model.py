@@ -14,7 +14,7 @@ from jaxtyping import Array, Float, Int
 
 from sparsejax.config import ModelConfig
 from sparsejax.embedding import Embedding, Head
-from sparsejax.layers import NOTHING, Context, Layer, Losses, Norm, Stream
+from sparsejax.layers import NOTHING, Context, Layer, Losses, Norm, Shared, Stream
 
 Cache = dict[str, Any]
 
@@ -30,7 +30,7 @@ class Model(nnx.Module):
     def __init__(self, config: ModelConfig, rngs: nnx.Rngs):
         self.config = config
         names = config.names
-        stream = Stream(config.width, len(names), jnp.dtype(config.dtype), config.reversible)
+        stream = Stream(config.width, len(names), jnp.dtype(config.dtype), config.reversible, config.shared)
         self.fold = config.fold
 
         def build(names: tuple[str, ...], rngs: nnx.Rngs) -> nnx.List:
@@ -41,6 +41,7 @@ class Model(nnx.Module):
         keys = jax.random.split(rngs.params(), max(self.fold.repeats, 1))
         self.period = nnx.vmap(lambda key: build(self.fold.period, nnx.Rngs(key)))(keys)
         self.after = build(self.fold.after, rngs)
+        self.shared = nnx.Dict({name: Shared(block, stream, rngs) for name, block in config.shared.items()})
         self.norm = Norm(config.norm, config.width * (2 if config.reversible else 1), rngs)
         self.head = Head(config, stream, rngs)
 
@@ -107,7 +108,7 @@ class Model(nnx.Module):
     ) -> tuple[Float[Array, "b v"], Cache]:
         """Logits after one more token at `position`, and the next cache; `length` as given to `init_cache`."""
         x = self._double(self.embedding.step(tokens, position))
-        context = Context(embeddings=x)
+        context = Context(embeddings=x, shared=dict(self.shared))
 
         def run(layers, x, caches, first):
             after = []
@@ -144,7 +145,7 @@ class Model(nnx.Module):
 
     def _enter(self, tokens: Array, context: Context) -> tuple[Array, Context]:
         x = self._double(self.embedding(tokens))
-        return x, dataclasses.replace(context, embeddings=x)
+        return x, dataclasses.replace(context, embeddings=x, shared=dict(self.shared))
 
     def _double(self, x: Array) -> Array:
         return jnp.concatenate([x, x], axis=-1) if self.config.reversible else x

@@ -163,7 +163,7 @@ def test_types(tiny_config, key, value, expected):
         (
             "model.layers.full.mlp.activation",
             "tanh",
-            "model.layers.full.mlp: activation must be one of silu, gelu, relu, got 'tanh'",
+            "model.layers.full.mlp: activation must be one of silu, gelu, gelu_tanh, relu, relu2, got 'tanh'",
         ),
         ("model.layers.full.mlp.width", 0, "model.layers.full.mlp: width must be at least 1, got 0"),
         ("train.accumulate", 3, "train: batch = 4 is not divisible by accumulate = 3"),

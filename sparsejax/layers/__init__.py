@@ -7,6 +7,7 @@ from sparsejax.layers.mixers import MIXERS, BranchConfig, MixerConfig, Parallel,
 from sparsejax.layers.mlp import ACTIVATIONS, Mlp, MlpConfig
 from sparsejax.layers.norm import Norm, NormConfig
 from sparsejax.layers.rotary import RopeConfig, RopeScaling
+from sparsejax.layers.shared import Shared, SharedConfig, Side, SideConfig
 from sparsejax.layers.stream import NOTHING, Context, Cost, Linear, Stream, parameter
 
 __all__ = [
@@ -36,6 +37,10 @@ __all__ = [
     "ResidualConfig",
     "RopeConfig",
     "RopeScaling",
+    "Shared",
+    "SharedConfig",
+    "Side",
+    "SideConfig",
     "Stream",
     "parameter",
 ]

@@ -13,6 +13,7 @@ from sparsejax import patterns
 from sparsejax.layers.mixers import MixerConfig, make_mixer
 from sparsejax.layers.mlp import Mlp, MlpConfig
 from sparsejax.layers.norm import Norm, NormConfig
+from sparsejax.layers.shared import Side, SideConfig
 from sparsejax.layers.stream import NOTHING, Context, Cost, Stream
 
 # Feed-forward parts by their `kind`; each is called with the stream and the context, and gives what it adds and a
@@ -55,12 +56,15 @@ class LayerConfig:
     mixer_norm: NormConfig | None = None  # before the mixer, if it is another one than `norm`
     mixer_residual: ResidualConfig = ResidualConfig()
     mlp_residual: ResidualConfig = ResidualConfig()
+    side: SideConfig | None = None  # a shared block whose output the mixer reads too
 
     def __post_init__(self):
         if self.norm_position not in ("pre", "post", "both"):
             raise ValueError(f"norm_position must be pre, post or both, got {self.norm_position!r}")
         if self.mixer is None and self.mlp is None:
             raise ValueError("mixer and mlp are both None: a layer needs one of them")
+        if self.side is not None and self.mixer is None:
+            raise ValueError("side: is added to what a mixer reads, and mixer is None")
 
     @property
     def sees(self) -> patterns.Pattern:
@@ -107,6 +111,7 @@ class Layer(nnx.Module):
         self.mixer = None if config.mixer is None else make_mixer(config.mixer, stream, rngs)
         self.mlp = None if config.mlp is None else make_feed_forward(config.mlp, stream, rngs)
         first = norm if config.mixer_norm is None else config.mixer_norm
+        self.side = None if config.side is None else Side(config.side, stream, rngs)
         self.mixer_residual = None if self.mixer is None else residual(config.mixer_residual, first)
         self.mlp_residual = None if self.mlp is None else residual(config.mlp_residual, norm)
 
@@ -115,8 +120,9 @@ class Layer(nnx.Module):
         return jax.checkpoint(self._run)(x, context) if self.config.remat else self._run(x, context)
 
     def init_cache(self, batch: int, length: int) -> dict[str, Array]:
-        """The mixer's cache before the first of `length` tokens."""
-        return {} if self.mixer is None else self.mixer.init_cache(batch, length)
+        """The caches of the mixer, and of the shared block if it uses one, before the first of `length` tokens."""
+        cache = {} if self.mixer is None else self.mixer.init_cache(batch, length)
+        return cache if self.side is None else {"mixer": cache, "side": self.side.init_cache(batch, length)}
 
     def step(
         self,
@@ -127,11 +133,16 @@ class Layer(nnx.Module):
         context: Context = NOTHING,
     ) -> tuple[Float[Array, "b m"], dict[str, Array]]:
         """The stream after this layer, for one more token, and the next cache."""
+        extra, side = None, None
+        if self.side is not None:
+            extra, side = self.side.step(x, cache["side"], position, length, context)
+            cache = cache["mixer"]
 
         def mix(read: Array) -> tuple[Array, dict[str, Array]]:
             return self.mixer.step(read, cache, position, length, context)
 
-        x, cache = self._mix(x, mix, cache)
+        x, cache = self._mix(x, mix, cache, extra)
+        cache = cache if side is None else {"mixer": cache, "side": side}
         # A feed-forward part works on sequences: [b, 1, m].
         x, _ = self._feed(x[:, None], NOTHING)
         return x[:, 0], cache
@@ -139,28 +150,33 @@ class Layer(nnx.Module):
     def cost(self, length: int) -> Cost:
         """Scored pairs, and forward FLOPs for each token."""
         cost = Cost(0, 0.0) if self.mixer is None else self.mixer.cost(length)
+        cost = cost if self.side is None else cost + self.side.cost(length)
         return cost if self.mlp is None else cost + Cost(0, self.mlp.flops)
 
     def _run(self, x: Array, context: Context) -> tuple[Array, Losses]:
-        x, _ = self._mix(x, lambda read: (self.mixer(read, context), None), None)
+        extra = None if self.side is None else self.side(x, context)
+        x, _ = self._mix(x, lambda read: (self.mixer(read, context), None), None, extra)
         return self._feed(x, context)
 
-    def _mix(self, x: Array, run, nothing):
-        return (x, nothing) if self.mixer is None else self._join(x, self.mixer_residual, run, 0)
+    def _mix(self, x: Array, run, nothing, extra: Array | None):
+        return (x, nothing) if self.mixer is None else self._join(x, self.mixer_residual, run, 0, extra)
 
     def _feed(self, x: Array, context: Context) -> tuple[Array, Losses]:
         return (x, {}) if self.mlp is None else self._join(x, self.mlp_residual, lambda r: self.mlp(r, context), 1)
 
-    def _join(self, x: Array, residual: Residual, run, side: int):
-        """The stream with a branch's output, and what else `run` gives; of two streams, `side` is written."""
+    def _join(self, x: Array, residual: Residual, run, written: int, extra: Array | None = None):
+        """The stream with a branch's output, and what else `run` gives; `extra` is read but not kept.
+
+        Of two streams, the one numbered `written` is written and the other one read.
+        """
         if not self.reversible:
-            read = residual.enter(x)
+            read = residual.enter(x if extra is None else x + extra)
             y, more = run(read)
             return residual.leave(x, y, read), more
         streams = jnp.split(x, 2, axis=-1)
-        read = residual.enter(streams[1 - side])
+        read = residual.enter(streams[1 - written])
         y, more = run(read)
-        streams[side] = residual.leave(streams[side], y, read)
+        streams[written] = residual.leave(streams[written], y, read)
         return jnp.concatenate(streams, axis=-1), more
 
 

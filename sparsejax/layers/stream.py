@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -19,6 +20,7 @@ class Stream:
     depth: int  # number of layers; output projections start smaller in deeper models
     dtype: jnp.dtype  # of the computation; parameters are float32
     reversible: bool = False  # two streams side by side, see `Layer`
+    shared: Mapping[str, Any] = dataclasses.field(default_factory=dict)  # SharedConfig by name, see `layers.shared`
 
 
 @jax.tree_util.register_dataclass
@@ -32,6 +34,7 @@ class Context:
       globals: positions of tokens that are global in this batch alone, in any order; -1 pads the list.
       embeddings: the stream before the first layer.
       layer: the number of the layer, from 0.
+      shared: the blocks that layers share, by name: modules, see `layers.shared`.
     """
 
     segments: Int[Array, "b t"] | None = None
@@ -39,6 +42,7 @@ class Context:
     globals: Int[Array, "b n"] | None = None
     embeddings: Float[Array, "b t m"] | None = None
     layer: Int[Array, ""] | None = None
+    shared: dict[str, Any] | None = None
 
     @property
     def attend_segments(self) -> tuple[Int[Array, "b t"], Int[Array, "b t"]] | None:

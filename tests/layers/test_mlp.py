@@ -43,7 +43,7 @@ def test_bfloat16():
     ("kind", "width", "activation", "message"),
     [
         ("glu", 4, "silu", "kind must be one of gated, plain, got 'glu'"),
-        ("plain", 4, "tanh", "activation must be one of silu, gelu, relu, got 'tanh'"),
+        ("plain", 4, "tanh", "activation must be one of silu, gelu, gelu_tanh, relu, relu2, got 'tanh'"),
         ("gated", 0, "silu", "width must be at least 1, got 0"),
     ],
 )

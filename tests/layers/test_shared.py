@@ -1,0 +1,103 @@
+"""Blocks whose weights several layers share, with adapters of their own."""
+
+import dataclasses
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from sparsejax.config import ModelConfig
+from sparsejax.layers import LayerConfig, MlpConfig, NormConfig, RopeConfig, SharedConfig, SideConfig
+from sparsejax.model import Functional
+from tests.layers import reference
+from tests.layers.test_mixers import MIXED, attention, decode
+from tests.tolerances import assert_close
+
+NORM = NormConfig("rms", 1e-6)
+BLOCK = SharedConfig(
+    dataclasses.replace(attention("causal"), rope=RopeConfig(50.0)), MlpConfig("gated", 10, "gelu"), NORM
+)
+SSM = LayerConfig(MIXED["mamba"]["mamba"], None, NORM, "pre", remat=True)
+CONFIG = ModelConfig(
+    vocab=11,
+    width=6,
+    schedule="ssm 2x(a b)",
+    layers={
+        "ssm": SSM,
+        "a": dataclasses.replace(SSM, side=SideConfig("one", mixer_rank=2, mlp_rank=3)),
+        "b": dataclasses.replace(SSM, side=SideConfig("two")),
+    },
+    norm=NORM,
+    tied=True,
+    dtype="float32",
+    scan=True,
+    shared={"one": BLOCK, "two": BLOCK},
+)
+TOKENS = np.random.default_rng(0).integers(0, 11, size=(2, 9))
+
+
+def fill(config: ModelConfig) -> dict:
+    random = np.random.default_rng(1)
+    return jax.tree.map(
+        lambda leaf: jnp.asarray(random.normal(0.4 if len(leaf.shape) == 1 else 0, 0.4, leaf.shape), jnp.float32),
+        Functional(config).shapes,
+    )
+
+
+def expected_logits(parameters: dict) -> np.ndarray:
+    """The model in float64: the block reads [x, embedding], and adapters are applied as maps of their own."""
+    w = jax.tree.map(np.float64, parameters)
+    x = start = w["embedding"]["tokens"][TOKENS]
+    turns = [jax.tree.map(lambda leaf, i=i: leaf[i], w["period"]) for i in range(2)]
+    layers = [("ssm", w["before"][0]), *((name, turn[k]) for turn in turns for k, name in enumerate("ab"))]
+    for name, own in layers:
+        side = CONFIG.layers[name].side
+        extra = 0 if side is None else run_block(w["shared"][side.shared], own["side"], np.concatenate([x, start], -1))
+        read = reference.norm(NORM, own["mixer_residual"]["before"], x + extra)
+        x = x + reference.mamba(SSM.mixer, own["mixer"], read)
+    return reference.norm(NORM, w["norm"], x) @ w["embedding"]["tokens"].T
+
+
+def run_block(w: dict, own: dict, x: np.ndarray) -> np.ndarray:
+    def adapt(part: str, name: str, number: int, key: str) -> dict:
+        adapter = own["adapters"].get(key) if "adapters" in own else None
+        more = 0 if adapter is None else adapter["down"] @ adapter["up"][number]
+        return w[part][name] | {"weight": w[part][name]["weight"] + more}
+
+    mixer = w["mixer"] | {name: adapt("mixer", name, 0, name) for name in ("query", "key", "value")}
+    mlp = w["mlp"] | {name: adapt("mlp", name, i, "mlp") for i, name in enumerate(("gate", "up"))}
+    y = reference.attention(BLOCK.mixer, mixer, reference.norm(NORM, w["mixer_norm"], x))
+    y = reference.norm(NORM, w["mlp_norm"], y)
+    gate = y @ mlp["gate"]["weight"]
+    erf = np.vectorize(math.erf)
+    hidden = gate / 2 * (1 + erf(gate / np.sqrt(2))) * (y @ mlp["up"]["weight"])
+    return hidden @ mlp["down"]["weight"] @ own["out"]["weight"]
+
+
+def test_equals_the_reference_whole_and_in_steps():
+    parameters = fill(CONFIG)
+    model = Functional(CONFIG).bind(parameters)
+    logits, steps = jax.jit(lambda tokens: (model(tokens), decode(model, tokens, 9)))(TOKENS)
+    expected = expected_logits(parameters)
+    assert_close("logits", logits, expected, "float32")
+    assert_close("steps", steps, expected, "float32")
+
+
+def test_every_layer_adds_to_the_gradient_of_what_it_shares():
+    parameters = fill(CONFIG)
+    gradient = jax.grad(lambda p: Functional(CONFIG).bind(p)(TOKENS)[..., 3].sum())(parameters)
+    assert all(np.abs(leaf).max() > 0 for leaf in jax.tree.leaves(gradient["shared"]))
+    assert all(np.abs(leaf).max() > 0 for leaf in jax.tree.leaves(gradient["period"]))
+
+
+def test_what_cannot_be_is_refused():
+    layers = CONFIG.layers | {"a": dataclasses.replace(SSM, side=SideConfig("three"))}
+    with pytest.raises(ValueError, match=r"layers.a.side.shared: no block 'three' in shared"):
+        dataclasses.replace(CONFIG, layers=layers)
+    with pytest.raises(ValueError, match="mixer is None"):
+        LayerConfig(None, MlpConfig("plain", 3, "relu"), NORM, "pre", remat=False, side=SideConfig("one"))
+    ahead = dataclasses.replace(BLOCK, mixer=dataclasses.replace(BLOCK.mixer, pattern="full"))
+    with pytest.raises(ValueError, match=r"shared.two.mixer.pattern: 'full' sees"):
+        dataclasses.replace(CONFIG, shared=CONFIG.shared | {"two": ahead})
