@@ -1,8 +1,10 @@
 """Layers of a sequence model, as thin Flax NNX modules."""
 
 from sparsejax.layers.attention import Attention, AttentionConfig
+from sparsejax.layers.conv import Conv, ConvConfig, ShortConv
 from sparsejax.layers.layer import FEEDFORWARDS, FeedForwardConfig, Layer, LayerConfig, Losses, ResidualConfig
 from sparsejax.layers.mamba import Mamba, MambaConfig
+from sparsejax.layers.mamba2 import Mamba2, Mamba2Config
 from sparsejax.layers.mixers import MIXERS, BranchConfig, MixerConfig, Parallel, ParallelConfig
 from sparsejax.layers.mlp import ACTIVATIONS, Mlp, MlpConfig
 from sparsejax.layers.norm import Norm, NormConfig
@@ -19,6 +21,8 @@ __all__ = [
     "AttentionConfig",
     "BranchConfig",
     "Context",
+    "Conv",
+    "ConvConfig",
     "Cost",
     "FeedForwardConfig",
     "Layer",
@@ -26,6 +30,8 @@ __all__ = [
     "Linear",
     "Losses",
     "Mamba",
+    "Mamba2",
+    "Mamba2Config",
     "MambaConfig",
     "MixerConfig",
     "Mlp",
@@ -39,6 +45,7 @@ __all__ = [
     "RopeScaling",
     "Shared",
     "SharedConfig",
+    "ShortConv",
     "Side",
     "SideConfig",
     "Stream",

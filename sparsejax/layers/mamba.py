@@ -11,6 +11,8 @@ from flax import nnx
 from jaxtyping import Array, Float, Int
 
 from sparsejax import patterns
+from sparsejax.layers.conv import ShortConv
+from sparsejax.layers.norm import Norm, NormConfig
 from sparsejax.layers.stream import NOTHING, Context, Cost, Linear, Stream, output_scale, parameter
 from sparsejax.ops import selective_scan, selective_step
 
@@ -25,6 +27,9 @@ class MambaConfig:
     dt_rank: int
     dt_min: float  # step sizes start log-uniform in [dt_min, dt_max]
     dt_max: float
+    norm_eps: float | None = None  # RMSNorm of the step sizes' low-rank form, B and C (Jamba, arXiv:2403.19887)
+    bias: bool = False  # of the projections from and into the stream
+    conv_bias: bool = True
 
     def __post_init__(self):
         if min(self.inner, self.state, self.conv, self.dt_rank) < 1:
@@ -49,32 +54,32 @@ class Mamba(nnx.Module):
     def __init__(self, config: MambaConfig, stream: Stream, rngs: nnx.Rngs):
         self.config = config
         m, d, n, dtype = stream.width, config.inner, config.state, stream.dtype
-        self.input = Linear(m, d, ("width", "inner"), dtype=dtype, rngs=rngs)
-        self.gate = Linear(m, d, ("width", "inner"), dtype=dtype, rngs=rngs)
-        taps = jax.nn.initializers.normal(config.conv**-0.5)
-        self.conv = parameter(rngs, taps, (config.conv, d), (None, "inner"))
-        self.conv_bias = parameter(rngs, jax.nn.initializers.zeros, (d,), ("inner",))
+        self.input = Linear(m, d, ("width", "inner"), dtype=dtype, rngs=rngs, bias=config.bias)
+        self.gate = Linear(m, d, ("width", "inner"), dtype=dtype, rngs=rngs, bias=config.bias)
+        self.conv = ShortConv(d, config.conv, bias=config.conv_bias, dtype=dtype, rngs=rngs)
         self.select = Linear(d, config.dt_rank + 2 * n, ("inner", None), dtype=dtype, rngs=rngs)
         self.dt = Linear(config.dt_rank, d, (None, "inner"), dtype=dtype, rngs=rngs)
         self.dt_bias = parameter(rngs, self._start_dt, (d,), ("inner",))
         self.log_decay = parameter(rngs, _start_decay, (d, n), ("inner", None))
         self.skip = parameter(rngs, jax.nn.initializers.ones, (d,), ("inner",))
-        self.out = Linear(d, m, ("inner", "width"), dtype=dtype, rngs=rngs, scale=output_scale(stream))
+        axes, start = ("inner", "width"), output_scale(stream)
+        self.out = Linear(d, m, axes, dtype=dtype, rngs=rngs, bias=config.bias, scale=start)
+        norm = NormConfig("none" if config.norm_eps is None else "rms", config.norm_eps or 1.0)
+        self.dt_norm = Norm(norm, config.dt_rank, rngs, axis=None)
+        self.B_norm, self.C_norm = Norm(norm, n, rngs, axis=None), Norm(norm, n, rngs, axis=None)
 
     def __call__(self, x: Float[Array, "b t m"], context: Context = NOTHING) -> Float[Array, "b t m"]:
         """Mixes a whole sequence."""
-        taps, t = self.conv[...].astype(x.dtype), x.shape[1]
-        padded = jnp.pad(self.input(x), ((0, 0), (len(taps) - 1, 0), (0, 0)))
-        u = sum(taps[i] * padded[:, i : i + t] for i in range(len(taps)))
-        u = jax.nn.silu(u + self.conv_bias[...].astype(x.dtype))
-        y, _ = selective_scan(u, *self._selection(u))
+        x = context.clear(x)
+        u = context.clear(jax.nn.silu(self.conv(self.input(x), context)))
+        y, _ = selective_scan(u, *self._selection(u), starts=context.starts)
         return self._finish(x, u, y)
 
     def init_cache(self, batch: int, length: int) -> dict[str, Array]:
         """The state before the first token; its size does not depend on `length`."""
         d = self.config.inner
         return {
-            "conv": jnp.zeros((batch, self.config.conv - 1, d), self.input.dtype),
+            "conv": self.conv.init_cache(batch),
             "state": jnp.zeros((batch, d, self.config.state), jnp.float32),
         }
 
@@ -87,21 +92,21 @@ class Mamba(nnx.Module):
         context: Context = NOTHING,
     ) -> tuple[Float[Array, "b m"], dict[str, Array]]:
         """Mixes one more token."""
-        recent = jnp.concatenate([cache["conv"], self.input(x)[:, None]], axis=1)
-        u = (recent * self.conv[...].astype(x.dtype)).sum(axis=1)
-        u = jax.nn.silu(u + self.conv_bias[...].astype(x.dtype))
+        u, recent = self.conv.step(self.input(x), cache["conv"])
+        u = jax.nn.silu(u)
         y, state = selective_step(u.astype(jnp.float32), *self._selection(u), cache["state"])
-        return self._finish(x, u, y.astype(x.dtype)), {"conv": recent[:, 1:], "state": state}
+        return self._finish(x, u, y.astype(x.dtype)), {"conv": recent, "state": state}
 
     def cost(self, length: int) -> Cost:
         """No pairs; forward FLOPs for each token: the projections, the convolution and 7 for each state number."""
-        linear = sum(part.flops for part in (self.input, self.gate, self.select, self.dt, self.out))
-        return Cost(0, linear + self.config.inner * (2.0 * self.config.conv + 7.0 * self.config.state))
+        parts = (self.input, self.gate, self.conv, self.select, self.dt, self.out)
+        return Cost(0, sum(part.flops for part in parts) + 7.0 * self.config.inner * self.config.state)
 
     def _selection(self, u: Array) -> tuple[Array, Array, Array, Array]:
         """Step sizes, decay, B and C, in float32, from the convolved input."""
         r, n = self.config.dt_rank, self.config.state
         low, B, C = jnp.split(self.select(u), [r, r + n], axis=-1)
+        low, B, C = self.dt_norm(low), self.B_norm(B), self.C_norm(C)
         dt = jax.nn.softplus(self.dt(low).astype(jnp.float32) + self.dt_bias[...])
         return dt, -jnp.exp(self.log_decay[...]), B.astype(jnp.float32), C.astype(jnp.float32)
 
@@ -110,10 +115,13 @@ class Mamba(nnx.Module):
         return self.out(y * jax.nn.silu(self.gate(x)))
 
     def _start_dt(self, key: Array, shape: tuple[int, ...], dtype: jnp.dtype) -> Array:
-        """Bias whose softplus is log-uniform in [dt_min, dt_max]."""
-        low, high = math.log(self.config.dt_min), math.log(self.config.dt_max)
-        dt = jnp.exp(jax.random.uniform(key, shape, dtype, low, high))
-        return dt + jnp.log(-jnp.expm1(-dt))
+        return start_dt(key, shape, dtype, self.config.dt_min, self.config.dt_max)
+
+
+def start_dt(key: Array, shape: tuple[int, ...], dtype: jnp.dtype, low: float, high: float) -> Array:
+    """Biases whose softplus is log-uniform in [low, high]."""
+    dt = jnp.exp(jax.random.uniform(key, shape, dtype, math.log(low), math.log(high)))
+    return dt + jnp.log(-jnp.expm1(-dt))
 
 
 def _start_decay(key: Array, shape: tuple[int, ...], dtype: jnp.dtype) -> Array:

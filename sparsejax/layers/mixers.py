@@ -15,7 +15,9 @@ from jaxtyping import Array, Float, Int
 
 from sparsejax import patterns
 from sparsejax.layers.attention import Attention, AttentionConfig
+from sparsejax.layers.conv import Conv, ConvConfig
 from sparsejax.layers.mamba import Mamba, MambaConfig
+from sparsejax.layers.mamba2 import Mamba2, Mamba2Config
 from sparsejax.layers.stream import NOTHING, Context, Cost, Stream
 
 
@@ -91,7 +93,9 @@ class Parallel(nnx.Module):
 
 MIXERS = {
     "attention": (AttentionConfig, Attention),
+    "conv": (ConvConfig, Conv),
     "mamba": (MambaConfig, Mamba),
+    "mamba2": (Mamba2Config, Mamba2),
     "parallel": (ParallelConfig, Parallel),
 }
 MixerConfig = functools.reduce(operator.or_, (config for config, _ in MIXERS.values()))

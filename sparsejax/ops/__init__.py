@@ -1,9 +1,11 @@
 """Arrays in, arrays out: no parameters, no configuration."""
 
 from sparsejax.ops.attention import IMPLEMENTATIONS, Implementation, ImplementationError, attend, attend_one, merge
+from sparsejax.ops.conv import causal_conv
 from sparsejax.ops.request import count_bonus
 from sparsejax.ops.scan import selective_scan, selective_step
 from sparsejax.ops.segment import attend_edges
+from sparsejax.ops.ssd import ssd, ssd_step
 
 __all__ = [
     "IMPLEMENTATIONS",
@@ -12,8 +14,11 @@ __all__ = [
     "attend",
     "attend_edges",
     "attend_one",
+    "causal_conv",
     "count_bonus",
     "merge",
     "selective_scan",
     "selective_step",
+    "ssd",
+    "ssd_step",
 ]

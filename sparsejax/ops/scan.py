@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+from jaxtyping import Array, Bool, Float
 
 CHUNK = 32
 
@@ -27,6 +27,7 @@ def selective_scan(
     B: Float[Array, "b t n"],
     C: Float[Array, "b t n"],
     state: Float[Array, "b d n"] | None = None,
+    starts: Bool[Array, "b t"] | None = None,
 ) -> tuple[Float[Array, "b t d"], Float[Array, "b d n"]]:
     """Mamba's recurrence, in float32 whatever the inputs.
 
@@ -37,6 +38,7 @@ def selective_scan(
       B: input weights.
       C: output weights.
       state: the state before the first position, zeros if not given.
+      starts: True where a document begins; the state is zeros before it.
 
     Returns:
       The output in the dtype of `x`, and the state after the last position in float32. Memory of the backward
@@ -46,7 +48,8 @@ def selective_scan(
     wide = jnp.promote_types(x.dtype, jnp.float32)
     state = jnp.zeros((b, d, A.shape[1]), wide) if state is None else state.astype(wide)
     inputs = [_split_chunks(a.astype(wide)) for a in (x, dt, B, C)]
-    y, state = _scan_chunks(*inputs, A.astype(wide).T, state.swapaxes(1, 2))
+    keep = None if starts is None else 1 - _split_chunks(starts[..., None].astype(wide))
+    y, state = _scan_chunks(*inputs, A.astype(wide).T, state.swapaxes(1, 2), keep)
     return _join_chunks(y, t).astype(x.dtype), state.swapaxes(1, 2)
 
 
@@ -61,7 +64,7 @@ def selective_step(
     """One position of `selective_scan`: its output in the dtype of `x` and the next state, in float32."""
     wide = jnp.promote_types(x.dtype, jnp.float32)
     inputs = [a.astype(wide) for a in (x, dt, B, C)]
-    state, y = _advance(A.astype(wide).T, state.astype(wide).swapaxes(1, 2), inputs)
+    state, y = _advance(A.astype(wide).T, state.astype(wide).swapaxes(1, 2), (*inputs, None))
     return y.astype(x.dtype), state.swapaxes(1, 2)
 
 
@@ -78,27 +81,33 @@ def _join_chunks(x: Array, t: int) -> Array:
 
 def _advance(A, state, inputs):
     """One step; the state is [b, n, d] here, so that the long axis is the contiguous one."""
-    x, dt, B, C = inputs
-    state = jnp.exp(dt[:, None] * A) * state + (dt * x)[:, None] * B[..., None]
+    x, dt, B, C, keep = inputs
+    state = _decay(dt, A, keep) * state + (dt * x)[:, None] * B[..., None]
     return state, (state * C[..., None]).sum(axis=1)
 
 
+def _decay(dt, A, keep):
+    """exp(dt A), or 0 where a document begins: [b, n, d]."""
+    decay = jnp.exp(dt[:, None] * A)
+    return decay if keep is None else decay * keep[..., None]
+
+
 @jax.custom_vjp
-def _scan_chunks(x, dt, B, C, A, state):
-    return _scan_chunks_forward(x, dt, B, C, A, state)[0]
+def _scan_chunks(x, dt, B, C, A, state, keep):
+    return _scan_chunks_forward(x, dt, B, C, A, state, keep)[0]
 
 
-def _scan_chunks_forward(x, dt, B, C, A, state):
+def _scan_chunks_forward(x, dt, B, C, A, state, keep):
     def scan_chunk(state, chunk):
         after, y = jax.lax.scan(lambda h, step: _advance(A, h, step), state, chunk)
         return after, (state, y)
 
-    last, (starts, y) = jax.lax.scan(scan_chunk, state, (x, dt, B, C))
-    return (y, last), (x, dt, B, C, A, starts)
+    last, (starts, y) = jax.lax.scan(scan_chunk, state, (x, dt, B, C, keep))
+    return (y, last), (x, dt, B, C, A, starts, keep)
 
 
 def _scan_chunks_backward(residuals, cotangents):
-    x, dt, B, C, A, starts = residuals
+    x, dt, B, C, A, starts, keep = residuals
     dy, d_last = cotangents
 
     def differentiate_chunk(carry, chunk):
@@ -107,8 +116,8 @@ def _scan_chunks_backward(residuals, cotangents):
         return jax.lax.scan(lambda c, step: _retreat(A, c, step), carry, (*inputs, dy, before), reverse=True)
 
     carry = d_last, jnp.zeros_like(starts[0])
-    (d_state, dA), grads = jax.lax.scan(differentiate_chunk, carry, (x, dt, B, C, dy, starts), reverse=True)
-    return *grads, dA.sum(axis=0), d_state
+    (d_state, dA), grads = jax.lax.scan(differentiate_chunk, carry, (x, dt, B, C, keep, dy, starts), reverse=True)
+    return *grads, dA.sum(axis=0), d_state, None if keep is None else jnp.zeros_like(keep)
 
 
 def _states_before(A, start, inputs):
@@ -123,8 +132,8 @@ def _states_before(A, start, inputs):
 def _retreat(A, carry, step):
     """The adjoint of `_advance`: from the gradient of the state after a step to that of the state before it."""
     d_state, dA = carry
-    x, dt, B, C, dy, before = step
-    decay = jnp.exp(dt[:, None] * A)
+    x, dt, B, C, keep, dy, before = step
+    decay = _decay(dt, A, keep)
     after = decay * before + (dt * x)[:, None] * B[..., None]
     d_state = d_state + C[..., None] * dy[:, None]
     d_exponent = d_state * decay * before  # gradient of dt * A

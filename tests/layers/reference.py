@@ -90,14 +90,18 @@ def attention(config, w, x):
     return y.reshape(b, t, -1) @ w["out"]["weight"]
 
 
+def conv(w, x):
+    taps, y = w["weight"], np.zeros_like(x) + w.get("bias", 0)
+    for now in range(x.shape[1]):
+        for back in range(min(len(taps), now + 1)):
+            y[:, now] += taps[len(taps) - 1 - back] * x[:, now - back]  # the last tap is the token's own
+    return y
+
+
 def mamba(config, w, x):
     b, t, _ = x.shape
     inputs, gate = x @ w["input"]["weight"], x @ w["gate"]["weight"]
-    u = np.zeros_like(inputs) + w["conv_bias"]
-    for now in range(t):
-        for back in range(min(config.conv, now + 1)):
-            u[:, now] += w["conv"][config.conv - 1 - back] * inputs[:, now - back]  # the last tap is the token's own
-    u = ACTIVATIONS["silu"](u)
+    u = ACTIVATIONS["silu"](conv(w["conv"], inputs))
     low, B, C = np.split(u @ w["select"]["weight"], [config.dt_rank, config.dt_rank + config.state], axis=-1)
     dt = np.log1p(np.exp(low @ w["dt"]["weight"] + w["dt_bias"]))
     A, state, y = -np.exp(w["log_decay"]), np.zeros((b, config.inner, config.state)), np.zeros_like(u)

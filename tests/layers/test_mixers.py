@@ -13,6 +13,8 @@ from sparsejax.layers import (
     MIXERS,
     AttentionConfig,
     BranchConfig,
+    ConvConfig,
+    Mamba2Config,
     MambaConfig,
     NormConfig,
     ParallelConfig,
@@ -61,7 +63,31 @@ MIXED = {
             }
         )
     },
-    "mamba": {"mamba": MambaConfig(inner=8, state=3, conv=4, dt_rank=2, dt_min=1e-2, dt_max=0.5)},
+    "conv": {"conv": ConvConfig(3, bias=True)},
+    "mamba": {
+        "mamba": MambaConfig(inner=8, state=3, conv=4, dt_rank=2, dt_min=1e-2, dt_max=0.5),
+        "mamba with norms and biases": MambaConfig(8, 3, 4, 2, 1e-2, 0.5, norm_eps=1e-6, bias=True, conv_bias=False),
+    },
+    "mamba2": {
+        "mamba2": Mamba2Config(4, 3, 5, 2, 4, 1e-2, 0.5, norm_eps=1e-5, norm_groups=2, chunk=16),
+        "mamba2 with everything": Mamba2Config(
+            4,
+            2,
+            3,
+            1,
+            3,
+            1e-2,
+            0.5,
+            None,
+            bias=True,
+            dt_floor=0.1,
+            dt_ceiling=0.7,
+            multipliers=(0.8, 1.1, 0.6, 1.3, 0.9),
+        ),
+        "mamba2 normed before the gate": Mamba2Config(
+            *(2, 4, 3, 2, 2, 1e-2, 0.5, 1e-5), norm_before_gate=True, dt_ceiling=0.3
+        ),
+    },
     "attention": {pattern: attention(pattern) for pattern in PATTERNS},
 }
 EVERY = pytest.mark.parametrize("config", [pytest.param(c, id=i) for kind in MIXED.values() for i, c in kind.items()])

@@ -1,6 +1,7 @@
 """The selective scan against a float64 loop, and its written-out backward pass against plain autodiff."""
 
 import functools
+import itertools
 
 import jax
 import jax.numpy as jnp
@@ -77,6 +78,42 @@ def test_equals_the_loop_and_its_gradients_those_of_a_plain_scan(length):
         assert (scale[1] > 0) == (name != "C"), name
         scale = np.where(scale > 0, scale, 1)
         assert_close(name, found / scale, expected / scale, "float32")
+
+
+@pytest.mark.parametrize("length", [9, 33, 103])
+def test_documents_are_apart(length):
+    inputs = make_inputs(length)
+    starts = np.zeros((BATCH, length), bool)
+    starts[0, [0, 4, length - 1]] = starts[1, length // 2] = True
+    *outputs, gradients = jax.jit(functools.partial(differentiate, functools.partial(scan_documents, starts)))(inputs)
+    (y, last), d_inputs = outputs[0], gradients
+    x, dt, A, B, C, state = inputs
+    for row in range(BATCH):
+        borders = [0, *np.flatnonzero(starts[row]), length]
+        for number, (a, b) in enumerate(itertools.pairwise(borders)):
+            first = state[row : row + 1] * (number == 0)
+            cut = (x[row : row + 1, a:b], dt[row : row + 1, a:b], A, B[row : row + 1, a:b], C[row : row + 1, a:b])
+            expected, end = loop(*cut, first)
+            assert_close("y", y[row : row + 1, a:b], expected, "float32")
+        assert_close("last", last[row : row + 1], end, "float32")
+    assert not np.abs(d_inputs[-1][:, 0]).any() or not starts[0, 0]  # the first state is forgotten at once
+    step = 1e-3
+    direction = [np.random.default_rng(5).normal(size=a.shape) for a in inputs]
+    random = np.random.default_rng(9)
+    dy, d_state = (random.normal(size=(2, *shape))[0] for shape in (x.shape, state.shape))
+
+    def total(sign: float) -> float:
+        moved = [np.float64(a) + sign * step * d for a, d in zip(inputs, direction, strict=True)]
+        with jax.enable_x64(True):
+            found, end = selective_scan(*map(jnp.asarray, moved), starts=starts)
+        return float((found * dy).sum() + (end * d_state).sum())
+
+    slope = sum((np.float64(g[0]) * d).sum() for g, d in zip(d_inputs, direction, strict=True))
+    assert slope == pytest.approx((total(1) - total(-1)) / (2 * step), rel=2e-4)
+
+
+def scan_documents(starts, *inputs):
+    return selective_scan(*inputs, starts=starts)
 
 
 def test_starts_from_zeros_by_default():

@@ -1,0 +1,173 @@
+"""The Mamba-2 mixer: a state space whose heads decay as a whole (Dao and Gu 2024, arXiv:2405.21060)."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float, Int
+
+from sparsejax import patterns
+from sparsejax.layers.conv import ShortConv
+from sparsejax.layers.mamba import start_dt
+from sparsejax.layers.norm import GatedNorm
+from sparsejax.layers.stream import NOTHING, Context, Cost, Linear, Stream, output_scale, parameter
+from sparsejax.ops import ssd, ssd_step
+
+MULTIPLIED = ("gate", "x", "B", "C", "dt")
+
+
+@dataclasses.dataclass(frozen=True)
+class Mamba2Config:
+    """A Mamba-2 mixer; each head has a state of `head_width` x `state` numbers."""
+
+    heads: int
+    head_width: int
+    state: int
+    groups: int  # of heads that share B and C
+    conv: int  # taps of the causal depthwise convolution, the current token's included
+    dt_min: float  # step sizes start log-uniform in [dt_min, dt_max]
+    dt_max: float
+    norm_eps: float | None  # of the RMSNorm of what is gated; None: no norm
+    norm_groups: int = 1  # the norm is over groups of channels
+    norm_before_gate: bool = False
+    chunk: int = 64  # of the scan; the result does not depend on it
+    dt_floor: float = 0.0  # step sizes are clipped
+    dt_ceiling: float | None = None
+    bias: bool = False  # of the projections from and into the stream
+    conv_bias: bool = True
+    multipliers: tuple[float, ...] = ()  # on gate, x, B, C and dt (Falcon-H1, arXiv:2507.22448)
+
+    def __post_init__(self):
+        if min(self.heads, self.head_width, self.state, self.groups, self.conv, self.chunk, self.norm_groups) < 1:
+            raise ValueError("heads, head_width, state, groups, conv, chunk and norm_groups must be at least 1")
+        if self.heads % self.groups:
+            raise ValueError(f"heads = {self.heads} is not divisible by groups = {self.groups}")
+        if self.inner % self.norm_groups:
+            raise ValueError(f"heads * head_width = {self.inner} is not divisible by norm_groups = {self.norm_groups}")
+        if not 0 < self.dt_min <= self.dt_max:
+            raise ValueError(f"needs 0 < dt_min <= dt_max, got {self.dt_min} and {self.dt_max}")
+        if len(self.multipliers) not in (0, len(MULTIPLIED)):
+            raise ValueError(f"multipliers: expected {len(MULTIPLIED)}, of {', '.join(MULTIPLIED)}")
+
+    @property
+    def inner(self) -> int:
+        """Channels of all heads."""
+        return self.heads * self.head_width
+
+    @property
+    def summary(self) -> str:
+        """Kind and sizes, in a few words."""
+        return f"mamba2 {self.heads} x {self.head_width} x {self.state}"
+
+    @property
+    def sees(self) -> patterns.Pattern:
+        """What a position takes from the others: its whole past, by way of the state."""
+        return patterns.Causal()
+
+
+class Mamba2(nnx.Module):
+    """Gate · ssd(silu(conv(x, B, C)))."""
+
+    def __init__(self, config: Mamba2Config, stream: Stream, rngs: nnx.Rngs):
+        self.config = config
+        m, d, h, dtype = stream.width, config.inner, config.heads, stream.dtype
+        select = 2 * config.groups * config.state  # B and C
+
+        def project(outputs: int, axis: str | None = "inner") -> Linear:
+            return Linear(m, outputs, ("width", axis), dtype=dtype, rngs=rngs, bias=config.bias)
+
+        self.gate, self.input = project(d), project(d)
+        self.select, self.dt = project(select, None), project(h, None)
+        self.conv = ShortConv(d, config.conv, bias=config.conv_bias, dtype=dtype, rngs=rngs)
+        self.conv_select = ShortConv(select, config.conv, bias=config.conv_bias, dtype=dtype, rngs=rngs, axis=None)
+        self.dt_bias = parameter(rngs, self._start_dt, (h,), (None,))
+        self.log_decay = parameter(rngs, _start_decay, (h,), (None,))
+        self.skip = parameter(rngs, jax.nn.initializers.ones, (h,), (None,))
+        self.norm = None if config.norm_eps is None else self._make_norm(rngs)
+        axes, start = ("inner", "width"), output_scale(stream)
+        self.out = Linear(d, m, axes, dtype=dtype, rngs=rngs, bias=config.bias, scale=start)
+
+    def __call__(self, x: Float[Array, "b t m"], context: Context = NOTHING) -> Float[Array, "b t m"]:
+        """Mixes a whole sequence."""
+        x = context.clear(x)
+        gate, u, select, dt = self._project(x)
+        u = context.clear(jax.nn.silu(self.conv(u, context)))
+        select = context.clear(jax.nn.silu(self.conv_select(select, context)))
+        u, B, C = self._split(u, select)
+        y, _ = ssd(u, dt, self._decay, B, C, starts=context.starts, chunk=self.config.chunk)
+        return self._finish(y, u, gate)
+
+    def init_cache(self, batch: int, length: int) -> dict[str, Array]:
+        """The state before the first token; its size does not depend on `length`."""
+        config = self.config
+        return {
+            "conv": self.conv.init_cache(batch),
+            "conv_select": self.conv_select.init_cache(batch),
+            "state": jnp.zeros((batch, config.heads, config.head_width, config.state), jnp.float32),
+        }
+
+    def step(
+        self,
+        x: Float[Array, "b m"],
+        cache: dict[str, Array],
+        position: Int[Array, ""],
+        length: int,
+        context: Context = NOTHING,
+    ) -> tuple[Float[Array, "b m"], dict[str, Array]]:
+        """Mixes one more token."""
+        gate, u, select, dt = self._project(x)
+        u, conv = self.conv.step(u, cache["conv"])
+        select, conv_select = self.conv_select.step(select, cache["conv_select"])
+        u, B, C = self._split(jax.nn.silu(u), jax.nn.silu(select))
+        y, state = ssd_step(u, dt, self._decay, B, C, cache["state"])
+        return self._finish(y, u, gate), {"conv": conv, "conv_select": conv_select, "state": state}
+
+    def cost(self, length: int) -> Cost:
+        """No pairs of attention; forward FLOPs for each token, with half a chunk of positions seen inside it."""
+        config = self.config
+        parts = (self.gate, self.input, self.select, self.dt, self.conv, self.conv_select, self.out)
+        states = 4.0 * config.inner * config.state  # written and read
+        inside = min(config.chunk, length) * (config.groups * config.state + config.inner)
+        return Cost(0, sum(part.flops for part in parts) + states + inside)
+
+    @property
+    def _decay(self) -> Array:
+        return -jnp.exp(self.log_decay[...])
+
+    def _project(self, x: Array) -> tuple[Array, Array, Array, Array]:
+        """Gate, x, B and C side by side, and step sizes in float32."""
+        config = self.config
+        gate, u, select, dt = (part(x) for part in (self.gate, self.input, self.select, self.dt))
+        if config.multipliers:
+            by_gate, by_x, by_B, by_C, by_dt = config.multipliers
+            B, C = jnp.split(select, 2, axis=-1)
+            gate, u, dt = by_gate * gate, by_x * u, by_dt * dt
+            select = jnp.concatenate([by_B * B, by_C * C], axis=-1)
+        dt = jax.nn.softplus(dt.astype(jnp.promote_types(dt.dtype, jnp.float32)) + self.dt_bias[...])
+        return gate, u, select, jnp.clip(dt, config.dt_floor, config.dt_ceiling)
+
+    def _split(self, u: Array, select: Array) -> tuple[Array, Array, Array]:
+        """Heads of x, and groups of B and C."""
+        config = self.config
+        B, C = (a.reshape(*a.shape[:-1], config.groups, config.state) for a in jnp.split(select, 2, axis=-1))
+        return u.reshape(*u.shape[:-1], config.heads, config.head_width), B, C
+
+    def _finish(self, y: Array, u: Array, gate: Array) -> Array:
+        y = (y + self.skip[...].astype(y.dtype)[:, None] * u).reshape(gate.shape)
+        return self.out(y * jax.nn.silu(gate) if self.norm is None else self.norm(y, gate))
+
+    def _make_norm(self, rngs: nnx.Rngs) -> GatedNorm:
+        config = self.config
+        first = not config.norm_before_gate
+        return GatedNorm(config.inner, config.norm_eps, rngs, groups=config.norm_groups, gate_first=first)
+
+    def _start_dt(self, key: Array, shape: tuple[int, ...], dtype: jnp.dtype) -> Array:
+        return start_dt(key, shape, dtype, self.config.dt_min, self.config.dt_max)
+
+
+def _start_decay(key: Array, shape: tuple[int, ...], dtype: jnp.dtype) -> Array:
+    """-A uniform in [1, 16], stored as a logarithm."""
+    return jnp.log(jax.random.uniform(key, shape, dtype, 1.0, 16.0))

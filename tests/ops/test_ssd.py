@@ -1,0 +1,105 @@
+"""State space duality in chunks against a float64 loop, its gradients against those of the plain recurrence."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from sparsejax.ops import ssd, ssd_step
+from tests.tolerances import assert_close
+
+BATCH, HEADS, GROUPS, WIDTH, STATE, CHUNK = 2, 4, 2, 3, 5, 8
+LENGTHS = [1, CHUNK - 1, CHUNK, CHUNK + 1, 3 * CHUNK + 7]
+NAMES = ("x", "dt", "A", "B", "C", "state")
+
+
+def make_inputs(length: int, seed: int = 0) -> list[np.ndarray]:
+    """x, dt, A, B, C and a state; decays from nearly nothing to nearly everything."""
+    random = np.random.default_rng(seed)
+    return [
+        random.normal(size=(BATCH, length, HEADS, WIDTH)),
+        np.exp(random.uniform(-4, 1, size=(BATCH, length, HEADS))),
+        -np.exp(random.uniform(-1, 2, size=HEADS)),
+        random.normal(size=(BATCH, length, GROUPS, STATE)),
+        random.normal(size=(BATCH, length, GROUPS, STATE)),
+        random.normal(size=(BATCH, HEADS, WIDTH, STATE)),
+    ]
+
+
+def make_starts(length: int) -> np.ndarray:
+    starts = np.zeros((BATCH, length), bool)
+    starts[0, [length // 3, length - 1]] = True
+    starts[1, :: max(length // 4, 1)] = True
+    return starts
+
+
+def recur(x, dt, A, B, C, state, starts=None):
+    """One position after the other, in the dtype of the inputs; jnp, so that it can be differentiated."""
+    share, ys = HEADS // GROUPS, []
+    for t in range(x.shape[1]):
+        if starts is not None:
+            state = jnp.where(starts[:, t, None, None, None], 0, state)
+        b, c = (jnp.repeat(a[:, t], share, axis=1) for a in (B, C))
+        state = jnp.exp(dt[:, t] * A)[..., None, None] * state
+        state = state + (dt[:, t, :, None] * x[:, t])[..., None] * b[:, :, None]
+        ys.append((state * c[:, :, None]).sum(-1))
+    return jnp.stack(ys, axis=1), state
+
+
+def run(function, inputs):
+    """Outputs, and gradients of a weighted sum of both."""
+    random = np.random.default_rng(3)
+    weights = [random.normal(size=shape) for shape in (inputs[0].shape, inputs[-1].shape)]
+    outputs, vjp = jax.vjp(function, *inputs)
+    return outputs, vjp(tuple(jnp.asarray(w, o.dtype) for w, o in zip(weights, outputs, strict=True)))
+
+
+@pytest.mark.parametrize("documents", [False, True])
+@pytest.mark.parametrize("length", LENGTHS)
+def test_chunks_equal_the_recurrence_and_so_do_their_gradients(length, documents):
+    inputs, starts = make_inputs(length), make_starts(length) if documents else None
+    with jax.enable_x64(True):
+        expected = run(functools.partial(recur, starts=starts), [jnp.asarray(a) for a in inputs])
+        wide = run(functools.partial(ssd, starts=starts, chunk=CHUNK), [jnp.asarray(a) for a in inputs])
+    found = run(functools.partial(ssd, starts=starts, chunk=CHUNK), [jnp.asarray(a, jnp.float32) for a in inputs])
+    for dtype, (outputs, gradients) in (("float32", found), ("float64", wide)):
+        for name, one, other in zip(("y", "last"), outputs, expected[0], strict=True):
+            assert_close(name, one, other, dtype)
+        for name, one, other in zip(NAMES, gradients, expected[1], strict=True):
+            scale = max(1.0, np.abs(other).max())
+            assert_close(f"gradient of {name}", np.asarray(one) / scale, np.asarray(other) / scale, dtype)
+
+
+@pytest.mark.parametrize("chunk", [1, 3, 64])
+def test_the_chunk_does_not_matter(chunk):
+    inputs = [np.float32(a) for a in make_inputs(31)]
+    for one, other in zip(ssd(*inputs, chunk=chunk), recur(*map(np.float64, inputs)), strict=True):
+        assert_close(f"chunk {chunk}", one, other, "float32")
+
+
+def test_steps_equal_the_chunks():
+    *inputs, state = (jnp.asarray(a, jnp.float32) for a in make_inputs(11))
+    x, dt, A, B, C = inputs
+    y, last = ssd(*inputs, state, chunk=CHUNK)
+    for t in range(11):
+        y_t, state = ssd_step(x[:, t], dt[:, t], A, B[:, t], C[:, t], state)
+        assert_close("y", y_t, y[:, t], "float32")
+    assert_close("last", state, last, "float32")
+
+
+def test_strong_decay_gives_no_nan_forward_or_backward():
+    x, dt, A, B, C, state = (jnp.asarray(a, jnp.float32) for a in make_inputs(40))
+    outputs, gradients = run(functools.partial(ssd, chunk=CHUNK), [x, dt + 100, 50 * A, B, C, state])
+    assert all(np.isfinite(a).all() for a in (*outputs, *gradients))
+
+
+def test_the_backward_pass_keeps_states_by_chunk():
+    def kept(length: int, chunk: int) -> int:
+        inputs = [jax.ShapeDtypeStruct(a.shape, jnp.float32) for a in make_inputs(length)]
+        _, vjp = jax.eval_shape(lambda *a: jax.vjp(functools.partial(ssd, chunk=chunk), *a), *inputs)
+        size = HEADS * WIDTH * STATE * BATCH
+        return sum(leaf.size for leaf in jax.tree.leaves(vjp) if leaf.size % size == 0) // size
+
+    assert kept(128, 16) == 128 // 16
