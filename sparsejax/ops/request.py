@@ -96,7 +96,9 @@ def count_bonus(pattern: Pattern, *positions: Any) -> Array | float:
     return jnp.log(jnp.maximum(pattern.counts(*positions), 1)) if pattern.repeats else 0.0
 
 
-def lean(scores: Array, slopes: Array | None, distance: Array) -> Array:
+def lean(
+    scores: Float[Array, "*scores"], slopes: Float[Array, "*#scores"] | None, distance: Int[Array, "*#scores"]
+) -> Float[Array, "*scores"]:
     """Scores that fall with the distance from query to key, by slopes (ALiBi, arXiv:2108.12409)."""
     return scores if slopes is None else scores - slopes * abs(distance)
 
