@@ -16,7 +16,7 @@ from sparsejax.layers.rotary import RopeConfig, rotate
 from sparsejax.layers.stream import NOTHING, Context, Cost, Linear, Stream, output_scale, parameter
 from sparsejax.ops import IMPLEMENTATIONS, attend, attend_one, count_bonus, lean, merge
 
-PADDING, ELSEWHERE = -1, -3  # segments that no key is in, and that no query is in
+ELSEWHERE = -3  # a segment that no query is in
 
 
 @dataclasses.dataclass(frozen=True)
@@ -230,7 +230,7 @@ class Attention(nnx.Module):
         maps = maps if self.config.global_projections else (self.query, self.key, self.value)
         q, k, v = (self._split_heads(part(rows)) for part, rows in zip(maps, (pick(x), x, x), strict=True))
         q, k = self._place(q, k, jnp.minimum(at, t - 1), places)
-        rows = self._attend(q, k, v, patterns.Full(), (jnp.where(real, pick(queries), PADDING), keys), at, places)
+        rows = self._attend(q, k, v, patterns.Full(), (pick(queries), keys), at, places)
         return y.at[jnp.arange(b)[:, None], at].set(rows, mode="drop")
 
     def _finish(self, x: Array, y: Array) -> Array:
