@@ -14,9 +14,9 @@ from sparsejax import patterns
 from sparsejax.layers.norm import Norm, NormConfig
 from sparsejax.layers.rotary import RopeConfig, rotate
 from sparsejax.layers.stream import NOTHING, Context, Cost, Linear, Stream, output_scale, parameter
-from sparsejax.ops import IMPLEMENTATIONS, attend, attend_one, count_bonus, merge
+from sparsejax.ops import IMPLEMENTATIONS, attend, attend_one, count_bonus, lean, merge
 
-PADDING, ELSEWHERE = -1, -3  # segments that no key is in, and that no query is in
+ELSEWHERE = -3  # a segment that no query is in
 
 
 @dataclasses.dataclass(frozen=True)
@@ -30,13 +30,13 @@ class AttentionConfig:
     rope: RopeConfig | None  # None: no rotary positions
     qk_norm: NormConfig  # over each head's queries and keys, before the rotation
     impl: str  # of attend
-    alibi: bool = False  # scores fall with the distance, by a slope for each head (arXiv:2108.12409); causal only
+    alibi: bool = False  # scores fall with the distance, by a slope for each head (arXiv:2108.12409)
     relative: int | None = None  # sinusoids of Transformer-XL's relative positions (arXiv:1901.02860)
     scale: float | None = None  # of the scores; head_width ** -0.5 if None
     softcap: float | None = None  # bounds scores to softcap * tanh(score / softcap) (Gemma 2, arXiv:2408.00118)
     sinks: bool = False  # a learned logit for each head that takes a share of the softmax and gives nothing (gpt-oss)
     gate: bool = False  # the output times sigmoid(gate(x)), before the last projection (arXiv:2505.06708)
-    bias: bool = False  # on queries, keys and values
+    bias: bool = False  # on queries, keys, values and gate
     out_bias: bool = False
     global_projections: bool = False  # rows of `Context.globals` have projections of their own (Longformer)
 
@@ -57,8 +57,8 @@ class AttentionConfig:
         pattern = patterns.parse(self.pattern)
         if pattern.heads not in (None, self.heads):
             raise ValueError(f"pattern is for {pattern.heads} heads, heads = {self.heads}: {self.pattern!r}")
-        if self.alibi and pattern.lookahead() > 0:
-            raise ValueError(f"alibi needs a causal pattern, got {self.pattern!r}")
+        if self.global_projections and "global" in self.pattern:
+            raise ValueError(f"global_projections are for Context.globals alone, not for those of {self.pattern!r}")
 
     @property
     def summary(self) -> str:
@@ -83,11 +83,11 @@ class Attention(nnx.Module):
         d, dtype = config.head_width, stream.dtype
         m, h, g = inputs or stream.width, config.heads * d, config.kv_heads * d
 
-        def project(outputs: int, bias: bool = config.bias) -> Linear:
-            return Linear(m, outputs, ("width", "heads"), dtype=dtype, rngs=rngs, bias=bias)
+        def project(outputs: int) -> Linear:
+            return Linear(m, outputs, ("width", "heads"), dtype=dtype, rngs=rngs, bias=config.bias)
 
         self.query, self.key, self.value = project(h), project(g), project(g)
-        self.gate = project(h, bias=False) if config.gate else None
+        self.gate = project(h) if config.gate else None
         wide = config.global_projections
         self.query_global = project(h) if wide else None
         self.key_global, self.value_global = (project(g), project(g)) if wide else (None, None)
@@ -139,7 +139,7 @@ class Attention(nnx.Module):
         }
         held = cache["at"]
         mask = self.pattern.allows(position[None], held, length, length) & (held >= 0)
-        bonus = count_bonus(self.pattern, position[None], held, length, length)
+        bonus = jnp.atleast_2d(count_bonus(self.pattern, position[None], held, length, length))
         q, k = self._extend(q, cache["k"], position[None], held)
         y = attend_one(
             q[:, 0],
@@ -147,7 +147,7 @@ class Attention(nnx.Module):
             cache["v"],
             jnp.atleast_2d(mask),
             scale=self._scale,
-            bonus=jnp.atleast_2d(bonus),
+            bonus=lean(bonus, None if self._slopes is None else self._slopes[:, None], position - held),
             softcap=self.config.softcap,
             sink_logits=None if self.sinks is None else self.sinks[...],
         )
@@ -169,6 +169,10 @@ class Attention(nnx.Module):
     def _scale(self) -> float:
         return self.config.head_width**-0.5 if self.config.scale is None else self.config.scale
 
+    @property
+    def _slopes(self) -> np.ndarray | None:
+        return alibi_slopes(self.config.heads) if self.config.alibi else None
+
     def _project(self, x: Array, positions: Array) -> tuple[Array, Array, Array]:
         q, k, v = (self._split_heads(part(x)) for part in (self.query, self.key, self.value))
         return (*self._place(q, k, positions, positions), v)
@@ -181,16 +185,12 @@ class Attention(nnx.Module):
         return (q, k) if rope is None else (rotate(q, q_positions, rope), rotate(k, k_positions, rope))
 
     def _extend(self, q: Array, k: Array, q_positions: Array, k_positions: Array) -> tuple[Array, Array]:
-        """Queries and keys with more numbers, whose products are what positions add to the scores."""
-        more = []
-        if self.config.alibi:
-            more.append(_alibi_features(self.config, self._scale, q, k, k_positions))
-        if self.relative is not None:
-            more.append(self.relative(q, k, q_positions, k_positions))
-            q = q + self.relative.content[...].astype(q.dtype)
-        for q_more, k_more in more:
-            q, k = jnp.concatenate([q, q_more], axis=-1), jnp.concatenate([k, k_more], axis=-1)
-        return q, k
+        """Queries and keys with more numbers, whose products are what relative positions add to the scores."""
+        if self.relative is None:
+            return q, k
+        q_more, k_more = self.relative(q, k, q_positions, k_positions)
+        q = q + self.relative.content[...].astype(q.dtype)
+        return jnp.concatenate([q, q_more], axis=-1), jnp.concatenate([k, k_more], axis=-1)
 
     def _attend(self, q, k, v, pattern, segments, q_positions, k_positions=None, return_lse=False):
         k_positions = q_positions if k_positions is None else k_positions
@@ -199,7 +199,7 @@ class Attention(nnx.Module):
         sinks = None if self.sinks is None else self.sinks[...]
         return attend(
             q, k, v, pattern, impl=impl, scale=self._scale, softcap=self.config.softcap, sink_logits=sinks,
-            segment_ids=segments, return_lse=return_lse,
+            alibi_slopes=self._slopes, segment_ids=segments, return_lse=return_lse,
         )  # fmt: skip
 
     def _attend_with_globals(self, x: Array, q: Array, k: Array, v: Array, context: Context) -> Array:
@@ -230,7 +230,7 @@ class Attention(nnx.Module):
         maps = maps if self.config.global_projections else (self.query, self.key, self.value)
         q, k, v = (self._split_heads(part(rows)) for part, rows in zip(maps, (pick(x), x, x), strict=True))
         q, k = self._place(q, k, jnp.minimum(at, t - 1), places)
-        rows = self._attend(q, k, v, patterns.Full(), (jnp.where(real, pick(queries), PADDING), keys), at, places)
+        rows = self._attend(q, k, v, patterns.Full(), (pick(queries), keys), at, places)
         return y.at[jnp.arange(b)[:, None], at].set(rows, mode="drop")
 
     def _finish(self, x: Array, y: Array) -> Array:
@@ -278,15 +278,4 @@ def alibi_slopes(heads: int) -> np.ndarray:
         return 2.0 ** (-8.0 * np.arange(1, n + 1) / n)
 
     power = 1 << (heads.bit_length() - 1)
-    return np.concatenate([slopes(power), slopes(2 * power)[::2][: heads - power]])
-
-
-def _alibi_features(config: AttentionConfig, scale: float, q: Array, k: Array, keys_at: Array) -> tuple[Array, Array]:
-    """Scores grow by slope · j. That is -slope · (i - j) but for what all keys of a row have in common.
-
-    In float32, whatever the dtype: bfloat16 has no odd numbers above 256.
-    """
-    slopes = jnp.asarray(alibi_slopes(config.heads) / scale, jnp.float32)
-    at = jnp.asarray(keys_at, jnp.float32)
-    q_more = jnp.broadcast_to(slopes[:, None], (*q.shape[:3], 1))
-    return q_more, jnp.broadcast_to(at[None, :, None, None], (*k.shape[:3], 1))
+    return np.concatenate([slopes(power), slopes(2 * power)[::2][: heads - power]]).astype(np.float32)

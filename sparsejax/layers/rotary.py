@@ -37,6 +37,8 @@ class RopeScaling:
             raise ValueError(f"factor must be at least 1, got {self.factor}")
         if self.kind in ("yarn", "llama3") and not self.original_length:
             raise ValueError(f"{self.kind} needs original_length")
+        if self.fast <= self.slow:
+            raise ValueError(f"fast must be above slow, got {self.fast} and {self.slow}")
 
 
 @dataclasses.dataclass(frozen=True)

@@ -2,7 +2,7 @@
 
 from sparsejax.ops.attention import IMPLEMENTATIONS, Implementation, ImplementationError, attend, attend_one, merge
 from sparsejax.ops.conv import causal_conv
-from sparsejax.ops.request import count_bonus
+from sparsejax.ops.request import count_bonus, lean
 from sparsejax.ops.scan import selective_scan, selective_step
 from sparsejax.ops.segment import attend_edges
 from sparsejax.ops.ssd import ssd, ssd_step
@@ -16,6 +16,7 @@ __all__ = [
     "attend_one",
     "causal_conv",
     "count_bonus",
+    "lean",
     "merge",
     "selective_scan",
     "selective_step",

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from sparsejax.ops import dense, gather, segment
-from sparsejax.ops.request import Request, align_widths, cap, masked_softmax
+from sparsejax.ops.request import Request, cap, masked_softmax
 from sparsejax.patterns import Pattern
 
 
@@ -53,6 +53,7 @@ def attend(
     scale: float | None = None,
     softcap: float | None = None,
     sink_logits: Float[Array, " h"] | None = None,
+    alibi_slopes: Float[Array, " h"] | None = None,
     segment_ids: Int[Array, "b t"] | tuple[Int[Array, "b t"], Int[Array, "b s"]] | None = None,
     return_lse: bool = False,
     interpret: bool = False,
@@ -71,6 +72,8 @@ def attend(
       scale: factor on q·k, `d ** -0.5` if not given.
       softcap: bounds the scaled scores to `softcap * tanh(score / softcap)`.
       sink_logits: one logit for each query head that joins the softmax's denominator but has no value.
+      alibi_slopes: scores fall by `alibi_slopes[head] * |i - j|`, after the softcap (ALiBi, arXiv:2108.12409). They are
+        constants: no gradient flows into them.
       segment_ids: tokens look only at tokens of their own segment; one array for both sides when t equals s,
         or a pair (queries, keys).
       return_lse: also return the log-sum-exp of the scores, sink included: float32, minus infinity where a
@@ -86,10 +89,10 @@ def attend(
     """
     if segment_ids is not None and not isinstance(segment_ids, tuple):
         segment_ids = (segment_ids, segment_ids)
-    scale, width = q.shape[-1] ** -0.5 if scale is None else scale, v.shape[-1]
-    request = Request(*align_widths(q, k, v), pattern, scale, softcap, sink_logits, segment_ids, interpret)
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    slopes = None if alibi_slopes is None else jax.lax.stop_gradient(alibi_slopes)
+    request = Request(q, k, v, pattern, scale, softcap, sink_logits, segment_ids, interpret, slopes)
     out, lse = _choose(impl, request).run(request)
-    out = out[..., :width]
     return (out, lse) if return_lse else out
 
 

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from sparsejax.ops.request import Request, cap, count_bonus, masked_softmax
+from sparsejax.ops.request import Request, cap, count_bonus, lean, masked_softmax
 
 
 def refuse(request: Request) -> str | None:
@@ -14,16 +14,18 @@ def refuse(request: Request) -> str | None:
     return "interpret=True is for Pallas kernels" if request.interpret else None
 
 
-def run(request: Request) -> tuple[Float[Array, "b t h d"], Float[Array, "b t h"]]:
+def run(request: Request) -> tuple[Float[Array, "b t h e"], Float[Array, "b t h"]]:
     """Output in the dtype of q, log-sum-exp in float32; matrix products at the highest precision."""
     (b, t, h, d), g = request.q.shape, request.k.shape[2]
     q, k, v = (x.astype(request.dtype) for x in (request.q, request.k, request.v))
     q = q.reshape(b, t, g, h // g, d)
     scores = jnp.einsum("btgrd,bsgd->bgrts", q, k, precision=jax.lax.Precision.HIGHEST) * request.scale
-    scores = cap(scores, request.softcap) + _by_head(request, count_bonus(request.pattern, *_positions(request)))
-    weights, lse = masked_softmax(scores, _mask(request), _sink(request))
-    out = jnp.einsum("bgrts,bsgd->btgrd", weights, v, precision=jax.lax.Precision.HIGHEST)
-    return out.reshape(b, t, h, d).astype(request.q.dtype), jnp.moveaxis(lse, -1, 1).reshape(b, t, h)
+    queries, keys, *lengths = _positions(request)
+    scores = lean(cap(scores, request.softcap), _of_heads(request, request.alibi_slopes), queries - keys)
+    scores = scores + _by_head(request, count_bonus(request.pattern, queries, keys, *lengths))
+    weights, lse = masked_softmax(scores, _mask(request), _of_heads(request, request.sink_logits))
+    out = jnp.einsum("bgrts,bsge->btgre", weights, v, precision=jax.lax.Precision.HIGHEST)
+    return out.reshape(b, t, h, -1).astype(request.q.dtype), jnp.moveaxis(lse, -1, 1).reshape(b, t, h)
 
 
 def _positions(request: Request) -> tuple[Array, Array, int, int]:
@@ -45,7 +47,6 @@ def _mask(request: Request) -> Array:
     return mask & (queries[:, :, None] == keys[:, None, :])[:, None, None]
 
 
-def _sink(request: Request) -> Array | None:
-    if request.sink_logits is None:
-        return None
-    return request.sink_logits.astype(request.dtype).reshape(request.k.shape[2], -1)[None, :, :, None, None]
+def _of_heads(request: Request, x: Array | None) -> Array | None:
+    """[h] -> [1, g, r, 1, 1]."""
+    return None if x is None else x.astype(request.dtype).reshape(1, request.k.shape[2], -1, 1, 1)

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-from sparsejax.ops.request import MASKED, Request, by_pattern, cap, count_bonus
+from sparsejax.ops.request import MASKED, Request, by_pattern, cap, count_bonus, lean
 from sparsejax.patterns import Pattern, TileLayout
 
 # Measured on CPU by scripts/measure_cpu_attention.py: the large tile needs a third less time for as many pairs, while
@@ -32,7 +32,7 @@ def refuse(request: Request) -> str | None:
     return "interpret=True is for Pallas kernels" if request.interpret else None
 
 
-def run(request: Request, tile: int | None = None) -> tuple[Float[Array, "b t h d"], Float[Array, "b t h"]]:
+def run(request: Request, tile: int | None = None) -> tuple[Float[Array, "b t h e"], Float[Array, "b t h"]]:
     """Output in the dtype of q, log-sum-exp in float32; `tile` is the side of a tile in tokens, if not the best."""
     return by_pattern(request, functools.partial(_run_one_pattern, tile=tile))
 
@@ -44,14 +44,14 @@ def choose_tile(pattern: Pattern, b: int, t: int, s: int, h: int) -> int:
 
 
 def _run_one_pattern(request: Request, tile: int | None) -> tuple[Array, Array]:
-    q, k, v, sink = request.q, request.k, request.v, request.sink_logits
-    (b, t, h, d), (_, s, g, _) = q.shape, k.shape
+    q, k, v = request.q, request.k, request.v
+    (b, t, h, _), (_, s, g, _) = q.shape, k.shape
     tile = min(tile or choose_tile(request.pattern, b, t, s, h), -(-max(t, s) // 8) * 8)
     plan = _Plan(request.pattern, t, s, h, g, tile, request.scale, request.softcap, request.dtype)
     segments = None if request.segments is None else tuple(_split_tiles(x, tile) for x in request.segments)
-    sink = None if sink is None else sink.astype(request.dtype)
-    out, lse = _attend_tiles(plan, *(_split_tiles(x, tile) for x in (q, k, v)), sink, segments)
-    return out.reshape(b, -1, h, d)[:, :t].astype(q.dtype), lse.reshape(b, -1, h)[:, :t]
+    heads = (None if x is None else x.astype(request.dtype) for x in (request.sink_logits, request.alibi_slopes))
+    out, lse = _attend_tiles(plan, *(_split_tiles(x, tile) for x in (q, k, v)), *heads, segments)
+    return out.reshape(b, -1, h, v.shape[-1])[:, :t].astype(q.dtype), lse.reshape(b, -1, h)[:, :t]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -80,17 +80,18 @@ class _Plan:
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _attend_tiles(plan, queries, keys, values, sink, segments):
-    """Queries [b,rows,tile,h,d]; keys, values [b,columns,tile,g,d] -> out like queries, lse [b,rows,tile,h]."""
+def _attend_tiles(plan, queries, keys, values, sink, slopes, segments):
+    """Queries [b,rows,tile,h,d]; keys [b,columns,tile,g,d], values [...,e] -> out [b,rows,tile,h,e], lse without e."""
 
     def attend_row(masked, carry, row):
         index, columns = row
         query, key, value = (_take(plan, x, i) for x, i in ((queries, index), (keys, columns), (values, columns)))
         scores = cap(_score(plan, query, key), plan.softcap)
-        out, lse = _average(plan, _mask(plan, row, segments, scores) if masked else scores, value, sink)
+        out, lse = _average(plan, _place(plan, row, masked, slopes, segments, scores), value, sink)
         return (_put(carry[0], index, out), _put(carry[1], index, lse)), None
 
-    carry = jnp.zeros(queries.shape, plan.dtype), jnp.zeros(queries.shape[:-1], plan.dtype)
+    rows = queries.shape[:-1]
+    carry = jnp.zeros((*rows, values.shape[-1]), plan.dtype), jnp.zeros(rows, plan.dtype)
     for masked, group in plan.groups(segments is not None):
         carry, _ = jax.lax.scan(functools.partial(attend_row, masked), carry, group)
     return carry
@@ -103,7 +104,7 @@ def _attend_tiles_forward(plan, *arrays):
 
 def _attend_tiles_backward(plan, saved, cotangents):
     """As in FlashAttention (arXiv:2205.14135): weights from the scores and their log-sum-exp, no softmax again."""
-    queries, keys, values, sink, segments, out, lse = saved
+    queries, keys, values, sink, slopes, segments, out, lse = saved
     d_out, d_lse = cotangents
     slope = d_lse - (d_out * out).sum(axis=-1)  # the gradient of a score is weight * (d_weight + slope)
 
@@ -112,7 +113,7 @@ def _attend_tiles_backward(plan, saved, cotangents):
         query, d_row, bottom, tilt = (_take(plan, x, index) for x in (queries, d_out, lse, slope))
         key, value = _take(plan, keys, columns), _take(plan, values, columns)
         scores, uncap = jax.vjp(functools.partial(cap, softcap=plan.softcap), _score(plan, query, key))
-        scores = _mask(plan, row, segments, scores) if masked else scores
+        scores = _place(plan, row, masked, slopes, segments, scores)
         weights = jnp.exp(scores - jnp.where(bottom > MASKED, bottom, 0.0)[..., None])
         (d_scores,) = uncap(weights * (jnp.einsum("bgqd,bgkd->bgqk", d_row, value) + tilt[..., None]))
         d_scores = d_scores * plan.scale
@@ -125,7 +126,7 @@ def _attend_tiles_backward(plan, saved, cotangents):
     for masked, group in plan.groups(segments is not None):
         carry, _ = jax.lax.scan(functools.partial(differentiate_row, masked), carry, group)
     d_sink = None if sink is None else (jnp.exp(sink - lse) * slope).sum(axis=(0, 1, 2))
-    return *(d.astype(x.dtype) for d, x in zip(carry, saved, strict=False)), d_sink, None
+    return *(d.astype(x.dtype) for d, x in zip(carry, saved, strict=False)), d_sink, None, None
 
 
 _attend_tiles.defvjp(_attend_tiles_forward, _attend_tiles_backward)
@@ -139,13 +140,23 @@ def _score(plan, query, key):
     return jnp.einsum("bgqd,bgkd->bgqk", query, key, preferred_element_type=plan.dtype) * plan.scale
 
 
-def _mask(plan, row, segments, scores):
-    """The scores of a row [b,g,q,k] that count, raised where they count more than once; MASKED for the others."""
+def _place(plan, row, masked, slopes, segments, scores):
+    """The scores of a row [b,g,q,k] with what positions do to them; nothing if they are all in sight."""
+    if slopes is None and not masked:
+        return scores
     index, columns = row
     share = plan.h // plan.g
     token = jnp.arange(plan.tile * share) // share
     q_at = index * plan.tile + token[:, None]
     k_at = (columns[:, None] * plan.tile + jnp.arange(plan.tile)).reshape(1, -1)
+    if slopes is not None:
+        scores = lean(scores, jnp.tile(slopes.reshape(plan.g, share), plan.tile)[..., None], q_at - k_at)
+    return _mask(plan, row, segments, scores, token, q_at, k_at) if masked else scores
+
+
+def _mask(plan, row, segments, scores, token, q_at, k_at):
+    """The scores of a row that count, raised where they count more than once; MASKED for the others."""
+    index, columns = row
     mask = (k_at >= 0) & (k_at < plan.s) & plan.pattern.allows(q_at, k_at, plan.t, plan.s)
     if segments is not None:
         own, others = segments[0][:, index][:, token], segments[1][:, columns].reshape(-1, 1, k_at.size)

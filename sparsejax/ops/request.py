@@ -22,28 +22,30 @@ class Request:
 
     q: Float[Array, "b t h d"]
     k: Float[Array, "b s g d"]
-    v: Float[Array, "b s g d"]
+    v: Float[Array, "b s g e"]
     pattern: Pattern
     scale: float
     softcap: float | None
     sink_logits: Float[Array, " h"] | None
     segments: tuple[Int[Array, "b t"], Int[Array, "b s"]] | None
     interpret: bool
+    alibi_slopes: Float[Array, " h"] | None = None
 
     def __post_init__(self):
-        if self.q.ndim != 4 or self.k.ndim != 4 or self.k.shape != self.v.shape:
-            raise ValueError(f"attend: q [b,t,h,d], k and v [b,s,g,d]; got {_shapes(self.q, self.k, self.v)}")
+        if {self.q.ndim, self.k.ndim, self.v.ndim} != {4} or self.k.shape[:-1] != self.v.shape[:-1]:
+            raise ValueError(f"attend: q [b,t,h,d], k [b,s,g,d], v [b,s,g,e]; got {_shapes(self.q, self.k, self.v)}")
         (b, t, h, d), (kb, s, g, kd) = self.q.shape, self.k.shape
         if (b, d) != (kb, kd):
             raise ValueError(f"attend: batch and head width of q and k differ: {_shapes(self.q, self.k)}")
-        if min(self.q.shape + self.k.shape) == 0:
-            raise ValueError(f"attend: an axis is empty: {_shapes(self.q, self.k)}")
+        if min(self.q.shape + self.k.shape + self.v.shape) == 0:
+            raise ValueError(f"attend: an axis is empty: {_shapes(self.q, self.k, self.v)}")
         if h % g:
             raise ValueError(f"attend: {h} query heads do not divide into {g} key/value heads")
         if self.pattern.heads not in (None, h):
             raise ValueError(f"attend: the pattern is for {self.pattern.heads} heads, q has {h}: {self.pattern}")
-        if self.sink_logits is not None and self.sink_logits.shape != (h,):
-            raise ValueError(f"attend: sink_logits must be [{h}], got {_shapes(self.sink_logits)}")
+        for name in ("sink_logits", "alibi_slopes"):
+            if (x := getattr(self, name)) is not None and x.shape != (h,):
+                raise ValueError(f"attend: {name} must be [{h}], got {_shapes(x)}")
         if self.segments is not None and [x.shape for x in self.segments] != [(b, t), (b, s)]:
             raise ValueError(f"attend: segment_ids must be [{b},{t}] and [{b},{s}], got {_shapes(*self.segments)}")
 
@@ -60,19 +62,9 @@ class Request:
         return groups
 
 
-def align_widths(q: Array, k: Array, v: Array) -> tuple[Array, Array, Array]:
-    """Queries and keys, or values, with zeros at the end where the others are wider: they change no result."""
-    width = max(q.shape[-1], v.shape[-1])
-
-    def pad(x: Array) -> Array:
-        return x if x.shape[-1] == width else jnp.pad(x, ((0, 0),) * (x.ndim - 1) + ((0, width - x.shape[-1]),))
-
-    return (q, k, v) if q.shape[-1] != k.shape[-1] else (pad(q), pad(k), pad(v))
-
-
 def by_pattern(
     request: Request, run: Callable[[Request], tuple[Array, Array]]
-) -> tuple[Float[Array, "b t h d"], Float[Array, "b t h"]]:
+) -> tuple[Float[Array, "b t h e"], Float[Array, "b t h"]]:
     """What `run` makes of the request: of each group of heads that follow one pattern in turn."""
     groups = request.head_groups()
     if len(groups) == 1:
@@ -83,8 +75,9 @@ def by_pattern(
         order += heads
         own = np.array(heads)
         q, k, v = request.q[:, :, own], request.k[:, :, own // share], request.v[:, :, own // share]
-        sink = None if request.sink_logits is None else request.sink_logits[own]
-        parts.append(run(dataclasses.replace(request, q=q, k=k, v=v, pattern=pattern, sink_logits=sink)))
+        sink, slopes = (None if x is None else x[own] for x in (request.sink_logits, request.alibi_slopes))
+        part = dataclasses.replace(request, q=q, k=k, v=v, pattern=pattern, sink_logits=sink, alibi_slopes=slopes)
+        parts.append(run(part))
     out, lse = (jnp.concatenate(arrays, axis=2)[:, :, np.argsort(order)] for arrays in zip(*parts, strict=True))
     return out, lse
 
@@ -101,6 +94,13 @@ def cap(scores: Array, softcap: float | None) -> Array:
 def count_bonus(pattern: Pattern, *positions: Any) -> Array | float:
     """What is added to scores so that a key that counts m times does: log m, shaped like `pattern.allows` of these."""
     return jnp.log(jnp.maximum(pattern.counts(*positions), 1)) if pattern.repeats else 0.0
+
+
+def lean(
+    scores: Float[Array, "*scores"], slopes: Float[Array, "*#scores"] | None, distance: Int[Array, "*#scores"]
+) -> Float[Array, "*scores"]:
+    """Scores that fall with the distance from query to key, by slopes (ALiBi, arXiv:2108.12409)."""
+    return scores if slopes is None else scores - slopes * abs(distance)
 
 
 def masked_softmax(

@@ -18,7 +18,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from sparsejax.ops.request import MASKED, Request, align_widths, by_pattern, cap
+from sparsejax.ops.request import MASKED, Request, by_pattern, cap, lean
 from sparsejax.patterns import Full
 
 MOST_EDGES = 2**24  # of one head: 128 MiB of positions, which the compiled program holds
@@ -36,7 +36,7 @@ def refuse(request: Request) -> str | None:
     return None
 
 
-def run(request: Request) -> tuple[Float[Array, "b t h d"], Float[Array, "b t h"]]:
+def run(request: Request) -> tuple[Float[Array, "b t h e"], Float[Array, "b t h"]]:
     """Output in the dtype of q, log-sum-exp in float32."""
     return by_pattern(request, _run_one_pattern)
 
@@ -50,6 +50,7 @@ def _run_one_pattern(request: Request) -> tuple[Array, Array]:
         scale=request.scale,
         softcap=request.softcap,
         sink_logits=request.sink_logits,
+        alibi_slopes=request.alibi_slopes,
         segment_ids=request.segments,
         return_lse=True,
     )
@@ -65,6 +66,7 @@ def attend_edges(
     scale: float | None = None,
     softcap: float | None = None,
     sink_logits: Float[Array, " h"] | None = None,
+    alibi_slopes: Float[Array, " h"] | None = None,
     segment_ids: tuple[Int[Array, "b t"], Int[Array, "b s"]] | None = None,
     return_lse: bool = False,
 ) -> Float[Array, "b t h e"] | tuple[Float[Array, "b t h e"], Float[Array, "b t h"]]:
@@ -83,6 +85,7 @@ def attend_edges(
       scale: factor on q·k, `d ** -0.5` if not given.
       softcap: bounds the scaled scores to `softcap * tanh(score / softcap)`.
       sink_logits: one logit for each query head that joins the softmax's denominator but has no value.
+      alibi_slopes: by these scores fall with the distance of query and key; constants, without a gradient.
       segment_ids: of queries and of keys; an edge between two segments is left out.
       return_lse: also return the log-sum-exp of the scores, sink included: float32, minus infinity where a query
         has neither edge nor sink.
@@ -93,21 +96,19 @@ def attend_edges(
     Raises:
       ValueError: shapes that do not fit together.
     """
-    scale, width = q.shape[-1] ** -0.5 if scale is None else scale, v.shape[-1]
-    q, k, v = align_widths(q, k, v)
-    request = Request(q, k, v, Full(), scale, softcap, sink_logits, segment_ids, interpret=False)
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    request = Request(q, k, v, Full(), scale, softcap, sink_logits, segment_ids, False, alibi_slopes)
     if queries.ndim != 1 or queries.shape != keys.shape:
         raise ValueError(f"attend_edges: queries and keys must be [e]; got {list(queries.shape)}, {list(keys.shape)}")
     (b, t, h, d), (_, s, g, _) = q.shape, k.shape
     rows = jnp.moveaxis(q, 1, 0).reshape(t, b, g, h // g, d)
-    sink = None if sink_logits is None else sink_logits.astype(request.dtype).reshape(g, h // g)
+    heads = (None if x is None else x.astype(request.dtype).reshape(g, h // g) for x in (sink_logits, alibi_slopes))
     segments = None if segment_ids is None else tuple(jnp.asarray(x).T for x in segment_ids)
-    edges = _split_edges(queries, keys, t, s, chunk=max(1, CHUNK // (b * h * d)))
+    edges = _split_edges(queries, keys, t, s, chunk=max(1, CHUNK // (b * h * max(d, v.shape[-1]))))
     plan = _Plan(scale, softcap, request.dtype)
-    out, lse = _attend_rows(plan, rows, jnp.moveaxis(k, 1, 0), jnp.moveaxis(v, 1, 0), sink, segments, edges)
+    out, lse = _attend_rows(plan, rows, jnp.moveaxis(k, 1, 0), jnp.moveaxis(v, 1, 0), *heads, segments, edges)
     out, lse = (jnp.moveaxis(x.reshape(t, b, h, *x.shape[4:]), 0, 1) for x in (out, lse))
-    out = out[..., :width].astype(q.dtype)
-    return (out, lse) if return_lse else out
+    return (out.astype(q.dtype), lse) if return_lse else out.astype(q.dtype)
 
 
 def _split_edges(queries: Array, keys: Array, t: int, s: int, chunk: int) -> tuple[Array, Array]:
@@ -147,6 +148,10 @@ def _dot(q: Array, k: Array) -> Array:
     return jnp.einsum("cbgrd,cbgd->cbgr", q, k, precision=jax.lax.Precision.HIGHEST)
 
 
+def _lean(scores: Array, slopes: Array | None, queries: Array, keys: Array) -> Array:
+    return lean(scores, slopes, (queries - keys)[:, None, None, None])
+
+
 def _meet(segments, queries: Array, keys: Array) -> Array | bool:
     """Whether the ends of each edge are in one segment, bool [c,b,1,1]; segments [t,b] and [s,b]."""
     if segments is None:
@@ -156,21 +161,24 @@ def _meet(segments, queries: Array, keys: Array) -> Array | bool:
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _attend_rows(plan, q, k, v, sink, segments, edges):
-    """Rows q [t,b,g,r,d]; k, v [s,b,g,d]; sink [g,r]; edges int32 [chunks,c] twice -> out like q, lse [t,b,g,r]."""
-    return _attend_rows_forward(plan, q, k, v, sink, segments, edges)[0]
+def _attend_rows(plan, q, k, v, sink, slopes, segments, edges):
+    """Rows q [t,b,g,r,d]; k [s,b,g,d], v [s,b,g,e]; sink, slopes [g,r]; edges int32 [chunks,c] twice.
+
+    Returns out [t,b,g,r,e] and lse [t,b,g,r].
+    """
+    return _attend_rows_forward(plan, q, k, v, sink, slopes, segments, edges)[0]
 
 
-def _attend_rows_forward(plan, q, k, v, sink, segments, edges):
+def _attend_rows_forward(plan, q, k, v, sink, slopes, segments, edges):
     def raise_top(top, chunk):
-        scores = plan.score(plan.rows(q, chunk[0]), plan.rows(k, chunk[1]))
+        scores = _lean(plan.score(plan.rows(q, chunk[0]), plan.rows(k, chunk[1])), slopes, *chunk)
         scores = jnp.where(_meet(segments, *chunk), scores, MASKED)
         return top.at[chunk[0]].max(scores, mode="drop"), None
 
     def add_values(carry, chunk):
         queries, keys = chunk
         total, out = carry
-        scores = plan.score(plan.rows(q, queries), plan.rows(k, keys))
+        scores = _lean(plan.score(plan.rows(q, queries), plan.rows(k, keys)), slopes, queries, keys)
         weights = plan.weigh(scores, top, segments, queries, keys)
         values = weights[..., None] * plan.rows(v, keys)[:, :, :, None]
         return (total.at[queries].add(weights, mode="drop"), out.at[queries].add(values, mode="drop")), None
@@ -180,15 +188,16 @@ def _attend_rows_forward(plan, q, k, v, sink, segments, edges):
     top, _ = jax.lax.scan(raise_top, least, edges)
     top = jnp.where(top > MASKED / 2, top, 0.0)
     total = jnp.zeros_like(top) if sink is None else jnp.exp(sink - top)
-    (total, out), _ = jax.lax.scan(add_values, (total, jnp.zeros(q.shape, plan.dtype)), edges)
+    zeros = jnp.zeros((*top.shape, v.shape[-1]), plan.dtype)
+    (total, out), _ = jax.lax.scan(add_values, (total, zeros), edges)
     safe = jnp.where(total > 0, total, 1.0)
     out = out / safe[..., None]
     lse = jnp.where(total > 0, top + jnp.log(safe), -jnp.inf)
-    return (out, lse), (q, k, v, sink, segments, edges, out, top, safe)
+    return (out, lse), (q, k, v, sink, slopes, segments, edges, out, top, safe)
 
 
 def _attend_rows_backward(plan, saved, cotangents):
-    q, k, v, sink, segments, edges, out, top, total = saved
+    q, k, v, sink, slopes, segments, edges, out, top, total = saved
     d_out, d_lse = cotangents
     # The gradient of a score is weight / total * (d_out · value + slope): the division is done once for each query.
     slope = (d_lse - (out * d_out).sum(axis=-1)) / total
@@ -199,7 +208,7 @@ def _attend_rows_backward(plan, saved, cotangents):
         d_q, d_k, d_v = carry
         d_row = plan.rows(d_out, queries)
         scores, pull = jax.vjp(plan.score, plan.rows(q, queries), plan.rows(k, keys))
-        weights = plan.weigh(scores, top, segments, queries, keys)
+        weights = plan.weigh(_lean(scores, slopes, queries, keys), top, segments, queries, keys)
         d_query, d_key = pull(weights * (_dot(d_row, plan.rows(v, keys)) + plan.rows(slope, queries)))
         d_value = jnp.einsum("cbgr,cbgrd->cbgd", weights, d_row, precision=jax.lax.Precision.HIGHEST)
         return (
@@ -212,7 +221,7 @@ def _attend_rows_backward(plan, saved, cotangents):
     grads, _ = jax.lax.scan(differentiate, zeros, edges)
     d_q, d_k, d_v = (grad.astype(x.dtype) for grad, x in zip(grads, (q, k, v), strict=True))
     d_sink = None if sink is None else (jnp.exp(sink - top) * slope).sum(axis=(0, 1))
-    return d_q, d_k, d_v, d_sink, None, None
+    return d_q, d_k, d_v, d_sink, None, None, None
 
 
 _attend_rows.defvjp(_attend_rows_forward, _attend_rows_backward)

@@ -14,7 +14,7 @@ from flax import nnx
 from sparsejax import schedule
 from sparsejax.layers import AttentionConfig
 from sparsejax.patterns import parse
-from tests.patterns.definition import mask
+from tests.patterns import definition
 
 
 def weights(module: nnx.Module) -> dict:
@@ -65,29 +65,107 @@ def mlp(config, w, x):
     return hidden @ w["down"]["weight"]
 
 
-def rotate(x, base):
-    """Turns x[b, t, h, d] as the complex numbers x[i] + i x[i + d/2]."""
-    t, half = x.shape[1], x.shape[-1] // 2
-    turns = np.exp(1j * np.arange(t)[:, None] * float(base) ** (-2 * np.arange(half) / x.shape[-1]))
-    turned = (x[..., :half] + 1j * x[..., half:]) * turns[:, None]
-    return np.concatenate([turned.real, turned.imag], axis=-1)
+def frequencies(rope, width):
+    """Radians for each position of each pair, and the factor on what is turned, pair by pair."""
+    how, plain = rope.scaling, [rope.base ** (-2 * i / width) for i in range(width // 2)]
+    if how is None:
+        return np.array(plain), 1.0
+    if how.kind == "linear":
+        return np.array(plain) / how.factor, 1.0
+    if how.kind == "ntk":  # the last pair is divided by the factor, the first stays
+        return np.array([f * how.factor ** (-2 * i / (width - 2)) for i, f in enumerate(plain)]), 1.0
+    waves = [2 * math.pi / f for f in plain]
+    if how.kind == "llama3":
+        turned = []
+        for f, wave in zip(plain, waves, strict=True):
+            if wave < how.original_length / how.fast:
+                turned.append(f)
+            elif wave > how.original_length / how.slow:
+                turned.append(f / how.factor)
+            else:
+                smooth = (how.original_length / wave - how.slow) / (how.fast - how.slow)
+                turned.append((1 - smooth) * f / how.factor + smooth * f)
+        return np.array(turned), 1.0
+    # YaRN: the pair, not a whole number, that turns so often over the original length.
+    low, high = (
+        width / 2 * math.log(how.original_length / (turns * 2 * math.pi), rope.base) for turns in (how.fast, how.slow)
+    )
+    low, high = (math.floor(low), math.ceil(high)) if how.truncate else (low, high)
+    low, high = max(low, 0), min(high, width - 1)
+    stretch = [min(max((i - low) / (high - low), 0.0), 1.0) for i in range(width // 2)]
+    turned = [f * (1 - s) + f / how.factor * s for f, s in zip(plain, stretch, strict=True)]
+    grow = how.attention_factor if how.attention_factor is not None else 1 + math.log(how.factor) / 10
+    return np.array(turned), grow
 
 
-def attention(config, w, x):
+def rotate(x, rope):
+    """Turns the first numbers of x[b, t, h, d] as complex numbers."""
+    width = int(x.shape[-1] * rope.fraction)
+    turning, rest = x[..., :width], x[..., width:]
+    radians, grow = frequencies(rope, width)
+    turns = grow * np.exp(1j * np.arange(x.shape[1])[:, None] * radians)[:, None]
+    if rope.interleaved:
+        turned = (turning[..., ::2] + 1j * turning[..., 1::2]) * turns
+        turned = np.stack([turned.real, turned.imag], axis=-1).reshape(turning.shape)
+    else:
+        turned = (turning[..., : width // 2] + 1j * turning[..., width // 2 :]) * turns
+        turned = np.concatenate([turned.real, turned.imag], axis=-1)
+    return np.concatenate([turned, rest], axis=-1)
+
+
+def linear(w, x):
+    return x @ w["weight"] + w.get("bias", 0.0)
+
+
+def attention(config, w, x, mask=None, segments=None, tokens=None):
+    """`tokens`: of each sequence the positions of its global tokens."""
     b, t, _ = x.shape
-    q, k, v = ((x @ w[name]["weight"]).reshape(b, t, -1, config.head_width) for name in ("query", "key", "value"))
+    real = np.ones((b, t), bool) if mask is None else mask
+    ids = np.zeros((b, t)) if segments is None else segments
+    meet = ids[:, :, None] == ids[:, None, :]
+    meet = np.broadcast_to((meet & real[:, :, None] & real[:, None, :])[:, None], (b, config.heads, t, t))
+    allowed = np.array(np.broadcast_to(definition.mask(parse(config.pattern), t, t), meet.shape))
+    for row, places in enumerate(tokens or ()):
+        allowed[row][:, :, places] = True
+    y = heads(config, w, x, allowed & meet, "")
+    if tokens is not None:
+        whole = heads(config, w, x, meet, "_global" if config.global_projections else "")
+        for row, places in enumerate(tokens):
+            y[row, places] = whole[row, places]
+    if config.gate:
+        y = y * sigmoid(linear(w["gate"], x)).reshape(y.shape)
+    return linear(w["out"], y.reshape(b, t, -1))
+
+
+def heads(config, w, x, allowed, projections):
+    """What each head [b, t, h, d] takes from the keys that are allowed [b, h, t, t]."""
+    b, t, _ = x.shape
+    q, k, v = (
+        linear(w[name + projections], x).reshape(b, t, -1, config.head_width) for name in ("query", "key", "value")
+    )
     q, k = norm(config.qk_norm, w.get("query_norm"), q), norm(config.qk_norm, w.get("key_norm"), k)
     if config.rope is not None:
-        q, k = rotate(q, config.rope.base), rotate(k, config.rope.base)
-    allowed = np.broadcast_to(mask(parse(config.pattern), t, t), (config.heads, t, t))
-    y = np.zeros_like(q)
+        q, k = rotate(q, config.rope), rotate(k, config.rope)
+    y, distance = np.zeros_like(q), np.arange(t)[:, None] - np.arange(t)
     for head in range(config.heads):
         shared = head // (config.heads // config.kv_heads)
-        scores = np.einsum("btd,bsd->bts", q[:, :, head], k[:, :, shared]) / math.sqrt(config.head_width)
-        scores = np.where(allowed[head], scores, -np.inf)
-        shares = np.exp(scores - scores.max(-1, keepdims=True))
-        y[:, :, head] = shares / shares.sum(-1, keepdims=True) @ v[:, :, shared]
-    return y.reshape(b, t, -1) @ w["out"]["weight"]
+        own = q[:, :, head]
+        scores = np.einsum(
+            "btd,bsd->bts", own + (w["relative"]["content"][head] if config.relative else 0), k[:, :, shared]
+        )
+        if config.relative:
+            angles = distance[..., None] / 10_000 ** (2 * np.arange(config.relative // 2) / config.relative)
+            places = np.concatenate([np.sin(angles), np.cos(angles)], axis=-1) @ w["relative"]["weight"][head]
+            scores = scores + np.einsum("btd,tsd->bts", own + w["relative"]["position"][head], places)
+        scores = scores * (config.head_width**-0.5 if config.scale is None else config.scale)
+        scores = scores if config.softcap is None else config.softcap * np.tanh(scores / config.softcap)
+        if config.alibi:
+            assert config.heads == 4
+            scores = scores - 4.0 ** -(head + 1) * abs(distance)
+        terms = np.where(allowed[:, head], np.exp(scores), 0.0)
+        total = terms.sum(-1, keepdims=True) + (np.exp(w["sinks"][head]) if config.sinks else 0.0)
+        y[:, :, head] = np.divide(terms, total, out=np.zeros_like(terms), where=total > 0) @ v[:, :, shared]
+    return y
 
 
 def conv(w, x):

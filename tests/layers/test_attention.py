@@ -1,6 +1,8 @@
 """The attention mixer against float64 NumPy."""
 
 import dataclasses
+import math
+import re
 
 import jax
 import jax.numpy as jnp
@@ -8,7 +10,8 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from sparsejax.layers import Attention, AttentionConfig, NormConfig, RopeConfig, Stream
+from sparsejax.layers import NOTHING, Attention, AttentionConfig, Context, NormConfig, RopeConfig, RopeScaling, Stream
+from sparsejax.layers.attention import alibi_slopes
 from tests.layers import reference
 from tests.tolerances import assert_close
 
@@ -23,6 +26,20 @@ CONFIG = AttentionConfig(
     qk_norm=NormConfig("none", 1e-6),
     impl="auto",
 )
+
+
+# Each option, some beside others; forward here, gradients and decoding of each elsewhere.
+OPTIONS = [
+    {"bias": True, "out_bias": True, "scale": 0.3},
+    {"softcap": 1.2, "sinks": True},
+    {"gate": True, "bias": True},
+    {"alibi": True, "rope": None, "sinks": True, "softcap": 2.0},
+    {"alibi": True, "pattern": "per_head(full, window(3, 3), causal, full)", "impl": "gather"},
+    {"relative": 8, "rope": None},
+    {"relative": 4, "pattern": "window(3, 4)", "sinks": True, "scale": 0.5, "qk_norm": NormConfig("rms", 1e-6)},
+    {"rope": RopeConfig(50.0, fraction=0.5, interleaved=True), "head_width": 8},
+    {"rope": RopeConfig(50.0, scaling=RopeScaling("yarn", 4.0, 7, fast=2.0, slow=0.5))},
+]
 
 
 def build(config: AttentionConfig, dtype=jnp.float32) -> Attention:
@@ -41,6 +58,7 @@ def build(config: AttentionConfig, dtype=jnp.float32) -> Attention:
         {"pattern": "per_head(causal, window(0), causal & chunk(4), window(2, 2))"},
         {"pattern": "full"},
         {"pattern": "window(2) | globals([0, -1])", "impl": "gather"},
+        *OPTIONS,
     ],
     ids=str,
 )
@@ -78,6 +96,9 @@ def test_parameters_are_the_four_projections_and_the_norms_if_any():
         ({"heads": 4, "kv_heads": 3}, "heads = 4 is not divisible by kv_heads = 3"),
         ({"kv_heads": 0}, "must be at least 1"),
         ({"head_width": 5}, "rotary positions turn pairs; 1 of head_width = 5 is 5"),
+        ({"relative": 5}, "relative: sinusoids come in pairs, got 5"),
+        ({"softcap": 0.0}, "softcap must be above 0"),
+        ({"pattern": "window(3) | globals(1)", "global_projections": True}, "for Context.globals alone"),
         ({"pattern": "windw(3)"}, "did you mean 'window'"),
         ({"pattern": "per_head(causal, full)"}, "pattern is for 2 heads, heads = 4"),
     ],
@@ -85,3 +106,125 @@ def test_parameters_are_the_four_projections_and_the_norms_if_any():
 def test_refuses(change, message):
     with pytest.raises(ValueError, match=message):
         dataclasses.replace(CONFIG, **change)
+
+
+def slope(function, point, direction, step=1e-5):
+    """The derivative of a function of float64 arrays along a direction, by central difference."""
+    ends = (jax.tree.map(lambda x, d, sign=sign: x + sign * step * d, point, direction) for sign in (1, -1))
+    return (function(*next(ends)) - function(*next(ends))) / (2 * step)
+
+
+def check_gradients(module, expected, context=NOTHING):
+    """Gradients along random directions of all parameters and of the input, by float64 NumPy."""
+    random = np.random.default_rng(2)
+    cotangent = random.normal(size=X.shape)
+    graph, state = nnx.split(module)
+    weights = nnx.to_pure_dict(state)
+
+    def loss(weights, x):
+        nnx.replace_by_pure_dict(state, weights)
+        return (nnx.merge(graph, state)(x, context) * cotangent).sum()
+
+    found = jax.jit(jax.grad(loss, argnums=(0, 1)))(weights, X)
+    point = jax.tree.map(np.float64, (weights, X))
+    wanted = lambda weights, x: (expected(weights, x) * cotangent).sum()  # noqa: E731
+    for path, gradient in jax.tree_util.tree_leaves_with_path(found):
+        direction = jax.tree_util.tree_map_with_path(
+            lambda p, leaf, path=path: random.normal(size=leaf.shape) * (p == path), point
+        )
+        along = sum(map(np.vdot, jax.tree.leaves(direction), jax.tree.leaves(found)))
+        scale = np.linalg.norm(gradient)
+        assert scale > 0, path
+        assert abs(along - slope(wanted, point, direction)) < 1e-5 * max(1.0, scale), path
+
+
+@pytest.mark.parametrize("change", [OPTIONS[i] for i in (1, 2, 4, 6, 7)], ids=str)
+def test_gradients_equal_the_reference(change):
+    config = dataclasses.replace(CONFIG, **change)
+    check_gradients(build(config), lambda w, x: reference.attention(config, w, x))
+
+
+def test_alibi_slopes():
+    # As the paper gives them for 8 heads, and as its released code does where the number is no power of two.
+    np.testing.assert_allclose(alibi_slopes(8), [2.0**-i for i in range(1, 9)])
+    np.testing.assert_allclose(alibi_slopes(6), [1 / 4, 1 / 16, 1 / 64, 1 / 256, 1 / 2, 1 / 8])
+    np.testing.assert_allclose(alibi_slopes(1), [1 / 256])
+
+
+def test_a_mixer_may_read_more_than_the_stream_has():
+    wide = np.random.default_rng(3).normal(size=(2, LENGTH, 17)).astype(np.float32)
+    config = dataclasses.replace(CONFIG, gate=True)
+    module = reference.fill(lambda: Attention(config, Stream(WIDTH, 1, jnp.float32), nnx.Rngs(0), inputs=17))
+    y = module(wide)
+    assert y.shape == X.shape
+    assert_close("attention", y, reference.attention(config, reference.weights(module), wide), "float32")
+
+
+MASK = np.arange(LENGTH) < np.array([[LENGTH], [8]])
+SEGMENTS = np.array([[0] * 4 + [1] * 7, [3] * 8 + [2] * 3])
+# Inside windows and out of them, in no order, of another number in each sequence, and one of them at padding.
+TOKENS = [[7, 0, 3], [5, 9]]
+GLOBALS = np.array([[7, 0, 3, -1], [-1, 5, 9, -1]], np.int32)
+BOTH_WAYS = {"pattern": "window(2, 3)", "bias": True, "out_bias": True}
+
+
+@pytest.mark.parametrize(
+    ("change", "known"),
+    [
+        ({}, {}),
+        ({"global_projections": True}, {"mask": MASK}),
+        ({"global_projections": True, "kv_heads": 4, "rope": None}, {"mask": MASK, "segments": SEGMENTS}),
+        ({"gate": True, "softcap": 2.0, "qk_norm": NormConfig("rms", 1e-6)}, {"segments": SEGMENTS}),
+        ({"pattern": "full", "impl": "gather"}, {"mask": MASK}),
+        ({"pattern": "per_head(full, window(1, 1), window(0, 2), globals([]))", "scale": 0.3}, {}),
+    ],
+    ids=str,
+)
+def test_global_tokens_of_the_batch(change, known):
+    config = dataclasses.replace(CONFIG, **BOTH_WAYS | change)
+    module, context = build(config), Context(globals=jnp.asarray(GLOBALS), **known)
+    expected = reference.attention(config, reference.weights(module), X, tokens=TOKENS, **known)
+    assert_close("attention", jax.jit(lambda x: module(x, context))(X), expected, "float32")
+
+
+def test_gradients_of_global_tokens_equal_the_reference():
+    config = dataclasses.replace(CONFIG, **BOTH_WAYS, global_projections=True)
+    context = Context(globals=jnp.asarray(GLOBALS), mask=MASK)
+    check_gradients(build(config), lambda w, x: reference.attention(config, w, x, mask=MASK, tokens=TOKENS), context)
+
+
+def test_no_global_token_in_the_batch_is_as_if_there_were_none():
+    config = dataclasses.replace(CONFIG, **BOTH_WAYS, global_projections=True)
+    module = build(config)
+    none = module(X, Context(globals=jnp.full((2, 3), -1)))
+    assert_close("attention", none, module(X), "float32")
+
+
+def test_global_tokens_take_no_array_of_all_pairs():
+    config = dataclasses.replace(CONFIG, **BOTH_WAYS, global_projections=True)
+    module, length = build(config), 2048
+    x, places = jax.ShapeDtypeStruct((1, length, WIDTH), jnp.float32), jax.ShapeDtypeStruct((1, 2), jnp.int32)
+    loss = jax.grad(lambda x, places: module(x, Context(globals=places)).sum())
+    text = jax.jit(loss).lower(x, places).compile({"xla_backend_optimization_level": 0}).as_text()
+    shapes = re.findall(r"\b[a-z]+\d*\[([\d,]+)\]", text)
+    assert max(math.prod(map(int, dims.split(","))) for dims in shapes) < length * length / 4
+
+
+@pytest.mark.parametrize(
+    "change",
+    [{"pattern": "causal"}, {"pattern": "causal & window(3)"}, {"sinks": True}, {"alibi": True}, {"relative": 4}],
+    ids=str,
+)
+def test_global_tokens_of_the_batch_are_refused_beside(change):
+    module = build(dataclasses.replace(CONFIG, **BOTH_WAYS | change))
+    with pytest.raises(ValueError, match="global tokens at run time need a pattern that sees ahead"):
+        module(X, Context(globals=jnp.asarray(GLOBALS)))
+
+
+@pytest.mark.parametrize("change", [{}, *OPTIONS[3:6]], ids=str)
+def test_padding_and_documents(change):
+    config = dataclasses.replace(CONFIG, **change)
+    module = build(config)
+    expected = reference.attention(config, reference.weights(module), X, mask=MASK, segments=SEGMENTS)
+    y = jax.jit(lambda x: module(x, Context(mask=MASK, segments=SEGMENTS)))(X)
+    assert_close("attention", y, expected, "float32")

@@ -3,6 +3,8 @@
 A mixer that is missing in `MIXED`, or a pattern of the library that is missing in `PATTERNS`, fails here.
 """
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -19,6 +21,7 @@ from sparsejax.layers import (
     NormConfig,
     ParallelConfig,
     RopeConfig,
+    RopeScaling,
     Stream,
 )
 from sparsejax.patterns import parse
@@ -54,6 +57,21 @@ def attention(pattern: str, impl: str = "auto") -> AttentionConfig:
     return AttentionConfig(pattern, 4, 2, 4, rope=RopeConfig(100.0), qk_norm=NormConfig("none", 1e-6), impl=impl)
 
 
+# Options of attention, each beside others and some with caches that are rings.
+OPTIONS = {
+    "sinks, softcap, gate, biases": dataclasses.replace(
+        attention("causal & (window(4) | sink(1))"),
+        scale=0.4, softcap=1.5, sinks=True, gate=True, bias=True, out_bias=True, qk_norm=NormConfig("rms", 1e-6),
+    ),
+    "alibi": dataclasses.replace(
+        attention("per_head(causal, window(2), causal, causal)"), alibi=True, rope=None, sinks=True
+    ),
+    "relative": dataclasses.replace(attention("causal & window(5)"), relative=6, bias=True, rope=None),
+    "rope": dataclasses.replace(
+        attention("causal & window(7)"),
+        head_width=8, rope=RopeConfig(50.0, 0.75, True, RopeScaling("yarn", 4.0, 6, fast=2.0, slow=0.5)),
+    ),
+}  # fmt: skip
 MIXED = {
     "parallel": {
         "parallel": ParallelConfig(
@@ -88,7 +106,7 @@ MIXED = {
             *(2, 4, 3, 2, 2, 1e-2, 0.5, 1e-5), norm_before_gate=True, dt_ceiling=0.3
         ),
     },
-    "attention": {pattern: attention(pattern) for pattern in PATTERNS},
+    "attention": {pattern: attention(pattern) for pattern in PATTERNS} | OPTIONS,
 }
 EVERY = pytest.mark.parametrize("config", [pytest.param(c, id=i) for kind in MIXED.values() for i, c in kind.items()])
 

@@ -1,10 +1,12 @@
 """Rotary positions: a turn by position and pair, so that scores depend on distances alone."""
 
+import dataclasses
+
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from sparsejax.layers.rotary import RopeConfig, rotate
+from sparsejax.layers.rotary import RopeConfig, RopeScaling, rotate
 from tests.layers import reference
 from tests.tolerances import assert_close
 
@@ -12,11 +14,79 @@ RANDOM = np.random.default_rng(0)
 X = RANDOM.normal(size=(2, 40, 3, 8)).astype(np.float32)
 
 
-@pytest.mark.parametrize("base", [10_000.0, 10.0])
-def test_equals_complex_turns(base):
-    assert_close(
-        "rotate", rotate(X, jnp.arange(40), RopeConfig(base)), reference.rotate(X.astype(np.float64), base), "float32"
-    )
+CONFIGS = [
+    RopeConfig(10_000.0),
+    RopeConfig(10.0, interleaved=True),
+    RopeConfig(10.0, fraction=0.5),
+    RopeConfig(10.0, fraction=0.6, interleaved=True),  # 4 of 8
+    RopeConfig(50.0, scaling=RopeScaling("linear", 4.0)),
+    RopeConfig(50.0, scaling=RopeScaling("ntk", 4.0)),
+    RopeConfig(50.0, scaling=RopeScaling("llama3", 8.0, 30, fast=4.0, slow=1.0)),
+    RopeConfig(50.0, fraction=0.5, scaling=RopeScaling("llama3", 8.0, 12, fast=1.5, slow=0.1)),
+    RopeConfig(50.0, scaling=RopeScaling("yarn", 4.0, 30)),
+    RopeConfig(50.0, interleaved=True, scaling=RopeScaling("yarn", 4.0, 30, fast=3.0, slow=0.2, truncate=False)),
+    RopeConfig(50.0, scaling=RopeScaling("yarn", 4.0, 30, fast=3.0, slow=0.5, attention_factor=1.7)),
+]
+
+
+@pytest.mark.parametrize("config", CONFIGS, ids=str)
+def test_equals_complex_turns(config):
+    expected = reference.rotate(X.astype(np.float64), config)
+    assert_close("rotate", rotate(X, jnp.arange(40), config), expected, "float32")
+
+
+LONG = RopeScaling("yarn", 32.0, 4096, truncate=False)  # gpt-oss
+LLAMA = RopeScaling("llama3", 8.0, 8192, fast=4.0, slow=1.0)  # Llama 3.1
+
+
+@pytest.mark.parametrize(
+    ("config", "width"),
+    [
+        (RopeConfig(150_000.0, scaling=LONG), 64),
+        (RopeConfig(150_000.0, scaling=dataclasses.replace(LONG, truncate=True)), 64),
+        (RopeConfig(500_000.0, scaling=LLAMA), 128),
+        (RopeConfig(10_000.0, scaling=RopeScaling("ntk", 4.0)), 128),
+    ],
+    ids=str,
+)
+def test_frequencies_of_models(config, width):
+    found, grow = config.frequencies(width)
+    expected, growth = reference.frequencies(config, width)
+    np.testing.assert_allclose(found, expected, rtol=1e-12)
+    assert grow == pytest.approx(growth, rel=1e-12)
+    plain, _ = RopeConfig(config.base).frequencies(width)
+    factor = config.scaling.factor
+    assert (found <= plain * (1 + 1e-12)).all()
+    assert (found >= plain / factor * (1 - 1e-12)).all()
+    np.testing.assert_allclose([found[0], found[-1]], [plain[0], plain[-1] / factor], rtol=1e-12)
+
+
+def test_yarn_turns_fast_pairs_as_before_and_slow_pairs_by_less():
+    config = RopeConfig(10_000.0, scaling=RopeScaling("yarn", 16.0, 4096))
+    (found, grow), (plain, _) = config.frequencies(128), RopeConfig(10_000.0).frequencies(128)
+    turns = 4096 * plain / (2 * np.pi)
+    np.testing.assert_allclose(found[turns > 40], plain[turns > 40])
+    np.testing.assert_allclose(found[turns < 0.9], plain[turns < 0.9] / 16)
+    between = (turns > 1.2) & (turns < 28)
+    assert ((found[between] < plain[between]) & (found[between] > plain[between] / 16)).all()
+    assert grow == pytest.approx(1.2772588722239782)  # 0.1 ln 16 + 1
+
+
+@pytest.mark.parametrize(
+    ("build", "message"),
+    [
+        (lambda: RopeConfig(1.0), "base must be above 1, got 1.0"),
+        (lambda: RopeConfig(10.0, fraction=0.0), "fraction must be above 0 and at most 1, got 0.0"),
+        (lambda: RopeConfig(10.0, fraction=0.25).width(12), "0.25 of head_width = 12 is 3"),
+        (lambda: RopeScaling("longrope", 2.0), "kind must be one of linear, ntk, yarn, llama3, got 'longrope'"),
+        (lambda: RopeScaling("linear", 0.5), "factor must be at least 1, got 0.5"),
+        (lambda: RopeScaling("yarn", 2.0), "yarn needs original_length"),
+        (lambda: RopeScaling("llama3", 2.0, 100, fast=1.0), "fast must be above slow, got 1.0 and 1.0"),
+    ],
+)
+def test_refuses(build, message):
+    with pytest.raises(ValueError, match=message):
+        build()
 
 
 def test_position_zero_stays():

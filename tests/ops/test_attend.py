@@ -5,6 +5,7 @@ not run on this machine is run in interpret mode.
 """
 
 import contextlib
+import functools
 import itertools
 import math
 import os
@@ -20,7 +21,7 @@ import pytest
 from hypothesis import given, reject, settings
 from hypothesis import strategies as st
 
-from sparsejax.ops import IMPLEMENTATIONS, Implementation, ImplementationError, attend, attend_one
+from sparsejax.ops import IMPLEMENTATIONS, Implementation, ImplementationError, attend, attend_one, merge
 from sparsejax.ops.gather import MOST_GROUPS, group_rows
 from sparsejax.patterns import Pattern, parse
 from sparsejax.patterns.library import NAMES
@@ -44,7 +45,14 @@ class Case(NamedTuple):
     scale: float | None = None
     sink: bool = False
     segments: str | None = None
+    alibi: bool = False
+    values: int = 8  # width of values
     dtype: str = "float32"
+
+    @property
+    def slopes(self) -> np.ndarray | None:
+        """A slope for each head, none like another."""
+        return 0.3 / np.arange(1, self.heads[0] + 1, dtype=np.float32) if self.alibi else None
 
 
 class Inputs(NamedTuple):
@@ -76,10 +84,10 @@ def draw_inputs(case: Case, batch: int = 2, width: int = 8) -> Inputs:
     return Inputs(
         q=normal(batch, t, h, width),
         k=normal(batch, s, g, width),
-        v=normal(batch, s, g, width),
+        v=normal(batch, s, g, case.values),
         sink=normal(h, dtype=wide(case.dtype)) if case.sink else None,
         segments=segments,
-        d_out=normal(batch, t, h, width),
+        d_out=normal(batch, t, h, case.values),
         d_lse=normal(batch, t, h, dtype=wide(case.dtype)),
     )
 
@@ -104,6 +112,8 @@ def oracle(case: Case, inputs: Inputs, counts: np.ndarray) -> Result:
     scale = d**-0.5 if case.scale is None else case.scale
     raw = scale * np.einsum("bthd,bshd->bhts", q, k)
     capped = raw if case.softcap is None else case.softcap * np.tanh(raw / case.softcap)
+    if case.alibi:
+        capped = capped - case.slopes[:, None, None] * abs(np.arange(case.t)[:, None] - np.arange(s))
     terms = np.where(counts, capped + np.log(np.maximum(counts, 1)), -np.inf)
     if sink is not None:
         sink = np.broadcast_to(sink[:, None], terms.shape[:-1])
@@ -123,7 +133,7 @@ def oracle(case: Case, inputs: Inputs, counts: np.ndarray) -> Result:
         lse=lse.transpose(0, 2, 1),
         q=scale * np.einsum("bhts,bshd->bthd", d_scores, k),
         k=d_k.reshape(b, s, g, share, d).sum(axis=3),
-        v=d_v.reshape(b, s, g, share, d).sum(axis=3),
+        v=d_v.reshape(b, s, g, share, -1).sum(axis=3),
         sink=None if sink is None else (np.exp(sink - lse) * slope).sum(axis=(0, 2)),
     )
 
@@ -153,8 +163,9 @@ def compute(impl: str, case: Case, inputs: Inputs, transform=lambda function: fu
 
     def everything(q, k, v, sink, segments, d_out, d_lse):
         def forward(q, k, v, sink):
-            options = {"softcap": case.softcap, "scale": case.scale, "sink_logits": sink, "segment_ids": segments}
-            return serve(impl, q, k, v, pattern, return_lse=True, **options)
+            options = {"softcap": case.softcap, "scale": case.scale, "alibi_slopes": case.slopes}
+            arrays = {"sink_logits": sink, "segment_ids": segments}
+            return serve(impl, q, k, v, pattern, return_lse=True, **options, **arrays)
 
         (out, lse), backward = jax.vjp(transform(forward), q, k, v, sink)
         return Result(out, lse, *backward((d_out, d_lse)))
@@ -222,6 +233,12 @@ CASES = [
     Case("causal & shift(window(70, 20), 90)", 250, 250, sink=True),
     Case("multiset(causal, window(30), sink(9), sink(2))", 130, 130, heads=(4, 2), sink=True, softcap=3.0),
     Case("per_head(multiset(full, chunk(20)), causal)", 70, 70, segments="pair"),
+    Case("causal & window(90)", 129, 129, heads=(4, 2), values=12, sink=True),
+    Case("window(20, 20) | globals(2)", 129, 200, values=3, softcap=2.0, segments="pair"),
+    Case("per_head(full, window(9, 9)) | sink(1)", 70, 129, heads=(2, 2), values=16, alibi=True, dtype="bfloat16"),
+    Case("full", 128, 128, heads=(4, 2), alibi=True),  # no tile needs a mask
+    Case("multiset(causal, sink(9))", 130, 130, heads=(4, 2), alibi=True, softcap=3.0, sink=True, segments="one"),
+    Case("window(30, 70)", 200, 129, heads=(4, 1), alibi=True, values=5),
 ]
 
 # Rows that see no key, and keys that no row sees.
@@ -253,8 +270,8 @@ def cases(draw) -> Case:
     pattern: Pattern = draw(shared_patterns(longest=130) | patterns_with_heads(2, longest=130))
     t, s = draw(st.sampled_from([(65, 65), (70, 130)]))
     segments = draw(st.sampled_from([None, "pair"]))
-    softcap, sink = draw(st.sampled_from([None, 1.5])), draw(st.booleans())
-    return Case(str(pattern), t, s, (2, 1), softcap=softcap, sink=sink, segments=segments)
+    softcap, sink, alibi = draw(st.sampled_from([None, 1.5])), draw(st.booleans()), draw(st.booleans())
+    return Case(str(pattern), t, s, (2, 1), softcap=softcap, sink=sink, segments=segments, alibi=alibi)
 
 
 @pytest.mark.parametrize("impl", IMPLS)
@@ -493,15 +510,18 @@ def ids(*shape: int) -> jax.Array:
     [
         ({"q": (2, 5, 3, 8)}, "3 query heads do not divide into 2 key/value heads"),
         ({"q": (2, 5, 1, 8)}, "1 query heads do not divide into 2 key/value heads"),
-        ({"q": (5, 4, 8)}, r"q \[b,t,h,d\], k and v \[b,s,g,d\]; got \[5, 4, 8\]"),
-        ({"k": (5, 2, 8)}, r"q \[b,t,h,d\], k and v \[b,s,g,d\]; got .*\[5, 2, 8\]"),
-        ({"v": (2, 6, 2, 8)}, r"k and v \[b,s,g,d\]; got .*\[2, 6, 2, 8\]"),
+        ({"q": (5, 4, 8)}, r"q \[b,t,h,d\], k \[b,s,g,d\], v \[b,s,g,e\]; got \[5, 4, 8\]"),
+        ({"k": (5, 2, 8)}, r"q \[b,t,h,d\], k \[b,s,g,d\], v \[b,s,g,e\]; got .*\[5, 2, 8\]"),
+        ({"v": (2, 6, 2, 8)}, r"v \[b,s,g,e\]; got .*\[2, 6, 2, 8\]"),
+        ({"v": (2, 5, 2)}, r"v \[b,s,g,e\]; got .*\[2, 5, 2\]"),
+        ({"v": (2, 5, 2, 0)}, "an axis is empty"),
         ({"k": (3, 5, 2, 8)}, "batch and head width of q and k differ"),
         ({"k": (2, 5, 2, 4)}, "batch and head width of q and k differ"),
         ({"k": (2, 0, 2, 8)}, "an axis is empty"),
         ({"q": (2, 0, 4, 8)}, "an axis is empty"),
         ({"pattern": "per_head(full, full)"}, r"pattern is for 2 heads, q has 4: per_head\(full, full\)"),
         ({"sink_logits": jnp.zeros(2)}, r"sink_logits must be \[4\], got \[2\]"),
+        ({"alibi_slopes": jnp.zeros((2, 4))}, r"alibi_slopes must be \[4\], got \[2, 4\]"),
         ({"sink_logits": jnp.zeros(())}, r"sink_logits must be \[4\], got \[\]"),
         ({"sink_logits": jnp.zeros((2, 4))}, r"sink_logits must be \[4\], got \[2, 4\]"),
         ({"segment_ids": ids(2, 6)}, r"segment_ids must be \[2,5\] and \[2,5\], got \[2, 6\]"),
@@ -541,14 +561,70 @@ def test_rows_are_grouped_with_the_least_padding(pattern, t, s):
     assert sum(len(rows) * layout.degrees[rows].max() for rows, _ in groups) == least
 
 
-@pytest.mark.parametrize(("rows", "dtype"), [(1, "float32"), (4, "float32"), (4, "bfloat16")])
-def test_one_query_over_a_cache(rows, dtype):
-    case = Case("full", 1, 19, (4, 2), scale=0.9, dtype=dtype)
+@pytest.mark.parametrize(
+    ("rows", "options"),
+    [
+        (1, {}),
+        (4, {}),
+        (4, {"dtype": "bfloat16", "values": 5}),
+        (4, {"softcap": 2.0, "values": 11}),
+        (4, {"sink": True, "softcap": 3.0}),
+    ],
+)
+def test_one_query_over_a_cache(rows, options):
+    case = Case("full", 1, 19, (4, 2), scale=0.9, **options)
     inputs = draw_inputs(case)
     mask = np.random.default_rng(rows).random((rows, case.s)) < 0.4
     mask[2:3] = False  # a head for which nothing is in the cache
     expected = oracle(case, inputs, np.broadcast_to(mask[:, None], (2, 4, 1, case.s)))
-    found = jax.jit(attend_one)(inputs.q[:, 0], inputs.k, inputs.v, mask, 0.9)
-    assert found.dtype == dtype
-    assert_close("out", found, expected.out[:, 0], dtype)
+    one = jax.jit(functools.partial(attend_one, scale=0.9, softcap=case.softcap))
+    found = one(inputs.q[:, 0], inputs.k, inputs.v, mask, sink_logits=inputs.sink)
+    assert found.dtype == case.dtype
+    assert_close("out", found, expected.out[:, 0], case.dtype)
     assert (np.asarray(found)[:, 2:3] == 0).all() or rows == 1
+
+
+# Disjoint parts of what a row sees: all of it in one part, in several, or in none.
+PARTS = ("causal & window(5)", "causal - window(9)", "window(0, 3) - window(0)", "globals([])")
+
+
+def test_parts_of_the_keys_merge_to_the_whole():
+    case = Case(" | ".join(f"({part})" for part in PARTS), 40, 37, (4, 2), values=5, sink=True, segments="pair")
+    inputs = draw_inputs(case)
+    counts = counts_of(case, inputs)
+    assert (counts.sum(axis=-1) == 0).any()
+
+    @jax.jit
+    def gradients(q, k, v, sink, d_out, d_lse):
+        def forward(q, k, v, sink):
+            parts = [
+                attend(q, k, v, parse(part), sink_logits=one, segment_ids=inputs.segments, return_lse=True)
+                for part, one in zip(PARTS, (sink, None, None, None), strict=True)
+            ]
+            return merge(parts)
+
+        (out, lse), backward = jax.vjp(forward, q, k, v, sink)
+        return Result(out, lse, *backward((d_out, d_lse)))
+
+    found = gradients(*inputs[:4], *inputs[5:])
+    for name, one, other in zip(Result._fields, found, oracle(case, inputs, counts), strict=True):
+        assert_close(name, one, other, "float32")
+
+
+def test_parts_without_any_key_merge_to_nothing():
+    lse = jnp.full((1, 3, 2), -jnp.inf)
+
+    def forward(out, lse):
+        return merge([(out, lse), (out, lse)])
+
+    (out, total), backward = jax.vjp(forward, jnp.zeros((1, 3, 2, 4)), lse)
+    assert (np.asarray(out) == 0).all()
+    assert (np.asarray(total) == -np.inf).all()
+    assert all(np.isfinite(gradient).all() for gradient in backward((jnp.ones_like(out), jnp.ones_like(total))))
+
+
+def test_slopes_are_constants():
+    q, k, v = draw_inputs(Case("causal", 9, 9, (4, 2)))[:3]
+    for impl in IMPLS:
+        loss = lambda slopes, impl=impl: serve(impl, q, k, v, parse("causal"), alibi_slopes=slopes).sum()  # noqa: E731
+        np.testing.assert_array_equal(jax.grad(loss)(jnp.ones(4)), 0)
