@@ -36,7 +36,8 @@ class Mamba2Config:
     chunk: int = 64  # of the scan; the result does not depend on it
     dt_floor: float = 0.0  # step sizes are clipped
     dt_ceiling: float | None = None
-    bias: bool = False  # of the projections from and into the stream
+    bias: bool = False  # of the projections from the stream
+    out_bias: bool = False
     conv_bias: bool = True
     multipliers: tuple[float, ...] = ()  # on gate, x, B, C and dt (Falcon-H1, arXiv:2507.22448)
 
@@ -88,7 +89,7 @@ class Mamba2(nnx.Module):
         self.skip = parameter(rngs, jax.nn.initializers.ones, (h,), (None,))
         self.norm = None if config.norm_eps is None else self._make_norm(rngs)
         axes, start = ("inner", "width"), output_scale(stream)
-        self.out = Linear(d, m, axes, dtype=dtype, rngs=rngs, bias=config.bias, scale=start)
+        self.out = Linear(d, m, axes, dtype=dtype, rngs=rngs, bias=config.out_bias, scale=start)
 
     def __call__(self, x: Float[Array, "b t m"], context: Context = NOTHING) -> Float[Array, "b t m"]:
         """Mixes a whole sequence."""

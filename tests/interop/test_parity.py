@@ -10,9 +10,15 @@ import numpy as np
 import pytest
 
 from sparsejax.interop import huggingface
+from sparsejax.interop.huggingface import families
 
 GOLDEN = Path(__file__).parents[1] / "golden"
-FOLDERS = sorted(path.parent.name for path in GOLDEN.glob("*/config.json"))
+# Folders of families that cannot be loaded yet wait for them.
+FOLDERS = sorted(
+    path.parent.name
+    for path in GOLDEN.glob("*/config.json")
+    if json.loads(path.read_text())["model_type"] in families.FAMILIES
+)
 EVERY = pytest.mark.parametrize("name", FOLDERS)
 
 # Largest difference of logits and streams, absolute; gradient norms relative to the norm. Reformer's own float32

@@ -98,6 +98,7 @@ MIXED = {
             0.5,
             None,
             bias=True,
+            out_bias=True,
             dt_floor=0.1,
             dt_ceiling=0.7,
             multipliers=(0.8, 1.1, 0.6, 1.3, 0.9),

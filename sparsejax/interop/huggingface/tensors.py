@@ -66,12 +66,21 @@ def stack(theirs: Iterable[str], ours: str) -> Piece:
     return Piece(tuple(theirs), (ours,), read, lambda arrays: _transpose(list(arrays[0])))
 
 
-def conv(theirs: str, ours: str) -> Piece:
-    """Taps of a depthwise convolution: [channels, 1, taps] there, [taps, channels] here."""
-    return Piece(
-        (theirs,), (ours,), lambda arrays: [arrays[0][:, 0].T], lambda arrays: [np.expand_dims(arrays[0].T, 1)]
-    )
-
-
 def _transpose(arrays: Arrays) -> Arrays:
     return [array.T for array in arrays]
+
+
+def split_conv(theirs: str, ours: Sequence[str], sizes: Sequence[int], bias: bool) -> list[Piece]:
+    """One depthwise convolution there, [channels, 1, taps], over what several here have: `sizes` channels of each."""
+    ends = np.cumsum(sizes)[:-1]
+
+    def read(arrays: Arrays) -> Arrays:
+        if arrays[0].ndim != 3 or len(arrays[0]) != sum(sizes):
+            raise ValueError(f"expected [{sum(sizes)}, 1, taps]")
+        return [part[:, 0].T for part in np.split(arrays[0], ends)]
+
+    def write(arrays: Arrays) -> Arrays:
+        return [np.expand_dims(np.concatenate([array.T for array in arrays]), 1)]
+
+    pieces = [Piece((f"{theirs}.weight",), tuple(f"{name}.weight" for name in ours), read, write)]
+    return [*pieces, split(f"{theirs}.bias", [f"{name}.bias" for name in ours], sizes)] if bias else pieces

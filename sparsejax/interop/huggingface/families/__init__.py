@@ -1,13 +1,28 @@
 """One file for each family of models: from its config.json to a `ModelConfig` and the map of its tensors."""
 
-from sparsejax.interop.huggingface.families import bigbird, gemma, longformer, mistral, modernbert
+from sparsejax.interop.huggingface.families import (
+    bamba,
+    bigbird,
+    falcon_h1,
+    gemma,
+    longformer,
+    mamba,
+    mistral,
+    modernbert,
+    zamba2,
+)
 
 # A new family is one file and one line here: `model_type` of its config.json -> translate(fields).
 FAMILIES = {
+    "bamba": bamba.translate,
     "big_bird": bigbird.translate,
+    "falcon_h1": falcon_h1.translate,
     "gemma2": gemma.translate_2,
     "gemma3_text": gemma.translate_3,
     "longformer": longformer.translate,
+    "mamba": mamba.translate,
+    "mamba2": mamba.translate_2,
     "mistral": mistral.translate,
     "modernbert": modernbert.translate,
+    "zamba2": zamba2.translate,
 }
