@@ -2,6 +2,7 @@
 
 from sparsejax.layers.attention import Attention, AttentionConfig
 from sparsejax.layers.conv import Conv, ConvConfig, ShortConv
+from sparsejax.layers.experts import Experts, ExpertsConfig
 from sparsejax.layers.layer import FEEDFORWARDS, FeedForwardConfig, Layer, LayerConfig, Losses, ResidualConfig
 from sparsejax.layers.mamba import Mamba, MambaConfig
 from sparsejax.layers.mamba2 import Mamba2, Mamba2Config
@@ -24,6 +25,8 @@ __all__ = [
     "Conv",
     "ConvConfig",
     "Cost",
+    "Experts",
+    "ExpertsConfig",
     "FeedForwardConfig",
     "Layer",
     "LayerConfig",
