@@ -3,6 +3,7 @@
 from sparsejax.layers.attention import Attention, AttentionConfig
 from sparsejax.layers.conv import Conv, ConvConfig, ShortConv
 from sparsejax.layers.experts import Experts, ExpertsConfig
+from sparsejax.layers.latent import IndexerConfig, Latent, LatentConfig
 from sparsejax.layers.layer import FEEDFORWARDS, FeedForwardConfig, Layer, LayerConfig, Losses, ResidualConfig
 from sparsejax.layers.mamba import Mamba, MambaConfig
 from sparsejax.layers.mamba2 import Mamba2, Mamba2Config
@@ -28,6 +29,9 @@ __all__ = [
     "Experts",
     "ExpertsConfig",
     "FeedForwardConfig",
+    "IndexerConfig",
+    "Latent",
+    "LatentConfig",
     "Layer",
     "LayerConfig",
     "Linear",

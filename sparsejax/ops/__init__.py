@@ -5,6 +5,7 @@ from sparsejax.ops.conv import causal_conv
 from sparsejax.ops.request import count_bonus, lean
 from sparsejax.ops.scan import selective_scan, selective_step
 from sparsejax.ops.segment import attend_edges
+from sparsejax.ops.selection import attend_selected, index_scores, select_keys, top_keys
 from sparsejax.ops.ssd import ssd, ssd_step
 
 __all__ = [
@@ -14,12 +15,16 @@ __all__ = [
     "attend",
     "attend_edges",
     "attend_one",
+    "attend_selected",
     "causal_conv",
     "count_bonus",
+    "index_scores",
     "lean",
     "merge",
+    "select_keys",
     "selective_scan",
     "selective_step",
     "ssd",
     "ssd_step",
+    "top_keys",
 ]

@@ -16,6 +16,8 @@ from sparsejax.layers import (
     AttentionConfig,
     BranchConfig,
     ConvConfig,
+    IndexerConfig,
+    LatentConfig,
     Mamba2Config,
     MambaConfig,
     NormConfig,
@@ -80,6 +82,12 @@ MIXED = {
                 "ssm": BranchConfig(MambaConfig(inner=8, state=3, conv=4, dt_rank=2, dt_min=1e-2, dt_max=0.5)),
             }
         )
+    },
+    "latent": {
+        "latent": LatentConfig(*("causal & (window(5) | sink(2))", 2, 5, 4, 3, 2, 5, RopeConfig(50.0), 1e-6, "auto")),
+        "latent with an indexer": LatentConfig(
+            *("causal", 2, 5, 4, 3, 2, 5, RopeConfig(50.0), 1e-6, "auto"), indexer=IndexerConfig(2, 4, top_k=40)
+        ),
     },
     "conv": {"conv": ConvConfig(3, bias=True)},
     "mamba": {
