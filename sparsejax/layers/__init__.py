@@ -2,7 +2,10 @@
 
 from sparsejax.layers.attention import Attention, AttentionConfig
 from sparsejax.layers.conv import Conv, ConvConfig, ShortConv
+from sparsejax.layers.experts import Experts, ExpertsConfig
+from sparsejax.layers.latent import IndexerConfig, Latent, LatentConfig
 from sparsejax.layers.layer import FEEDFORWARDS, FeedForwardConfig, Layer, LayerConfig, Losses, ResidualConfig
+from sparsejax.layers.lsh import Lsh, LshConfig
 from sparsejax.layers.mamba import Mamba, MambaConfig
 from sparsejax.layers.mamba2 import Mamba2, Mamba2Config
 from sparsejax.layers.mixers import MIXERS, BranchConfig, MixerConfig, Parallel, ParallelConfig
@@ -24,11 +27,18 @@ __all__ = [
     "Conv",
     "ConvConfig",
     "Cost",
+    "Experts",
+    "ExpertsConfig",
     "FeedForwardConfig",
+    "IndexerConfig",
+    "Latent",
+    "LatentConfig",
     "Layer",
     "LayerConfig",
     "Linear",
     "Losses",
+    "Lsh",
+    "LshConfig",
     "Mamba",
     "Mamba2",
     "Mamba2Config",

@@ -10,6 +10,7 @@ from flax import nnx
 from jaxtyping import Array, Float, Int
 
 from sparsejax import patterns
+from sparsejax.layers.experts import Experts, ExpertsConfig
 from sparsejax.layers.mixers import MixerConfig, make_mixer
 from sparsejax.layers.mlp import Mlp, MlpConfig
 from sparsejax.layers.norm import Norm, NormConfig
@@ -18,8 +19,8 @@ from sparsejax.layers.stream import NOTHING, Context, Cost, Stream
 
 # Feed-forward parts by their `kind`; each is called with the stream and the context, and gives what it adds and a
 # dict of losses.
-FEEDFORWARDS = {"gated": (MlpConfig, Mlp), "plain": (MlpConfig, Mlp)}
-FeedForwardConfig = MlpConfig
+FEEDFORWARDS = {"gated": (MlpConfig, Mlp), "plain": (MlpConfig, Mlp), "experts": (ExpertsConfig, Experts)}
+FeedForwardConfig = MlpConfig | ExpertsConfig
 Losses = dict[str, Float[Array, ""]]
 
 

@@ -35,6 +35,7 @@ class Context:
       embeddings: the stream before the first layer.
       layer: the number of the layer, from 0.
       shared: the blocks that layers share, by name: modules, see `layers.shared`.
+      rotations: what LSH attention hashes with, instead of those it draws.
     """
 
     segments: Int[Array, "b t"] | None = None
@@ -43,6 +44,7 @@ class Context:
     embeddings: Float[Array, "b t m"] | None = None
     layer: Int[Array, ""] | None = None
     shared: dict[str, Any] | None = None
+    rotations: Float[Array, "h d r n"] | None = None
 
     @property
     def attend_segments(self) -> tuple[Int[Array, "b t"], Int[Array, "b t"]] | None:

@@ -2,9 +2,11 @@
 
 from sparsejax.ops.attention import IMPLEMENTATIONS, Implementation, ImplementationError, attend, attend_one, merge
 from sparsejax.ops.conv import causal_conv
+from sparsejax.ops.lsh import attend_hashed, attend_hashed_one, hash_buckets
 from sparsejax.ops.request import count_bonus, lean
 from sparsejax.ops.scan import selective_scan, selective_step
 from sparsejax.ops.segment import attend_edges
+from sparsejax.ops.selection import attend_selected, index_scores, select_keys, top_keys
 from sparsejax.ops.ssd import ssd, ssd_step
 
 __all__ = [
@@ -13,13 +15,20 @@ __all__ = [
     "ImplementationError",
     "attend",
     "attend_edges",
+    "attend_hashed",
+    "attend_hashed_one",
     "attend_one",
+    "attend_selected",
     "causal_conv",
     "count_bonus",
+    "hash_buckets",
+    "index_scores",
     "lean",
     "merge",
+    "select_keys",
     "selective_scan",
     "selective_step",
     "ssd",
     "ssd_step",
+    "top_keys",
 ]

@@ -1,0 +1,195 @@
+"""The mixture of experts against a float64 loop over tokens and experts."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from sparsejax.config import ModelConfig
+from sparsejax.config import build as build_config
+from sparsejax.layers import Context, Experts, ExpertsConfig, FeedForwardConfig, LayerConfig, NormConfig, Stream
+from sparsejax.model import Functional
+from tests.layers import reference
+from tests.ops.test_experts import choose, softmax
+from tests.tolerances import assert_close
+
+WIDTH = 6
+X = np.random.default_rng(0).normal(size=(2, 9, WIDTH)).astype(np.float32)
+CONFIG = ExpertsConfig(experts=8, top_k=2, width=10, activation="silu")
+CHANGES = {
+    "jamba": {},
+    "minimax": {"renormalize": True},
+    "gpt-oss": {"renormalize": True, "bias": True, "limit": 0.4, "alpha": 1.702},
+    "qwen3-next": {"renormalize": True, "shared_width": 5, "shared_gate": True},
+    "deepseek": {
+        "router": "sigmoid",
+        "renormalize": True,
+        "scale": 1.5,
+        "selection_bias": True,
+        "groups": 4,
+        "top_groups": 2,
+        "shared_width": 7,
+    },
+    "nemotron-h": {"router": "sigmoid", "gated": False, "activation": "relu2", "latent": 4, "shared_width": 7},
+    "all": {"top_k": 8},
+}
+
+
+def build(dtype=jnp.float32, **change) -> Experts:
+    config = dataclasses.replace(CONFIG, **change)
+    return reference.fill(lambda: Experts(config, Stream(WIDTH, 1, dtype), nnx.Rngs(0)))
+
+
+def expert(config, w, number, x):
+    """One expert, of one token."""
+    if number is None:
+        part, limit = {name: w["shared"][name]["weight"] for name in w["shared"]}, None
+    else:
+        part, limit = {name: w[name][number] for name in ("gate", "up", "down") if name in w}, config.limit
+
+    def linear(name, x):
+        y = x @ part[name]
+        return y + w[f"{name}_bias"][number] if config.bias and number is not None else y
+
+    act = reference.ACTIVATIONS | {"relu2": lambda x: np.maximum(x, 0) ** 2}
+    up = linear("up", x)
+    if not config.gated:
+        return linear("down", act[config.activation](up))
+    gate = linear("gate", x)
+    if limit is None:
+        return linear("down", act[config.activation](gate) * up)
+    gate, up = np.minimum(gate, limit), np.clip(up, -limit, limit)
+    return linear("down", (up + 1) * gate * reference.sigmoid(config.alpha * gate))
+
+
+def mixture(config, w, x):
+    """Each token alone."""
+    y = np.zeros(x.shape)
+    for place in np.ndindex(x.shape[:-1]):
+        token = np.asarray(x[place], np.float64)
+        logits = token @ w["router"]["weight"] + w["router"].get("bias", 0)
+        scores = softmax(logits) if config.router == "softmax" else reference.sigmoid(logits)
+        chosen = choose(scores + w.get("selection_bias", 0), config.top_k, config.groups, config.top_groups)
+        shares = scores[chosen] / scores[chosen].sum() if config.renormalize else scores[chosen]
+        inner = token @ w["enter"]["weight"] if config.latent else token
+        out = sum(config.scale * s * expert(config, w, e, inner) for s, e in zip(shares, chosen, strict=True))
+        y[place] = out @ w["leave"]["weight"] if config.latent else out
+        if config.shared_width:
+            gate = reference.sigmoid(token @ w["shared_gate"]["weight"]) if config.shared_gate else 1
+            y[place] += gate * expert(config, w, None, token)
+    return y
+
+
+@pytest.mark.parametrize("change", CHANGES.values(), ids=CHANGES)
+def test_equals_the_reference_whole_and_in_steps(change):
+    module = build(**change)
+    expected = mixture(module.config, reference.weights(module), X)
+    (y, losses), (one, _) = jax.jit(lambda x: (module(x), module(x[:, 3:4])))(X)
+    assert losses == {}
+    assert_close("call", y, expected, "float32")
+    assert_close("one token", one, expected[:, 3:4], "float32")
+
+
+def test_losses_are_weighted_and_do_not_count_padding():
+    module, bare = build(balance_weight=0.5, router_z_weight=0.25), build()
+    mask = np.array([[True] * 9, [True] * 4 + [False] * 5])
+    (y, losses), (same, _) = jax.jit(lambda: (module(X, Context(mask=jnp.asarray(mask))), bare(X)))()
+    np.testing.assert_array_equal(y, same)
+    logits = X[mask].astype(np.float64) @ reference.weights(module)["router"]["weight"]
+    scores = softmax(logits)
+    falls = np.mean([np.isin(np.arange(8), choose(row, 2, 1, 1)) for row in scores], axis=0) / 2
+    assert float(losses["balance"]) == pytest.approx(0.5 * 8 * (falls * scores.mean(0)).sum(), rel=1e-5)
+    assert float(losses["router_z"]) == pytest.approx(0.25 * (np.log(np.exp(logits).sum(-1)) ** 2).mean(), rel=1e-5)
+    assert {name: loss.dtype for name, loss in losses.items()} == dict.fromkeys(losses, jnp.float32)
+
+
+def test_bfloat16_routes_in_float32():
+    module = build(jnp.bfloat16, renormalize=True)
+    x = jnp.asarray(X, jnp.bfloat16)
+    y, _ = jax.jit(lambda x: module(x))(x)
+    assert y.dtype == jnp.bfloat16
+    assert {leaf.dtype for leaf in reference.parameters(module)} == {jnp.dtype("float32")}
+    expected = mixture(module.config, reference.weights(module), np.asarray(x, np.float64))
+    assert_close("experts", y.astype(jnp.float32), expected, "bfloat16")
+
+
+def test_a_model_of_experts_adds_up_their_losses_and_has_gradients_scanned_or_not():
+    layer = LayerConfig(
+        None, dataclasses.replace(CONFIG, balance_weight=0.1), NormConfig("rms", 1e-6), "pre", remat=True
+    )
+    tokens = np.random.default_rng(1).integers(0, 11, size=(2, 7))
+    found = []
+    for scan in (True, False):
+        config = ModelConfig(11, WIDTH, "3x(moe)", {"moe": layer}, layer.norm, tied=True, dtype="float32", scan=scan)
+        model = Functional(config)
+        parameters = model.init(jax.random.key(0))
+        if not scan:  # the same numbers, layer by layer
+            turns = found[0][2]["period"][0]
+            parameters |= {"before": {i: jax.tree.map(lambda leaf, i=i: leaf[i], turns) for i in range(3)}}
+            parameters |= {name: found[0][2][name] for name in ("embedding", "norm")}
+
+        def total(parameters, model=model):
+            logits, losses = model.bind(parameters).forward(tokens)
+            return logits.sum() + losses["balance"], losses["balance"]
+
+        (value, balance), gradient = jax.jit(jax.value_and_grad(total, has_aux=True))(parameters)
+        found.append((value, balance, parameters, gradient["embedding"]["tokens"]))
+    (scanned, first, _, one), (unrolled, second, _, other) = found
+    assert 0.3 <= float(first) < 0.3 * 4  # 3 layers; 8 experts of which 2 serve a token
+    assert_close("loss", scanned, unrolled, "float32")
+    assert_close("balance", first, second, "float32")
+    assert_close("gradient", one, other, "float32")
+
+
+def test_counts_what_serves_a_token():
+    module = build(bias=True, shared_width=5, shared_gate=True)
+    one, shared, router = 3 * WIDTH * 10, 3 * WIDTH * 5, WIDTH * 8
+    assert module.flops == 2 * (2 * one + shared + router + WIDTH)
+    outside = shared + router + 8 + WIDTH
+    assert module.parameters == 8 * (one + 10 + 10 + WIDTH) + outside
+    assert module.active_parameters == 2 * (one + 10 + 10 + WIDTH) + outside
+    latent = build(latent=4, gated=False)
+    assert latent.flops == 2 * (2 * 2 * 4 * 10 + 2 * WIDTH * 4 + WIDTH * 8)
+
+
+def test_the_selection_bias_is_not_trained():
+    module = build(router="sigmoid", selection_bias=True, balance_weight=1.0)
+    graph, parameters = nnx.split(module)
+
+    def total(parameters):
+        y, losses = nnx.merge(graph, parameters)(X)
+        return (y**2).sum() + losses["balance"]
+
+    gradient = nnx.to_pure_dict(jax.jit(jax.grad(total))(parameters))
+    assert not np.any(gradient.pop("selection_bias"))
+    assert all(np.abs(leaf).max() > 0 for leaf in jax.tree.leaves(gradient))
+
+
+def test_is_a_kind_of_feed_forward_part():
+    section = {"kind": "experts", "experts": 4, "top_k": 2, "width": 8, "activation": "silu", "limit": 7.0}
+    assert build_config(FeedForwardConfig, section) == ExpertsConfig(4, 2, 8, "silu", limit=7.0)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"top_k": 0}, "must be at least 1"),
+        ({"top_k": 9}, "top_k = 9 of 8 experts"),
+        ({"groups": 4, "top_k": 3}, "top_k = 3 of 2 experts"),
+        ({"groups": 3}, "top_groups = 1 of groups = 3 of experts = 8"),
+        ({"top_groups": 2}, "top_groups = 2 of groups = 1"),
+        ({"router": "hash"}, "router must be one of softmax, sigmoid, got 'hash'"),
+        ({"activation": "tanh"}, "activation must be one of silu"),
+        ({"limit": 7.0, "gated": False}, "limit must be above 0 and is for gated experts, got 7.0"),
+        ({"alpha": 1.7, "activation": "relu"}, "alpha is of silu, activation is 'relu'"),
+        ({"shared_gate": True}, "shared_width = 0 with shared_gate = True"),
+        ({"latent": 0}, "latent must be at least 1, got 0"),
+        ({"balance_weight": -1.0}, "balance_weight and router_z_weight must be at least 0"),
+    ],
+)
+def test_refuses(change, message):
+    with pytest.raises(ValueError, match=message):
+        dataclasses.replace(CONFIG, **change)
