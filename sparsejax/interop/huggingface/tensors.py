@@ -66,6 +66,20 @@ def stack(theirs: Iterable[str], ours: str) -> Piece:
     return Piece(tuple(theirs), (ours,), read, lambda arrays: _transpose(list(arrays[0])))
 
 
+def interleaved(theirs: str, ours: Sequence[str]) -> Piece:
+    """A tensor whose last axis holds several parameters in turn."""
+
+    def read(arrays: Arrays) -> Arrays:
+        if arrays[0].shape[-1] % len(ours):
+            raise ValueError(f"expected {len(ours)} parameters in turn")
+        return [arrays[0][..., i :: len(ours)] for i in range(len(ours))]
+
+    def write(arrays: Arrays) -> Arrays:
+        return [np.stack(arrays, axis=-1).reshape(*arrays[0].shape[:-1], -1)]
+
+    return Piece((theirs,), tuple(ours), read, write)
+
+
 def _transpose(arrays: Arrays) -> Arrays:
     return [array.T for array in arrays]
 

@@ -5,11 +5,12 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Callable, Sequence
+from typing import Any
 
 from sparsejax import schedule
 from sparsejax.config import ModelConfig
 from sparsejax.interop.huggingface.fields import Fields
-from sparsejax.interop.huggingface.tensors import Piece, linear, same, transposed
+from sparsejax.interop.huggingface.tensors import Piece, linear, same, stack, transposed
 from sparsejax.layers import LayerConfig, RopeConfig, RopeScaling
 
 
@@ -50,7 +51,13 @@ def name_layers(layers: Sequence[tuple[str, LayerConfig]]) -> dict[str, object]:
     return {"schedule": schedule.write(names), "layers": named}
 
 
-def read_rope(fields: Fields, kind: str | None = None, base: float = 10_000.0, fraction: float = 1.0) -> RopeConfig:
+def read_rope(
+    fields: Fields,
+    kind: str | None = None,
+    base: float = 10_000.0,
+    fraction: float = 1.0,
+    default: dict[str, Any] | None = None,
+) -> RopeConfig:
     """Rotary positions of a config.json.
 
     Today's files have `rope_parameters`, older ones `rope_theta`, `rope_scaling` and `partial_rotary_factor`.
@@ -60,11 +67,12 @@ def read_rope(fields: Fields, kind: str | None = None, base: float = 10_000.0, f
       kind: of the layers, such as "full_attention", where `rope_parameters` has an entry for each.
       base: if the file has none.
       fraction: of the head that turns, if the file does not say.
+      default: `rope_parameters` of a file that has none.
 
     Raises:
       CheckpointError: a kind of scaling that is not supported, or a key of it that is not known.
     """
-    given = dict(fields.take("rope_parameters", None) or fields.take("rope_scaling", None) or {})
+    given = dict(fields.take("rope_parameters", None) or fields.take("rope_scaling", None) or default or {})
     if kind is not None and isinstance(given.get(kind), dict):
         given = dict(given[kind])
     base = float(given.pop("rope_theta", None) or fields.take("rope_theta", None) or base)
@@ -151,6 +159,17 @@ LONG = {"q": "query", "k": "key", "v": "value"}
 def pieces_of_gated_mlp(theirs: str, ours: str, bias: bool = False) -> list[Piece]:
     """Gate, up and down."""
     return [piece for n in ("gate", "up", "down") for piece in linear(f"{theirs}.{n}_proj", f"{ours}.{n}", bias)]
+
+
+def pieces_of_experts(
+    theirs: str, ours: str, count: int, names: Sequence[str | None] = ("gate_proj", "up_proj", "down_proj")
+) -> list[Piece]:
+    """Linear maps of `count` experts: what theirs are called as gate (None: there is none), up and down."""
+    return [
+        stack([f"{theirs}.{i}.{name}.weight" for i in range(count)], f"{ours}.{part}")
+        for name, part in zip(names, ("gate", "up", "down"), strict=True)
+        if name is not None
+    ]
 
 
 def pieces_of_ends(tied: bool, embedding: str = "model.embed_tokens", norm: str = "model.norm") -> list[Piece]:
