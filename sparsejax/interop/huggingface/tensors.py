@@ -42,13 +42,25 @@ def linear(theirs: str, ours: str, bias: bool = False) -> list[Piece]:
 
 def split(theirs: str, ours: Sequence[str], sizes: Sequence[int]) -> Piece:
     """A tensor whose first axis is several parameters in a row: `sizes` of each; matrices are transposed."""
+    return split_groups(theirs, ours, 1, sizes)
+
+
+def split_groups(theirs: str, ours: Sequence[str], groups: int, sizes: Sequence[int]) -> Piece:
+    """As `split`, where each of several groups, such as heads, has its part of every parameter in a row."""
 
     def read(arrays: Arrays) -> Arrays:
-        if len(arrays[0]) != sum(sizes):
-            raise ValueError(f"expected {sum(sizes)} rows, got {len(arrays[0])}")
-        return _transpose(np.split(arrays[0], np.cumsum(sizes)[:-1]))
+        (array,), rows = arrays, groups * sum(sizes)
+        if len(array) != rows:
+            raise ValueError(f"expected {rows} rows, got {len(array)}")
+        parts = np.split(array.reshape(groups, -1, *array.shape[1:]), np.cumsum(sizes)[:-1], axis=1)
+        return _transpose([part.reshape(-1, *array.shape[1:]) for part in parts])
 
-    return Piece((theirs,), tuple(ours), read, lambda arrays: [np.concatenate(_transpose(arrays))])
+    def write(arrays: Arrays) -> Arrays:
+        parts = [array.reshape(groups, -1, *array.shape[1:]) for array in _transpose(arrays)]
+        whole = np.concatenate(parts, axis=1)
+        return [whole.reshape(-1, *whole.shape[2:])]
+
+    return Piece((theirs,), tuple(ours), read, write)
 
 
 def split_linear(theirs: str, ours: Sequence[str], sizes: Sequence[int], bias: bool = False) -> list[Piece]:

@@ -187,12 +187,17 @@ def tied_head(tied: bool) -> tuple[str, ...]:
 LAYER_NAMES = {"sliding_attention": "local", "full_attention": "full", "linear_attention": "linear"}
 
 
-def read_layer_types(fields: Fields, default: Sequence[str], key: str = "layer_types") -> list[str]:
+def read_layer_types(
+    fields: Fields,
+    default: Sequence[str],
+    key: str = "layer_types",
+    allowed: Sequence[str] = ("sliding_attention", "full_attention"),
+) -> list[str]:
     """The kind of each layer, or the family's own order where the file has none."""
     kinds = fields.take(key, None) or list(default)
     for kind in kinds:
-        if kind not in LAYER_NAMES:
-            raise fields.error(key, f"{kind!r} is not supported; only {', '.join(LAYER_NAMES)}")
+        if kind not in allowed:
+            raise fields.error(key, f"{kind!r} is not supported; only {', '.join(allowed)}")
     if len(kinds) != len(default):
         raise fields.error(key, f"{len(kinds)} entries for {len(default)} layers")
     return kinds
