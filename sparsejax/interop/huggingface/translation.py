@@ -186,6 +186,12 @@ def tied_head(tied: bool) -> tuple[str, ...]:
 # Entries of `layer_types` -> names in a schedule.
 LAYER_NAMES = {"sliding_attention": "local", "full_attention": "full", "linear_attention": "linear"}
 
+OLDER_LAYER_TYPES = {
+    "attention": "full_attention",
+    "mamba": "linear_attention",
+    "deepseek_sparse_attention": "indexed_attention",
+}
+
 
 def read_layer_types(
     fields: Fields,
@@ -194,7 +200,7 @@ def read_layer_types(
     allowed: Sequence[str] = ("sliding_attention", "full_attention"),
 ) -> list[str]:
     """The kind of each layer, or the family's own order where the file has none."""
-    kinds = fields.take(key, None) or list(default)
+    kinds = [OLDER_LAYER_TYPES.get(kind, kind) for kind in fields.take(key, None) or default]
     for kind in kinds:
         if kind not in allowed:
             raise fields.error(key, f"{kind!r} is not supported; only {', '.join(allowed)}")
