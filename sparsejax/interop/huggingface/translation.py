@@ -7,6 +7,8 @@ import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import numpy as np
+
 from sparsejax import schedule
 from sparsejax.config import ModelConfig
 from sparsejax.interop.huggingface.fields import Fields
@@ -25,6 +27,7 @@ class Translation:
       unused: regular expressions of tensors that the model does not use, such as buffers that follow from the rest.
       at_length: for sequences of a length: the configuration, where it depends on it, and the multiple to which they
         are padded. The parameters are the same.
+      rotations: what LSH attention hashes with, float [h, d, hashes, buckets / 2].
     """
 
     model: ModelConfig
@@ -32,6 +35,7 @@ class Translation:
     keywords: frozenset[str] = frozenset({"attention_mask"})
     unused: tuple[str, ...] = ()
     at_length: Callable[[int], tuple[ModelConfig, int]] | None = None
+    rotations: np.ndarray | None = None
 
 
 def name_layers(layers: Sequence[tuple[str, LayerConfig]]) -> dict[str, object]:

@@ -14,6 +14,7 @@ from sparsejax.interop.huggingface.families import (
     mistral,
     modernbert,
     nemotron_h,
+    reformer,
     zamba2,
 )
 
@@ -34,5 +35,6 @@ FAMILIES = {
     "mistral": mistral.translate,
     "modernbert": modernbert.translate,
     "nemotron_h": nemotron_h.translate,
+    "reformer": reformer.translate,
     "zamba2": zamba2.translate,
 }
