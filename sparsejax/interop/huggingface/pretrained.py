@@ -131,9 +131,8 @@ class Pretrained:
             most = int(marked.sum(axis=1).max())
             width = 1 << (most - 1).bit_length() if most else 0  # few different shapes, so few compilations
             rows = [np.flatnonzero(row) for row in marked]
-            positions = np.stack([np.pad(row, (0, width - len(row)), constant_values=-1) for row in rows]).astype(
-                np.int32
-            )
+            padded = [np.pad(row, (0, width - len(row)), constant_values=-1) for row in rows]
+            positions = np.stack(padded).astype(np.int32)
         return Context(
             mask=None if mask is None or mask.all() else jnp.asarray(mask, bool),
             globals=None if positions is None or not positions.size else jnp.asarray(positions),
