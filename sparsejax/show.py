@@ -30,18 +30,21 @@ def show(config: Config, length: int | None, console: Console) -> None:
     _require_length(length)
     layers, outside = account_model(config.model, length)
     total = functools.reduce(operator.add, layers, outside)
-    columns = ("layer", "name", "mixer", "pattern", "parameters", "pairs", "FLOPs/token", "cache bytes", "live tiles")
-    table = Table(*columns, title=f"{config.model.schedule}, {length:,} tokens")
+    sparse = total.active_parameters < total.parameters
+    columns = ("parameters", *(("active",) if sparse else ()), "pairs", "FLOPs/token", "cache bytes", "live tiles")
+    title = f"{config.model.schedule}, {length:,} tokens"
+    table = Table("layer", "name", "mixer", "pattern", *columns, title=title)
     for column in table.columns[4:]:
         column.justify = "right"
     for number, (name, account) in enumerate(zip(config.model.names, layers, strict=True)):
-        table.add_row(str(number), name, *_describe(config.model.layers[name]), *_numbers(account))
-    table.add_row("", "embedding, norm, head", "", "", *_numbers(outside))
+        table.add_row(str(number), name, *_describe(config.model.layers[name]), *_numbers(account, sparse))
+    table.add_row("", "embedding, norm, head", "", "", *_numbers(outside, sparse))
     table.add_section()
-    table.add_row("", "total", "", "", *_numbers(total))
+    table.add_row("", "total", "", "", *_numbers(total, sparse))
     console.print(table)
     _print(
         console,
+        *(["active: parameters that serve one token, all but the experts that it did not choose"] if sparse else []),
         "pairs: (query, key) pairs scored, all heads, one sequence; FLOPs: forward, averaged over the sequence;"
         " cache: to decode one sequence of this length; live tiles: of all tiles of 128 x 128",
         f"one sequence: {total.sequence_flops:,.0f} FLOPs forward, {length * total.training_flops:,.0f} in training;"
@@ -101,9 +104,10 @@ def _require_length(length: int) -> None:
         raise ConfigError(f"--length: must be at least 1, got {length}")
 
 
-def _numbers(account: Account) -> tuple[str, ...]:
+def _numbers(account: Account, active: bool) -> tuple[str, ...]:
     tiles = f"{account.live_tiles / account.tiles:.2%}" if account.tiles else "-"
-    numbers = (account.parameters, account.pairs, account.flops, account.cache_bytes)
+    parameters = (account.parameters, account.active_parameters) if active else (account.parameters,)
+    numbers = (*parameters, account.pairs, account.flops, account.cache_bytes)
     return *(f"{number:,.0f}" for number in numbers), tiles
 
 

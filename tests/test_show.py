@@ -27,9 +27,9 @@ EXPECTED = {
         2 * (3 * 16 * 16 + 16 * 10 + 2 * 16) + 16 * (2 * 3 + 7 * 4) + MLP[1],
         4 * (2 * 16 + 16 * 4),
     ),
-    # 6 places in the ring and 2 for the sinks, each a key, a value and a position
-    "local": (ATTENTION[0] + MLP[0], LOCAL, ATTENTION[1] + 4 * 8 * LOCAL // 64 + MLP[1], 8 * 4 * (2 * 8 + 1)),
-    "full": (ATTENTION[0] + MLP[0], FULL, ATTENTION[1] + 4 * 8 * FULL // 64 + MLP[1], 64 * 4 * (2 * 8 + 1)),
+    # 6 places in the ring and 2 for the sinks, each a key and a value
+    "local": (ATTENTION[0] + MLP[0], LOCAL, ATTENTION[1] + 4 * 8 * LOCAL // 64 + MLP[1], 8 * 4 * 2 * 8),
+    "full": (ATTENTION[0] + MLP[0], FULL, ATTENTION[1] + 4 * 8 * FULL // 64 + MLP[1], 64 * 4 * 2 * 8),
 }
 SCHEDULE = ["ssm", "local", "ssm", "local", "full"]
 
@@ -66,6 +66,26 @@ def test_the_total_adds_the_embedding_and_the_head(table):
     embedding, norm, head = 256 * 16, 16, 2 * 16 * 256
     assert numbers(total[-5:-1]) == (layers[0] + embedding + norm, layers[1], layers[2] + head, layers[3])
     assert total[-1] == "100.00%"
+
+
+def test_experts_that_a_token_does_not_choose_are_not_active():
+    experts = {"kind": "experts", "experts": 4, "top_k": 1, "width": 16, "activation": "silu"}
+    layers = recipe.get_config().model.layers.to_dict()
+    layers["full"]["mlp"] = experts
+    lines = shown(schedule="ssm full", layers=layers)
+    (heading,) = [line for line in lines if "FLOPs/token" in line]
+    assert "active" in heading
+    assert "active" not in shown()[1]
+    rows = [[cell.strip() for cell in line.strip("│ ").split("│")] for line in lines if "│" in line]
+    dense = EXPECTED["ssm"][0]
+    routed = EXPECTED["full"][0] - MLP[0] + 2 * 16 + 16 * 4 + 4 * 3 * 16 * 16  # two norms, router, gate, up and down
+    outside = 256 * 16 + 16
+    assert [numbers(row[-6:-4]) for row in rows] == [
+        (dense, dense),
+        (routed, routed - 3 * 3 * 16 * 16),
+        (outside, outside),
+        (dense + routed + outside, dense + routed + outside - 3 * 3 * 16 * 16),
+    ]
 
 
 def test_the_live_tiles_are_a_share_of_all():
