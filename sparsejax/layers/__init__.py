@@ -5,6 +5,7 @@ from sparsejax.layers.conv import Conv, ConvConfig, ShortConv
 from sparsejax.layers.experts import Experts, ExpertsConfig
 from sparsejax.layers.latent import IndexerConfig, Latent, LatentConfig
 from sparsejax.layers.layer import FEEDFORWARDS, FeedForwardConfig, Layer, LayerConfig, Losses, ResidualConfig
+from sparsejax.layers.lightning import Lightning, LightningConfig
 from sparsejax.layers.lsh import Lsh, LshConfig
 from sparsejax.layers.mamba import Mamba, MambaConfig
 from sparsejax.layers.mamba2 import Mamba2, Mamba2Config
@@ -35,6 +36,8 @@ __all__ = [
     "LatentConfig",
     "Layer",
     "LayerConfig",
+    "Lightning",
+    "LightningConfig",
     "Linear",
     "Losses",
     "Lsh",

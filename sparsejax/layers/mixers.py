@@ -17,6 +17,7 @@ from sparsejax import patterns
 from sparsejax.layers.attention import Attention, AttentionConfig
 from sparsejax.layers.conv import Conv, ConvConfig
 from sparsejax.layers.latent import Latent, LatentConfig
+from sparsejax.layers.lightning import Lightning, LightningConfig
 from sparsejax.layers.lsh import Lsh, LshConfig
 from sparsejax.layers.mamba import Mamba, MambaConfig
 from sparsejax.layers.mamba2 import Mamba2, Mamba2Config
@@ -97,6 +98,7 @@ MIXERS = {
     "attention": (AttentionConfig, Attention),
     "conv": (ConvConfig, Conv),
     "latent": (LatentConfig, Latent),
+    "lightning": (LightningConfig, Lightning),
     "lsh": (LshConfig, Lsh),
     "mamba": (MambaConfig, Mamba),
     "mamba2": (Mamba2Config, Mamba2),

@@ -18,6 +18,7 @@ from sparsejax.layers import (
     ConvConfig,
     IndexerConfig,
     LatentConfig,
+    LightningConfig,
     LshConfig,
     Mamba2Config,
     MambaConfig,
@@ -92,6 +93,7 @@ MIXED = {
     },
     # One chunk holds all tokens: of more, a step is what a call over the tokens so far gives, see test_lsh.
     "lsh": {"lsh": LshConfig(heads=2, head_width=3, chunk=40, buckets=(4,), hashes=2, causal=True, seed=0)},
+    "lightning": {"lightning": LightningConfig(heads=3, head_width=4, chunk=16)},
     "conv": {"conv": ConvConfig(3, bias=True)},
     "mamba": {
         "mamba": MambaConfig(inner=8, state=3, conv=4, dt_rank=2, dt_min=1e-2, dt_max=0.5),

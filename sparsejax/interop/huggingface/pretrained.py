@@ -95,7 +95,7 @@ class Pretrained:
         if self._translation.at_length is not None:
             config, multiple = self._translation.at_length(tokens.shape[1])
         tokens, given = self._pad(tokens, given, multiple)
-        return self._build(config), jnp.asarray(tokens, jnp.int32), _make_context(given)
+        return self._build(config), jnp.asarray(tokens, jnp.int32), self._make_context(given)
 
     def _check(self, tokens: np.ndarray, given: dict[str, np.ndarray]) -> None:
         keywords = self._translation.keywords
@@ -122,6 +122,23 @@ class Pretrained:
         given = {"attention_mask": np.ones_like(tokens)} | given
         given = {name: np.pad(value, ((0, 0), (0, gap))) for name, value in given.items()}
         return np.pad(tokens, ((0, 0), (0, gap)), constant_values=self.source.get("pad_token_id") or 0), given
+
+    def _make_context(self, given: dict[str, np.ndarray]) -> Context:
+        mask, marked = given.get("attention_mask"), given.get("global_attention_mask")
+        positions, rotations = None, self._translation.rotations
+        if marked is not None:
+            marked = marked if mask is None else marked * mask
+            most = int(marked.sum(axis=1).max())
+            width = 1 << (most - 1).bit_length() if most else 0  # few different shapes, so few compilations
+            rows = [np.flatnonzero(row) for row in marked]
+            positions = np.stack([np.pad(row, (0, width - len(row)), constant_values=-1) for row in rows]).astype(
+                np.int32
+            )
+        return Context(
+            mask=None if mask is None or mask.all() else jnp.asarray(mask, bool),
+            globals=None if positions is None or not positions.size else jnp.asarray(positions),
+            rotations=None if rotations is None else jnp.asarray(rotations, jnp.float32),
+        )
 
     def _build(self, config: ModelConfig) -> Functional:
         """One object for each configuration, so that what is compiled for it is found again."""
@@ -202,18 +219,3 @@ def _translate(source: dict[str, Any], place: str, **options: Any) -> Translatio
         raise CheckpointError(f"{place}: {error}") from error
     fields.finish()
     return translation
-
-
-def _make_context(given: dict[str, np.ndarray]) -> Context:
-    mask, marked = given.get("attention_mask"), given.get("global_attention_mask")
-    positions = None
-    if marked is not None:
-        marked = marked if mask is None else marked * mask
-        most = int(marked.sum(axis=1).max())
-        width = 1 << (most - 1).bit_length() if most else 0  # few different shapes, so few compilations
-        rows = [np.flatnonzero(row) for row in marked]
-        positions = np.stack([np.pad(row, (0, width - len(row)), constant_values=-1) for row in rows]).astype(np.int32)
-    return Context(
-        mask=None if mask is None or mask.all() else jnp.asarray(mask, bool),
-        globals=None if positions is None or not positions.size else jnp.asarray(positions),
-    )

@@ -34,6 +34,17 @@ def transposed(theirs: str, ours: str) -> Piece:
     return Piece((theirs,), (ours,), _transpose, _transpose)
 
 
+def reshaped(theirs: str, ours: str, there: tuple[int, ...], here: tuple[int, ...]) -> Piece:
+    """A parameter of shape `here` that is stored in shape `there`."""
+
+    def read(arrays: Arrays) -> Arrays:
+        if arrays[0].shape != there:
+            raise ValueError(f"expected {list(there)}")
+        return [arrays[0].reshape(here)]
+
+    return Piece((theirs,), (ours,), read, lambda arrays: [arrays[0].reshape(there)])
+
+
 def linear(theirs: str, ours: str, bias: bool = False) -> list[Piece]:
     """A linear map with its bias."""
     pieces = [transposed(f"{theirs}.weight", f"{ours}.weight")]
@@ -42,13 +53,25 @@ def linear(theirs: str, ours: str, bias: bool = False) -> list[Piece]:
 
 def split(theirs: str, ours: Sequence[str], sizes: Sequence[int]) -> Piece:
     """A tensor whose first axis is several parameters in a row: `sizes` of each; matrices are transposed."""
+    return split_groups(theirs, ours, 1, sizes)
+
+
+def split_groups(theirs: str, ours: Sequence[str], groups: int, sizes: Sequence[int]) -> Piece:
+    """As `split`, where each of several groups, such as heads, has its part of every parameter in a row."""
 
     def read(arrays: Arrays) -> Arrays:
-        if len(arrays[0]) != sum(sizes):
-            raise ValueError(f"expected {sum(sizes)} rows, got {len(arrays[0])}")
-        return _transpose(np.split(arrays[0], np.cumsum(sizes)[:-1]))
+        (array,), rows = arrays, groups * sum(sizes)
+        if len(array) != rows:
+            raise ValueError(f"expected {rows} rows, got {len(array)}")
+        parts = np.split(array.reshape(groups, -1, *array.shape[1:]), np.cumsum(sizes)[:-1], axis=1)
+        return _transpose([part.reshape(-1, *array.shape[1:]) for part in parts])
 
-    return Piece((theirs,), tuple(ours), read, lambda arrays: [np.concatenate(_transpose(arrays))])
+    def write(arrays: Arrays) -> Arrays:
+        parts = [array.reshape(groups, -1, *array.shape[1:]) for array in _transpose(arrays)]
+        whole = np.concatenate(parts, axis=1)
+        return [whole.reshape(-1, *whole.shape[2:])]
+
+    return Piece((theirs,), tuple(ours), read, write)
 
 
 def split_linear(theirs: str, ours: Sequence[str], sizes: Sequence[int], bias: bool = False) -> list[Piece]:
@@ -64,6 +87,20 @@ def stack(theirs: Iterable[str], ours: str) -> Piece:
         return [np.stack(_transpose(arrays))]
 
     return Piece(tuple(theirs), (ours,), read, lambda arrays: _transpose(list(arrays[0])))
+
+
+def interleaved(theirs: str, ours: Sequence[str]) -> Piece:
+    """A tensor whose last axis holds several parameters in turn."""
+
+    def read(arrays: Arrays) -> Arrays:
+        if arrays[0].shape[-1] % len(ours):
+            raise ValueError(f"expected {len(ours)} parameters in turn")
+        return [arrays[0][..., i :: len(ours)] for i in range(len(ours))]
+
+    def write(arrays: Arrays) -> Arrays:
+        return [np.stack(arrays, axis=-1).reshape(*arrays[0].shape[:-1], -1)]
+
+    return Piece((theirs,), tuple(ours), read, write)
 
 
 def _transpose(arrays: Arrays) -> Arrays:

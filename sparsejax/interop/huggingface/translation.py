@@ -5,11 +5,14 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
 
 from sparsejax import schedule
 from sparsejax.config import ModelConfig
 from sparsejax.interop.huggingface.fields import Fields
-from sparsejax.interop.huggingface.tensors import Piece, linear, same, transposed
+from sparsejax.interop.huggingface.tensors import Piece, linear, same, stack, transposed
 from sparsejax.layers import LayerConfig, RopeConfig, RopeScaling
 
 
@@ -24,6 +27,7 @@ class Translation:
       unused: regular expressions of tensors that the model does not use, such as buffers that follow from the rest.
       at_length: for sequences of a length: the configuration, where it depends on it, and the multiple to which they
         are padded. The parameters are the same.
+      rotations: what LSH attention hashes with, float [h, d, hashes, buckets / 2].
     """
 
     model: ModelConfig
@@ -31,6 +35,7 @@ class Translation:
     keywords: frozenset[str] = frozenset({"attention_mask"})
     unused: tuple[str, ...] = ()
     at_length: Callable[[int], tuple[ModelConfig, int]] | None = None
+    rotations: np.ndarray | None = None
 
 
 def name_layers(layers: Sequence[tuple[str, LayerConfig]]) -> dict[str, object]:
@@ -50,7 +55,13 @@ def name_layers(layers: Sequence[tuple[str, LayerConfig]]) -> dict[str, object]:
     return {"schedule": schedule.write(names), "layers": named}
 
 
-def read_rope(fields: Fields, kind: str | None = None, base: float = 10_000.0, fraction: float = 1.0) -> RopeConfig:
+def read_rope(
+    fields: Fields,
+    kind: str | None = None,
+    base: float = 10_000.0,
+    fraction: float = 1.0,
+    default: dict[str, Any] | None = None,
+) -> RopeConfig:
     """Rotary positions of a config.json.
 
     Today's files have `rope_parameters`, older ones `rope_theta`, `rope_scaling` and `partial_rotary_factor`.
@@ -60,11 +71,12 @@ def read_rope(fields: Fields, kind: str | None = None, base: float = 10_000.0, f
       kind: of the layers, such as "full_attention", where `rope_parameters` has an entry for each.
       base: if the file has none.
       fraction: of the head that turns, if the file does not say.
+      default: `rope_parameters` of a file that has none.
 
     Raises:
       CheckpointError: a kind of scaling that is not supported, or a key of it that is not known.
     """
-    given = dict(fields.take("rope_parameters", None) or fields.take("rope_scaling", None) or {})
+    given = dict(fields.take("rope_parameters", None) or fields.take("rope_scaling", None) or default or {})
     if kind is not None and isinstance(given.get(kind), dict):
         given = dict(given[kind])
     base = float(given.pop("rope_theta", None) or fields.take("rope_theta", None) or base)
@@ -153,6 +165,17 @@ def pieces_of_gated_mlp(theirs: str, ours: str, bias: bool = False) -> list[Piec
     return [piece for n in ("gate", "up", "down") for piece in linear(f"{theirs}.{n}_proj", f"{ours}.{n}", bias)]
 
 
+def pieces_of_experts(
+    theirs: str, ours: str, count: int, names: Sequence[str | None] = ("gate_proj", "up_proj", "down_proj")
+) -> list[Piece]:
+    """Linear maps of `count` experts: what theirs are called as gate (None: there is none), up and down."""
+    return [
+        stack([f"{theirs}.{i}.{name}.weight" for i in range(count)], f"{ours}.{part}")
+        for name, part in zip(names, ("gate", "up", "down"), strict=True)
+        if name is not None
+    ]
+
+
 def pieces_of_ends(tied: bool, embedding: str = "model.embed_tokens", norm: str = "model.norm") -> list[Piece]:
     """Embedding, last norm, and a head of its own if it is not tied."""
     ends = [same(f"{embedding}.weight", "embedding.tokens"), same(f"{norm}.weight", "norm.scale")]
@@ -167,13 +190,24 @@ def tied_head(tied: bool) -> tuple[str, ...]:
 # Entries of `layer_types` -> names in a schedule.
 LAYER_NAMES = {"sliding_attention": "local", "full_attention": "full", "linear_attention": "linear"}
 
+OLDER_LAYER_TYPES = {
+    "attention": "full_attention",
+    "mamba": "linear_attention",
+    "deepseek_sparse_attention": "indexed_attention",
+}
 
-def read_layer_types(fields: Fields, default: Sequence[str], key: str = "layer_types") -> list[str]:
+
+def read_layer_types(
+    fields: Fields,
+    default: Sequence[str],
+    key: str = "layer_types",
+    allowed: Sequence[str] = ("sliding_attention", "full_attention"),
+) -> list[str]:
     """The kind of each layer, or the family's own order where the file has none."""
-    kinds = fields.take(key, None) or list(default)
+    kinds = [OLDER_LAYER_TYPES.get(kind, kind) for kind in fields.take(key, None) or default]
     for kind in kinds:
-        if kind not in LAYER_NAMES:
-            raise fields.error(key, f"{kind!r} is not supported; only {', '.join(LAYER_NAMES)}")
+        if kind not in allowed:
+            raise fields.error(key, f"{kind!r} is not supported; only {', '.join(allowed)}")
     if len(kinds) != len(default):
         raise fields.error(key, f"{len(kinds)} entries for {len(default)} layers")
     return kinds

@@ -3,12 +3,18 @@
 from sparsejax.interop.huggingface.families import (
     bamba,
     bigbird,
+    deepseek,
     falcon_h1,
     gemma,
+    gpt_oss,
+    jamba,
     longformer,
     mamba,
+    minimax,
     mistral,
     modernbert,
+    nemotron_h,
+    reformer,
     zamba2,
 )
 
@@ -16,13 +22,19 @@ from sparsejax.interop.huggingface.families import (
 FAMILIES = {
     "bamba": bamba.translate,
     "big_bird": bigbird.translate,
+    "deepseek_v32": deepseek.translate,
     "falcon_h1": falcon_h1.translate,
     "gemma2": gemma.translate_2,
     "gemma3_text": gemma.translate_3,
+    "gpt_oss": gpt_oss.translate,
+    "jamba": jamba.translate,
     "longformer": longformer.translate,
     "mamba": mamba.translate,
     "mamba2": mamba.translate_2,
+    "minimax": minimax.translate,
     "mistral": mistral.translate,
     "modernbert": modernbert.translate,
+    "nemotron_h": nemotron_h.translate,
+    "reformer": reformer.translate,
     "zamba2": zamba2.translate,
 }

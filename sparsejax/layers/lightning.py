@@ -1,0 +1,107 @@
+"""Lightning attention: linear attention whose heads decay at fixed rates (MiniMax-01, arXiv:2501.08313)."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float, Int
+
+from sparsejax import patterns
+from sparsejax.layers.norm import GatedNorm
+from sparsejax.layers.stream import NOTHING, Context, Cost, Linear, Stream, output_scale
+from sparsejax.ops import ssd, ssd_step
+
+TINY = 1e-5  # keeps the last layer's decay above 0, and its rate defined where there is one layer
+
+
+@dataclasses.dataclass(frozen=True)
+class LightningConfig:
+    """Linear attention; each head has a state of `head_width` x `head_width` numbers."""
+
+    heads: int
+    head_width: int
+    norm_eps: float = 1e-6  # of the RMSNorm over all heads
+    chunk: int = 64  # of the scan; the result does not depend on it
+
+    def __post_init__(self):
+        if min(self.heads, self.head_width, self.chunk) < 1:
+            raise ValueError("heads, head_width and chunk must be at least 1")
+
+    @property
+    def summary(self) -> str:
+        """Kind and sizes, in a few words."""
+        return f"lightning attention {self.heads} x {self.head_width}"
+
+    @property
+    def sees(self) -> patterns.Pattern:
+        """What a position takes from the others: its whole past, by way of the state."""
+        return patterns.Causal()
+
+
+class Lightning(nnx.Module):
+    """sigmoid(gate(x)) · norm(o), o[t] = sum over s <= t of exp(-rate (t - s)) (q[t] · k[s]) v[s], silu on q, k and v.
+
+    The rate of head h of H is 2^(-8 (h + 1) / H), times a factor that falls from 1 in the first layer to nearly 0 in
+    the last: `Context.layer` says which one it is; if it does not, it is the first.
+    """
+
+    def __init__(self, config: LightningConfig, stream: Stream, rngs: nnx.Rngs):
+        self.config, self.depth = config, stream.depth
+        m, inner, dtype = stream.width, config.heads * config.head_width, stream.dtype
+
+        def project() -> Linear:
+            return Linear(m, inner, ("width", "heads"), dtype=dtype, rngs=rngs)
+
+        self.query, self.key, self.value, self.gate = project(), project(), project(), project()
+        self.norm = GatedNorm(inner, config.norm_eps, rngs, activation="sigmoid", axis="heads")
+        self.out = Linear(inner, m, ("heads", "width"), dtype=dtype, rngs=rngs, scale=output_scale(stream))
+
+    def __call__(self, x: Float[Array, "b t m"], context: Context = NOTHING) -> Float[Array, "b t m"]:
+        """Mixes a whole sequence."""
+        q, k, v = (context.clear(a) for a in self._project(x))
+        ones = jnp.ones(v.shape[:3], jnp.float32)
+        y, _ = ssd(v, ones, self._decay(context), k, q, starts=context.starts, chunk=self.config.chunk)
+        return self._finish(x, y)
+
+    def init_cache(self, batch: int, length: int) -> dict[str, Array]:
+        """The state before the first token; its size does not depend on `length`."""
+        width = self.config.head_width
+        return {"state": jnp.zeros((batch, self.config.heads, width, width), jnp.float32)}
+
+    def step(
+        self,
+        x: Float[Array, "b m"],
+        cache: dict[str, Array],
+        position: Int[Array, ""],
+        length: int,
+        context: Context = NOTHING,
+    ) -> tuple[Float[Array, "b m"], dict[str, Array]]:
+        """Mixes one more token."""
+        q, k, v = self._project(x)
+        y, state = ssd_step(v, jnp.ones(v.shape[:2], jnp.float32), self._decay(context), k, q, cache["state"])
+        return self._finish(x, y), {"state": state}
+
+    def cost(self, length: int) -> Cost:
+        """No pairs of attention; forward FLOPs for each token, with half a chunk of positions seen inside it."""
+        config = self.config
+        inner = config.heads * config.head_width
+        linear = sum(part.flops for part in (self.query, self.key, self.value, self.gate, self.out))
+        states = 4.0 * inner * config.head_width  # written and read
+        return Cost(0, linear + states + 2.0 * min(config.chunk, length) * inner)
+
+    def _decay(self, context: Context) -> Float[Array, " h"]:
+        heads = self.config.heads
+        layer = 0 if context.layer is None else context.layer
+        rates = 2.0 ** (-8.0 * jnp.arange(1, heads + 1, dtype=jnp.float32) / heads)
+        return -rates * (1 - layer / (self.depth - 1 + TINY) + TINY)
+
+    def _project(self, x: Array) -> tuple[Array, ...]:
+        """Queries, keys and values of all heads."""
+        shape = *x.shape[:-1], self.config.heads, self.config.head_width
+        return tuple(jax.nn.silu(part(x)).reshape(shape) for part in (self.query, self.key, self.value))
+
+    def _finish(self, x: Array, y: Array) -> Array:
+        return self.out(self.norm(y.reshape(*x.shape[:-1], -1), self.gate(x)))
