@@ -130,7 +130,7 @@ def print_summary(results: dict[str, list[Result]]) -> None:
     """The largest errors of each family."""
     table = Table("family", "cases", "failed", "logits", "loss", "gradients", "float32 noise", "smallest gain")
     for family, found in results.items():
-        largest = (max((getattr(one, field) for one in found)) for field in ("logits", "loss", "gradients", "noise"))
+        largest = (max(getattr(one, field) for one in found) for field in ("logits", "loss", "gradients", "noise"))
         failed, gain = sum(bool(one.problem) for one in found), min(one.gain for one in found)
         table.add_row(family, str(len(found)), str(failed), *(f"{x:.1e}" for x in largest), f"{gain:.2f}")
     Console(width=120).print(table)

@@ -353,7 +353,7 @@ def falcon_h1(draw: Draw) -> tuple[dict, Traits]:
         config |= {"num_key_value_heads": draw.pick(1, 2), "head_dim": draw.pick(4, 8)}
     elif draw.chance(0.3):
         config["head_dim"] = draw.pick(4, 8, 12)
-    names = "embedding key attention_in attention_out ssm_in ssm_out lm_head".split()
+    names = ["embedding", "key", "attention_in", "attention_out", "ssm_in", "ssm_out", "lm_head"]
     config |= draw.maybe(**{f"{name}_multiplier": draw.real(0.5, 1.5) for name in names})
     config |= draw.maybe(mlp_multipliers=[draw.real(0.5, 1.5) for _ in range(2)])
     config |= draw.maybe(ssm_multipliers=[draw.real(0.5, 1.5) for _ in range(5)])
@@ -417,17 +417,16 @@ def write_old(family: str, config: dict[str, Any]) -> dict[str, Any]:
     if ropes is None:
         return config
     if family not in ("gemma3_text", "modernbert"):
-        ropes = dict(ropes)
         config["rope_theta"] = ropes.pop("rope_theta")
-        return config | _old_scaling(ropes)
-    full, local = dict(ropes["full_attention"]), dict(ropes["sliding_attention"])
-    if family == "modernbert":
-        return config | {"global_rope_theta": full["rope_theta"], "local_rope_theta": local["rope_theta"]}
-    config |= {"rope_theta": full.pop("rope_theta"), "rope_local_base_freq": local["rope_theta"]}
-    return config | _old_scaling(full)
-
-
-def _old_scaling(rope: dict[str, Any]) -> dict[str, Any]:
-    kind = rope.pop("rope_type")
-    turned = {"partial_rotary_factor": rope.pop("partial_rotary_factor")} if "partial_rotary_factor" in rope else {}
-    return turned | {"rope_scaling": None if kind == "default" else {"type": kind} | rope}
+        turned = ropes.pop("partial_rotary_factor", None)
+        scaling = {"type" if key == "rope_type" else key: value for key, value in ropes.items()}
+        older = {} if family == "bamba" or turned is None else {"partial_rotary_factor": turned}
+        return config | older | {"rope_scaling": None if ropes["rope_type"] == "default" else scaling}
+    full, local = ropes["full_attention"], ropes["sliding_attention"]
+    names = (
+        ("rope_theta", "rope_local_base_freq") if family == "gemma3_text" else ("global_rope_theta", "local_rope_theta")
+    )
+    config |= dict(zip(names, (full.pop("rope_theta"), local.pop("rope_theta")), strict=True))
+    if "sliding_window_pattern" in config or "global_attn_every_n_layers" in config:
+        config.pop("layer_types", None)
+    return config | {"rope_scaling": None if full["rope_type"] == "default" else full}
