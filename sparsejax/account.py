@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 
 import jax
 from flax import nnx
 
 from sparsejax.config import ModelConfig
-from sparsejax.layers import Layer
+from sparsejax.layers import Experts, Layer
 from sparsejax.model import Model
 from sparsejax.patterns import Pattern, cache_slots
 
@@ -23,9 +24,10 @@ class Account:
 
     length: int
     parameters: int = 0
+    active_parameters: int = 0  # those that serve one token: all but the experts that it did not choose
     pairs: int = 0  # (query, key) pairs scored, all heads
     flops: float = 0.0  # forward, for each token, averaged over the sequence
-    cache_bytes: int = 0  # to decode the sequence
+    cache_bytes: int = 0  # to decode the sequence: what each sequence of a batch takes
     live_tiles: int = 0  # tiles of 128 x 128 that hold a pair, all heads
     tiles: int = 0  # all tiles, all heads
 
@@ -77,21 +79,30 @@ def account_pattern(
 
 
 def account_model(config: ModelConfig, length: int) -> tuple[list[Account], Account]:
-    """The account of each layer of the schedule, and that of the rest: embedding, last norm and head."""
-    # Unrolled, so that every layer of the schedule is a module of its own; built as shapes only.
-    model = nnx.eval_shape(lambda: Model(dataclasses.replace(config, scan=False), nnx.Rngs(0)))
-    modules = dict(zip(config.names, model.before, strict=True))  # one of each name: its others cost the same
-    accounts = {name: _account_layer(layer, length) for name, layer in modules.items()}
-    layers = [accounts[name] for name in config.names]
-    outside = _count_parameters(model) - sum(layer.parameters for layer in layers)
-    return layers, Account(length, parameters=outside, flops=2.0 * config.width * config.vocab)
+    """The account of each layer of the schedule, and that of the rest: embedding, last norm and head.
+
+    Built as shapes only, one layer of each name, so that a model of any size takes seconds. Embedding and head are
+    active; some reports count without them, or without the embedding, of which a token reads one row.
+    """
+    kinds = tuple(dict.fromkeys(config.names))
+    one_of_each = dataclasses.replace(config, schedule=" ".join(kinds), scan=False)
+    model = nnx.eval_shape(lambda: Model(one_of_each, nnx.Rngs(0)))
+    accounts = {name: _account_layer(layer, length) for name, layer in zip(kinds, model.before, strict=True)}
+    outside = _count_parameters(model) - sum(account.parameters for account in accounts.values())
+    rest = Account(length, parameters=outside, active_parameters=outside, flops=2.0 * config.width * config.vocab)
+    return [accounts[name] for name in config.names], rest
 
 
 def _account_layer(layer: Layer, length: int) -> Account:
-    cost = layer.cost(length)
-    cache = jax.eval_shape(lambda: layer.init_cache(1, length))
-    held = sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in jax.tree.leaves(cache))
-    return Account(length, _count_parameters(layer), cost.pairs, cost.flops, held, *cost.tiles)
+    cost, parameters = layer.cost(length), _count_parameters(layer)
+    idle = layer.mlp.parameters - layer.mlp.active_parameters if isinstance(layer.mlp, Experts) else 0
+    # What grows with the batch; where a cache's slots came from is the same for all sequences, and not counted.
+    one, two = (_count_bytes(jax.eval_shape(functools.partial(layer.init_cache, batch, length))) for batch in (1, 2))
+    return Account(length, parameters, parameters - idle, cost.pairs, cost.flops, two - one, *cost.tiles)
+
+
+def _count_bytes(cache: dict) -> int:
+    return sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in jax.tree.leaves(cache))
 
 
 def _count_parameters(module: nnx.Module) -> int:

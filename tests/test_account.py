@@ -61,7 +61,8 @@ def test_the_account_of_a_pattern():
 
 
 def test_accounts_of_one_length_add_up():
-    assert Account(8, 1, 2, 3.0, 4, 5, 6) + Account(8, 10, 20, 30.0, 40, 50, 60) == Account(8, 11, 22, 33.0, 44, 55, 66)
+    one, ten = Account(8, 1, 2, 3, 4.0, 5, 6, 7), Account(8, 10, 20, 30, 40.0, 50, 60, 70)
+    assert one + ten == Account(8, 11, 22, 33, 44.0, 55, 66, 77)
     with pytest.raises(ValueError, match="8 and 9 tokens"):
         Account(8) + Account(9)
 
