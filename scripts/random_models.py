@@ -101,7 +101,7 @@ def draw_inputs(draw: Draw, vocab: int, traits: Traits) -> dict[str, np.ndarray]
 
 def some_length(draw: Draw, most: int = 70) -> int:
     """Short, or anything."""
-    return draw.pick(1, 2, 3, draw.number(4, 20), draw.number(4, most), draw.number(20, most))
+    return draw.pick(1, 2, 3, draw.number(4, 20), draw.number(4, most), draw.number(min(20, most), most))
 
 
 def some_heads(draw: Draw) -> tuple[int, int]:

@@ -130,7 +130,8 @@ def _write_pattern(chunk: int, before: int, after: int, causal: bool, length: in
     if count == 1:
         return "causal" if causal else "full"
     offsets = range(-before, after + 1)
-    met = [[key for o in offsets if not causal or (key := (query + o) % count) <= query] for query in range(count)]
+    met = [[key % count for key in range(query - before, query + after + 1)] for query in range(count)]
+    met = [[key for key in keys if not causal or key <= query] for query, keys in enumerate(met)]
     beside = [list(range(max(query - before, 0), min(query + after, count - 1) + 1)) for query in range(count)]
     if met == [[key for key in keys if not causal or key <= query] for query, keys in enumerate(beside)]:
         parts = [f"shift(chunk({chunk}), {-o * chunk})" if o else f"chunk({chunk})" for o in offsets]
