@@ -218,12 +218,12 @@ def test_a_tensor_has_another_shape(folder, shape):
     assert refusal(folder).startswith(f": wrong shape: {QUERY} {list(shape)}")
 
 
-@pytest.mark.parametrize("name", ["mamba2", "modernbert", "bamba", "gpt_oss", "jamba", "minimax_text01", "zamba2"])
+@pytest.mark.parametrize("name", ["mamba2", "modernbert", "gpt_oss", "minimax_text01"])
 def test_any_tensor_of_another_shape_is_named(tmp_path, name):
     place = copy(name, tmp_path)
     tensors = load_file(place / "model.safetensors")
     used = huggingface.load(place).tensors()
-    for key in list(used)[::5]:
+    for key in list(used)[::9]:
         for other in (np.zeros((*tensors[key].shape, 1), np.float32), tensors[key][1:], np.zeros((), np.float32)):
             save_file(tensors | {key: np.asarray(other, order="C")}, place / "model.safetensors")
             message = refusal(place)
@@ -388,9 +388,9 @@ def test_options_that_a_family_lacks():
 
 
 def test_keywords_that_a_family_lacks(mistral):
-    with pytest.raises(ValueError, match="^global_attention_mask: a mistral model takes") as caught:
+    with pytest.raises(ValueError, match="a mistral model takes") as caught:
         mistral(IDS, global_attention_mask=np.zeros_like(IDS))
-    assert str(caught.value).endswith(" takes input_ids, attention_mask only")
+    assert str(caught.value) == "global_attention_mask: a mistral model takes input_ids, attention_mask only"
 
 
 @pytest.mark.parametrize(
