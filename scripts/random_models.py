@@ -230,6 +230,7 @@ def gemma3_text(draw: Draw) -> tuple[dict, Traits]:
     """As Gemma 2, with rotary positions for each kind of layer and periods of any length."""
     config, traits = gemma2(draw)
     config["rope_parameters"] = some_ropes(draw)
+    config.pop("attn_logit_softcapping", None)  # transformers does not apply it
     if "layer_types" not in config:
         config |= {"num_hidden_layers": draw.number(1, 7), **draw.maybe(sliding_window_pattern=draw.number(1, 4))}
     return config, traits

@@ -176,6 +176,7 @@ def test_a_key_is_missing(folder):
         ("gemma2", {"layer_types": ["full_attention"]}, "layer_types: 1 entries for 4 layers"),
         ("gemma2", {"layer_types": ["odd"] * 4}, "layer_types: 'odd' is not supported; only sliding_attention, "),
         ("gemma2", {"use_bidirectional_attention": True}, "use_bidirectional_attention: True is not supported"),
+        ("gemma3_text", {"attn_logit_softcapping": 9.0}, "attn_logit_softcapping: 9.0 is not supported; only None"),
         ("gemma3_text", {"rope_parameters": ROPE}, "rope_parameters.rope_type: expected an entry for each of "),
         (
             "gemma3_text",
