@@ -161,12 +161,10 @@ def longformer(draw: Draw) -> tuple[dict, Traits]:
     """Windows that divide the longest of them, which is what transformers can do; global tokens in any number."""
     length = some_length(draw, 90)
     config = some_encoder(draw, length + 2 + draw.number(0, 5))
-    most = draw.pick(4, 8, 12, 24)
-    windows = [most // draw.pick(1, 2) for _ in range(config["num_hidden_layers"])]
-    windows = [window + window % 2 for window in windows]
-    config["attention_window"] = draw.pick(windows, windows[0])
-    if isinstance(config["attention_window"], list) and any(max(windows) % window for window in windows):
-        config["attention_window"] = most
+    most = draw.pick(4, 8, 12, 24)  # transformers fails with windows of 2
+    windows = [draw.pick(*(w for w in (4, 6, 8, 12, 24) if most % w == 0)) for _ in range(config["num_hidden_layers"])]
+    windows[-1] = most
+    config["attention_window"] = draw.pick(windows, most)
     return config | {"pad_token_id": 1, "bos_token_id": 0}, Traits(length, marked=draw.chance(0.8), pad=1)
 
 
