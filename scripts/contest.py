@@ -30,13 +30,13 @@ def keep_to_cores() -> list[int]:
 
 
 class TorchProcess:
-    """`torch_contenders.py`, run by another Python; see there for what may be asked."""
+    """A script of this folder, run by another Python; see there for what may be asked."""
 
-    def __init__(self, python: str):
-        script = Path(__file__).with_name("torch_contenders.py")
+    def __init__(self, python: str, script: str = "torch_contenders.py"):
         quiet = os.environ | {"OMP_WAIT_POLICY": "passive", "TRANSFORMERS_VERBOSITY": "error"}
         pipe = subprocess.PIPE
-        self.process = subprocess.Popen([python, script], stdin=pipe, stdout=pipe, text=True, env=quiet)
+        path = Path(__file__).with_name(script)
+        self.process = subprocess.Popen([python, path], stdin=pipe, stdout=pipe, text=True, env=quiet)
 
     def __enter__(self) -> TorchProcess:
         return self

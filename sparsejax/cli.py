@@ -17,11 +17,23 @@ from sparsejax import patterns
 from sparsejax.config import ConfigError
 from sparsejax.data import DataError
 from sparsejax.draw import draw, draw_reach, name_layers
+from sparsejax.interop import huggingface
 from sparsejax.ops import ImplementationError
 from sparsejax.patterns import PatternError
 from sparsejax.schedule import ScheduleError
 from sparsejax.show import show, show_complexity
 from sparsejax.train import BadLoss, CheckpointError, Interrupted, train
+
+# What is raised for something that cannot be used, with a message of one line.
+UNUSABLE = (
+    ConfigError,
+    DataError,
+    PatternError,
+    ScheduleError,
+    ImplementationError,
+    CheckpointError,
+    huggingface.CheckpointError,
+)
 
 USAGE_ERROR = 2  # something given cannot be used; one line says what
 BAD_LOSS = 3  # stopped for a bad loss, after saving
@@ -35,7 +47,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     _quiet_libraries()
     try:
         return _run(sys.argv[1:] if arguments is None else list(arguments))
-    except (ConfigError, DataError, PatternError, ScheduleError, ImplementationError, CheckpointError) as error:
+    except (
+        ConfigError,
+        DataError,
+        PatternError,
+        ScheduleError,
+        ImplementationError,
+        CheckpointError,
+        huggingface.CheckpointError,
+    ) as error:
         return _fail(str(error), USAGE_ERROR)
     except OSError as error:
         full = error.errno in (errno.ENOSPC, errno.EDQUOT)
@@ -76,21 +96,35 @@ def _run(arguments: list[str]) -> int:
     if options.verb == "draw":
         _draw(options, overrides, console)
         return 0
-    if options.verb == "show" and options.table:
-        if options.config or overrides:
-            raise ConfigError(f"--table={options.table}: is not about a config, so --config cannot be given")
-        show_complexity(options.length, options.measure, console)
+    if options.verb == "show":
+        _show(options, overrides, console)
         return 0
+    train(configs.load(_require_config(options), overrides), Path(options.workdir), console)
+    return 0
+
+
+def _require_config(options: argparse.Namespace) -> str:
     if options.config is None:
         raise ConfigError(f"the following arguments are required: --config (see sparsejax {options.verb} --help)")
-    if options.verb == "show" and options.measure:
+    return options.config
+
+
+def _show(options: argparse.Namespace, overrides: list[str], console: Console) -> None:
+    if options.table and options.hf:
+        raise ConfigError("--hf: cannot be given with --table")
+    other = f"--table={options.table}" if options.table else "--hf" if options.hf else None
+    if other and (options.config or overrides):
+        raise ConfigError(f"{other}: is not about a config, so --config cannot be given")
+    if options.measure and not options.table:
         raise ConfigError("--measure: goes with --table=complexity")
-    settings = configs.load(options.config, overrides)
-    if options.verb == "train":
-        train(settings, Path(options.workdir), console)
+    if options.table:
+        show_complexity(options.length, options.measure, console)
+    elif options.hf:
+        model, length = huggingface.describe(options.hf, options.length)
+        show(model, length, console)
     else:
-        show(configs.check(settings), options.length, console)
-    return 0
+        config = configs.check(configs.load(_require_config(options), overrides))
+        show(config.model, config.data.length if options.length is None else options.length, console)
 
 
 def _draw(options: argparse.Namespace, overrides: list[str], console: Console) -> None:
@@ -129,7 +163,10 @@ def _parser() -> argparse.ArgumentParser:
         one.epilog = "--config.KEY=VALUE sets any key of the config, for example --config.model.width=256"
     verbs.choices["train"].add_argument("--workdir", required=True, help="what the run writes and resumes from")
     one = verbs.choices["show"]
-    one.add_argument("--length", type=int, default=None, help="tokens; data.length if not given")
+    one.add_argument(
+        "--length", type=int, default=None, help="tokens; what the config or the checkpoint is for, if not given"
+    )
+    one.add_argument("--hf", metavar="PATH", help="in place of a config: a Hugging Face folder, or a config.json")
     one.add_argument("--table", choices=["complexity"], help="in place of a config: how each method grows with n")
     one.add_argument("--measure", action="store_true", help="with --table: time and memory on this machine, minutes")
     one = verbs.choices["draw"]

@@ -58,17 +58,42 @@ KINDS = {MixerConfig: MIXERS, FeedForwardConfig: FEEDFORWARDS}
 
 
 @dataclasses.dataclass(frozen=True)
+class AxialConfig:
+    """Learned positions in two parts (Reformer, arXiv:2001.04451), for `shape[0]` times `shape[1]` tokens.
+
+    The place of a token in a table of this shape is a row and a column; each has an embedding of its width.
+    """
+
+    shape: tuple[int, ...]
+    widths: tuple[int, ...]
+
+    def __post_init__(self):
+        for name in ("shape", "widths"):
+            value = getattr(self, name)
+            if len(value) != 2 or min(value) < 1:
+                raise ValueError(f"{name} must be two numbers of at least 1, got {list(value)}")
+
+    @property
+    def length(self) -> int:
+        """How many tokens have a position."""
+        return self.shape[0] * self.shape[1]
+
+
+@dataclasses.dataclass(frozen=True)
 class EmbeddingConfig:
     """What is done with a token's embedding before the first layer, in this order."""
 
     scale: float = 1.0  # a factor, such as width ** 0.5 (arXiv:1706.03762)
     types: int = 0  # token types; every token is of type 0
     positions: int = 0  # learned absolute positions; 0: none
+    axial: AxialConfig | None = None  # learned positions that are made of two parts, instead
     padding: int | None = None  # RoBERTa: positions start behind this token id, and it takes none itself
     norm: NormConfig | None = None
 
     def __post_init__(self):
         _require(self, types=0, positions=0)
+        if self.axial is not None and (self.positions or self.padding is not None):
+            raise ValueError("axial positions are instead of others, and do not start behind padding")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -110,6 +135,9 @@ class ModelConfig:
     def __post_init__(self):
         _require(self, vocab=1, width=1)
         _choose(self, "dtype", "float32", "bfloat16")
+        axial = self.embedding.axial
+        if axial is not None and sum(axial.widths) != self.width:
+            raise ValueError(f"embedding.axial.widths = {list(axial.widths)} must add up to width = {self.width}")
         if not self.layers:
             raise ValueError("layers: needs at least one")
         schedule.check(self.schedule, self.layers)

@@ -12,7 +12,7 @@ from sparsejax.layers import ACTIVATIONS, Linear, Norm, Stream, parameter
 
 
 class Embedding(nnx.Module):
-    """Token embeddings, scaled; plus type and learned absolute positions; normalised: see `EmbeddingConfig`."""
+    """Token embeddings, scaled; plus type and learned positions; normalised: see `EmbeddingConfig`."""
 
     def __init__(self, config: ModelConfig, stream: Stream, rngs: nnx.Rngs):
         self.config, self.dtype = config.embedding, stream.dtype
@@ -24,6 +24,9 @@ class Embedding(nnx.Module):
         self.tokens = table(config.vocab, ("vocab", "width"))
         self.types = table(self.config.types, (None, "width"))
         self.positions = table(self.config.positions, (None, "width"))
+        axial = self.config.axial
+        sizes = zip(axial.shape, axial.widths, strict=True) if axial else ()
+        self.axial = nnx.List([parameter(rngs, init, size, (None, None)) for size in sizes])
         self.norm = None if self.config.norm is None else Norm(self.config.norm, config.width, rngs)
 
     def __call__(self, tokens: Int[Array, "b t"]) -> Float[Array, "b t m"]:
@@ -32,7 +35,8 @@ class Embedding(nnx.Module):
         Raises:
           ValueError: more tokens than there are learned positions.
         """
-        start, rows = self.config.padding, self.config.positions
+        start, axial = self.config.padding, self.config.axial
+        rows = self.config.positions if axial is None else axial.length
         if rows and tokens.shape[1] + (0 if start is None else start + 1) > rows:
             raise ValueError(f"{tokens.shape[1]} tokens are more than the {rows} positions that the model has")
         if start is None:
@@ -51,6 +55,10 @@ class Embedding(nnx.Module):
             x = x + self.types[...].astype(self.dtype)[0]
         if self.positions is not None:
             x = x + self.positions[...].astype(self.dtype)[positions]
+        if self.config.axial is not None:
+            places = jnp.divmod(positions, self.config.axial.shape[1])
+            parts = [table[...].astype(self.dtype)[at] for table, at in zip(self.axial, places, strict=True)]
+            x = x + jnp.concatenate(parts, axis=-1)
         return x if self.norm is None else self.norm(x)
 
 

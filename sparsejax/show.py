@@ -11,33 +11,32 @@ from rich.table import Table
 
 from sparsejax import complexity, patterns
 from sparsejax.account import Account, account_model
-from sparsejax.config import Config, ConfigError
+from sparsejax.config import ConfigError, ModelConfig
 from sparsejax.layers import LayerConfig
 
 
-def show(config: Config, length: int | None, console: Console) -> None:
+def show(model: ModelConfig, length: int, console: Console) -> None:
     """Prints one row for each layer of the schedule, with what it costs; then the schedule's reach and warnings.
 
     Args:
-      config: the run.
-      length: tokens of a sequence; `data.length` if None.
+      model: the configuration.
+      length: tokens of a sequence.
       console: where to print.
 
     Raises:
       ConfigError: a length below 1.
     """
-    length = config.data.length if length is None else length
     _require_length(length)
-    layers, outside = account_model(config.model, length)
+    layers, outside = account_model(model, length)
     total = functools.reduce(operator.add, layers, outside)
     sparse = total.active_parameters < total.parameters
     columns = ("parameters", *(("active",) if sparse else ()), "pairs", "FLOPs/token", "cache bytes", "live tiles")
-    title = f"{config.model.schedule}, {length:,} tokens"
+    title = f"{model.schedule}, {length:,} tokens"
     table = Table("layer", "name", "mixer", "pattern", *columns, title=title)
     for column in table.columns[4:]:
         column.justify = "right"
-    for number, (name, account) in enumerate(zip(config.model.names, layers, strict=True)):
-        table.add_row(str(number), name, *_describe(config.model.layers[name]), *_numbers(account, sparse))
+    for number, (name, account) in enumerate(zip(model.names, layers, strict=True)):
+        table.add_row(str(number), name, *_describe(model.layers[name]), *_numbers(account, sparse))
     table.add_row("", "embedding, norm, head", "", "", *_numbers(outside, sparse))
     table.add_section()
     table.add_row("", "total", "", "", *_numbers(total, sparse))
@@ -49,8 +48,8 @@ def show(config: Config, length: int | None, console: Console) -> None:
         " cache: to decode one sequence of this length; live tiles: of all tiles of 128 x 128",
         f"one sequence: {total.sequence_flops:,.0f} FLOPs forward, {length * total.training_flops:,.0f} in training;"
         f" {total.score_bytes:,} bytes of scores if all are kept, in float32",
-        describe_reach(config.model.sees, length),
-        *(f"warning: {warning}" for warning in patterns.advise(config.model.sees, length)),
+        describe_reach(model.sees, length),
+        *(f"warning: {warning}" for warning in patterns.advise(model.sees, length)),
     )
 
 
@@ -114,7 +113,8 @@ def _numbers(account: Account, active: bool) -> tuple[str, ...]:
 def _describe(layer: LayerConfig) -> tuple[str, str]:
     if layer.mixer is None:
         return "-", "-"
-    return layer.mixer.summary, getattr(layer.mixer, "pattern", "-")
+    beside = "" if layer.side is None else f" + {layer.side.shared}"
+    return f"{layer.mixer.summary}{beside}", getattr(layer.mixer, "pattern", "-")
 
 
 def _print(console: Console, *lines: str) -> None:

@@ -27,7 +27,7 @@ NEEDS = {
     "draw": {"patterns", "config"},
     "train": {"patterns", "config", "sharding", "data", "model", "decode"},
     "interop": {"schedule", "config", "layers", "model", "patterns", "sharding"},
-    "cli": {"patterns", "ops", "schedule", "config", "data", "show", "draw", "train"},
+    "cli": {"patterns", "ops", "schedule", "config", "data", "interop", "show", "draw", "train"},
     "__main__": {"cli"},
     "__init__": set(),  # so that one room can be imported without the others
 }

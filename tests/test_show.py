@@ -1,12 +1,16 @@
 """`show`, with every number worked out by hand for the recipe of the tests."""
 
 import io
+import json
+from pathlib import Path
 
 import pytest
 from rich.console import Console
 
 from sparsejax import config as configs
+from sparsejax.cli import main
 from sparsejax.config import ConfigError
+from sparsejax.interop import huggingface
 from sparsejax.show import show
 from tests.train import recipe
 
@@ -37,7 +41,8 @@ SCHEDULE = ["ssm", "local", "ssm", "local", "full"]
 def shown(length=LENGTH, **model):
     out, settings = io.StringIO(), recipe.get_config()
     settings.model.update(model)
-    show(configs.check(settings), length, Console(file=out, width=160))
+    config = configs.check(settings)
+    show(config.model, length, Console(file=out, width=160))
     return out.getvalue().splitlines()
 
 
@@ -127,4 +132,47 @@ def test_warnings_come_last():
 
 def test_a_length_below_one_is_refused():
     with pytest.raises(ConfigError, match="--length: must be at least 1, got 0"):
-        show(configs.check(recipe.get_config()), 0, Console(file=io.StringIO()))
+        show(configs.check(recipe.get_config()).model, 0, Console(file=io.StringIO()))
+
+
+GOLDEN = Path(__file__).parent / "golden"
+
+
+@pytest.mark.parametrize("place", ["jamba", "jamba/config.json"])
+def test_a_checkpoint_is_explained(place, capsys):
+    assert main(["show", f"--hf={GOLDEN / place}", "--length=100"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0].strip() == "2x(ssm ssm_experts full ssm_experts), 100 tokens"
+    rows = [[cell.strip() for cell in line.strip("│ ").split("│")] for line in lines]
+    full = next(row for row in rows if row[1:2] == ["full"])
+    # Four heads of 6, two of keys and values; an MLP of 20; two norms. All keys and values are kept, in float32.
+    parameters = 2 * 24 * 24 + 2 * 24 * 12 + 3 * 24 * 20 + 2 * 24
+    assert (full[2:4], numbers(full[4:6]), numbers(full[6:7])) == (
+        ["attention 4/2 x 6", "causal"],
+        (parameters, parameters),
+        (4 * 100 * 101 // 2,),
+    )
+    assert numbers(full[8:9]) == (2 * 100 * 12 * 4,)
+    assert any(line.startswith("reach of the last position, of 100 inputs: 100 after layer 0") for line in lines)
+
+
+def test_a_checkpoint_is_for_the_length_and_dtype_of_its_file(tmp_path):
+    source = json.loads((GOLDEN / "mistral_sliding" / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(source | {"dtype": "bfloat16", "max_position_embeddings": 777}))
+    model, length = huggingface.describe(tmp_path)
+    assert (model.dtype, length) == ("bfloat16", 777)
+    assert huggingface.describe(GOLDEN / "longformer")[1] == 140 - 2  # positions of RoBERTa start behind padding
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--hf=nowhere"], "nowhere: No such file or directory"),
+        (["--hf=a", "--config=b"], "--hf: is not about a config, so --config cannot be given"),
+        (["--hf=a", "--table=complexity"], "--hf: cannot be given with --table"),
+        (["--hf=a", "--measure"], "--measure: goes with --table=complexity"),
+    ],
+)
+def test_one_thing_is_shown(arguments, message, capsys):
+    assert main(["show", *arguments]) == 2
+    assert capsys.readouterr().err == f"sparsejax: {message}\n"

@@ -34,6 +34,7 @@ class ExpertsConfig:
     groups: int = 1  # experts are split into groups, and a token's come from `top_groups` of them
     top_groups: int = 1
     shared_width: int = 0  # of an expert that serves every token; 0: none
+    shared_bias: bool = False  # on the maps of that expert, and on those to and from `latent`
     shared_gate: bool = False  # that expert's output times sigmoid of a score (Qwen2-MoE)
     latent: int | None = None  # experts work on a projection to this width (Nemotron-H)
     limit: float | None = None  # gpt-oss: gates are at most this, values within it, and 1 is added to the values
@@ -66,7 +67,7 @@ class ExpertsConfig:
     @property
     def shared(self) -> MlpConfig:
         """The expert that serves every token."""
-        return MlpConfig("gated" if self.gated else "plain", self.shared_width, self.activation)
+        return MlpConfig("gated" if self.gated else "plain", self.shared_width, self.activation, self.shared_bias)
 
 
 class Experts(nnx.Module):
@@ -94,7 +95,9 @@ class Experts(nnx.Module):
         self.down = stack(f, inner, ("ff", "width"), 1.0 if config.latent else start)
         self.gate_bias = bias(f, "ff") if config.gated else None
         self.up_bias, self.down_bias = bias(f, "ff"), bias(inner, "width")
-        self.enter, self.leave = (linear(m, inner), linear(inner, m, scale=start)) if config.latent else (None, None)
+        wide = {"bias": config.shared_bias}
+        self.enter = linear(m, inner, **wide) if config.latent else None
+        self.leave = linear(inner, m, scale=start, **wide) if config.latent else None
         self.shared = Mlp(config.shared, stream, rngs) if config.shared_width else None
         self.shared_gate = linear(m, 1) if config.shared_gate else None
 

@@ -5,6 +5,6 @@ hold which parameters. Whatever in a config.json is not understood is refused by
 """
 
 from sparsejax.interop.huggingface.checkpoint import CheckpointError
-from sparsejax.interop.huggingface.pretrained import Pretrained, load, read_config, save
+from sparsejax.interop.huggingface.pretrained import Pretrained, describe, load, read_config, save
 
-__all__ = ["CheckpointError", "Pretrained", "load", "read_config", "save"]
+__all__ = ["CheckpointError", "Pretrained", "describe", "load", "read_config", "save"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from pathlib import Path
 from typing import Any
@@ -95,7 +96,7 @@ class Pretrained:
         if self._translation.at_length is not None:
             config, multiple = self._translation.at_length(tokens.shape[1])
         tokens, given = self._pad(tokens, given, multiple)
-        return self._build(config), jnp.asarray(tokens, jnp.int32), _make_context(given)
+        return self._build(config), jnp.asarray(tokens, jnp.int32), self._make_context(given)
 
     def _check(self, tokens: np.ndarray, given: dict[str, np.ndarray]) -> None:
         keywords = self._translation.keywords
@@ -123,6 +124,22 @@ class Pretrained:
         given = {name: np.pad(value, ((0, 0), (0, gap))) for name, value in given.items()}
         return np.pad(tokens, ((0, 0), (0, gap)), constant_values=self.source.get("pad_token_id") or 0), given
 
+    def _make_context(self, given: dict[str, np.ndarray]) -> Context:
+        mask, marked = given.get("attention_mask"), given.get("global_attention_mask")
+        positions, rotations = None, self._translation.rotations
+        if marked is not None:
+            marked = marked if mask is None else marked * mask
+            most = int(marked.sum(axis=1).max())
+            width = 1 << (most - 1).bit_length() if most else 0  # few different shapes, so few compilations
+            rows = [np.flatnonzero(row) for row in marked]
+            padded = [np.pad(row, (0, width - len(row)), constant_values=-1) for row in rows]
+            positions = np.stack(padded).astype(np.int32)
+        return Context(
+            mask=None if mask is None or mask.all() else jnp.asarray(mask, bool),
+            globals=None if positions is None or not positions.size else jnp.asarray(positions),
+            rotations=None if rotations is None else jnp.asarray(rotations, jnp.float32),
+        )
+
     def _build(self, config: ModelConfig) -> Functional:
         """One object for each configuration, so that what is compiled for it is found again."""
         for known, model in self._compiled:
@@ -149,6 +166,29 @@ def read_config(place: str | Path) -> Translation:
       CheckpointError: not there, an unknown `model_type`, or a key that cannot be honoured exactly.
     """
     return _translate(*_read_source(place))
+
+
+def describe(place: str | Path, length: int | None = None) -> tuple[ModelConfig, int]:
+    """The model of a config.json, or of the folder of one, in the dtype that it is stored in; and a length.
+
+    Args:
+      place: the file or the folder.
+      length: tokens of a sequence; the most that the file allows for if None, 4,096 if it does not say.
+
+    Raises:
+      CheckpointError: as `read_config`.
+    """
+    source, file = _read_source(place)
+    translation = _translate(source, file)
+    if length is None:
+        length = source.get("max_position_embeddings") or source.get("model_max_length") or 4096
+        # RoBERTa's positions start behind the padding's.
+        padding = translation.model.embedding.padding
+        length -= 0 if padding is None else padding + 1
+    model = translation.model if translation.at_length is None else translation.at_length(length)[0]
+    stored = source.get("dtype") or source.get("torch_dtype") or "float32"
+    # float16 takes as many bytes as bfloat16.
+    return dataclasses.replace(model, dtype="float32" if stored == "float32" else "bfloat16"), length
 
 
 def load(folder: str | Path, *, mesh: Mesh | None = None, **options: Any) -> Pretrained:
@@ -202,18 +242,3 @@ def _translate(source: dict[str, Any], place: str, **options: Any) -> Translatio
         raise CheckpointError(f"{place}: {error}") from error
     fields.finish()
     return translation
-
-
-def _make_context(given: dict[str, np.ndarray]) -> Context:
-    mask, marked = given.get("attention_mask"), given.get("global_attention_mask")
-    positions = None
-    if marked is not None:
-        marked = marked if mask is None else marked * mask
-        most = int(marked.sum(axis=1).max())
-        width = 1 << (most - 1).bit_length() if most else 0  # few different shapes, so few compilations
-        rows = [np.flatnonzero(row) for row in marked]
-        positions = np.stack([np.pad(row, (0, width - len(row)), constant_values=-1) for row in rows]).astype(np.int32)
-    return Context(
-        mask=None if mask is None or mask.all() else jnp.asarray(mask, bool),
-        globals=None if positions is None or not positions.size else jnp.asarray(positions),
-    )

@@ -34,6 +34,17 @@ def transposed(theirs: str, ours: str) -> Piece:
     return Piece((theirs,), (ours,), _transpose, _transpose)
 
 
+def reshaped(theirs: str, ours: str, there: tuple[int, ...], here: tuple[int, ...]) -> Piece:
+    """A parameter of shape `here` that is stored in shape `there`."""
+
+    def read(arrays: Arrays) -> Arrays:
+        if arrays[0].shape != there:
+            raise ValueError(f"expected {list(there)}")
+        return [arrays[0].reshape(here)]
+
+    return Piece((theirs,), (ours,), read, lambda arrays: [arrays[0].reshape(there)])
+
+
 def linear(theirs: str, ours: str, bias: bool = False) -> list[Piece]:
     """A linear map with its bias."""
     pieces = [transposed(f"{theirs}.weight", f"{ours}.weight")]

@@ -7,6 +7,8 @@ import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import numpy as np
+
 from sparsejax import schedule
 from sparsejax.config import ModelConfig
 from sparsejax.interop.huggingface.fields import Fields
@@ -25,6 +27,7 @@ class Translation:
       unused: regular expressions of tensors that the model does not use, such as buffers that follow from the rest.
       at_length: for sequences of a length: the configuration, where it depends on it, and the multiple to which they
         are padded. The parameters are the same.
+      rotations: what LSH attention hashes with, float [h, d, hashes, buckets / 2].
     """
 
     model: ModelConfig
@@ -32,6 +35,7 @@ class Translation:
     keywords: frozenset[str] = frozenset({"attention_mask"})
     unused: tuple[str, ...] = ()
     at_length: Callable[[int], tuple[ModelConfig, int]] | None = None
+    rotations: np.ndarray | None = None
 
 
 def name_layers(layers: Sequence[tuple[str, LayerConfig]]) -> dict[str, object]:
@@ -186,6 +190,12 @@ def tied_head(tied: bool) -> tuple[str, ...]:
 # Entries of `layer_types` -> names in a schedule.
 LAYER_NAMES = {"sliding_attention": "local", "full_attention": "full", "linear_attention": "linear"}
 
+OLDER_LAYER_TYPES = {
+    "attention": "full_attention",
+    "mamba": "linear_attention",
+    "deepseek_sparse_attention": "indexed_attention",
+}
+
 
 def read_layer_types(
     fields: Fields,
@@ -194,7 +204,7 @@ def read_layer_types(
     allowed: Sequence[str] = ("sliding_attention", "full_attention"),
 ) -> list[str]:
     """The kind of each layer, or the family's own order where the file has none."""
-    kinds = fields.take(key, None) or list(default)
+    kinds = [OLDER_LAYER_TYPES.get(kind, kind) for kind in fields.take(key, None) or default]
     for kind in kinds:
         if kind not in allowed:
             raise fields.error(key, f"{kind!r} is not supported; only {', '.join(allowed)}")

@@ -3,6 +3,7 @@
 from sparsejax.interop.huggingface.families import (
     bamba,
     bigbird,
+    deepseek,
     falcon_h1,
     gemma,
     gpt_oss,
@@ -12,6 +13,8 @@ from sparsejax.interop.huggingface.families import (
     minimax,
     mistral,
     modernbert,
+    nemotron_h,
+    reformer,
     zamba2,
 )
 
@@ -19,6 +22,7 @@ from sparsejax.interop.huggingface.families import (
 FAMILIES = {
     "bamba": bamba.translate,
     "big_bird": bigbird.translate,
+    "deepseek_v32": deepseek.translate,
     "falcon_h1": falcon_h1.translate,
     "gemma2": gemma.translate_2,
     "gemma3_text": gemma.translate_3,
@@ -30,5 +34,7 @@ FAMILIES = {
     "minimax": minimax.translate,
     "mistral": mistral.translate,
     "modernbert": modernbert.translate,
+    "nemotron_h": nemotron_h.translate,
+    "reformer": reformer.translate,
     "zamba2": zamba2.translate,
 }

@@ -6,6 +6,7 @@ Learned positions, norms after each branch, biases everywhere, and a head of a l
 from __future__ import annotations
 
 import dataclasses
+import re
 from collections.abc import Sequence
 
 from sparsejax.config import EmbeddingConfig, HeadConfig, ModelConfig
@@ -86,10 +87,17 @@ def pieces_of_encoder(prefix: str, model: ModelConfig, projections: dict[str, bo
     return pieces
 
 
-def pieces_of_head(dense: str, norm: str, decoder: str, tied: bool) -> list[Piece]:
-    """The head of a masked language model; `decoder` holds the bias, and the weight if it is not tied."""
-    pieces = [*linear(dense, "head.linear", bias=True), *pieces_of_norm(norm, "head.norm")]
-    return pieces if tied else [*pieces, transposed(f"{decoder}.weight", "head.weight")]
+def pieces_of_head(head: str, dense: str, norm: str, tied: bool) -> tuple[list[Piece], tuple[str, ...]]:
+    """The head of a masked language model, and what of it is not used.
+
+    The bias is stored twice. With a tied head the decoder's is the other one again, else it alone counts.
+    """
+    decoder, bias = f"{head}.decoder", f"{head}.bias"
+    pieces = [*linear(f"{head}.{dense}", "head.linear", bias=True), *pieces_of_norm(f"{head}.{norm}", "head.norm")]
+    if tied:
+        return [*pieces, same(bias, "head.bias")], tuple(re.escape(f"{decoder}.{name}") for name in ("weight", "bias"))
+    pieces += [transposed(f"{decoder}.weight", "head.weight"), same(f"{decoder}.bias", "head.bias")]
+    return pieces, (re.escape(bias),)
 
 
 def pieces_of_norm(theirs: str, ours: str) -> list[Piece]:

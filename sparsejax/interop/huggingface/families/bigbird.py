@@ -14,7 +14,6 @@ import numpy as np
 from sparsejax.config import ModelConfig
 from sparsejax.interop.huggingface.families.bert import PROJECTIONS, build_encoder, pieces_of_encoder, pieces_of_head
 from sparsejax.interop.huggingface.fields import Fields
-from sparsejax.interop.huggingface.tensors import same
 from sparsejax.interop.huggingface.translation import Translation
 from sparsejax.patterns import Pattern, recipes
 
@@ -43,14 +42,9 @@ def translate(fields: Fields, random_plans: Sequence[np.ndarray] | None = None) 
     def at_length(length: int) -> tuple[ModelConfig, int]:
         return (model, tile) if length > most else (full, 1)
 
-    head = "cls.predictions"
-    pieces = [
-        *pieces_of_encoder("bert", model, dict.fromkeys(PROJECTIONS, bias)),
-        *pieces_of_head(f"{head}.transform.dense", f"{head}.transform.LayerNorm", f"{head}.decoder", model.tied),
-        same(f"{head}.bias", "head.bias"),
-    ]
-    unused = (r"bert\.embeddings\.position_ids", r"bert\.pooler\..*", r"cls\.predictions\.decoder\.(weight|bias)")
-    unused += (r"cls\.seq_relationship\..*",)
+    head, unused = pieces_of_head("cls.predictions", "transform.dense", "transform.LayerNorm", model.tied)
+    pieces = [*pieces_of_encoder("bert", model, dict.fromkeys(PROJECTIONS, bias)), *head]
+    unused += (r"bert\.embeddings\.position_ids", r"bert\.pooler\..*", r"cls\.seq_relationship\..*")
     return Translation(model, pieces, unused=unused, at_length=at_length if sparse else None)
 
 

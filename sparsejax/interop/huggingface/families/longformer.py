@@ -14,7 +14,6 @@ from sparsejax.interop.huggingface.families.bert import (
     pieces_of_head,
 )
 from sparsejax.interop.huggingface.fields import Fields
-from sparsejax.interop.huggingface.tensors import same
 from sparsejax.interop.huggingface.translation import Translation
 
 
@@ -33,11 +32,8 @@ def translate(fields: Fields) -> Translation:
     padding = fields.take("pad_token_id", 1)
     # The head has a gelu of its own, whatever `hidden_act` is.
     model = build_encoder(fields, patterns, global_projections=True, head_activation="gelu", padding=padding)
-    pieces = [
-        *pieces_of_encoder("longformer", model, dict.fromkeys((*PROJECTIONS, *GLOBAL), True)),
-        *pieces_of_head("lm_head.dense", "lm_head.layer_norm", "lm_head.decoder", model.tied),
-        same("lm_head.bias", "head.bias"),
-    ]
-    unused = (r"longformer\.embeddings\.position_ids", r"longformer\.pooler\..*", r"lm_head\.decoder\.(weight|bias)")
+    head, unused = pieces_of_head("lm_head", "dense", "layer_norm", model.tied)
+    pieces = [*pieces_of_encoder("longformer", model, dict.fromkeys((*PROJECTIONS, *GLOBAL), True)), *head]
+    unused += (r"longformer\.embeddings\.position_ids", r"longformer\.pooler\..*")
     keywords = frozenset({"attention_mask", "global_attention_mask"})
     return Translation(model, pieces, keywords=keywords, unused=unused)

@@ -32,13 +32,16 @@ def translate(fields: Fields) -> Translation:
     """From the keys of a `Zamba2Config`."""
     fields.ignore("chunk_size", "time_step_max", "time_step_floor", "use_mem_eff_path", "num_query_groups")
     fields.ignore("kv_channels", "attention_hidden_size", "hybrid_layer_ids", "num_hidden_layers", "mamba_headdim")
+    fields.ignore("use_conv_bias")  # there is one, whatever it says
     fields.require("use_long_context", False)
     width, kinds = fields.take("hidden_size", 2560), _read_kinds(fields)
     norm = NormConfig("rms", fields.take("rms_norm_eps", 1e-5))
     mixer, block = _read_mixer(fields, width), _read_block(fields, width, norm)
-    blocks, rank = fields.take("num_mem_blocks", 1), fields.take("adapter_rank", 128)
+    tied, rank = fields.take("tie_word_embeddings", True), fields.take("adapter_rank", 128)
     mixer_rank = rank if fields.take("use_shared_attention_adapter", False) else None
     hybrids = [i for i, kind in enumerate(kinds) if kind == "hybrid"]
+    # The reference ties blocks as it ties embeddings: without that, each layer has a block of its own.
+    blocks = min(fields.take("num_mem_blocks", 1), len(hybrids)) if tied else len(hybrids)
     layers = []
     for i in range(len(kinds)):
         side, name = None, "ssm"
@@ -46,7 +49,6 @@ def translate(fields: Fields) -> Translation:
             name = f"hybrid_{hybrids.index(i) % blocks}"
             side = SideConfig(f"block_{hybrids.index(i) % blocks}", mixer_rank=mixer_rank, mlp_rank=rank)
         layers.append((name, LayerConfig(mixer, None, norm, "pre", remat=False, side=side)))
-    tied = fields.take("tie_word_embeddings", True)
     model = ModelConfig(
         vocab=fields.take("vocab_size"),
         width=width,
@@ -55,7 +57,7 @@ def translate(fields: Fields) -> Translation:
         tied=tied,
         dtype="float32",
         scan=True,
-        shared={f"block_{i}": block for i in range(min(blocks, len(hybrids)))},
+        shared={f"block_{i}": block for i in range(blocks)},
     )
     pieces = pieces_of_ends(tied, norm="model.final_layernorm")
     for i in range(len(kinds)):
@@ -73,7 +75,8 @@ def translate(fields: Fields) -> Translation:
         pieces += _pieces_of_adapters(
             theirs, f"layers.{i}.side.adapters", number, block.mlp.width, with_mixer=mixer_rank is not None
         )
-    return Translation(model, pieces, unused=tied_head(tied))
+    others = r"model\.layers\.\d+\.shared_transformer\..*_adapter_list\.\d+\..*"  # of the layers a block is not shared with
+    return Translation(model, pieces, unused=tied_head(True) if tied else (others,))
 
 
 def _read_kinds(fields: Fields) -> list[str]:
@@ -102,7 +105,7 @@ def _read_mixer(fields: Fields, width: int) -> Mamba2Config:
         dt_floor=fields.take("time_step_min", 1e-3),  # of every step size, not only as they start
         bias=fields.take("add_bias_linear", False),
         out_bias=fields.take("add_bias_linear", False),
-        conv_bias=fields.take("use_conv_bias", True),
+        conv_bias=True,
     )
 
 

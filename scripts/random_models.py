@@ -1,0 +1,433 @@
+"""Random but legal models of each family, and inputs for them: what both sides of `check_huggingface.py` agree on.
+
+A family is one function from a `Draw` to the keys of its configuration. What is not drawn keeps transformers' default.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import zlib
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+
+
+class Draw:
+    """Random choices."""
+
+    def __init__(self, random: np.random.Generator):
+        self.random = random
+
+    def pick(self, *options: Any) -> Any:
+        """One of these."""
+        return options[self.random.integers(len(options))]
+
+    def number(self, low: int, high: int) -> int:
+        """From `low` to `high`, both included."""
+        return int(self.random.integers(low, high + 1))
+
+    def real(self, low: float, high: float) -> float:
+        """A number with three decimals."""
+        return round(float(self.random.uniform(low, high)), 3)
+
+    def chance(self, of: float = 0.5) -> bool:
+        """Whether it happens."""
+        return bool(self.random.random() < of)
+
+    def maybe(self, **keys: Any) -> dict[str, Any]:
+        """Each of these keys, or not."""
+        return {key: value for key, value in keys.items() if self.chance()}
+
+
+@dataclasses.dataclass(frozen=True)
+class Traits:
+    """What inputs a model can have."""
+
+    length: int
+    left: bool = False  # padding may be on the left: a decoder where nothing leaks out of it
+    right: bool = True  # padding may be on the right
+    marked: bool = False  # tokens may be global
+    plans: bool = False  # with the random tiles of training
+    pad: int | None = None  # a token id that means padding
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """A model and its inputs, all of which follow from a family, a seed and a number.
+
+    Attributes:
+      family: the `model_type`.
+      config: keys of the configuration class.
+      old: config.json is written as older versions did, and without what equals the defaults.
+      traits: what the inputs are like.
+      inputs: `input_ids`, `labels` and masks, each [3, t].
+    """
+
+    family: str
+    config: dict[str, Any]
+    old: bool
+    traits: Traits
+    inputs: dict[str, np.ndarray]
+
+
+def draw_case(family: str, seed: int, number: int) -> Case:
+    """The case of this number."""
+    draw = Draw(np.random.default_rng([seed, zlib.crc32(family.encode()), number]))
+    config, traits = FAMILIES[family](draw)
+    config = {"vocab_size": draw.number(20, 70), "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2} | config
+    return Case(family, config, draw.chance(0.4), traits, draw_inputs(draw, config["vocab_size"], traits))
+
+
+def draw_inputs(draw: Draw, vocab: int, traits: Traits) -> dict[str, np.ndarray]:
+    """Three rows: one whole, one padded on the right, one padded wherever the model allows it."""
+    shape = rows, length = (3, traits.length)
+    ids = draw.random.integers(3, vocab, shape)
+    mask = np.ones(shape, np.int64)
+    for row in range(1, rows):
+        cut = draw.number(0, length - 1) if traits.right and (row == 1 or draw.chance()) else 0
+        mask[row, length - cut :] = 0
+        if traits.left and row == 2:
+            mask[row, : draw.number(0, length - cut - 1)] = 0
+    if traits.pad is not None:
+        ids = np.where(mask, ids, traits.pad)
+    inputs = {"input_ids": ids, "labels": draw.random.integers(0, vocab, shape), "attention_mask": mask}
+    if traits.marked:
+        chosen = [draw.random.random(length) < draw.pick(0.0, 0.05, 0.2) for _ in range(rows)]
+        inputs["global_attention_mask"] = np.stack(chosen).astype(np.int64)
+    return inputs
+
+
+def some_length(draw: Draw, most: int = 70) -> int:
+    """Short, or anything."""
+    return draw.pick(1, 2, 3, draw.number(4, 20), draw.number(4, most), draw.number(20, most))
+
+
+def some_heads(draw: Draw) -> tuple[int, int]:
+    """Query heads and key/value heads."""
+    shared = draw.number(1, 3)
+    return shared * draw.number(1, 3), shared
+
+
+def some_rope(draw: Draw) -> dict[str, Any]:
+    """Rotary positions of any kind."""
+    kind = draw.pick("default", "default", "linear", "yarn", "llama3")
+    rope = {"rope_type": kind, "rope_theta": draw.pick(100.0, 1000.0, 10_000.0, 500_000.0)}
+    if kind != "default":
+        rope["factor"] = draw.pick(1.5, 2.0, 8.0)
+    if kind == "yarn":
+        rope |= draw.maybe(beta_fast=draw.pick(8.0, 32), beta_slow=draw.pick(0.5, 1, 2.0), truncate=draw.chance())
+        rope |= draw.maybe(attention_factor=draw.real(0.8, 1.5), mscale=draw.real(0.5, 1.5))
+        rope |= draw.maybe(mscale_all_dim=draw.real(0.5, 1.5))
+    if kind == "llama3":
+        rope |= {"low_freq_factor": draw.pick(1.0, 0.5), "high_freq_factor": draw.pick(4.0, 3)}
+    if kind in ("yarn", "llama3"):
+        rope |= draw.maybe(original_max_position_embeddings=draw.pick(16, 32, 100))
+    return rope
+
+
+def some_ropes(draw: Draw) -> dict[str, Any]:
+    """One for each kind of layer."""
+    ropes = {kind: some_rope(draw) for kind in ("full_attention", "sliding_attention")}
+    for rope in ropes.values():
+        rope.pop("truncate", None)  # transformers looks for it in the wrong place, and finds nothing
+    return ropes
+
+
+def some_kinds(draw: Draw, depth: int, *kinds: str) -> dict[str, list[str]]:
+    """The kinds of layers in any order, or in that of the family."""
+    return draw.maybe(layer_types=[draw.pick(*kinds) for _ in range(depth)])
+
+
+def some_encoder(draw: Draw, longest: int) -> dict[str, Any]:
+    """What Longformer and BigBird have in common."""
+    heads = draw.number(1, 4)
+    return {
+        "hidden_size": heads * draw.pick(4, 6, 8),
+        "num_attention_heads": heads,
+        "num_hidden_layers": draw.number(1, 4),
+        "intermediate_size": draw.number(10, 40),
+        "max_position_embeddings": longest,
+        "type_vocab_size": draw.number(1, 3),
+        "hidden_dropout_prob": 0.0,
+        "attention_probs_dropout_prob": 0.0,
+        **draw.maybe(hidden_act=draw.pick("gelu", "relu", "gelu_new", "silu"), layer_norm_eps=draw.pick(1e-12, 1e-5)),
+        **draw.maybe(tie_word_embeddings=draw.chance()),
+    }
+
+
+def longformer(draw: Draw) -> tuple[dict, Traits]:
+    """Windows that divide the longest of them, which is what transformers can do; global tokens in any number."""
+    length = some_length(draw, 90)
+    config = some_encoder(draw, length + 2 + draw.number(0, 5))
+    most = draw.pick(4, 8, 12, 24)
+    windows = [most // draw.pick(1, 2) for _ in range(config["num_hidden_layers"])]
+    windows = [window + window % 2 for window in windows]
+    config["attention_window"] = draw.pick(windows, windows[0])
+    if isinstance(config["attention_window"], list) and any(max(windows) % window for window in windows):
+        config["attention_window"] = most
+    return config | {"pad_token_id": 1, "bos_token_id": 0}, Traits(length, marked=draw.chance(0.8), pad=1)
+
+
+def big_bird(draw: Draw) -> tuple[dict, Traits]:
+    """Few tiles have full attention, more the sparse one, in training with tiles drawn at random."""
+    tile, most = draw.pick(3, 4, 8), draw.number(1, 3)
+    sparse = draw.chance(0.75)
+    length = (5 + 2 * most) * tile + draw.number(1, 5 * tile) if sparse else some_length(draw, 5 * tile)
+    config = some_encoder(draw, length + -length % tile + draw.number(0, 5))  # padding takes positions too
+    config |= {"block_size": tile, "num_random_blocks": most}
+    config |= draw.maybe(use_bias=draw.chance(), rescale_embeddings=draw.chance())
+    full = {} if draw.chance(0.8) else {"attention_type": "original_full"}
+    return config | full, Traits(length, plans=sparse and not full and draw.chance())
+
+
+def mistral(draw: Draw) -> tuple[dict, Traits]:
+    """Windows of any width, or none."""
+    length = some_length(draw)
+    heads, shared = some_heads(draw)
+    head = draw.pick(None, 4, 6, 8, 12)
+    config = {
+        "hidden_size": heads * 2 * draw.number(2, 6) if head is None else draw.number(10, 40),
+        "num_attention_heads": heads,
+        "num_key_value_heads": shared,
+        "head_dim": head,
+        "num_hidden_layers": draw.number(1, 3),
+        "intermediate_size": draw.number(10, 40),
+        "sliding_window": draw.pick(None, 1, 2, draw.number(3, 20), 200),
+        "max_position_embeddings": draw.pick(64, 128),
+        "rope_parameters": some_rope(draw),
+        **draw.maybe(hidden_act=draw.pick("silu", "gelu", "relu", "gelu_pytorch_tanh"), rms_norm_eps=1e-3),
+        **draw.maybe(tie_word_embeddings=draw.chance()),
+    }
+    return config, Traits(length, left=True)
+
+
+def gemma2(draw: Draw) -> tuple[dict, Traits]:
+    """Kinds of layers in any order; caps of scores and logits, or none."""
+    heads, shared = some_heads(draw)
+    depth = draw.number(1, 4)
+    config = {
+        "hidden_size": heads * draw.number(4, 10),
+        "num_attention_heads": heads,
+        "num_key_value_heads": shared,
+        "head_dim": draw.pick(4, 6, 8, 16),
+        "num_hidden_layers": depth,
+        "intermediate_size": draw.number(10, 40),
+        "sliding_window": draw.pick(1, 2, draw.number(3, 20), 200),
+        "query_pre_attn_scalar": draw.number(4, 30),
+        "max_position_embeddings": draw.pick(64, 128),
+        "rope_parameters": some_rope(draw),
+        **some_kinds(draw, depth, "sliding_attention", "full_attention"),
+        **draw.maybe(attn_logit_softcapping=draw.pick(None, 3.0), final_logit_softcapping=draw.pick(None, 5.0)),
+        **draw.maybe(hidden_activation=draw.pick("gelu", "silu"), attention_bias=draw.chance(), rms_norm_eps=1e-3),
+        **draw.maybe(tie_word_embeddings=draw.chance()),
+    }
+    return config, Traits(some_length(draw), left=True)
+
+
+def gemma3_text(draw: Draw) -> tuple[dict, Traits]:
+    """As Gemma 2, with rotary positions for each kind of layer and periods of any length."""
+    config, traits = gemma2(draw)
+    config["rope_parameters"] = some_ropes(draw)
+    if "layer_types" not in config:
+        config |= {"num_hidden_layers": draw.number(1, 7), **draw.maybe(sliding_window_pattern=draw.number(1, 4))}
+    return config, traits
+
+
+def modernbert(draw: Draw) -> tuple[dict, Traits]:
+    """Windows of any width, odd ones too; biases anywhere."""
+    heads, depth = draw.number(1, 4), draw.number(1, 5)
+    biases = ("norm_bias", "attention_bias", "mlp_bias", "classifier_bias", "decoder_bias")
+    config = {
+        "hidden_size": heads * draw.pick(4, 6, 8),
+        "num_attention_heads": heads,
+        "num_hidden_layers": depth,
+        "intermediate_size": draw.number(10, 40),
+        "local_attention": draw.number(2, 30),
+        "max_position_embeddings": draw.pick(64, 128),
+        "rope_parameters": some_ropes(draw),
+        "cls_token_id": 1,
+        "sep_token_id": 2,
+        **some_kinds(draw, depth, "sliding_attention", "full_attention"),
+        **draw.maybe(**{key: draw.chance() for key in biases}),
+        **draw.maybe(hidden_activation=draw.pick("gelu", "silu"), classifier_activation=draw.pick("relu", "silu")),
+        **draw.maybe(norm_eps=1e-3, tie_word_embeddings=draw.chance()),
+    }
+    if "layer_types" not in config:
+        config |= draw.maybe(global_attn_every_n_layers=draw.number(1, 4))
+    return config, Traits(some_length(draw))
+
+
+def mamba(draw: Draw) -> tuple[dict, Traits]:
+    """States, taps, ranks and expansions of any size."""
+    config = {
+        "hidden_size": draw.number(8, 40),
+        "num_hidden_layers": draw.number(1, 3),
+        "state_size": draw.number(1, 9),
+        "conv_kernel": draw.number(2, 5),
+        "time_step_rank": draw.pick("auto", 1, draw.number(2, 5)),
+        **draw.maybe(expand=draw.number(1, 3), use_bias=draw.chance(), use_conv_bias=draw.chance()),
+        **draw.maybe(layer_norm_epsilon=1e-3, tie_word_embeddings=draw.chance()),
+    }
+    return config, Traits(some_length(draw), left=not config.get("use_bias"))
+
+
+def some_groups(draw: Draw) -> tuple[int, int, int]:
+    """Heads of a Mamba-2 mixer, their width, and groups."""
+    groups = draw.number(1, 3)
+    return groups * draw.number(1, 3), draw.pick(2, 4, 6), groups
+
+
+def some_limit(draw: Draw) -> list[float]:
+    """Bounds of step sizes that are felt."""
+    return draw.pick([0.0, 0.9], [0.4, float("inf")], [0.3, 1.2], [0.0, float("inf")])
+
+
+def mamba2(draw: Draw) -> tuple[dict, Traits]:
+    """Heads, groups and chunks of any number."""
+    heads, head, groups = some_groups(draw)
+    expand = draw.pick(*(n for n in (1, 2, 3) if heads * head % n == 0))
+    config = {
+        "hidden_size": heads * head // expand,
+        "expand": expand,
+        "num_heads": heads,
+        "head_dim": head,
+        "n_groups": groups,
+        "num_hidden_layers": draw.number(1, 3),
+        "state_size": draw.number(1, 9),
+        "conv_kernel": draw.number(2, 5),
+        "chunk_size": draw.pick(1, 4, 7, 16, 256),
+        **draw.maybe(use_bias=draw.chance(), use_conv_bias=draw.chance(), time_step_limit=some_limit(draw)),
+        **draw.maybe(layer_norm_epsilon=1e-3, tie_word_embeddings=draw.chance()),
+    }
+    return config, Traits(some_length(draw), left=not config.get("use_bias"))
+
+
+def some_hybrid(draw: Draw) -> dict[str, Any]:
+    """What Bamba and Falcon-H1 have in common, but for the mixer's own size."""
+    heads, shared = some_heads(draw)
+    mixer_heads, mixer_head, groups = some_groups(draw)
+    config = {
+        "hidden_size": heads * 2 * draw.number(2, 5),
+        "num_attention_heads": heads,
+        "num_key_value_heads": shared,
+        "num_hidden_layers": draw.number(1, 3),
+        "intermediate_size": draw.number(10, 40),
+        "mamba_n_heads": mixer_heads,
+        "mamba_d_head": mixer_head,
+        "mamba_n_groups": groups,
+        "mamba_d_state": draw.number(1, 9),
+        "mamba_d_conv": draw.number(2, 5),
+        "mamba_chunk_size": draw.pick(1, 4, 7, 16, 256),
+        "rope_parameters": some_rope(draw),
+        "max_position_embeddings": draw.pick(64, 128),
+        **draw.maybe(time_step_limit=some_limit(draw), rms_norm_eps=1e-3, tie_word_embeddings=draw.chance()),
+        **draw.maybe(attention_bias=draw.chance(), mlp_bias=draw.chance(), mamba_conv_bias=draw.chance()),
+    }
+    return config | draw.maybe(mamba_proj_bias=draw.chance())
+
+
+def bamba(draw: Draw) -> tuple[dict, Traits]:
+    """Attention in any layers; heads of their mixers that make up `mamba_expand` times the width."""
+    config = some_hybrid(draw)
+    heads, expand = config["num_attention_heads"], draw.pick(1, 2, 3)
+    config["hidden_size"] = width = heads * draw.pick(4, 8, 12)
+    fitting = [n for n in range(1, 9) if expand * width % n == 0]
+    config |= {"mamba_expand": expand, "mamba_n_heads": (n := draw.pick(*fitting)), "mamba_d_head": expand * width // n}
+    config["mamba_n_groups"] = draw.pick(*(g for g in range(1, n + 1) if n % g == 0))
+    config["mamba_d_head"] = draw.pick("auto", config["mamba_d_head"])
+    depth = config["num_hidden_layers"]
+    config["attn_layer_indices"] = draw.pick(None, [i for i in range(depth) if draw.chance()])
+    if draw.chance(0.3):
+        config["rope_parameters"]["partial_rotary_factor"] = draw.pick(0.5, 1.0)
+    return config, Traits(some_length(draw), left=not config.get("mamba_proj_bias"))
+
+
+def falcon_h1(draw: Draw) -> tuple[dict, Traits]:
+    """Factors everywhere; the gated norm before or after the gate, or none."""
+    config = some_hybrid(draw)
+    inner = config["mamba_n_heads"] * config["mamba_d_head"]
+    config["mamba_d_ssm"] = inner
+    if draw.chance(0.2):
+        config |= {"mamba_d_ssm": None, "mamba_expand": 1, "hidden_size": inner, "num_attention_heads": 2}
+        config |= {"num_key_value_heads": draw.pick(1, 2), "head_dim": draw.pick(4, 8)}
+    elif draw.chance(0.3):
+        config["head_dim"] = draw.pick(4, 8, 12)
+    names = "embedding key attention_in attention_out ssm_in ssm_out lm_head".split()
+    config |= draw.maybe(**{f"{name}_multiplier": draw.real(0.5, 1.5) for name in names})
+    config |= draw.maybe(mlp_multipliers=[draw.real(0.5, 1.5) for _ in range(2)])
+    config |= draw.maybe(ssm_multipliers=[draw.real(0.5, 1.5) for _ in range(5)])
+    config |= draw.maybe(mamba_rms_norm=draw.chance(0.7), mamba_norm_before_gate=draw.chance())
+    config |= draw.maybe(projectors_bias=draw.chance())
+    return config, Traits(some_length(draw), left=not config.get("mamba_proj_bias"))
+
+
+def zamba2(draw: Draw) -> tuple[dict, Traits]:
+    """Shared blocks that take turns, with adapters of any rank."""
+    heads, shared = some_heads(draw)
+    depth, groups, expand = draw.number(1, 6), draw.number(1, 3), draw.pick(1, 2)
+    mixer_heads = groups * draw.number(1, 2)
+    width = mixer_heads * heads * draw.pick(2, 4)
+    kinds = ["linear_attention", *(draw.pick("linear_attention", "hybrid", "hybrid") for _ in range(depth))]
+    config = {
+        "hidden_size": width,
+        "num_attention_heads": heads,
+        "num_key_value_heads": shared,
+        "layers_block_type": kinds,
+        "num_hidden_layers": len(kinds),
+        "intermediate_size": draw.number(10, 40),
+        "n_mamba_heads": mixer_heads,
+        "mamba_ngroups": groups,
+        "mamba_expand": expand,
+        "mamba_d_state": draw.number(1, 9),
+        "mamba_d_conv": draw.number(2, 5),
+        "chunk_size": draw.pick(1, 4, 7, 16, 256),
+        "num_mem_blocks": draw.number(1, 3),
+        "adapter_rank": draw.number(1, 5),
+        "rope_parameters": some_rope(draw),
+        "max_position_embeddings": draw.pick(64, 128),
+        **draw.maybe(time_step_min=draw.pick(0.3, 0.8), rms_norm_eps=1e-3, hidden_act=draw.pick("gelu", "silu")),
+        **draw.maybe(use_conv_bias=draw.chance(), add_bias_linear=draw.chance(), use_mem_rope=draw.chance(0.8)),
+        **draw.maybe(use_shared_attention_adapter=draw.chance(), tie_word_embeddings=draw.chance()),
+    }
+    if config.get("use_shared_attention_adapter"):
+        config["num_key_value_heads"] = heads  # transformers' adapters know no groups
+    return config, Traits(some_length(draw), left=not config.get("add_bias_linear"))
+
+
+# A new family is one function and one line here.
+FAMILIES: dict[str, Callable[[Draw], tuple[dict, Traits]]] = {
+    "bamba": bamba,
+    "big_bird": big_bird,
+    "falcon_h1": falcon_h1,
+    "gemma2": gemma2,
+    "gemma3_text": gemma3_text,
+    "longformer": longformer,
+    "mamba": mamba,
+    "mamba2": mamba2,
+    "mistral": mistral,
+    "modernbert": modernbert,
+    "zamba2": zamba2,
+}
+
+
+def write_old(family: str, config: dict[str, Any]) -> dict[str, Any]:
+    """A config.json as older versions wrote it: rotary positions in keys of their own, layers by their period."""
+    ropes = config.pop("rope_parameters", None)
+    if ropes is None:
+        return config
+    if family not in ("gemma3_text", "modernbert"):
+        ropes = dict(ropes)
+        config["rope_theta"] = ropes.pop("rope_theta")
+        return config | _old_scaling(ropes)
+    full, local = dict(ropes["full_attention"]), dict(ropes["sliding_attention"])
+    if family == "modernbert":
+        return config | {"global_rope_theta": full["rope_theta"], "local_rope_theta": local["rope_theta"]}
+    config |= {"rope_theta": full.pop("rope_theta"), "rope_local_base_freq": local["rope_theta"]}
+    return config | _old_scaling(full)
+
+
+def _old_scaling(rope: dict[str, Any]) -> dict[str, Any]:
+    kind = rope.pop("rope_type")
+    turned = {"partial_rotary_factor": rope.pop("partial_rotary_factor")} if "partial_rotary_factor" in rope else {}
+    return turned | {"rope_scaling": None if kind == "default" else {"type": kind} | rope}
