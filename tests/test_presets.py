@@ -1,5 +1,7 @@
 """The presets, held against what is published about the models that they are named after."""
 
+import dataclasses
+import json
 import math
 from pathlib import Path
 from typing import NamedTuple
@@ -11,6 +13,7 @@ import pytest
 from sparsejax import config as configs
 from sparsejax import data, sharding
 from sparsejax.account import account_model
+from sparsejax.interop import huggingface
 from sparsejax.layers import AttentionConfig, ExpertsConfig, LatentConfig, LightningConfig, MambaConfig
 from sparsejax.model import Functional
 from sparsejax.train import build_optimizer, build_schedule, build_step, init_state
@@ -50,6 +53,180 @@ PUBLISHED = {
 # Printed with so few digits that the true count may be further off than 1 %: it has to round to them.
 ROUNDED = {("llama4", "17"), ("qwen3_next", "3"), ("kimi_linear", "3")}
 
+# The facts of each config.json as released, in its own words.
+RELEASED = {
+    "mistral_7b": {
+        "model_type": "mistral",
+        "vocab_size": 32_000,
+        "hidden_size": 4096,
+        "intermediate_size": 14_336,
+        "num_hidden_layers": 32,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 8,
+        "rms_norm_eps": 1e-5,
+        "rope_theta": 10_000.0,
+        "sliding_window": 4096,
+        "tie_word_embeddings": False,
+        "max_position_embeddings": 32_768,
+    },
+    "longformer_base": {
+        "model_type": "longformer",
+        "vocab_size": 50_265,
+        "hidden_size": 768,
+        "intermediate_size": 3072,
+        "num_hidden_layers": 12,
+        "num_attention_heads": 12,
+        "attention_window": [512] * 12,
+        "max_position_embeddings": 4098,
+        "type_vocab_size": 1,
+        "pad_token_id": 1,
+        "layer_norm_eps": 1e-5,
+        "hidden_act": "gelu",
+    },
+    "jamba": {
+        "model_type": "jamba",
+        "vocab_size": 65_536,
+        "hidden_size": 4096,
+        "intermediate_size": 14_336,
+        "num_hidden_layers": 32,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 8,
+        "attn_layer_period": 8,
+        "attn_layer_offset": 4,
+        "expert_layer_period": 2,
+        "expert_layer_offset": 1,
+        "num_experts": 16,
+        "num_experts_per_tok": 2,
+        "mamba_d_state": 16,
+        "mamba_d_conv": 4,
+        "mamba_expand": 2,
+        "mamba_dt_rank": 256,
+        "rms_norm_eps": 1e-6,
+        "tie_word_embeddings": False,
+    },
+    "jamba_1_5_large": {
+        "model_type": "jamba",
+        "vocab_size": 65_536,
+        "hidden_size": 8192,
+        "intermediate_size": 24_576,
+        "num_hidden_layers": 72,
+        "num_attention_heads": 64,
+        "num_key_value_heads": 8,
+        "mamba_dt_rank": 512,
+        "rms_norm_eps": 1e-6,
+        "tie_word_embeddings": False,
+    },
+    "minimax_text_01": {
+        "model_type": "minimax",
+        "vocab_size": 200_064,
+        "hidden_size": 6144,
+        "intermediate_size": 9216,
+        "num_hidden_layers": 80,
+        "num_attention_heads": 64,
+        "num_key_value_heads": 8,
+        "head_dim": 128,
+        "num_local_experts": 32,
+        "num_experts_per_tok": 2,
+        "layer_types": (["linear_attention"] * 7 + ["full_attention"]) * 10,
+        "rope_theta": 1e7,
+        "partial_rotary_factor": 0.5,
+        "linear_attn_alpha_factor": 3.5565588200778455,
+        "linear_attn_beta_factor": 1.0,
+        "full_attn_alpha_factor": 3.5565588200778455,
+        "full_attn_beta_factor": 1.0,
+        "mlp_alpha_factor": 3.5565588200778455,
+        "mlp_beta_factor": 1.0,
+        "rms_norm_eps": 1e-5,
+        "tie_word_embeddings": False,
+    },
+    "gemma3": {
+        "model_type": "gemma3_text",
+        "vocab_size": 262_208,
+        "hidden_size": 2560,
+        "intermediate_size": 10_240,
+        "num_hidden_layers": 34,
+        "num_attention_heads": 8,
+        "num_key_value_heads": 4,
+        "head_dim": 256,
+        "query_pre_attn_scalar": 256,
+        "sliding_window": 1024,
+        "sliding_window_pattern": 6,
+        "rope_theta": 1e6,
+        "rope_local_base_freq": 10_000.0,
+        "rope_scaling": {"rope_type": "linear", "factor": 8.0},
+    },
+    "gpt_oss_20b": {
+        "model_type": "gpt_oss",
+        "vocab_size": 201_088,
+        "hidden_size": 2880,
+        "intermediate_size": 2880,
+        "num_hidden_layers": 24,
+        "num_attention_heads": 64,
+        "num_key_value_heads": 8,
+        "head_dim": 64,
+        "sliding_window": 128,
+        "num_local_experts": 32,
+        "num_experts_per_tok": 4,
+        "rope_theta": 150_000.0,
+        "rope_scaling": {
+            "rope_type": "yarn",
+            "factor": 32.0,
+            "original_max_position_embeddings": 4096,
+            "beta_fast": 32.0,
+            "beta_slow": 1.0,
+            "truncate": False,
+        },
+        "tie_word_embeddings": False,
+    },
+    "nemotron_h": {
+        "model_type": "nemotron_h",
+        "vocab_size": 131_072,
+        "hidden_size": 4096,
+        "intermediate_size": 21_504,
+        "hybrid_override_pattern": "M-M-M-M*-M-M-M-M-M*-M-M-M-M-M*-M-M-M-M-M*-M-M-M-M-M-",
+        "num_hidden_layers": 52,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 8,
+        "head_dim": 128,
+        "mamba_num_heads": 128,
+        "mamba_head_dim": 64,
+        "ssm_state_size": 128,
+        "n_groups": 8,
+        "conv_kernel": 4,
+        "tie_word_embeddings": False,
+    },
+    "falcon_h1": {
+        "model_type": "falcon_h1",
+        "vocab_size": 261_120,
+        "hidden_size": 5120,
+        "intermediate_size": 21_504,
+        "num_hidden_layers": 72,
+        "num_attention_heads": 20,
+        "num_key_value_heads": 4,
+        "head_dim": 128,
+        "mamba_d_ssm": 4096,
+        "mamba_n_heads": 32,
+        "mamba_d_head": 128,
+        "mamba_d_state": 256,
+        "mamba_n_groups": 2,
+        "mamba_d_conv": 4,
+        "mamba_rms_norm": True,
+        "mamba_norm_before_gate": False,
+        "rope_theta": 1e11,
+        "rms_norm_eps": 1e-5,
+        "embedding_multiplier": 5.656854249492381,
+        "lm_head_multiplier": 0.0078125,
+        "key_multiplier": 0.011048543456039804,
+        "attention_in_multiplier": 1.0,
+        "attention_out_multiplier": 0.0375,
+        "ssm_in_multiplier": 0.25,
+        "ssm_out_multiplier": 0.08838834764831845,
+        "ssm_multipliers": [0.3535533905932738, 0.25, 0.1767766952966369, 0.5, 0.3535533905932738],
+        "mlp_multipliers": [0.1767766952966369, 0.011160714285714284],
+        "tie_word_embeddings": False,
+    },
+}
+
 
 def load(place, *overrides):
     name, _, argument = place.partition(":")
@@ -71,6 +248,10 @@ def kinds(name, kind, part="mixer"):
     """The numbers of the layers whose mixer or feed-forward part is of a kind."""
     model = load(name).model
     return [i for i, layer in enumerate(model.names) if isinstance(getattr(model.layers[layer], part), kind)]
+
+
+def is_dense(pattern):
+    return pattern.pairs(K256) == K256 * (K256 + 1) // 2
 
 
 @pytest.fixture(params=sorted(PUBLISHED))
@@ -105,6 +286,27 @@ def test_parameters_are_those_published(name):
 )
 def test_released_checkpoints_hold_as_many(name, count):
     assert account(load(name).model, 1024).parameters == count
+
+
+def plain(model):
+    """What two descriptions of a model must agree on: not the names of layers, nor what is only about training."""
+
+    def strip(layer):
+        routed = isinstance(layer.mlp, ExpertsConfig)
+        mlp, mixer = dataclasses.replace(layer.mlp, balance_weight=0.0) if routed else layer.mlp, layer.mixer
+        if isinstance(mixer, AttentionConfig) and mixer.scale is None:
+            mixer = dataclasses.replace(mixer, scale=mixer.head_width**-0.5)
+        return dataclasses.replace(layer, mixer=mixer, mlp=mlp, remat=False)
+
+    ends = model.vocab, model.width, model.norm, model.tied, model.causal, model.embedding, model.head
+    return ends, [strip(model.layers[name]) for name in model.names]
+
+
+@pytest.mark.parametrize("name", sorted(RELEASED))
+def test_presets_are_what_the_released_configuration_says(name, tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps(RELEASED[name]))
+    released, _ = huggingface.describe(tmp_path)
+    assert plain(load(name).model) == plain(released)
 
 
 @pytest.mark.parametrize(
@@ -173,14 +375,15 @@ def test_positions_are_where_they_should_be():
 
 def test_hybrids_of_dense_attention_have_no_sparse_layer():
     for name in ("jamba", "jamba_1_5_large", "minimax_text_01", "qwen3_next", "kimi_linear", "nemotron_h", "falcon_h1"):
-        assert {str(pattern) for _, pattern in load(name).model.sees} == {"causal"}
+        assert all(is_dense(pattern) for _, pattern in load(name).model.sees)
     assert kinds("jamba", MambaConfig) == [i for i in range(32) if i % 8 != 4]
     assert kinds("minimax_text_01", LightningConfig) == [i for i in range(80) if i % 8 != 7]
 
 
 def test_bigbird_is_an_encoder_with_tiles_or_tokens_that_are_global():
     itc, etc = load("bigbird_base:itc").model, load("bigbird_base:etc").model
-    assert not itc.causal and not etc.causal
+    assert not itc.causal
+    assert not etc.causal
     assert len({str(pattern) for _, pattern in itc.sees}) == 12  # a draw for each layer
     assert {str(pattern) for _, pattern in etc.sees} == {
         "chunk(84) | shift(chunk(84), 84) | shift(chunk(84), -84) | globals(256)"
@@ -201,10 +404,9 @@ def test_tiny_forms_are_small_and_keep_the_schedule(name):
         for part in ("mixer", "mlp"):
             assert type(getattr(tiny.model.layers[layer], part)) is type(getattr(full.layers[layer], part))
     for layer, pattern in tiny.model.sees:
-        wide = str(full.layers[layer].sees) == "causal"
-        n = tiny.data.length
-        assert (str(pattern) == "causal") == wide
-        assert wide or pattern.pairs(n) < 0.7 * n * (n + 1) / 2
+        dense, n = is_dense(full.layers[layer].sees), tiny.data.length
+        assert dense == is_dense(pattern)
+        assert dense or pattern.pairs(n) < 0.7 * n * (n + 1) / 2
     functions, tokens = Functional(tiny.model), jnp.zeros((1, tiny.data.length), jnp.int32)
     assert sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(functions.shapes)) < 1_000_000
     logits = jax.eval_shape(lambda p: functions.bind(p)(tokens), functions.shapes)
