@@ -65,15 +65,15 @@ def check(torch: TorchProcess, family: str, seed: int, number: int) -> Result:
 def compare(case: Case, folder: Path, result: Result) -> None:
     """Fills in the result."""
     expected = dict(np.load(folder / "outputs.npz"))
-    plans = [expected[f"plan_{i}"] for i in range(sum(key.startswith("plan_") for key in expected))]
-    model = huggingface.load(folder, **({"random_plans": plans} if plans else {}))
+    model = huggingface.load(folder, **read_options(case, expected))
     logits, loss, gradients = parity.measure(model, **case.inputs)
     shown = case.inputs["attention_mask"].astype(bool)
     result.logits = parity.largest_difference(logits[shown], expected["logits"][shown])
     result.loss = parity.largest_difference(loss, expected["loss"])
-    held = Checkpoint(folder / "gradients")
-    errors = parity.compare_gradients(gradients, {name: held.read(name) for name in gradients})
-    result.tensor, result.gradients = max(errors.items(), key=lambda item: item[1])
+    if case.traits.gradients:
+        held = Checkpoint(folder / "gradients")
+        errors = parity.compare_gradients(gradients, {name: held.read(name) for name in gradients})
+        result.tensor, result.gradients = max(errors.items(), key=lambda item: item[1])
     tolerance = LOGITS.get(case.family, OTHERS)
     if max(result.logits, result.loss) > tolerance:
         result.problem = f"logits are apart {find_stream(case, model, expected, tolerance)}"
@@ -81,6 +81,14 @@ def compare(case: Case, folder: Path, result: Result) -> None:
         result.problem = f"the gradient of {result.tensor} is another"
     else:
         result.problem = check_saving(model, folder)
+
+
+def read_options(case: Case, expected: dict[str, np.ndarray]) -> dict[str, object]:
+    """What the forward pass drew, as `load` takes it."""
+    drawn = [expected[f"drawn_{i}"] for i in range(sum(key.startswith("drawn_") for key in expected))]
+    if case.traits.plans:
+        return {"random_plans": [plan.astype(int) for plan in drawn]}
+    return {"lsh_rotations": drawn[0]} if drawn else {}
 
 
 def find_stream(case: Case, model: huggingface.Pretrained, expected: dict[str, np.ndarray], tolerance: float) -> str:
@@ -130,7 +138,7 @@ def print_summary(results: dict[str, list[Result]]) -> None:
     """The largest errors of each family."""
     table = Table("family", "cases", "failed", "logits", "loss", "gradients", "float32 noise", "smallest gain")
     for family, found in results.items():
-        largest = (max((getattr(one, field) for one in found)) for field in ("logits", "loss", "gradients", "noise"))
+        largest = (max(getattr(one, field) for one in found) for field in ("logits", "loss", "gradients", "noise"))
         failed, gain = sum(bool(one.problem) for one in found), min(one.gain for one in found)
         table.add_row(family, str(len(found)), str(failed), *(f"{x:.1e}" for x in largest), f"{gain:.2f}")
     Console(width=120).print(table)

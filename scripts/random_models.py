@@ -49,6 +49,7 @@ class Traits:
     right: bool = True  # padding may be on the right
     marked: bool = False  # tokens may be global
     plans: bool = False  # with the random tiles of training
+    gradients: bool = True  # the reference has them
     pad: int | None = None  # a token id that means padding
 
 
@@ -353,7 +354,7 @@ def falcon_h1(draw: Draw) -> tuple[dict, Traits]:
         config |= {"num_key_value_heads": draw.pick(1, 2), "head_dim": draw.pick(4, 8)}
     elif draw.chance(0.3):
         config["head_dim"] = draw.pick(4, 8, 12)
-    names = "embedding key attention_in attention_out ssm_in ssm_out lm_head".split()
+    names = ["embedding", "key", "attention_in", "attention_out", "ssm_in", "ssm_out", "lm_head"]
     config |= draw.maybe(**{f"{name}_multiplier": draw.real(0.5, 1.5) for name in names})
     config |= draw.maybe(mlp_multipliers=[draw.real(0.5, 1.5) for _ in range(2)])
     config |= draw.maybe(ssm_multipliers=[draw.real(0.5, 1.5) for _ in range(5)])
@@ -395,39 +396,296 @@ def zamba2(draw: Draw) -> tuple[dict, Traits]:
     return config, Traits(some_length(draw), left=not config.get("add_bias_linear"))
 
 
+def some_experts(draw: Draw, *names: str) -> dict[str, Any]:
+    """How many experts there are and how many serve a token, by the names of the keys; their own width."""
+    count = draw.number(2, 6)
+    return dict(zip(names, (count, draw.number(1, min(3, count)), draw.number(4, 20)), strict=True))
+
+
+def some_groups_of_experts(draw: Draw) -> dict[str, int]:
+    """Groups of two experts or more, some of which are chosen from."""
+    groups, each = draw.number(1, 3), draw.number(2, 3)
+    chosen = draw.number(1, groups)
+    return {"experts": groups * each, "n_group": groups, "topk_group": chosen, "top": draw.number(1, chosen * each)}
+
+
+def jamba(draw: Draw) -> tuple[dict, Traits]:
+    """Periods and offsets of attention and of experts."""
+    heads, shared = some_heads(draw)
+    attend, route = draw.number(1, 4), draw.number(1, 3)
+    config = {
+        "hidden_size": heads * draw.number(3, 8),
+        "num_attention_heads": heads,
+        "num_key_value_heads": shared,
+        "num_hidden_layers": draw.number(1, 5),
+        "attn_layer_period": attend,
+        "attn_layer_offset": draw.number(0, attend - 1),
+        "expert_layer_period": route,
+        "expert_layer_offset": draw.number(0, route - 1),
+        "mamba_d_state": draw.number(1, 9),
+        "mamba_d_conv": draw.number(2, 5),
+        "mamba_dt_rank": draw.pick("auto", 1, draw.number(2, 5)),
+        **some_experts(draw, "num_experts", "num_experts_per_tok", "intermediate_size"),
+        **draw.maybe(mamba_expand=draw.number(1, 3), mamba_proj_bias=draw.chance(), mamba_conv_bias=draw.chance()),
+        **draw.maybe(rms_norm_eps=1e-3, tie_word_embeddings=draw.chance()),
+    }
+    if draw.chance(0.2):
+        config |= {"num_experts": 1, "num_experts_per_tok": 1}
+    return config, Traits(some_length(draw), left=not config.get("mamba_proj_bias"))
+
+
+def gpt_oss(draw: Draw) -> tuple[dict, Traits]:
+    """Windows in any order, clamps that are felt."""
+    heads, shared = some_heads(draw)
+    depth = draw.number(1, 4)
+    config = {
+        "hidden_size": draw.number(10, 40),
+        "num_attention_heads": heads,
+        "num_key_value_heads": shared,
+        "head_dim": draw.pick(4, 6, 8, 16),
+        "num_hidden_layers": depth,
+        "sliding_window": draw.pick(1, 2, draw.number(3, 20), 200),
+        "max_position_embeddings": draw.pick(64, 128),
+        **some_experts(draw, "num_local_experts", "num_experts_per_tok", "intermediate_size"),
+        **some_kinds(draw, depth, "sliding_attention", "full_attention"),
+        **draw.maybe(rope_parameters=some_rope(draw), swiglu_limit=draw.real(0.5, 2), swiglu_alpha=draw.real(1, 2)),
+        **draw.maybe(attention_bias=draw.chance(), rms_norm_eps=1e-3, tie_word_embeddings=draw.chance()),
+    }
+    return config, Traits(some_length(draw), left=True)
+
+
+def minimax(draw: Draw) -> tuple[dict, Traits]:
+    """Lightning and softmax attention in any order; factors on every residual."""
+    heads, shared = some_heads(draw)
+    depth = draw.number(1, 4)
+    names = [f"{part}_{name}_factor" for part in ("full_attn", "linear_attn", "mlp") for name in ("alpha", "beta")]
+    config = {
+        "hidden_size": heads * 2 * draw.number(2, 5),
+        "num_attention_heads": heads,
+        "num_key_value_heads": shared,
+        "head_dim": draw.pick(None, 4, 6, 8),
+        "num_hidden_layers": depth,
+        "block_size": draw.pick(1, 4, 7, 16, 256),
+        "max_position_embeddings": draw.pick(64, 128),
+        "rope_parameters": some_rope(draw),
+        **some_experts(draw, "num_local_experts", "num_experts_per_tok", "intermediate_size"),
+        **some_kinds(draw, depth, "linear_attention", "full_attention"),
+        **draw.maybe(**{name: draw.real(0.5, 2.0) for name in names}),
+        **draw.maybe(sliding_window=draw.number(1, 20), rms_norm_eps=1e-3, tie_word_embeddings=draw.chance()),
+    }
+    return config, Traits(some_length(draw), left=True)
+
+
+def nemotron_h(draw: Draw) -> tuple[dict, Traits]:
+    """Kinds of layers in any order, experts in groups or behind a narrower map."""
+    heads, shared = some_heads(draw)
+    mixer_heads, mixer_head, groups = some_groups(draw)
+    kinds = [draw.pick("linear_attention", "full_attention", "mlp", "moe") for _ in range(draw.number(1, 5))]
+    experts = some_groups_of_experts(draw)
+    config = {
+        "hidden_size": draw.number(8, 40),
+        "layers_block_type": kinds,
+        "num_hidden_layers": len(kinds),
+        "num_attention_heads": heads,
+        "num_key_value_heads": shared,
+        "head_dim": draw.number(3, 10),
+        "intermediate_size": draw.number(10, 40),
+        "mamba_num_heads": mixer_heads,
+        "mamba_head_dim": mixer_head,
+        "n_groups": groups,
+        "ssm_state_size": draw.number(1, 9),
+        "conv_kernel": draw.number(2, 5),
+        "chunk_size": draw.pick(1, 4, 7, 16, 256),
+        "n_routed_experts": experts["experts"],
+        "num_experts_per_tok": experts["top"],
+        "n_group": experts["n_group"],
+        "topk_group": experts["topk_group"],
+        "moe_intermediate_size": draw.number(4, 20),
+        "moe_shared_expert_intermediate_size": draw.number(4, 20),
+        **draw.maybe(time_step_min=draw.pick(0.3, 0.8), layer_norm_epsilon=1e-3, moe_latent_size=draw.number(4, 12)),
+        **draw.maybe(norm_topk_prob=draw.chance(), routed_scaling_factor=draw.real(0.5, 2.5)),
+        **draw.maybe(use_bias=draw.chance(), use_conv_bias=draw.chance(), attention_bias=draw.chance()),
+        **draw.maybe(mlp_bias=draw.chance(), mlp_hidden_act=draw.pick("relu2", "silu"), tie_word_embeddings=True),
+    }
+    return config, Traits(some_length(draw), left=not config.get("use_bias"))
+
+
+def some_latent(draw: Draw, rope_width: int) -> dict[str, Any]:
+    """Ranks and widths of latent attention."""
+    return {
+        "kv_lora_rank": draw.number(4, 20),
+        "qk_nope_head_dim": draw.number(2, 10),
+        "qk_rope_head_dim": rope_width,
+        "v_head_dim": draw.number(3, 12),
+    }
+
+
+def deepseek_v32(draw: Draw) -> tuple[dict, Traits]:
+    """Indexers that choose few keys or all; so many heads that hardly any of their scores is zero."""
+    heads, depth, rope_width = draw.number(1, 4), draw.number(1, 3), draw.pick(2, 4, 8)
+    experts = some_groups_of_experts(draw)
+    config = {
+        "hidden_size": draw.number(8, 40),
+        "num_hidden_layers": depth,
+        "num_attention_heads": heads,
+        "num_key_value_heads": heads,
+        "q_lora_rank": draw.number(4, 20),
+        "intermediate_size": draw.number(10, 40),
+        "moe_intermediate_size": draw.number(4, 20),
+        "n_routed_experts": experts["experts"],
+        "num_experts_per_tok": experts["top"],
+        "n_group": experts["n_group"],
+        "topk_group": experts["topk_group"],
+        "index_topk": draw.pick(1, draw.number(2, 12), 100),
+        "index_n_heads": draw.number(16, 24),
+        "index_head_dim": rope_width + 2 * draw.number(0, 4),
+        "max_position_embeddings": draw.pick(64, 128),
+        "rope_parameters": some_rope(draw),
+        **some_latent(draw, rope_width),
+        **draw.maybe(first_k_dense_replace=draw.number(0, depth), rms_norm_eps=1e-3, norm_topk_prob=draw.chance()),
+        **draw.maybe(routed_scaling_factor=draw.real(0.5, 2.5), n_shared_experts=draw.number(1, 2)),
+        **draw.maybe(mlp_layer_types=[draw.pick("dense", "sparse") for _ in range(depth)]),
+        **draw.maybe(attention_bias=draw.chance(), tie_word_embeddings=draw.chance()),
+    }
+    return config, Traits(some_length(draw), left=True)
+
+
+def qwen3_next(draw: Draw) -> tuple[dict, Traits]:
+    """Delta rule and gated attention in any order; experts in some layers."""
+    heads, shared = some_heads(draw)
+    keys, depth = draw.number(1, 3), draw.number(1, 4)
+    rope = some_rope(draw) | {"partial_rotary_factor": draw.pick(0.25, 0.5, 1.0)}
+    config = {
+        "hidden_size": draw.number(8, 40),
+        "num_hidden_layers": depth,
+        "num_attention_heads": heads,
+        "num_key_value_heads": shared,
+        "head_dim": draw.pick(8, 16),
+        "intermediate_size": draw.number(10, 40),
+        "linear_num_key_heads": keys,
+        "linear_num_value_heads": keys * draw.number(1, 3),
+        "linear_key_head_dim": draw.number(2, 10),
+        "linear_value_head_dim": draw.number(2, 10),
+        "linear_conv_kernel_dim": draw.number(2, 5),
+        "shared_expert_intermediate_size": draw.number(4, 20),
+        "max_position_embeddings": draw.pick(64, 128),
+        "rope_parameters": rope,
+        **some_experts(draw, "num_experts", "num_experts_per_tok", "moe_intermediate_size"),
+        **some_kinds(draw, depth, "linear_attention", "full_attention"),
+        **draw.maybe(decoder_sparse_step=draw.number(1, 3), mlp_only_layers=[draw.number(0, depth - 1)]),
+        **draw.maybe(norm_topk_prob=draw.chance(), attention_bias=draw.chance(), rms_norm_eps=1e-3),
+        **draw.maybe(tie_word_embeddings=draw.chance()),
+    }
+    return config, Traits(some_length(draw), left=True)
+
+
+def kimi_linear(draw: Draw) -> tuple[dict, Traits]:
+    """Delta rule by channel and latent attention in any order; experts in some layers."""
+    heads, depth = draw.number(1, 4), draw.number(1, 4)
+    experts = some_groups_of_experts(draw)
+    config = {
+        "hidden_size": draw.number(8, 40),
+        "num_hidden_layers": depth,
+        "num_attention_heads": heads,
+        "num_key_value_heads": heads,
+        "intermediate_size": draw.number(10, 40),
+        "moe_intermediate_size": draw.number(4, 20),
+        "num_local_experts": experts["experts"],
+        "num_experts_per_tok": experts["top"],
+        "n_group": experts["n_group"],
+        "topk_group": experts["topk_group"],
+        "linear_head_dim": draw.number(2, 10),
+        "linear_num_heads": draw.number(1, 4),
+        "linear_conv_kernel_dim": draw.number(2, 5),
+        "max_position_embeddings": draw.pick(64, 128),
+        **some_latent(draw, draw.pick(2, 4)),
+        **some_kinds(draw, depth, "linear_attention", "full_attention"),
+        **draw.maybe(mlp_layer_types=[draw.pick("dense", "sparse") for _ in range(depth)]),
+        **draw.maybe(norm_topk_prob=draw.chance(), routed_scaling_factor=draw.real(0.5, 2.5), rms_norm_eps=1e-3),
+        **draw.maybe(n_shared_experts=draw.number(1, 2), tie_word_embeddings=draw.chance()),
+    }
+    return config, Traits(some_length(draw), left=True)
+
+
+def reformer(draw: Draw) -> tuple[dict, Traits]:
+    """Chunks, neighbours and hashes of any number; positions on two axes or one."""
+    heads = draw.number(1, 4)
+    local, lsh = draw.pick(4, 6, 8), draw.pick(4, 8)
+    rows, columns = draw.number(3, 9), draw.number(8, 12)
+    most = rows * columns
+    first = draw.number(2, 10)
+    causal = draw.chance(0.7)
+    config = {
+        "attention_head_size": draw.pick(2, 4, 8),
+        "num_attention_heads": heads,
+        "attn_layers": [draw.pick("local", "lsh") for _ in range(draw.number(1, 4))],
+        "axial_pos_embds": draw.chance(0.7),
+        "axial_pos_shape": [rows, columns],
+        "axial_pos_embds_dim": [first, (second := draw.number(4, 20))],
+        "hidden_size": first + second,
+        "feed_forward_size": draw.number(10, 40),
+        "local_attn_chunk_length": local,
+        "lsh_attn_chunk_length": lsh,
+        "local_num_chunks_before": draw.number(0, 2),
+        "local_num_chunks_after": 0 if causal else draw.number(0, 1),
+        "lsh_num_chunks_before": draw.number(0, 2),
+        "lsh_num_chunks_after": 0 if causal else draw.number(0, 1),
+        "max_position_embeddings": most,
+        "num_buckets": draw.pick(None, 2, 4, 8, [2, 4]),
+        "num_hashes": draw.number(1, 3),
+        "hash_seed": draw.number(0, 99),
+        "is_decoder": causal,
+        "hidden_dropout_prob": 0.0,
+        "local_attention_probs_dropout_prob": 0.0,
+        **draw.maybe(hidden_act=draw.pick("relu", "gelu"), layer_norm_eps=1e-5),
+    }
+    length = draw.number(1, most - most % (local * lsh) or most)
+    return config, Traits(length, gradients=False)
+
+
 # A new family is one function and one line here.
 FAMILIES: dict[str, Callable[[Draw], tuple[dict, Traits]]] = {
     "bamba": bamba,
     "big_bird": big_bird,
+    "deepseek_v32": deepseek_v32,
     "falcon_h1": falcon_h1,
     "gemma2": gemma2,
     "gemma3_text": gemma3_text,
+    "gpt_oss": gpt_oss,
+    "jamba": jamba,
+    "kimi_linear": kimi_linear,
     "longformer": longformer,
     "mamba": mamba,
     "mamba2": mamba2,
+    "minimax": minimax,
     "mistral": mistral,
     "modernbert": modernbert,
+    "nemotron_h": nemotron_h,
+    "qwen3_next": qwen3_next,
+    "reformer": reformer,
     "zamba2": zamba2,
 }
 
 
 def write_old(family: str, config: dict[str, Any]) -> dict[str, Any]:
     """A config.json as older versions wrote it: rotary positions in keys of their own, layers by their period."""
+    if family == "nemotron_h":
+        letters = {"linear_attention": "M", "full_attention": "*", "mlp": "-", "moe": "E"}
+        return config | {"hybrid_override_pattern": "".join(letters[kind] for kind in config.pop("layers_block_type"))}
     ropes = config.pop("rope_parameters", None)
     if ropes is None:
         return config
     if family not in ("gemma3_text", "modernbert"):
-        ropes = dict(ropes)
         config["rope_theta"] = ropes.pop("rope_theta")
-        return config | _old_scaling(ropes)
-    full, local = dict(ropes["full_attention"]), dict(ropes["sliding_attention"])
-    if family == "modernbert":
-        return config | {"global_rope_theta": full["rope_theta"], "local_rope_theta": local["rope_theta"]}
-    config |= {"rope_theta": full.pop("rope_theta"), "rope_local_base_freq": local["rope_theta"]}
-    return config | _old_scaling(full)
-
-
-def _old_scaling(rope: dict[str, Any]) -> dict[str, Any]:
-    kind = rope.pop("rope_type")
-    turned = {"partial_rotary_factor": rope.pop("partial_rotary_factor")} if "partial_rotary_factor" in rope else {}
-    return turned | {"rope_scaling": None if kind == "default" else {"type": kind} | rope}
+        turned = ropes.pop("partial_rotary_factor", None)
+        scaling = {"type" if key == "rope_type" else key: value for key, value in ropes.items()}
+        older = {} if family == "bamba" or turned is None else {"partial_rotary_factor": turned}
+        return config | older | {"rope_scaling": None if ropes["rope_type"] == "default" else scaling}
+    full, local = ropes["full_attention"], ropes["sliding_attention"]
+    names = (
+        ("rope_theta", "rope_local_base_freq") if family == "gemma3_text" else ("global_rope_theta", "local_rope_theta")
+    )
+    config |= dict(zip(names, (full.pop("rope_theta"), local.pop("rope_theta")), strict=True))
+    if "sliding_window_pattern" in config or "global_attn_every_n_layers" in config:
+        config.pop("layer_types", None)
+    return config | {"rope_scaling": None if full["rope_type"] == "default" else full}

@@ -56,11 +56,7 @@ def name_layers(layers: Sequence[tuple[str, LayerConfig]]) -> dict[str, object]:
 
 
 def read_rope(
-    fields: Fields,
-    kind: str | None = None,
-    base: float = 10_000.0,
-    fraction: float = 1.0,
-    default: dict[str, Any] | None = None,
+    fields: Fields, base: float = 10_000.0, fraction: float | None = None, default: dict[str, Any] | None = None
 ) -> RopeConfig:
     """Rotary positions of a config.json.
 
@@ -68,36 +64,72 @@ def read_rope(
 
     Args:
       fields: the file.
-      kind: of the layers, such as "full_attention", where `rope_parameters` has an entry for each.
       base: if the file has none.
-      fraction: of the head that turns, if the file does not say.
+      fraction: of the head that turns, if the file does not say; None: whole heads do, whatever the file says.
       default: `rope_parameters` of a file that has none.
 
     Raises:
-      CheckpointError: a kind of scaling that is not supported, or a key of it that is not known.
+      CheckpointError: a kind of scaling that is not supported, or a key of it that is missing or not known.
     """
-    given = dict(fields.take("rope_parameters", None) or fields.take("rope_scaling", None) or default or {})
-    if kind is not None and isinstance(given.get(kind), dict):
-        given = dict(given[kind])
-    base = float(given.pop("rope_theta", None) or fields.take("rope_theta", None) or base)
-    fraction = given.pop("partial_rotary_factor", None) or fields.take("partial_rotary_factor", None) or fraction
-    name = given.pop("rope_type", None) or given.pop("type", None) or "default"
-    given.pop("type", None)
-    given = {key: value for key, value in given.items() if value is not None}
+    given = [fields.take(key, None) for key in ("rope_scaling", "rope_parameters")]
+    older = {key: fields.take(key, None) for key in ("rope_theta", "partial_rotary_factor")}
+    chosen = next((values for values in given if values), default or {})
+    return _make_rope(fields, {"rope_theta": base} | _drop_null(older) | chosen, fraction)
+
+
+def read_ropes(fields: Fields, bases: dict[str, tuple[str, float]], scaled: Sequence[str]) -> dict[str, RopeConfig]:
+    """Rotary positions of a config.json where each kind of layer has its own.
+
+    Args:
+      fields: the file: `rope_parameters` with an entry for each kind, or older keys.
+      bases: kinds of layers -> the key of older files that has the base, and the base of a file that has none.
+      scaled: the kinds that `rope_scaling` of older files is for.
+
+    Raises:
+      CheckpointError: as `read_rope`; or `rope_parameters` are not by kind.
+    """
+    given, scaling = (fields.take(key, None) or {} for key in ("rope_parameters", "rope_scaling"))
+    for kind in given:
+        if kind not in bases:
+            raise fields.error(f"rope_parameters.{kind}", f"expected an entry for each of {', '.join(bases)}")
+    ropes = {}
+    for kind, (key, base) in bases.items():
+        older = fields.take(key, None)
+        values = {"rope_theta": base if older is None else older} | (given.get(kind) or {})
+        values |= scaling if kind in scaled else {}
+        if not values.pop("truncate", True):
+            raise fields.error(f"rope_parameters.{kind}.truncate", "only true has an effect where kinds have their own")
+        ropes[kind] = _make_rope(fields, values, None)
+    return ropes
+
+
+def _make_rope(fields: Fields, values: dict[str, Any], fraction: float | None) -> RopeConfig:
+    base, turned = values.pop("rope_theta"), values.pop("partial_rotary_factor", None)
+    if fraction is None and turned not in (None, 1):
+        raise fields.error("partial_rotary_factor", f"{turned!r} is not supported; whole heads turn in this family")
+    older = values.pop("type", None)
+    name = values.pop("rope_type", None) or older or "default"
     if name not in ROPE_TYPES:
         raise fields.error("rope_type", f"{name!r} is not supported; only {', '.join(ROPE_TYPES)}")
-    known = ROPE_TYPES[name]
-    for key in given:
+    if name in ("yarn", "llama3") and values.get("original_max_position_embeddings") is None:
+        values["original_max_position_embeddings"] = fields.take("max_position_embeddings", None)
+    known, values = ROPE_TYPES[name], _drop_null(values)
+    for key in values:
         if key not in known and not (key == "original_max_position_embeddings" and name in ("default", "linear")):
             raise fields.error(f"rope_parameters.{key}", f"not known for rope_type {name!r}")
+    for key in ("factor", "original_max_position_embeddings", "low_freq_factor", "high_freq_factor"):
+        if key in known and key not in values:
+            raise fields.error(f"rope_parameters.{key}", f"missing for rope_type {name!r}")
     scaling = None
     if name != "default":
-        if name in ("yarn", "llama3"):
-            given.setdefault("original_max_position_embeddings", fields.take("max_position_embeddings", None))
-        renamed = {known[key]: value for key, value in given.items() if key in known}
+        renamed = {known[key]: value for key, value in values.items() if key in known}
         grow = _yarn_factor(renamed.pop("mscale", None), renamed.pop("mscale_all_dim", None), renamed)
         scaling = RopeScaling(kind=name, **(renamed | grow))
-    return RopeConfig(base=base, fraction=float(fraction), scaling=scaling)
+    return RopeConfig(base=float(base), fraction=float(turned or fraction or 1), scaling=scaling)
+
+
+def _drop_null(values: dict[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in values.items() if value is not None}
 
 
 # rope_type -> what its keys are called here.

@@ -22,6 +22,7 @@ from sparsejax.layers import AttentionConfig, LayerConfig, Mamba2Config, MlpConf
 def translate(fields: Fields) -> Translation:
     """From the keys of a `BambaConfig`."""
     fields.ignore("z_loss_coefficient", "mamba_chunk_size")
+    fields.require("partial_rotary_factor", 0.5)  # another counts in `rope_parameters` only
     width, heads, depth = (fields.take(k) for k in ("hidden_size", "num_attention_heads", "num_hidden_layers"))
     norm = NormConfig("rms", fields.take("rms_norm_eps", 1e-5))
     activation = fields.choose("hidden_act", ACTIVATIONS, "silu")

@@ -22,29 +22,35 @@ from sparsejax.interop.huggingface.translation import (
     pieces_of_gated_mlp,
     read_layer_types,
     read_rope,
+    read_ropes,
     read_window,
     tied_head,
 )
 from sparsejax.layers import AttentionConfig, LayerConfig, MlpConfig, NormConfig
+
+# Kinds of layers of Gemma 3: the older key of their rotary base, and the base where there is none.
+BASES = {
+    "sliding_attention": ("rope_local_base_freq", 10_000.0),
+    "full_attention": ("rope_theta", 1_000_000.0),
+}
 
 
 def _translate(fields: Fields, generation: int) -> Translation:
     """From the keys of a `Gemma2Config` or a `Gemma3TextConfig`."""
     width, depth = fields.take("hidden_size"), fields.take("num_hidden_layers")
     fields.require("use_bidirectional_attention", None, False)
-    period = fields.take("sliding_window_pattern", None) or fields.take("_sliding_window_pattern", None)
+    period = fields.take("sliding_window_pattern", None) or 6 if generation == 3 else 2
     fields.ignore("_sliding_window_pattern")
-    period = (6 if generation == 3 else 2) if period is None else period
     kinds = read_layer_types(
         fields, ["full_attention" if (i + 1) % period == 0 else "sliding_attention" for i in range(depth)]
     )
     norm = NormConfig("rms", fields.take("rms_norm_eps", 1e-6), offset=True)
     bias = fields.take("attention_bias", False)
     patterns = {"sliding_attention": read_window(fields, default=4096), "full_attention": "causal"}
-    bases = {"sliding_attention": 10_000.0, "full_attention": 1e6 if generation == 3 else 10_000.0}
-    if generation == 3 and "rope_parameters" not in fields.values:
-        bases["sliding_attention"] = fields.take("rope_local_base_freq", 10_000.0)
-    ropes = {kind: read_rope(fields, kind, bases[kind]) for kind in patterns}
+    if generation == 3:
+        ropes = read_ropes(fields, BASES, scaled=("full_attention",))
+    else:
+        ropes = dict.fromkeys(patterns, read_rope(fields))
     attention = AttentionConfig(
         pattern="causal",
         heads=fields.take("num_attention_heads", 8),

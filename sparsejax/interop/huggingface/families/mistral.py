@@ -26,7 +26,7 @@ def translate(fields: Fields) -> Translation:
     mixer = AttentionConfig(
         pattern=read_window(fields, default=4096),
         heads=heads,
-        kv_heads=fields.take("num_key_value_heads", 8),
+        kv_heads=fields.take("num_key_value_heads", 8) or heads,
         head_width=fields.take("head_dim", None) or width // heads,
         rope=read_rope(fields),
         qk_norm=NormConfig("none", 1e-6),

@@ -11,9 +11,15 @@ from sparsejax.interop.huggingface.translation import (
     Translation,
     name_layers,
     read_layer_types,
-    read_rope,
+    read_ropes,
 )
 from sparsejax.layers import AttentionConfig, LayerConfig, MlpConfig, NormConfig
+
+# Kinds of layers: the older key of their rotary base, and the base where there is none.
+BASES = {
+    "sliding_attention": ("local_rope_theta", 10_000.0),
+    "full_attention": ("global_rope_theta", 160_000.0),
+}
 
 
 def translate(fields: Fields) -> Translation:
@@ -25,9 +31,7 @@ def translate(fields: Fields) -> Translation:
     kinds = read_layer_types(fields, ["sliding_attention" if i % every else "full_attention" for i in range(depth)])
     half = fields.take("local_attention", 128) // 2
     patterns = {"sliding_attention": f"window({half}, {half})", "full_attention": "full"}
-    old = {"sliding_attention": "local_rope_theta", "full_attention": "global_rope_theta"}
-    bases = {"sliding_attention": 10_000.0, "full_attention": 160_000.0}
-    ropes = {kind: read_rope(fields, kind, fields.take(old[kind], None) or bases[kind]) for kind in patterns}
+    ropes = read_ropes(fields, BASES, scaled=tuple(BASES))
     norm = NormConfig("layer", fields.take("norm_eps", 1e-5), bias=fields.take("norm_bias", False))
     bias, mlp_bias = fields.take("attention_bias", False), fields.take("mlp_bias", False)
     inner = fields.take("intermediate_size")
