@@ -129,7 +129,6 @@ RELEASED = {
         "num_experts_per_tok": 2,
         "layer_types": (["linear_attention"] * 7 + ["full_attention"]) * 10,
         "rope_theta": 1e7,
-        "partial_rotary_factor": 0.5,
         "linear_attn_alpha_factor": 3.5565588200778455,
         "linear_attn_beta_factor": 1.0,
         "full_attn_alpha_factor": 3.5565588200778455,
@@ -306,7 +305,9 @@ def plain(model):
 def test_presets_are_what_the_released_configuration_says(name, tmp_path):
     (tmp_path / "config.json").write_text(json.dumps(RELEASED[name]))
     released, _ = huggingface.describe(tmp_path)
-    assert plain(load(name).model) == plain(released)
+    # transformers turns whole heads, the paper and the released code half of each.
+    changes = ["model.layers.full.mixer.rope.fraction=1.0"] if name == "minimax_text_01" else []
+    assert plain(load(name, *changes).model) == plain(released)
 
 
 @pytest.mark.parametrize(
