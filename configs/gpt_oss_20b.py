@@ -3,7 +3,7 @@
     sparsejax show --config=configs/gpt_oss_20b.py --length=131072
     sparsejax train --config=configs/gpt_oss_20b.py:tiny --workdir=runs/gpt_oss_20b
 
-Sizes: the model card, arXiv:2508.10925, and the released config.json. Published (its table 1): 20.91B parameters,
+Sizes: arXiv:2508.10925, the model card, and the released config.json. Published (its table 1): 20.91B parameters,
 3.61B active; the card counts the head as active and the embedding not. The cache of the twelve full layers, of eight
 heads of 64, is 24 KiB for each token in bfloat16: 6.00 GiB at 256K tokens, 3.00 GiB at the 128K that it was made for;
 windows add 3 MiB. The full size is for the account and for loading.

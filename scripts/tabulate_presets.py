@@ -8,6 +8,7 @@ Nothing is allocated; it takes seconds.
 from __future__ import annotations
 
 import ast
+import re
 
 from train_presets import CONFIGS, list_presets
 
@@ -15,7 +16,7 @@ from sparsejax import config as configs
 from sparsejax.account import account_model
 
 LENGTH = 262_144
-HEADING = ("config", "what it is", "parameters", "active", "cache at 256K")
+HEADING = ("config", "what it is", "sizes from", "parameters", "active", "cache at 256K")
 
 
 def tabulate(name: str) -> tuple[str, ...]:
@@ -24,9 +25,11 @@ def tabulate(name: str) -> tuple[str, ...]:
     model = configs.check(configs.load(str(path))).model
     layers, outside = account_model(model, LENGTH if model.causal else 1)
     total = sum(layers, outside)
-    says = ast.get_docstring(ast.parse(path.read_text())).splitlines()[0].removesuffix(".")
+    says = ast.get_docstring(ast.parse(path.read_text()))
+    source = re.search(r"Sizes:\s(arXiv:[\d.]*\d)?", says)[1] or "config.json"
+    active = _round(total.active_parameters) if total.active_parameters < total.parameters else "all"
     cache = f"{total.cache_bytes / 2**30:.2f} GiB" if model.causal else "-"
-    return f"`{name}.py`", says, _round(total.parameters), _round(total.active_parameters), cache
+    return f"`{name}.py`", says.splitlines()[0].removesuffix("."), source, _round(total.parameters), active, cache
 
 
 def _round(count: int) -> str:
@@ -36,7 +39,7 @@ def _round(count: int) -> str:
 def main() -> None:
     """Prints the table in Markdown."""
     print("|", " | ".join(HEADING), "|")
-    print("| --- | --- | ---: | ---: | ---: |")
+    print("| --- | --- | --- | ---: | ---: | ---: |")
     for name in list_presets():
         print("|", " | ".join(tabulate(name)), "|")
 
