@@ -5,7 +5,7 @@
 
 All ten query heads share one head of keys and values, half of which turns with the position. Sizes: arXiv:2402.19427,
 arXiv:2404.07839 and the released config.json. Published: 2.7B parameters, of which 0.7B are the embedding
-(2,682,862,080 in the checkpoint). The full size is for the account and for loading.
+(2,682,862,080 in the checkpoint). The full size is for the account.
 """
 
 import recipe

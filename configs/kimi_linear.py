@@ -5,7 +5,8 @@
 
 Attention is dense, in layers 3, 7, 11, 15, 19, 23 and 26 of 27; the first layer has an MLP, the others 256 experts, of
 which eight serve a token, and one more that serves all. Sizes: arXiv:2510.26692 and the released config.json.
-Published: 48B parameters, 3B active. The full size is for the account and for loading.
+Published: 48B parameters, 3B active, both without embedding and head: 48.4B and 2.73B; with them 49.1B, as in the
+checkpoint, and 3.48B. The full size is for the account.
 """
 
 import recipe

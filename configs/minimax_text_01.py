@@ -5,8 +5,8 @@
 
 Layer i has softmax attention where i % 8 == 7, with rotary positions on half of each head. It is dense: MiniMax-01 uses
 no sparse attention. Branches join what their norm gives, times (2 * 80) ** 0.25, and not the stream itself. Sizes:
-arXiv:2501.08313 and the released config.json. Published: 456B parameters, 45.9B active. The full size is for the
-account.
+arXiv:2501.08313 and the released config.json. Published: 456B parameters, 45.9B active; the latter
+without embedding and head, 48.4B with them. The full size is for the account.
 """
 
 import recipe

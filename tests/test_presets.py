@@ -14,7 +14,7 @@ from sparsejax import config as configs
 from sparsejax import data, sharding
 from sparsejax.account import account_model
 from sparsejax.interop import huggingface
-from sparsejax.layers import MIXERS, AttentionConfig, ExpertsConfig, LatentConfig, LightningConfig, MambaConfig
+from sparsejax.layers import AttentionConfig, ExpertsConfig, LatentConfig, LightningConfig, MambaConfig
 from sparsejax.model import Functional
 from sparsejax.train import build_optimizer, build_schedule, build_step, init_state
 
@@ -227,14 +227,8 @@ RELEASED = {
 }
 
 
-# Presets whose mixers are not there yet.
-WAITING = {"qwen3_next": "delta", "kimi_linear": "delta", "griffin": "rglru"}
-
-
 def load(place, *overrides):
     name, _, argument = place.partition(":")
-    if name in WAITING and WAITING[name] not in MIXERS:
-        pytest.skip(f"no mixer {WAITING[name]}")
     return configs.check(configs.load(f"{FOLDER}/{name}.py{':' if argument else ''}{argument}", overrides))
 
 
@@ -287,6 +281,7 @@ def test_parameters_are_those_published(name):
         ("gpt_oss_20b", 20_914_757_184),
         ("falcon_h1", 33_642_516_224),
         ("griffin", 2_682_862_080),
+        ("kimi_linear", 49_122_681_728),
     ],
 )
 def test_released_checkpoints_hold_as_many(name, count):
