@@ -50,7 +50,7 @@ def spread(x: Array, size: int, axis: int = -1) -> Array:
     """`x` repeated `size` times along a new axis.
 
     As a product with ones, so that its transpose is one too. The transpose of a broadcast is a sum, which XLA fuses
-    with the multiplication before it into a loop that on CPU takes up to ten times as long as a matrix product.
+    with the multiplication before it into a loop that on CPU takes several times as long as a matrix product.
     """
     ones = jnp.ones(size, x.dtype)
     return jnp.moveaxis(jnp.einsum("...,n->...n", x, ones, precision=jax.lax.Precision.HIGHEST), -1, axis)
