@@ -101,7 +101,7 @@ def draw_inputs(draw: Draw, vocab: int, traits: Traits) -> dict[str, np.ndarray]
 
 def some_length(draw: Draw, most: int = 70) -> int:
     """Short, or anything."""
-    return draw.pick(1, 2, 3, draw.number(4, 20), draw.number(4, most), draw.number(20, most))
+    return draw.pick(1, 2, 3, draw.number(4, 20), draw.number(4, most), draw.number(min(20, most), most))
 
 
 def some_heads(draw: Draw) -> tuple[int, int]:
@@ -161,12 +161,10 @@ def longformer(draw: Draw) -> tuple[dict, Traits]:
     """Windows that divide the longest of them, which is what transformers can do; global tokens in any number."""
     length = some_length(draw, 90)
     config = some_encoder(draw, length + 2 + draw.number(0, 5))
-    most = draw.pick(4, 8, 12, 24)
-    windows = [most // draw.pick(1, 2) for _ in range(config["num_hidden_layers"])]
-    windows = [window + window % 2 for window in windows]
-    config["attention_window"] = draw.pick(windows, windows[0])
-    if isinstance(config["attention_window"], list) and any(max(windows) % window for window in windows):
-        config["attention_window"] = most
+    most = draw.pick(4, 8, 12, 24)  # transformers fails with windows of 2
+    windows = [draw.pick(*(w for w in (4, 6, 8, 12, 24) if most % w == 0)) for _ in range(config["num_hidden_layers"])]
+    windows[-1] = most
+    config["attention_window"] = draw.pick(windows, most)
     return config | {"pad_token_id": 1, "bos_token_id": 0}, Traits(length, marked=draw.chance(0.8), pad=1)
 
 
@@ -230,6 +228,7 @@ def gemma3_text(draw: Draw) -> tuple[dict, Traits]:
     """As Gemma 2, with rotary positions for each kind of layer and periods of any length."""
     config, traits = gemma2(draw)
     config["rope_parameters"] = some_ropes(draw)
+    config.pop("attn_logit_softcapping", None)  # transformers does not apply it
     if "layer_types" not in config:
         config |= {"num_hidden_layers": draw.number(1, 7), **draw.maybe(sliding_window_pattern=draw.number(1, 4))}
     return config, traits

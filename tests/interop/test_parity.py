@@ -1,9 +1,7 @@
 """Models of Hugging Face folders equal what transformers computed with them: logits, streams, loss, gradients."""
 
-import collections
 import functools
 import json
-import re
 from pathlib import Path
 
 import jax
@@ -12,7 +10,7 @@ import numpy as np
 import pytest
 
 from sparsejax.interop import huggingface
-from sparsejax.interop.huggingface import families
+from sparsejax.interop.huggingface import families, parity
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 # Folders of families that cannot be loaded yet wait for them.
@@ -23,49 +21,29 @@ FOLDERS = sorted(
 )
 EVERY = pytest.mark.parametrize("name", FOLDERS)
 
-# Largest difference of logits and streams, absolute; gradient norms relative to the norm. Reformer's own float32
-# rounds scores of -1e5 to 1/128, so its first tokens carry noise.
-TOLERANCE = {"jamba": 1e-3, "qwen3_next": 1e-3, "reformer": 2e-2}
-LOGITS, GRADIENTS = 5e-4, 2e-3
-
 
 @functools.cache
-def read(name: str) -> tuple[dict, dict, dict]:
-    """Inputs, outputs and notes of a folder."""
-    inputs, outputs = (dict(np.load(GOLDEN / name / f"{part}.npz")) for part in ("inputs", "outputs"))
-    return inputs, outputs, json.loads((GOLDEN / name / "meta.json").read_text())
+def read(name: str) -> parity.Record:
+    return parity.read_record(GOLDEN / name)
 
 
 @functools.cache
 def load(name: str) -> huggingface.Pretrained:
-    inputs, _, _ = read(name)
-    options = {}
-    if "lsh_random_rotations" in inputs:
-        options["lsh_rotations"] = inputs["lsh_random_rotations"]
-    return huggingface.load(GOLDEN / name, **options)
-
-
-def keywords(name: str) -> dict:
-    inputs, _, _ = read(name)
-    return {key: inputs[key] for key in ("attention_mask", "global_attention_mask") if key in inputs}
-
-
-def real(name: str) -> np.ndarray:
-    inputs, _, _ = read(name)
-    return inputs.get("attention_mask", np.ones_like(inputs["input_ids"])).astype(bool)
+    return read(name).load()
 
 
 def assert_near(name: str, found, expected, what: str):
-    error = np.abs(np.asarray(found, np.float64) - expected).max()
-    assert error <= TOLERANCE.get(name, LOGITS), f"{name}: {what}: off by {error:.2e}"
+    error = parity.largest_difference(found, expected)
+    assert error <= parity.TOLERANCES[load(name).source["model_type"]], f"{name}: {what}: off by {error:.2e}"
 
 
 @EVERY
 def test_logits(name):
-    inputs, outputs, _ = read(name)
-    logits = load(name)(inputs["input_ids"], **keywords(name))
+    record = read(name)
+    inputs, outputs, shown = record.inputs, record.outputs, record.shown
+    logits = load(name)(inputs["input_ids"], **record.masks)
     assert logits.dtype == jnp.float32
-    assert_near(name, logits[real(name)], outputs["logits"][real(name)], "logits")
+    assert_near(name, logits[shown], outputs["logits"][shown], "logits")
     if "leftpad_logits" in outputs:
         mask = inputs["leftpad_attention_mask"]
         logits = load(name)(inputs["input_ids"][:1], attention_mask=mask)
@@ -75,62 +53,26 @@ def test_logits(name):
 
 @EVERY
 def test_streams(name):
-    inputs, outputs, _ = read(name)
-    model = load(name)
-    found = model.streams(inputs["input_ids"], **keywords(name))
+    record, model = read(name), load(name)
+    found = model.streams(record.inputs["input_ids"], **record.masks)
     streams = dict(zip(["embeddings_out", *range(len(found) - 2), "final_norm_out"], found, strict=True))
-    shown, width = real(name)[0], model.config.width
-    for key in (key for key in outputs if key.endswith("_out")):
+    shown, width = record.shown[0], model.config.width
+    for key in (key for key in record.outputs if key.endswith("_out")):
         stream = streams[key if key in streams else int(key.split("_")[1])]
         if model.config.reversible and key != "final_norm_out":  # two streams, that of attention first
             stream = stream[..., :width] if "attn_stream" in key else stream[..., width:]
-        assert_near(name, stream[0][shown], outputs[key][0][shown], key)
-
-
-# Parameters of transformers' modules that are several tensors of a checkpoint, or are called otherwise there.
-IN_MODULES = [
-    (r"^backbone\.", "model."),
-    (r"\.block_sparse_moe\.", ".mlp."),
-    (r"\.experts\.\d+\.(gate_proj|w1|w3)\.weight", ".experts.gate_up_proj"),
-    (r"\.experts\.\d+\.(down_proj|w2)\.weight", ".experts.down_proj"),
-    (r"\.[qkv]_conv1d\.", ".conv1d."),
-    (r"\.self_attn\.(f_a_proj|f_b_proj|A_log|dt_bias)", r".self_attn.forget_gate.\1"),
-]
-
-
-def norms_by_module(tensors: dict[str, np.ndarray], known: set[str]) -> dict[str, float]:
-    """The norm of each parameter of transformers' modules, from the tensors of a checkpoint."""
-    squares = collections.defaultdict(float)
-    for name, tensor in tensors.items():
-        for pattern, text in IN_MODULES:
-            name = re.sub(pattern, text, name)
-        up = r"\.experts\.\d+\.up_proj\.weight"  # one parameter with the gate, where experts are gated
-        joint = re.sub(up, ".experts.gate_up_proj", name)
-        name = joint if joint in known else re.sub(up, ".experts.up_proj", name)
-        squares[name] += float((tensor.astype(np.float64) ** 2).sum())
-    return {name: square**0.5 for name, square in squares.items()}
+        assert_near(name, stream[0][shown], record.outputs[key][0][shown], key)
 
 
 @EVERY
 def test_loss_and_gradients(name):
-    inputs, outputs, notes = read(name)
-    model, shown = load(name), jnp.asarray(real(name))
-
-    def measure(parameters):
-        logits = model.logits(parameters, inputs["input_ids"], **keywords(name))
-        losses = -jnp.take_along_axis(jax.nn.log_softmax(logits), inputs["labels"][..., None], axis=-1)[..., 0]
-        return jnp.where(shown, losses, 0).sum() / shown.sum()
-
-    loss, gradient = jax.value_and_grad(measure)(model.parameters)
-    assert_near(name, loss, outputs["loss"], "loss")
-    if "grad_norms" not in notes:
+    record = read(name)
+    _, loss, gradients = parity.measure(load(name), record.inputs["input_ids"], record.inputs["labels"], **record.masks)
+    assert_near(name, loss, record.outputs["loss"], "loss")
+    if "grad_norms" not in record.notes:
         return  # the folder of Reformer has none
-    found = norms_by_module(model.tensors(gradient), set(notes["grad_norms"]))
-    top = max(notes["grad_norms"].values())
-    for key, norm in notes["grad_norms"].items():
-        assert abs(found[key] - norm) <= GRADIENTS * (norm + 1e-3 * top), (
-            f"{name}: gradient of {key}: {found[key]} for {norm}"
-        )
+    for key, error in parity.compare_norms(gradients, record.notes["grad_norms"]).items():
+        assert error <= parity.GRADIENTS, f"{name}: gradient of {key}: off by {error:.2e} of its norm"
 
 
 @EVERY
@@ -150,9 +92,17 @@ def test_saving_and_loading_gives_the_same_tensors(name, tmp_path):
 
 def test_bigbird_with_the_random_plans_of_training():
     name = "bigbird_block_sparse"
-    inputs, outputs, _ = read(name)
-    plans = [inputs[f"train_rand_attn_layer_{i}"] for i in range(3)]
+    record = read(name)
+    plans = [record.inputs[f"train_rand_attn_layer_{i}"] for i in range(3)]
     model = huggingface.load(GOLDEN / name, random_plans=plans)
-    logits = model(inputs["input_ids"], **keywords(name))
-    shown = real(name)[0]
-    assert_near(name, logits[0][shown], outputs["train_logits"][0][shown], "logits")
+    logits = model(record.inputs["input_ids"], **record.masks)
+    shown = record.shown[0]
+    assert_near(name, logits[0][shown], record.outputs["train_logits"][0][shown], "logits")
+
+
+def test_a_number_that_is_none_is_far_away():
+    assert parity.largest_difference([1.0, np.nan], [1.0, 2.0]) == np.inf
+    assert parity.largest_difference([1.0, 2.5], [1.0, 2.0]) == 0.5
+    assert parity.compare_norms({"a": np.array([3.0, np.nan])}, {"a": 5.0})["a"] == np.inf
+    assert parity.compare_norms({"a": np.array([3.0, 4.5])}, {"a": 5.0})["a"] > 0.05
+    assert parity.compare_gradients({"a": np.array([4.0, 3.0])}, {"a": np.array([3.0, 4.0])})["a"] > 0.2

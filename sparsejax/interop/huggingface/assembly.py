@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding
 
@@ -18,6 +19,8 @@ from sparsejax.schedule import Fold
 from sparsejax.sharding import parameter_shardings
 
 Path = tuple[str | int, ...]
+# What float32, in which models compute, can hold exactly.
+PARAMETER_DTYPES = tuple(np.dtype(name) for name in ("float32", "float16", jnp.bfloat16))
 
 
 def assemble(
@@ -85,10 +88,14 @@ def _locate(fold: Fold, path: str) -> tuple[Path, int | None]:
 
 def _read(checkpoint: Checkpoint, piece: Piece, dtypes: dict[str, np.dtype]) -> list[np.ndarray]:
     arrays = [checkpoint.read(name) for name in piece.theirs]
-    dtypes |= {name: array.dtype for name, array in zip(piece.theirs, arrays, strict=True)}
+    for name, array in zip(piece.theirs, arrays, strict=True):
+        if array.dtype not in PARAMETER_DTYPES:
+            only = ", ".join(map(str, PARAMETER_DTYPES))
+            raise CheckpointError(f"{checkpoint.folder}: tensor {name}: {array.dtype} is not supported; only {only}")
+        dtypes[name] = array.dtype
     try:
         return piece.read([array.astype(np.float32) for array in arrays])
-    except (ValueError, IndexError) as error:
+    except (ValueError, IndexError, TypeError) as error:  # TypeError: a number has no length
         shapes = ", ".join(f"{name} {list(array.shape)}" for name, array in zip(piece.theirs, arrays, strict=True))
         raise CheckpointError(f"{checkpoint.folder}: wrong shape: {shapes}: {error}") from error
 

@@ -16,6 +16,8 @@ from safetensors.numpy import save_file
 
 WHOLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 SHARD_BYTES = 5 * 10**9
+# What NumPy can hold; others are quantised.
+DTYPES = ("F64", "F32", "F16", "BF16", "I64", "I32", "I16", "I8", "U8", "BOOL")
 
 
 class CheckpointError(ValueError):
@@ -67,8 +69,12 @@ class Checkpoint:
         Raises:
           CheckpointError: there is none of this name, or it cannot be read.
         """
+        file = self._file(name)
+        dtype = file.get_slice(name).get_dtype()
+        if dtype not in DTYPES:
+            raise CheckpointError(f"{self.folder}: tensor {name}: {dtype} is not supported; only {', '.join(DTYPES)}")
         try:
-            return self._file(name).get_tensor(name)
+            return file.get_tensor(name)
         except SafetensorError as error:
             raise CheckpointError(f"{self.folder}: tensor {name}: {_reason(error)}") from error
 
@@ -84,8 +90,8 @@ class Checkpoint:
         if not index.is_file():
             raise CheckpointError(f"{self.folder}: neither {WHOLE} nor {INDEX}")
         shards = read_json(index).get("weight_map")
-        if not isinstance(shards, dict) or not shards:
-            raise CheckpointError(f"{index}: no weight_map")
+        if not isinstance(shards, dict) or not all(isinstance(name, str) for name in shards.values()) or not shards:
+            raise CheckpointError(f"{index}: no weight_map of tensors to files")
         paths = [self.folder / name for name in dict.fromkeys(shards.values())]
         for path in paths:
             if not path.is_file():
@@ -139,7 +145,7 @@ def _split(tensors: dict[str, np.ndarray], most: int) -> Iterable[dict[str, np.n
             yield shard
             shard, held = {}, 0
         # safetensors writes memory as it lies: a transposed view has to be laid out first.
-        shard[name], held = np.ascontiguousarray(tensor), held + tensor.nbytes
+        shard[name], held = np.asarray(tensor, order="C"), held + tensor.nbytes
     yield shard
 
 

@@ -32,29 +32,45 @@ class Fields:
         self._seen: set[str] = set()
 
     def take(self, key: str, default: Any = _REQUIRED) -> Any:
-        """The value of a key; without a default it has to be there. An infinite number may be written as an object."""
+        """The value of a key; without a default it has to be there. An infinite number may be written as an object.
+
+        Raises:
+          CheckpointError: it is missing, or not of the kind that the default is of.
+        """
         self._seen.add(key)
-        if key not in self.values:
-            if default is _REQUIRED:
+        value = _plain(self.values.get(key))
+        if default is _REQUIRED:
+            if value is None:
                 raise self.error(key, "missing")
+            return value
+        if key not in self.values:
             return default
-        return _plain(self.values[key])
+        if isinstance(default, bool):
+            self._expect(key, value, "true or false", bool)
+        elif isinstance(default, int | float):
+            self._expect(key, value, "a number", int, float, list)  # a list has one for each layer
+        return value
 
     def choose(self, key: str, options: dict[Any, Any], default: Any = _REQUIRED) -> Any:
         """What `options` has for the value of a key; another value is refused."""
         value = self.take(key, default)
-        if value not in options:
+        if isinstance(value, list | dict) or value not in options:
             raise self.error(key, f"{value!r} is not supported; only {', '.join(map(repr, options))}")
         return options[value]
 
     def require(self, key: str, *values: Any) -> None:
         """Refuses a key that is there with another value than these."""
         if key in self.values:
-            self.choose(key, dict.fromkeys(values))
+            self.choose(key, dict.fromkeys(values), None)
 
     def ignore(self, *keys: str) -> None:
         """Notes keys that are of no account for what the model computes."""
         self._seen.update(keys)
+
+    def _expect(self, key: str, value: Any, what: str, *kinds: type) -> None:
+        """Null is for whoever reads it."""
+        if value is not None and not (isinstance(value, kinds) and (bool in kinds or not isinstance(value, bool))):
+            raise self.error(key, f"expected {what}, got {value!r}")
 
     def error(self, key: str, message: str) -> CheckpointError:
         """An error about a key."""

@@ -228,17 +228,17 @@ def _read_source(place: str | Path) -> tuple[dict[str, Any], str]:
 def _translate(source: dict[str, Any], place: str, **options: Any) -> Translation:
     fields = Fields(source, place)
     kind = source.get("model_type")
-    if kind not in FAMILIES:
+    if not isinstance(kind, str) or kind not in FAMILIES:
         raise fields.error("model_type", f"{kind!r} is not supported; there are {', '.join(sorted(FAMILIES))}")
     try:
         translation = FAMILIES[kind](fields, **options)
     except TypeError as error:
         if options and "unexpected keyword argument" in str(error):
             raise CheckpointError(f"{place}: a {kind} model does not take {', '.join(options)}") from error
-        raise
+        raise CheckpointError(f"{place}: values of a wrong kind: {error}") from error
     except CheckpointError:
         raise
-    except ValueError as error:  # the project's own checks of sizes that do not go together
+    except (ValueError, ArithmeticError) as error:  # the project's own checks of sizes that do not go together
         raise CheckpointError(f"{place}: {error}") from error
     fields.finish()
     return translation

@@ -38,6 +38,7 @@ def translate(fields: Fields) -> Translation:
         bias=bias,
         out_bias=bias,
     )
+    fields.require("attn_rotary_emb", attention.rope.width(attention.head_width))  # another name of older files
     mamba = read_mamba2(fields, width, norm.eps, out_bias=fields.take("mamba_proj_bias", False))
     if activation != "silu":
         raise fields.error("hidden_act", "only silu is supported")  # it is the activation of the mixers too

@@ -40,7 +40,13 @@ def translate(fields: Fields, random_plans: Sequence[np.ndarray] | None = None) 
     most = (5 + 2 * r) * tile
 
     def at_length(length: int) -> tuple[ModelConfig, int]:
-        return (model, tile) if length > most else (full, 1)
+        if length <= most:
+            return full, 1
+        tiles = -(-length // tile)
+        for plan in random_plans or ():
+            if len(plan[0]) != tiles - 2:
+                raise ValueError(f"random_plans: for {len(plan[0]) + 2} tiles, but {length} tokens are {tiles} tiles")
+        return model, tile
 
     head, unused = pieces_of_head("cls.predictions", "transform.dense", "transform.LayerNorm", model.tied)
     pieces = [*pieces_of_encoder("bert", model, dict.fromkeys(PROJECTIONS, bias)), *head]

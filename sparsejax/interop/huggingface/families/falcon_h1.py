@@ -22,7 +22,8 @@ from sparsejax.layers import AttentionConfig, BranchConfig, LayerConfig, MlpConf
 
 def translate(fields: Fields) -> Translation:
     """From the keys of a `FalconH1Config`."""
-    fields.ignore("mamba_chunk_size")
+    fields.ignore("mamba_chunk_size", "mlp_expansion_factor")
+    fields.require("mamba_use_mlp", True)
     width, depth = fields.take("hidden_size"), fields.take("num_hidden_layers")
     norm = NormConfig("rms", fields.take("rms_norm_eps", 1e-5))
     bias, mlp_bias = fields.take("attention_bias", False), fields.take("mlp_bias", False)

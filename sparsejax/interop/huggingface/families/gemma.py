@@ -40,10 +40,13 @@ def _translate(fields: Fields, generation: int) -> Translation:
     width, depth = fields.take("hidden_size"), fields.take("num_hidden_layers")
     fields.require("use_bidirectional_attention", None, False)
     period = fields.take("sliding_window_pattern", None) or 6 if generation == 3 else 2
-    fields.ignore("_sliding_window_pattern")
+    fields.ignore("_sliding_window_pattern", "cache_implementation")
+    fields.ignore("hidden_act")  # `hidden_activation` is what counts
     kinds = read_layer_types(
         fields, ["full_attention" if (i + 1) % period == 0 else "sliding_attention" for i in range(depth)]
     )
+    if generation == 3:
+        fields.require("attn_logit_softcapping", None)  # the reference has the key, but caps nothing
     norm = NormConfig("rms", fields.take("rms_norm_eps", 1e-6), offset=True)
     bias = fields.take("attention_bias", False)
     patterns = {"sliding_attention": read_window(fields, default=4096), "full_attention": "causal"}

@@ -32,7 +32,7 @@ def translate(fields: Fields) -> Translation:
     mlp = MlpConfig("gated", inner, activation)
     experts = ExpertsConfig(fields.take("num_experts", 16), fields.take("num_experts_per_tok", 2), inner, activation)
     attends = _read_period(fields, "attn_layer", depth, 8, 4)
-    routes = _read_period(fields, "expert_layer", depth, 2, 1) if experts.experts > 1 else [False] * depth
+    routes = [route and experts.experts > 1 for route in _read_period(fields, "expert_layer", depth, 2, 1)]
     layers = []
     for attend, route in zip(attends, routes, strict=True):
         name = "full" if attend else "ssm"

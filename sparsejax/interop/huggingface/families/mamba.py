@@ -14,6 +14,8 @@ from sparsejax.layers import LayerConfig, Mamba2Config, MambaConfig, NormConfig
 STARTS = (
     "time_step_init_scheme time_step_scale time_step_min time_step_max time_step_floor rescale_prenorm_residual"
     " residual_in_fp32 use_mambapy use_associative_scan time_step_rank expand chunk_size intermediate_size"
+    # What the files of the first implementation have besides.
+    " d_model d_inner n_layer ssm_cfg fused_add_norm pad_vocab_size_multiple norm_before_gate"
 )
 
 
@@ -21,6 +23,7 @@ def translate(fields: Fields) -> Translation:
     """From the keys of a `MambaConfig`."""
     fields.ignore(*STARTS.split())
     fields.require("hidden_act", "silu")
+    fields.require("rms_norm", True)
     width = fields.take("hidden_size", 768)
     rank = fields.take("time_step_rank", "auto")
     mixer = MambaConfig(
@@ -40,6 +43,7 @@ def translate_2(fields: Fields) -> Translation:
     """From the keys of a `Mamba2Config`."""
     fields.ignore(*STARTS.split())
     fields.require("hidden_act", "silu")
+    fields.require("rms_norm", True)
     width = fields.take("hidden_size", 4096)
     groups, eps = fields.take("n_groups", 8), fields.take("layer_norm_epsilon", 1e-5)
     mixer = Mamba2Config(

@@ -12,7 +12,6 @@ from sparsejax.interop.huggingface.translation import (
     name_layers,
     pieces_of_attention,
     pieces_of_experts,
-    tied_head,
 )
 from sparsejax.layers import AttentionConfig, ExpertsConfig, LayerConfig, Mamba2Config, MlpConfig, NormConfig
 
@@ -55,21 +54,24 @@ def translate(fields: Fields) -> Translation:
         else (kind, LayerConfig(None, parts[kind], norm, "pre", remat=False))
         for kind in kinds
     ]
-    tied = fields.take("tie_word_embeddings", False)
+    fields.ignore("tie_word_embeddings")  # the reference ties nothing, whatever it says
     model = ModelConfig(
         vocab=fields.take("vocab_size"),
         width=width,
         **name_layers(layers),
         norm=norm,
-        tied=tied,
+        tied=False,
         dtype="float32",
         scan=True,
     )
-    pieces = [same("backbone.embeddings.weight", "embedding.tokens"), same("backbone.norm_f.weight", "norm.scale")]
-    pieces += [] if tied else [transposed("lm_head.weight", "head.weight")]
+    pieces = [
+        same("backbone.embeddings.weight", "embedding.tokens"),
+        same("backbone.norm_f.weight", "norm.scale"),
+        transposed("lm_head.weight", "head.weight"),
+    ]
     for i, kind in enumerate(kinds):
         pieces += _pieces_of_layer(f"backbone.layers.{i}", f"layers.{i}", kind, parts[kind])
-    return Translation(model, pieces, unused=(*tied_head(tied), r"mtp\..*"))
+    return Translation(model, pieces, unused=(r"mtp\..*",))
 
 
 def _read_kinds(fields: Fields) -> list[str]:

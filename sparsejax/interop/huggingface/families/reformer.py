@@ -32,7 +32,7 @@ def translate(fields: Fields, lsh_rotations: np.ndarray | None = None) -> Transl
     chunks = {kind: fields.take(f"{kind}_attn_chunk_length", 64) for kind in ("local", "lsh")}
     norm, causal = NormConfig("layer", fields.take("layer_norm_eps", 1e-12)), fields.take("is_decoder", False)
     local, look = _read_local(fields, causal), _read_look(fields, "local")
-    lsh = _read_lsh(fields, chunks["lsh"], causal)
+    lsh, buckets = _read_lsh(fields, chunks["lsh"], causal), _read_buckets(fields)
     mlp = MlpConfig(
         "plain", fields.take("feed_forward_size", 512), fields.choose("hidden_act", ACTIVATIONS, "relu"), bias=True
     )
@@ -45,7 +45,7 @@ def translate(fields: Fields, lsh_rotations: np.ndarray | None = None) -> Transl
         padded = -(-length // multiple) * multiple if length > shortest else length
         mixers = {
             "local": dataclasses.replace(local, pattern=_write_pattern(chunks["local"], *look, causal, padded)),
-            "lsh": dataclasses.replace(lsh, buckets=lsh.buckets or _choose_buckets(chunks["lsh"], padded, most)),
+            "lsh": dataclasses.replace(lsh, buckets=buckets or _choose_buckets(chunks["lsh"], padded, most)),
         }
         layers = [(kind, LayerConfig(mixers[kind], mlp, norm, "pre", remat=False)) for kind in kinds]
         model = ModelConfig(
@@ -96,20 +96,24 @@ def _read_local(fields: Fields, causal: bool) -> AttentionConfig:
 
 
 def _read_lsh(fields: Fields, chunk: int, causal: bool) -> LshConfig:
-    """The LSH mixer; without `num_buckets` it has none yet, since their number follows from the length."""
-    buckets = fields.take("num_buckets", None) or ()
     before, after = _read_look(fields, "lsh")
     return LshConfig(
         heads=fields.take("num_attention_heads", 12),
         head_width=fields.take("attention_head_size", 64),
         chunk=chunk,
-        buckets=(buckets,) if isinstance(buckets, int) else tuple(buckets),
+        buckets=(2,),  # as many as `_read_buckets` says, or as the length asks for
         hashes=fields.take("num_hashes", 1),
         causal=causal,
         seed=fields.take("hash_seed", None) or 0,
         before=before,
         after=after,
     )
+
+
+def _read_buckets(fields: Fields) -> tuple[int, ...]:
+    """None if their number follows from the length."""
+    buckets = fields.take("num_buckets", None) or ()
+    return (buckets,) if isinstance(buckets, int) else tuple(buckets)
 
 
 def _choose_buckets(chunk: int, length: int, most: int) -> tuple[int, ...]:
@@ -130,7 +134,8 @@ def _write_pattern(chunk: int, before: int, after: int, causal: bool, length: in
     if count == 1:
         return "causal" if causal else "full"
     offsets = range(-before, after + 1)
-    met = [[key for o in offsets if not causal or (key := (query + o) % count) <= query] for query in range(count)]
+    met = [[key % count for key in range(query - before, query + after + 1)] for query in range(count)]
+    met = [[key for key in keys if not causal or key <= query] for query, keys in enumerate(met)]
     beside = [list(range(max(query - before, 0), min(query + after, count - 1) + 1)) for query in range(count)]
     if met == [[key for key in keys if not causal or key <= query] for query, keys in enumerate(beside)]:
         parts = [f"shift(chunk({chunk}), {-o * chunk})" if o else f"chunk({chunk})" for o in offsets]

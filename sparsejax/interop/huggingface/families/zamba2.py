@@ -41,7 +41,8 @@ def translate(fields: Fields) -> Translation:
     mixer_rank = rank if fields.take("use_shared_attention_adapter", False) else None
     hybrids = [i for i, kind in enumerate(kinds) if kind == "hybrid"]
     # The reference ties blocks as it ties embeddings: without that, each layer has a block of its own.
-    blocks = min(fields.take("num_mem_blocks", 1), len(hybrids)) if tied else len(hybrids)
+    blocks = fields.take("num_mem_blocks", 1)
+    blocks = min(blocks, len(hybrids)) if tied else len(hybrids)
     layers = []
     for i in range(len(kinds)):
         side, name = None, "ssm"
