@@ -1,5 +1,7 @@
 """Accounts, held against numbers worked out by hand and against what XLA counts in the compiled program."""
 
+import math
+
 import jax
 import jax.numpy as jnp
 import pytest
@@ -10,6 +12,7 @@ from sparsejax.config import ModelConfig
 from sparsejax.layers import (
     Attention,
     AttentionConfig,
+    ExpertsConfig,
     LayerConfig,
     Mamba,
     MambaConfig,
@@ -107,3 +110,28 @@ def test_xla_counts_the_body_of_a_scan_once():
     linear = sum(part.flops for part in (module.input, module.gate, module.select, module.dt, module.out))
     assert many - chunk == pytest.approx(512 * linear, rel=0.1)
     assert many < 1024 * module.cost(1024).flops
+
+
+def test_the_parameters_are_those_that_the_model_has():
+    experts = ExpertsConfig(experts=4, top_k=1, width=64, activation="silu", shared_width=32)
+    layers = {
+        "local": LayerConfig(attention("causal & window(31)"), MLP, NORM, "pre", remat=False),
+        "routed": LayerConfig(attention("causal"), experts, NORM, "pre", remat=False),
+    }
+    config = ModelConfig(512, WIDTH, "3x(local routed) local", layers, NORM, tied=False, dtype="float32", scan=True)
+    rows, outside = account_model(config, LENGTH)
+    total = sum(rows, outside)
+    assert total.parameters == sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(Functional(config).shapes))
+    assert total.parameters - total.active_parameters == 3 * 3 * 3 * WIDTH * 64  # layers, experts, gate and up and down
+    assert [row.parameters == row.active_parameters for row in rows] == [True, False] * 3 + [True]
+    assert outside.active_parameters == outside.parameters == 2 * 512 * WIDTH + WIDTH
+
+
+@pytest.mark.parametrize(("dtype", "size"), [("float32", 4), ("bfloat16", 2)])
+def test_caches_are_in_the_dtype_of_the_model_and_states_in_float32(dtype, size):
+    mamba = MambaConfig(inner=64, state=16, conv=4, dt_rank=4, dt_min=1e-3, dt_max=0.1)
+    mixers = {"local": attention("causal & window(31)"), "full": attention("causal"), "ssm": mamba}
+    layers = {name: LayerConfig(mixer, None, NORM, "pre", remat=False) for name, mixer in mixers.items()}
+    config = ModelConfig(512, WIDTH, "local full ssm", layers, NORM, tied=True, dtype=dtype, scan=True)
+    found = [row.cache_bytes for row in account_model(config, LENGTH)[0]]
+    assert found == [2 * 32 * 128 * size, 2 * LENGTH * 128 * size, 64 * (3 * size + 16 * 4)]

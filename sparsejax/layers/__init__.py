@@ -2,6 +2,7 @@
 
 from sparsejax.layers.attention import Attention, AttentionConfig
 from sparsejax.layers.conv import Conv, ConvConfig, ShortConv
+from sparsejax.layers.delta import Delta, DeltaConfig
 from sparsejax.layers.experts import Experts, ExpertsConfig
 from sparsejax.layers.latent import IndexerConfig, Latent, LatentConfig
 from sparsejax.layers.layer import FEEDFORWARDS, FeedForwardConfig, Layer, LayerConfig, Losses, ResidualConfig
@@ -12,6 +13,7 @@ from sparsejax.layers.mamba2 import Mamba2, Mamba2Config
 from sparsejax.layers.mixers import MIXERS, BranchConfig, MixerConfig, Parallel, ParallelConfig
 from sparsejax.layers.mlp import ACTIVATIONS, Mlp, MlpConfig
 from sparsejax.layers.norm import Norm, NormConfig
+from sparsejax.layers.rglru import RgLru, RgLruConfig
 from sparsejax.layers.rotary import RopeConfig, RopeScaling
 from sparsejax.layers.shared import Shared, SharedConfig, Side, SideConfig
 from sparsejax.layers.stream import NOTHING, Context, Cost, Linear, Stream, parameter
@@ -28,6 +30,8 @@ __all__ = [
     "Conv",
     "ConvConfig",
     "Cost",
+    "Delta",
+    "DeltaConfig",
     "Experts",
     "ExpertsConfig",
     "FeedForwardConfig",
@@ -54,6 +58,8 @@ __all__ = [
     "Parallel",
     "ParallelConfig",
     "ResidualConfig",
+    "RgLru",
+    "RgLruConfig",
     "RopeConfig",
     "RopeScaling",
     "Shared",

@@ -85,7 +85,7 @@ class Mamba2(nnx.Module):
         self.conv = ShortConv(d, config.conv, bias=config.conv_bias, dtype=dtype, rngs=rngs)
         self.conv_select = ShortConv(select, config.conv, bias=config.conv_bias, dtype=dtype, rngs=rngs, axis=None)
         self.dt_bias = parameter(rngs, self._start_dt, (h,), (None,))
-        self.log_decay = parameter(rngs, _start_decay, (h,), (None,))
+        self.log_decay = parameter(rngs, start_decay, (h,), (None,))
         self.skip = parameter(rngs, jax.nn.initializers.ones, (h,), (None,))
         self.norm = None if config.norm_eps is None else self._make_norm(rngs)
         axes, start = ("inner", "width"), output_scale(stream)
@@ -169,6 +169,6 @@ class Mamba2(nnx.Module):
         return start_dt(key, shape, dtype, self.config.dt_min, self.config.dt_max)
 
 
-def _start_decay(key: Array, shape: tuple[int, ...], dtype: jnp.dtype) -> Array:
+def start_decay(key: Array, shape: tuple[int, ...], dtype: jnp.dtype) -> Array:
     """-A uniform in [1, 16], stored as a logarithm."""
     return jnp.log(jax.random.uniform(key, shape, dtype, 1.0, 16.0))

@@ -16,11 +16,13 @@ from jaxtyping import Array, Float, Int
 from sparsejax import patterns
 from sparsejax.layers.attention import Attention, AttentionConfig
 from sparsejax.layers.conv import Conv, ConvConfig
+from sparsejax.layers.delta import Delta, DeltaConfig
 from sparsejax.layers.latent import Latent, LatentConfig
 from sparsejax.layers.lightning import Lightning, LightningConfig
 from sparsejax.layers.lsh import Lsh, LshConfig
 from sparsejax.layers.mamba import Mamba, MambaConfig
 from sparsejax.layers.mamba2 import Mamba2, Mamba2Config
+from sparsejax.layers.rglru import RgLru, RgLruConfig
 from sparsejax.layers.stream import NOTHING, Context, Cost, Stream
 
 
@@ -97,12 +99,14 @@ class Parallel(nnx.Module):
 MIXERS = {
     "attention": (AttentionConfig, Attention),
     "conv": (ConvConfig, Conv),
+    "delta": (DeltaConfig, Delta),
     "latent": (LatentConfig, Latent),
     "lightning": (LightningConfig, Lightning),
     "lsh": (LshConfig, Lsh),
     "mamba": (MambaConfig, Mamba),
     "mamba2": (Mamba2Config, Mamba2),
     "parallel": (ParallelConfig, Parallel),
+    "rglru": (RgLruConfig, RgLru),
 }
 MixerConfig = functools.reduce(operator.or_, (config for config, _ in MIXERS.values()))
 

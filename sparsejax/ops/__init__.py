@@ -2,6 +2,8 @@
 
 from sparsejax.ops.attention import IMPLEMENTATIONS, Implementation, ImplementationError, attend, attend_one, merge
 from sparsejax.ops.conv import causal_conv
+from sparsejax.ops.delta import delta_rule, delta_step
+from sparsejax.ops.linear_scan import linear_scan, linear_step
 from sparsejax.ops.lsh import attend_hashed, attend_hashed_one, hash_buckets
 from sparsejax.ops.request import count_bonus, lean
 from sparsejax.ops.scan import selective_scan, selective_step
@@ -21,9 +23,13 @@ __all__ = [
     "attend_selected",
     "causal_conv",
     "count_bonus",
+    "delta_rule",
+    "delta_step",
     "hash_buckets",
     "index_scores",
     "lean",
+    "linear_scan",
+    "linear_step",
     "merge",
     "select_keys",
     "selective_scan",

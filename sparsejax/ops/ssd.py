@@ -16,6 +16,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
+from sparsejax.ops.chunks import scan_chunks, spread
+
 CHUNK = 64
 
 
@@ -48,12 +50,10 @@ def ssd(
     wide = jnp.promote_types(x.dtype, jnp.float32)
     state = jnp.zeros((b, h, p, n), wide) if state is None else state.astype(wide)
     decay = dt.astype(wide) * A.astype(wide)
-    inputs = (x.astype(wide) * dt.astype(wide)[..., None], decay, B.astype(wide), C.astype(wide))
+    inputs = (x.astype(wide) * spread(dt.astype(wide), p), decay, B.astype(wide), C.astype(wide))
     inputs += (jnp.zeros((b, t), bool) if starts is None else starts,)
-    length = min(chunk, t)
     # Padding decays by nothing and adds nothing, so it leaves the state as it is.
-    state, y = jax.lax.scan(_run_chunk, state, tuple(_split_chunks(a, length) for a in inputs))
-    y = jnp.moveaxis(y, 0, 1).reshape(b, -1, h, p)[:, :t]
+    state, y = scan_chunks(_run_chunk, state, inputs, chunk)
     return y.astype(x.dtype), state
 
 
@@ -75,13 +75,6 @@ def ssd_step(
     return jnp.einsum("bhpn,bhn->bhp", state, C).astype(x.dtype), state
 
 
-def _split_chunks(x: Array, length: int) -> Array:
-    """[b, t, ...] -> [chunks, b, length, ...], padded with zeros."""
-    x = jnp.pad(x, ((0, 0), (0, -x.shape[1] % length), *((0, 0),) * (x.ndim - 2)))
-    return jnp.moveaxis(x.reshape(x.shape[0], -1, length, *x.shape[2:]), 1, 0)
-
-
-@jax.checkpoint
 def _run_chunk(state: Array, chunk: tuple[Array, ...]) -> tuple[Array, Array]:
     """The state after a chunk, and its outputs [b, c, h, p]."""
     x, decay, B, C, starts = chunk
@@ -92,12 +85,13 @@ def _run_chunk(state: Array, chunk: tuple[Array, ...]) -> tuple[Array, Array]:
     matrix = decay_matrix(decay, document)
     last = jnp.moveaxis(matrix[:, :, -1], 1, -1)  # how much of each position is left at the end
     heads = x.reshape(b, c, g, h // g, p)
-    inner = jnp.einsum("bcgn,bsgn->bgcs", C, B)[:, :, None] * matrix.reshape(b, g, -1, c, c)
+    inner = spread(jnp.einsum("bcgn,bsgn->bgcs", C, B), h // g, axis=2) * matrix.reshape(b, g, -1, c, c)
     y = jnp.einsum("bgrcs,bsgrp->bcgrp", inner, heads)
     held = state.reshape(b, g, h // g, p, n)
-    y = y + jnp.einsum("bcgn,bgrpn->bcgrp", C, held) * old.reshape(b, c, g, -1, 1)
-    added = jnp.einsum("bcgrp,bcgn->bgrpn", heads * last.reshape(b, c, g, -1, 1), B).reshape(state.shape)
-    return state * old[:, -1, :, None, None] + added, y.reshape(x.shape)
+    y = y + jnp.einsum("bcgn,bgrpn->bcgrp", C, held) * spread(old.reshape(b, c, g, -1), p)
+    left = heads * spread(last.reshape(b, c, g, -1), p)
+    added = jnp.einsum("bcgrp,bcgn->bgrpn", left, B).reshape(state.shape)
+    return state * spread(spread(old[:, -1], p), n) + added, y.reshape(x.shape)
 
 
 def decay_matrix(decay: Float[Array, "b c h"], document: Array) -> Float[Array, "b h c c"]:

@@ -45,7 +45,7 @@ def bigbird(
 
     Args:
       tile: tokens of a tile. Lengths should be multiples of it.
-      r: random key tiles of each query tile.
+      r: random key tiles of each query tile; 0 for none.
       seed: of the draw; the released models use the number of the layer.
       heads: draws for so many heads; one draw for all of them if not given.
       layer: number of the layer; draws of different layers differ.
@@ -67,9 +67,10 @@ def bigbird(
         heads = len(drawn)
     elif plan == "uniform":
         keys = {"tile": tile, "seed": seed, "apart": 2, "ends": 0 if extra else 1, "layer": layer}
-        drawn = [(Random(r, **keys, head=i),) for i in range(heads or 1)]
+        drawn = [(Random(r, **keys, head=i),) if r else () for i in range(heads or 1)]
     elif plan == "released":
-        drawn = [(BigBirdRandom(r, tile=tile, seed=seed, head=i, among=heads or 1),) for i in range(heads or 1)]
+        keys = {"tile": tile, "seed": seed, "among": heads or 1}
+        drawn = [(BigBirdRandom(r, **keys, head=i),) if r else () for i in range(heads or 1)]
     elif plan == "evaluation":
         drawn = [(lib.GlobalKeys(tile) - (lib.GlobalQueries(tile) | lib.GlobalQueries(-tile)),) * r] * (heads or 1)
     else:

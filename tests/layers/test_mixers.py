@@ -16,6 +16,7 @@ from sparsejax.layers import (
     AttentionConfig,
     BranchConfig,
     ConvConfig,
+    DeltaConfig,
     IndexerConfig,
     LatentConfig,
     LightningConfig,
@@ -24,6 +25,7 @@ from sparsejax.layers import (
     MambaConfig,
     NormConfig,
     ParallelConfig,
+    RgLruConfig,
     RopeConfig,
     RopeScaling,
     Stream,
@@ -120,6 +122,13 @@ MIXED = {
             *(2, 4, 3, 2, 2, 1e-2, 0.5, 1e-5), norm_before_gate=True, dt_ceiling=0.3
         ),
     },
+    "delta": {
+        "delta": DeltaConfig(heads=4, key_heads=2, key_width=3, value_width=2, conv=4, norm_eps=1e-5, chunk=16),
+        "delta by channel": DeltaConfig(
+            *(2, 2, 4, 3, 3, 1e-5), channel_decay=True, rank=2, gate="sigmoid", dt_min=1e-2, dt_max=0.5, chunk=16
+        ),
+    },
+    "rglru": {"rglru": RgLruConfig(inner=8, heads=2, conv=4, power=0.2)},
     "attention": {pattern: attention(pattern) for pattern in PATTERNS} | OPTIONS,
 }
 EVERY = pytest.mark.parametrize("config", [pytest.param(c, id=i) for kind in MIXED.values() for i, c in kind.items()])

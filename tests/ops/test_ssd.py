@@ -37,23 +37,29 @@ def make_starts(length: int) -> np.ndarray:
 
 def recur(x, dt, A, B, C, state, starts=None):
     """One position after the other, in the dtype of the inputs; jnp, so that it can be differentiated."""
-    share, ys = HEADS // GROUPS, []
-    for t in range(x.shape[1]):
-        if starts is not None:
-            state = jnp.where(starts[:, t, None, None, None], 0, state)
-        b, c = (jnp.repeat(a[:, t], share, axis=1) for a in (B, C))
-        state = jnp.exp(dt[:, t] * A)[..., None, None] * state
-        state = state + (dt[:, t, :, None] * x[:, t])[..., None] * b[:, :, None]
-        ys.append((state * c[:, :, None]).sum(-1))
-    return jnp.stack(ys, axis=1), state
+    starts = np.zeros(x.shape[:2], bool) if starts is None else starts
+
+    def advance(state, step):
+        x, dt, B, C, start = step
+        B, C = (jnp.repeat(a, HEADS // GROUPS, axis=1) for a in (B, C))
+        state = jnp.where(start[:, None, None, None], 0, state)
+        state = jnp.exp(dt * A)[..., None, None] * state + (dt[..., None] * x)[..., None] * B[:, :, None]
+        return state, (state * C[:, :, None]).sum(-1)
+
+    state, y = jax.lax.scan(advance, state, [jnp.swapaxes(a, 0, 1) for a in (x, dt, B, C, starts)])
+    return jnp.swapaxes(y, 0, 1), state
 
 
 def run(function, inputs):
     """Outputs, and gradients of a weighted sum of both."""
     random = np.random.default_rng(3)
     weights = [random.normal(size=shape) for shape in (inputs[0].shape, inputs[-1].shape)]
-    outputs, vjp = jax.vjp(function, *inputs)
-    return outputs, vjp(tuple(jnp.asarray(w, o.dtype) for w, o in zip(weights, outputs, strict=True)))
+
+    def differentiate(*inputs):
+        outputs, vjp = jax.vjp(function, *inputs)
+        return outputs, vjp(tuple(jnp.asarray(w, o.dtype) for w, o in zip(weights, outputs, strict=True)))
+
+    return jax.jit(differentiate)(*inputs)
 
 
 @pytest.mark.parametrize("documents", [False, True])
@@ -95,11 +101,24 @@ def test_strong_decay_gives_no_nan_forward_or_backward():
     assert all(np.isfinite(a).all() for a in (*outputs, *gradients))
 
 
-def test_the_backward_pass_keeps_states_by_chunk():
-    def kept(length: int, chunk: int) -> int:
-        inputs = [jax.ShapeDtypeStruct(a.shape, jnp.float32) for a in make_inputs(length)]
-        _, vjp = jax.eval_shape(lambda *a: jax.vjp(functools.partial(ssd, chunk=chunk), *a), *inputs)
-        size = HEADS * WIDTH * STATE * BATCH
-        return sum(leaf.size for leaf in jax.tree.leaves(vjp) if leaf.size % size == 0) // size
+@pytest.mark.parametrize("chunk", [8, 16, 32])
+def test_the_backward_pass_keeps_states_by_chunk(chunk):
+    inputs = [jax.ShapeDtypeStruct(a.shape, jnp.float32) for a in make_inputs(128)]
+    _, vjp = jax.eval_shape(lambda *a: jax.vjp(functools.partial(ssd, chunk=chunk), *a), *inputs)
+    size = HEADS * WIDTH * STATE * BATCH
+    assert sum(leaf.size for leaf in jax.tree.leaves(vjp) if leaf.size % size == 0) // size == 128 // chunk
 
-    assert kept(128, 16) == 128 // 16
+
+def test_memory_of_the_backward_pass_when_compiled():
+    def temporary(length: int) -> int:
+        """Bytes that forward and backward pass need together, with a state of 64 x 64."""
+        shapes = [(1, length, 1, 64), (1, length, 1), (1,), (1, length, 1, 64), (1, length, 1, 64), (1, 1, 64, 64)]
+        inputs = [jax.ShapeDtypeStruct(shape, jnp.float32) for shape in shapes]
+        loss = lambda *a: sum(jnp.square(part).sum() for part in ssd(*a, chunk=32))  # noqa: E731
+        run = jax.jit(jax.grad(loss, argnums=tuple(range(6))))
+        return run.lower(*inputs).compile().memory_analysis().temp_size_in_bytes
+
+    state, positions = 4 * 64 * 64, 4 * 3 * 64
+    grown = temporary(2048) - temporary(1024)
+    assert grown >= 1024 // 32 * state
+    assert grown <= 1024 // 32 * state + 4 * 1024 * positions  # a state of each position would be 1024 * state

@@ -64,6 +64,12 @@ def test_bigbird_with_extra_tokens_has_no_global_tile():
     assert not mask[-4:].all(1).any()
 
 
+@pytest.mark.parametrize("plan", ["uniform", "released", "evaluation"])
+def test_bigbird_may_draw_no_tiles(plan):
+    known = parse("chunk(4) | shift(chunk(4), 4) | shift(chunk(4), -4) | globals(2)")
+    assert recipes.bigbird(4, 0, seed=0, extra=2, plan=plan) == known
+
+
 def test_a_plan_that_is_none_is_refused():
     with pytest.raises(PatternError, match="plan must be uniform, released or evaluation, got 'none'"):
         recipes.bigbird(4, 1, seed=0, plan="none")

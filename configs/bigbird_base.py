@@ -1,0 +1,54 @@
+"""BigBird base: an encoder of neighbouring tiles, global tiles or tokens, and random tiles drawn for each layer.
+
+    sparsejax show --config=configs/bigbird_base.py:itc --length=4096
+    sparsejax show --config=configs/bigbird_base.py:etc --length=4096
+    sparsejax train --config=configs/bigbird_base.py:tiny --workdir=runs/bigbird_base
+
+`:itc` (or nothing): tiles of 64, the first and the last are global, three random ones. `:etc`: tiles of 84, 256 global
+tokens before the sequence, no random ones. Sizes: arXiv:2007.14062, table 8, and the released config.json
+(bigbird-roberta-base). Published: 127M parameters (arXiv:2110.00976, table 3). The full sizes are masked language
+models: for the account. (The released weights were trained with tiles that count twice where two draws meet; they load
+by `sparsejax.interop`.) Training predicts the next byte, so the tiny form is causal.
+"""
+
+import recipe
+
+from sparsejax.patterns import recipes
+
+LAYERS = 12
+
+
+def build(itc):
+    norm = dict(kind="layer", eps=1e-12)
+
+    def layer(number):
+        tiles = dict(tile=64, r=3) if itc else dict(tile=84, r=0, extra=256)
+        pattern = recipes.bigbird(**tiles, seed=0, layer=number)
+        mixer = recipe.attention(str(pattern), 12, 12, 64, bias=True, out_bias=True)
+        return recipe.layer(mixer, recipe.plain(3072, "gelu_tanh", bias=True), norm, "post")
+
+    return recipe.model(
+        vocab=50_358,
+        width=768,
+        schedule=" ".join(f"layer{i}" for i in range(LAYERS)),
+        layers={f"layer{i}": layer(i) for i in range(LAYERS)},
+        norm=recipe.no_norm(),
+        tied=True,
+        causal=False,
+        embedding=dict(types=2, positions=4096, norm=norm),
+        head=dict(activation="gelu_tanh", norm=norm, bias=True),
+    )
+
+
+def get_config(argument="itc"):
+    full = build(itc=argument != "etc")
+    tiny = {f"layer{i}": f"causal & ({recipes.bigbird(tile=8, r=2, seed=0, layer=i)})" for i in range(2)}
+    return recipe.choose(
+        "" if argument in ("itc", "etc") else argument,
+        full,
+        4096,
+        schedule="layer0 layer1",
+        patterns=tiny,
+        causal=True,
+        embedding=full["embedding"] | dict(positions=128),
+    )

@@ -1,0 +1,37 @@
+"""Griffin, as released in RecurrentGemma 2B: two layers of a gated linear recurrence to one of windows of 2,048 keys.
+
+    sparsejax show --config=configs/griffin.py --length=262144
+    sparsejax train --config=configs/griffin.py:tiny --workdir=runs/griffin
+
+All ten query heads share one head of keys and values, half of which turns with the position. Sizes: arXiv:2402.19427,
+arXiv:2404.07839 and the released config.json. Published: 2.7B parameters, of which 0.7B are the embedding
+(2,682,862,080 in the checkpoint). The full size is for the account.
+"""
+
+import recipe
+
+
+def get_config(argument=""):
+    norm = recipe.rms(1e-6, offset=True)
+    mlp = recipe.gated(7680, "gelu_tanh", bias=True)
+    recurrent = dict(kind="rglru", inner=2560, heads=10, conv=4)
+    rope = dict(base=10_000.0, fraction=0.5)
+    local = recipe.attention("causal & window(2047)", 10, 1, 256, rope=rope, out_bias=True)
+    full = recipe.model(
+        vocab=256_000,
+        width=2560,
+        schedule="8x(2x(recurrent) local) 2x(recurrent)",
+        layers=dict(recurrent=recipe.layer(recurrent, mlp, norm), local=recipe.layer(local, mlp, norm)),
+        norm=norm,
+        tied=True,
+        embedding=dict(scale=2560**0.5),
+        head=dict(softcap=30.0),
+    )
+    return recipe.choose(
+        argument,
+        full,
+        8192,
+        schedule="2x(recurrent) local",
+        patterns=dict(local="causal & window(31)"),
+        embedding=dict(scale=64**0.5),
+    )

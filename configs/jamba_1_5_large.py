@@ -1,0 +1,16 @@
+"""Jamba 1.5 Large: Jamba's plan in 72 layers of width 8,192.
+
+    sparsejax show --config=configs/jamba_1_5_large.py --length=262144
+    sparsejax train --config=configs/jamba_1_5_large.py:tiny --workdir=runs/jamba_1_5_large
+
+No sparse attention: nine of 72 layers have dense attention, the others Mamba (the first version; the paper found
+Mamba-2 no better in a hybrid). Sizes: arXiv:2408.12570 and the released config.json. Published: 398B parameters, 94B
+active. The full size is for the account and for loading; `:tiny` is that of Jamba.
+"""
+
+import recipe
+from jamba import PERIOD, build
+
+
+def get_config(argument=""):
+    return recipe.choose(argument, build(width=8192, inner=24_576, periods=9, heads=64), 4096, schedule=PERIOD)

@@ -1,0 +1,56 @@
+"""Kimi Linear 48B-A3B: delta rule with a decay for each channel, latent attention in every fourth layer, no positions.
+
+    sparsejax show --config=configs/kimi_linear.py --length=262144
+    sparsejax train --config=configs/kimi_linear.py:tiny --workdir=runs/kimi_linear
+
+Attention is dense, in layers 3, 7, 11, 15, 19, 23 and 26 of 27; the first layer has an MLP, the others 256 experts, of
+which eight serve a token, and one more that serves all. Sizes: arXiv:2510.26692 and the released config.json.
+Published: 48B parameters, 3B active, both without embedding and head: 48.4B and 2.73B; with them 49.1B, as in the
+checkpoint, and 3.48B. The full size is for the account.
+"""
+
+import recipe
+
+
+def get_config(argument=""):
+    norm = recipe.rms(1e-5)
+    delta = dict(
+        kind="delta",
+        heads=32,
+        key_heads=32,
+        key_width=128,
+        value_width=128,
+        conv=4,
+        norm_eps=1e-5,
+        channel_decay=True,
+        rank=128,
+        gate="sigmoid",
+    )
+    latent = dict(
+        kind="latent",
+        pattern="causal",
+        heads=32,
+        query_rank=None,
+        kv_rank=512,
+        nope_width=128,
+        rope_width=64,
+        value_width=128,
+        rope=None,
+        norm_eps=1e-6,
+        impl="auto",
+    )
+    experts = recipe.experts(
+        256, 8, 1024, router="sigmoid", renormalize=True, scale=2.446, selection_bias=True, shared_width=1024
+    )
+    full = recipe.model(
+        vocab=163_840,
+        width=2304,
+        schedule="delta_dense 2x(delta) full 5x(3x(delta) full) 2x(delta) full",
+        layers=dict(
+            delta_dense=recipe.layer(delta, recipe.gated(9216), norm),
+            delta=recipe.layer(delta, experts, norm),
+            full=recipe.layer(latent, experts, norm),
+        ),
+        norm=norm,
+    )
+    return recipe.choose(argument, full, 4096, schedule="delta_dense 2x(delta) full")

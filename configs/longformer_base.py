@@ -1,0 +1,39 @@
+"""Longformer base: an encoder of windows of 256 keys on either side, and tokens that are global by their batch.
+
+    sparsejax show --config=configs/longformer_base.py --length=4096
+    sparsejax train --config=configs/longformer_base.py:tiny --workdir=runs/longformer_base
+
+Which tokens are global is said with each batch (`Context.globals`), and their rows have projections of their own, which
+the released model fills and this config counts. Sizes: arXiv:2004.05150 and the released config.json
+(longformer-base-4096). Published: 149M parameters (arXiv:2110.00976, table 3). The full size is a masked language
+model: for the account and for loading. Training predicts the next byte, so the tiny form is causal, with the first
+token global by its pattern.
+"""
+
+import recipe
+
+
+def get_config(argument=""):
+    norm = dict(kind="layer", eps=1e-5)
+    biased = dict(bias=True, out_bias=True)
+    mixer = recipe.attention("window(256, 256)", 12, 12, 64, global_projections=argument != "tiny", **biased)
+    full = recipe.model(
+        vocab=50_265,
+        width=768,
+        schedule="12x(local)",
+        layers=dict(local=recipe.layer(mixer, recipe.plain(3072, "gelu", bias=True), norm, "post")),
+        norm=recipe.no_norm(),
+        tied=True,
+        causal=False,
+        embedding=dict(types=1, positions=4098, padding=1, norm=norm),
+        head=dict(activation="gelu", norm=norm, bias=True),
+    )
+    return recipe.choose(
+        argument,
+        full,
+        4096,
+        schedule="2x(local)",
+        patterns=dict(local="causal & (window(31) | globals(1))"),
+        causal=True,
+        embedding=dict(positions=128, norm=norm),
+    )

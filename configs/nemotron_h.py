@@ -1,0 +1,27 @@
+"""Nemotron-H 8B: 24 layers of Mamba-2, 24 MLPs and four of full attention without positions, each a layer of its own.
+
+    sparsejax show --config=configs/nemotron_h.py --length=262144
+    sparsejax train --config=configs/nemotron_h.py:tiny --workdir=runs/nemotron_h
+
+Attention is dense, in layers 7, 18, 29 and 40 of 52. Sizes: arXiv:2504.03624, table 1, and the released config.json.
+Published: 8.1B parameters. The full size is for the account and for loading.
+"""
+
+import recipe
+
+
+def get_config(argument=""):
+    norm = recipe.rms(1e-5)
+    ssm = recipe.mamba2(128, 64, 128, groups=8, norm_eps=1e-5, norm_groups=8, dt_floor=1e-3)
+    full = recipe.model(
+        vocab=131_072,
+        width=4096,
+        schedule="3x(ssm mlp) ssm full mlp 3x(4x(ssm mlp) ssm full mlp) 5x(ssm mlp)",
+        layers=dict(
+            ssm=recipe.layer(ssm, None, norm),
+            mlp=recipe.layer(None, recipe.plain(21_504, "relu2"), norm),
+            full=recipe.layer(recipe.attention("causal", 32, 8, 128), None, norm),
+        ),
+        norm=norm,
+    )
+    return recipe.choose(argument, full, 8192, schedule="3x(ssm mlp) ssm full mlp")

@@ -1,0 +1,40 @@
+"""Qwen3-Next-80B-A3B: three layers of gated delta rule, then one of gated attention; 512 experts of which ten serve.
+
+    sparsejax show --config=configs/qwen3_next.py --length=262144
+    sparsejax train --config=configs/qwen3_next.py:tiny --workdir=runs/qwen3_next
+
+Attention is dense, with an output gate and rotary positions on a quarter of each head; one more expert serves every
+token, behind a gate. Sizes: the released config.json; gated delta rule: arXiv:2412.06464. Published (model card): 80B
+parameters, 79B without embeddings, 3B active. The last is rounded and leaves embedding and head out: 3.25B, and 3.87B
+with them. The full size is for the account.
+"""
+
+import recipe
+
+
+def get_config(argument=""):
+    norm = recipe.rms(1e-6, offset=True)
+    experts = recipe.experts(512, 10, 512, renormalize=True, shared_width=512, shared_gate=True, balance_weight=1e-3)
+    delta = dict(
+        kind="delta",
+        heads=32,
+        key_heads=16,
+        key_width=128,
+        value_width=128,
+        conv=4,
+        norm_eps=1e-6,
+    )
+    rope = dict(base=1e7, fraction=0.25)
+    full = recipe.model(
+        vocab=151_936,
+        width=2048,
+        schedule="12x(3x(delta) full)",
+        layers=dict(
+            delta=recipe.layer(delta, experts, norm),
+            full=recipe.layer(
+                recipe.attention("causal", 16, 2, 256, rope=rope, qk_norm=norm, gate=True), experts, norm
+            ),
+        ),
+        norm=norm,
+    )
+    return recipe.choose(argument, full, 4096, schedule="3x(delta) full")

@@ -1,0 +1,26 @@
+"""Samba 421M: Mamba and windows of 2,048 keys in turn, an MLP after each.
+
+    sparsejax show --config=configs/samba.py --length=262144
+    sparsejax train --config=configs/samba.py:tiny --workdir=runs/samba
+
+Sizes: arXiv:2406.07522 and the configuration that was released with its code; the larger models of the paper, up to
+3.8B, have the same plan. Published: 421M parameters, embedding and head being one. The full size is for the account,
+and small enough to train on one accelerator.
+"""
+
+import recipe
+
+
+def get_config(argument=""):
+    norm = recipe.rms(1e-5)
+    mlp = recipe.gated(4096)
+    local = recipe.attention("causal & window(2047)", 12, 12, 128, rope=dict(base=10_000.0))
+    full = recipe.model(
+        vocab=32_000,
+        width=1536,
+        schedule="6x(ssm local)",
+        layers=dict(ssm=recipe.layer(recipe.mamba(1536), mlp, norm), local=recipe.layer(local, mlp, norm)),
+        norm=norm,
+        tied=True,
+    )
+    return recipe.choose(argument, full, 4096, schedule="2x(ssm local)", patterns=dict(local="causal & window(31)"))

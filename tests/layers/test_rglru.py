@@ -1,0 +1,130 @@
+"""Griffin's recurrent block against float64 NumPy."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from sparsejax.layers import Context, RgLru, RgLruConfig, Stream
+from tests.layers import reference
+from tests.tolerances import assert_close
+
+LENGTH, WIDTH = 70, 6  # more than a chunk of the scan
+X = np.random.default_rng(0).normal(size=(2, LENGTH, WIDTH)).astype(np.float32)
+CONFIG = RgLruConfig(inner=12, heads=3, conv=4, power=0.5)  # which keeps more than the default
+
+
+def build(config: RgLruConfig, dtype=jnp.float32) -> RgLru:
+    return reference.fill(lambda: RgLru(config, Stream(WIDTH, 1, dtype), nnx.Rngs(0)))
+
+
+def rglru(config, w, x):
+    """One position after the other; the first input is not scaled."""
+
+    def block(name, u):
+        parts = np.split(u, config.heads, axis=-1)
+        whole = [
+            part @ matrix + bias for part, matrix, bias in zip(parts, w[name]["weight"], w[name]["bias"], strict=True)
+        ]
+        return reference.sigmoid(np.concatenate(whole, axis=-1))
+
+    u = reference.conv(w["conv"], reference.linear(w["input"], x))
+    kept = np.exp(-config.power * np.log1p(np.exp(w["decay"])) * block("recurrence_gate", u))
+    gated, y, state = block("input_gate", u) * u, np.zeros_like(u), 0.0
+    for now in range(x.shape[1]):
+        scale = np.sqrt(1 - kept[:, now] ** 2) if now else 1.0
+        y[:, now] = state = kept[:, now] * state + scale * gated[:, now]
+    gate = reference.ACTIVATIONS["gelu_tanh"](reference.linear(w["gate"], x))
+    return reference.linear(w["out"], gate * y)
+
+
+@pytest.mark.parametrize(
+    "change", [{}, {"conv": 1, "heads": 1, "power": 8.0}, {"bias": False, "conv_bias": False, "heads": 12}], ids=str
+)
+def test_equals_the_reference(change):
+    config = dataclasses.replace(CONFIG, **change)
+    module = build(config)
+    assert_close("rglru", jax.jit(lambda x: module(x))(X), rglru(config, reference.weights(module), X), "float32")
+
+
+def test_padding_on_the_left_changes_nothing():
+    module, pad = build(CONFIG), 5
+    mask = np.ones((2, LENGTH), bool)
+    mask[0, :pad] = False
+    y = jax.jit(lambda x: module(x, Context(mask=mask)))(X)
+    w = reference.weights(module)
+    assert_close("real tokens", y[:1, pad:], rglru(CONFIG, w, X[:1, pad:]), "float32")
+    assert_close("no padding", y[1:], rglru(CONFIG, w, X[1:]), "float32")
+
+
+@pytest.mark.parametrize("pad", [0, 3])
+def test_documents_are_apart(pad):
+    module, cut = build(CONFIG), 30
+    segments, mask = np.zeros((2, LENGTH), np.int32), np.ones((2, LENGTH), bool)
+    segments[:, cut:], mask[:, cut : cut + pad] = 1, False  # the second document begins with padding
+    y = jax.jit(lambda x: module(x, Context(segments=segments, mask=mask)))(X)
+    w = reference.weights(module)
+    assert_close("first", y[:, :cut], rglru(CONFIG, w, X[:, :cut]), "float32")
+    assert_close("second", y[:, cut + pad :], rglru(CONFIG, w, X[:, cut + pad :]), "float32")
+
+
+def test_padding_inside_a_document_begins_none():
+    module, mask = build(CONFIG), np.ones((2, LENGTH), bool)
+    mask[:, 9] = False
+    y = jax.jit(lambda x: module(x, Context(mask=mask)))(X)
+    alone = jax.jit(lambda x: module(x))(X[:, 10:])
+    assert np.abs(y[:, 13:18] - alone[:, 3:8]).max() > 1e-2  # the state of the first tokens is still there
+
+
+def test_gradients_are_finite_where_everything_is_kept():
+    module = build(CONFIG)
+    module.decay[...] = jnp.full_like(module.decay[...], -200.0)  # softplus gives exactly 0
+    graph, state = nnx.split(module)
+    gradients = jax.jit(jax.grad(lambda state: (nnx.merge(graph, state)(X) ** 2).sum()))(state)
+    for gradient in jax.tree.leaves(gradients):
+        assert np.isfinite(gradient).all()
+
+
+def test_bfloat16_keeps_a_float32_state():
+    module = build(CONFIG, jnp.bfloat16)
+    assert {leaf.dtype for leaf in reference.parameters(module)} == {jnp.dtype("float32")}
+    x = jnp.asarray(X, jnp.bfloat16)
+    y = jax.jit(lambda x: module(x))(x)
+    assert y.dtype == jnp.bfloat16
+    expected = rglru(CONFIG, reference.weights(module), np.asarray(x, np.float64))
+    np.testing.assert_allclose(y.astype(np.float32), expected, atol=0.03 * np.abs(expected).max())
+    cache = module.init_cache(2, LENGTH)
+    y, cache = jax.eval_shape(lambda x: module.step(x, cache, jnp.int32(0), LENGTH), x[:, 0])
+    assert (y.dtype, cache["state"].dtype, cache["conv"].dtype) == (jnp.bfloat16, jnp.float32, jnp.bfloat16)
+
+
+def test_starts_with_what_an_open_gate_keeps_in_its_range():
+    config = RgLruConfig(inner=500, heads=1, conv=2)
+    decay = jax.jit(lambda: RgLru(config, Stream(WIDTH, 1, jnp.float32), nnx.Rngs(0)).decay[...])()
+    kept = np.exp(-8 * np.log1p(np.exp(np.float64(decay))))
+    assert 0.9 * 0.9999 < kept.min() < 0.905
+    assert 0.994 < kept.max() < 0.999 * 1.0001
+    assert kept.mean() == pytest.approx((0.9 + 0.999) / 2, abs=0.005)
+
+
+def test_the_cost_does_not_depend_on_the_length():
+    linear, conv, gates = 3 * WIDTH * 12, 4 * 12, 2 * 3 * 4 * 4
+    assert [build(CONFIG).cost(length).pairs for length in (1, 1000)] == [0, 0]
+    assert [build(CONFIG).cost(length).flops for length in (1, 1000)] == [2 * (linear + conv + gates) + 10 * 12] * 2
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"conv": 0}, "inner, heads and conv must be at least 1"),
+        ({"heads": 5}, "inner = 12 is not divisible by heads = 5"),
+        ({"decay_max": 1.0}, "needs 0 < decay_min <= decay_max < 1, got 0.9 and 1.0"),
+        ({"power": 0.0}, "power must be above 0, got 0.0"),
+    ],
+)
+def test_refuses(change, message):
+    with pytest.raises(ValueError, match=message):
+        dataclasses.replace(CONFIG, **change)

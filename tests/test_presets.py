@@ -1,0 +1,438 @@
+"""The presets, held against what is published about the models that they are named after."""
+
+import dataclasses
+import json
+import math
+from pathlib import Path
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from sparsejax import config as configs
+from sparsejax import data, sharding
+from sparsejax.account import account_model
+from sparsejax.interop import huggingface
+from sparsejax.layers import AttentionConfig, ExpertsConfig, LatentConfig, LightningConfig, MambaConfig
+from sparsejax.model import Functional
+from sparsejax.train import build_optimizer, build_schedule, build_step, init_state
+
+FOLDER = Path(__file__).parent.parent / "configs"
+K256 = 262_144
+GIB = 2**30
+
+
+class Published(NamedTuple):
+    """Counts in billions, as printed."""
+
+    total: str
+    active: str | None = None
+    beside: float = 0.0  # of the published total, parts that the preset does not have
+    uncounted: int = 0  # how many of the model's tables (embedding, head) the published active count leaves out
+    untotalled: int = 0  # the same of the total
+
+
+PUBLISHED = {
+    "mistral_7b": Published("7.24"),  # safetensors: 7,241,732,096
+    "longformer_base": Published("0.149"),  # arXiv:2110.00976, table 3
+    "bigbird_base": Published("0.127"),  # arXiv:2110.00976, table 3
+    "jamba": Published("52", "12"),  # arXiv:2403.19887
+    "jamba_1_5_large": Published("398", "94"),  # arXiv:2408.12570
+    "minimax_text_01": Published("456", "45.9", uncounted=2),  # arXiv:2501.08313
+    "gemma3": Published("3.884"),  # arXiv:2503.19786, table 1: 675M + 3,209M
+    "gpt_oss_20b": Published("20.91", "3.61", uncounted=1),  # arXiv:2508.10925, table 1
+    "llama4": Published("109", "17", beside=0.87),  # model card of Scout; the vision encoder is beside
+    "qwen3_next": Published("79", "3", uncounted=2, untotalled=2),  # model card: 80B, 79B without embeddings, 3B active
+    "kimi_linear": Published("48", "3", uncounted=2, untotalled=2),  # arXiv:2510.26692
+    "nemotron_h": Published("8.1"),  # arXiv:2504.03624
+    "falcon_h1": Published("33.64"),  # safetensors: 33,642,516,224; named 34B
+    "samba": Published("0.421"),  # arXiv:2406.07522
+    "griffin": Published("2.7"),  # arXiv:2404.07839; safetensors: 2,682,862,080
+}
+# Printed with so few digits that the true count may be further off than 1 %: it has to round to them.
+ROUNDED = {("llama4", "17"), ("qwen3_next", "3"), ("kimi_linear", "3")}
+
+# The facts of each config.json as released, in its own words.
+RELEASED = {
+    "mistral_7b": {
+        "model_type": "mistral",
+        "vocab_size": 32_000,
+        "hidden_size": 4096,
+        "intermediate_size": 14_336,
+        "num_hidden_layers": 32,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 8,
+        "rms_norm_eps": 1e-5,
+        "rope_theta": 10_000.0,
+        "sliding_window": 4096,
+        "tie_word_embeddings": False,
+        "max_position_embeddings": 32_768,
+    },
+    "longformer_base": {
+        "model_type": "longformer",
+        "vocab_size": 50_265,
+        "hidden_size": 768,
+        "intermediate_size": 3072,
+        "num_hidden_layers": 12,
+        "num_attention_heads": 12,
+        "attention_window": [512] * 12,
+        "max_position_embeddings": 4098,
+        "type_vocab_size": 1,
+        "pad_token_id": 1,
+        "layer_norm_eps": 1e-5,
+        "hidden_act": "gelu",
+    },
+    "jamba": {
+        "model_type": "jamba",
+        "vocab_size": 65_536,
+        "hidden_size": 4096,
+        "intermediate_size": 14_336,
+        "num_hidden_layers": 32,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 8,
+        "attn_layer_period": 8,
+        "attn_layer_offset": 4,
+        "expert_layer_period": 2,
+        "expert_layer_offset": 1,
+        "num_experts": 16,
+        "num_experts_per_tok": 2,
+        "mamba_d_state": 16,
+        "mamba_d_conv": 4,
+        "mamba_expand": 2,
+        "mamba_dt_rank": 256,
+        "rms_norm_eps": 1e-6,
+        "tie_word_embeddings": False,
+    },
+    "jamba_1_5_large": {
+        "model_type": "jamba",
+        "vocab_size": 65_536,
+        "hidden_size": 8192,
+        "intermediate_size": 24_576,
+        "num_hidden_layers": 72,
+        "num_attention_heads": 64,
+        "num_key_value_heads": 8,
+        "mamba_dt_rank": 512,
+        "rms_norm_eps": 1e-6,
+        "tie_word_embeddings": False,
+    },
+    "minimax_text_01": {
+        "model_type": "minimax",
+        "vocab_size": 200_064,
+        "hidden_size": 6144,
+        "intermediate_size": 9216,
+        "num_hidden_layers": 80,
+        "num_attention_heads": 64,
+        "num_key_value_heads": 8,
+        "head_dim": 128,
+        "num_local_experts": 32,
+        "num_experts_per_tok": 2,
+        "layer_types": (["linear_attention"] * 7 + ["full_attention"]) * 10,
+        "rope_theta": 1e7,
+        "linear_attn_alpha_factor": 3.5565588200778455,
+        "linear_attn_beta_factor": 1.0,
+        "full_attn_alpha_factor": 3.5565588200778455,
+        "full_attn_beta_factor": 1.0,
+        "mlp_alpha_factor": 3.5565588200778455,
+        "mlp_beta_factor": 1.0,
+        "rms_norm_eps": 1e-5,
+        "tie_word_embeddings": False,
+    },
+    "gemma3": {
+        "model_type": "gemma3_text",
+        "vocab_size": 262_208,
+        "hidden_size": 2560,
+        "intermediate_size": 10_240,
+        "num_hidden_layers": 34,
+        "num_attention_heads": 8,
+        "num_key_value_heads": 4,
+        "head_dim": 256,
+        "query_pre_attn_scalar": 256,
+        "sliding_window": 1024,
+        "sliding_window_pattern": 6,
+        "rope_theta": 1e6,
+        "rope_local_base_freq": 10_000.0,
+        "rope_scaling": {"rope_type": "linear", "factor": 8.0},
+    },
+    "gpt_oss_20b": {
+        "model_type": "gpt_oss",
+        "vocab_size": 201_088,
+        "hidden_size": 2880,
+        "intermediate_size": 2880,
+        "num_hidden_layers": 24,
+        "num_attention_heads": 64,
+        "num_key_value_heads": 8,
+        "head_dim": 64,
+        "sliding_window": 128,
+        "num_local_experts": 32,
+        "num_experts_per_tok": 4,
+        "rope_theta": 150_000.0,
+        "rope_scaling": {
+            "rope_type": "yarn",
+            "factor": 32.0,
+            "original_max_position_embeddings": 4096,
+            "beta_fast": 32.0,
+            "beta_slow": 1.0,
+            "truncate": False,
+        },
+        "tie_word_embeddings": False,
+    },
+    "nemotron_h": {
+        "model_type": "nemotron_h",
+        "vocab_size": 131_072,
+        "hidden_size": 4096,
+        "intermediate_size": 21_504,
+        "hybrid_override_pattern": "M-M-M-M*-M-M-M-M-M*-M-M-M-M-M*-M-M-M-M-M*-M-M-M-M-M-",
+        "num_hidden_layers": 52,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 8,
+        "head_dim": 128,
+        "mamba_num_heads": 128,
+        "mamba_head_dim": 64,
+        "ssm_state_size": 128,
+        "n_groups": 8,
+        "conv_kernel": 4,
+        "tie_word_embeddings": False,
+    },
+    "falcon_h1": {
+        "model_type": "falcon_h1",
+        "vocab_size": 261_120,
+        "hidden_size": 5120,
+        "intermediate_size": 21_504,
+        "num_hidden_layers": 72,
+        "num_attention_heads": 20,
+        "num_key_value_heads": 4,
+        "head_dim": 128,
+        "mamba_d_ssm": 4096,
+        "mamba_n_heads": 32,
+        "mamba_d_head": 128,
+        "mamba_d_state": 256,
+        "mamba_n_groups": 2,
+        "mamba_d_conv": 4,
+        "mamba_rms_norm": True,
+        "mamba_norm_before_gate": False,
+        "rope_theta": 1e11,
+        "rms_norm_eps": 1e-5,
+        "embedding_multiplier": 5.656854249492381,
+        "lm_head_multiplier": 0.0078125,
+        "key_multiplier": 0.011048543456039804,
+        "attention_in_multiplier": 1.0,
+        "attention_out_multiplier": 0.0375,
+        "ssm_in_multiplier": 0.25,
+        "ssm_out_multiplier": 0.08838834764831845,
+        "ssm_multipliers": [0.3535533905932738, 0.25, 0.1767766952966369, 0.5, 0.3535533905932738],
+        "mlp_multipliers": [0.1767766952966369, 0.011160714285714284],
+        "tie_word_embeddings": False,
+    },
+}
+
+
+def load(place, *overrides):
+    name, _, argument = place.partition(":")
+    return configs.check(configs.load(f"{FOLDER}/{name}.py{':' if argument else ''}{argument}", overrides))
+
+
+def account(model, length):
+    layers, outside = account_model(model, length)
+    return sum(layers, outside)
+
+
+def close(name, found, published):
+    if (name, published) in ROUNDED:
+        return f"{found:.0f}" == published
+    return found == pytest.approx(float(published), rel=0.01)
+
+
+def kinds(name, kind, part="mixer"):
+    """The numbers of the layers whose mixer or feed-forward part is of a kind."""
+    model = load(name).model
+    return [i for i, layer in enumerate(model.names) if isinstance(getattr(model.layers[layer], part), kind)]
+
+
+def is_dense(pattern):
+    return pattern.pairs(K256) == K256 * (K256 + 1) // 2
+
+
+@pytest.fixture(params=sorted(PUBLISHED))
+def name(request):
+    return request.param
+
+
+def test_every_preset_is_in_the_table():
+    others = {"quickstart", "dense", "window", "hybrid", "recipe"}
+    assert {path.stem for path in FOLDER.glob("*.py")} - others == set(PUBLISHED)
+
+
+def test_parameters_are_those_published(name):
+    model, published = load(name).model, PUBLISHED[name]
+    found, table = account(model, 1024), model.vocab * model.width / 1e9
+    total = found.parameters / 1e9 + published.beside - published.untotalled * table
+    assert close(name, total, published.total)
+    assert (published.active is None) == (found.active_parameters == found.parameters)
+    if published.active is not None:
+        assert close(name, found.active_parameters / 1e9 - published.uncounted * table, published.active)
+
+
+@pytest.mark.parametrize(
+    ("name", "count"),
+    [
+        ("mistral_7b", 7_241_732_096),
+        ("jamba", 51_570_323_328),
+        ("gpt_oss_20b", 20_914_757_184),
+        ("falcon_h1", 33_642_516_224),
+        ("griffin", 2_682_862_080),
+        ("kimi_linear", 49_122_681_728),
+    ],
+)
+def test_released_checkpoints_hold_as_many(name, count):
+    assert account(load(name).model, 1024).parameters == count
+
+
+def plain(model):
+    """What two descriptions of a model must agree on: not the names of layers, nor what is only about training."""
+
+    def strip(layer):
+        routed = isinstance(layer.mlp, ExpertsConfig)
+        mlp, mixer = dataclasses.replace(layer.mlp, balance_weight=0.0) if routed else layer.mlp, layer.mixer
+        if isinstance(mixer, AttentionConfig) and mixer.scale is None:
+            mixer = dataclasses.replace(mixer, scale=mixer.head_width**-0.5)
+        return dataclasses.replace(layer, mixer=mixer, mlp=mlp, remat=False)
+
+    ends = model.vocab, model.width, model.norm, model.tied, model.causal, model.embedding, model.head
+    return ends, [strip(model.layers[name]) for name in model.names]
+
+
+@pytest.mark.parametrize("name", sorted(RELEASED))
+def test_presets_are_what_the_released_configuration_says(name, tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps(RELEASED[name]))
+    released, _ = huggingface.describe(tmp_path)
+    # transformers turns whole heads, the paper and the released code half of each.
+    changes = ["model.layers.full.mixer.rope.fraction=1.0"] if name == "minimax_text_01" else []
+    assert plain(load(name, *changes).model) == plain(released)
+
+
+@pytest.mark.parametrize(
+    ("name", "length", "expected"),
+    [
+        ("mistral_7b", 8192, "0.50"),
+        ("mistral_7b", K256, "0.50"),
+        ("jamba", K256, "4.01"),  # arXiv:2403.19887: 4 GB
+        ("minimax_text_01", K256, "10.27"),
+        ("gpt_oss_20b", K256, "6.00"),
+        ("gpt_oss_20b", K256 // 2, "3.00"),
+    ],
+)
+def test_caches_of_a_sequence_in_gibibytes(name, length, expected):
+    assert f"{account(load(name).model, length).cache_bytes / GIB:.2f}" == expected
+
+
+def test_a_dense_model_has_eight_times_the_cache_of_jamba():
+    dense = load("mistral_7b", "model.layers.local.mixer.pattern=causal").model
+    assert account(dense, K256).cache_bytes == 32 * GIB
+
+
+@pytest.mark.parametrize(
+    ("name", "depth", "attends", "routes"),
+    [
+        ("jamba", 32, lambda i: i % 8 == 4, lambda i: i % 2 == 1),
+        ("jamba_1_5_large", 72, lambda i: i % 8 == 4, lambda i: i % 2 == 1),
+        ("minimax_text_01", 80, lambda i: i % 8 == 7, lambda i: True),
+        ("llama4", 48, lambda i: True, lambda i: True),
+        ("qwen3_next", 48, lambda i: i % 4 == 3, lambda i: True),
+        ("kimi_linear", 27, lambda i: i % 4 == 3 or i == 26, lambda i: i > 0),
+        ("nemotron_h", 52, lambda i: i in (7, 18, 29, 40), lambda i: False),
+        ("samba", 12, lambda i: i % 2 == 1, lambda i: False),
+        ("griffin", 26, lambda i: i % 3 == 2, lambda i: False),
+    ],
+)
+def test_which_layers_attend_and_which_have_experts(name, depth, attends, routes):
+    assert kinds(name, AttentionConfig | LatentConfig) == [i for i in range(depth) if attends(i)]
+    assert kinds(name, ExpertsConfig, "mlp") == [i for i in range(depth) if routes(i)]
+
+
+@pytest.mark.parametrize(
+    ("name", "period", "full", "window"),
+    [
+        ("gemma3", 6, 5, "causal & window(1023)"),
+        ("gpt_oss_20b", 2, 1, "causal & window(127)"),
+        ("llama4", 4, 3, "causal & chunk(8192)"),
+    ],
+)
+def test_which_layers_see_everything(name, period, full, window):
+    model = load(name).model
+    seen = [str(pattern) for _, pattern in model.sees]
+    assert seen == ["causal" if i % period == full else window for i in range(len(seen))]
+
+
+def test_positions_are_where_they_should_be():
+    def ropes(name):
+        layers = load(name).model.layers.values()
+        return {layer.mixer.rope for layer in layers if isinstance(layer.mixer, AttentionConfig)}
+
+    assert ropes("jamba") == ropes("nemotron_h") == {None}
+    assert [rope.fraction for rope in ropes("minimax_text_01")] == [0.5]
+    assert load("llama4").model.layers["full"].mixer.rope is None
+    assert load("jamba").model.embedding.positions == 0
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["jamba", "jamba_1_5_large", "minimax_text_01", "qwen3_next", "kimi_linear", "nemotron_h", "falcon_h1"],
+)
+def test_hybrids_of_dense_attention_have_no_sparse_layer(name):
+    mixers = [layer.mixer for layer in load(name).model.layers.values() if layer.mixer is not None]
+    assert all(is_dense(mixer.sees) for mixer in mixers)
+
+
+def test_the_layers_between_are_states():
+    assert kinds("jamba", MambaConfig) == [i for i in range(32) if i % 8 != 4]
+    assert kinds("minimax_text_01", LightningConfig) == [i for i in range(80) if i % 8 != 7]
+
+
+def test_bigbird_is_an_encoder_with_tiles_or_tokens_that_are_global():
+    itc, etc = load("bigbird_base:itc").model, load("bigbird_base:etc").model
+    assert not itc.causal
+    assert not etc.causal
+    assert len({str(pattern) for _, pattern in itc.sees}) == 12  # a draw for each layer
+    assert {str(pattern) for _, pattern in etc.sees} == {
+        "chunk(84) | shift(chunk(84), 84) | shift(chunk(84), -84) | globals(256)"
+    }
+    assert account(itc, 1024).parameters == account(etc, 1024).parameters
+
+
+def test_an_argument_that_is_none_is_refused(name):
+    with pytest.raises(configs.ConfigError, match="the argument must be tiny or nothing, got 'small'"):
+        load(f"{name}:small")
+
+
+def test_tiny_forms_are_small_and_keep_the_schedule(name):
+    full, tiny = load(name).model, load(f"{name}:tiny")
+    # They start as the full ones do, with the same kinds of layers.
+    assert full.names[: len(tiny.model.names)] == tiny.model.names
+    for layer in tiny.model.layers:
+        for part in ("mixer", "mlp"):
+            assert type(getattr(tiny.model.layers[layer], part)) is type(getattr(full.layers[layer], part))
+    for layer, pattern in tiny.model.sees:
+        dense, n = is_dense(full.layers[layer].sees), tiny.data.length
+        assert dense == is_dense(pattern)
+        assert dense or pattern.pairs(n) < 0.7 * n * (n + 1) / 2
+    functions, tokens = Functional(tiny.model), jnp.zeros((1, tiny.data.length), jnp.int32)
+    assert sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(functions.shapes)) < 1_000_000
+    logits = jax.eval_shape(lambda p: functions.bind(p)(tokens), functions.shapes)
+    assert logits.shape == (1, tiny.data.length, 256)
+
+
+@pytest.mark.parametrize("name", ["mistral_7b", "gpt_oss_20b"])
+def test_tiny_forms_learn(name):
+    """All of them: scripts/train_presets.py."""
+    config = load(f"{name}:tiny")
+    model, mesh = Functional(config.model), sharding.make_mesh(config.sharding)
+    optimizer, steps = build_optimizer(config.optimizer, config.train.steps), config.train.steps
+    step = build_step(model, optimizer, build_schedule(config.optimizer, steps), config.train, mesh)
+    state, text = init_state(model, optimizer, 0, mesh), data.load_corpus("").train
+    batches = data.train_batches(text, config.data.length, config.train.batch, seed=0)
+    losses = []
+    for _ in range(steps):
+        state, metrics = step(state, jax.device_put(next(batches), sharding.batch_sharding(mesh)))
+        losses.append(float(metrics["loss"]))
+    assert losses[-1] < 0.7 * losses[0]
