@@ -12,22 +12,24 @@ import jax.numpy as jnp
 import numpy as np
 
 from sparsejax import patterns
-from sparsejax.ops import attend, selective_scan
+from sparsejax.ops import attend, attend_hashed, hash_buckets, selective_scan, ssd
 from sparsejax.patterns import Pattern
 
 # Lengths of the measurements: what is long for the one is short for the other.
-LENGTHS = {"dense": (2048, 4096, 8192), "gather": (4096, 8192, 16384), "segment": (4096, 8192, 16384)}
+LENGTHS = {"dense": (2048, 4096, 8192)}
+OTHER_LENGTHS = (4096, 8192, 16384)
 LEAST_RUNS, LEAST_SECONDS = 3, 0.5  # of each
 TABLE_LENGTH = 131_072  # of the table's pairs, if none is given
 HEAD_WIDTH, CHANNELS, STATE = 32, 32, 16
+ROUNDS, HASH_CHUNK, BUCKETS = 4, 64, 128  # of LSH attention; a chunk looks at itself and at the one before
 
 
 @dataclasses.dataclass(frozen=True)
 class Method:
-    """A row of the table: a pattern, or a recurrence that scores no pairs.
+    """A row of the table: a pattern, or something else that mixes tokens.
 
     `formula` is the number of pairs in n, "~" where the edges of the sequence are left out. In the text of `pattern`
-    {root} stands for the square root of n, rounded down; None is a selective scan.
+    {root} stands for the square root of n, rounded down. `impl` is one of `attend`, or a function of `OTHERS`.
     """
 
     name: str
@@ -38,6 +40,12 @@ class Method:
     def parse(self, n: int) -> Pattern | None:
         """The pattern over n tokens."""
         return None if self.pattern is None else patterns.parse(self.pattern.format(root=math.isqrt(n)))
+
+    def pairs(self, n: int) -> int:
+        """How many pairs are scored over n tokens, masked ones too where tokens are hashed."""
+        if self.impl == "lsh":
+            return ROUNDS * -(-n // HASH_CHUNK) * HASH_CHUNK * 2 * HASH_CHUNK
+        return 0 if self.pattern is None else self.parse(n).pairs(n)
 
 
 METHODS = [
@@ -50,7 +58,9 @@ METHODS = [
     Method("Longformer", "~(257 + 2·4) n", "window(128, 128) | globals(4)"),
     Method("BigBird", "640 n - 73,728", str(patterns.recipes.bigbird(64, 3, seed=0))),
     Method("chunk", "257 n / 2", "causal & chunk(256)"),
-    Method("SSM", "0, and n steps of a state", None),
+    Method("Reformer", "512 n, and a sort", None, "lsh"),
+    Method("SSM", "0, and n steps of a state", None, "scan"),
+    Method("linear", "0, and n steps of a state", None, "ssd"),
 ]
 
 
@@ -83,8 +93,7 @@ def tabulate(n: int, growth: dict[str, Growth] | None = None) -> list[tuple[str,
     causal = patterns.parse("causal").pairs(n)
     rows = [("method", "pattern", "pairs", f"pairs, n = {n:,}", "of dense causal")]
     for method in METHODS:
-        pattern = method.parse(n)
-        pairs = 0 if pattern is None else pattern.pairs(n)
+        pattern, pairs = method.parse(n), method.pairs(n)
         share = f"1/{causal / pairs:,.2f}" if 0 < pairs < causal else f"{pairs / causal:,.2f}"
         rows.append((method.name, str(pattern or "-"), method.formula, f"{pairs:,}", share))
     if growth is None:
@@ -95,14 +104,14 @@ def tabulate(n: int, growth: dict[str, Growth] | None = None) -> list[tuple[str,
 
 
 def measure(method: Method, lengths: Sequence[int] = ()) -> Growth:
-    """Runs one head of `attend`, or `selective_scan`, forward and backward on this machine, at each length.
+    """Runs one head of it forward and backward on this machine, at each length.
 
     The time is the least of some runs, the memory is what the compiled program sets aside beside its arguments.
-    Without lengths, those of `LENGTHS`.
+    Without lengths, those that suit the method.
     """
-    seconds, memory, lengths = [], [], lengths or LENGTHS[method.impl]
+    seconds, memory, lengths = [], [], lengths or LENGTHS.get(method.impl, OTHER_LENGTHS)
     for n in lengths:
-        function, arrays = _scan(n) if method.pattern is None else _attention(method, n)
+        function, arrays = OTHERS[method.impl](n) if method.pattern is None else _attention(method, n)
         run = jax.jit(jax.grad(function, tuple(range(len(arrays))))).lower(*arrays).compile()
         memory.append(run.memory_analysis().temp_size_in_bytes)
         seconds.append(_time(run, arrays))
@@ -119,6 +128,26 @@ def _scan(n: int) -> tuple[Callable, list]:
     x, B, C = _draw(0, 1, n, CHANNELS), _draw(1, 1, n, STATE), _draw(2, 1, n, STATE)
     dt, A = jnp.full_like(x, 0.01), -jnp.ones((CHANNELS, STATE))
     return lambda *arrays: jnp.square(selective_scan(*arrays)[0]).sum(), [x, dt, A, B, C]
+
+
+def _ssd(n: int) -> tuple[Callable, list]:
+    """Lightning attention, whose rate of decay is fixed."""
+    v, k, q = (_draw(seed, 1, n, 1, HEAD_WIDTH) for seed in range(3))
+    steps, rates = jnp.ones((1, n, 1)), jnp.full(1, -0.05)
+    return lambda v, k, q: jnp.square(ssd(v, steps, rates, k, q)[0]).sum(), [v, k, q]
+
+
+def _lsh(n: int) -> tuple[Callable, list]:
+    qk, v = _draw(0, 1, n, 1, HEAD_WIDTH), _draw(1, 1, n, 1, HEAD_WIDTH)
+    rotations = _draw(2, 1, HEAD_WIDTH, ROUNDS, BUCKETS // 2)
+
+    def attention(qk: jax.Array, v: jax.Array) -> jax.Array:
+        return jnp.square(attend_hashed(qk, v, hash_buckets(qk, rotations, (BUCKETS,)), chunk=HASH_CHUNK)).sum()
+
+    return attention, [qk, v]
+
+
+OTHERS = {"scan": _scan, "ssd": _ssd, "lsh": _lsh}
 
 
 def _draw(seed: int, *shape: int) -> jax.Array:
