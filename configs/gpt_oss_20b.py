@@ -7,6 +7,8 @@ Sizes: arXiv:2508.10925, the model card, and the released config.json. Published
 3.61B active; the card counts the head as active and the embedding not. The cache of the twelve full layers, of eight
 heads of 64, is 24 KiB for each token in bfloat16: 6.00 GiB at 256K tokens, 3.00 GiB at the 128K that it was made for;
 windows add 3 MiB. The full size is for the account and for loading.
+
+`:tiny` falls from 6.00 to 2.76 nats in its 30 steps, in 34 CPU seconds with compilation and evaluation.
 """
 
 import recipe

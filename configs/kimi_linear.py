@@ -7,6 +7,8 @@ Attention is dense, in layers 3, 7, 11, 15, 19, 23 and 26 of 27; the first layer
 which eight serve a token, and one more that serves all. Sizes: arXiv:2510.26692 and the released config.json.
 Published: 48B parameters, 3B active, both without embedding and head: 48.4B and 2.73B; with them 49.1B, as in the
 checkpoint, and 3.48B. The full size is for the account.
+
+`:tiny` falls from 5.92 to 2.90 nats in its 30 steps, in 97 CPU seconds with compilation and evaluation.
 """
 
 import recipe

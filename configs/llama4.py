@@ -8,6 +8,8 @@ and its projector, 0.87B that are no part of this model; the text model has 107.
 style of Llama 4 and not equal to it: here the router's weight multiplies an expert's output and there its input; the
 norm of queries and keys has a scale here; full layers do not sharpen their scores with the position; rotary frequencies
 are not stretched. The full size is for the account.
+
+`:tiny` falls from 5.98 to 3.00 nats in its 30 steps, in 34 CPU seconds with compilation and evaluation.
 """
 
 import recipe

@@ -6,6 +6,8 @@
 Sizes: arXiv:2310.06825, table 1, and the released config.json. Published: 7.24B parameters (7,241,732,096 in the
 checkpoint; the announcement rounds to 7.3B). The cache stops growing at the window: 0.50 GiB in bfloat16. The full size
 is for the account and for loading.
+
+`:tiny` falls from 6.06 to 2.83 nats in its 30 steps, in 19 CPU seconds with compilation and evaluation.
 """
 
 import recipe

@@ -7,6 +7,8 @@ Attention is dense, with an output gate and rotary positions on a quarter of eac
 token, behind a gate. Sizes: the released config.json; gated delta rule: arXiv:2412.06464. Published (model card): 80B
 parameters, 79B without embeddings, 3B active. The last is rounded and leaves embedding and head out: 3.25B, and 3.87B
 with them. The full size is for the account.
+
+`:tiny` falls from 6.08 to 2.96 nats in its 30 steps, in 72 CPU seconds with compilation and evaluation.
 """
 
 import recipe

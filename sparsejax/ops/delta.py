@@ -65,13 +65,14 @@ def delta_rule(
     (b, t, h, p), (g, n) = v.shape, k.shape[2:]
     wide = jnp.promote_types(v.dtype, jnp.float32)
     state = jnp.zeros((b, h, n, p), wide) if state is None else state.astype(wide)
-    inputs = tuple(_group_heads(a.astype(wide), g) for a in (q, k, v, log_decay, beta))
-    inputs += (jnp.zeros((b, t), bool) if starts is None else starts,)
-    length = min(chunk, t)
+    inputs = [a.astype(wide) for a in (q, k, v, log_decay, beta)]
+    starts = jnp.zeros((b, t), bool) if starts is None else starts
+    inputs.append(jnp.broadcast_to(starts[..., None], (b, t, g)))
     # Padding decays by nothing and adds nothing, so it leaves the state as it is.
-    chunks = tuple(_split_chunks(a, length) for a in inputs)
-    state, y = jax.lax.scan(_run_chunk, state.reshape(b, g, h // g, n, p), chunks)
-    y = jnp.moveaxis(y, (0, 4), (1, 2)).reshape(b, -1, h, p)[:, :t]
+    length = min(chunk, t)
+    chunks = tuple(_split_chunks(a, g, length) for a in inputs)
+    state, y = jax.lax.scan(_run_chunk, state.reshape(b * g, h // g, n, p), chunks)
+    y = jnp.moveaxis(y.reshape(-1, b, h, length, p), (0, 3), (1, 2)).reshape(b, -1, h, p)[:, :t]
     return y.astype(v.dtype), state.reshape(b, h, n, p)
 
 
@@ -94,32 +95,30 @@ def delta_step(
     return jnp.einsum("bhnp,bhn->bhp", state, q).astype(v.dtype), state
 
 
-def _group_heads(x: Array, groups: int) -> Array:
-    """[b, t, h, ...] -> [b, t, g, h / g, ...]"""
-    return x.reshape(*x.shape[:2], groups, -1, *x.shape[3:])
+def _split_chunks(x: Array, groups: int, length: int) -> Array:
+    """[b, t, h, ...] -> [chunks, b g, h / g, c, ...], padded with zeros.
 
-
-def _split_chunks(x: Array, length: int) -> Array:
-    """[b, t, g, r, ...] -> [chunks, b, g, r, c, ...] and [b, t] -> [chunks, b, c], padded with zeros."""
-    x = jnp.pad(x, ((0, 0), (0, -x.shape[1] % length), *((0, 0),) * (x.ndim - 2)))
-    x = jnp.moveaxis(x.reshape(x.shape[0], -1, length, *x.shape[2:]), 1, 0)
-    return jnp.moveaxis(x, 2, min(4, x.ndim - 1))
+    Batch and groups are one axis, here and in what follows: XLA's matrix products for CPUs fail at many axes.
+    """
+    b, t, h, *rest = x.shape
+    x = jnp.pad(x, ((0, 0), (0, -t % length), *((0, 0),) * (x.ndim - 2)))
+    x = jnp.moveaxis(x.reshape(b, -1, length, h, *rest), (1, 3), (0, 2))  # [chunks, b, h, c, ...]
+    return x.reshape(-1, b * groups, h // groups, length, *rest)
 
 
 @jax.checkpoint
 def _run_chunk(state: Array, chunk: tuple[Array, ...]) -> tuple[Array, Array]:
-    """The state [b, g, r, n, p] after a chunk, and its outputs [b, g, r, c, p]."""
+    """The state [b, r, n, p] after a chunk, and its outputs [b, r, c, p], of r heads that share keys [b, 1, c, n]."""
     q, k, v, decay, beta, starts = chunk
-    document = jnp.cumsum(starts, axis=1)  # 0: the one that the state is of
+    document = jnp.cumsum(starts[:, 0], axis=1)  # 0: the one that the state is of
     weigh = _weigh_by_head if decay.ndim == beta.ndim else _weigh_by_channel
-    products, since, until = weigh(jnp.stack([k, q], axis=-3), k, decay, document)
-    since = since * (document == 0)[:, None, None, :, None]
-    held = _exactly("bgrcn,bgrnp->bgrcp", k * since, state)
-    beta = beta[..., None]
-    added = _substitute(beta * products[..., 0, :, :], beta * (v - held))
-    y = jnp.einsum("bgrcn,bgrnp->bgrcp", q * since, state)
-    y = y + jnp.einsum("bgrcs,bgrsp->bgrcp", products[..., 1, :, :], added)
-    return state * since[..., -1, :, None] + _exactly("bgrcn,bgrcp->bgrnp", k * until, added), y
+    products, since, until = weigh(jnp.concatenate([k, q], axis=2), k, decay, document)
+    by_key, by_query = jnp.split(products, 2, axis=2)
+    since = since * (document == 0)[:, None, :, None]
+    held = _exactly("brcn,brnp->brcp", k * since, state)
+    added = _substitute(beta[..., None] * by_key, beta[..., None] * (v - held))
+    y = jnp.einsum("brcn,brnp->brcp", q * since, state) + jnp.einsum("brcs,brsp->brcp", by_query, added)
+    return state * since[:, :, -1, :, None] + _exactly("brcn,brcp->brnp", k * until, added), y
 
 
 def _substitute(matrix: Array, x: Array) -> Array:
@@ -153,32 +152,34 @@ def _invert(matrix: Array) -> Array:
 
 
 def _weigh_by_head(rows: Array, k: Array, decay: Array, document: Array) -> tuple[Array, Array, Array]:
-    """For one decay of a head, [b, g, r, c]: see `_weigh_by_channel`."""
-    b, g, r, c = decay.shape
-    left = decay_matrix(jnp.swapaxes(decay.reshape(b, g * r, c), 1, 2), document).reshape(b, g, r, c, c)
-    products = _exactly("bgrzcn,bgrsn->bgrzcs", rows, k) * left[:, :, :, None]
-    return products, jnp.exp(jnp.cumsum(decay, axis=-1))[..., None], left[..., -1, :, None]
+    """For one decay of a head, [b, r, c]: see `_weigh_by_channel`."""
+    left = decay_matrix(jnp.swapaxes(decay, 1, 2), document)
+    products = _exactly("bin,bjn->bij", rows[:, 0], k[:, 0])[:, None] * jnp.tile(left, (1, 1, 2, 1))
+    return products, jnp.exp(jnp.cumsum(decay, axis=-1))[..., None], left[:, :, -1, :, None]
 
 
 def _weigh_by_channel(rows: Array, k: Array, decay: Array, document: Array) -> tuple[Array, Array, Array]:
     """Products of rows and keys over what is left of the keys' channels by then, from a decay of each channel.
 
     Args:
-      rows: keys and queries, [b, g, 1, z, c, n].
-      k: keys, [b, g, 1, c, n].
-      decay: [b, g, r, c, n].
+      rows: keys and behind them queries, [b, 1, 2 c, n].
+      k: keys, [b, 1, c, n].
+      decay: [b, r, c, n].
       document: number of the document of each position, [b, c].
 
     Returns:
-      The products [b, g, r, z, c, c], 0 where a key is later or of another document; what is left at each position of
-      what was before the chunk; and what is left at its end of each position, 0 if of another document [b, g, r, c, n].
+      The products [b, r, 2 c, c], 0 where a key is later or of another document; what is left at each position of what
+      was before the chunk; and what is left at its end of each position, 0 if of another document [b, r, c, n].
     """
-    heads, (z, c, n) = decay.shape[:3], rows.shape[3:]
-    rows, k = jnp.broadcast_to(rows, (*heads, z, c, n)), jnp.broadcast_to(k, decay.shape)
-    sums = _weigh_halves(rows.reshape(-1, z, c, n), k.reshape(-1, c, n), decay.reshape(-1, c, n))
-    products, since, until = (x.reshape(*heads, *x.shape[1:]) for x in sums)
-    same = (document[:, :, None] == document[:, None, :])[:, None, None]
-    return jnp.where(same[..., None, :, :], products, 0), jnp.exp(since), jnp.exp(until) * same[..., -1, :, None]
+    (b, r, c, n), same = decay.shape, (document[:, :, None] == document[:, None, :])[:, None]
+    rows, k = (jnp.broadcast_to(x, (b, r, *x.shape[2:])) for x in (rows, k))
+    sums = _weigh_halves(rows.reshape(b * r, 2, c, n), k.reshape(b * r, c, n), decay.reshape(b * r, c, n))
+    products, since, until = (x.reshape(b, r, -1, x.shape[-1]) for x in sums)
+    return (
+        jnp.where(jnp.tile(same, (1, 1, 2, 1)), products, 0),
+        jnp.exp(since),
+        jnp.exp(until) * same[:, :, -1, :, None],
+    )
 
 
 def _weigh_halves(rows: Array, k: Array, decay: Array) -> tuple[Array, Array, Array]:
