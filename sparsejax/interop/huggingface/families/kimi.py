@@ -20,7 +20,6 @@ from sparsejax.interop.huggingface.translation import (
     pieces_of_ends,
     pieces_of_gated_mlp,
     read_layer_types,
-    tied_head,
 )
 from sparsejax.layers import DeltaConfig, ExpertsConfig, LatentConfig, LayerConfig, MlpConfig, NormConfig
 
@@ -47,17 +46,17 @@ def translate(fields: Fields) -> Translation:
         )
         for kind, part in zip(kinds, parts, strict=True)
     ]
-    tied = fields.take("tie_word_embeddings", False)
+    fields.ignore("tie_word_embeddings")  # the reference ties nothing, whatever it says
     model = ModelConfig(
         vocab=fields.take("vocab_size"),
         width=width,
         **name_layers(layers),
         norm=norm,
-        tied=tied,
+        tied=False,
         dtype="float32",
         scan=True,
     )
-    pieces = pieces_of_ends(tied)
+    pieces = pieces_of_ends(tied=False)
     for i, (kind, part) in enumerate(zip(kinds, parts, strict=True)):
         theirs, ours = f"model.layers.{i}", f"layers.{i}"
         feed = f"{theirs}.block_sparse_moe"
@@ -73,7 +72,7 @@ def translate(fields: Fields) -> Translation:
             pieces += pieces_of_gated_mlp(feed, f"{ours}.mlp")
         else:
             pieces += pieces_of_routed_experts(feed, f"{ours}.mlp", experts, names=("w1", "w3", "w2"))
-    return Translation(model, pieces, unused=tied_head(tied))
+    return Translation(model, pieces)
 
 
 def _default_kinds(older: dict, depth: int) -> list[str]:
