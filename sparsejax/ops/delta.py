@@ -28,6 +28,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
+from sparsejax.ops.chunks import scan_chunks
 from sparsejax.ops.ssd import decay_matrix
 
 CHUNK = 64
@@ -67,12 +68,16 @@ def delta_rule(
     state = jnp.zeros((b, h, n, p), wide) if state is None else state.astype(wide)
     inputs = [a.astype(wide) for a in (q, k, v, log_decay, beta)]
     starts = jnp.zeros((b, t), bool) if starts is None else starts
-    inputs.append(jnp.broadcast_to(starts[..., None], (b, t, g)))
-    # Padding decays by nothing and adds nothing, so it leaves the state as it is.
-    length = min(chunk, t)
-    chunks = tuple(_split_chunks(a, g, length) for a in inputs)
-    state, y = jax.lax.scan(_run_chunk, state.reshape(b * g, h // g, n, p), chunks)
-    y = jnp.moveaxis(y.reshape(-1, b, h, length, p), (0, 3), (1, 2)).reshape(b, -1, h, p)[:, :t]
+
+    def fold(x: Array) -> Array:
+        """[b, t, h, ...] -> [b g, t, h / g, ...]: XLA's matrix products for CPUs fail at many axes."""
+        x = jnp.moveaxis(x.reshape(b, t, g, -1, *x.shape[3:]), 2, 1)
+        return x.reshape(b * g, t, *x.shape[3:])
+
+    # Zeros decay by nothing and add nothing, so that they leave the state as it is.
+    folded = (*map(fold, inputs), jnp.repeat(starts, g, axis=0))
+    state, y = scan_chunks(_run_chunk, state.reshape(b * g, h // g, n, p), folded, chunk)
+    y = jnp.moveaxis(y.reshape(b, g, t, h // g, p), 1, 2).reshape(v.shape)
     return y.astype(v.dtype), state.reshape(b, h, n, p)
 
 
@@ -95,22 +100,11 @@ def delta_step(
     return jnp.einsum("bhnp,bhn->bhp", state, q).astype(v.dtype), state
 
 
-def _split_chunks(x: Array, groups: int, length: int) -> Array:
-    """[b, t, h, ...] -> [chunks, b g, h / g, c, ...], padded with zeros.
-
-    Batch and groups are one axis, here and in what follows: XLA's matrix products for CPUs fail at many axes.
-    """
-    b, t, h, *rest = x.shape
-    x = jnp.pad(x, ((0, 0), (0, -t % length), *((0, 0),) * (x.ndim - 2)))
-    x = jnp.moveaxis(x.reshape(b, -1, length, h, *rest), (1, 3), (0, 2))  # [chunks, b, h, c, ...]
-    return x.reshape(-1, b * groups, h // groups, length, *rest)
-
-
-@jax.checkpoint
 def _run_chunk(state: Array, chunk: tuple[Array, ...]) -> tuple[Array, Array]:
-    """The state [b, r, n, p] after a chunk, and its outputs [b, r, c, p], of r heads that share keys [b, 1, c, n]."""
-    q, k, v, decay, beta, starts = chunk
-    document = jnp.cumsum(starts[:, 0], axis=1)  # 0: the one that the state is of
+    """The state [b, r, n, p] after a chunk, and its outputs [b, c, r, p], of r heads that share keys [b, c, 1, n]."""
+    *inputs, starts = chunk
+    q, k, v, decay, beta = (jnp.moveaxis(x, 1, 2) for x in inputs)  # [b, r, c, ...]
+    document = jnp.cumsum(starts, axis=1)  # 0: the one that the state is of
     weigh = _weigh_by_head if decay.ndim == beta.ndim else _weigh_by_channel
     products, since, until = weigh(jnp.concatenate([k, q], axis=2), k, decay, document)
     by_key, by_query = jnp.split(products, 2, axis=2)
@@ -118,7 +112,8 @@ def _run_chunk(state: Array, chunk: tuple[Array, ...]) -> tuple[Array, Array]:
     held = _exactly("brcn,brnp->brcp", k * since, state)
     added = _substitute(beta[..., None] * by_key, beta[..., None] * (v - held))
     y = jnp.einsum("brcn,brnp->brcp", q * since, state) + jnp.einsum("brcs,brsp->brcp", by_query, added)
-    return state * since[:, :, -1, :, None] + _exactly("brcn,brcp->brnp", k * until, added), y
+    state = state * since[:, :, -1, :, None] + _exactly("brcn,brcp->brnp", k * until, added)
+    return state, jnp.moveaxis(y, 2, 1)
 
 
 def _substitute(matrix: Array, x: Array) -> Array:
