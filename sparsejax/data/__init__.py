@@ -2,17 +2,22 @@
 
 from sparsejax.data.batches import fresh_batches, ordered_batches, shuffled_batches, train_batches, validation_batches
 from sparsejax.data.config import DataConfig, MaskConfig
+from sparsejax.data.dataset import Dataset, load_dataset
 from sparsejax.data.errors import DataError
+from sparsejax.data.rows import Batch
 from sparsejax.data.text import Corpus, build_corpus, load_corpus
 
 __all__ = [
+    "Batch",
     "Corpus",
     "DataConfig",
     "DataError",
+    "Dataset",
     "MaskConfig",
     "build_corpus",
     "fresh_batches",
     "load_corpus",
+    "load_dataset",
     "ordered_batches",
     "shuffled_batches",
     "train_batches",

@@ -5,6 +5,8 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
+from sparsejax.data.probes import PROBES
+
 OBJECTIVES = ("causal", "masked", "prefix", "classify")
 PACKINGS = ("none", "packed")
 UNITS = ("token", "word", "span")
@@ -64,6 +66,12 @@ class DataConfig:
     def __post_init__(self):
         if self.length < 1:
             raise ValueError(f"length must be at least 1, got {self.length}")
+        if self.task not in ("text", *PROBES):
+            raise ValueError(f"task must be one of text, {', '.join(PROBES)}, got {self.task!r}")
+        if self.task != "text" and (self.objective, self.packing) != ("causal", "none"):
+            raise ValueError(f"objective and packing: the probe {self.task} has its own")
+        if self.task != "text" and self.probe is None:
+            object.__setattr__(self, "probe", PROBES[self.task]())
         for name, options in (("objective", OBJECTIVES), ("packing", PACKINGS)):
             if getattr(self, name) not in options:
                 raise ValueError(f"{name} must be one of {', '.join(options)}, got {getattr(self, name)!r}")

@@ -99,7 +99,7 @@ class Files:
             digest.update(b"%d\n" % len(side))
             for file in side:
                 _add_file(digest, file)
-        if self._by_document or any(holds_records(file.path) for side in self._sides for file in side):
+        if self._separator or any(holds_records(file.path) for side in self._sides for file in side):
             digest.update(repr((self._by_document, self._field, self._label, self._separator)).encode())
         return digest.hexdigest()[:16]
 

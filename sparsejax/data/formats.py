@@ -68,7 +68,7 @@ def read_raw(path: Path, start: int, size: int) -> Iterator[bytes]:
 
 
 def read_text(path: Path, name: str, separator: bytes, start: int = 0, stop: int | None = None) -> Iterator[Document]:
-    """The documents of a text file, or of its bytes from `start` to `stop`: all of it, or what separators stand between.
+    """The documents of a text file, or of its bytes from `start` to `stop`: all of it, or the parts between separators.
 
     Raises:
       DataError: as of `read_chunks`.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import mmap
 from typing import Any, Protocol
 
@@ -23,6 +24,9 @@ class Rows(Protocol):
 
     def take(self, rows: np.ndarray) -> Batch:
         """The batch of these rows, int64 [b]; -1 is a row of padding, whose weights are 0."""
+
+    def counts(self) -> dict[str, int | float]:
+        """What became of the text in making rows of it: how much is scored, cut off, or padding."""
 
 
 class Windows:
@@ -72,6 +76,12 @@ class Windows:
         self._release(len(rows))
         return {"inputs": inputs, "targets": targets, "weights": weights}
 
+    def counts(self) -> dict[str, int | float]:
+        """Targets that are scored, and tokens behind the last window."""
+        targets = max(0, len(self._data) - 1)
+        scored = len(self) * self.length if self._whole and self._stride == self.length else targets
+        return {"scored_tokens": scored, "tokens_left_over": targets - scored}
+
     def _release(self, reads: int) -> None:
         """Gives back the pages of a mapped file now and then; they stay in the system's cache, but count no more."""
         self._reads += reads
@@ -116,10 +126,15 @@ class Packed:
     def __len__(self) -> int:
         return len(self._starts) - 1
 
-    @property
-    def efficiency(self) -> float:
-        """The share of all positions that is scored."""
-        return self.tokens / max(1, len(self) * self.length)
+    def counts(self) -> dict[str, int | float]:
+        """Targets that are scored; documents that were cut, or predict nothing; the share of positions scored."""
+        positions = max(1, len(self) * self.length)
+        return {
+            "scored_tokens": self.tokens,
+            "documents_cut": self.cut,
+            "documents_unscored": self.unscored,
+            "efficiency": round(self.tokens / positions, 6),
+        }
 
     def take(self, rows: np.ndarray) -> Batch:
         """The batch of these rows, int64 [b]; -1 is a row of padding, whose weights are 0."""
@@ -159,7 +174,6 @@ class Labelled:
 
     def __init__(self, data: np.ndarray, documents: np.ndarray, labels: np.ndarray, length: int):
         self._data, self._documents, self._labels, self.length = np.asarray(data), documents, labels, length
-        self.cut = int((documents[:, 1] - documents[:, 0] > length).sum())
 
     def __len__(self) -> int:
         return len(self._documents)
@@ -179,25 +193,44 @@ class Labelled:
         batch = {"inputs": inputs, "targets": targets, "weights": weights}
         return batch | {"segments": segments, "positions": positions}
 
+    def counts(self) -> dict[str, int | float]:
+        """Documents that are longer than a row and lose their ends, and the share of positions that hold text."""
+        sizes = self._documents[:, 1] - self._documents[:, 0]
+        used = int(np.minimum(sizes, self.length).sum()) / max(1, len(self) * self.length)
+        lost = int(np.maximum(0, sizes - self.length).sum())
+        return {"documents_cut": int((sizes > self.length).sum()), "tokens_cut_off": lost, "efficiency": round(used, 6)}
 
+
+@dataclasses.dataclass(frozen=True)
 class Examples:
-    """The examples of a probe, as many as are asked for; see `data.probes`.
+    """The examples of a probe; see `data.probes`.
 
-    Args:
-      probe: Has `length` and `example(index, seed)`.
+    Attributes:
+      probe: Has `length` and `example(seed, index, validation)`.
       seed: Of the examples.
       count: How many there are.
+      validation: Whether they are those that are held out.
     """
 
-    def __init__(self, probe: Any, seed: int, count: int):
-        self._probe, self._seed, self._count, self.length = probe, seed, count, probe.length
+    probe: Any
+    seed: int
+    count: int
+    validation: bool = False
+
+    @property
+    def length(self) -> int:
+        """Tokens of an example."""
+        return self.probe.length
 
     def __len__(self) -> int:
-        return self._count
+        return self.count
 
     def take(self, rows: np.ndarray) -> Batch:
         """The batch of these rows, int64 [b]; -1 is a row of padding, whose weights are 0."""
-        examples = [self._probe.example(max(0, row), self._seed) for row in rows.tolist()]
+        examples = [self.probe.example(self.seed, max(0, row), self.validation) for row in rows.tolist()]
         batch = {name: np.stack([example[name] for example in examples]) for name in examples[0]}
-        weights = batch["weights"].astype(np.float32) * (rows >= 0)[:, None]
-        return {name: values.astype(np.int32) for name, values in batch.items()} | {"weights": weights}
+        return batch | {"weights": batch["weights"] * (rows >= 0)[:, None].astype(np.float32)}
+
+    def counts(self) -> dict[str, int | float]:
+        """Nothing is lost."""
+        return {}

@@ -107,7 +107,7 @@ def load_corpus(
     tokenizer: str = "bytes",
     cache: str = "",
 ) -> Corpus:
-    """Reads files and splits them into training and validation text.
+    r"""Reads files and splits them into training and validation text.
 
     A text file is one document, or several if there is a `separator`; a record of a jsonl or parquet file is
     one. .gz and .zst are unpacked. Without `validation`, the side of a file depends on nothing but its name
@@ -123,7 +123,7 @@ def load_corpus(
         sources without the tests.
       validation: Files to hold out, in the same way; "" holds out some of `files`.
       field: Which field of a record is the text.
-      separator: Between the documents of a text file, with escapes such as \\n.
+      separator: Between the documents of a text file, with escapes such as \n.
       label: Which field of a record is its class.
       tokenizer: See `load_tokenizer`.
       cache: See `build_corpus`.
@@ -263,17 +263,15 @@ def _open(place: Path) -> tuple[Side, Side]:
         if counts["format"] != FORMAT:
             raise ValueError(f"format {counts['format']}, not {FORMAT}")
         return tuple(
-            Side(
-                _map(place / name, np.dtype(counts["dtype"])),
-                np.load(place / f"{name}.documents.npy"),
-                np.load(place / f"{name}.labels.npy"),
-                **numbers,
-            )
-            for name, numbers in counts["sides"].items()
+            _open_side(place / name, np.dtype(counts["dtype"]), numbers) for name, numbers in counts["sides"].items()
         )
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, EOFError, ValueError, KeyError, TypeError) as error:
         raise DataError(f"data.cache: {place} is damaged, delete it: {error}") from error
 
 
-def _map(file: Path, dtype: np.dtype) -> np.ndarray:
-    return np.memmap(file, dtype, mode="r") if file.stat().st_size else np.zeros(0, dtype)
+def _open_side(file: Path, dtype: np.dtype, counts: dict[str, int]) -> Side:
+    tokens = np.memmap(file, dtype, mode="r") if file.stat().st_size else np.zeros(0, dtype)
+    documents, labels = (np.load(file.with_name(f"{file.name}.{name}.npy")) for name in ("documents", "labels"))
+    if len(tokens) != documents.max(initial=0):
+        raise ValueError(f"{file.name} has {len(tokens)} tokens, not {documents.max(initial=0)}")
+    return Side(tokens, documents, labels, **counts)
