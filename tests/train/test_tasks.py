@@ -170,3 +170,15 @@ def test_bits_of_subwords_are_bits_of_their_bytes(text, tmp_path):
     size = sum(len(text.encode()) for text in texts)
     assert found["eval/bits_per_byte"] == pytest.approx(3 * len(side.tokens) / size)
     assert found["eval/bits_per_character"] == pytest.approx(3 * len(side.tokens) / sum(map(len, texts)))
+
+
+def test_show_data(text, tmp_path, capsys):
+    given = ["show", "--data", f"--config={runs.RECIPE}", f"--config.data.files={text}"]
+    assert main([*given, "--config.data.packing=packed"]) == 0
+    out = capsys.readouterr().out
+    assert "40 documents read" not in out  # some are held out
+    assert "efficiency" in out
+    assert out.count("segments 0-31") == 3
+    assert "tokenizer: bytes, 256 ids, 1.0000 tokens per byte" in out
+    assert main([*given, "--length=8"]) == USAGE_ERROR
+    assert capsys.readouterr().err == "sparsejax: --data: goes with --config alone\n"
