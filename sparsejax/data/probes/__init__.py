@@ -1,0 +1,51 @@
+"""Probes: generated tasks that ask for one ability each, with the papers and outcomes that they are known by.
+
+    probe = PROBES["mqar"](length=128, pairs=8)
+    probe.example(seed=0, index=5)  # inputs, targets, weights: always the same
+
+An example is a pure function of its seed and number; `example.Probe` says what one holds.
+"""
+
+from sparsejax.data.probes.copying import Duplication, SelectiveCopying
+from sparsejax.data.probes.documents import TextClassification, TextRetrieval
+from sparsejax.data.probes.example import Example, Probe
+from sparsejax.data.probes.images import Digits, Pathfinder
+from sparsejax.data.probes.listops import ListOps
+from sparsejax.data.probes.needle import KeyValue, Passkey, grid
+from sparsejax.data.probes.recall import InductionHeads, Mqar
+from sparsejax.data.probes.state_tracking import StateTracking
+
+# By the value of data.task.
+PROBES: dict[str, type[Probe]] = {
+    "mqar": Mqar,
+    "induction_heads": InductionHeads,
+    "selective_copying": SelectiveCopying,
+    "duplication": Duplication,
+    "passkey": Passkey,
+    "key_value": KeyValue,
+    "listops": ListOps,
+    "pathfinder": Pathfinder,
+    "digits": Digits,
+    "state_tracking": StateTracking,
+    "text_classification": TextClassification,
+    "text_retrieval": TextRetrieval,
+}
+
+__all__ = [
+    "PROBES",
+    "Digits",
+    "Duplication",
+    "Example",
+    "InductionHeads",
+    "KeyValue",
+    "ListOps",
+    "Mqar",
+    "Passkey",
+    "Pathfinder",
+    "Probe",
+    "SelectiveCopying",
+    "StateTracking",
+    "TextClassification",
+    "TextRetrieval",
+    "grid",
+]
