@@ -19,6 +19,7 @@ FEEDFORWARDS = {
     "plain": dict(width=256),
     "experts": dict(experts=4, width=64, shared_width=64),
 }
+BYTES_AND_MASK = 257  # ids of a masked model of bytes
 FEW = dict(kv_heads=2, key_heads=2, groups=2, norm_groups=2, top_k=2)  # at most so many
 
 
@@ -84,12 +85,15 @@ def choose(argument, full, length, **tiny):
 
 
 def make_run(model, length, steps, batch, learning_rate, warmup):
-    """All sections, with the text that CPython ships; a larger model needs `sharding` for its machine."""
-    every = min(steps, 1000)
+    """All sections, with the text that CPython ships; a larger model needs `sharding` for its machine.
+
+    A model that sees both sides finds hidden tokens again, others predict the next one.
+    """
+    every, objective = min(steps, 1000), "causal" if model.get("causal", True) else "masked"
     return ConfigDict(
         dict(
             model=model,
-            data=dict(task="text", files="", length=length),
+            data=dict(task="text", files="", length=length, objective=objective),
             train=dict(steps=steps, batch=batch, accumulate=1, seed=0, log_every=10, bad_loss="stop", spike=0.0),
             optimizer=dict(
                 learning_rate=learning_rate,
