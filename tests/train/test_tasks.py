@@ -1,5 +1,7 @@
 """Any source, objective and probe with one config, by overrides alone; packed documents do not see one another."""
 
+import json
+
 import jax
 import numpy as np
 import pytest
@@ -57,6 +59,24 @@ def test_masked_rows(text, tmp_path):
     assert 0 <= row["eval/accuracy"] <= 1
 
 
+def test_classes_of_documents(tmp_path):
+    """The class is told by the letter that a document is made of: a causal model of windows finds it by its mean."""
+    lines = [{"text": "abcd"[i % 4] * (5 + i % 30), "kind": i % 4} for i in range(200)]
+    files = tmp_path / "text.jsonl"
+    files.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    row = train(
+        tmp_path / "run",
+        f"--config.data.files={files}",
+        "--config.data.objective=classify",
+        "--config.data.label=kind",
+        "--config.model.head.pool=mean",
+        "--config.train.steps=40",
+        "--config.eval.every=40",
+        "--config.checkpoint.every=40",
+    )[-1]
+    assert row["eval/accuracy"] == row["eval/exact_match"] > 0.9
+
+
 def test_packed_records_and_overlapping_windows(text, tmp_path):
     packed = train(tmp_path / "a", f"--config.data.files={text}", "--config.data.packing=packed")[-1]
     strided = train(tmp_path / "b", f"--config.data.files={text}", "--config.eval.stride=8")[-1]
@@ -81,6 +101,15 @@ def test_packed_records_and_overlapping_windows(text, tmp_path):
             ["data.objective=prefix", "data.prefix=8", "model.causal=false", "model.layers.full.mixer.pattern=full"],
             "model.layers.full.mixer.pattern: 'full' sees what data.objective = 'prefix' predicts; it may see as much"
             " as 'causal | prefix(8)'",
+        ),
+        (
+            ["data.objective=classify", "data.label=kind"],
+            "model.causal: is true, but data.objective = 'classify' asks the first token, which then sees nothing; or set"
+            " model.head.pool = 'mean'",
+        ),
+        (
+            ["model.head.pool=mean"],
+            "model.head.pool: is 'mean', but data.objective = 'causal' predicts single tokens",
         ),
         (["data.objective=prefix"], "data: prefix = 0 must leave some of length = 32 to predict"),
         (["data.task=mqar"], "data.length: is 32, the probe mqar has 64 tokens"),
