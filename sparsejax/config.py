@@ -298,9 +298,7 @@ class Config:
         elif data.objective == "causal" and not causal:
             raise ValueError("model.causal: is false, but data.objective = 'causal' predicts the next token")
         elif data.objective != "classify" and self.model.head.pool != "none":
-            raise ValueError(
-                f"model.head.pool: is 'mean', but data.objective = {data.objective!r} predicts single tokens"
-            )
+            raise ValueError(f"model.head.pool: is 'mean', data.objective = {data.objective!r} predicts single tokens")
         elif data.objective == "classify" and causal and self.model.head.pool == "none":
             raise ValueError(
                 "model.causal: is true, but data.objective = 'classify' asks the first token, which then sees nothing; or"
