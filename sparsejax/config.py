@@ -301,8 +301,8 @@ class Config:
             raise ValueError(f"model.head.pool: is 'mean', data.objective = {data.objective!r} predicts single tokens")
         elif data.objective == "classify" and causal and self.model.head.pool == "none":
             raise ValueError(
-                "model.causal: is true, but data.objective = 'classify' asks the first token, which then sees nothing; or"
-                " set model.head.pool = 'mean'"
+                "model.causal: is true, but data.objective = 'classify' asks the first token, which then sees nothing;"
+                " or set model.head.pool = 'mean'"
             )
         elif data.objective == "masked" and causal:
             raise ValueError("model.causal: is true, but data.objective = 'masked' predicts from both sides")
