@@ -419,6 +419,11 @@ def check(config: ConfigDict) -> Config:
     return _build(Config, config.to_dict(), "")
 
 
+def complete(settings: dict[str, Any]) -> dict[str, Any]:
+    """A recorded configuration with the optional features that are newer than the record, left out."""
+    return _complete(Config, settings)
+
+
 def digest(config: ConfigDict) -> str:
     """12 hexadecimal digits that name the resolved configuration."""
     return hashlib.sha256(json.dumps(config.to_dict(), sort_keys=True).encode()).hexdigest()[:12]
