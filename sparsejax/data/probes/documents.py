@@ -7,14 +7,14 @@ from pathlib import Path
 
 import numpy as np
 
-from sparsejax.data.probes.example import Example, ask, pick, require
+from sparsejax.data.probes.example import Example, Probe, ask, pick, require
 from sparsejax.data.text import DataError
 
 PADDING, SEPARATOR = 256, 257  # behind the bytes
 
 
 @dataclass(frozen=True)
-class TextClassification:
+class TextClassification(Probe):
     """Of which class is a document? Bytes, up to `length` of them; the class is asked for at the last one.
 
     Byte-level text classification of Long Range Arena (arXiv:2011.04006), section 2.2.2, which takes the IMDb reviews:
@@ -41,7 +41,6 @@ class TextClassification:
 
     @property
     def held_out(self) -> int:
-        """Number of different validation examples."""
         return len(_list_documents("validation_files", self.validation_files, self.classes))
 
     def example(self, seed: int, index: int, validation: bool = False) -> Example:
@@ -73,7 +72,7 @@ def _list_documents(key: str, folder: str, classes: tuple[str, ...]) -> list[tup
 
 
 @dataclass(frozen=True)
-class TextRetrieval:
+class TextRetrieval(Probe):
     """Do two documents belong together (1) or not (0)? Bytes of both, a mark between them.
 
     Byte-level document retrieval of Long Range Arena (arXiv:2011.04006), section 2.2.3, which takes pairs of papers
@@ -97,7 +96,6 @@ class TextRetrieval:
 
     @property
     def held_out(self) -> int:
-        """Number of different validation examples."""
         return len(_find_lines("validation_files", self.validation_files)) - 1
 
     def example(self, seed: int, index: int, validation: bool = False) -> Example:

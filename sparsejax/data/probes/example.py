@@ -24,6 +24,11 @@ class Probe(Protocol):
     @property
     def length(self) -> int: ...
 
+    @property
+    def held_out(self) -> int | None:
+        """Number of different validation examples, if they come from a fixed set, in whose order they then come."""
+        return None
+
     def example(self, seed: int, index: int, validation: bool = False) -> Example:
         """One example, always the same for the same arguments.
 

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from sparsejax.data.probes.example import Example, ask, open_stream, require
+from sparsejax.data.probes.example import Example, Probe, ask, open_stream, require
 from sparsejax.data.text import DataError
 
 OPERATORS = ("MIN", "MAX", "MED", "SM")  # SM: the sum modulo 10; tokens 10 to 13, behind the digits
@@ -15,7 +15,7 @@ MOST_DRAWS = 100_000  # of trees for one example; LRA's lengths take about ten
 
 
 @dataclass(frozen=True)
-class ListOps:
+class ListOps(Probe):
     """An expression such as [MAX 2 9 [MIN 4 7 ] 0 ], whose value, a digit, is asked for at its last token.
 
     Long Range Arena (arXiv:2011.04006), section 2.2.1, after arXiv:1804.06028. A node is an operator with probability

@@ -4,13 +4,13 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from sparsejax.data.probes.example import Example, ask_again, open_stream, require
+from sparsejax.data.probes.example import Example, Probe, ask_again, open_stream, require
 
 BLANK = 0
 
 
 @dataclass(frozen=True)
-class Mqar:
+class Mqar(Probe):
     """Multi-query associative recall: key-value pairs, then each key once more, at which its value is asked for.
 
         inputs   k1 v1 k2 v2  .  .  k2  .  .  .  k1  .
@@ -52,7 +52,7 @@ class Mqar:
 
 
 @dataclass(frozen=True)
-class InductionHeads:
+class InductionHeads(Probe):
     """Random tokens, among them once a trigger; the last token is the trigger again: what followed it?
 
     Mamba (arXiv:2312.00752), section 4.1.2 and appendix E.1, after H3 (arXiv:2212.14052). The trigger is the last
