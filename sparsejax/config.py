@@ -26,6 +26,8 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from sparsejax import patterns, schedule
+from sparsejax.data import DataConfig
+from sparsejax.data.probes import PROBES
 from sparsejax.layers import (
     ACTIVATIONS,
     FEEDFORWARDS,
@@ -53,7 +55,7 @@ def _choose(config: Any, name: str, *options: str) -> None:
         raise ValueError(f"{name} must be one of {', '.join(options)}, got {getattr(config, name)!r}")
 
 
-# Sections whose class is told by their `kind`.
+# Sections whose class is told by their `kind`; that of `data.probe` is told by `data.task`.
 KINDS = {MixerConfig: MIXERS, FeedForwardConfig: FEEDFORWARDS}
 
 
@@ -178,19 +180,6 @@ class ModelConfig:
 
 
 @dataclasses.dataclass(frozen=True)
-class DataConfig:
-    """Where the tokens come from. `files`: a file, folder, glob, several by commas; empty: CPython's own text."""
-
-    task: str  # "text": predict the next byte
-    files: str
-    length: int  # tokens of a window
-
-    def __post_init__(self):
-        _require(self, length=1)
-        _choose(self, "task", "text")
-
-
-@dataclasses.dataclass(frozen=True)
 class TrainConfig:
     """The loop. A batch of `batch` windows is computed in `accumulate` parts."""
 
@@ -261,10 +250,11 @@ class EvalConfig:
     every: int
     batch: int
     batches: int
-    sample: int  # bytes of text to generate at the end
+    sample: int  # tokens of text to generate at the end
+    stride: int = 0  # tokens from one window to the next, of which each scores only its last ones; 0: data.length
 
     def __post_init__(self):
-        _require(self, every=1, batch=1, batches=1, sample=0)
+        _require(self, every=1, batch=1, batches=1, sample=0, stride=0)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -285,12 +275,36 @@ class Config:
                 f"checkpoint.keep_best: ranks checkpoints by evaluation, so eval.every = {self.eval.every} must divide"
                 f" checkpoint.every = {self.checkpoint.every} (or set keep_best = 0)"
             )
+        if self.eval.stride > self.data.length:
+            raise ValueError(f"eval.stride: {self.eval.stride} tokens are more than data.length = {self.data.length}")
+        self._check_objective()
         for name, layer in self.model.layers.items():
             if hasattr(layer.mixer, "pattern"):
                 try:
                     patterns.parse(layer.mixer.pattern, self.data.length)
                 except patterns.PatternError as error:
                     raise ValueError(f"model.layers.{name}.mixer.pattern: {error}") from None
+
+    def _check_objective(self) -> None:
+        """Holds what is predicted against what the model can see and tell."""
+        data, causal = self.data, self.model.causal
+        if data.task != "text":
+            if data.probe.length != data.length:
+                raise ValueError(f"data.length: is {data.length}, the probe {data.task} has {data.probe.length} tokens")
+            if data.probe.vocab > self.model.vocab:
+                raise ValueError(f"model.vocab: is {self.model.vocab}, the probe {data.task} needs {data.probe.vocab}")
+        elif data.objective == "causal" and not causal:
+            raise ValueError("model.causal: is false, but data.objective = 'causal' predicts the next token")
+        elif data.objective == "masked" and causal:
+            raise ValueError("model.causal: is true, but data.objective = 'masked' predicts from both sides")
+        elif data.objective == "prefix" and not causal:
+            given = patterns.Causal() | patterns.Prefix(data.prefix)
+            for name, seen in dict(self.model.sees).items():
+                if (seen - given).pairs(data.length):
+                    raise ValueError(
+                        f"model.layers.{name}.mixer.pattern: {str(seen)!r} sees what data.objective = 'prefix'"
+                        f" predicts; it may see as much as {str(given)!r}"
+                    )
 
 
 def load(place: str, overrides: typing.Iterable[str] = ()) -> ConfigDict:
@@ -318,11 +332,16 @@ def load(place: str, overrides: typing.Iterable[str] = ()) -> ConfigDict:
     # A dict that a file uses twice would be one ConfigDict in both places, and an override of the one would
     # silently change the other.
     config = ConfigDict(_complete(Config, _copy_tree(config.to_dict())))
-    for text in overrides:
+    # The task comes first: it decides which keys its section has.
+    for text in sorted(overrides, key=lambda text: not text.startswith("data.task=")):
         key, equals, value = text.partition("=")
         if not equals:
             raise ConfigError(f"--config.{key}: write --config.{key}=VALUE")
+        before = config.data.task if key == "data.task" else None
         override(config, key, value)
+        if key == "data.task" and value != before:
+            config.data.probe = None
+            config = ConfigDict(_complete(Config, config.to_dict()))
     return config
 
 
@@ -422,12 +441,23 @@ def _complete(kind: Any, value: Any) -> Any:
         return {key: _complete(typing.get_args(kind)[1], item) for key, item in value.items()}
     if not isinstance(value, dict) or not dataclasses.is_dataclass(kind):
         return value
-    hints = typing.get_type_hints(kind)
+    hints = _hint(kind, value)
     for field in dataclasses.fields(kind):
         if field.name not in value and _is_optional(field):
             default = field.default if field.default is not dataclasses.MISSING else field.default_factory()
             value[field.name] = dataclasses.asdict(default) if dataclasses.is_dataclass(default) else default
+    if kind is DataConfig and value["probe"] is None and value.get("task") in PROBES:
+        value["probe"] = {}
     return {key: _complete(hints[key], item) if key in hints else item for key, item in value.items()}
+
+
+def _hint(kind: type, value: Any) -> dict[str, Any]:
+    """The class of each field of a section."""
+    hints = typing.get_type_hints(kind)
+    if kind is DataConfig and isinstance(value, dict):
+        task = value.get("task")
+        hints["probe"] = PROBES[task] if isinstance(task, str) and task in PROBES else types.NoneType
+    return hints
 
 
 def _is_optional(field: dataclasses.Field) -> bool:
@@ -468,14 +498,14 @@ def _build(kind: Any, value: Any, path: str) -> Any:
         number = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
         _demand(number, path, "a number", value)
         return float(value)
-    words = {int: "an integer", bool: "true or false", str: "text"}
+    words = {int: "an integer", bool: "true or false", str: "text", types.NoneType: "none, as data.task is no probe"}
     _demand(type(value) is kind, path, words[kind], value)
     return value
 
 
 def _build_section(kind: type, value: Any, path: str) -> Any:
     _demand(isinstance(value, dict), path, "a section", value)
-    hints, fields = typing.get_type_hints(kind), {field.name: field for field in dataclasses.fields(kind)}
+    hints, fields = _hint(kind, value), {field.name: field for field in dataclasses.fields(kind)}
     for key in value:
         if key not in fields:
             raise _unknown_key(f"{path}.{key}" if path else key, key, list(fields))

@@ -29,8 +29,12 @@ class Embedding(nnx.Module):
         self.axial = nnx.List([parameter(rngs, init, size, (None, None)) for size in sizes])
         self.norm = None if self.config.norm is None else Norm(self.config.norm, config.width, rngs)
 
-    def __call__(self, tokens: Int[Array, "b t"]) -> Float[Array, "b t m"]:
+    def __call__(self, tokens: Int[Array, "b t"], positions: Int[Array, "b t"] | None = None) -> Float[Array, "b t m"]:
         """The stream before the first layer.
+
+        Args:
+          tokens: token ids.
+          positions: of the tokens in their documents; None: their places in the row.
 
         Raises:
           ValueError: more tokens than there are learned positions.
@@ -39,6 +43,8 @@ class Embedding(nnx.Module):
         rows = self.config.positions if axial is None else axial.length
         if rows and tokens.shape[1] + (0 if start is None else start + 1) > rows:
             raise ValueError(f"{tokens.shape[1]} tokens are more than the {rows} positions that the model has")
+        if positions is not None:
+            return self._embed(tokens, positions if start is None else positions + start + 1)
         if start is None:
             return self._embed(tokens, jnp.arange(tokens.shape[1]))
         real = tokens != start

@@ -50,6 +50,14 @@ def batch_shards(mesh: Mesh) -> int:
     return math.prod(mesh.shape[axis] for axis in BATCH_AXES)
 
 
+def own_rows(mesh: Mesh, rows: int) -> tuple[int, int]:
+    """Which of how many equal runs of a batch's rows this process has to read."""
+    places = batch_sharding(mesh).addressable_devices_indices_map((rows,)).values()
+    start = min(place[0].start or 0 for place in places)
+    stop = max(rows if place[0].stop is None else place[0].stop for place in places)
+    return start // (stop - start), rows // (stop - start)
+
+
 def parameter_shardings(mesh: Mesh, shapes: Any, axes: Any) -> Any:
     """A NamedSharding for each parameter, by `RULES`.
 

@@ -8,6 +8,7 @@ from ml_collections import ConfigDict
 
 from sparsejax import config as configs
 from sparsejax.config import ConfigError
+from sparsejax.data.probes import PROBES
 from sparsejax.layers import FEEDFORWARDS, MIXERS, AttentionConfig, MambaConfig
 
 LOCAL = "model.layers.local.mixer"
@@ -170,7 +171,7 @@ def test_types(tiny_config, key, value, expected):
         ("train.bad_loss", "raise", "train: bad_loss must be one of stop, skip, got 'raise'"),
         ("optimizer.beta2", 1.0, "optimizer: needs 0 <= beta1, beta2 < 1, eps > 0 and clip > 0"),
         ("sharding.data", 0, "sharding: data must be at least 1, or -1 for all remaining devices"),
-        ("data.task", "images", "data: task must be one of text, got 'images'"),
+        ("data.task", "images", f"data: task must be one of text, {', '.join(PROBES)}, got 'images'"),
         ("checkpoint.every", 0, "checkpoint: every must be at least 1, got 0"),
         ("eval.batches", 0, "eval: batches must be at least 1, got 0"),
     ],

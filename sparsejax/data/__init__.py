@@ -1,6 +1,25 @@
-"""Text in, batches of bytes out: corpora, windows, and iterators that resume exactly."""
+"""Data: documents from files or TFDS, tokens, packing, objectives, probes, and iterators that resume exactly."""
 
-from sparsejax.data.batches import train_batches, validation_batches
-from sparsejax.data.text import Corpus, DataError, load_corpus
+from sparsejax.data.batches import fresh_batches, ordered_batches, shuffled_batches, train_batches, validation_batches
+from sparsejax.data.config import DataConfig, MaskConfig
+from sparsejax.data.dataset import Dataset, load_dataset
+from sparsejax.data.errors import DataError
+from sparsejax.data.rows import Batch
+from sparsejax.data.text import Corpus, build_corpus, load_corpus
 
-__all__ = ["Corpus", "DataError", "load_corpus", "train_batches", "validation_batches"]
+__all__ = [
+    "Batch",
+    "Corpus",
+    "DataConfig",
+    "DataError",
+    "Dataset",
+    "MaskConfig",
+    "build_corpus",
+    "fresh_batches",
+    "load_corpus",
+    "load_dataset",
+    "ordered_batches",
+    "shuffled_batches",
+    "train_batches",
+    "validation_batches",
+]

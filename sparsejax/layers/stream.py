@@ -30,6 +30,7 @@ class Context:
 
     Attributes:
       segments: ids of the documents that were packed into a row; nothing crosses from one to another.
+      positions: of tokens in their documents, for learned positions; None: their places in the row.
       mask: False at padding. No token looks at it, and it leaves the state of a recurrence as zero input would.
       globals: positions of tokens that are global in this batch alone, in any order; -1 pads the list.
       embeddings: the stream before the first layer.
@@ -39,6 +40,7 @@ class Context:
     """
 
     segments: Int[Array, "b t"] | None = None
+    positions: Int[Array, "b t"] | None = None
     mask: Bool[Array, "b t"] | None = None
     globals: Int[Array, "b n"] | None = None
     embeddings: Float[Array, "b t m"] | None = None

@@ -1,7 +1,7 @@
 """Training: the loop, the step, the state, checkpoints and what a run writes down."""
 
 from sparsejax.train.checkpoint import CheckpointError, Checkpoints, list_steps, read_arrays
-from sparsejax.train.evaluate import Evaluation, evaluate
+from sparsejax.train.evaluate import Answers, Evaluation, evaluate, summarize
 from sparsejax.train.loop import BadLoss, Interrupted, train
 from sparsejax.train.optimizer import build_optimizer, build_schedule
 from sparsejax.train.state import TrainState, init_state, state_shapes
@@ -9,6 +9,7 @@ from sparsejax.train.step import build_evaluation, build_step
 from sparsejax.train.writers import read_rows
 
 __all__ = [
+    "Answers",
     "BadLoss",
     "CheckpointError",
     "Checkpoints",
@@ -25,5 +26,6 @@ __all__ = [
     "read_arrays",
     "read_rows",
     "state_shapes",
+    "summarize",
     "train",
 ]

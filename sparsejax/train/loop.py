@@ -23,14 +23,14 @@ from sparsejax.config import Config, ConfigError
 from sparsejax.decode import generate
 from sparsejax.model import Functional
 from sparsejax.train.checkpoint import Checkpoints
-from sparsejax.train.evaluate import Evaluation, evaluate
+from sparsejax.train.evaluate import Evaluation, describe, evaluate, summarize
 from sparsejax.train.optimizer import build_optimizer, build_schedule
 from sparsejax.train.progress import ProgressReport
 from sparsejax.train.state import TrainState, init_state, state_shapes
 from sparsejax.train.step import Batch, build_evaluation, build_step
 from sparsejax.train.writers import Writers, describe_versions, write_json
 
-PROMPT = 64  # bytes of validation text that the sample continues
+PROMPT = 64  # tokens of validation text that the sample continues
 
 
 class Interrupted(Exception):
@@ -52,16 +52,17 @@ def train(settings: ConfigDict, workdir: Path, console: Console) -> Evaluation:
     config = configs.check(settings)
     mesh = sharding.make_mesh(config.sharding)
     _require_even_batches(config, mesh)
-    corpus = data.load_corpus(config.data.files)
-    batches = data.train_batches(corpus.train, config.data.length, config.train.batch, config.train.seed)
-    _validation_batches(corpus, config, mesh)  # finds out now, not at the first evaluation, if they cannot be
+    dataset = data.load_dataset(config.data, config.eval.stride)
+    _require_vocabulary(config, dataset)
+    batches = dataset.train_batches(config.train.batch, config.train.seed, **_share(mesh, config.train.batch))
     # From here on a signal is noted and not raised: an exception at just any place can be lost in a callback.
     with _StopSignals() as signals:
         _claim_workdir(workdir, settings, config)
         model = Functional(config.model)
-        _describe(config, corpus, model, mesh, console)
+        write_json(workdir / "data.json", dataset.counts)
+        _describe(config, dataset, model, mesh, console)
         optimizer = build_optimizer(config.optimizer, config.train.steps)
-        meta = {"config": settings.to_dict(), "digest": configs.digest(settings), "corpus": corpus.digest}
+        meta = {"config": settings.to_dict(), "digest": configs.digest(settings), "corpus": dataset.digest}
         with Checkpoints(workdir / "checkpoints", config.checkpoint, meta) as checkpoints:
             if checkpoints.latest is None:
                 state = init_state(model, optimizer, config.train.seed, mesh)
@@ -71,28 +72,28 @@ def train(settings: ConfigDict, workdir: Path, console: Console) -> Evaluation:
                 console.print(where, highlight=False, markup=False, soft_wrap=True)
             _log_versions(workdir)
             run = checkpoints, signals, workdir, console
-            state, final = _run(config, model, optimizer, mesh, corpus, state, batches, *run)
-    _show_evaluation(final, console)
-    if config.eval.sample:
-        _show_sample(model, state, corpus, config.eval.sample, console)
+            state, final = _run(config, model, optimizer, mesh, dataset, state, batches, *run)
+    _show_evaluation(final, dataset, console)
+    if config.eval.sample and dataset.generates:
+        _show_sample(model, state, dataset, config.eval.sample, console)
     return final
 
 
-def _run(config, model, optimizer, mesh, corpus, state, batches, checkpoints, signals, workdir, console):
+def _run(config, model, optimizer, mesh, dataset, state, batches, checkpoints, signals, workdir, console):
     """The loop proper: from the given state to the last step; returns the last state and its evaluation."""
     step = build_step(model, optimizer, build_schedule(config.optimizer, config.train.steps), config.train, mesh)
-    evaluation_step = build_evaluation(model, mesh)
-    start, steps, place = int(state.step), config.train.steps, sharding.batch_sharding(mesh)
+    evaluation_step = build_evaluation(model, mesh, dataset.answers)
+    start, steps = int(state.step), config.train.steps
     evaluation, pending = None, None
     with (
         Writers(workdir, start) as writers,
         ProgressReport(console, start, steps, config.train.batch * config.data.length) as progress,
     ):
-        record = _Recorder(config, writers, progress)
+        record = _Recorder(config, dataset, writers, progress)
         if signals.received:
             raise Interrupted(f"stopped by {signals.received} at step {start}; the same command goes on from there")
         for number in range(start + 1, steps + 1):
-            state, metrics = step(state, jax.device_put(next(batches), place))
+            state, metrics = step(state, _place(next(batches), mesh))
             progress.advance(number)
             # Metrics are read one step late, so that the device does not wait for Python.
             stop = record(*pending) if pending else False
@@ -106,7 +107,7 @@ def _run(config, model, optimizer, mesh, corpus, state, batches, checkpoints, si
             if due:
                 with progress.pause():
                     limit = 0 if last else config.eval.batches
-                    held_out = _validation_batches(corpus, config, mesh, limit)
+                    held_out = _validation_batches(dataset, config, mesh, limit)
                     evaluation = evaluate(evaluation_step, state.parameters, held_out)
             stop = record(*pending, evaluation) or stop
             pending = None
@@ -120,15 +121,15 @@ def _run(config, model, optimizer, mesh, corpus, state, batches, checkpoints, si
             if stopped_by and not last:
                 raise Interrupted(f"stopped by {stopped_by} at step {number}; the same command goes on from there")
     if evaluation is None:  # the run had ended before
-        evaluation = evaluate(evaluation_step, state.parameters, _validation_batches(corpus, config, mesh))
+        evaluation = evaluate(evaluation_step, state.parameters, _validation_batches(dataset, config, mesh))
     return state, evaluation
 
 
 class _Recorder:
     """Turns a step's metrics into a row, a line and a verdict: whether the run must stop for a bad loss."""
 
-    def __init__(self, config: Config, writers: Writers, progress: ProgressReport):
-        self._config, self._writers, self._progress = config, writers, progress
+    def __init__(self, config: Config, dataset: data.Dataset, writers: Writers, progress: ProgressReport):
+        self._config, self._dataset, self._writers, self._progress = config, dataset, writers, progress
 
     def __call__(self, number: int, metrics: dict[str, Any], evaluation: Evaluation | None = None) -> bool:
         values = {name: float(value) for name, value in metrics.items()}
@@ -140,9 +141,9 @@ class _Recorder:
         if bad:
             note += " | BAD LOSS, update left out"
         if evaluation:
-            row |= {"eval/loss": evaluation.loss, "eval/bits_per_byte": evaluation.bits_per_byte}
-            row |= {f"eval/bits_at_{start}": bits for start, _, bits in evaluation.position_bins()}
-            note += f" | validation {evaluation.bits_per_byte:.4f} bits/byte"
+            found = summarize(evaluation, self._dataset)
+            row |= found
+            note += f" | validation {describe(found)}"
         self._writers.write(number, row, self._progress.log(number, note))
         return bad and self._config.train.bad_loss == "stop"
 
@@ -203,19 +204,38 @@ def _read_json(path: Path) -> Any:
         raise ConfigError(f"--workdir: {path} is damaged: {error}") from error
 
 
-def _validation_batches(corpus: data.Corpus, config: Config, mesh: Mesh, limit: int = 0) -> Iterator[Batch]:
-    held_out = data.validation_batches(corpus.validation, config.data.length, config.eval.batch, limit=limit)
-    return (jax.device_put(batch, sharding.batch_sharding(mesh)) for batch in held_out)
+def _require_vocabulary(config: Config, dataset: data.Dataset) -> None:
+    if config.model.vocab < dataset.vocab:
+        why = config.data.task if dataset.corpus is None else f"data.tokenizer = {config.data.tokenizer!r}"
+        why += f" with data.objective = {config.data.objective!r}" if config.data.objective != "causal" else ""
+        raise ConfigError(f"model.vocab: is {config.model.vocab}, {why} needs {dataset.vocab}")
 
 
-def _describe(config: Config, corpus: data.Corpus, model: Functional, mesh: Mesh, console: Console) -> None:
+def _share(mesh: Mesh, rows: int) -> dict[str, int]:
+    """Which rows of a batch this process reads."""
+    index, count = sharding.own_rows(mesh, rows)
+    return {"process_index": index, "process_count": count}
+
+
+def _place(batch: data.Batch, mesh: Mesh) -> Batch:
+    """The global batch on the mesh, from the rows that this process has read."""
+    place = sharding.batch_sharding(mesh)
+    return {name: jax.make_array_from_process_local_data(place, rows) for name, rows in batch.items()}
+
+
+def _validation_batches(dataset: data.Dataset, config: Config, mesh: Mesh, limit: int = 0) -> Iterator[Batch]:
+    held_out = dataset.validation_batches(config.eval.batch, limit=limit, **_share(mesh, config.eval.batch))
+    return (_place(batch, mesh) for batch in held_out)
+
+
+def _describe(config: Config, dataset: data.Dataset, model: Functional, mesh: Mesh, console: Console) -> None:
     size = sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(model.shapes))
     axes = " x ".join(f"{name} {n}" for name, n in mesh.shape.items())
     console.print(
-        f"text: {len(corpus.train):,} bytes to train on, {len(corpus.validation):,} to validate"
-        f" ({corpus.train_files} and {corpus.validation_files} files), digest {corpus.digest}\n"
-        f"model: {size:,} parameters, {len(model.config.names)} layers: {model.config.schedule}\n"
+        *dataset.describe(),
+        f"model: {size:,} parameters, {len(model.config.names)} layers: {model.config.schedule}",
         f"mesh: {axes} on {mesh.devices.flat[0].device_kind}",
+        sep="\n",
         highlight=False,
         markup=False,
         soft_wrap=True,
@@ -224,20 +244,27 @@ def _describe(config: Config, corpus: data.Corpus, model: Functional, mesh: Mesh
         console.print(f"warning: {warning}", highlight=False, markup=False, soft_wrap=True)
 
 
-def _show_evaluation(evaluation: Evaluation, console: Console) -> None:
-    table = Table("position", "bits/byte", title="validation loss by position")
+def _show_evaluation(evaluation: Evaluation, dataset: data.Dataset, console: Console) -> None:
+    scale = dataset.tokens_per_byte
+    table = Table("position", "bits/token" if scale is None else "bits/byte", title="validation loss by position")
     for start, stop, bits in evaluation.position_bins():
-        table.add_row(f"{start}-{stop - 1}", f"{bits:.3f}")
+        table.add_row(f"{start}-{stop - 1}", f"{bits * (scale or 1):.3f}")
     console.print(table)
+    if evaluation.answers is not None and evaluation.answers.by_distance[:, 1:].any():
+        table = Table("distance", "accuracy", title="accuracy by distance of the answer")
+        for start, stop, accuracy in evaluation.answers.distance_bins():
+            table.add_row(f"{start}-{stop - 1}", f"{accuracy:.4f}")
+        console.print(table)
+    unit = "bytes" if dataset.config.tokenizer == "bytes" and dataset.corpus is not None else "tokens"
     console.print(
-        f"validation: {evaluation.bits_per_byte:.4f} bits/byte over {evaluation.tokens:,} bytes", highlight=False
+        f"validation: {describe(summarize(evaluation, dataset))} over {evaluation.tokens:,} {unit}", highlight=False
     )
 
 
-def _show_sample(model: Functional, state: TrainState, corpus: data.Corpus, length: int, console: Console) -> None:
-    prompt = jnp.asarray(corpus.validation[:PROMPT], jnp.int32)[None]
+def _show_sample(model: Functional, state: TrainState, dataset: data.Dataset, length: int, console: Console) -> None:
+    prompt = jnp.asarray(dataset.corpus.validation[:PROMPT], jnp.int32)[None]
     draws = jax.random.fold_in(state.key, state.step)
     tokens = jax.jit(lambda p, key: generate(model.bind(p), prompt, length, key))(state.parameters, draws)
-    prompt, text = (np.asarray(t, np.uint8).tobytes().decode(errors="replace") for t in (prompt, tokens))
+    prompt, text = (dataset.tokenizer.decode(np.asarray(t)[0]) for t in (prompt, tokens))
     console.print("sample (the text before | was given):", highlight=False)
     console.print(f"{prompt}|{text}", highlight=False, markup=False, soft_wrap=True)

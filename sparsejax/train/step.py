@@ -13,11 +13,14 @@ from jaxtyping import Array, Float, Int
 
 from sparsejax import sharding
 from sparsejax.config import TrainConfig
+from sparsejax.layers import NOTHING, Context
 from sparsejax.model import Functional
 from sparsejax.train.state import TrainState
 
 LOSS_MEMORY = 0.99  # of the running mean of the loss
-Batch = dict[str, Array]  # inputs, targets: int32 [b, t]; weights: float32 [b, t]
+# inputs, targets, and of packed documents segments (0: padding) and positions: int32 [b, t]; weights: float32 [b, t];
+# of some probes distance: int32 [b, t]
+Batch = dict[str, Array]
 Metrics = dict[str, Array]
 
 
@@ -75,15 +78,48 @@ def build_step(
     return jax.jit(step, donate_argnums=0)
 
 
-def build_evaluation(model: Functional, mesh: Mesh) -> Callable[[Any, Batch], tuple[Array, Array]]:
-    """The compiled evaluation: summed losses and weights by position, float32 [t] each."""
+def build_evaluation(model: Functional, mesh: Mesh, answers: bool = False) -> Callable[[Any, Batch], tuple[Array, ...]]:
+    """The compiled evaluation: sums over a batch.
+
+    Args:
+      model: the model.
+      mesh: where it runs.
+      answers: also counts how many of the scored tokens are the most likely ones.
+
+    Returns:
+      A function of parameters and batch to losses and weights by position in the document, float32 [t] each. With
+      `answers`, also the weights of right answers by position [t], how many rows are right wherever they are scored and
+      how many are scored at all [2], and right and scored weights by distance [2, t + 1] (at 0 if it is not known).
+    """
     place = _keep_batch_sharded(mesh)
 
-    def evaluate(parameters: Any, batch: Batch) -> tuple[Array, Array]:
-        logits, _ = model.bind(parameters).forward(batch["inputs"], place=place)
-        return token_losses(logits, batch["targets"], batch["weights"]).sum(0), batch["weights"].sum(0)
+    def evaluate(parameters: Any, batch: Batch) -> tuple[Array, ...]:
+        logits, _ = model.bind(parameters).forward(batch["inputs"], read_context(batch), place)
+        weights, length = batch["weights"], batch["weights"].shape[1]
+
+        def sum_by(numbers: Array | None, x: Array, size: int) -> Array:
+            return x.sum(0) if numbers is None else jnp.zeros(size).at[numbers].add(x)
+
+        positions = batch.get("positions")
+        losses = token_losses(logits, batch["targets"], weights)
+        sums = tuple(sum_by(positions, x, length) for x in (losses, weights))
+        if not answers:
+            return sums
+        right = weights * (logits.argmax(-1) == batch["targets"])
+        scored = weights.sum(1) > 0
+        rows = jnp.stack([(scored & (right.sum(1) == weights.sum(1))).sum(), scored.sum()])
+        distance = batch.get("distance", jnp.zeros_like(batch["targets"]))
+        by_distance = jnp.stack([sum_by(distance, x, length + 1) for x in (right, weights)])
+        return *sums, sum_by(positions, right, length), rows, by_distance
 
     return jax.jit(evaluate)
+
+
+def read_context(batch: Batch) -> Context:
+    """What a batch tells of its tokens: of packed documents, which of them a token belongs to and where it stands."""
+    if "segments" not in batch:
+        return NOTHING
+    return Context(segments=batch["segments"], mask=batch["segments"] > 0, positions=batch["positions"])
 
 
 def _gradient(model: Functional, parts: int, mesh: Mesh):
@@ -91,7 +127,7 @@ def _gradient(model: Functional, parts: int, mesh: Mesh):
     place = _keep_batch_sharded(mesh)
 
     def total_loss(parameters: Any, batch: Batch) -> Array:
-        logits, others = model.bind(parameters).forward(batch["inputs"], place=place)
+        logits, others = model.bind(parameters).forward(batch["inputs"], read_context(batch), place)
         weights = batch["weights"]
         # What the layers add is a mean over tokens already; it counts for as much as the tokens it is a mean of.
         return token_losses(logits, batch["targets"], weights).sum() + weights.sum() * sum(others.values())

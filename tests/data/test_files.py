@@ -1,0 +1,199 @@
+"""Every format gives its documents, whole and in order; what is broken is named; nothing is dropped in silence."""
+
+import gzip
+import json
+import sys
+
+import numpy as np
+import pytest
+
+from sparsejax.data import DataError, load_corpus
+from sparsejax.data import formats as formats_module
+from sparsejax.data import text as text_module
+from sparsejax.data.files import Files
+from sparsejax.data.formats import read_chunks
+
+TEXTS = [f"text {i} é" for i in range(60)]
+
+
+def texts(side):
+    """The documents of a side, by their bounds."""
+    return [bytes(side.tokens[start:stop]).decode() for start, stop in side.documents.tolist()]
+
+
+def both(corpus):
+    return sorted(texts(corpus.training) + texts(corpus.held_out))
+
+
+def write_records(path, records):
+    path.write_text("".join(json.dumps(record) + "\n" for record in records))
+    return path
+
+
+def complaint(*args, **kwargs):
+    with pytest.raises(DataError) as caught:
+        load_corpus(*args, **kwargs)
+    return str(caught.value)
+
+
+def test_jsonl_gives_a_document_for_each_line(tmp_path):
+    path = write_records(tmp_path / "a.jsonl", [{"text": text, "id": i} for i, text in enumerate(TEXTS)])
+    corpus = load_corpus(str(path))
+    assert both(corpus) == sorted(TEXTS)
+    assert 1 <= len(corpus.held_out.documents) <= 10
+    # A line more moves no other.
+    write_records(path, [{"text": text} for text in [*TEXTS, "new"]])
+    more = load_corpus(str(path))
+    assert [text for text in texts(more.held_out) if text != "new"] == texts(corpus.held_out)
+    assert more.digest != corpus.digest
+
+
+def test_fields_within_fields(tmp_path):
+    path = write_records(tmp_path / "a.jsonl", [{"page": {"body": text}} for text in TEXTS])
+    assert both(load_corpus(str(path), field="page.body")) == sorted(TEXTS)
+
+
+def test_of_few_records_the_last_is_held_out(tmp_path):
+    corpus = load_corpus(str(write_records(tmp_path / "a.jsonl", [{"text": "one"}, {"text": "two"}])))
+    assert (texts(corpus.training), texts(corpus.held_out)) == (["one"], ["two"])
+
+
+def test_parquet(tmp_path):
+    pyarrow = pytest.importorskip("pyarrow")
+    from pyarrow import parquet
+
+    table = pyarrow.table({"id": list(range(61)), "text": [*TEXTS, None]})
+    parquet.write_table(table, tmp_path / "a.parquet", row_group_size=7)
+    corpus = load_corpus(str(tmp_path / "a.parquet"))
+    assert both(corpus) == sorted(TEXTS)
+    assert corpus.training.empty + corpus.held_out.empty == 1
+    assert "has no 'body': id, text" in complaint(str(tmp_path / "a.parquet"), field="body")
+    (tmp_path / "b.parquet").write_bytes((tmp_path / "a.parquet").read_bytes()[:-100])
+    assert f"{tmp_path / 'b.parquet'} cannot be read as parquet" in complaint(str(tmp_path / "b.parquet"))
+
+
+def test_gzip_is_the_same_text(tmp_path):
+    plain, packed = tmp_path / "a.txt", tmp_path / "b.txt.gz"
+    data = np.random.default_rng(0).integers(0, 256, 3_000_000, dtype=np.uint8).tobytes()
+    plain.write_bytes(data)
+    packed.write_bytes(gzip.compress(data[:1_000_000], 1) + gzip.compress(data[1_000_000:], 1))  # two members
+    assert b"".join(read_chunks(packed)) == data
+    assert b"".join(read_chunks(packed, 1_048_570, 2_100_000)) == data[1_048_570:2_100_000]
+    one, two = load_corpus(str(plain)), load_corpus(str(packed))
+    np.testing.assert_array_equal(one.train, two.train)
+    np.testing.assert_array_equal(one.validation, two.validation)
+
+
+def test_zstd_is_the_same_text(tmp_path):
+    zstandard = pytest.importorskip("zstandard")
+    data = b"abc" * 1_000_000
+    packed = zstandard.compress(data[:100]) + zstandard.compress(data[100:])
+    (tmp_path / "a.zst").write_bytes(packed)
+    assert b"".join(read_chunks(tmp_path / "a.zst")) == data
+    (tmp_path / "b.zst").write_bytes(packed[:-3])
+    with pytest.raises(DataError, match="ends too early"):
+        list(read_chunks(tmp_path / "b.zst"))
+
+
+def test_separators_and_escapes(tmp_path):
+    path = tmp_path / "a.txt"
+    path.write_text("\n--\n".join(TEXTS))
+    assert both(load_corpus(str(path), separator="\\n--\\n")) == sorted(TEXTS)
+    # A separator may lie across the pieces that a file is read in.
+    long = "x" * (formats_module.CHUNK - 2)
+    path.write_text(f"{long}\n--\n{long}\n--\n")
+    assert both(load_corpus(str(path), separator="\\n--\\n")) == [long, long]
+
+
+def test_files_of_their_own_are_held_out(tmp_path):
+    (tmp_path / "a.txt").write_text("train")
+    (tmp_path / "b.txt").write_text("validation")
+    corpus = load_corpus(str(tmp_path / "a.txt"), validation=str(tmp_path / "b.txt"))
+    assert (texts(corpus.training), texts(corpus.held_out)) == (["train"], ["validation"])
+    both_sides = complaint(str(tmp_path), validation=str(tmp_path / "b.txt"))
+    assert both_sides == f"data.validation: {tmp_path / 'b.txt'} is trained on too, by data.files"
+    absent = complaint(str(tmp_path / "a.txt"), validation=str(tmp_path / "c.txt"))
+    assert absent == f"data.validation: no such file or folder: {tmp_path / 'c.txt'}"
+
+
+def test_empty_documents_are_counted(tmp_path):
+    path = write_records(tmp_path / "a.jsonl", [{"text": text} for text in ["", *TEXTS, "", ""]])
+    corpus = load_corpus(str(path))
+    sides = corpus.training, corpus.held_out
+    assert sum(side.read for side in sides) == 63
+    assert sum(side.empty for side in sides) == 3
+    assert sum(len(side.documents) for side in sides) == 60
+    joined = ["\0".join(texts(side)) for side in sides]
+    assert [side.bytes for side in sides] == [len(text.encode()) for text in joined]
+    assert [side.characters for side in sides] == [len(text) for text in joined]
+
+
+def test_what_is_broken_is_named(tmp_path):
+    records = tmp_path / "a.jsonl"
+    write_records(records, [{"text": "fine"}, {"body": "x", "id": 1}])
+    assert complaint(str(records)) == f"data.field: {records}: line 2 has no 'text': its fields are body, id"
+    write_records(records, [{"text": "fine"}, {"text": 3}])
+    assert complaint(str(records)) == f"data.files: {records}: line 2: field 'text' is int, not text"
+    records.write_text('{"text": "fine"}\n\n{"text": \n')
+    assert f"{records}: line 3 is not JSON" in complaint(str(records))
+    packed = tmp_path / "b.txt.gz"
+    packed.write_bytes(gzip.compress(b"text " * 10_000)[:-20])
+    assert complaint(str(packed)) == f"data.files: {packed} ends too early: a truncated .gz file"
+    packed.write_bytes(b"no gzip at all")
+    assert f"{packed} is damaged" in complaint(str(packed))
+    binary = tmp_path / "c.txt"
+    binary.write_bytes(b"caf\xe9 " * 100)
+    load_corpus(str(binary))  # bytes are bytes
+    assert "b'\\xe9' is not one of the 27 characters" in complaint(str(binary), tokenizer="chars")
+
+
+def test_missing_packages_are_named(tmp_path, monkeypatch):
+    (tmp_path / "a.parquet").touch()
+    (tmp_path / "b.zst").write_bytes(b"x")
+    for name, package in {"a.parquet": "pyarrow", "b.zst": "zstandard"}.items():
+        monkeypatch.setitem(sys.modules, package, None)
+        (tmp_path / name).write_bytes(b"x")
+        assert f"{package} is not installed: pip install 'sparsejax[text]'" in complaint(str(tmp_path / name))
+
+
+def test_a_single_file_of_characters_is_not_cut_within_one(tmp_path):
+    path = tmp_path / "a.txt"
+    path.write_bytes(("é" * 1001).encode())
+    halves = [[document.text for _, document in Files(str(path), characters=yes).read()] for yes in (False, True)]
+    assert [len(text) for text in halves[0]] == [1902, 100]  # where bytes are tokens, the last twentieth of the bytes
+    path.write_bytes(("é" * 1011).encode())
+    sides = [document.text for _, document in Files(str(path), characters=True).read()]
+    assert [text.decode() for text in sides] == ["é" * 961, "é" * 50]
+
+
+def test_the_cache_holds_the_same_corpus(tmp_path, monkeypatch):
+    path = write_records(tmp_path / "a.jsonl", [{"text": text} for text in TEXTS])
+    memory = load_corpus(str(path))
+    kept = load_corpus(str(path), cache=str(tmp_path / "cache"))
+    assert isinstance(kept.train, np.memmap)
+    monkeypatch.setattr(text_module, "_encode", None)  # the second time nothing is read again
+    again = load_corpus(str(path), cache=str(tmp_path / "cache"))
+    for corpus in (kept, again):
+        assert corpus.digest == memory.digest
+        for name in ("training", "held_out"):
+            mine, its = getattr(memory, name), getattr(corpus, name)
+            for field in ("tokens", "documents", "labels", "read", "empty", "bytes", "characters"):
+                np.testing.assert_array_equal(getattr(mine, field), getattr(its, field))
+    (entry,) = (tmp_path / "cache").iterdir()
+    (entry / "train.documents.npy").write_bytes(b"")
+    assert f"data.cache: {entry} is damaged" in complaint(str(path), cache=str(tmp_path / "cache"))
+
+
+def test_a_large_file_is_mapped_and_copied_in_parts(tmp_path, monkeypatch):
+    data = np.random.default_rng(0).integers(0, 256, 100_000, dtype=np.uint8)
+    (tmp_path / "a.bin").write_bytes(data.tobytes())
+    before = load_corpus(str(tmp_path / "a.bin"))
+    monkeypatch.setattr(formats_module, "LARGE", 1000)
+    monkeypatch.setattr(text_module, "PART", 777)
+    monkeypatch.setattr(text_module, "FITS", 1000)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "home"))
+    after = load_corpus(str(tmp_path / "a.bin"))
+    assert (tmp_path / "home" / "sparsejax" / f"bytes-{after.digest}").is_dir()
+    np.testing.assert_array_equal(after.train, before.train)
+    np.testing.assert_array_equal(after.validation, before.validation)
+    assert after.training.characters == before.training.characters
