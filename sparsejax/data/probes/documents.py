@@ -7,8 +7,8 @@ from pathlib import Path
 
 import numpy as np
 
-from sparsejax.data.probes.example import Example, Probe, ask, pick, require
-from sparsejax.data.text import DataError
+from sparsejax.data.errors import DataError
+from sparsejax.data.probes.example import Example, Probe, ask_at_end, pick, require
 
 PADDING, SEPARATOR = 256, 257  # behind the bytes
 
@@ -51,9 +51,7 @@ class TextClassification(Probe):
         text = path.read_bytes()[: self.length]
         if not text:
             raise DataError(f"data.probe.{key}: {path} is empty")
-        inputs = np.full(self.length, PADDING, np.int32)
-        inputs[: len(text)] = np.frombuffer(text, np.uint8)
-        return ask(inputs, len(text) - 1, label)
+        return ask_at_end(np.frombuffer(text, np.uint8), label, self.length, PADDING)
 
 
 @functools.cache
@@ -107,12 +105,8 @@ class TextRetrieval(Probe):
             file.seek(ends[number])
             label, first, second = _split_line(f"data.probe.{key}: {path}: line {number + 1}", file.readline())
         half = (self.length - 1) // 2
-        first, second = first[:half], second[:half]
-        inputs = np.full(self.length, PADDING, np.int32)
-        inputs[: len(first)] = np.frombuffer(first, np.uint8)
-        inputs[len(first)] = SEPARATOR
-        inputs[len(first) + 1 :][: len(second)] = np.frombuffer(second, np.uint8)
-        return ask(inputs, len(first) + len(second), label)
+        first, second = (np.frombuffer(text[:half], np.uint8) for text in (first, second))
+        return ask_at_end(np.concatenate([first, [SEPARATOR], second]), label, self.length, PADDING)
 
 
 @functools.cache

@@ -5,8 +5,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from sparsejax.data.errors import DataError
 from sparsejax.data.probes.example import Example, Probe, ask, open_stream, pick, require
-from sparsejax.data.text import DataError
 
 CANDIDATES = 32  # contours drawn at a time
 MOST_DRAWS = 200  # of whole images for one example

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from sparsejax.data.probes import PROBES
-from sparsejax.data.probes.example import ask, ask_again, open_stream, pick
+from sparsejax.data.probes.example import ask, ask_again, ask_at_end, open_stream, pick
 
 FROM_A_FIXED_SET = {"digits", "text_classification", "text_retrieval"}
 GENERATED = {name: kind() for name, kind in PROBES.items() if name not in FROM_A_FIXED_SET}
@@ -63,10 +63,10 @@ def raw(example):
 
 
 def assert_is_example(example, probe):
-    keys = {"inputs": np.int32, "targets": np.int32, "weights": np.float32, "distance": np.int32}
-    assert {"inputs", "targets", "weights"} <= set(example) <= set(keys)
+    keys = {"inputs", "targets", "weights"}
+    assert set(example) in (keys, keys | {"distance"}, keys | {"segments", "positions"})
     for key, array in example.items():
-        assert array.dtype == keys[key]
+        assert array.dtype == (np.float32 if key == "weights" else np.int32)
         assert array.shape == (probe.length,)
     for key in ("inputs", "targets"):
         assert example[key].min() >= 0
@@ -172,3 +172,9 @@ def test_ask_puts_answers_at_places():
     example = ask_again(np.array([5, 6, 5, 8]), np.array([2]), np.array([1]))
     assert example["targets"].tolist() == [0, 0, 6, 0]
     assert example["distance"].tolist() == [0, 0, 2, 0]
+    example = ask_at_end(np.array([5, 6]), 3, length=4, padding=9)
+    assert example["inputs"].tolist() == [5, 6, 9, 9]
+    assert example["targets"].tolist() == [0, 3, 0, 0]
+    assert example["weights"].tolist() == [0, 1, 0, 0]
+    assert example["segments"].tolist() == [1, 1, 0, 0]
+    assert example["positions"].tolist() == [0, 1, 0, 0]
