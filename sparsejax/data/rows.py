@@ -29,6 +29,24 @@ class Rows(Protocol):
         """What became of the text in making rows of it: how much is scored, cut off, or padding."""
 
 
+class _Tokens:
+    """A text whose pages are given back now and then if it is mapped from a file.
+
+    They stay in the system's cache, but count no more as this program's memory: however much of a text is read, that
+    stays small.
+    """
+
+    def __init__(self, data: np.ndarray):
+        # A plain view of mapped memory: slicing an np.memmap costs far more.
+        self.data, self._map, self._reads = np.asarray(data), getattr(data, "_mmap", None), 0
+
+    def release(self, reads: int) -> None:
+        self._reads += reads
+        if self._map is not None and self._reads >= RELEASE:
+            self._reads = 0
+            self._map.madvise(mmap.MADV_DONTNEED)
+
+
 class Windows:
     """Windows of a text: item i is [length + 1], from token i * stride on.
 
@@ -45,13 +63,10 @@ class Windows:
     """
 
     def __init__(self, data: np.ndarray, length: int, stride: int = 0, whole: bool = True):
-        # A plain view of mapped memory: slicing an np.memmap costs far more.
-        self._map = getattr(data, "_mmap", None)
-        self._data, self.length, self._stride, self._whole = np.asarray(data), length, stride or length, whole
-        self._reads = 0
+        self._tokens, self.length, self._stride, self._whole = _Tokens(data), length, stride or length, whole
 
     def __len__(self) -> int:
-        targets = len(self._data) - 1
+        targets = len(self._tokens.data) - 1
         if targets < (self.length if self._whole else 1):
             return 0
         rest = max(0, targets - self.length)
@@ -59,7 +74,7 @@ class Windows:
 
     def __getitem__(self, index: int) -> np.ndarray:
         start = index * self._stride
-        return self._data[start : start + self.length + 1]
+        return self._tokens.data[start : start + self.length + 1]
 
     def take(self, rows: np.ndarray) -> Batch:
         """The batch of these rows, int64 [b]; -1 is a row of padding, whose weights are 0."""
@@ -73,21 +88,14 @@ class Windows:
             inputs[place, :size], targets[place, :size] = window[:-1], window[1:]
             inputs[place, size : size + 1] = window[-1]
             weights[place, 0 if row == 0 else self.length - self._stride : size] = 1
-        self._release(len(rows))
+        self._tokens.release(len(rows))
         return {"inputs": inputs, "targets": targets, "weights": weights}
 
     def counts(self) -> dict[str, int | float]:
         """Targets that are scored, and tokens behind the last window."""
-        targets = max(0, len(self._data) - 1)
+        targets = max(0, len(self._tokens.data) - 1)
         scored = len(self) * self.length if self._whole and self._stride == self.length else targets
         return {"scored_tokens": scored, "tokens_left_over": targets - scored}
-
-    def _release(self, reads: int) -> None:
-        """Gives back the pages of a mapped file now and then; they stay in the system's cache, but count no more."""
-        self._reads += reads
-        if self._map is not None and self._reads >= RELEASE:
-            self._reads = 0
-            self._map.madvise(mmap.MADV_DONTNEED)
 
 
 class Packed:
@@ -106,7 +114,7 @@ class Packed:
     """
 
     def __init__(self, data: np.ndarray, documents: np.ndarray, separator: int | None, length: int, stride: int = 0):
-        self._data, self._separator, self.length = np.asarray(data), separator, length
+        self._tokens, self._separator, self.length = _Tokens(data), separator, length
         stride = stride or length
         sizes = documents[:, 1] - documents[:, 0] + (1 if separator is not None else -1)  # positions with a target
         counts = np.where(sizes > 0, 1 + np.maximum(0, -(-(sizes - length) // stride)), 0)
@@ -121,7 +129,7 @@ class Packed:
         scored = np.where(number > 0, length - stride, 0)
         self._pieces = np.stack([documents[owner, 0], documents[owner, 1], first, sizes, scored], 1)[order]
         self._starts = np.searchsorted(row[order], np.arange(row.max(initial=-1) + 2))
-        self.tokens = int((sizes - scored).sum())  # that are scored
+        self.scored = int((sizes - scored).sum())  # tokens
 
     def __len__(self) -> int:
         return len(self._starts) - 1
@@ -130,36 +138,49 @@ class Packed:
         """Targets that are scored; documents that were cut, or predict nothing; the share of positions scored."""
         positions = max(1, len(self) * self.length)
         return {
-            "scored_tokens": self.tokens,
+            "scored_tokens": self.scored,
             "documents_cut": self.cut,
             "documents_unscored": self.unscored,
-            "efficiency": round(self.tokens / positions, 6),
+            "efficiency": round(self.scored / positions, 6),
         }
 
     def take(self, rows: np.ndarray) -> Batch:
         """The batch of these rows, int64 [b]; -1 is a row of padding, whose weights are 0."""
-        inputs, targets, segments, positions = np.zeros((4, len(rows), self.length), np.int32)
-        weights = np.zeros((len(rows), self.length), np.float32)
-        for place, row in enumerate(rows.tolist()):
-            at = 0
-            pieces = self._pieces[self._starts[row] : self._starts[row + 1]].tolist() if row >= 0 else []
-            for segment, (start, stop, first, size, scored) in enumerate(pieces, 1):
-                here = slice(at, at + size)
-                tokens = self._read(start, stop, first, size + 1)
-                inputs[place, here], targets[place, here] = tokens[:-1], tokens[1:]
-                segments[place, here], positions[place, here] = segment, np.arange(size)
-                weights[place, at + scored : at + size] = 1
-                at += size
-        batch = {"inputs": inputs, "targets": targets, "weights": weights}
-        return batch | {"segments": segments, "positions": positions}
+        counts = np.where(rows < 0, 0, self._starts[rows + 1] - self._starts[rows])
+        places = np.repeat(np.arange(len(rows)), counts)  # of each piece, its row of the batch
+        segment = _count_up(counts)
+        start, stop, first, size, scored = self._pieces[self._starts[rows[places]] + segment].T
+        # Of each token: which piece it is of, where it is in it, and where in the batch.
+        piece, at = np.repeat(np.arange(len(size)), size), _count_up(size)
+        filled = np.bincount(places, size, len(rows)).astype(np.int64)
+        into = np.repeat(np.arange(len(rows)) * self.length, filled) + _count_up(filled)
+        within = (first - (self._separator is not None))[piece] + at  # a separator stands at -1
+        values = {
+            "inputs": self._read(start[piece], stop[piece], within),
+            "targets": self._read(start[piece], stop[piece], within + 1),
+            "weights": at >= scored[piece],
+            "segments": segment[piece] + 1,
+            "positions": at,
+        }
+        self._tokens.release(len(size))
+        batch = {}
+        for name, value in values.items():
+            flat = np.zeros(len(rows) * self.length, np.float32 if name == "weights" else np.int32)
+            flat[into] = value
+            batch[name] = flat.reshape(len(rows), self.length)
+        return batch
 
-    def _read(self, start: int, stop: int, first: int, size: int) -> np.ndarray:
-        """`size` tokens from the one numbered `first` on, of a document with its separators."""
+    def _read(self, start: np.ndarray, stop: np.ndarray, within: np.ndarray) -> np.ndarray:
+        """Tokens of documents [n]; separators before and behind them."""
+        tokens = self._tokens.data.take(start + within, mode="clip")
         if self._separator is None:
-            return self._data[start + first : start + first + size]
-        body = self._data[start + max(0, first - 1) : min(stop, start + first - 1 + size)]
-        before, after = int(first == 0), size - len(body) - int(first == 0)
-        return np.pad(body, (before, after), constant_values=self._separator)
+            return tokens
+        return np.where((within < 0) | (start + within >= stop), self._separator, tokens)
+
+
+def _count_up(counts: np.ndarray) -> np.ndarray:
+    """0, 1, ... up to each count, one after the other."""
+    return np.arange(counts.sum()) - np.repeat(np.cumsum(counts) - counts, counts)
 
 
 class Labelled:

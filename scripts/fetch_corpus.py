@@ -1,0 +1,180 @@
+"""Builds real corpora from Debian packages, by name, without any other download.
+
+    python scripts/fetch_corpus.py linux-doc --out=corpora/linux-doc
+
+    linux-doc  the kernel's documentation: long technical documents, one to a record of jsonl
+    gcide      a dictionary of English in the 27 characters of text8, cut 90/5/5: --config.data.tokenizer=chars
+    dna        bacterial genomes in A, C, G, T and N, one sequence to a record, split by species
+
+Writes train, validation and test, and corpus.json: packages with version and licence, sizes, digests, and what Witten-
+Bell byte n-grams reach on the validation text when they are counted on (the first 9 MB of) the training text. The same
+packages give the same bytes. Needs `apt-get` and `dpkg-deb`; nothing is installed.
+"""
+
+import argparse
+import gzip
+import hashlib
+import json
+import lzma
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+
+from sparsejax.data.files import HELD_OUT, HELD_OUT_REMAINDER
+from sparsejax.data.ngram import witten_bell
+
+PACKAGES = {
+    "linux-doc": {"linux-doc-6.1": "GPL-2"},
+    "gcide": {"dict-gcide": "GPL-2+"},
+    "dna": {
+        "bowtie-examples": "Artistic-2.0; sequences from GenBank",
+        "ragout-examples": "BSD-3-Clause; sequences from GenBank",
+        "sibelia-examples": "GPL-2; sequences from GenBank",
+        "kleborate-examples": "GPL-3+; sequences from GenBank",
+    },
+}
+# Strains of one species are nearly the same sequence: a split within a species would measure memory.
+SPECIES = {
+    "train": {
+        "Escherichia coli": ("NC_008253", "E.Coli/references"),
+        "Staphylococcus aureus": ("S.Aureus/references", "Staphylococcus"),
+        "Vibrio cholerae": ("V.Cholerae/references",),
+    },
+    "validation": {"Helicobacter pylori": ("H.Pylori/references", "Helicobacter_pylori")},
+    "test": {"Klebsiella pneumoniae": ("kleborate/examples/data",)},
+}
+COUNTED, SCORED = 9_000_000, 1_000_000  # bytes that n-grams are counted on, and bytes that they score
+ORDERS = 5
+DIGITS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
+
+Split = dict[str, list[tuple[str, str]]]  # (name, text) of train, validation and test
+
+
+def unpack(packages: dict[str, str], folder: Path) -> dict[str, dict[str, str]]:
+    """Unpacks packages below `folder`; returns the version and licence of each."""
+    found = {}
+    for name, licence in packages.items():
+        subprocess.run(["apt-get", "download", "--quiet", name], cwd=folder, check=True, stdout=subprocess.DEVNULL)
+        (file,) = folder.glob(f"{name}_*.deb")
+        subprocess.run(["dpkg-deb", "-x", file, folder / name], check=True)
+        version = subprocess.run(["dpkg-deb", "-f", file, "Version"], check=True, capture_output=True, text=True)
+        digest = hashlib.sha256(file.read_bytes()).hexdigest()
+        found[name] = {"version": version.stdout.strip(), "licence": licence, "sha256": digest}
+    return found
+
+
+def read(path: Path) -> bytes:
+    """A file, unpacked if its name says so."""
+    opened = {".gz": gzip.open, ".dz": gzip.open, ".xz": lzma.open}.get(path.suffix, open)
+    with opened(path, "rb") as file:
+        return file.read()
+
+
+def build_linux_doc(folder: Path) -> Split:
+    """Every different text of the documentation, held out by a hash of its name."""
+    split, seen = {"train": [], "validation": [], "test": []}, set()
+    (root,) = folder.glob("linux-doc-6.1/usr/share/doc/linux-doc-*/Documentation")
+    for path in sorted(root.rglob("*")):
+        if path.is_symlink() or not path.is_file() or not re.search(r"\.(rst|txt)(\.gz)?$", path.name):
+            continue
+        data = read(path)
+        if data in seen or not data.strip():
+            continue
+        seen.add(data)
+        name = path.relative_to(root).as_posix().removesuffix(".gz")
+        number = int.from_bytes(hashlib.sha256(name.encode()).digest()[:8], "big") % HELD_OUT
+        side = {HELD_OUT_REMAINDER: "validation", HELD_OUT_REMAINDER + 1: "test"}.get(number, "train")
+        split[side].append((name, data.decode()))
+    return split
+
+
+def build_gcide(folder: Path) -> Split:
+    """The dictionary as lower-case letters and single spaces, digits spelled out, cut 90/5/5."""
+    (path,) = folder.glob("dict-gcide/usr/share/dictd/gcide.dict.dz")
+    text = read(path).decode(errors="replace").lower()
+    text = re.sub(r"[0-9]", lambda digit: f" {DIGITS[int(digit[0])]} ", text)
+    text = re.sub(r"[^a-z]+", " ", text)
+    first, second = len(text) // 20 * 18, len(text) // 20 * 19
+    parts = {"train": text[:first], "validation": text[first:second], "test": text[second:]}
+    return {side: [("gcide", part)] for side, part in parts.items()}
+
+
+def build_dna(folder: Path) -> Split:
+    """Every different sequence of the species; whatever is not A, C, G or T is N."""
+    split, seen = {"train": [], "validation": [], "test": []}, set()
+    files = [path for path in sorted(folder.rglob("*")) if re.search(r"\.(fna|fasta)(\.gz|\.xz)?$", path.name)]
+    for side, species in SPECIES.items():
+        for name, places in species.items():
+            for path in files:
+                if any(place in path.as_posix() for place in places):
+                    for title, bases in read_fasta(read(path).decode()):
+                        if bases not in seen:
+                            seen.add(bases)
+                            split[side].append((f"{name}: {title}", bases))
+    return split
+
+
+def read_fasta(text: str) -> Iterator[tuple[str, str]]:
+    """Titles and sequences of a FASTA file."""
+    for record in text.split(">")[1:]:
+        title, _, bases = record.partition("\n")
+        yield title, re.sub(r"[^ACGT]", "N", re.sub(r"\s", "", bases).upper())
+
+
+BUILD = {"linux-doc": build_linux_doc, "gcide": build_gcide, "dna": build_dna}
+
+
+def write(split: Split, out: Path, records: bool) -> dict[str, dict]:
+    """Writes each part; returns documents, bytes and digest of each."""
+    out.mkdir(parents=True, exist_ok=True)
+    sizes = {}
+    for side, documents in split.items():
+        if records:
+            lines = (json.dumps({"name": name, "text": text}) + "\n" for name, text in documents)
+            place, data = out / f"{side}.jsonl", "".join(lines).encode()
+        else:
+            place, data = out / f"{side}.txt", "".join(text for _, text in documents).encode()
+        place.write_bytes(data)
+        size = sum(len(text.encode()) for _, text in documents)
+        digest = hashlib.sha256(data).hexdigest()
+        sizes[side] = {"file": place.name, "documents": len(documents), "bytes": size, "sha256": digest}
+    return sizes
+
+
+def measure_ngrams(split: Split) -> dict[str, float]:
+    """Bits per byte of the validation text under n-grams of the training text."""
+    train, validation = (
+        np.frombuffer("\0".join(text for _, text in split[side]).encode()[:size], np.uint8)
+        for side, size in (("train", COUNTED), ("validation", SCORED))
+    )
+    surprise = -np.log2(witten_bell(train, validation, ORDERS)[:, 1:]).mean(axis=1)
+    return {f"order {k}": round(float(value), 4) for k, value in enumerate(surprise)}
+
+
+def main() -> None:
+    """Fetches, builds, writes and measures one corpus."""
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("name", choices=sorted(BUILD))
+    parser.add_argument("--out", type=Path, required=True, help="a folder to write to")
+    flags = parser.parse_args()
+    with tempfile.TemporaryDirectory() as scratch:
+        try:
+            packages = unpack(PACKAGES[flags.name], Path(scratch))
+        except (OSError, subprocess.CalledProcessError) as error:
+            sys.exit(f"fetch_corpus: {error}: needs a Debian system whose package lists are up to date")
+        split = BUILD[flags.name](Path(scratch))
+    sizes = write(split, flags.out, records=flags.name != "gcide")
+    record = {"corpus": flags.name, "packages": packages, "parts": sizes, "bits_per_byte": measure_ngrams(split)}
+    (flags.out / "corpus.json").write_text(json.dumps(record, indent=2) + "\n")
+    print(json.dumps(record, indent=2))
+    train, held_out = (flags.out / sizes[side]["file"] for side in ("train", "validation"))
+    print(f"read it with --config.data.files={train} --config.data.validation={held_out}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,135 @@
+"""How fast batches come from memory-mapped files, how long a training step waits for one, and how memory grows.
+
+    python scripts/measure_data.py [--folder DIR] [--gigabytes 10] [--out FILE.json]
+
+Targets: at least 20 million tokens a second of bytes, at windows of 1,024 and of 8,192; a batch ready well within
+a step of 20 ms; resident memory that does not grow over a large corpus. The corpus is written to the folder (twice, as
+text and in the cache), and read in the order of training. Linux only.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import statistics
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+from rich.console import Console
+from rich.table import Table
+
+from sparsejax.data import DataConfig, load_dataset
+from sparsejax.data.dataset import Dataset
+
+WINDOWS = {1024: 64, 8192: 8}  # tokens of a row, and rows of a batch
+SECONDS, STEP = 4.0, 0.02  # of each measurement, and of a training step
+BLOCK = 1 << 24  # bytes that are written at once
+
+
+def write_text(place: Path, size: int) -> None:
+    """Lines of letters, about 80 to a line; the same block again and again."""
+    block = np.random.default_rng(0).integers(97, 123, BLOCK, dtype=np.uint8)
+    block[::80] = 10
+    with place.open("wb") as file:
+        for _ in range(size // BLOCK):
+            file.write(block)
+
+
+def measure_memory() -> dict[str, float]:
+    """Resident memory in MiB: all of it, and what is not pages of files."""
+    lines = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
+    return {name: int(lines[key].split()[0]) / 1024 for name, key in (("all", "VmRSS"), ("own", "RssAnon"))}
+
+
+def measure_speed(dataset: Dataset, rows: int) -> dict[str, float]:
+    """Tokens per second without a pause; and with steps of 20 ms between, how long each waits for its batch."""
+    batches = dataset.train_batches(rows, 0)
+    next(batches)
+    count, start = 0, time.perf_counter()
+    while (passed := time.perf_counter() - start) < SECONDS:
+        next(batches)
+        count += 1
+    waits = []
+    for _ in range(int(SECONDS / STEP)):
+        time.sleep(STEP)  # what a step computes meanwhile, it does not need Python for
+        begin = time.perf_counter()
+        next(batches)
+        waits.append(1000 * (time.perf_counter() - begin))
+    tokens = rows * dataset.config.length
+    return {
+        "tokens_per_second": round(tokens * count / passed),
+        "batch_tokens": tokens,
+        "wait_ms_median": round(statistics.median(waits), 3),
+        "wait_ms_99": round(float(np.quantile(waits, 0.99)), 3),
+    }
+
+
+def measure_growth(dataset: Dataset, report: Callable[[str], None]) -> list[dict[str, float]]:
+    """Resident memory after reading more and more of a corpus."""
+    batches, found = dataset.train_batches(64, 1), []
+    for part in range(6):
+        for _ in range(500 if part else 0):
+            next(batches)
+        memory = measure_memory()
+        found.append({"gigabytes_read": round(part * 500 * 64 * dataset.config.length / 1e9, 2), **memory})
+        report(f"{found[-1]['gigabytes_read']} GB read: {memory['all']:.0f} MiB, {memory['own']:.0f} MiB its own")
+    return found
+
+
+def main() -> None:
+    """Writes the corpus, measures, prints and records."""
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--folder", type=Path, help="where the corpus is written to; a temporary folder by default")
+    parser.add_argument("--gigabytes", type=float, default=10.0, help="of the corpus")
+    parser.add_argument("--out", type=Path, help="a JSON file to write")
+    flags = parser.parse_args()
+    console = Console()
+    with tempfile.TemporaryDirectory(dir=flags.folder) as scratch:
+        text = Path(scratch) / "text.txt"
+        write_text(text, int(flags.gigabytes * 1e9))
+        before, start = measure_memory(), time.perf_counter()
+
+        def load(length: int, **more) -> Dataset:
+            return load_dataset(DataConfig("text", str(text), length, cache=str(Path(scratch) / "cache"), **more))
+
+        first = load(1024)
+        seconds = {"first": round(time.perf_counter() - start, 1)}
+        after, start = measure_memory(), time.perf_counter()
+        load(1024)
+        seconds["again"] = round(time.perf_counter() - start, 1)
+        speeds = {}
+        for length, rows in WINDOWS.items():
+            speeds[f"causal {length}"] = measure_speed(load(length), rows)
+            speeds[f"masked {length}"] = measure_speed(load(length, objective="masked"), rows)
+        small = Path(scratch) / "lines.txt"
+        write_text(small, BLOCK)
+        for length, rows in WINDOWS.items():
+            config = DataConfig("text", str(small), length, separator="\\n", packing="packed")
+            speeds[f"packed {length}"] = measure_speed(load_dataset(config), rows)
+        growth = measure_growth(first, console.print)
+    record = {
+        "python": platform.python_version(),
+        "cpus": os.cpu_count(),
+        "load_average": round(os.getloadavg()[0], 1),
+        "corpus_bytes": first.counts["training"]["bytes"] + first.counts["validation"]["bytes"],
+        "load_seconds": seconds,
+        "memory_mib": {"before": before, "loaded": after},
+        "speed": speeds,
+        "growth": growth,
+    }
+    table = Table("rows", "million tokens/s", "wait, ms: median", "99 %")
+    for name, speed in speeds.items():
+        waits = f"{speed['wait_ms_median']:.2f}", f"{speed['wait_ms_99']:.2f}"
+        table.add_row(name, f"{speed['tokens_per_second'] / 1e6:.1f}", *waits)
+    console.print(table)
+    if flags.out:
+        flags.out.write_text(json.dumps(record, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main()
