@@ -26,7 +26,7 @@ def get_config():
     config.train.steps = 1500
     config.train.batch = 64
     config.train.log_every = 100
-    config.optimizer.learning_rate = 1e-2
+    config.optimizer.learning_rate = 3e-3
     config.checkpoint = dict(every=500, keep_last=1, keep_best=0)
     config.eval = dict(every=500, batch=64, batches=4, sample=0)
     return config

@@ -19,15 +19,16 @@ from pathlib import Path
 
 LOCAL = "model.layers.local.mixer.pattern"
 STATE = "model.layers.ssm.mixer.state"
+MAMBA = {"model.schedule": "2x(ssm)", "optimizer.learning_rate": 1e-2}  # learns too slowly at the rate of attention
 # By experiment, which is also the name of its config: what is compared, and the overrides that make it.
 EXPERIMENTS = {
     "mqar": {
         "full, full": {},
         "window(7), window(7)": {"model.schedule": "2x(local)"},
         "window(7), full": {"model.schedule": "local full"},
-        "Mamba of state 1, twice": {"model.schedule": "2x(ssm)", STATE: 1},
-        "Mamba of state 4, twice": {"model.schedule": "2x(ssm)", STATE: 4},
-        "Mamba of state 16, twice": {"model.schedule": "2x(ssm)", STATE: 16},
+        "Mamba of state 1, twice": MAMBA | {STATE: 1},
+        "Mamba of state 4, twice": MAMBA | {STATE: 4},
+        "Mamba of state 16, twice": MAMBA | {STATE: 16},
         "Mamba of state 4, full": {"model.schedule": "ssm full", STATE: 4},
     },
     "duplication": {
