@@ -20,11 +20,11 @@ class Pathfinder(Probe):
     """Two dots among dashed contours: are they the two ends of one contour (1), or ends of different ones (0)?
 
     The Pathfinder of arXiv:1805.08315 in the form of Long Range Arena (arXiv:2011.04006), section 2.2.5. An image
-    has two long contours, one of which or both end in a dot, and `distractors` of a third of their dashes.
-    Simplified: pixels are black or white (tokens 0 and 1) without smoothing; a contour is a walk of unit steps that
-    turns a little at each, its dashes rounded to pixels; a dot is a square of 3 pixels. Of the pairs of ends that
-    would do for answer 0, the one is taken whose distance is closest to that of a contour's own ends, so that the
-    distance gives little away.
+    has two long contours and `distractors` of a third of their dashes; the dots are on both ends of a long one, or
+    on one end of each. Simplified: pixels are black or white (tokens 0 and 1) without smoothing; a contour is a walk
+    of unit steps that turns a little at each, its dashes rounded to pixels; a dot is a square of 3 pixels. Of the
+    pairs of ends that would do for answer 0, the one is taken whose distance is closest to that of a contour's own
+    ends: whether the dots are far apart tells the answer in 60 % of the images.
 
     Outcome on LRA's images (32 x 32, 2 classes): Transformer 71.4 %, BigBird 74.9 %, Longformer 69.7 %; S4 94.2 %
     (arXiv:2111.00396).
@@ -154,6 +154,8 @@ def _load_digits() -> tuple[np.ndarray, np.ndarray]:
     try:
         from sklearn.datasets import load_digits
     except ImportError as error:
-        raise DataError("data.probe: the digits come with scikit-learn: pip install scikit-learn") from error
+        raise DataError(
+            "data.probe: the digits come with scikit-learn (the extra digits): pip install scikit-learn"
+        ) from error
     images, classes = load_digits(return_X_y=True)
     return images.astype(np.int32), classes.astype(np.int32)
