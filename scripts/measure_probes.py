@@ -26,9 +26,10 @@ EXPERIMENTS = {
         "full, full": {},
         "window(7), window(7)": {"model.schedule": "2x(local)"},
         "window(7), full": {"model.schedule": "local full"},
-        "Mamba of state 1, twice": MAMBA | {STATE: 1},
         "Mamba of state 4, twice": MAMBA | {STATE: 4},
+        "Mamba of state 8, twice": MAMBA | {STATE: 8},
         "Mamba of state 16, twice": MAMBA | {STATE: 16},
+        "Mamba of state 32, twice": MAMBA | {STATE: 32},
         "Mamba of state 4, full": {"model.schedule": "ssm full", STATE: 4},
     },
     "duplication": {

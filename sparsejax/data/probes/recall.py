@@ -16,10 +16,9 @@ class Mqar(Probe):
         inputs   k1 v1 k2 v2  .  .  k2  .  .  .  k1  .
         answers                     v2           v1
 
-    Zoology (arXiv:2312.04927), section 3 and appendix C. Keys are drawn without replacement from the lower half of
-    the vocabulary (token 0 is the blank), values from the upper half. The part behind the pairs is cut into spaces of
-    two tokens; those with the queries are drawn without replacement with p(g) ~ g ** (a - 1), g = 1, 2, ..., for the
-    keys in order.
+    Zoology (arXiv:2312.04927). Keys are drawn without replacement from the lower half of the vocabulary (token 0 is
+    the blank), values from the upper half. The part behind the pairs is cut into spaces of two tokens; those with the
+    queries are drawn without replacement with p(g) ~ g ** (a - 1), g = 1, 2, ..., for the keys in order.
 
     Outcome: attention solves it at every length from 64 to 512 with a width of 64; gated convolutions and recurrences
     need a width, or a state, that grows with the number of pairs. Report accuracy by distance: most queries come
