@@ -21,7 +21,7 @@ from sparsejax.interop import huggingface
 from sparsejax.ops import ImplementationError
 from sparsejax.patterns import PatternError
 from sparsejax.schedule import ScheduleError
-from sparsejax.show import show, show_complexity
+from sparsejax.show import show, show_complexity, show_data
 from sparsejax.train import BadLoss, CheckpointError, Interrupted, train
 
 # What is raised for something that cannot be used, with a message of one line.
@@ -39,6 +39,7 @@ USAGE_ERROR = 2  # something given cannot be used; one line says what
 BAD_LOSS = 3  # stopped for a bad loss, after saving
 INTERRUPTED = 75  # stopped by a signal, after saving: run the same command again (EX_TEMPFAIL)
 
+EXAMPLES = 3  # rows that `show --data` prints
 PLAIN_WIDTH = 160  # of tables that go to a file or a pipe
 
 
@@ -115,6 +116,8 @@ def _show(options: argparse.Namespace, overrides: list[str], console: Console) -
     other = f"--table={options.table}" if options.table else "--hf" if options.hf else None
     if other and (options.config or overrides):
         raise ConfigError(f"{other}: is not about a config, so --config cannot be given")
+    if options.data and (other or options.length is not None):
+        raise ConfigError("--data: goes with --config alone")
     if options.measure and not options.table:
         raise ConfigError("--measure: goes with --table=complexity")
     if options.table:
@@ -122,6 +125,8 @@ def _show(options: argparse.Namespace, overrides: list[str], console: Console) -
     elif options.hf:
         model, length = huggingface.describe(options.hf, options.length)
         show(model, length, console)
+    elif options.data:
+        show_data(configs.check(configs.load(_require_config(options), overrides)), EXAMPLES, console)
     else:
         config = configs.check(configs.load(_require_config(options), overrides))
         show(config.model, config.data.length if options.length is None else options.length, console)
@@ -168,6 +173,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     one.add_argument("--hf", metavar="PATH", help="in place of a config: a Hugging Face folder, or a config.json")
     one.add_argument("--table", choices=["complexity"], help="in place of a config: how each method grows with n")
+    one.add_argument("--data", action="store_true", help="a config's data: counts, and some rows that it trains on")
     one.add_argument("--measure", action="store_true", help="with --table: time and memory on this machine, minutes")
     one = verbs.choices["draw"]
     one.add_argument("patterns", nargs="*", metavar="PATTERN", help="for example 'causal & window(7)'")

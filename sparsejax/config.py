@@ -108,8 +108,10 @@ class HeadConfig:
     bias: bool = False  # on the logits
     scale: float = 1.0  # of the logits
     softcap: float | None = None  # bounds the logits to softcap * tanh(logit / softcap) (Gemma 2)
+    pool: str = "none"  # "mean": the same logits everywhere, of the mean over all tokens: to tell a sequence's class
 
     def __post_init__(self):
+        _choose(self, "pool", "none", "mean")
         if self.activation is not None:
             _choose(self, "activation", *ACTIVATIONS)
         if self.softcap is not None and self.softcap <= 0:
@@ -295,6 +297,13 @@ class Config:
                 raise ValueError(f"model.vocab: is {self.model.vocab}, the probe {data.task} needs {data.probe.vocab}")
         elif data.objective == "causal" and not causal:
             raise ValueError("model.causal: is false, but data.objective = 'causal' predicts the next token")
+        elif data.objective != "classify" and self.model.head.pool != "none":
+            raise ValueError(f"model.head.pool: is 'mean', data.objective = {data.objective!r} predicts single tokens")
+        elif data.objective == "classify" and causal and self.model.head.pool == "none":
+            raise ValueError(
+                "model.causal: is true, but data.objective = 'classify' asks the first token, which then sees nothing;"
+                " or set model.head.pool = 'mean'"
+            )
         elif data.objective == "masked" and causal:
             raise ValueError("model.causal: is true, but data.objective = 'masked' predicts from both sides")
         elif data.objective == "prefix" and not causal:
@@ -408,6 +417,11 @@ def check(config: ConfigDict) -> Config:
         unknown one, the nearest known.
     """
     return _build(Config, config.to_dict(), "")
+
+
+def complete(settings: dict[str, Any]) -> dict[str, Any]:
+    """A recorded configuration with the optional features that are newer than the record, left out."""
+    return _complete(Config, settings)
 
 
 def digest(config: ConfigDict) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from sparsejax.config import ModelConfig
 from sparsejax.layers import ACTIVATIONS, Linear, Norm, Stream, parameter
@@ -98,3 +98,11 @@ class Head(nnx.Module):
         logits = logits if self.config.scale == 1 else logits * self.config.scale
         cap = self.config.softcap
         return logits if cap is None else cap * jnp.tanh(logits / cap)
+
+
+def average(x: Float[Array, "b t m"], mask: Bool[Array, "b t"] | None) -> Float[Array, "b t m"]:
+    """At every position the mean over all of them, or over those where `mask` is true; summed in float32."""
+    weights = jnp.ones(x.shape[:2]) if mask is None else mask.astype(jnp.float32)
+    total = jnp.einsum("btm,bt->bm", x.astype(jnp.float32), weights)
+    mean = total / jnp.maximum(weights.sum(1, keepdims=True), 1)
+    return jnp.broadcast_to(mean[:, None], x.shape).astype(x.dtype)

@@ -13,7 +13,7 @@ from flax import nnx
 from jaxtyping import Array, Float, Int
 
 from sparsejax.config import ModelConfig
-from sparsejax.embedding import Embedding, Head
+from sparsejax.embedding import Embedding, Head, average
 from sparsejax.layers import NOTHING, Context, Layer, Losses, Norm, Shared, Stream
 
 Cache = dict[str, Any]
@@ -80,7 +80,7 @@ class Model(nnx.Module):
             losses += jax.tree.map(jnp.sum, found)
         x, found = run(self.after, x, len(self.config.names) - len(self.after))
         losses += found
-        return self._leave(x), _add(losses)
+        return self._leave(x, context.mask), _add(losses)
 
     def streams(self, tokens: Int[Array, "b t"], context: Context = NOTHING) -> list[Float[Array, "b t m"]]:
         """The stream before the first layer, after each layer, and after the last norm; every layer unrolled."""
@@ -150,8 +150,11 @@ class Model(nnx.Module):
     def _double(self, x: Array) -> Array:
         return jnp.concatenate([x, x], axis=-1) if self.config.reversible else x
 
-    def _leave(self, x: Array) -> Array:
-        return self.head(self.norm(x), self.embedding.tokens[...])
+    def _leave(self, x: Array, mask: Array | None = None) -> Array:
+        x = self.norm(x)
+        if self.config.head.pool == "mean":
+            x = average(x, mask)
+        return self.head(x, self.embedding.tokens[...])
 
 
 def _add(losses: list[Losses]) -> Losses:

@@ -11,7 +11,8 @@ from rich.table import Table
 
 from sparsejax import complexity, patterns
 from sparsejax.account import Account, account_model
-from sparsejax.config import ConfigError, ModelConfig
+from sparsejax.config import Config, ConfigError, ModelConfig
+from sparsejax.data import load_dataset, preview
 from sparsejax.layers import LayerConfig
 
 
@@ -79,6 +80,25 @@ def show_complexity(length: int | None, measured: bool, console: Console) -> Non
         "pairs: one head, counted from the pattern; of dense causal: over the pairs of dense causal attention",
         *(["time, memory: forward and backward pass of one head, fitted on this machine"] if measured else []),
     )
+
+
+def show_data(config: Config, examples: int, console: Console) -> None:
+    """Prints what went into the data of a configuration and what came out, and its first training rows.
+
+    Args:
+      config: the configuration.
+      examples: how many rows.
+      console: where to print.
+
+    Raises:
+      DataError: the data cannot be read.
+    """
+    dataset = load_dataset(config.data, config.eval.stride)
+    _print(console, *dataset.describe())
+    if dataset.tokens_per_byte is not None:
+        rates = f"{dataset.tokens_per_byte:.4f} tokens per byte, {dataset.tokens_per_character:.4f} per character"
+        _print(console, f"tokenizer: {config.data.tokenizer}, {dataset.vocab:,} ids, {rates} of the validation text")
+    _print(console, *preview(dataset, config.train.seed, examples))
 
 
 def describe_reach(layers: list[tuple[str, patterns.Pattern]], length: int) -> str:

@@ -1,5 +1,6 @@
 """Whatever is given wrong is said in one line that names it, with exit code 2, and nothing is written."""
 
+import json
 import shutil
 from types import SimpleNamespace
 
@@ -103,6 +104,17 @@ def test_workdir_of_another_configuration_is_refused(text, tmp_path, capsys):
     stranger.mkdir()
     (stranger / "thesis.tex").touch()
     assert "not empty" in complain(capsys, arguments(text, stranger))
+
+
+def test_a_workdir_older_than_some_features_goes_on(text, tmp_path):
+    workdir, more = tmp_path / "run", ["--config.train.steps=5"]
+    assert main(arguments(text, workdir, *more)) == 0
+    place = workdir / "config.json"
+    config = json.loads(place.read_text())
+    del config["data"]["packing"], config["data"]["mask"], config["eval"]["stride"], config["model"]["head"]["pool"]
+    place.write_text(json.dumps(config))
+    assert main(arguments(text, workdir, *more)) == 0
+    assert json.loads(place.read_text())["eval"]["stride"] == 0
 
 
 def test_damaged_checkpoint_is_named_and_the_one_before_it_serves(text, tmp_path, capsys):

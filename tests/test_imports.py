@@ -23,7 +23,7 @@ NEEDS = {
     "decode": {"model"},
     "account": {"patterns", "layers", "config", "model"},
     "complexity": {"patterns", "ops"},
-    "show": {"patterns", "layers", "config", "account", "complexity"},
+    "show": {"patterns", "layers", "config", "data", "account", "complexity"},
     "draw": {"patterns", "config"},
     "train": {"patterns", "layers", "config", "sharding", "data", "model", "decode"},
     "interop": {"schedule", "config", "layers", "model", "patterns", "sharding"},

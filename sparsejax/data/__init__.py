@@ -4,6 +4,7 @@ from sparsejax.data.batches import fresh_batches, ordered_batches, shuffled_batc
 from sparsejax.data.config import DataConfig, MaskConfig
 from sparsejax.data.dataset import Dataset, load_dataset
 from sparsejax.data.errors import DataError
+from sparsejax.data.preview import preview
 from sparsejax.data.rows import Batch
 from sparsejax.data.text import Corpus, build_corpus, load_corpus
 
@@ -19,6 +20,7 @@ __all__ = [
     "load_corpus",
     "load_dataset",
     "ordered_batches",
+    "preview",
     "shuffled_batches",
     "train_batches",
     "validation_batches",

@@ -70,7 +70,7 @@ def choose(
     places = np.flatnonzero(allowed)
     count = min(len(places), max(1, round(config.share * len(places))))
     if config.unit == "token" or not count:
-        return random.permutation(places)[:count]
+        return random.choice(places, count, replace=False)
     chosen = (_choose_words if config.unit == "word" else _choose_spans)(
         config, tokens, allowed, count, tokenizer, random
     )

@@ -12,7 +12,7 @@ from sparsejax.data.packing import pack
 
 # inputs, targets, segments, positions: int32 [b, t]; weights: float32 [b, t], 0 = not scored
 Batch = dict[str, np.ndarray]
-RELEASE = 1 << 11  # windows of mapped tokens that are read before their pages are given back
+RELEASE = 1 << 8  # windows of mapped tokens that are read before their pages are given back
 
 
 class Rows(Protocol):

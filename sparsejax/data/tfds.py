@@ -62,7 +62,7 @@ class TfdsSource:
             raise DataError(f"{key}: {self._config.tfds} has no split {whole!r}: {', '.join(builder.info.splits)}")
         for field in (self._config.field, self._config.label):
             if field and field not in builder.info.features:
-                known = ", ".join(builder.info.features)
+                known = ", ".join(sorted(builder.info.features))
                 raise DataError(f"data.field: {self._config.tfds} has no {field!r}: {known}")
         try:
             return builder.as_data_source(split=split)

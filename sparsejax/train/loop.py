@@ -181,7 +181,8 @@ def _claim_workdir(workdir: Path, settings: ConfigDict, config: Config) -> None:
     resolved = json.loads(json.dumps(settings.to_dict()))
     if place.exists():
         # On which devices it runs is no part of what a run is: checkpoints restore onto any mesh.
-        changed = configs.difference(_read_json(place) | {"sharding": None}, resolved | {"sharding": None})
+        recorded = configs.complete(_read_json(place))
+        changed = configs.difference(recorded | {"sharding": None}, resolved | {"sharding": None})
         if changed:
             raise ConfigError(f"--workdir: {workdir} belongs to another configuration: {changed}")
     elif workdir.exists() and any(path.name != "config.json.part" for path in workdir.iterdir()):

@@ -97,7 +97,7 @@ def test_what_cannot_be_read_is_named(folder):
     split = complaint(config(folder, "tiny_reviews"))
     assert split == "data.validation_split: tiny_reviews has no split 'validation': train, test"
     field = complaint(config(folder, "tiny_reviews", validation_split="test", field="body"))
-    assert field == "data.field: tiny_reviews has no 'body': text, label"
+    assert field == "data.field: tiny_reviews has no 'body': label, text"
     absent = complaint(config(folder, "mnist:3.0.1"))
     command = f"tfds.builder('mnist:3.0.1', data_dir='{folder / 'sets'}', file_format='array_record')"
     assert absent == (

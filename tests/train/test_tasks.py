@@ -1,5 +1,7 @@
 """Any source, objective and probe with one config, by overrides alone; packed documents do not see one another."""
 
+import json
+
 import jax
 import numpy as np
 import pytest
@@ -11,6 +13,7 @@ from sparsejax.data import load_dataset
 from sparsejax.data.rows import Packed
 from sparsejax.model import Functional
 from sparsejax.train import build_evaluation, evaluate, read_rows, summarize
+from sparsejax.train.step import read_context
 from tests.train import recipe, runs
 
 LOCAL = "--config.model.layers.local.mixer.pattern"
@@ -57,6 +60,24 @@ def test_masked_rows(text, tmp_path):
     assert 0 <= row["eval/accuracy"] <= 1
 
 
+def test_classes_of_documents(tmp_path):
+    """The class is told by the letter that a document is made of: a causal model of windows finds it by its mean."""
+    lines = [{"text": "abcd"[i % 4] * (5 + i % 30), "kind": i % 4} for i in range(200)]
+    files = tmp_path / "text.jsonl"
+    files.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    row = train(
+        tmp_path / "run",
+        f"--config.data.files={files}",
+        "--config.data.objective=classify",
+        "--config.data.label=kind",
+        "--config.model.head.pool=mean",
+        "--config.train.steps=40",
+        "--config.eval.every=40",
+        "--config.checkpoint.every=40",
+    )[-1]
+    assert row["eval/accuracy"] == row["eval/exact_match"] > 0.9
+
+
 def test_packed_records_and_overlapping_windows(text, tmp_path):
     packed = train(tmp_path / "a", f"--config.data.files={text}", "--config.data.packing=packed")[-1]
     strided = train(tmp_path / "b", f"--config.data.files={text}", "--config.eval.stride=8")[-1]
@@ -81,6 +102,15 @@ def test_packed_records_and_overlapping_windows(text, tmp_path):
             ["data.objective=prefix", "data.prefix=8", "model.causal=false", "model.layers.full.mixer.pattern=full"],
             "model.layers.full.mixer.pattern: 'full' sees what data.objective = 'prefix' predicts; it may see as much"
             " as 'causal | prefix(8)'",
+        ),
+        (
+            ["data.objective=classify", "data.label=kind"],
+            "model.causal: is true, but data.objective = 'classify' asks the first token, which then sees nothing; or"
+            " set model.head.pool = 'mean'",
+        ),
+        (
+            ["model.head.pool=mean"],
+            "model.head.pool: is 'mean', data.objective = 'causal' predicts single tokens",
         ),
         (["data.objective=prefix"], "data: prefix = 0 must leave some of length = 32 to predict"),
         (["data.task=mqar"], "data.length: is 32, the probe mqar has 64 tokens"),
@@ -131,6 +161,24 @@ def test_packed_documents_lose_as_much_as_each_alone(bench):
     assert together[1][0] == 8  # seven documents, one of them in two pieces
 
 
+def test_a_mean_over_a_document_leaves_padding_out():
+    settings = recipe.get_config()
+    settings.model.schedule = "full"
+    settings.model.head = {"pool": "mean"}
+    settings.model.causal = False
+    settings.data.update({"objective": "classify", "label": "kind"})
+    model = Functional(configs.check(settings).model)
+    parameters = model.init(jax.random.key(0))
+    tokens = np.random.default_rng(0).integers(0, 256, (1, 12)).astype(np.int32)
+    padded = np.pad(tokens, ((0, 0), (0, 20)), constant_values=7)
+    segments = np.pad(np.ones_like(tokens), ((0, 0), (0, 20)))
+    run = jax.jit(lambda x, context: model.bind(parameters)(x, context))
+    alone = run(tokens, read_context({}))
+    beside = run(padded, read_context({"segments": segments, "positions": np.arange(32)[None]}))
+    np.testing.assert_allclose(beside[:, :1], alone[:, :1], rtol=2e-5, atol=1e-6)
+    np.testing.assert_array_equal(alone[:, 3], alone[:, 0])
+
+
 def test_evaluation_counts_answers_by_row_position_and_distance(bench):
     run, parameters = bench
     random = np.random.default_rng(1)
@@ -170,3 +218,15 @@ def test_bits_of_subwords_are_bits_of_their_bytes(text, tmp_path):
     size = sum(len(text.encode()) for text in texts)
     assert found["eval/bits_per_byte"] == pytest.approx(3 * len(side.tokens) / size)
     assert found["eval/bits_per_character"] == pytest.approx(3 * len(side.tokens) / sum(map(len, texts)))
+
+
+def test_show_data(text, tmp_path, capsys):
+    given = ["show", "--data", f"--config={runs.RECIPE}", f"--config.data.files={text}"]
+    assert main([*given, "--config.data.packing=packed"]) == 0
+    out = capsys.readouterr().out
+    assert "40 documents read" not in out  # some are held out
+    assert "efficiency" in out
+    assert out.count("segments 0-31") == 3
+    assert "tokenizer: bytes, 256 ids, 1.0000 tokens per byte" in out
+    assert main([*given, "--length=8"]) == USAGE_ERROR
+    assert capsys.readouterr().err == "sparsejax: --data: goes with --config alone\n"
