@@ -123,7 +123,7 @@ def load_dataset(config: DataConfig, stride: int = 0) -> Dataset:
 def _load_probe(config: DataConfig) -> Dataset:
     probe = PROBES[config.task]() if config.probe is None else config.probe
     digest = hashlib.sha256(repr(probe).encode()).hexdigest()[:16]
-    count = getattr(probe, "held_out", EXAMPLES)
+    count = EXAMPLES if probe.held_out is None else probe.held_out
     held_out = Examples(probe, 0, count, validation=True)
     training = Examples(probe, 0, ENDLESS)
     scored = float(held_out.take(np.zeros(1, np.int64))["weights"].sum())

@@ -7,14 +7,14 @@ from pathlib import Path
 
 import numpy as np
 
-from sparsejax.data.probes.example import Example, ask, pick, require
-from sparsejax.data.text import DataError
+from sparsejax.data.errors import DataError
+from sparsejax.data.probes.example import Example, Probe, ask_at_end, pick, require
 
 PADDING, SEPARATOR = 256, 257  # behind the bytes
 
 
 @dataclass(frozen=True)
-class TextClassification:
+class TextClassification(Probe):
     """Of which class is a document? Bytes, up to `length` of them; the class is asked for at the last one.
 
     Byte-level text classification of Long Range Arena (arXiv:2011.04006), section 2.2.2, which takes the IMDb reviews:
@@ -41,7 +41,6 @@ class TextClassification:
 
     @property
     def held_out(self) -> int:
-        """Number of different validation examples."""
         return len(_list_documents("validation_files", self.validation_files, self.classes))
 
     def example(self, seed: int, index: int, validation: bool = False) -> Example:
@@ -52,9 +51,7 @@ class TextClassification:
         text = path.read_bytes()[: self.length]
         if not text:
             raise DataError(f"data.probe.{key}: {path} is empty")
-        inputs = np.full(self.length, PADDING, np.int32)
-        inputs[: len(text)] = np.frombuffer(text, np.uint8)
-        return ask(inputs, len(text) - 1, label)
+        return ask_at_end(np.frombuffer(text, np.uint8), label, self.length, PADDING)
 
 
 @functools.cache
@@ -73,7 +70,7 @@ def _list_documents(key: str, folder: str, classes: tuple[str, ...]) -> list[tup
 
 
 @dataclass(frozen=True)
-class TextRetrieval:
+class TextRetrieval(Probe):
     """Do two documents belong together (1) or not (0)? Bytes of both, a mark between them.
 
     Byte-level document retrieval of Long Range Arena (arXiv:2011.04006), section 2.2.3, which takes pairs of papers
@@ -97,7 +94,6 @@ class TextRetrieval:
 
     @property
     def held_out(self) -> int:
-        """Number of different validation examples."""
         return len(_find_lines("validation_files", self.validation_files)) - 1
 
     def example(self, seed: int, index: int, validation: bool = False) -> Example:
@@ -109,12 +105,8 @@ class TextRetrieval:
             file.seek(ends[number])
             label, first, second = _split_line(f"data.probe.{key}: {path}: line {number + 1}", file.readline())
         half = (self.length - 1) // 2
-        first, second = first[:half], second[:half]
-        inputs = np.full(self.length, PADDING, np.int32)
-        inputs[: len(first)] = np.frombuffer(first, np.uint8)
-        inputs[len(first)] = SEPARATOR
-        inputs[len(first) + 1 :][: len(second)] = np.frombuffer(second, np.uint8)
-        return ask(inputs, len(first) + len(second), label)
+        first, second = (np.frombuffer(text[:half], np.uint8) for text in (first, second))
+        return ask_at_end(np.concatenate([first, [SEPARATOR], second]), label, self.length, PADDING)
 
 
 @functools.cache

@@ -5,7 +5,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
-Example = dict[str, np.ndarray]  # inputs, targets: int32 [t]; weights: float32 [t]; for some distance: int32 [t]
+Example = dict[str, np.ndarray]  # see Probe.example
 
 
 class Probe(Protocol):
@@ -24,6 +24,11 @@ class Probe(Protocol):
     @property
     def length(self) -> int: ...
 
+    @property
+    def held_out(self) -> int | None:
+        """Number of different validation examples, if they come from a fixed set, in whose order they then come."""
+        return None
+
     def example(self, seed: int, index: int, validation: bool = False) -> Example:
         """One example, always the same for the same arguments.
 
@@ -37,7 +42,8 @@ class Probe(Protocol):
           inputs int32 [t]; targets int32 [t], what to predict at a position (of a causal model: from the tokens up
           to it); weights float32 [t], 1 where a prediction counts and 0 elsewhere. Where the answer is repeated
           from the inputs, also distance int32 [t]: how far back at a scored position stands the token whose
-          successor is the answer, so that the answer itself stands `distance - 1` back; 0 elsewhere.
+          successor is the answer, so that the answer itself stands `distance - 1` back; 0 elsewhere. Of examples that
+          may be shorter than t, also segments int32 [t] (1, and 0 for padding) and positions int32 [t].
 
         """
         ...
@@ -79,6 +85,15 @@ def ask_again(inputs: np.ndarray, places: np.ndarray, sources: np.ndarray) -> Ex
     distance = np.zeros(len(inputs), np.int32)
     distance[places] = places + 1 - sources
     return ask(inputs, places, inputs[sources]) | {"distance": distance}
+
+
+def ask_at_end(tokens: np.ndarray, answer: int, length: int, padding: int) -> Example:
+    """An example of tokens [n], padded to `length`, whose last one asks for the answer."""
+    inputs = np.full(length, padding, np.int32)
+    inputs[: len(tokens)] = tokens
+    places = np.arange(length, dtype=np.int32)
+    inside = places < len(tokens)
+    return ask(inputs, len(tokens) - 1, answer) | {"segments": inside.astype(np.int32), "positions": places * inside}
 
 
 def require(probe: Any, **least: float) -> None:

@@ -4,8 +4,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from sparsejax.data.probes.example import Example, ask, open_stream, require
-from sparsejax.data.text import DataError
+from sparsejax.data.errors import DataError
+from sparsejax.data.probes.example import Example, Probe, ask_at_end, open_stream, require
 
 OPERATORS = ("MIN", "MAX", "MED", "SM")  # SM: the sum modulo 10; tokens 10 to 13, behind the digits
 FIRST_OPERATOR, CLOSE, PADDING = 10, 14, 15
@@ -15,7 +15,7 @@ MOST_DRAWS = 100_000  # of trees for one example; LRA's lengths take about ten
 
 
 @dataclass(frozen=True)
-class ListOps:
+class ListOps(Probe):
     """An expression such as [MAX 2 9 [MIN 4 7 ] 0 ], whose value, a digit, is asked for at its last token.
 
     Long Range Arena (arXiv:2011.04006), section 2.2.1, after arXiv:1804.06028. A node is an operator with probability
@@ -55,9 +55,7 @@ class ListOps:
         symbols = [
             np.where(n, rng.integers(FIRST_OPERATOR, CLOSE, len(n)), rng.integers(10, size=len(n))) for n in arguments
         ]
-        inputs = np.full(self.length, PADDING, np.int32)
-        inputs[:size] = _write(arguments, symbols)
-        return ask(inputs, size - 1, _compute(arguments, symbols))
+        return ask_at_end(_write(arguments, symbols), _compute(arguments, symbols), self.length, PADDING)
 
 
 # A tree is a list of its depths from the root on; each is an array over the nodes there, children in the order of their

@@ -5,14 +5,14 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from sparsejax.data.probes.example import Example, ask_again, choose, open_stream, require
+from sparsejax.data.probes.example import Example, Probe, ask_again, choose, open_stream, require
 
 DIGITS = 10
 HEX = 16
 
 
 @dataclass(frozen=True)
-class Passkey:
+class Passkey(Probe):
     """Numbers hidden in a haystack, each behind a name; at the end one of the names is asked for.
 
         filler .. name 4 7 1 1 3 filler .. filler ASK name
@@ -77,7 +77,7 @@ def grid(probe: Passkey, lengths: Iterable[int], depths: Iterable[float]) -> dic
 
 
 @dataclass(frozen=True)
-class KeyValue:
+class KeyValue(Probe):
     """Key-value retrieval: pairs of random hexadecimal numbers, then one of the keys, whose value is asked for.
 
         KEY k1 VALUE v1 KEY k2 VALUE v2 KEY k1 VALUE
@@ -97,7 +97,7 @@ class KeyValue:
     def __post_init__(self):
         require(self, pairs=1, digits=1)
         if HEX**self.digits < self.pairs:
-            raise ValueError(f"pairs = {self.pairs} must be at most 16 ** digits: keys differ")
+            raise ValueError(f"pairs must be at most 16 ** digits, as keys differ, got {self.pairs}")
         if self.asked is not None and not 0 <= self.asked < self.pairs:
             raise ValueError(f"asked must be from 0 to {self.pairs - 1}, got {self.asked}")
 

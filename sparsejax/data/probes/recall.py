@@ -4,22 +4,21 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from sparsejax.data.probes.example import Example, ask_again, open_stream, require
+from sparsejax.data.probes.example import Example, Probe, ask_again, open_stream, require
 
 BLANK = 0
 
 
 @dataclass(frozen=True)
-class Mqar:
+class Mqar(Probe):
     """Multi-query associative recall: key-value pairs, then each key once more, at which its value is asked for.
 
         inputs   k1 v1 k2 v2  .  .  k2  .  .  .  k1  .
         answers                     v2           v1
 
-    Zoology (arXiv:2312.04927), section 3 and appendix C. Keys are drawn without replacement from the lower half of
-    the vocabulary (token 0 is the blank), values from the upper half. The part behind the pairs is cut into spaces of
-    two tokens; those with the queries are drawn without replacement with p(g) ~ g ** (a - 1), g = 1, 2, ..., for the
-    keys in order.
+    Zoology (arXiv:2312.04927). Keys are drawn without replacement from the lower half of the vocabulary (token 0 is
+    the blank), values from the upper half. The part behind the pairs is cut into spaces of two tokens; those with the
+    queries are drawn without replacement with p(g) ~ g ** (a - 1), g = 1, 2, ..., for the keys in order.
 
     Outcome: attention solves it at every length from 64 to 512 with a width of 64; gated convolutions and recurrences
     need a width, or a state, that grows with the number of pairs. Report accuracy by distance: most queries come
@@ -52,7 +51,7 @@ class Mqar:
 
 
 @dataclass(frozen=True)
-class InductionHeads:
+class InductionHeads(Probe):
     """Random tokens, among them once a trigger; the last token is the trigger again: what followed it?
 
     Mamba (arXiv:2312.00752), section 4.1.2 and appendix E.1, after H3 (arXiv:2212.14052). The trigger is the last

@@ -6,13 +6,13 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from sparsejax.data.probes.example import Example, ask, choose, open_stream, require
+from sparsejax.data.probes.example import Example, Probe, ask, choose, open_stream, require
 
 MOST_SYMBOLS = {"symmetric": 6, "alternating": 6, "cyclic": 1024}  # the group's table has to fit in memory
 
 
 @dataclass(frozen=True)
-class StateTracking:
+class StateTracking(Probe):
     """The word problem of a group: at every token, the product of all elements read so far.
 
     The Illusion of State (arXiv:2404.08819), section 5. Elements are permutations of `symbols` things, numbered in

@@ -1,0 +1,180 @@
+"""What holds of every probe: the same example for the same number, another for any other, and sizes that are said."""
+
+import hashlib
+import os
+import subprocess
+import sys
+from dataclasses import FrozenInstanceError
+
+import numpy as np
+import pytest
+
+from sparsejax.data.probes import PROBES
+from sparsejax.data.probes.example import ask, ask_again, ask_at_end, open_stream, pick
+
+FROM_A_FIXED_SET = {"digits", "text_classification", "text_retrieval"}
+GENERATED = {name: kind() for name, kind in PROBES.items() if name not in FROM_A_FIXED_SET}
+SMALLEST = {
+    "mqar": {"length": 4, "pairs": 1, "vocab": 4},
+    "induction_heads": {"length": 3, "vocab": 2},
+    "selective_copying": {"length": 2, "tokens": 1, "vocab": 3},
+    "duplication": {"length": 4, "vocab": 2},
+    "passkey": {"length": 4, "digits": 1, "names": 1, "fillers": 1},
+    "key_value": {"pairs": 1, "digits": 1},
+    "listops": {"length": 2, "min_length": 0, "max_depth": 1, "max_args": 2},
+    "pathfinder": {"side": 9, "dashes": 1, "dash": 1, "gap": 0, "distractors": 0, "margin": 1},
+    "state_tracking": {"length": 1, "symbols": 2},
+}
+BAD = [
+    ("mqar", {"pairs": 0}, "pairs"),
+    ("mqar", {"length": 14}, "length"),
+    ("mqar", {"length": 65}, "length"),
+    ("mqar", {"vocab": 9}, "vocab"),
+    ("induction_heads", {"length": 2}, "length"),
+    ("induction_heads", {"vocab": 1}, "vocab"),
+    ("selective_copying", {"length": 31}, "length"),
+    ("selective_copying", {"tokens": 0}, "tokens"),
+    ("selective_copying", {"vocab": 2}, "vocab"),
+    ("duplication", {"length": 7}, "length"),
+    ("duplication", {"length": 2}, "length"),
+    ("duplication", {"vocab": 1}, "vocab"),
+    ("passkey", {"length": 11}, "length"),
+    ("passkey", {"needles": 65}, "names"),
+    ("passkey", {"haystack": "essay"}, "haystack"),
+    ("passkey", {"depth": 1.5}, "depth"),
+    ("key_value", {"pairs": 17, "digits": 1}, "pairs"),
+    ("key_value", {"asked": 75}, "asked"),
+    ("listops", {"length": 501}, "length"),
+    ("listops", {"max_args": 1}, "max_args"),
+    ("listops", {"max_depth": 3}, "min_length"),
+    ("pathfinder", {"side": 24}, "side"),
+    ("pathfinder", {"gap": 3}, "margin"),
+    ("state_tracking", {"group": "dihedral"}, "group"),
+    ("state_tracking", {"symbols": 7}, "symbols"),
+    ("state_tracking", {"group": "alternating", "symbols": 2}, "symbols"),
+    ("text_classification", {"length": 0}, "length"),
+    ("text_classification", {"classes": ("one",)}, "classes"),
+    ("text_retrieval", {"length": 2}, "length"),
+]
+
+
+def raw(example):
+    return b"".join(example[key].tobytes() for key in sorted(example))
+
+
+def assert_is_example(example, probe):
+    keys = {"inputs", "targets", "weights"}
+    assert set(example) in (keys, keys | {"distance"}, keys | {"segments", "positions"})
+    for key, array in example.items():
+        assert array.dtype == (np.float32 if key == "weights" else np.int32)
+        assert array.shape == (probe.length,)
+    for key in ("inputs", "targets"):
+        assert example[key].min() >= 0
+        assert example[key].max() < probe.vocab
+    scored = example["weights"] == 1
+    assert scored.any()
+    for key in {"weights", "targets", "distance"} & set(example):
+        assert not example[key][~scored].any()
+
+
+def assert_answers_are_repeated(example):
+    for place in np.flatnonzero(example["weights"]):
+        source = place + 1 - example["distance"][place]
+        assert 0 <= source <= place
+        assert example["inputs"][source] == example["targets"][place]
+
+
+@pytest.mark.parametrize("name", GENERATED)
+def test_examples_have_their_form(name):
+    for index in range(20):
+        example = GENERATED[name].example(3, index)
+        assert_is_example(example, GENERATED[name])
+        if "distance" in example:
+            assert_answers_are_repeated(example)
+
+
+@pytest.mark.parametrize("name", GENERATED)
+def test_generated_probes_have_no_end(name):
+    assert GENERATED[name].held_out is None
+    assert_is_example(GENERATED[name].example(2**64 - 1, 2**64 - 1, True), GENERATED[name])
+
+
+@pytest.mark.parametrize("name", GENERATED)
+def test_an_example_is_a_function_of_its_arguments(name):
+    first = [raw(GENERATED[name].example(5, index)) for index in range(8)]
+    again = [raw(PROBES[name]().example(5, index)) for index in reversed(range(8))]
+    assert first == again[::-1]
+
+
+@pytest.mark.parametrize("name", GENERATED)
+def test_seeds_numbers_and_sides_give_different_examples(name):
+    probe = GENERATED[name]
+    seen = [raw(probe.example(*at)) for at in [(s, i, v) for s in (0, 1, 2) for i in range(30) for v in (False, True)]]
+    assert len(set(seen)) == len(seen)
+
+
+def test_another_process_finds_the_same_examples():
+    program = (
+        "import hashlib; from sparsejax.data.probes import PROBES\n"
+        f"probes = [PROBES[name]() for name in {list(GENERATED)}]\n"
+        "arrays = [array for probe in probes for _, array in sorted(probe.example(7, 11).items())]\n"
+        "print(hashlib.sha256(b''.join(array.tobytes() for array in arrays)).hexdigest())"
+    )
+    env = os.environ | {"PYTHONHASHSEED": "1", "PYTHONPATH": os.getcwd()}
+    found = subprocess.run([sys.executable, "-c", program], env=env, capture_output=True, text=True, check=True).stdout
+    here = b"".join(raw(probe.example(7, 11)) for probe in GENERATED.values())
+    assert found.strip() == hashlib.sha256(here).hexdigest()
+
+
+@pytest.mark.parametrize("name", SMALLEST)
+def test_smallest_sizes(name):
+    probe = PROBES[name](**SMALLEST[name])
+    for index in range(20):
+        assert_is_example(probe.example(0, index), probe)
+
+
+@pytest.mark.parametrize(("name", "fields", "named"), BAD)
+def test_bad_sizes_are_named(name, fields, named):
+    with pytest.raises(ValueError, match=rf"^{named} must be [^\n]+$"):
+        PROBES[name](**fields)
+
+
+def test_probes_cannot_be_changed():
+    with pytest.raises(FrozenInstanceError):
+        GENERATED["mqar"].length = 8
+
+
+@pytest.mark.parametrize("at", [(-1, 0), (0, -1), (2**64, 0)])
+def test_numbers_out_of_range_are_refused(at):
+    with pytest.raises(ValueError, match="at least 0 and below"):
+        open_stream(*at)
+
+
+def test_streams_that_look_alike_differ():
+    # As a list of 32-bit words some of these would be the same seed.
+    places = [(0, 1), (1, 0), (1 << 32, 0), (0, 1 << 32), (1, 1 << 32), (1 << 32, 1)]
+    drawn = {int(open_stream(*at, side).integers(2**63)) for at in places for side in (False, True)}
+    assert len(drawn) == 2 * len(places)
+
+
+def test_pick_visits_all_once_an_epoch():
+    epochs = [[pick(7, 3, 7 * epoch + i) for i in range(7)] for epoch in range(20)]
+    assert all(sorted(epoch) == list(range(7)) for epoch in epochs)
+    assert len(set(map(tuple, epochs))) > 15
+    assert pick(7, 3, 5) == epochs[0][5]
+    assert pick(1, 0, 9) == 0
+
+
+def test_ask_puts_answers_at_places():
+    example = ask(np.array([5, 6, 7, 8]), np.array([3, 1]), np.array([9, 4]))
+    assert example["targets"].tolist() == [0, 4, 0, 9]
+    assert example["weights"].tolist() == [0, 1, 0, 1]
+    example = ask_again(np.array([5, 6, 5, 8]), np.array([2]), np.array([1]))
+    assert example["targets"].tolist() == [0, 0, 6, 0]
+    assert example["distance"].tolist() == [0, 0, 2, 0]
+    example = ask_at_end(np.array([5, 6]), 3, length=4, padding=9)
+    assert example["inputs"].tolist() == [5, 6, 9, 9]
+    assert example["targets"].tolist() == [0, 3, 0, 0]
+    assert example["weights"].tolist() == [0, 1, 0, 0]
+    assert example["segments"].tolist() == [1, 1, 0, 0]
+    assert example["positions"].tolist() == [0, 1, 0, 0]
