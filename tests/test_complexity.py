@@ -55,7 +55,7 @@ def test_an_exponent_is_fitted():
         ("dense", 1024, 1.9, 2.1),
         ("window", 8192, 0.5, 1.1),
         ("SSM", 4096, 0.9, 1.1),
-        ("linear", 1024, 0.7, 1.1),
+        ("linear", 8192, 0.8, 1.1),
         ("Reformer", 1024, 0.9, 1.1),
     ],
 )

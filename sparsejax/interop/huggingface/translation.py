@@ -13,7 +13,7 @@ from sparsejax import schedule
 from sparsejax.config import ModelConfig
 from sparsejax.interop.huggingface.fields import Fields
 from sparsejax.interop.huggingface.tensors import Piece, linear, same, stack, transposed
-from sparsejax.layers import LayerConfig, RopeConfig, RopeScaling
+from sparsejax.layers import LayerConfig, NormConfig, RopeConfig, RopeScaling
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,6 +53,29 @@ def name_layers(layers: Sequence[tuple[str, LayerConfig]]) -> dict[str, object]:
             named[found] = config
         names.append(found)
     return {"schedule": schedule.write(names), "layers": named}
+
+
+def build_model(
+    fields: Fields,
+    width: int,
+    layers: Sequence[tuple[str, LayerConfig]],
+    norm: NormConfig,
+    *,
+    tied: bool,
+    **more: Any,
+) -> ModelConfig:
+    """The configuration of a model that computes in float32.
+
+    Args:
+      fields: the file, for its `vocab_size`.
+      width: of the stream.
+      layers: a name and a configuration for each layer in order, see `name_layers`.
+      norm: before the head.
+      tied: whether the head is the embedding's transpose.
+      **more: other fields of `ModelConfig`.
+    """
+    ends = {"vocab": fields.take("vocab_size"), "norm": norm, "tied": tied}
+    return ModelConfig(width=width, **name_layers(layers), **ends, dtype="float32", scan=True, **more)
 
 
 def read_rope(
@@ -195,6 +218,14 @@ LONG = {"q": "query", "k": "key", "v": "value"}
 def pieces_of_gated_mlp(theirs: str, ours: str, bias: bool = False) -> list[Piece]:
     """Gate, up and down."""
     return [piece for n in ("gate", "up", "down") for piece in linear(f"{theirs}.{n}_proj", f"{ours}.{n}", bias)]
+
+
+def pieces_of_norms(theirs: str, ours: str, second: str = "post_attention_layernorm") -> list[Piece]:
+    """The norms before a layer's mixer and, called `second`, before its feed-forward part."""
+    return [
+        same(f"{theirs}.input_layernorm.weight", f"{ours}.mixer_residual.before.scale"),
+        same(f"{theirs}.{second}.weight", f"{ours}.mlp_residual.before.scale"),
+    ]
 
 
 def pieces_of_experts(

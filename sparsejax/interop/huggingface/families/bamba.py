@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-from sparsejax.config import ModelConfig
 from sparsejax.interop.huggingface.families.mamba import pieces_of_mamba2, read_limits
 from sparsejax.interop.huggingface.fields import Fields
-from sparsejax.interop.huggingface.tensors import same
 from sparsejax.interop.huggingface.translation import (
     ACTIVATIONS,
     Translation,
-    name_layers,
+    build_model,
     pieces_of_attention,
     pieces_of_ends,
     pieces_of_gated_mlp,
+    pieces_of_norms,
     read_rope,
     tied_head,
 )
@@ -51,21 +50,12 @@ def translate(fields: Fields) -> Translation:
         for i in range(depth)
     ]
     tied = fields.take("tie_word_embeddings", False)
-    model = ModelConfig(
-        vocab=fields.take("vocab_size"),
-        width=width,
-        **name_layers(layers),
-        norm=norm,
-        tied=tied,
-        dtype="float32",
-        scan=True,
-    )
+    model = build_model(fields, width, layers, norm, tied=tied)
     pieces = pieces_of_ends(tied, norm="model.final_layernorm")
     for i in range(depth):
         theirs, ours = f"model.layers.{i}", f"layers.{i}"
         pieces += [
-            same(f"{theirs}.input_layernorm.weight", f"{ours}.mixer_residual.before.scale"),
-            same(f"{theirs}.pre_ff_layernorm.weight", f"{ours}.mlp_residual.before.scale"),
+            *pieces_of_norms(theirs, ours, second="pre_ff_layernorm"),
             *pieces_of_gated_mlp(f"{theirs}.feed_forward", f"{ours}.mlp", mlp_bias),
         ]
         if i in chosen:

@@ -8,16 +8,16 @@ from __future__ import annotations
 import dataclasses
 import math
 
-from sparsejax.config import ModelConfig
 from sparsejax.interop.huggingface.fields import Fields
 from sparsejax.interop.huggingface.tensors import Piece, linear, same, transposed
 from sparsejax.interop.huggingface.translation import (
     ACTIVATIONS,
     Translation,
-    name_layers,
+    build_model,
     pieces_of_ends,
     pieces_of_experts,
     pieces_of_gated_mlp,
+    pieces_of_norms,
     read_layer_types,
     read_rope,
     tied_head,
@@ -42,21 +42,12 @@ def translate(fields: Fields) -> Translation:
         (kind, LayerConfig(mixer, mlp if kind == "dense" else experts, norm, "pre", remat=False)) for kind in kinds
     ]
     tied = fields.take("tie_word_embeddings", False)
-    model = ModelConfig(
-        vocab=fields.take("vocab_size"),
-        width=width,
-        **name_layers(layers),
-        norm=norm,
-        tied=tied,
-        dtype="float32",
-        scan=True,
-    )
+    model = build_model(fields, width, layers, norm, tied=tied)
     pieces = pieces_of_ends(tied)
     for i, kind in enumerate(kinds):
         theirs, ours = f"model.layers.{i}", f"layers.{i}"
         pieces += [
-            same(f"{theirs}.input_layernorm.weight", f"{ours}.mixer_residual.before.scale"),
-            same(f"{theirs}.post_attention_layernorm.weight", f"{ours}.mlp_residual.before.scale"),
+            *pieces_of_norms(theirs, ours),
             *pieces_of_latent(f"{theirs}.self_attn", f"{ours}.mixer", mixer),
             *_pieces_of_indexer(f"{theirs}.self_attn.indexer", f"{ours}.mixer.indexer"),
         ]

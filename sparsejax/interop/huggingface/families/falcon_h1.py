@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-from sparsejax.config import EmbeddingConfig, HeadConfig, ModelConfig
+from sparsejax.config import EmbeddingConfig, HeadConfig
 from sparsejax.interop.huggingface.families.bamba import read_mamba2
 from sparsejax.interop.huggingface.families.mamba import pieces_of_mamba2
 from sparsejax.interop.huggingface.fields import Fields
-from sparsejax.interop.huggingface.tensors import same
 from sparsejax.interop.huggingface.translation import (
     ACTIVATIONS,
     Translation,
-    name_layers,
+    build_model,
     pieces_of_attention,
     pieces_of_ends,
     pieces_of_gated_mlp,
+    pieces_of_norms,
     read_rope,
     tied_head,
 )
@@ -51,14 +51,12 @@ def translate(fields: Fields) -> Translation:
         out_scale=out_scale,
     )
     tied = fields.take("tie_word_embeddings", False)
-    model = ModelConfig(
-        vocab=fields.take("vocab_size"),
-        width=width,
-        **name_layers([("hybrid", LayerConfig(mixer, mlp, norm, "pre", remat=False))] * depth),
-        norm=norm,
+    model = build_model(
+        fields,
+        width,
+        [("hybrid", LayerConfig(mixer, mlp, norm, "pre", remat=False))] * depth,
+        norm,
         tied=tied,
-        dtype="float32",
-        scan=True,
         embedding=EmbeddingConfig(scale=fields.take("embedding_multiplier", 1.0)),
         head=HeadConfig(scale=fields.take("lm_head_multiplier", 1.0)),
     )
@@ -67,8 +65,7 @@ def translate(fields: Fields) -> Translation:
         theirs, ours = f"model.layers.{i}", f"layers.{i}"
         branches = f"{ours}.mixer.branches"
         pieces += [
-            same(f"{theirs}.input_layernorm.weight", f"{ours}.mixer_residual.before.scale"),
-            same(f"{theirs}.pre_ff_layernorm.weight", f"{ours}.mlp_residual.before.scale"),
+            *pieces_of_norms(theirs, ours, second="pre_ff_layernorm"),
             *pieces_of_attention(f"{theirs}.self_attn", f"{branches}.attention", bias, bias),
             *pieces_of_mamba2(f"{theirs}.mamba", f"{branches}.ssm", mixer.branches["ssm"].mixer),
             *pieces_of_gated_mlp(f"{theirs}.feed_forward", f"{ours}.mlp", mlp_bias),

@@ -9,14 +9,14 @@ from __future__ import annotations
 import dataclasses
 import functools
 
-from sparsejax.config import EmbeddingConfig, HeadConfig, ModelConfig
+from sparsejax.config import EmbeddingConfig, HeadConfig
 from sparsejax.interop.huggingface.fields import Fields
 from sparsejax.interop.huggingface.tensors import Piece, same
 from sparsejax.interop.huggingface.translation import (
     ACTIVATIONS,
     LAYER_NAMES,
     Translation,
-    name_layers,
+    build_model,
     pieces_of_attention,
     pieces_of_ends,
     pieces_of_gated_mlp,
@@ -77,14 +77,12 @@ def _translate(fields: Fields, generation: int) -> Translation:
         mixer = dataclasses.replace(attention, pattern=patterns[kind], rope=ropes[kind])
         layers.append((LAYER_NAMES[kind], LayerConfig(mixer, mlp, norm, "both", remat=False)))
     tied = fields.take("tie_word_embeddings", True)
-    model = ModelConfig(
-        vocab=fields.take("vocab_size"),
-        width=width,
-        **name_layers(layers),
-        norm=norm,
+    model = build_model(
+        fields,
+        width,
+        layers,
+        norm,
         tied=tied,
-        dtype="float32",
-        scan=True,
         embedding=EmbeddingConfig(scale=width**0.5),
         head=HeadConfig(softcap=fields.take("final_logit_softcapping", None if generation == 3 else 30.0)),
     )

@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import dataclasses
 
-from sparsejax.config import ModelConfig
 from sparsejax.interop.huggingface.fields import Fields
 from sparsejax.interop.huggingface.tensors import Piece, interleaved, linear, same
 from sparsejax.interop.huggingface.translation import (
     LAYER_NAMES,
     Translation,
-    name_layers,
+    build_model,
     pieces_of_attention,
     pieces_of_ends,
+    pieces_of_norms,
     read_layer_types,
     read_rope,
     read_window,
@@ -37,21 +37,12 @@ def translate(fields: Fields) -> Translation:
         mixer = dataclasses.replace(attention, pattern=patterns[kind])
         layers.append((LAYER_NAMES[kind], LayerConfig(mixer, experts, norm, "pre", remat=False)))
     tied = fields.take("tie_word_embeddings", False)
-    model = ModelConfig(
-        vocab=fields.take("vocab_size"),
-        width=width,
-        **name_layers(layers),
-        norm=norm,
-        tied=tied,
-        dtype="float32",
-        scan=True,
-    )
+    model = build_model(fields, width, layers, norm, tied=tied)
     pieces = pieces_of_ends(tied)
     for i in range(depth):
         theirs, ours = f"model.layers.{i}", f"layers.{i}"
         pieces += [
-            same(f"{theirs}.input_layernorm.weight", f"{ours}.mixer_residual.before.scale"),
-            same(f"{theirs}.post_attention_layernorm.weight", f"{ours}.mlp_residual.before.scale"),
+            *pieces_of_norms(theirs, ours),
             *pieces_of_attention(f"{theirs}.self_attn", f"{ours}.mixer", attention.bias, attention.bias),
             same(f"{theirs}.self_attn.sinks", f"{ours}.mixer.sinks"),
             *_pieces_of_experts(f"{theirs}.mlp", f"{ours}.mlp"),

@@ -4,18 +4,18 @@ from __future__ import annotations
 
 import math
 
-from sparsejax.config import ModelConfig
 from sparsejax.interop.huggingface.families.mamba import pieces_of_mamba
 from sparsejax.interop.huggingface.fields import Fields
-from sparsejax.interop.huggingface.tensors import same, transposed
+from sparsejax.interop.huggingface.tensors import transposed
 from sparsejax.interop.huggingface.translation import (
     ACTIVATIONS,
     Translation,
-    name_layers,
+    build_model,
     pieces_of_attention,
     pieces_of_ends,
     pieces_of_experts,
     pieces_of_gated_mlp,
+    pieces_of_norms,
     tied_head,
 )
 from sparsejax.layers import AttentionConfig, ExpertsConfig, LayerConfig, MambaConfig, MlpConfig, NormConfig
@@ -39,22 +39,13 @@ def translate(fields: Fields) -> Translation:
         layer = LayerConfig(mixers[name], experts if route else mlp, norm, "pre", remat=False)
         layers.append((f"{name}_experts" if route else name, layer))
     tied = fields.take("tie_word_embeddings", False)
-    model = ModelConfig(
-        vocab=fields.take("vocab_size"),
-        width=width,
-        **name_layers(layers),
-        norm=norm,
-        tied=tied,
-        dtype="float32",
-        scan=True,
-    )
+    model = build_model(fields, width, layers, norm, tied=tied)
     pieces = pieces_of_ends(tied, norm="model.final_layernorm")
     for i, (attend, route) in enumerate(zip(attends, routes, strict=True)):
         theirs, ours = f"model.layers.{i}", f"layers.{i}"
         feed = f"{theirs}.feed_forward"
         pieces += [
-            same(f"{theirs}.input_layernorm.weight", f"{ours}.mixer_residual.before.scale"),
-            same(f"{theirs}.pre_ff_layernorm.weight", f"{ours}.mlp_residual.before.scale"),
+            *pieces_of_norms(theirs, ours, second="pre_ff_layernorm"),
         ]
         if attend:
             pieces += pieces_of_attention(f"{theirs}.self_attn", f"{ours}.mixer")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from sparsejax.config import ModelConfig
 from sparsejax.interop.huggingface.families.deepseek import (
     LATENT_NORM_EPS,
     pieces_of_latent,
@@ -16,9 +15,10 @@ from sparsejax.interop.huggingface.translation import (
     ACTIVATIONS,
     LAYER_NAMES,
     Translation,
-    name_layers,
+    build_model,
     pieces_of_ends,
     pieces_of_gated_mlp,
+    pieces_of_norms,
     read_layer_types,
 )
 from sparsejax.layers import DeltaConfig, ExpertsConfig, LatentConfig, LayerConfig, MlpConfig, NormConfig
@@ -47,22 +47,13 @@ def translate(fields: Fields) -> Translation:
         for kind, part in zip(kinds, parts, strict=True)
     ]
     fields.ignore("tie_word_embeddings")  # the reference ties nothing, whatever it says
-    model = ModelConfig(
-        vocab=fields.take("vocab_size"),
-        width=width,
-        **name_layers(layers),
-        norm=norm,
-        tied=False,
-        dtype="float32",
-        scan=True,
-    )
+    model = build_model(fields, width, layers, norm, tied=False)
     pieces = pieces_of_ends(tied=False)
     for i, (kind, part) in enumerate(zip(kinds, parts, strict=True)):
         theirs, ours = f"model.layers.{i}", f"layers.{i}"
         feed = f"{theirs}.block_sparse_moe"
         pieces += [
-            same(f"{theirs}.input_layernorm.weight", f"{ours}.mixer_residual.before.scale"),
-            same(f"{theirs}.post_attention_layernorm.weight", f"{ours}.mlp_residual.before.scale"),
+            *pieces_of_norms(theirs, ours),
         ]
         if kind == "full_attention":
             pieces += pieces_of_latent(f"{theirs}.self_attn", f"{ours}.mixer", mixers[kind])

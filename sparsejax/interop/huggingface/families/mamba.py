@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import math
 
-from sparsejax.config import ModelConfig
 from sparsejax.interop.huggingface.fields import Fields
 from sparsejax.interop.huggingface.tensors import Piece, linear, same, split_conv, split_linear, transposed
-from sparsejax.interop.huggingface.translation import Translation, name_layers, tied_head
+from sparsejax.interop.huggingface.translation import (
+    Translation,
+    build_model,
+    tied_head,
+)
 from sparsejax.layers import LayerConfig, Mamba2Config, MambaConfig, NormConfig
 
 # How step sizes start, and how the reference computes: nothing of it changes what a loaded model gives.
@@ -69,14 +72,8 @@ def translate_2(fields: Fields) -> Translation:
 def _translate(fields: Fields, mixer: MambaConfig | Mamba2Config, width: int, tied: bool) -> Translation:
     depth, tied = fields.take("num_hidden_layers"), fields.take("tie_word_embeddings", tied)
     norm = NormConfig("rms", fields.take("layer_norm_epsilon", 1e-5))
-    model = ModelConfig(
-        vocab=fields.take("vocab_size"),
-        width=width,
-        **name_layers([("ssm", LayerConfig(mixer, None, norm, "pre", remat=False))] * depth),
-        norm=norm,
-        tied=tied,
-        dtype="float32",
-        scan=True,
+    model = build_model(
+        fields, width, [("ssm", LayerConfig(mixer, None, norm, "pre", remat=False))] * depth, norm, tied=tied
     )
     pieces = [same("backbone.embeddings.weight", "embedding.tokens"), same("backbone.norm_f.weight", "norm.scale")]
     pieces += [] if tied else [transposed("lm_head.weight", "head.weight")]

@@ -5,17 +5,17 @@ Residuals start from what the norm gives, and have factors of their own.
 
 from __future__ import annotations
 
-from sparsejax.config import ModelConfig
 from sparsejax.interop.huggingface.fields import Fields
 from sparsejax.interop.huggingface.tensors import Piece, linear, same, split_groups, transposed
 from sparsejax.interop.huggingface.translation import (
     ACTIVATIONS,
     LAYER_NAMES,
     Translation,
-    name_layers,
+    build_model,
     pieces_of_attention,
     pieces_of_ends,
     pieces_of_experts,
+    pieces_of_norms,
     read_layer_types,
     read_rope,
     read_window,
@@ -84,21 +84,12 @@ def translate(fields: Fields) -> Translation:
         for kind in kinds
     ]
     tied = fields.take("tie_word_embeddings", False)
-    model = ModelConfig(
-        vocab=fields.take("vocab_size"),
-        width=width,
-        **name_layers(layers),
-        norm=norm,
-        tied=tied,
-        dtype="float32",
-        scan=True,
-    )
+    model = build_model(fields, width, layers, norm, tied=tied)
     pieces = pieces_of_ends(tied)
     for i, kind in enumerate(kinds):
         theirs, ours = f"model.layers.{i}", f"layers.{i}"
         pieces += [
-            same(f"{theirs}.input_layernorm.weight", f"{ours}.mixer_residual.before.scale"),
-            same(f"{theirs}.post_attention_layernorm.weight", f"{ours}.mlp_residual.before.scale"),
+            *pieces_of_norms(theirs, ours),
             transposed(f"{theirs}.block_sparse_moe.gate.weight", f"{ours}.mlp.router.weight"),
             *pieces_of_experts(
                 f"{theirs}.block_sparse_moe.experts", f"{ours}.mlp", experts.experts, names=("w1", "w3", "w2")

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-from sparsejax.config import ModelConfig
 from sparsejax.interop.huggingface.fields import Fields
-from sparsejax.interop.huggingface.tensors import same
 from sparsejax.interop.huggingface.translation import (
     ACTIVATIONS,
     Translation,
-    name_layers,
+    build_model,
     pieces_of_attention,
     pieces_of_ends,
     pieces_of_gated_mlp,
+    pieces_of_norms,
     read_rope,
     read_window,
     tied_head,
@@ -35,21 +34,12 @@ def translate(fields: Fields) -> Translation:
     mlp = MlpConfig("gated", fields.take("intermediate_size"), fields.choose("hidden_act", ACTIVATIONS, "silu"))
     layer = LayerConfig(mixer, mlp, norm, "pre", remat=False)
     tied = fields.take("tie_word_embeddings", False)
-    model = ModelConfig(
-        vocab=fields.take("vocab_size"),
-        width=width,
-        **name_layers([("local", layer)] * depth),
-        norm=norm,
-        tied=tied,
-        dtype="float32",
-        scan=True,
-    )
+    model = build_model(fields, width, [("local", layer)] * depth, norm, tied=tied)
     pieces = pieces_of_ends(tied)
     for i in range(depth):
         theirs, ours = f"model.layers.{i}", f"layers.{i}"
         pieces += [
-            same(f"{theirs}.input_layernorm.weight", f"{ours}.mixer_residual.before.scale"),
-            same(f"{theirs}.post_attention_layernorm.weight", f"{ours}.mlp_residual.before.scale"),
+            *pieces_of_norms(theirs, ours),
             *pieces_of_attention(f"{theirs}.self_attn", f"{ours}.mixer"),
             *pieces_of_gated_mlp(f"{theirs}.mlp", f"{ours}.mlp"),
         ]

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from sparsejax.config import EmbeddingConfig, HeadConfig, ModelConfig
+from sparsejax.config import EmbeddingConfig, HeadConfig
 from sparsejax.interop.huggingface.fields import Fields
 from sparsejax.interop.huggingface.tensors import Piece, linear, same, split_linear, transposed
 from sparsejax.interop.huggingface.translation import (
     ACTIVATIONS,
     LAYER_NAMES,
     Translation,
-    name_layers,
+    build_model,
     read_layer_types,
     read_ropes,
 )
@@ -53,14 +53,12 @@ def translate(fields: Fields) -> Translation:
         layers.append((LAYER_NAMES[kind], LayerConfig(mixer, mlp, norm, "pre", remat=False, mixer_norm=first)))
     tied, head_bias = fields.take("tie_word_embeddings", True), fields.take("classifier_bias", False)
     decoder_bias = fields.take("decoder_bias", True)
-    model = ModelConfig(
-        vocab=fields.take("vocab_size"),
-        width=width,
-        **name_layers(layers),
-        norm=norm,
+    model = build_model(
+        fields,
+        width,
+        layers,
+        norm,
         tied=tied,
-        dtype="float32",
-        scan=True,
         causal=False,
         embedding=EmbeddingConfig(norm=norm),
         head=HeadConfig(

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from sparsejax.config import ModelConfig
 from sparsejax.interop.huggingface.families.mamba import pieces_of_mamba2
 from sparsejax.interop.huggingface.fields import Fields
 from sparsejax.interop.huggingface.tensors import Piece, linear, same, transposed
 from sparsejax.interop.huggingface.translation import (
     ACTIVATIONS,
     Translation,
-    name_layers,
+    build_model,
     pieces_of_attention,
     pieces_of_experts,
 )
@@ -55,15 +54,7 @@ def translate(fields: Fields) -> Translation:
         for kind in kinds
     ]
     fields.ignore("tie_word_embeddings")  # the reference ties nothing, whatever it says
-    model = ModelConfig(
-        vocab=fields.take("vocab_size"),
-        width=width,
-        **name_layers(layers),
-        norm=norm,
-        tied=False,
-        dtype="float32",
-        scan=True,
-    )
+    model = build_model(fields, width, layers, norm, tied=False)
     pieces = [
         same("backbone.embeddings.weight", "embedding.tokens"),
         same("backbone.norm_f.weight", "norm.scale"),

@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-from sparsejax.config import ModelConfig
 from sparsejax.interop.huggingface.fields import Fields
 from sparsejax.interop.huggingface.tensors import Piece, linear, same, split_conv, split_groups, transposed
 from sparsejax.interop.huggingface.translation import (
     ACTIVATIONS,
     LAYER_NAMES,
     Translation,
-    name_layers,
+    build_model,
     pieces_of_ends,
     pieces_of_experts,
     pieces_of_gated_mlp,
+    pieces_of_norms,
     read_layer_types,
     read_rope,
     tied_head,
@@ -43,21 +43,12 @@ def translate(fields: Fields) -> Translation:
         for kind, route in zip(kinds, routed, strict=True)
     ]
     tied = fields.take("tie_word_embeddings", False)
-    model = ModelConfig(
-        vocab=fields.take("vocab_size"),
-        width=width,
-        **name_layers(layers),
-        norm=norm,
-        tied=tied,
-        dtype="float32",
-        scan=True,
-    )
+    model = build_model(fields, width, layers, norm, tied=tied)
     pieces = pieces_of_ends(tied)
     for i, (kind, route) in enumerate(zip(kinds, routed, strict=True)):
         theirs, ours = f"model.layers.{i}", f"layers.{i}"
         pieces += [
-            same(f"{theirs}.input_layernorm.weight", f"{ours}.mixer_residual.before.scale"),
-            same(f"{theirs}.post_attention_layernorm.weight", f"{ours}.mlp_residual.before.scale"),
+            *pieces_of_norms(theirs, ours),
         ]
         if kind == "full_attention":
             pieces += _pieces_of_attention(f"{theirs}.self_attn", f"{ours}.mixer", mixers[kind])

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from sparsejax.config import ModelConfig
 from sparsejax.interop.huggingface.families.mamba import pieces_of_mamba2
 from sparsejax.interop.huggingface.fields import Fields
 from sparsejax.interop.huggingface.tensors import Piece, linear, same, split, split_linear, transposed
 from sparsejax.interop.huggingface.translation import (
     ACTIVATIONS,
     Translation,
-    name_layers,
+    build_model,
     pieces_of_attention,
     pieces_of_ends,
     read_rope,
@@ -50,14 +49,12 @@ def translate(fields: Fields) -> Translation:
             name = f"hybrid_{hybrids.index(i) % blocks}"
             side = SideConfig(f"block_{hybrids.index(i) % blocks}", mixer_rank=mixer_rank, mlp_rank=rank)
         layers.append((name, LayerConfig(mixer, None, norm, "pre", remat=False, side=side)))
-    model = ModelConfig(
-        vocab=fields.take("vocab_size"),
-        width=width,
-        **name_layers(layers),
-        norm=norm,
+    model = build_model(
+        fields,
+        width,
+        layers,
+        norm,
         tied=tied,
-        dtype="float32",
-        scan=True,
         shared={f"block_{i}": block for i in range(blocks)},
     )
     pieces = pieces_of_ends(tied, norm="model.final_layernorm")
