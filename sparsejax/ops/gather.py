@@ -118,16 +118,13 @@ def _attend_tiles_backward(plan, saved, cotangents):
         (d_scores,) = uncap(weights * (jnp.einsum("bgqd,bgkd->bgqk", d_row, value) + tilt[..., None]))
         d_scores = d_scores * plan.scale
         d_queries = _put(carry[0], index, jnp.einsum("bgqk,bgkd->bgqd", d_scores, key))
-        d_keys = _add(carry[1], columns, jnp.einsum("bgqd,bgqk->bgdk", query, d_scores))
-        d_values = _add(carry[2], columns, jnp.einsum("bgqd,bgqk->bgdk", d_row, weights))
+        d_keys = _add(carry[1], columns, jnp.einsum("bgqk,bgqd->bgkd", d_scores, query))
+        d_values = _add(carry[2], columns, jnp.einsum("bgqk,bgqd->bgkd", weights, d_row))
         return (d_queries, d_keys, d_values), None
 
-    # Gradients of keys and values lie with tokens last, [b,columns,g,d,tile]: on CPU the products take half the time
-    # if their larger side, the scores, is not the transposed one.
-    carry = tuple(jnp.zeros(shape, plan.dtype) for shape in (queries.shape, *(_turn(x).shape for x in (keys, values))))
+    carry = tuple(jnp.zeros(x.shape, plan.dtype) for x in (queries, keys, values))
     for masked, group in plan.groups(segments is not None):
         carry, _ = jax.lax.scan(functools.partial(differentiate_row, masked), carry, group)
-    carry = carry[0], *(jnp.moveaxis(x, -1, 2) for x in carry[1:])
     d_sink = None if sink is None else (jnp.exp(sink - lse) * slope).sum(axis=(0, 1, 2))
     return *(d.astype(x.dtype) for d, x in zip(carry, saved, strict=False)), d_sink, None, None
 
@@ -190,22 +187,19 @@ def _take(plan, x, tiles):
     return jnp.moveaxis(x, 2, 1).reshape(b, plan.g, -1, *rest)
 
 
+def _as_tiles(taken, x):
+    """What `_take` took from `x`, or is like it, as tiles again: [b,number,tile,heads,...]."""
+    (b, g), (_, _, tile, heads, *rest) = taken.shape[:2], x.shape
+    taken = taken.reshape(b, g, -1, heads // g, *rest)
+    return jnp.moveaxis(taken, 1, 2).reshape(b, -1, tile, heads, *rest)
+
+
 def _put(x, tile, part):
-    """`x` with what `_take` took from a tile of it, or is like it, there."""
-    (b, g), (_, _, size, heads, *rest) = part.shape[:2], x.shape
-    part = part.reshape(b, g, size, heads // g, *rest)
-    return x.at[:, tile].set(jnp.moveaxis(part, 1, 2).reshape(b, size, heads, *rest))
-
-
-def _turn(x):
-    """[b,tiles,tile,g,d] -> [b,tiles,g,d,tile]."""
-    return jnp.moveaxis(x, 2, -1)
+    return x.at[:, tile].set(_as_tiles(part, x)[:, 0])
 
 
 def _add(x, tiles, part):
-    """`x` [b,tiles,g,d,tile] with `part` [b,g,d,tokens of these tiles] added to it."""
-    part = part.reshape(*part.shape[:3], len(tiles), -1)
-    return x.at[:, tiles].add(jnp.moveaxis(part, 3, 1))
+    return x.at[:, tiles].add(_as_tiles(part, x))
 
 
 def _split_tiles(x: Array, tile: int) -> Array:
