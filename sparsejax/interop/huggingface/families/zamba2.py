@@ -73,7 +73,8 @@ def translate(fields: Fields) -> Translation:
         pieces += _pieces_of_adapters(
             theirs, f"layers.{i}.side.adapters", number, block.mlp.width, with_mixer=mixer_rank is not None
         )
-    others = r"model\.layers\.\d+\.shared_transformer\..*_adapter_list\.\d+\..*"  # of the layers a block is not shared with
+    # Of the layers that a block is not shared with.
+    others = r"model\.layers\.\d+\.shared_transformer\..*_adapter_list\.\d+\..*"
     return Translation(model, pieces, unused=tied_head(True) if tied else (others,))
 
 
