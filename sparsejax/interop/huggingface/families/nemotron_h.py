@@ -99,7 +99,8 @@ def _read_mamba(fields: Fields, eps: float) -> Mamba2Config:
 
 
 def _read_attention(fields: Fields) -> AttentionConfig:
-    heads, bias = fields.take("num_attention_heads", 32), fields.take("attention_bias", False)
+    fields.ignore("attention_bias")  # the reference has none, whatever it says
+    heads = fields.take("num_attention_heads", 32)
     head_width = fields.take("head_dim", 128)
     fields.require("attention_head_dim", head_width)
     return AttentionConfig(
@@ -110,8 +111,6 @@ def _read_attention(fields: Fields) -> AttentionConfig:
         rope=None,
         qk_norm=NormConfig("none", 1e-6),
         impl="auto",
-        bias=bias,
-        out_bias=bias,
     )
 
 
@@ -140,7 +139,7 @@ def _pieces_of_layer(theirs: str, ours: str, kind: str, part) -> list[Piece]:
     if kind == "ssm":
         return pieces + pieces_of_mamba2(mixer, f"{ours}.mixer", part)
     if kind == "full":
-        return pieces + pieces_of_attention(mixer, f"{ours}.mixer", part.bias, part.out_bias)
+        return pieces + pieces_of_attention(mixer, f"{ours}.mixer")
     if kind == "mlp":
         return pieces + _pieces_of_mlp(mixer, f"{ours}.mlp", part.bias)
     pieces += [
