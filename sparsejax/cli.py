@@ -48,15 +48,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     _quiet_libraries()
     try:
         return _run(sys.argv[1:] if arguments is None else list(arguments))
-    except (
-        ConfigError,
-        DataError,
-        PatternError,
-        ScheduleError,
-        ImplementationError,
-        CheckpointError,
-        huggingface.CheckpointError,
-    ) as error:
+    except UNUSABLE as error:
         return _fail(str(error), USAGE_ERROR)
     except OSError as error:
         full = error.errno in (errno.ENOSPC, errno.EDQUOT)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 
 import jax
 import jax.numpy as jnp
@@ -74,7 +75,7 @@ class Delta(nnx.Module):
         self.config = config
         m, h, dtype = stream.width, config.heads, stream.dtype
         keys, values = config.key_heads * config.key_width, h * config.value_width
-        decays = h * config.key_width if config.channel_decay else h
+        decays = math.prod(config.decays)
 
         def project(inputs: int, outputs: int, axes: tuple[str | None, str | None] = ("width", "inner")) -> Linear:
             return Linear(inputs, outputs, axes, dtype=dtype, rngs=rngs)

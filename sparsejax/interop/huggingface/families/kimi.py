@@ -52,9 +52,7 @@ def translate(fields: Fields) -> Translation:
     for i, (kind, part) in enumerate(zip(kinds, parts, strict=True)):
         theirs, ours = f"model.layers.{i}", f"layers.{i}"
         feed = f"{theirs}.block_sparse_moe"
-        pieces += [
-            *pieces_of_norms(theirs, ours),
-        ]
+        pieces += pieces_of_norms(theirs, ours)
         if kind == "full_attention":
             pieces += pieces_of_latent(f"{theirs}.self_attn", f"{ours}.mixer", mixers[kind])
         else:

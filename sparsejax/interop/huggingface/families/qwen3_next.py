@@ -34,7 +34,7 @@ def translate(fields: Fields) -> Translation:
     activation = fields.choose("hidden_act", {"silu": ACTIVATIONS["silu"]}, "silu")  # the mixers' too
     mlp = MlpConfig("gated", fields.take("intermediate_size", 5632), activation)
     experts = _read_experts(fields, activation)
-    routed = _read_routed(fields, depth, experts)
+    routed = _read_routed(fields, depth)
     layers = [
         (
             f"{LAYER_NAMES[kind]}_experts" if route else LAYER_NAMES[kind],
@@ -47,16 +47,15 @@ def translate(fields: Fields) -> Translation:
     pieces = pieces_of_ends(tied)
     for i, (kind, route) in enumerate(zip(kinds, routed, strict=True)):
         theirs, ours = f"model.layers.{i}", f"layers.{i}"
-        pieces += [
-            *pieces_of_norms(theirs, ours),
-        ]
+        pieces += pieces_of_norms(theirs, ours)
         if kind == "full_attention":
             pieces += _pieces_of_attention(f"{theirs}.self_attn", f"{ours}.mixer", mixers[kind])
         else:
             pieces += _pieces_of_delta(f"{theirs}.linear_attn", f"{ours}.mixer", mixers[kind])
-        pieces += (_pieces_of_experts if route else pieces_of_gated_mlp)(
-            f"{theirs}.mlp", f"{ours}.mlp", **({"config": experts} if route else {})
-        )
+        if route:
+            pieces += _pieces_of_experts(f"{theirs}.mlp", f"{ours}.mlp", experts)
+        else:
+            pieces += pieces_of_gated_mlp(f"{theirs}.mlp", f"{ours}.mlp")
     return Translation(model, pieces, unused=(*tied_head(tied), r"mtp\..*"))
 
 
@@ -99,7 +98,7 @@ def _read_experts(fields: Fields, activation: str) -> ExpertsConfig:
     )
 
 
-def _read_routed(fields: Fields, depth: int, experts: ExpertsConfig) -> list[bool]:
+def _read_routed(fields: Fields, depth: int) -> list[bool]:
     """Whether each layer has experts."""
     plain, step = fields.take("mlp_only_layers", None) or [], fields.take("decoder_sparse_step", 1)
     return [i not in plain and (i + 1) % step == 0 for i in range(depth)]
