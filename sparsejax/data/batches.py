@@ -67,13 +67,12 @@ def shuffled_batches(
       DataError: There are no rows, or the processes cannot share the batch.
 
     """
-    if batch < 1 or batch % process_count:
-        raise DataError(f"train.batch: {batch} rows cannot be shared equally by {process_count} processes")
+    share = _share("train.batch", batch, process_count)
     if not len(rows):
         raise DataError("data.files: no rows to train on")
     # Epoch e is shuffled by seed + e: unmixed, seed 1 would read what seed 0 reads, one epoch early.
     mixed = int(np.random.SeedSequence(seed).generate_state(1)[0])
-    share, count = batch // process_count, len(rows)
+    count = len(rows)
 
     def draw(step: int) -> Batch:
         numbers = step * batch + process_index * share + np.arange(share)
@@ -91,10 +90,15 @@ def shuffled_batches(
 
 def fresh_batches(rows: Rows, batch: int, *, process_index: int = 0, process_count: int = 1) -> grain.DatasetIterator:
     """Endless training batches of rows in order, of rows that never come to an end; otherwise as `shuffled_batches`."""
-    if batch < 1 or batch % process_count:
-        raise DataError(f"train.batch: {batch} rows cannot be shared equally by {process_count} processes")
-    share = batch // process_count
+    share = _share("train.batch", batch, process_count)
     return _in_turn(lambda step: rows.take(step * batch + process_index * share + np.arange(share)))
+
+
+def _share(key: str, batch: int, process_count: int) -> int:
+    """Rows of a batch for each process."""
+    if batch < 1 or batch % process_count:
+        raise DataError(f"{key}: {batch} rows cannot be shared equally by {process_count} processes")
+    return batch // process_count
 
 
 def _in_turn(draw: Callable[[int], Batch]) -> grain.DatasetIterator:
@@ -144,13 +148,11 @@ def ordered_batches(
       process_index: As of `shuffled_batches`.
       process_count: As of `shuffled_batches`.
     """
-    if batch % process_count:
-        raise DataError(f"eval.batch: {batch} rows cannot be shared equally by {process_count} processes")
+    share = _share("eval.batch", batch, process_count)
     count = len(rows)
     kept = min(count, limit * batch) if limit > 0 else count
     places = np.full((-(-kept // batch), batch), -1)
     places.flat[:kept] = np.arange(kept) * count // max(kept, 1)
-    share = batch // process_count
     for own in places[:, process_index * share : (process_index + 1) * share]:
         drawn = rows.take(own)
         yield drawn if transform is None else transform(drawn, np.maximum(own, 0))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 
 import numpy as np
@@ -41,6 +42,7 @@ def translate(fields: Fields, lsh_rotations: np.ndarray | None = None) -> Transl
     vocab, multiple = fields.take("vocab_size", 320), math.lcm(*(chunks[kind] for kind in set(kinds)))
     shortest = min(chunks[kind] for kind in kinds)
 
+    @functools.cache  # it is asked for in every call of the model
     def at_length(length: int) -> tuple[ModelConfig, int]:
         padded = -(-length // multiple) * multiple if length > shortest else length
         mixers = {
