@@ -14,7 +14,7 @@ from sparsejax.layers.mixers import MIXERS, BranchConfig, MixerConfig, Parallel,
 from sparsejax.layers.mlp import ACTIVATIONS, Mlp, MlpConfig
 from sparsejax.layers.norm import Norm, NormConfig
 from sparsejax.layers.rglru import RgLru, RgLruConfig
-from sparsejax.layers.rotary import RopeConfig, RopeScaling
+from sparsejax.layers.rotary import RopeConfig, RopeScaling, yarn_growth
 from sparsejax.layers.shared import Shared, SharedConfig, Side, SideConfig
 from sparsejax.layers.stream import NOTHING, Context, Cost, Linear, Stream, parameter
 
@@ -69,4 +69,5 @@ __all__ = [
     "SideConfig",
     "Stream",
     "parameter",
+    "yarn_growth",
 ]

@@ -82,7 +82,7 @@ class RopeConfig:
             keep = np.clip((turns - scaling.slow) / (scaling.fast - scaling.slow), 0, 1)
             return keep * plain + (1 - keep) * plain / scaling.factor, 1.0
         keep = 1 - self._yarn_ramp(width)
-        grow = 0.1 * math.log(scaling.factor) + 1 if scaling.attention_factor is None else scaling.attention_factor
+        grow = yarn_growth(scaling.factor) if scaling.attention_factor is None else scaling.attention_factor
         return keep * plain + (1 - keep) * plain / scaling.factor, grow
 
     def _yarn_ramp(self, width: int) -> np.ndarray:
@@ -97,6 +97,11 @@ class RopeConfig:
             low, high = math.floor(low), math.ceil(high)
         low, high = max(low, 0), min(high, width - 1)
         return np.clip((np.arange(width // 2) - low) / max(high - low, 0.001), 0, 1)
+
+
+def yarn_growth(factor: float, times: float = 1.0) -> float:
+    """By what queries and keys grow where a sequence is `factor` times as long (YaRN, arXiv:2309.00071)."""
+    return 0.1 * times * math.log(factor) + 1
 
 
 def rotate(x: Float[Array, "b t h d"], positions: Int[Array, "*b t"], config: RopeConfig) -> Float[Array, "b t h d"]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -13,7 +12,7 @@ from sparsejax import schedule
 from sparsejax.config import ModelConfig
 from sparsejax.interop.huggingface.fields import Fields
 from sparsejax.interop.huggingface.tensors import Piece, linear, same, stack, transposed
-from sparsejax.layers import LayerConfig, NormConfig, RopeConfig, RopeScaling
+from sparsejax.layers import LayerConfig, NormConfig, RopeConfig, RopeScaling, yarn_growth
 
 
 @dataclasses.dataclass(frozen=True)
@@ -94,10 +93,15 @@ def read_rope(
     Raises:
       CheckpointError: a kind of scaling that is not supported, or a key of it that is missing or not known.
     """
-    given = [fields.take(key, None) for key in ("rope_scaling", "rope_parameters")]
     older = {key: fields.take(key, None) for key in ("rope_theta", "partial_rotary_factor")}
-    chosen = next((values for values in given if values), default or {})
+    chosen = find_rope(fields) or default or {}
     return _make_rope(fields, {"rope_theta": base} | _drop_null(older) | chosen, fraction)
+
+
+def find_rope(fields: Fields) -> dict[str, Any]:
+    """What a config.json says of rotary positions; older files call it `rope_scaling`."""
+    given = [fields.take(key, None) for key in ("rope_scaling", "rope_parameters")]
+    return next((values for values in given if values), {})
 
 
 def read_ropes(fields: Fields, bases: dict[str, tuple[str, float]], scaled: Sequence[str]) -> dict[str, RopeConfig]:
@@ -182,8 +186,8 @@ def _yarn_factor(mscale: float | None, mscale_all: float | None, given: dict) ->
     """The factor on queries and keys that DeepSeek's two numbers make (arXiv:2405.04434)."""
     if given.get("attention_factor") is not None or not (mscale and mscale_all):
         return {}
-    log = 0.1 * math.log(given["factor"])
-    return {"attention_factor": (mscale * log + 1) / (mscale_all * log + 1)}
+    factor = given["factor"]
+    return {"attention_factor": yarn_growth(factor, mscale) / yarn_growth(factor, mscale_all)}
 
 
 def read_window(fields: Fields, key: str = "sliding_window", default: int | None = None) -> str:

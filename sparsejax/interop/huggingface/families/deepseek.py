@@ -6,7 +6,6 @@ arXiv:2405.04434 (the attention), arXiv:2412.19437 (the experts), arXiv:2512.025
 from __future__ import annotations
 
 import dataclasses
-import math
 
 from sparsejax.interop.huggingface.fields import Fields
 from sparsejax.interop.huggingface.tensors import Piece, linear, same, transposed
@@ -14,6 +13,7 @@ from sparsejax.interop.huggingface.translation import (
     ACTIVATIONS,
     Translation,
     build_model,
+    find_rope,
     pieces_of_ends,
     pieces_of_experts,
     pieces_of_gated_mlp,
@@ -22,7 +22,15 @@ from sparsejax.interop.huggingface.translation import (
     read_rope,
     tied_head,
 )
-from sparsejax.layers import ExpertsConfig, IndexerConfig, LatentConfig, LayerConfig, MlpConfig, NormConfig
+from sparsejax.layers import (
+    ExpertsConfig,
+    IndexerConfig,
+    LatentConfig,
+    LayerConfig,
+    MlpConfig,
+    NormConfig,
+    yarn_growth,
+)
 
 LATENT_NORM_EPS = INDEX_NORM_EPS = 1e-6  # whatever `rms_norm_eps` is
 
@@ -91,11 +99,11 @@ def require_heads(fields: Fields, heads: int) -> None:
 
 def _read_scale_factor(fields: Fields) -> float:
     """What YaRN's `mscale_all_dim` multiplies scores by."""
-    rope = fields.take("rope_parameters", None) or fields.take("rope_scaling", None) or {}
+    rope = find_rope(fields)
     every, kind = rope.get("mscale_all_dim"), rope.get("rope_type") or rope.get("type") or "default"
     if kind == "default" or not every or rope["factor"] <= 1:
         return 1.0
-    return (0.1 * every * math.log(rope["factor"]) + 1) ** 2
+    return yarn_growth(rope["factor"], every) ** 2
 
 
 def _read_experts(fields: Fields, activation: str) -> ExpertsConfig:
