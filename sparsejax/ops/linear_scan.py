@@ -16,6 +16,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
+from sparsejax.ops.chunks import scan_chunks
+
 CHUNK = 64
 
 
@@ -42,7 +44,7 @@ def linear_scan(
     decay = jnp.exp(log_decay.astype(wide))
     decay = decay if starts is None else jnp.where(starts[..., None], 0, decay)
     state = jnp.zeros(x[:, 0].shape, wide) if state is None else state.astype(wide)
-    y = _scan(x.astype(wide), decay, state, min(chunk, x.shape[1]))
+    y = _scan(x.astype(wide), decay, state, chunk)
     return y.astype(x.dtype), y[:, -1]
 
 
@@ -58,20 +60,14 @@ def linear_step(
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
 def _scan(x: Array, decay: Array, state: Array, chunk: int) -> Array:
     """All states [b, t, d]."""
-    b, t, d = x.shape
-
-    def split(a: Array) -> Array:
-        """[b, t, d] -> [chunks, c, b, d], padded with zeros."""
-        a = jnp.pad(a, ((0, 0), (0, -t % chunk), (0, 0)))
-        return jnp.moveaxis(a.reshape(b, -1, chunk, d), 0, 2)
 
     def run_chunk(state: Array, inputs: tuple[Array, Array]) -> tuple[Array, Array]:
-        kept, added = jax.lax.associative_scan(_compose, inputs)
-        states = kept * state + added
-        return states[-1], states
+        kept, added = jax.lax.associative_scan(_compose, inputs, axis=1)
+        states = kept * state[:, None] + added
+        return states[:, -1], states
 
-    _, y = jax.lax.scan(run_chunk, state, (split(decay), split(x)))
-    return jnp.moveaxis(y, 2, 0).reshape(b, -1, d)[:, :t]
+    # The zeros behind the last position forget the state, which nobody reads.
+    return scan_chunks(run_chunk, state, (decay, x), chunk)[1]
 
 
 def _compose(first: tuple[Array, Array], second: tuple[Array, Array]) -> tuple[Array, Array]:
