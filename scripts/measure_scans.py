@@ -16,8 +16,6 @@ import importlib.metadata
 import json
 import os
 import platform
-import statistics
-import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -25,18 +23,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from contest import HEADS, WIDTH, keep_to_cores
-from rich.console import Console
-from rich.table import Table
+from turns import Contender, fit_exponents, jax_contender, print_table, relative, take_turns
 
 from sparsejax.ops import selective_scan, ssd
 
 COMMAND = "python scripts/measure_scans.py --out FILE.json"
-REPEATS, FEW = 7, 3  # runs after the first; a contender whose first run takes longer than SLOW seconds has FEW
-SLOW = 3.0
 LENGTH = 4096
 GROWTH_LENGTHS = (1024, 2048, 4096, 8192, 16384)
 CHUNKS = (16, 32, 64, 128)
-TOLERANCE = 1e-4  # of an array, relative to its largest entry
 CHANNELS, STATE = 512, 16
 CASES = {"mamba": STATE, "ssd": 64, "ssd_128": 128, "lightning": 64}  # and the numbers of a state
 
@@ -111,63 +105,23 @@ def our_scan(case: str) -> Callable:
     return selective_scan if case == "mamba" else ssd
 
 
-class Contender:
-    """A scan to time: compiled with its gradients, and the seconds of its runs."""
-
-    def __init__(self, scan: Callable, case: str, length: int):
-        self.inputs, cotangents = draw_inputs(case, length)
-
-        def differentiate(*inputs):
-            outputs, backward = jax.vjp(scan, *inputs)
-            return *outputs, *backward(tuple(cotangents))
-
-        self.compiled = jax.jit(differentiate).lower(*self.inputs).compile()
-        self.temporary_mib = self.compiled.memory_analysis().temp_size_in_bytes / 2**20
-        self.result = [np.asarray(a) for a in self.compiled(*self.inputs)]  # loads, allocates
-        self.first = self.run()
-        self.repeats = FEW if self.first > SLOW else REPEATS
-        self.seconds: list[float] = []
-
-    def run(self) -> float:
-        start = time.perf_counter()
-        jax.block_until_ready(self.compiled(*self.inputs))
-        return time.perf_counter() - start
+def time_scan(scan: Callable, case: str, length: int) -> Contender:
+    """A scan, compiled with its gradients."""
+    inputs, cotangents = draw_inputs(case, length)
+    return jax_contender(scan, inputs, tuple(cotangents))
 
 
-def take_turns(make: dict[str, Callable[[], Contender]], agree: bool = True) -> dict[str, dict]:
-    """Times all contenders in turn; those that `agree` must compute what the first one computes."""
+def race(make: dict[str, Callable[[], Contender]], apart: Callable | None = relative) -> dict:
+    """What the contenders need, and the machine's load before and after."""
     load = os.getloadavg()[0]
-    contenders, differs = {}, {}
-    for name, start in make.items():
-        contenders[name] = start()
-        print(f"  {name}: first run {contenders[name].first:.3f} s", flush=True)
-    reference = next(iter(contenders.values())).result
-    for name, each in contenders.items():
-        if agree:
-            differs[name] = max(difference(a, b) for a, b in zip(each.result, reference, strict=True))
-            if not differs[name] <= TOLERANCE:
-                raise SystemExit(f"{name} computes something else: differs by {differs[name]:.2e}")
-        each.result = None
-    for repeat in range(REPEATS):
-        for each in contenders.values():
-            if repeat < each.repeats:
-                each.seconds.append(each.run())
-    rows = {}
-    for name, each in contenders.items():
-        rows[name] = {"seconds": statistics.median(each.seconds), "runs": each.seconds}
-        rows[name] |= {"temporary_mib": each.temporary_mib, "differs_by": differs.get(name)}
+    rows = take_turns(make, apart)
     return {"load": [load, os.getloadavg()[0]], "contenders": rows}
-
-
-def difference(found: np.ndarray, expected: np.ndarray) -> float:
-    """The largest, relative to the largest entry."""
-    return float(np.abs(found - expected).max() / np.abs(expected).max())
 
 
 def measure_case(case: str, length: int) -> dict:
     """Ours, and the two plain ways."""
     ways = {"sparsejax": our_scan(case), "lax.scan": sequential, "associative_scan": associative}
-    found = take_turns({name: functools.partial(Contender, way, case, length) for name, way in ways.items()})
+    found = race({name: functools.partial(time_scan, way, case, length) for name, way in ways.items()})
     rows = found["contenders"]
     ratios = {
         f"{name} / sparsejax, {field}": rows[name][field] / rows["sparsejax"][field]
@@ -180,41 +134,22 @@ def measure_case(case: str, length: int) -> dict:
 def measure_growth(case: str) -> dict:
     """Ours at growing lengths, and the exponents of time and memory."""
     way = our_scan(case)
-    lengths = {str(n): functools.partial(Contender, way, case, n) for n in GROWTH_LENGTHS}
-    found = take_turns(lengths, agree=False)
-    fields = ("seconds", "temporary_mib")
-    ratios = {f"exponent of {field}": fit_exponent(found["contenders"], field) for field in fields}
-    return {"title": f"{case} by length", **found, "ratios": ratios}
+    lengths = {str(n): functools.partial(time_scan, way, case, n) for n in GROWTH_LENGTHS}
+    found = race(lengths, apart=None)
+    return {"title": f"{case} by length", **found, "ratios": fit_exponents(found["contenders"])}
 
 
 def measure_chunks(case: str, length: int) -> dict:
     """Ours by the chunk, and the bytes of the states alone that are kept."""
     way = our_scan(case)
-    make = {str(c): functools.partial(Contender, functools.partial(way, chunk=c), case, length) for c in CHUNKS}
-    found = take_turns(make)
+    make = {str(c): functools.partial(time_scan, functools.partial(way, chunk=c), case, length) for c in CHUNKS}
+    found = race(make)
     state_mib = draw_inputs(case, 1)[0][-1].nbytes / 2**20
     for name, row in found["contenders"].items():
         row["states_mib"] = -(-length // int(name)) * state_mib
     best = min(found["contenders"], key=lambda name: found["contenders"][name]["seconds"])
     ratios = {"fastest chunk": int(best), "MiB of a state at each position": length * state_mib}
     return {"title": f"{case} by chunk, {length} positions", "length": length, **found, "ratios": ratios}
-
-
-def fit_exponent(rows: dict[str, dict], field: str) -> float:
-    """The slope of a line through the logarithms."""
-    values = [row[field] for row in rows.values()]
-    return float(np.polyfit(np.log([int(name) for name in rows]), np.log(values), 1)[0])
-
-
-def print_table(part: dict) -> None:
-    """What one part found."""
-    table = Table("", "seconds", "temporary MiB", "differs by", title=part["title"])
-    for name, row in part["contenders"].items():
-        error = "" if row["differs_by"] is None else f"{row['differs_by']:.1e}"
-        table.add_row(name, f"{row['seconds']:.3f}", f"{row['temporary_mib']:.1f}", error)
-    Console(width=120).print(table)
-    for name, ratio in part["ratios"].items():
-        print(f"{name}: {ratio:.3g}", flush=True)
 
 
 def main() -> None:
@@ -235,7 +170,7 @@ def main() -> None:
         print(f"{part}:", flush=True)
         record[part] = measures[part]()
         for one in record[part] if isinstance(record[part], list) else [record[part]]:
-            print_table(one)
+            print_table(one["title"], one)
         if options.out:
             options.out.parent.mkdir(parents=True, exist_ok=True)
             options.out.write_text(json.dumps(record, indent=1) + "\n")
