@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from sparsejax.config import EmbeddingConfig, HeadConfig, ModelConfig
 from sparsejax.interop.huggingface.fields import Fields
 from sparsejax.interop.huggingface.tensors import Piece, linear, same, transposed
-from sparsejax.interop.huggingface.translation import ACTIVATIONS, name_layers
+from sparsejax.interop.huggingface.translation import ACTIVATIONS, build_model
 from sparsejax.layers import AttentionConfig, LayerConfig, MlpConfig, NormConfig
 from sparsejax.patterns import Pattern
 
@@ -49,14 +49,12 @@ def build_encoder(
         ("sparse", LayerConfig(dataclasses.replace(mixer, pattern=pattern), mlp, norm, "post", remat=False))
         for pattern in patterns
     ]
-    return ModelConfig(
-        vocab=fields.take("vocab_size"),
-        width=width,
-        **name_layers(layers),
-        norm=NormConfig("none", 1e-6),
+    return build_model(
+        fields,
+        width,
+        layers,
+        NormConfig("none", 1e-6),
         tied=fields.take("tie_word_embeddings", True),
-        dtype="float32",
-        scan=True,
         causal=False,
         embedding=EmbeddingConfig(
             types=fields.take("type_vocab_size", 2),
