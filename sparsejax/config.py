@@ -329,7 +329,7 @@ def load(place: str, overrides: typing.Iterable[str] = ()) -> ConfigDict:
     if not Path(path).is_file():
         raise ConfigError(f"--config: no file {path!r}")
     try:
-        module = _run_file(path)
+        module = run_file(path)
         config = module.get_config(argument) if argument else module.get_config()
     except Exception as error:
         lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == path]
@@ -354,7 +354,7 @@ def load(place: str, overrides: typing.Iterable[str] = ()) -> ConfigDict:
     return config
 
 
-def _run_file(path: str) -> types.ModuleType:
+def run_file(path: str) -> types.ModuleType:
     """The module of a config file; what it imported from its own folder is forgotten, so no other file finds it."""
     spec = importlib.util.spec_from_file_location("sparsejax_config_file", path)
     if spec is None:

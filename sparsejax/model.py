@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import operator
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -190,6 +191,11 @@ class Functional:
     def shapes(self) -> dict[str, Any]:
         """The parameters' shapes and dtypes."""
         return nnx.to_pure_dict(self._state)
+
+    @property
+    def size(self) -> int:
+        """Number of parameters."""
+        return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(self.shapes))
 
     @property
     def axes(self) -> dict[str, Any]:

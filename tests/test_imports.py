@@ -26,6 +26,7 @@ NEEDS = {
     "show": {"patterns", "layers", "config", "data", "account", "complexity"},
     "draw": {"patterns", "config"},
     "train": {"patterns", "layers", "config", "sharding", "data", "model", "decode"},
+    "sweep": {"config", "train"},
     "interop": {"schedule", "config", "layers", "model", "patterns", "sharding"},
     "cli": {"patterns", "ops", "schedule", "config", "data", "interop", "show", "draw", "train"},
     "__main__": {"cli"},

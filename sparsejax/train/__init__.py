@@ -6,9 +6,10 @@ from sparsejax.train.loop import BadLoss, Interrupted, train
 from sparsejax.train.optimizer import build_optimizer, build_schedule
 from sparsejax.train.state import TrainState, init_state, state_shapes
 from sparsejax.train.step import build_evaluation, build_step
-from sparsejax.train.writers import read_rows
+from sparsejax.train.writers import RESULT, read_rows
 
 __all__ = [
+    "RESULT",
     "Answers",
     "BadLoss",
     "CheckpointError",

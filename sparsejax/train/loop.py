@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 import signal
 from collections.abc import Iterator
 from pathlib import Path
@@ -12,6 +11,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 from rich.console import Console
@@ -28,7 +28,7 @@ from sparsejax.train.optimizer import build_optimizer, build_schedule
 from sparsejax.train.progress import ProgressReport
 from sparsejax.train.state import TrainState, init_state, state_shapes
 from sparsejax.train.step import Batch, build_evaluation, build_step
-from sparsejax.train.writers import Writers, describe_versions, write_json
+from sparsejax.train.writers import RESULT, Writers, describe_versions, drop_infinite, write_json
 
 PROMPT = 64  # tokens of validation text that the sample continues
 
@@ -43,6 +43,8 @@ class BadLoss(Exception):
 
 def train(settings: ConfigDict, workdir: Path, console: Console) -> Evaluation:
     """Trains to the last step, going on from what `workdir` holds; returns the final evaluation.
+
+    Where several processes train together, the first of them writes the workdir and the others only its checkpoints.
 
     Raises:
       ConfigError, DataError, CheckpointError: something given cannot be used; nothing was changed.
@@ -59,7 +61,8 @@ def train(settings: ConfigDict, workdir: Path, console: Console) -> Evaluation:
     with _StopSignals() as signals:
         _claim_workdir(workdir, settings, config)
         model = Functional(config.model)
-        write_json(workdir / "data.json", dataset.counts)
+        if _leads():
+            write_json(workdir / "data.json", dataset.counts)
         _describe(config, dataset, model, mesh, console)
         optimizer = build_optimizer(config.optimizer, config.train.steps)
         meta = {"config": settings.to_dict(), "digest": configs.digest(settings), "corpus": dataset.digest}
@@ -70,9 +73,13 @@ def train(settings: ConfigDict, workdir: Path, console: Console) -> Evaluation:
                 state = checkpoints.restore(state_shapes(model, optimizer, mesh), batches)
                 where = f"resuming {workdir} at step {int(state.step)}"
                 console.print(where, highlight=False, markup=False, soft_wrap=True)
-            _log_versions(workdir)
+            if _leads():
+                _log_versions(workdir)
             run = checkpoints, signals, workdir, console
             state, final = _run(config, model, optimizer, mesh, dataset, state, batches, *run)
+        if _leads():
+            size = {"step": int(state.step), "parameters": model.size}
+            write_json(workdir / RESULT, size | drop_infinite(summarize(final, dataset)))
     _show_evaluation(final, dataset, console)
     if config.eval.sample and dataset.generates:
         _show_sample(model, state, dataset, config.eval.sample, console)
@@ -86,19 +93,19 @@ def _run(config, model, optimizer, mesh, dataset, state, batches, checkpoints, s
     start, steps = int(state.step), config.train.steps
     evaluation, pending = None, None
     with (
-        Writers(workdir, start) as writers,
+        Writers(workdir, start, _leads()) as writers,
         ProgressReport(console, start, steps, config.train.batch * config.data.length) as progress,
     ):
         record = _Recorder(config, dataset, writers, progress)
-        if signals.received:
-            raise Interrupted(f"stopped by {signals.received} at step {start}; the same command goes on from there")
+        if stopped_by := signals.agreed(True):
+            raise Interrupted(f"stopped by {stopped_by} at step {start}; the same command goes on from there")
         for number in range(start + 1, steps + 1):
             state, metrics = step(state, _place(next(batches), mesh))
             progress.advance(number)
             # Metrics are read one step late, so that the device does not wait for Python.
             stop = record(*pending) if pending else False
             pending = number, metrics
-            last, stopped_by = number == steps, signals.received
+            last, stopped_by = number == steps, signals.agreed(number % config.train.log_every == 0)
             due = last or number % config.eval.every == 0
             save = last or number % config.checkpoint.every == 0
             if not (due or save or stop or stopped_by):
@@ -157,6 +164,14 @@ class _StopSignals:
         self._before = {s: signal.signal(s, self._note) for s in (signal.SIGTERM, signal.SIGINT)}
         return self
 
+    def agreed(self, ask: bool) -> str | None:
+        """What was received; of several processes, by any of them, which they tell one another if they `ask`."""
+        if jax.process_count() == 1:
+            return self.received
+        return (
+            "a signal" if ask and multihost_utils.process_allgather(np.array(self.received is not None)).any() else None
+        )
+
     def __exit__(self, *exception: object) -> None:
         for number, handler in self._before.items():
             signal.signal(number, handler)
@@ -164,6 +179,11 @@ class _StopSignals:
     def _note(self, number: int, frame: object) -> None:
         self.received = signal.Signals(number).name
         signal.signal(number, signal.SIG_DFL)
+
+
+def _leads() -> bool:
+    """Whether this process is the one that writes."""
+    return jax.process_index() == 0
 
 
 def _require_even_batches(config: Config, mesh: Mesh) -> None:
@@ -187,6 +207,8 @@ def _claim_workdir(workdir: Path, settings: ConfigDict, config: Config) -> None:
             raise ConfigError(f"--workdir: {workdir} belongs to another configuration: {changed}")
     elif workdir.exists() and any(path.name != "config.json.part" for path in workdir.iterdir()):
         raise ConfigError(f"--workdir: {workdir} is not empty and holds no config.json")
+    if not _leads():
+        return
     workdir.mkdir(parents=True, exist_ok=True)
     write_json(place, resolved)
     (workdir / "schedule.txt").write_text("".join(f"{i} {name}\n" for i, name in enumerate(config.model.names)))
@@ -230,11 +252,10 @@ def _validation_batches(dataset: data.Dataset, config: Config, mesh: Mesh, limit
 
 
 def _describe(config: Config, dataset: data.Dataset, model: Functional, mesh: Mesh, console: Console) -> None:
-    size = sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(model.shapes))
     axes = " x ".join(f"{name} {n}" for name, n in mesh.shape.items())
     console.print(
         *dataset.describe(),
-        f"model: {size:,} parameters, {len(model.config.names)} layers: {model.config.schedule}",
+        f"model: {model.size:,} parameters, {len(model.config.names)} layers: {model.config.schedule}",
         f"mesh: {axes} on {mesh.devices.flat[0].device_kind}",
         sep="\n",
         highlight=False,

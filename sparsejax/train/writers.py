@@ -18,6 +18,7 @@ from tensorboardX.event_file_writer import EventsWriter
 from tensorboardX.proto.event_pb2 import Event, SessionLog
 from tensorboardX.proto.summary_pb2 import Summary
 
+RESULT = "result.json"  # of a run that has ended: its size and its last evaluation
 PACKAGES = ("sparsejax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "ml_collections", "numpy")
 
 
@@ -25,11 +26,14 @@ class Writers:
     """Writes rows of metrics: `metrics.jsonl`, TensorBoard events, and `metrics.csv` at the end.
 
     What depends on the clock goes to `timing.jsonl`, so that two equal runs leave equal metrics. Rows past
-    `step`, the step the run goes on from, are dropped: the run will write them again.
+    `step`, the step the run goes on from, are dropped: the run will write them again. Of several processes that train
+    together only one is `active`; the others write nothing.
     """
 
-    def __init__(self, workdir: Path, step: int):
-        self._workdir = workdir
+    def __init__(self, workdir: Path, step: int, active: bool = True):
+        self._workdir, self._active = workdir, active
+        if not active:
+            return
         _drop_rows(workdir / "metrics.jsonl", step)
         _drop_rows(workdir / "timing.jsonl", step)
         (workdir / "events").mkdir(exist_ok=True)
@@ -42,6 +46,8 @@ class Writers:
         return self
 
     def __exit__(self, *exception: object) -> None:
+        if not self._active:
+            return
         self._events.close()
         rows = read_rows(self._workdir / "metrics.jsonl")
         columns = list(dict.fromkeys(key for row in rows for key in row))
@@ -52,9 +58,9 @@ class Writers:
 
     def write(self, step: int, metrics: dict[str, float], timing: dict[str, float] | None = None) -> None:
         """Appends one row of each kind, which a crash of this program cannot take back."""
-        # JSON has no infinity and no NaN.
-        row = {name: value if math.isfinite(value) else None for name, value in metrics.items()}
-        _append_row(self._workdir / "metrics.jsonl", {"step": step, **row})
+        if not self._active:
+            return
+        _append_row(self._workdir / "metrics.jsonl", {"step": step, **drop_infinite(metrics)})
         if timing:
             _append_row(self._workdir / "timing.jsonl", {"step": step, **timing})
         shown = {name: value for name, value in {**metrics, **(timing or {})}.items() if math.isfinite(value)}
@@ -75,6 +81,11 @@ def read_rows(path: Path) -> list[dict[str, Any]]:
         except json.JSONDecodeError:
             break
     return rows
+
+
+def drop_infinite(metrics: dict[str, float]) -> dict[str, float | None]:
+    """Metrics for JSON, which has no infinity and no NaN: None in their place."""
+    return {name: value if math.isfinite(value) else None for name, value in metrics.items()}
 
 
 def write_json(path: Path, value: Any) -> None:

@@ -1,0 +1,133 @@
+"""From a sweep to its runs: each one ordinary command line, checked before any of them starts."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import hashlib
+import json
+import shlex
+import sys
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from ml_collections import ConfigDict
+
+from sparsejax import config as configs
+from sparsejax.config import Config, ConfigError
+from sparsejax.sweep.axes import LABEL, SEED, Overrides, SweepError, parse
+from sparsejax.train import RESULT
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """One run of a sweep.
+
+    Attributes:
+      config: The config's place, `FILE` or `FILE:ARGUMENT`.
+      overrides: Key and value of each override, sorted by key.
+      label: What tables call it: the same for all seeds.
+    """
+
+    config: str
+    overrides: tuple[tuple[str, Any], ...]
+    label: str
+
+    @property
+    def name(self) -> str:
+        """12 hexadecimal digits that name the overrides: the workdir's name."""
+        text = json.dumps([[key, write_value(value)] for key, value in self.overrides])
+        return hashlib.sha256(text.encode()).hexdigest()[:12]
+
+    @property
+    def seed(self) -> int:
+        return self.checked.train.seed
+
+    @functools.cached_property
+    def settings(self) -> ConfigDict:
+        """The resolved configuration."""
+        return configs.load(self.config, [f"{key}={write_value(value)}" for key, value in self.overrides])
+
+    @functools.cached_property
+    def checked(self) -> Config:
+        return configs.check(self.settings)
+
+    def workdir(self, folder: Path) -> Path:
+        """Where a sweep that lives in `folder` has this run."""
+        return folder / "runs" / self.name
+
+    def command(self, folder: Path) -> list[str]:
+        """The command line that trains it, or goes on with it."""
+        given = [f"--config.{key}={write_value(value)}" for key, value in self.overrides]
+        train = [sys.executable, "-m", "sparsejax", "train"]
+        return [*train, f"--config={self.config}", *given, f"--workdir={self.workdir(folder)}"]
+
+    def finished(self, folder: Path) -> bool:
+        """Whether its last step was evaluated and written down."""
+        return (self.workdir(folder) / RESULT).exists()
+
+
+def write_value(value: Any) -> str:
+    """A value as the command line takes it."""
+    return value if isinstance(value, str) else repr(value)
+
+
+def show_command(command: Iterable[str]) -> str:
+    """A command as one types it; the interpreter by its name alone."""
+    first, *rest = command
+    return shlex.join([Path(first).name, *rest])
+
+
+def read_sweep(place: str) -> list[Overrides]:
+    """The runs of `FILE.py`, whose function is `sweep`, of `FILE.py:NAME`, or of a text of axes.
+
+    Raises:
+      SweepError: no such file or function, an error inside it, or a text that cannot be read.
+    """
+    path, _, name = place.partition(":")
+    if not path.endswith(".py"):
+        return parse(place)
+    if not Path(path).is_file():
+        raise SweepError(f"--sweep: no file {path!r}")
+    name = name or "sweep"
+    try:
+        define = getattr(configs.run_file(path), name, None)
+        found = None if define is None else list(define())
+    except Exception as error:
+        raise SweepError(f"--sweep: {path}: {type(error).__name__}: {error}") from error
+    if found is None:
+        raise SweepError(f"--sweep: {path} has no function {name}()")
+    if not found or not all(isinstance(one, dict) for one in found):
+        raise SweepError(f"--sweep: {path}: {name}() must give dicts of overrides, at least one")
+    return found
+
+
+def plan_runs(config: str, sweep: Iterable[Overrides], given: Overrides | None = None) -> list[Run]:
+    """Every run of a sweep, each checked; `given` are overrides of all of them, which a run may set anew.
+
+    A run that comes twice is one run.
+
+    Raises:
+      SweepError: a run that its config refuses, named by its overrides; or one run under two labels.
+    """
+    runs: dict[str, Run] = {}
+    for one in sweep:
+        overrides = {**(given or {}), **one}
+        label = overrides.pop(LABEL, None)
+        run = Run(config, tuple(sorted(overrides.items())), label or _describe(one))
+        try:
+            run.checked  # noqa: B018
+        except ConfigError as error:
+            raise SweepError(f"{_describe(one, seed=True)}: {error}") from None
+        if runs.setdefault(run.name, run).label != run.label:
+            raise SweepError(f"{run.label}: is the same run as {runs[run.name].label}")
+    return list(runs.values())
+
+
+def _describe(overrides: Overrides, seed: bool = False) -> str:
+    """The overrides in words: for people, and where no label is given."""
+    kept = {key: value for key, value in overrides.items() if key != LABEL and (seed or key != SEED)}
+    return (
+        ", ".join(f"{key.rpartition('.')[2]}={write_value(value)}" for key, value in sorted(kept.items())) or "config"
+    )
