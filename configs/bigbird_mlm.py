@@ -1,0 +1,68 @@
+"""BigBird's building blocks (arXiv:2007.14062, table 1): a masked model under random, window and global tiles.
+
+    sparsejax train --config=configs/bigbird_mlm.py:mini --workdir=runs/bigbird_mlm
+    sparsejax show --config=configs/bigbird_mlm.py:paper
+
+`:paper` (or nothing) has the size of BERT base, 512 tokens in tiles of 64. The default schedule has random, window
+and global tiles; the table's rows are in experiments/bigbird_mlm. Random tiles are drawn for each layer and head by
+the seed of the pattern, and never again.
+
+`:mini` is for two CPU cores: 512 tokens in tiles of 32, a quarter of the layers. `data.files` says of which text.
+"""
+
+import recipe
+
+from sparsejax.patterns import recipes
+
+RANDOM = 3  # random tiles of each query tile
+PAPER = dict(layers=12, width=768, heads=12, tile=64, vocab=30_522)
+MINI = dict(layers=3, width=128, heads=4, tile=32, vocab=1025)
+
+
+def write_patterns(layers, heads, tile):
+    """The pattern of each layer, by name. BigBird's own has its first and last tile global."""
+    near = f"chunk({tile}) | shift(chunk({tile}), {tile}) | shift(chunk({tile}), {-tile})"
+
+    def draw(layer, apart):
+        draws = (f"random({RANDOM}, tile={tile}, seed=0, apart={apart}, layer={layer}, head={i})" for i in range(heads))
+        return f"per_head({', '.join(draws)})"
+
+    found = {"full": "full", "window": near}
+    for i in range(layers):
+        found[f"random{i}"] = f"chunk({tile}) | {draw(i, apart=1)}"
+        found[f"random_window{i}"] = f"{near} | {draw(i, apart=2)}"
+        found[f"random_window_global{i}"] = str(recipes.bigbird(tile, RANDOM, seed=0, heads=heads, layer=i))
+    return found
+
+
+def build(layers, width, heads, tile, vocab):
+    norm = dict(kind="layer", eps=1e-12)
+
+    def layer(pattern):
+        mixer = recipe.attention(pattern, heads, heads, width // heads, bias=True, out_bias=True)
+        return recipe.layer(mixer, recipe.plain(4 * width, "gelu", bias=True), norm, "post")
+
+    return recipe.model(
+        vocab,
+        width,
+        " ".join(f"random_window_global{i}" for i in range(layers)),
+        {name: layer(pattern) for name, pattern in write_patterns(layers, heads, tile).items()},
+        recipe.no_norm(),
+        tied=True,
+        causal=False,
+        embedding=dict(positions=512, norm=norm),
+        head=dict(activation="gelu", norm=norm, bias=True),
+    )
+
+
+def get_config(argument="paper"):
+    if argument == "paper":
+        run = dict(length=512, steps=500_000, batch=256, learning_rate=1e-4, warmup=10_000)
+        config = recipe.make_run(build(**PAPER), **run)
+        config.data.tokenizer = f"bpe:{PAPER['vocab'] - 1}"
+        return config
+    if argument != "mini":
+        raise ValueError(f"the argument must be paper or mini, got {argument!r}")
+    config = recipe.make_run(build(**MINI), length=512, steps=1000, batch=8, learning_rate=2e-3, warmup=50)
+    config.data.tokenizer = f"bpe:{MINI['vocab'] - 1}"
+    return recipe.fit_cpu(config, evaluations=4)
