@@ -113,14 +113,14 @@ def make_run(model, length, steps, batch, learning_rate, warmup):
 
 
 def fit_cpu(config, evaluations):
-    """The run in float32, unrolled, with what its backward pass needs kept; evaluated so often."""
+    """The run in float32, unrolled, with what its backward pass needs kept; evaluated so often, and not on all text."""
     config.model.dtype = "float32"
     config.model.scan = False  # a few layers compile in seconds anyway, and run a fifth faster unrolled
     for layer in config.model.layers.values():
         layer.remat = False
     config.train.log_every = 50
     every = config.train.steps // evaluations
-    config.eval = dict(every=every, batch=16, batches=16, sample=0)
+    config.eval = dict(every=every, batch=16, batches=8, final=48, sample=0)
     config.checkpoint = dict(every=every, keep_last=1, keep_best=0)
     return config
 

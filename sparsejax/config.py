@@ -247,16 +247,17 @@ class ShardingConfig:
 
 @dataclasses.dataclass(frozen=True)
 class EvalConfig:
-    """Evaluation every `every` steps on `batches` batches of `batch` windows; at the end on all validation text."""
+    """Evaluation every `every` steps on `batches` batches of `batch` windows; at the end on `final`, or on all."""
 
     every: int
     batch: int
     batches: int
     sample: int  # tokens of text to generate at the end
     stride: int = 0  # tokens from one window to the next, of which each scores only its last ones; 0: data.length
+    final: int = 0  # batches of the evaluation at the end, spread evenly; 0: all of the validation text
 
     def __post_init__(self):
-        _require(self, every=1, batch=1, batches=1, sample=0, stride=0)
+        _require(self, every=1, batch=1, batches=1, sample=0, stride=0, final=0)
 
 
 @dataclasses.dataclass(frozen=True)

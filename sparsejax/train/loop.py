@@ -113,7 +113,7 @@ def _run(config, model, optimizer, mesh, dataset, state, batches, checkpoints, s
             evaluation = None
             if due:
                 with progress.pause():
-                    limit = 0 if last else config.eval.batches
+                    limit = config.eval.final if last else config.eval.batches
                     held_out = _validation_batches(dataset, config, mesh, limit)
                     evaluation = evaluate(evaluation_step, state.parameters, held_out)
             stop = record(*pending, evaluation) or stop
@@ -128,7 +128,8 @@ def _run(config, model, optimizer, mesh, dataset, state, batches, checkpoints, s
             if stopped_by and not last:
                 raise Interrupted(f"stopped by {stopped_by} at step {number}; the same command goes on from there")
     if evaluation is None:  # the run had ended before
-        evaluation = evaluate(evaluation_step, state.parameters, _validation_batches(dataset, config, mesh))
+        held_out = _validation_batches(dataset, config, mesh, config.eval.final)
+        evaluation = evaluate(evaluation_step, state.parameters, held_out)
     return state, evaluation
 
 
@@ -246,7 +247,7 @@ def _place(batch: data.Batch, mesh: Mesh) -> Batch:
     return {name: jax.make_array_from_process_local_data(place, rows) for name, rows in batch.items()}
 
 
-def _validation_batches(dataset: data.Dataset, config: Config, mesh: Mesh, limit: int = 0) -> Iterator[Batch]:
+def _validation_batches(dataset: data.Dataset, config: Config, mesh: Mesh, limit: int) -> Iterator[Batch]:
     held_out = dataset.validation_batches(config.eval.batch, limit=limit, **_share(mesh, config.eval.batch))
     return (_place(batch, mesh) for batch in held_out)
 
