@@ -13,7 +13,7 @@ from typing import NoReturn
 from rich.console import Console
 
 from sparsejax import config as configs
-from sparsejax import patterns
+from sparsejax import patterns, sharding
 from sparsejax.config import ConfigError
 from sparsejax.data import DataError
 from sparsejax.draw import draw, draw_reach, name_layers
@@ -92,7 +92,7 @@ def _run(arguments: list[str]) -> int:
     if options.verb == "show":
         _show(options, overrides, console)
         return 0
-    train(configs.load(_require_config(options), overrides), Path(options.workdir), console)
+    _train(options, overrides, console)
     return 0
 
 
@@ -100,6 +100,14 @@ def _require_config(options: argparse.Namespace) -> str:
     if options.config is None:
         raise ConfigError(f"the following arguments are required: --config (see sparsejax {options.verb} --help)")
     return options.config
+
+
+def _train(options: argparse.Namespace, overrides: list[str], console: Console) -> None:
+    settings = configs.load(_require_config(options), overrides)
+    if options.distributed is not None:
+        sharding.join_processes(options.distributed)
+        console.quiet = not sharding.leads()
+    train(settings, Path(options.workdir), console)
 
 
 def _show(options: argparse.Namespace, overrides: list[str], console: Console) -> None:
@@ -158,7 +166,15 @@ def _parser() -> argparse.ArgumentParser:
         one = verbs.add_parser(verb, help=purpose, description=purpose, allow_abbrev=False)
         one.add_argument("--config", metavar="FILE[:ARG]", help="a file that defines get_config()")
         one.epilog = "--config.KEY=VALUE sets any key of the config, for example --config.model.width=256"
-    verbs.choices["train"].add_argument("--workdir", required=True, help="what the run writes and resumes from")
+    one = verbs.choices["train"]
+    one.add_argument("--workdir", required=True, help="what the run writes and resumes from")
+    one.add_argument(
+        "--distributed",
+        nargs="?",
+        const="auto",
+        metavar="HOST:PORT,INDEX/COUNT",
+        help="one of several processes that train together; alone, where Slurm, MPI or a TPU pod tells who they are",
+    )
     one = verbs.choices["show"]
     one.add_argument(
         "--length", type=int, default=None, help="tokens; what the config or the checkpoint is for, if not given"

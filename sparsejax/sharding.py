@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from typing import Any
 
 import jax
@@ -16,6 +17,33 @@ BATCH_AXES = ("data", "fsdp")
 # Logical axis of a parameter -> mesh axis. Axes not named here, and those that the mesh axis does not divide,
 # are replicated.
 RULES = {"vocab": "tensor", "width": "fsdp", "heads": "tensor", "ff": "tensor", "inner": "tensor", "experts": "tensor"}
+
+
+def join_processes(place: str) -> None:
+    """Joins the processes that train together, before anything else is done with devices.
+
+    Args:
+      place: "auto" where Slurm, MPI, Kubernetes or a TPU pod tells who they are; else "HOST:PORT,INDEX/COUNT": where
+        the first of them listens, and which of how many this one is.
+
+    Raises:
+      ConfigError: a place that cannot be read, no such cluster, or processes that do not come.
+    """
+    found = re.fullmatch(r"([^,]+:\d+),(\d+)/(\d+)", place)
+    if place != "auto" and (found is None or not int(found[2]) < int(found[3])):
+        raise ConfigError(f"--distributed: must be auto or HOST:PORT,INDEX/COUNT, got {place!r}")
+    given = (
+        {"coordinator_address": found[1], "process_id": int(found[2]), "num_processes": int(found[3])} if found else {}
+    )
+    try:
+        jax.distributed.initialize(**given)
+    except (ValueError, RuntimeError) as error:
+        raise ConfigError(f"--distributed={place}: {error}") from error
+
+
+def leads() -> bool:
+    """Whether this process is the one that writes and speaks for all that train together."""
+    return jax.process_index() == 0
 
 
 def make_mesh(config: ShardingConfig) -> Mesh:

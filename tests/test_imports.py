@@ -28,7 +28,7 @@ NEEDS = {
     "train": {"patterns", "layers", "config", "sharding", "data", "model", "decode"},
     "sweep": {"config", "train"},
     "interop": {"schedule", "config", "layers", "model", "patterns", "sharding"},
-    "cli": {"patterns", "ops", "schedule", "config", "data", "interop", "show", "draw", "train"},
+    "cli": {"patterns", "ops", "schedule", "config", "data", "interop", "sharding", "show", "draw", "train"},
     "__main__": {"cli"},
     "__init__": set(),  # so that one room can be imported without the others
 }

@@ -52,7 +52,8 @@ class Checkpoints:
         )
         handlers = {
             "state": ocp.StandardCheckpointHandler(),
-            "data": grain.checkpoint.CheckpointHandler(),
+            # Batches are a function of the step, so one state serves every process, however many there are.
+            "data": ocp.JsonCheckpointHandler(),
             "meta": ocp.JsonCheckpointHandler(),
         }
         _require_readable_metrics(folder)
@@ -81,7 +82,7 @@ class Checkpoints:
             return
         args = ocp.args.Composite(
             state=ocp.args.StandardSave(state),
-            data=grain.checkpoint.CheckpointSave(iterator),
+            data=ocp.args.JsonSave(dict(iterator.get_state())),
             meta=ocp.args.JsonSave(self.meta),
         )
         with _full_disk_named(self.folder):
@@ -115,10 +116,9 @@ class Checkpoints:
         try:
             found = self._manager.restore(
                 step,
-                args=ocp.args.Composite(
-                    state=ocp.args.StandardRestore(wanted), data=grain.checkpoint.CheckpointRestore(iterator)
-                ),
+                args=ocp.args.Composite(state=ocp.args.StandardRestore(wanted), data=ocp.args.JsonRestore()),
             )
+            iterator.set_state(found["data"])
         except Exception as error:
             raise CheckpointError(_damaged(place, error)) from error
         return _restored(found["state"])

@@ -61,7 +61,7 @@ def train(settings: ConfigDict, workdir: Path, console: Console) -> Evaluation:
     with _StopSignals() as signals:
         _claim_workdir(workdir, settings, config)
         model = Functional(config.model)
-        if _leads():
+        if sharding.leads():
             write_json(workdir / "data.json", dataset.counts)
         _describe(config, dataset, model, mesh, console)
         optimizer = build_optimizer(config.optimizer, config.train.steps)
@@ -73,11 +73,11 @@ def train(settings: ConfigDict, workdir: Path, console: Console) -> Evaluation:
                 state = checkpoints.restore(state_shapes(model, optimizer, mesh), batches)
                 where = f"resuming {workdir} at step {int(state.step)}"
                 console.print(where, highlight=False, markup=False, soft_wrap=True)
-            if _leads():
+            if sharding.leads():
                 _log_versions(workdir)
             run = checkpoints, signals, workdir, console
             state, final = _run(config, model, optimizer, mesh, dataset, state, batches, *run)
-        if _leads():
+        if sharding.leads():
             size = {"step": int(state.step), "parameters": model.size}
             write_json(workdir / RESULT, size | drop_infinite(summarize(final, dataset)))
     _show_evaluation(final, dataset, console)
@@ -93,7 +93,7 @@ def _run(config, model, optimizer, mesh, dataset, state, batches, checkpoints, s
     start, steps = int(state.step), config.train.steps
     evaluation, pending = None, None
     with (
-        Writers(workdir, start, _leads()) as writers,
+        Writers(workdir, start, sharding.leads()) as writers,
         ProgressReport(console, start, steps, config.train.batch * config.data.length) as progress,
     ):
         record = _Recorder(config, dataset, writers, progress)
@@ -182,11 +182,6 @@ class _StopSignals:
         signal.signal(number, signal.SIG_DFL)
 
 
-def _leads() -> bool:
-    """Whether this process is the one that writes."""
-    return jax.process_index() == 0
-
-
 def _require_even_batches(config: Config, mesh: Mesh) -> None:
     shards = sharding.batch_shards(mesh)
     part = config.train.batch // config.train.accumulate
@@ -208,7 +203,7 @@ def _claim_workdir(workdir: Path, settings: ConfigDict, config: Config) -> None:
             raise ConfigError(f"--workdir: {workdir} belongs to another configuration: {changed}")
     elif workdir.exists() and any(path.name != "config.json.part" for path in workdir.iterdir()):
         raise ConfigError(f"--workdir: {workdir} is not empty and holds no config.json")
-    if not _leads():
+    if not sharding.leads():
         return
     workdir.mkdir(parents=True, exist_ok=True)
     write_json(place, resolved)

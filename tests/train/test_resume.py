@@ -37,7 +37,7 @@ def assert_ends_the_same(workdir, uninterrupted):
     assert saved_steps(workdir) == saved_steps(uninterrupted)
     for step in saved_steps(uninterrupted):
         runs.assert_same_bits(saved_state(workdir, step), saved_state(uninterrupted, step))
-        iterator = f"checkpoints/{step}/data/process_0-of-1.json"
+        iterator = f"checkpoints/{step}/data/metadata"
         assert (workdir / iterator).read_bytes() == (uninterrupted / iterator).read_bytes()
     for name in ("metrics.jsonl", "metrics.csv", "config.json", "schedule.txt"):
         assert (workdir / name).read_bytes() == (uninterrupted / name).read_bytes(), name
