@@ -2,16 +2,25 @@
 
 from sparsejax.sweep import chain, product, seeds
 
-SCHEDULE, STATE = "model.schedule", "model.layers.ssm.mixer.state"
+SCHEDULE, STATE, RATE = "model.schedule", "model.layers.ssm.mixer.state", "optimizer.learning_rate"
+ATTENTION = [
+    {"label": "full, full", SCHEDULE: "2x(full)"},
+    {"label": "window(7), window(7)", SCHEDULE: "2x(local)"},
+    {"label": "window(7), full", SCHEDULE: "local full"},
+    {"label": "Mamba of state 4, full", SCHEDULE: "ssm full", STATE: 4},
+]
+MAMBA = [{"label": f"Mamba of state {n}, twice", SCHEDULE: "2x(ssm)", STATE: n} for n in (4, 8, 16, 32)]
+
+
+def at_rate(rate, sweep):
+    return product(sweep, [{RATE: rate}])
 
 
 def sweep():
-    attention = [
-        {"label": "full, full", SCHEDULE: "2x(full)"},
-        {"label": "window(7), window(7)", SCHEDULE: "2x(local)"},
-        {"label": "window(7), full", SCHEDULE: "local full"},
-    ]
-    states = (4, 8, 16, 32)
-    mamba = [{"label": f"Mamba of state {n}, twice", SCHEDULE: "2x(ssm)", STATE: n} for n in states]
-    hybrid = [{"label": "Mamba of state 4, full", SCHEDULE: "ssm full", STATE: 4}]
-    return product(seeds(3), chain(attention, mamba, hybrid))
+    return product(seeds(3), chain(at_rate(3e-3, ATTENTION), at_rate(1e-2, MAMBA)))
+
+
+def other_rates():
+    """What each kind learns at the rate of the other, with one seed: why they do not share one."""
+    rows = chain(at_rate(1e-2, ATTENTION[:3]), at_rate(3e-3, MAMBA[2:3]))
+    return product(seeds(1), [row | {"label": f"{row['label']}, rate {row[RATE]}"} for row in rows])

@@ -1,0 +1,46 @@
+"""Schedules of eight layers, to be compared: attention, windows, sinks, Mamba, lightning, at equal parameters.
+
+    sparsejax train --config=configs/layer_schedules.py:mini --workdir=runs/layer_schedules
+    sparsejax show --config=configs/layer_schedules.py:paper --config.model.schedule='7x(ssm) full'
+
+`:paper` (or nothing) is a model of 1.3B parameters, about the size at which Jamba (arXiv:2403.19887, section 6) compares
+its ratios; `:mini` is for two CPU cores. Layers by name: `full` has rotary positions and `nope` none; `local` is a
+window with `sinks` as its first tokens; `ssm` and `lightning` are made as large as attention. The schedules are in
+experiments/layer_schedules.
+"""
+
+import recipe
+
+PAPER = dict(width=2048, heads=16, mlp=5632, window=1023, vocab=65_536)
+MINI = dict(width=96, heads=4, mlp=256, window=31, vocab=256)
+
+
+def build(width, heads, mlp, window, vocab):
+    norm = recipe.rms(1e-6)
+    rope = dict(base=10_000.0)
+
+    def layer(mixer):
+        return recipe.layer(mixer, recipe.gated(mlp), norm)
+
+    def attention(pattern, rope):
+        return layer(recipe.attention(pattern, heads, heads, width // heads, rope, qk_norm=norm))
+
+    layers = dict(
+        full=attention("causal", rope),
+        nope=attention("causal", None),
+        local=attention(f"causal & window({window})", rope),
+        ssm=layer(recipe.mamba(width, inner=7 * width // 6)),
+        lightning=layer(dict(kind="lightning", heads=heads, head_width=4 * width // 5 // heads)),
+    )
+    for sinks in (1, 2, 4, 8):
+        layers[f"sinks{sinks}"] = attention(f"causal & (window({window}) | sink({sinks}))", rope)
+    return recipe.model(vocab, width, "7x(ssm) full", layers, norm, tied=True)
+
+
+def get_config(argument="paper"):
+    if argument == "paper":
+        return recipe.make_run(build(**PAPER), length=4096, steps=100_000, batch=256, learning_rate=3e-4, warmup=2000)
+    if argument != "mini":
+        raise ValueError(f"the argument must be paper or mini, got {argument!r}")
+    config = recipe.make_run(build(**MINI), length=512, steps=400, batch=8, learning_rate=3e-3, warmup=50)
+    return recipe.fit_cpu(config, evaluations=4)
