@@ -1,21 +1,21 @@
-"""Schedules of eight layers, to be compared: attention, windows, sinks, Mamba, lightning, at equal parameters.
+"""Layer-wise schedules, to be compared: attention, windows, sinks, Mamba, lightning, at equal parameters.
 
     sparsejax train --config=configs/layer_schedules.py:mini --workdir=runs/layer_schedules
     sparsejax show --config=configs/layer_schedules.py:paper --config.model.schedule='7x(ssm) full'
 
-`:paper` (or nothing) is a model of 1.3B parameters, about the size at which Jamba (arXiv:2403.19887, section 6) compares
-its ratios; `:mini` is for two CPU cores. Layers by name: `full` has rotary positions and `nope` none; `local` is a
-window with `sinks` as its first tokens; `ssm` and `lightning` are made as large as attention. The schedules are in
-experiments/layer_schedules.
+`:paper` (or nothing) has 24 layers and 1.4B parameters, about the size at which Jamba (arXiv:2403.19887, section 6)
+compares its ratios; `:mini` has eight layers for two CPU cores. Layers by name: `full` has rotary positions, `nope`
+none; `local` is a window, with the first tokens as well in `sinks1` to `sinks8`; `ssm` and `lightning` are made as
+large as attention. The schedules are in experiments/layer_schedules.
 """
 
 import recipe
 
-PAPER = dict(width=2048, heads=16, mlp=5632, window=1023, vocab=65_536)
-MINI = dict(width=96, heads=4, mlp=256, window=31, vocab=256)
+PAPER = dict(repeats=3, width=2048, heads=16, mlp=5632, window=1023, vocab=65_536)
+MINI = dict(repeats=1, width=96, heads=4, mlp=256, window=31, vocab=256)
 
 
-def build(width, heads, mlp, window, vocab):
+def build(repeats, width, heads, mlp, window, vocab):
     norm = recipe.rms(1e-6)
     rope = dict(base=10_000.0)
 
@@ -34,7 +34,7 @@ def build(width, heads, mlp, window, vocab):
     )
     for sinks in (1, 2, 4, 8):
         layers[f"sinks{sinks}"] = attention(f"causal & (window({window}) | sink({sinks}))", rope)
-    return recipe.model(vocab, width, "7x(ssm) full", layers, norm, tied=True)
+    return recipe.model(vocab, width, f"{repeats}x(7x(ssm) full)", layers, norm, tied=True)
 
 
 def get_config(argument="paper"):

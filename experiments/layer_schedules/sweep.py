@@ -1,0 +1,77 @@
+"""Which layers, how many of each, and where? On text and on recall, in the layers of configs/layer_schedules.py."""
+
+from sparsejax.sweep import align, chain, product, seeds
+
+WINDOW = "model.layers.local.mixer.pattern"
+RATIOS = {
+    "Mamba alone": "8x(ssm)",
+    "1 full : 7 Mamba": "7x(ssm) full",
+    "1 full : 3 Mamba": "2x(3x(ssm) full)",
+    "1 full : 1 Mamba": "4x(ssm full)",
+    "full alone": "8x(full)",
+    "1 full : 7 lightning": "7x(lightning) full",
+    "1 full : 7 windows": "7x(local) full",
+    "1 full : 3 windows": "2x(3x(local) full)",
+    "1 full : 1 window": "4x(local full)",
+    "windows alone": "8x(local)",
+}
+POSITIONS = {
+    "1 full without positions : 3 windows": "2x(3x(local) nope)",
+    "1 full without positions : 7 Mamba": "7x(ssm) nope",
+}
+SINKS = {f"windows alone, sinks {n}": f"8x(sinks{n})" for n in (1, 2, 4, 8)}
+RECALL = {  # the sizes of configs/mqar.py
+    "data.task": "mqar",
+    "data.length": 64,
+    "data.probe.length": 64,
+    "data.probe.pairs": 8,
+    "data.probe.vocab": 256,
+    "train.batch": 32,
+    "train.steps": 1000,
+    "eval.every": 250,
+    "checkpoint.every": 250,
+}
+
+
+def write_places(n):
+    """Full layers among windows, `n` for each of the mini size; "1 full : 3 windows" has them spread evenly."""
+    return {
+        "full first": f"{2 * n}x(full) {6 * n}x(local)",
+        "full last": f"{6 * n}x(local) {2 * n}x(full)",
+        "full first and last": f"{n}x(full) {6 * n}x(local) {n}x(full)",
+        "full first, middle, last": f"{n}x(full) {3 * n}x(local) {n}x(full) {2 * n}x(local) {n}x(full)",
+    }
+
+
+def name_runs(schedules, repeats=1):
+    """Runs of these schedules, each said so many times."""
+    texts = [text if repeats == 1 else f"{repeats}x({text})" for text in schedules.values()]
+    return align({"label": schedules, "model.schedule": texts})
+
+
+def compare(repeats=1, windows=(7, 127)):
+    """Everything; windows alone also at the given widths."""
+    widths = [{WINDOW: f"causal & window({n})", "label": f"windows alone, {n} back"} for n in windows]
+    wider = product(widths, [{"model.schedule": f"{8 * repeats}x(local)"}])
+    rows = [name_runs(schedules, repeats) for schedules in (RATIOS, POSITIONS, SINKS)]
+    return product(seeds(3), chain(*rows, name_runs(write_places(repeats)), wider))
+
+
+def text():
+    return compare()
+
+
+def recall():
+    return product(compare(windows=(7, 15)), [RECALL])
+
+
+def ratios():
+    return product(seeds(3), name_runs(RATIOS))
+
+
+def ratios_recall():
+    return product(ratios(), [RECALL])
+
+
+def paper():
+    return compare(repeats=3, windows=(255, 4095))
