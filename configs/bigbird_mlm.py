@@ -67,5 +67,5 @@ def get_config(argument="paper"):
         return config
     if argument != "mini":
         raise ValueError(f"the argument must be paper or mini, got {argument!r}")
-    config = recipe.make_run(build(**MINI), length=512, steps=600, batch=8, learning_rate=2e-3, warmup=50)
+    config = recipe.make_run(build(**MINI), length=512, steps=500, batch=8, learning_rate=2e-3, warmup=50)
     return recipe.fit_cpu(config, evaluations=4)
