@@ -1,0 +1,76 @@
+"""The experiments: every run of every sweep is one that its config takes, and the paper's sizes are the paper's."""
+
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from sparsejax import config as configs
+from sparsejax import sharding
+from sparsejax.account import account_model
+from sparsejax.config import ShardingConfig
+from sparsejax.model import Functional
+from sparsejax.sweep import plan_runs, read_sweep
+from sparsejax.train import build_optimizer, build_schedule, build_step, state_shapes
+
+ROOT = Path(__file__).parent.parent
+
+# Experiment, which is also its config's name; the config's argument; the sweep's name; number of runs.
+SWEEPS = [
+    ("longformer_lm", "mini", "mini", 12),
+    ("longformer_lm", "paper", "paper", 12),
+    ("bigbird_mlm", "mini", "mini", 15),
+    ("bigbird_mlm", "paper", "paper", 15),
+    ("layer_schedules", "mini", "text", 66),
+    ("layer_schedules", "mini", "recall", 66),
+    ("layer_schedules", "paper", "paper", 66),
+    ("mqar", "", "sweep", 24),
+    ("mqar", "", "other_rates", 4),
+    ("duplication", "", "sweep", 24),
+]
+PAPER = {"longformer_lm": 41.0e6, "bigbird_mlm": 109.5e6, "layer_schedules": 1.34e9}  # parameters
+
+
+def plan(name, argument, sweep):
+    config = f"{ROOT}/configs/{name}.py{':' if argument else ''}{argument}"
+    return plan_runs(config, read_sweep(f"{ROOT}/experiments/{name}/sweep.py:{sweep}"))
+
+
+@pytest.mark.parametrize(("name", "argument", "sweep", "count"), SWEEPS)
+def test_a_sweep_is_made_of_runs_that_its_config_takes(name, argument, sweep, count):
+    runs = plan(name, argument, sweep)
+    assert len(runs) == count
+    assert len({run.name for run in runs}) == count
+    seeds = {run.seed for run in runs}
+    assert len({run.label for run in runs}) * len(seeds) == count
+
+
+def test_windows_are_as_wide_on_average_in_every_row_of_longformer():
+    runs = plan("longformer_lm", "paper", "paper")
+    pairs = {run.label: sum(seen.pairs(16_384) for _, seen in run.checked.model.sees) for run in runs}
+    assert max(pairs["decreasing"], pairs["fixed"]) / pairs["increasing"] == pytest.approx(1, rel=0.01)
+    assert pairs["decreasing"] == pairs["increasing"]
+
+
+def test_layers_that_are_compared_have_as_many_parameters():
+    for argument in ("mini", "paper"):
+        settings = ["model.schedule=full nope local ssm lightning sinks8"]
+        config = configs.check(configs.load(f"{ROOT}/configs/layer_schedules.py:{argument}", settings))
+        layers, _ = account_model(config.model, config.data.length)
+        assert [layer.parameters for layer in layers] == pytest.approx([layers[0].parameters] * 6, rel=0.03)
+
+
+@pytest.mark.parametrize("name", sorted(PAPER))
+def test_the_papers_size_trains_in_the_abstract(name):
+    config = configs.check(configs.load(f"{ROOT}/configs/{name}.py:paper"))
+    model, mesh = Functional(config.model), sharding.make_mesh(ShardingConfig(-1, 1, 1))
+    assert model.size == pytest.approx(PAPER[name], rel=0.01)
+    optimizer, steps = build_optimizer(config.optimizer, config.train.steps), config.train.steps
+    step = build_step(model, optimizer, build_schedule(config.optimizer, steps), config.train, mesh)
+    shape = (config.train.batch, config.data.length)
+    tokens = jax.ShapeDtypeStruct(shape, jnp.int32)
+    batch = {"inputs": tokens, "targets": tokens, "weights": jax.ShapeDtypeStruct(shape, jnp.float32)}
+    state, metrics = jax.eval_shape(step, state_shapes(model, optimizer, mesh), batch)
+    assert metrics["loss"].shape == ()
+    assert jax.tree.map(jnp.shape, state.parameters) == jax.tree.map(jnp.shape, model.shapes)
