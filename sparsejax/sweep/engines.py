@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import enum
 import json
-import logging
 import os
 import subprocess
 import time
@@ -268,11 +267,16 @@ def build_job(run: Run, folder: Path) -> Job:
 
 
 def _build_executor(kind: str, folder: Path) -> Any:
+    level = "SUBMITIT_LOG_LEVEL"
+    before = os.environ.get(level)
+    os.environ[level] = "NOCONFIG"  # or importing submitit would shut down whatever else is logged; jobs may do so
     try:
         import submitit
     except ImportError:
         raise SweepError("--launcher: needs submitit; pip install 'sparsejax[launch]'") from None
-    logging.getLogger("submitit").setLevel(logging.ERROR)
+    finally:
+        del os.environ[level]
+        os.environ |= {} if before is None else {level: before}
     try:
         return getattr(submitit, kind)(folder / "jobs" / "submitit", max_num_timeout=TIMEOUTS)
     except RuntimeError as error:

@@ -73,7 +73,7 @@ def test_steps_are_limited():
     runs = plan_runs(RECIPE, [{"train.steps": 5}, {"train.steps": 6, "label": "long"}])
     limit_steps(runs, 6)
     limit_steps(runs, None)
-    with pytest.raises(SweepError, match="long: train.steps is 6, more than --max-steps=5"):
+    with pytest.raises(SweepError, match=r"long: train\.steps is 6, more than --max-steps=5"):
         limit_steps(runs, 5)
 
 
