@@ -11,7 +11,7 @@ from rich.console import Console
 
 from sparsejax.job import hold, was_asked
 from sparsejax.sweep.axes import Overrides, SweepError
-from sparsejax.sweep.board import Board
+from sparsejax.sweep.board import Board, read_progress
 from sparsejax.sweep.engines import Attempt, Engine, Local, Slurm, State, build_job
 from sparsejax.sweep.record import check_record, write_record
 from sparsejax.sweep.runs import Run, limit_steps, plan_runs, read_sweep, show_command
@@ -150,6 +150,7 @@ def _look(attempt: Attempt, engine: Engine, folder: Path, board: Board) -> None:
     if not engine.ended(attempt):
         if attempt.state is State.QUEUED and engine.began(attempt):
             attempt.state, attempt.since = State.RUNNING, time.monotonic()
+            attempt.step = read_progress(attempt.run.workdir(folder)).step
         elif not engine.began(attempt):
             attempt.state = State.QUEUED
         return
