@@ -22,6 +22,7 @@ from sparsejax.ops import ImplementationError
 from sparsejax.patterns import PatternError
 from sparsejax.schedule import ScheduleError
 from sparsejax.show import show, show_complexity, show_data
+from sparsejax.sweep import RunsFailed, SweepError, sweep
 from sparsejax.train import BadLoss, CheckpointError, Interrupted, train
 
 # What is raised for something that cannot be used, with a message of one line.
@@ -32,11 +33,13 @@ UNUSABLE = (
     ScheduleError,
     ImplementationError,
     CheckpointError,
+    SweepError,
     huggingface.CheckpointError,
 )
 
 USAGE_ERROR = 2  # something given cannot be used; one line says what
 BAD_LOSS = 3  # stopped for a bad loss, after saving
+RUNS_FAILED = 4  # a sweep has ended, and some of its runs have failed
 INTERRUPTED = 75  # stopped by a signal, after saving: run the same command again (EX_TEMPFAIL)
 
 EXAMPLES = 3  # rows that `show --data` prints
@@ -58,6 +61,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return _fail(str(error), INTERRUPTED)
     except BadLoss as error:
         return _fail(str(error), BAD_LOSS)
+    except RunsFailed as error:
+        return _fail(str(error), RUNS_FAILED)
     except KeyboardInterrupt:  # outside of the training loop, which saves first
         return _fail("stopped by SIGINT; the same command goes on", INTERRUPTED)
 
@@ -83,14 +88,20 @@ class _Parser(argparse.ArgumentParser):
 
 
 def _run(arguments: list[str]) -> int:
-    given, overrides = _split_overrides(arguments)
+    given, overrides = _split_settings(arguments, "--config.")
+    given, cluster = _split_settings(given, "--slurm.")
     options = _parser().parse_args(given)
+    if cluster and getattr(options, "launcher", None) != "slurm":
+        raise ConfigError(f"--slurm.{cluster[0].partition('=')[0]}: goes with sweep --launcher=slurm")
     console = Console(width=None if sys.stdout.isatty() else PLAIN_WIDTH)
     if options.verb == "draw":
         _draw(options, overrides, console)
         return 0
     if options.verb == "show":
         _show(options, overrides, console)
+        return 0
+    if options.verb == "sweep":
+        _sweep(options, overrides, cluster, console)
         return 0
     _train(options, overrides, console)
     return 0
@@ -154,6 +165,13 @@ def _draw(options: argparse.Namespace, overrides: list[str], console: Console) -
     (draw_reach if options.reach else draw)(named, length, console, options.tile, options.out)
 
 
+def _sweep(options: argparse.Namespace, overrides: list[str], cluster: list[str], console: Console) -> None:
+    asked = options.sweep, _require_config(options), _read_settings(overrides, "--config.")
+    settings = None if options.launcher == "local" else _read_settings(cluster, "--slurm.")
+    limits = {"retry": options.retry, "steps": options.max_steps, "hours": options.max_hours}
+    sweep(*asked, Path(options.workdir), console, jobs=options.jobs, slurm=settings, dry=options.print, **limits)
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = _Parser(prog="sparsejax", description="Sparse and hybrid sequence models.")
     verbs = parser.add_subparsers(dest="verb", required=True, metavar="VERB")
@@ -161,6 +179,7 @@ def _parser() -> argparse.ArgumentParser:
         "train": "train, or go on with, the run of a config",
         "show": "print layers, costs, reach and warnings",
         "draw": "draw patterns, or what the layers of a config can see",
+        "sweep": "train, or go on with, many runs of a config",
     }
     for verb, purpose in purposes.items():
         one = verbs.add_parser(verb, help=purpose, description=purpose, allow_abbrev=False)
@@ -190,22 +209,44 @@ def _parser() -> argparse.ArgumentParser:
     one.add_argument("--tile", type=int, default=None, help="tokens of a cell; 1, or what fits, if not given")
     one.add_argument("--out", default=None, metavar="FILE", help=".png or .svg; the terminal if not given")
     one.add_argument("--titles", default=None, metavar="A,B", help="a title for each pattern, separated by commas")
+    _add_sweep(verbs.choices["sweep"])
     return parser
 
 
-def _split_overrides(arguments: list[str]) -> tuple[list[str], list[str]]:
-    """Takes `--config.KEY=VALUE` and `--config.KEY VALUE` out of the arguments."""
-    given, overrides = [], []
+def _add_sweep(one: argparse.ArgumentParser) -> None:
+    one.epilog += "; --slurm.KEY=VALUE sets partition, time (minutes), cpus, gpus, mem or another option of sbatch"
+    one.add_argument(
+        "--sweep", required=True, metavar="FILE.py[:NAME]|AXES", help="or 'model.width=[64, 128];seed=range(3)'"
+    )
+    one.add_argument("--workdir", required=True, help="the sweep's folder: sweep.json, runs/, jobs/")
+    one.add_argument("--launcher", choices=["local", "slurm"], default="local")
+    one.add_argument("--jobs", type=int, default=None, help="runs at a time; one for each GPU, or for two cores")
+    one.add_argument("--retry", action="store_true", help="run again what failed")
+    one.add_argument("--print", action="store_true", help="print the command line of every run, and start none")
+    one.add_argument("--max-steps", type=int, default=None, help="refuse runs of more steps")
+    one.add_argument("--max-hours", type=float, default=None, help="then all that runs saves and stops")
+
+
+def _split_settings(arguments: list[str], prefix: str) -> tuple[list[str], list[str]]:
+    """Takes `--config.KEY=VALUE` and `--config.KEY VALUE` out of the arguments, where the prefix is `--config.`."""
+    given, settings = [], []
     rest = iter(arguments)
     for argument in rest:
-        if not argument.startswith("--config."):
+        if not argument.startswith(prefix):
             given.append(argument)
         elif "=" in argument:
-            overrides.append(argument.removeprefix("--config."))
+            settings.append(argument.removeprefix(prefix))
         else:
             value = next(rest, None)
-            overrides.append(argument.removeprefix("--config.") + ("" if value is None else f"={value}"))
-    return given, overrides
+            settings.append(argument.removeprefix(prefix) + ("" if value is None else f"={value}"))
+    return given, settings
+
+
+def _read_settings(settings: list[str], prefix: str) -> dict[str, str]:
+    for text in settings:
+        if "=" not in text:
+            raise ConfigError(f"{prefix}{text}: write {prefix}{text}=VALUE")
+    return {key: value for key, _, value in (text.partition("=") for text in settings)}
 
 
 def _fail(message: str, code: int) -> int:

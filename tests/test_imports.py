@@ -26,9 +26,12 @@ NEEDS = {
     "show": {"patterns", "layers", "config", "data", "account", "complexity"},
     "draw": {"patterns", "config"},
     "train": {"patterns", "layers", "config", "sharding", "data", "model", "decode"},
-    "sweep": {"config", "train"},
+    "job": set(),
+    "sweep": {"config", "job", "train"},
     "interop": {"schedule", "config", "layers", "model", "patterns", "sharding"},
-    "cli": {"patterns", "ops", "schedule", "config", "data", "interop", "sharding", "show", "draw", "train"},
+    "cli": set(
+        ["patterns", "ops", "schedule", "config", "data", "interop", "sharding", "show", "draw", "sweep", "train"]
+    ),
     "__main__": {"cli"},
     "__init__": set(),  # so that one room can be imported without the others
 }

@@ -125,6 +125,17 @@ def plan_runs(config: str, sweep: Iterable[Overrides], given: Overrides | None =
     return list(runs.values())
 
 
+def limit_steps(runs: Iterable[Run], most: int | None) -> None:
+    """Refuses runs of more than `most` steps.
+
+    Raises:
+      SweepError: names the first one.
+    """
+    for run in runs:
+        if most is not None and run.checked.train.steps > most:
+            raise SweepError(f"{run.label}: train.steps is {run.checked.train.steps}, more than --max-steps={most}")
+
+
 def _describe(overrides: Overrides, seed: bool = False) -> str:
     """The overrides in words: for people, and where no label is given."""
     kept = {key: value for key, value in overrides.items() if key != LABEL and (seed or key != SEED)}

@@ -2,11 +2,11 @@
 
 from sparsejax.train.checkpoint import CheckpointError, Checkpoints, list_steps, read_arrays
 from sparsejax.train.evaluate import Answers, Evaluation, evaluate, summarize
-from sparsejax.train.loop import BadLoss, Interrupted, train
+from sparsejax.train.loop import BadLoss, Interrupted, find_change, train
 from sparsejax.train.optimizer import build_optimizer, build_schedule
 from sparsejax.train.state import TrainState, init_state, state_shapes
 from sparsejax.train.step import build_evaluation, build_step
-from sparsejax.train.writers import RESULT, read_rows
+from sparsejax.train.writers import RESULT, read_rows, write_json
 
 __all__ = [
     "RESULT",
@@ -22,6 +22,7 @@ __all__ = [
     "build_schedule",
     "build_step",
     "evaluate",
+    "find_change",
     "init_state",
     "list_steps",
     "read_arrays",
@@ -29,4 +30,5 @@ __all__ = [
     "state_shapes",
     "summarize",
     "train",
+    "write_json",
 ]

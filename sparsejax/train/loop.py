@@ -191,23 +191,35 @@ def _require_even_batches(config: Config, mesh: Mesh) -> None:
         raise ConfigError(f"eval.batch: {config.eval.batch} rows do not divide over {shards} devices")
 
 
+def find_change(workdir: Path, settings: ConfigDict) -> str | None:
+    """The first key in which a run differs from the one that a workdir belongs to, in words; None if in none.
+
+    On which devices it runs is no part of what a run is: checkpoints restore onto any mesh.
+    """
+    place = workdir / "config.json"
+    if not place.exists():
+        return None
+    recorded = configs.complete(_read_json(place))
+    return configs.difference(recorded | {"sharding": None}, _resolve(settings) | {"sharding": None})
+
+
 def _claim_workdir(workdir: Path, settings: ConfigDict, config: Config) -> None:
     """Makes the workdir this run's own, or finds that it is another's."""
     place = workdir / "config.json"
-    resolved = json.loads(json.dumps(settings.to_dict()))
-    if place.exists():
-        # On which devices it runs is no part of what a run is: checkpoints restore onto any mesh.
-        recorded = configs.complete(_read_json(place))
-        changed = configs.difference(recorded | {"sharding": None}, resolved | {"sharding": None})
-        if changed:
-            raise ConfigError(f"--workdir: {workdir} belongs to another configuration: {changed}")
-    elif workdir.exists() and any(path.name != "config.json.part" for path in workdir.iterdir()):
+    if changed := find_change(workdir, settings):
+        raise ConfigError(f"--workdir: {workdir} belongs to another configuration: {changed}")
+    if not place.exists() and workdir.exists() and any(path.name != "config.json.part" for path in workdir.iterdir()):
         raise ConfigError(f"--workdir: {workdir} is not empty and holds no config.json")
     if not sharding.leads():
         return
     workdir.mkdir(parents=True, exist_ok=True)
-    write_json(place, resolved)
+    write_json(place, _resolve(settings))
     (workdir / "schedule.txt").write_text("".join(f"{i} {name}\n" for i, name in enumerate(config.model.names)))
+
+
+def _resolve(settings: ConfigDict) -> dict[str, Any]:
+    """The configuration as JSON has it."""
+    return json.loads(json.dumps(settings.to_dict()))
 
 
 def _log_versions(workdir: Path) -> None:
