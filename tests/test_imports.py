@@ -29,9 +29,7 @@ NEEDS = {
     "job": set(),
     "sweep": {"config", "job", "train"},
     "interop": {"schedule", "config", "layers", "model", "patterns", "sharding"},
-    "cli": set(
-        ["patterns", "ops", "schedule", "config", "data", "interop", "sharding", "show", "draw", "sweep", "train"]
-    ),
+    "cli": {"patterns", "ops", "schedule", "config", "data", "interop", "sharding", "show", "draw", "sweep", "train"},
     "__main__": {"cli"},
     "__init__": set(),  # so that one room can be imported without the others
 }

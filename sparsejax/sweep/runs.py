@@ -42,6 +42,7 @@ class Run:
 
     @property
     def seed(self) -> int:
+        """`train.seed`: repeats of the same settings differ in it."""
         return self.checked.train.seed
 
     @functools.cached_property
