@@ -239,6 +239,13 @@ def find_devices() -> tuple[str, ...]:
     return tuple(str(number) for number in sorted(int(text) for text in numbers if text.isdigit()))
 
 
+def build_engine(folder: Path, jobs: int | None, slurm: Mapping[str, str] | None) -> Engine:
+    """This machine, or Slurm if there are settings for it; raises SweepError for what cannot be used."""
+    if jobs is not None and jobs < 1:
+        raise SweepError(f"--jobs: at least 1, got {jobs}")
+    return Local(folder, jobs) if slurm is None else Slurm(folder, jobs, slurm)
+
+
 def build_job(run: Run, folder: Path) -> Job:
     """A run's job, which keeps its files in the sweep's `jobs` and leaves the workdir to the run."""
     return Job(run.command(folder), folder / "jobs" / run.name, run.workdir(folder) / RESULT)

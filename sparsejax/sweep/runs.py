@@ -115,11 +115,11 @@ def plan_runs(config: str, sweep: Iterable[Overrides], given: Overrides | None =
     for one in sweep:
         overrides = {**(given or {}), **one}
         label = overrides.pop(LABEL, None)
-        run = Run(config, tuple(sorted(overrides.items())), label or _describe(one))
+        run = Run(config, tuple(sorted(overrides.items())), label or describe(one))
         try:
             run.checked  # noqa: B018
         except ConfigError as error:
-            raise SweepError(f"{_describe(one, seed=True)}: {error}") from None
+            raise SweepError(f"{describe(one, seed=True)}: {error}") from None
         if runs.setdefault(run.name, run).label != run.label:
             raise SweepError(f"{run.label}: is the same run as {runs[run.name].label}")
     return list(runs.values())
@@ -136,7 +136,7 @@ def limit_steps(runs: Iterable[Run], most: int | None) -> None:
             raise SweepError(f"{run.label}: train.steps is {run.checked.train.steps}, more than --max-steps={most}")
 
 
-def _describe(overrides: Overrides, seed: bool = False) -> str:
+def describe(overrides: Overrides, seed: bool = False) -> str:
     """The overrides in words: for people, and where no label is given."""
     kept = {key: value for key, value in overrides.items() if key != LABEL and (seed or key != SEED)}
     return (
