@@ -61,7 +61,7 @@ class Job:
             lock.truncate(0)
             if self.result.exists():
                 return 0
-            self.place.with_suffix(".exit").unlink(missing_ok=True)
+            self.forget()  # a cluster may have queued it again
             with self.log.open("ab") as log:
                 self._start(log.fileno(), lock.fileno())
             lock.write(f"{self._child.pid}\n")
@@ -93,6 +93,10 @@ class Job:
                 return not _take(lock.fileno())
         except FileNotFoundError:
             return False
+
+    def forget(self) -> None:
+        """Forgets how the last attempt ended, as another is launched."""
+        self.place.with_suffix(".exit").unlink(missing_ok=True)
 
     def exit_code(self) -> int | None:
         """How the last attempt ended, below 0: by which signal; None if there was none, or nobody saw its end."""

@@ -75,7 +75,7 @@ class Board:
         if now - self._looked < LOOK or (self._live is None and now - self._printed < PLAIN):
             return
         self._looked = self._printed = now
-        running = [attempt.run for attempt in attempts if attempt.state is State.LAUNCHED]
+        running = [attempt.run for attempt in attempts if attempt.state is State.RUNNING]
         progress = {run.name: read_progress(run.workdir(self._folder)) for run in running}
         line = self._summarize(attempts, progress)
         if self._live is None:
@@ -110,7 +110,7 @@ class Board:
         if not self._steps and not rates:
             return None
         pace = self._seconds / self._steps if self._steps else len(rates) / sum(rates)
-        open_runs = [a for a in attempts if a.state in (State.WAITING, State.LAUNCHED)]
+        open_runs = [a for a in attempts if a.live or a.state is State.WAITING]
         steps = sum(_steps(a.run) - (progress[a.run.name].step if a.run.name in progress else 0) for a in open_runs)
         return steps * pace / max(1, min(self._jobs or len(progress), len(open_runs)))
 

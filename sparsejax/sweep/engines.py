@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import enum
 import json
-import logging
 import os
 import subprocess
 import time
@@ -31,7 +30,8 @@ class State(enum.StrEnum):
     """Where a run stands."""
 
     WAITING = enum.auto()  # to be launched
-    LAUNCHED = enum.auto()  # running, or about to, or in a queue
+    QUEUED = enum.auto()  # launched; its job has not begun
+    RUNNING = enum.auto()
     DONE = enum.auto()
     FAILED = enum.auto()
     STOPPED = enum.auto()  # asked to stop, has saved
@@ -44,7 +44,7 @@ class Attempt:
     Attributes:
       id: Of its job, as submitit and Slurm know it.
       slot: Which share of the machine it has.
-      since: The clock as it was launched, or found, in seconds.
+      since: The clock as it was launched or found, later as its job began, in seconds.
     """
 
     run: Run
@@ -56,6 +56,11 @@ class Attempt:
     told: bool = False  # to stop
 
     @property
+    def live(self) -> bool:
+        """Whether it was launched and has not ended."""
+        return self.state in (State.QUEUED, State.RUNNING)
+
+    @property
     def name(self) -> str:
         return f"{self.run.label} seed {self.run.seed}"
 
@@ -65,9 +70,13 @@ class Engine(Protocol):
 
     rest: float  # seconds between two looks at the jobs
     jobs: int | None  # how many run at a time, if that is known
+    stays: bool  # whether jobs are left to it when the launcher is asked to stop
 
     def launch(self, waiting: Sequence[Attempt], live: Sequence[Attempt]) -> list[Attempt]:
         """Submits as many of those that wait as there is room for beside those that live; returns them."""
+
+    def began(self, attempt: Attempt) -> bool:
+        """Whether the job of a launched run is running."""
 
     def ended(self, attempt: Attempt) -> bool:
         """Whether nothing is left of a launched run: no process, no job in a queue."""
@@ -83,6 +92,7 @@ class Local:
     """The machine at hand: so many runs at a time, each on its share of the cores and devices."""
 
     rest = 0.05
+    stays = False
 
     def __init__(self, folder: Path, jobs: int | None = None):
         self._devices, self._cores = find_devices(), find_cores()
@@ -102,11 +112,16 @@ class Local:
             share = {"CUDA_VISIBLE_DEVICES": self._share_devices(attempt.slot)}
             cores = share_out(self._cores, attempt.slot, self.jobs)
             attempt.job = dataclasses.replace(attempt.job, cores=cores, environment=share, apart=True)
+            attempt.job.forget()
             job = self._executor.submit(attempt.job)
             self._jobs[job.job_id] = job
             _note_submission(attempt, job.job_id)
             launched.append(attempt)
         return launched
+
+    def began(self, attempt: Attempt) -> bool:
+        """Its process is known."""
+        return attempt.job.process() is not None
 
     def ended(self, attempt: Attempt) -> bool:
         """The exit code is there before submitit's own processes have ended; they need not be waited for."""
@@ -148,6 +163,7 @@ class Slurm:
     """
 
     rest = 1.0
+    stays = True
 
     def __init__(self, folder: Path, jobs: int | None, settings: Mapping[str, str]):
         self.jobs = jobs
@@ -160,6 +176,8 @@ class Slurm:
         """Submits all."""
         if not waiting:
             return []
+        for attempt in waiting:
+            attempt.job.forget()
         try:
             with self._executor.batch():
                 jobs = [self._executor.submit(attempt.job) for attempt in waiting]
@@ -169,6 +187,10 @@ class Slurm:
             _note_submission(attempt, job.job_id)
         self._asked = -PATIENCE
         return list(waiting)
+
+    def began(self, attempt: Attempt) -> bool:
+        """Slurm says so; one that is requeued has not begun."""
+        return self._ask().get(attempt.id) == "RUNNING"
 
     def ended(self, attempt: Attempt) -> bool:
         """A job that was requeued is in the queue, whatever its last exit code was."""
@@ -240,7 +262,7 @@ def find_devices() -> tuple[str, ...]:
 
 
 def build_engine(folder: Path, jobs: int | None, slurm: Mapping[str, str] | None) -> Engine:
-    """This machine, or Slurm if there are settings for it; raises SweepError for what cannot be used."""
+    """The machine at hand, or Slurm if there are settings for it; raises SweepError for what cannot be used."""
     if jobs is not None and jobs < 1:
         raise SweepError(f"--jobs: at least 1, got {jobs}")
     return Local(folder, jobs) if slurm is None else Slurm(folder, jobs, slurm)
@@ -252,11 +274,16 @@ def build_job(run: Run, folder: Path) -> Job:
 
 
 def _build_executor(kind: str, folder: Path) -> Any:
+    level = "SUBMITIT_LOG_LEVEL"
+    before = os.environ.get(level)
+    os.environ[level] = "NOCONFIG"  # or importing submitit would shut down whatever else is logged; jobs may do so
     try:
         import submitit
     except ImportError:
         raise SweepError("--launcher: needs submitit; pip install 'sparsejax[launch]'") from None
-    logging.getLogger("submitit").setLevel(logging.ERROR)
+    finally:
+        del os.environ[level]
+        os.environ |= {} if before is None else {level: before}
     try:
         return getattr(submitit, kind)(folder / "jobs" / "submitit", max_num_timeout=TIMEOUTS)
     except RuntimeError as error:

@@ -100,11 +100,13 @@ def launch(
     """
     attempts = [_assess(run, folder, engine, retry) for run in runs]
     for attempt in attempts:
-        if attempt.state is State.FAILED:
-            board.report(attempt, f"failed before ({explain(attempt)}); --retry runs it again")
+        if attempt.state is State.QUEUED:
+            board.report(attempt, "found again, launched before")
+        elif attempt.state is State.FAILED:
+            board.report(attempt, f"failed before, and --retry runs it again: {explain(attempt)}")
     with StopSignals() as signals, board:
         reason = _follow(attempts, engine, board, folder, signals, hours)
-    _conclude(attempts, reason)
+    board.say(_conclude(attempts, reason))
 
 
 def _assess(run: Run, folder: Path, engine: Engine, retry: bool) -> Attempt:
@@ -112,7 +114,7 @@ def _assess(run: Run, folder: Path, engine: Engine, retry: bool) -> Attempt:
     attempt = Attempt(run, build_job(run, folder), State.WAITING, since=time.monotonic())
     code = attempt.job.exit_code()
     if engine.find(attempt):
-        attempt.state = State.LAUNCHED
+        attempt.state = State.QUEUED
     elif run.finished(folder):
         attempt.state = State.DONE
     elif not (retry or code is None or was_asked(code)):
@@ -127,29 +129,38 @@ def _follow(
     end = None if hours is None else time.monotonic() + 3600 * hours
     reason = None
     while True:
-        for attempt in _having(attempts, State.LAUNCHED):
-            if engine.ended(attempt):
-                _settle(attempt, folder, board)
-        live, waiting = _having(attempts, State.LAUNCHED), _having(attempts, State.WAITING)
+        for attempt in attempts:
+            if attempt.live:
+                _look(attempt, engine, folder, board)
+        live, waiting = [one for one in attempts if one.live], _having(attempts, State.WAITING)
         if reason is None:
-            reason = signals.received or ("--max-hours" if end is not None and time.monotonic() > end else None)
+            reason = "--max-hours" if end is not None and time.monotonic() > end else signals.received
             if reason and live:
-                board.say(f"{reason}: {len(live)} runs are asked to save and stop")
+                what = "left to go on" if reason == signals.received and engine.stays else "asked to save and stop"
+                board.say(f"{reason}: {_count(len(live))} {what}")
+        if reason and reason == signals.received and engine.stays:
+            return reason
         if reason:
             for attempt in live:
                 engine.stop(attempt)
         else:
             for attempt in engine.launch(waiting, live):
-                attempt.state, attempt.since = State.LAUNCHED, time.monotonic()
+                attempt.state, attempt.since = State.QUEUED, time.monotonic()
                 board.say(show_command(attempt.job.command))
         board.show(attempts)
-        if not _having(attempts, State.LAUNCHED) and (reason or not _having(attempts, State.WAITING)):
+        if not any(one.live for one in attempts) and (reason or not waiting):
             return reason
         time.sleep(engine.rest)
 
 
-def _settle(attempt: Attempt, folder: Path, board: Board) -> None:
-    """Finds out how a run has ended."""
+def _look(attempt: Attempt, engine: Engine, folder: Path, board: Board) -> None:
+    """Whether a launched run has begun, or ended, and how."""
+    if not engine.ended(attempt):
+        if attempt.state is State.QUEUED and engine.began(attempt):
+            attempt.state, attempt.since = State.RUNNING, time.monotonic()
+        elif not engine.began(attempt):
+            attempt.state = State.QUEUED
+        return
     code = attempt.job.exit_code()
     took = f"after {time.monotonic() - attempt.since:.0f} s"
     if attempt.run.finished(folder):
@@ -175,15 +186,21 @@ def explain(attempt: Attempt) -> str:
     return f"{how}; log: {attempt.job.log}"
 
 
-def _conclude(attempts: list[Attempt], reason: str | None) -> None:
-    counts = {state: len(_having(attempts, state)) for state in State}
-    done = f"{counts[State.DONE]} of {len(attempts)} runs are done"
-    failed = f", {counts[State.FAILED]} failed" if counts[State.FAILED] else ""
-    left = counts[State.STOPPED] + counts[State.WAITING]
+def _conclude(attempts: list[Attempt], reason: str | None) -> str:
+    """How many runs are done; raises what says that it is not all of them."""
+    done, failed = len(_having(attempts, State.DONE)), len(_having(attempts, State.FAILED))
+    counted = f"{done} of {_count(len(attempts))} done"
+    counted += f", {failed} failed" if failed else ""
+    left = len(attempts) - done - failed
     if left:
-        raise Interrupted(f"stopped by {reason or 'others'}: {done}{failed}, {left} are left; the same command goes on")
+        raise Interrupted(f"stopped by {reason or 'others'}: {counted}, {left} left; the same command goes on")
     if failed:
-        raise RunsFailed(f"{done}{failed}; the same command with --retry runs them again")
+        raise RunsFailed(f"{counted}; the same command with --retry runs again what failed")
+    return counted
+
+
+def _count(runs: int) -> str:
+    return f"{runs} run{'' if runs == 1 else 's'}"
 
 
 def _having(attempts: list[Attempt], state: State) -> list[Attempt]:

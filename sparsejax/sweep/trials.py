@@ -138,7 +138,8 @@ class _Trials:
                 if not self._follow():
                     time.sleep(self._engine.rest)
         finally:
-            self._stop()
+            if not (signals.received and self._engine.stays):
+                self._stop()
         return signals.received or "--max-hours"
 
     def _wanted(self) -> bool:
@@ -166,7 +167,7 @@ class _Trials:
         write_record(self._folder, self._search.config, "search", [run])
         attempt = Attempt(run, build_job(run, self._folder), State.WAITING)
         if self._engine.find(attempt):
-            attempt.state = State.LAUNCHED
+            attempt.state = State.QUEUED
         elif run.finished(self._folder):
             attempt.state = State.DONE
         known = set() if left is None else set(left.intermediate_values)
@@ -204,15 +205,15 @@ class _Trials:
             self._tell(one)
         attempts = [one.attempt for one in self._live]
         waiting = [attempt for attempt in attempts if attempt.state is State.WAITING]
-        launched = [attempt for attempt in attempts if attempt.state is State.LAUNCHED]
-        for attempt in self._engine.launch(waiting, launched) if waiting else ():
-            attempt.state = State.LAUNCHED
+        live = [attempt for attempt in attempts if attempt.live]
+        for attempt in self._engine.launch(waiting, live) if waiting else ():
+            attempt.state = State.QUEUED
         return len(ended)
 
     def _look(self, one: _Trial) -> None:
         """Whether its run has ended, and whether it should."""
         attempt = one.attempt
-        ended = attempt.state is State.LAUNCHED and self._engine.ended(attempt)  # before its last rows are read
+        ended = attempt.live and self._engine.ended(attempt)  # before its last rows are read
         one.pruned = one.pruned or self._report(one)
         if ended:
             code = attempt.job.exit_code()
@@ -220,7 +221,7 @@ class _Trials:
             asked = was_asked(code) or (attempt.told and code is None)
             # A run that was stopped by others goes on.
             attempt.state = State.DONE if done else State.WAITING if asked else State.FAILED
-        if one.pruned and attempt.state is State.LAUNCHED:
+        if one.pruned and attempt.live:
             self._engine.stop(attempt)
         elif one.pruned:
             attempt.state = State.STOPPED
@@ -266,7 +267,7 @@ class _Trials:
 
     def _stop(self) -> None:
         """Asks all runs that are under way to save, and waits for them."""
-        running = [one.attempt for one in self._live if one.attempt.state is State.LAUNCHED]
+        running = [one.attempt for one in self._live if one.attempt.live]
         if running:
             self._print(f"{len(running)} runs are asked to save and stop")
         while running := [attempt for attempt in running if not self._engine.ended(attempt)]:

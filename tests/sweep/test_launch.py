@@ -1,0 +1,246 @@
+"""Launchers and runs that are killed, stopped and fail, as real processes."""
+
+import dataclasses
+import io
+import json
+import os
+import signal
+import sys
+import threading
+import time
+
+import pytest
+from rich.console import Console
+
+from sparsejax.cli import INTERRUPTED, RUNS_FAILED, main
+from sparsejax.sweep import RunsFailed, SweepError, engines, launch, plan_runs
+from sparsejax.sweep.board import Board, read_progress
+from sparsejax.sweep.engines import Local, build_job
+from sparsejax.train import Interrupted
+from tests.train import runs
+
+pytest.importorskip("submitit", reason="needs the extra launch")
+
+STEPS = 40
+LIMIT = 120.0  # seconds that anything here may take
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory):
+    return runs.write_text(tmp_path_factory.mktemp("data") / "text")
+
+
+def command(folder, axes, text, *arguments):
+    overrides = {"train.steps": STEPS, "data.files": text, "model.schedule": "full", "checkpoint.every": 10}
+    given = [f"--config.{key}={value}" for key, value in overrides.items() if f"{key}=" not in axes]
+    places = [f"--config={runs.RECIPE}", f"--sweep={axes}", f"--workdir={folder}"]
+    return ["sweep", *places, *given, "--config.eval.every=10", *arguments]
+
+
+def jobs_of(folder, axes, text):
+    """The jobs of a sweep's runs, in order, as the command plans them."""
+    overrides = {"train.steps": STEPS, "data.files": str(text), "model.schedule": "full", "checkpoint.every": 10}
+    kept = {key: value for key, value in overrides.items() if f"{key}=" not in axes} | {"eval.every": 10}
+    return [build_job(run, folder) for run in plan_runs(str(runs.RECIPE), engines_axes(axes), kept)]
+
+
+def engines_axes(axes):
+    from sparsejax.sweep import read_sweep
+
+    return read_sweep(axes)
+
+
+def wait_for(condition):
+    until = time.monotonic() + LIMIT
+    while not condition():
+        assert time.monotonic() < until
+        time.sleep(0.01)
+
+
+def steps_of(job):
+    return read_progress(job.result.parent).step
+
+
+def starts_of(job):
+    """How often a run has started to train."""
+    return len(json.loads((job.result.parent / "versions.json").read_text()))
+
+
+def test_killed_launcher(text, tmp_path):
+    """Its run goes on; the same command waits for it, and does the rest."""
+    axes = "seed=range(3)"
+    jobs = jobs_of(tmp_path, axes, text)
+    first = runs.start(*command(tmp_path, axes, text, "--jobs=1"))
+    wait_for(lambda: steps_of(jobs[0]) > 0)
+    first.kill()
+    out = runs.finish(first)[1]
+    assert out.count("python -m sparsejax train") == 1
+    assert jobs[0].held()
+
+    code, out, err = runs.finish(runs.start(*command(tmp_path, axes, text, "--jobs=1")))
+    assert (code, err) == (0, "")
+    assert out.count("python -m sparsejax train") == 2
+    assert out.splitlines()[-1] == "3 of 3 runs done"
+    assert [starts_of(job) for job in jobs] == [1, 1, 1]
+    assert [steps_of(job) for job in jobs] == [STEPS] * 3
+
+
+def test_killed_and_failing_runs(text, tmp_path):
+    """Are reported with what they printed last, and run again on request only."""
+    axes = f"data.files=['{tmp_path}/nowhere','{text}']"
+    _, job = jobs_of(tmp_path, axes, text)
+    launcher = runs.start(*command(tmp_path, axes, text, "--jobs=1"))
+    wait_for(lambda: (job.result.parent / "checkpoints" / "10").is_dir())
+    os.kill(job.process(), signal.SIGKILL)
+    code, out, err = runs.finish(launcher)
+    assert code == RUNS_FAILED
+    assert err == "sparsejax: 0 of 2 runs done, 2 failed; the same command with --retry runs again what failed\n"
+    assert "exit code 2; log: " in out
+    assert f"    sparsejax: data.files: no file matches {tmp_path}/nowhere" in out
+    assert "killed by signal 9, SIGKILL; log: " in out
+
+    before = steps_of(job)
+    assert main(command(tmp_path, axes, text)) == RUNS_FAILED
+    assert steps_of(job) == before
+    assert job.exit_code() == -signal.SIGKILL
+
+    code, out, _ = runs.finish(runs.start(*command(tmp_path, axes, text, "--retry")))
+    assert code == RUNS_FAILED  # the other one fails again
+    assert "1 of 2 runs done" not in out
+    assert f"resuming {job.result.parent} at step " in job.log.read_text()
+    assert steps_of(job) == STEPS
+
+
+@pytest.mark.parametrize("how", ["SIGINT", "--max-hours"])
+def test_asked_to_stop(text, tmp_path, how):
+    """The runs save first; the same command goes on with them."""
+    axes = "seed=range(3);train.steps=[100000]"
+    jobs = jobs_of(tmp_path, axes, text)
+    hours = ["--max-hours=0.002"] if how == "--max-hours" else []
+    launcher = runs.start(*command(tmp_path, axes, text, "--jobs=2", *hours))
+    if how == "SIGINT":
+        wait_for(lambda: min(map(steps_of, jobs[:2])) > 0)
+        launcher.send_signal(signal.SIGINT)
+    code, out, err = runs.finish(launcher)
+    assert code == INTERRUPTED
+    assert err == f"sparsejax: stopped by {how}: 0 of 3 runs done, 3 left; the same command goes on\n"
+    assert f"{how}: 2 runs asked to save and stop" in out
+    assert [job.exit_code() for job in jobs] in ([75, 75, None], [75, -15, None], [-15, 75, None], [-15, -15, None])
+    assert not any(job.held() for job in jobs)
+
+
+# What follows launches commands that are no training, to be quick.
+
+
+@dataclasses.dataclass(frozen=True)
+class Command:
+    """Stands for a run: any shell command; it is done if it leaves `result.json`."""
+
+    name: str
+    script: str
+
+    label, seed = property(lambda self: self.name), 0
+
+    def workdir(self, folder):
+        return folder / "runs" / self.name
+
+    def command(self, folder):
+        return [
+            "sh",
+            "-c",
+            self.script.replace("DONE", f"mkdir -p {self.workdir(folder)}; touch {self.result(folder)}"),
+        ]
+
+    def result(self, folder):
+        return self.workdir(folder) / "result.json"
+
+    def finished(self, folder):
+        return self.result(folder).exists()
+
+    @property
+    def checked(self):
+        return plan_runs(str(runs.RECIPE), [{}])[0].checked
+
+
+def launch_here(commands, folder, jobs=2, **options):
+    console = Console(file=io.StringIO(), width=200)
+    error = None
+    try:
+        launch(commands, folder, Local(folder, jobs), Board(console, folder, jobs), **options)
+    except (RunsFailed, Interrupted) as raised:
+        error = raised
+    return console.file.getvalue(), error
+
+
+def test_runs_have_shares_of_the_cores_and_no_more_run_at_a_time(tmp_path, monkeypatch):
+    monkeypatch.setattr(engines, "find_devices", lambda: ("3", "5"))
+    script = "echo $(date +%s%N) $CUDA_VISIBLE_DEVICES; sleep 0.3; date +%s%N; DONE"
+    commands = [Command(f"run{i}", script) for i in range(4)]
+    out, error = launch_here(commands, tmp_path)
+    assert error is None
+    assert out.splitlines()[-1] == "4 of 4 runs done"
+    lines = [build_job(one, tmp_path).last_lines(2) for one in commands]
+    assert {line[0].split()[1] for line in lines} == {"3", "5"}
+    spans = [(int(line[0].split()[0]), int(line[1])) for line in lines]
+    assert max(sum(a <= start < b for a, b in spans) for start, _ in spans) == 2
+
+
+def test_a_job_that_is_lost_is_a_failure_and_runs_again(tmp_path):
+    """The process that waits for a run is killed with it: nobody knows how it has ended."""
+    lost = Command("lost", "if [ -e runs/again ]; then DONE; fi; mkdir -p runs/again; kill -9 $PPID")
+    once = dataclasses.replace(lost, script=lost.script.replace("runs/again", str(tmp_path / "again")))
+    out, error = launch_here([once], tmp_path)
+    assert isinstance(error, RunsFailed)
+    assert "its job ended without an exit code" in out
+    _, error = launch_here([once], tmp_path)
+    assert error is None
+
+
+def test_a_run_that_leaves_no_result_has_failed(tmp_path):
+    out, error = launch_here([Command("empty", "echo nothing")], tmp_path)
+    assert isinstance(error, RunsFailed)
+    assert "exit code 0, but no result" in out
+    assert "    nothing\n" in out
+
+
+def test_a_run_that_others_stop_is_left_for_the_next_time(tmp_path):
+    out, error = launch_here([Command("stopped", "exit 75"), Command("done", "DONE")], tmp_path)
+    assert str(error) == "stopped by others: 1 of 2 runs done, 1 left; the same command goes on"
+    assert "stopped" in out
+
+
+def test_the_second_signal_leaves_at_once(tmp_path):
+    run = Command("stubborn", "trap '' TERM; sleep 2; DONE")
+    job = build_job(run, tmp_path)
+
+    def interrupt():
+        wait_for(lambda: job.process() is not None)
+        for _ in range(2):
+            os.kill(os.getpid(), signal.SIGINT)
+            time.sleep(0.5)
+
+    thread = threading.Thread(target=interrupt)
+    thread.start()
+    _, error = launch_here([run], tmp_path)
+    thread.join()
+    assert isinstance(error, Interrupted)
+    assert "left at once" in str(error)
+    assert job.held()
+    out, error = launch_here([run], tmp_path)
+    assert error is None
+    assert "found again, launched before" in out
+    assert job.exit_code() == 0
+
+
+def test_one_launcher_at_a_time(text, tmp_path, capsys):
+    from sparsejax.job import hold
+
+    with hold(tmp_path / "jobs" / "launcher.lock"):
+        assert main(command(tmp_path, "seed=[0]", text)) == 2
+    assert capsys.readouterr().err == f"sparsejax: --workdir: another launcher is at work on {tmp_path}\n"
+
+
+def test_without_submitit(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "submitit", None)
+    with pytest.raises(SweepError, match=r"needs submitit; pip install 'sparsejax\[launch\]'"):
+        Local(tmp_path)
