@@ -176,8 +176,9 @@ def _sweep(options: argparse.Namespace, overrides: list[str], cluster: list[str]
     if options.search:
         _search(options, overrides, settings, match, console)
         return
-    if options.trials is not None:
-        raise ConfigError("--trials: goes with --search")
+    for name in ("trials", "objective", "sampler", "seed"):
+        if getattr(options, name) is not None:
+            raise ConfigError(f"--{name}: goes with --search")
     asked = options.sweep, _require_config(options), _read_settings(overrides, "--config.")
     limits = {"match": match, "retry": options.retry, "steps": options.max_steps, "hours": options.max_hours}
     sweep(*asked, Path(options.workdir), console, jobs=options.jobs, slurm=settings, dry=options.print, **limits)
@@ -195,12 +196,12 @@ def _search(
     search = Search(
         config=_require_config(options),
         draw=read_search(options.search),
-        objectives=read_objectives(options.objective),
+        objectives=read_objectives(options.objective or "eval/loss"),
         trials=options.trials,
         given=_read_settings(overrides, "--config."),
         match=match,
-        sampler=options.sampler,
-        seed=options.seed,
+        sampler=options.sampler or SAMPLERS[0],
+        seed=options.seed or 0,
         steps=options.max_steps,
     )
     folder = Path(options.workdir)
@@ -257,12 +258,15 @@ def _add_sweep(one: argparse.ArgumentParser) -> None:
     one.add_argument(
         "--match", metavar="QUANTITY:TARGET[:KEY]", help=f"turn KEY until all take the same: {', '.join(QUANTITIES)}"
     )
-    one.add_argument("--trials", type=int, default=None, help="with --search: how many in all")
+    one.add_argument("--trials", type=int, default=None, help="of a search: how many in all")
     one.add_argument(
-        "--objective", default="eval/loss", metavar="METRIC[,OTHER]", help="such as eval/loss, or eval/accuracy,kv"
+        "--objective",
+        default=None,
+        metavar="METRIC[,OTHER]",
+        help="eval/loss if not given, or such as eval/accuracy,kv",
     )
-    one.add_argument("--sampler", choices=SAMPLERS, default="tpe", help="how trials are drawn")
-    one.add_argument("--seed", type=int, default=0, help="of the sampler")
+    one.add_argument("--sampler", choices=SAMPLERS, default=None, help="how trials are drawn")
+    one.add_argument("--seed", type=int, default=None, help="of the sampler")
 
 
 def _split_settings(arguments: list[str], prefix: str) -> tuple[list[str], list[str]]:

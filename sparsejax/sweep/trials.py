@@ -59,7 +59,7 @@ def run_search(
       Interrupted: asked to stop; the runs have saved.
     """
     require_packages()
-    base = configs.check(configs.load(search.config, [f"{k}={write_value(v)}" for k, v in search.given.items()]))
+    base = configs.load(search.config, [f"{key}={write_value(value)}" for key, value in search.given.items()])
     check_record(folder, search.config, [])
     with hold(folder / "jobs" / "launcher.lock") as alone, StopSignals() as signals:
         if not alone:
