@@ -180,6 +180,7 @@ def test_a_killed_search_loses_nothing(jobs, tmp_path, monkeypatch):
                 rows, _ = run(search, folder, Played(jobs, die))
                 break
             except Killed:
+                deaths += 1
                 with (folder / "study.journal").open("a") as file:
                     file.write('{"op_code":')  # it died as it wrote, and held the lock
                 (folder / "study.journal.lock").symlink_to(folder / "study.journal")
