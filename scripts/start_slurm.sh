@@ -12,7 +12,11 @@ export SLURM_CONF="$folder/slurm.conf"
 
 if [ "${2-}" = --stop ]; then
     for name in slurmd slurmctld munged; do
-        if [ -f "$folder/$name.pid" ]; then kill "$(cat "$folder/$name.pid")" || true; fi
+        [ -f "$folder/$name.pid" ] || continue
+        process=$(cat "$folder/$name.pid")
+        kill "$process" || true
+        while kill -0 "$process" 2> /dev/null; do sleep 0.1; done
+        rm -f "$folder/$name.pid"
     done
     exit
 fi

@@ -67,7 +67,7 @@ class Board:
             self.say(f"    {line}")
         if attempt.state is State.DONE:
             self._seconds += time.monotonic() - attempt.since
-            self._steps += attempt.run.checked.train.steps
+            self._steps += attempt.run.checked.train.steps - attempt.step
 
     def show(self, attempts: Sequence[Attempt]) -> None:
         """Renews the board, as often as it makes sense."""
@@ -82,7 +82,8 @@ class Board:
             self.say(line)
             for attempt in attempts:
                 if attempt.run.name in progress:
-                    self.say("    " + " | ".join(self._describe(attempt, progress[attempt.run.name])))
+                    name, step, loss, left = self._describe(attempt, progress[attempt.run.name])
+                    self.say(f"    {name} | step {step} | loss {loss} | ETA {left}")
         else:
             self._live.update(Group(self._table(attempts, progress), line), refresh=True)
 
@@ -94,9 +95,9 @@ class Board:
 
     def _describe(self, attempt: Attempt, progress: Progress) -> tuple[str, ...]:
         steps = attempt.run.checked.train.steps
-        loss = "" if progress.loss is None else f"{progress.loss:.4f}"
+        loss = "?" if progress.loss is None else f"{progress.loss:.4f}"
         left = (steps - progress.step) / progress.rate if progress.rate else None
-        return attempt.name, f"{progress.step}/{steps}", f"loss {loss}" if loss else "-", f"ETA {_clock(left)}"
+        return attempt.name, f"{progress.step}/{steps}", loss, _clock(left)
 
     def _summarize(self, attempts: Sequence[Attempt], progress: dict[str, Progress]) -> str:
         counts = {state: sum(a.state is state for a in attempts) for state in State}

@@ -45,6 +45,7 @@ class Attempt:
       id: Of its job, as submitit and Slurm know it.
       slot: Which share of the machine it has.
       since: The clock as it was launched or found, later as its job began, in seconds.
+      step: How far it was then.
     """
 
     run: Run
@@ -53,6 +54,7 @@ class Attempt:
     id: str | None = None
     slot: int = 0
     since: float = 0.0
+    step: int = 0
     told: bool = False  # to stop
 
     @property

@@ -11,7 +11,7 @@ from rich.console import Console
 
 from sparsejax.job import hold, was_asked
 from sparsejax.sweep.axes import Overrides, SweepError
-from sparsejax.sweep.board import Board
+from sparsejax.sweep.board import Board, read_progress
 from sparsejax.sweep.engines import Attempt, Engine, State, build_engine, build_job
 from sparsejax.sweep.match import Match, match_runs
 from sparsejax.sweep.record import check_record, write_record
@@ -158,6 +158,7 @@ def _look(attempt: Attempt, engine: Engine, folder: Path, board: Board) -> None:
     if not engine.ended(attempt):
         if attempt.state is State.QUEUED and engine.began(attempt):
             attempt.state, attempt.since = State.RUNNING, time.monotonic()
+            attempt.step = read_progress(attempt.run.workdir(folder)).step
         elif not engine.began(attempt):
             attempt.state = State.QUEUED
         return

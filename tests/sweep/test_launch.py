@@ -16,7 +16,8 @@ from sparsejax.cli import INTERRUPTED, RUNS_FAILED, main
 from sparsejax.sweep import RunsFailed, SweepError, engines, launch, plan_runs
 from sparsejax.sweep.board import Board, read_progress
 from sparsejax.sweep.engines import Local, build_job
-from sparsejax.train import Interrupted
+from sparsejax.train import Interrupted, list_steps
+from tests.sweep.commands import Command
 from tests.train import runs
 
 pytest.importorskip("submitit", reason="needs the extra launch")
@@ -96,7 +97,7 @@ def test_killed_and_failing_runs(text, tmp_path):
     assert code == RUNS_FAILED
     assert err == "sparsejax: 0 of 2 runs done, 2 failed; the same command with --retry runs again what failed\n"
     assert "exit code 2; log: " in out
-    assert f"    sparsejax: data.files: no file matches {tmp_path}/nowhere" in out
+    assert f"    sparsejax: data.files: no such file or folder: {tmp_path}/nowhere" in out
     assert "killed by signal 9, SIGKILL; log: " in out
 
     before = steps_of(job)
@@ -111,55 +112,24 @@ def test_killed_and_failing_runs(text, tmp_path):
     assert steps_of(job) == STEPS
 
 
-@pytest.mark.parametrize("how", ["SIGINT", "--max-hours"])
-def test_asked_to_stop(text, tmp_path, how):
-    """The runs save first; the same command goes on with them."""
+def test_asked_to_stop(text, tmp_path):
+    """The runs that run save first; the others wait for the same command."""
     axes = "seed=range(3);train.steps=[100000]"
     jobs = jobs_of(tmp_path, axes, text)
-    hours = ["--max-hours=0.002"] if how == "--max-hours" else []
-    launcher = runs.start(*command(tmp_path, axes, text, "--jobs=2", *hours))
-    if how == "SIGINT":
-        wait_for(lambda: min(map(steps_of, jobs[:2])) > 0)
-        launcher.send_signal(signal.SIGINT)
+    launcher = runs.start(*command(tmp_path, axes, text, "--jobs=2"))
+    wait_for(lambda: min(map(steps_of, jobs[:2])) > 0)
+    launcher.send_signal(signal.SIGINT)
     code, out, err = runs.finish(launcher)
     assert code == INTERRUPTED
-    assert err == f"sparsejax: stopped by {how}: 0 of 3 runs done, 3 left; the same command goes on\n"
-    assert f"{how}: 2 runs asked to save and stop" in out
-    assert [job.exit_code() for job in jobs] in ([75, 75, None], [75, -15, None], [-15, 75, None], [-15, -15, None])
+    assert err == "sparsejax: stopped by SIGINT: 0 of 3 runs done, 3 left; the same command goes on\n"
+    assert "SIGINT: 2 runs asked to save and stop" in out
+    assert [job.exit_code() for job in jobs] == [INTERRUPTED, INTERRUPTED, None]
     assert not any(job.held() for job in jobs)
+    for job in jobs[:2]:
+        assert list_steps(job.result.parent / "checkpoints")[-1] == steps_of(job)
 
 
 # What follows launches commands that are no training, to be quick.
-
-
-@dataclasses.dataclass(frozen=True)
-class Command:
-    """Stands for a run: any shell command; it is done if it leaves `result.json`."""
-
-    name: str
-    script: str
-
-    label, seed = property(lambda self: self.name), 0
-
-    def workdir(self, folder):
-        return folder / "runs" / self.name
-
-    def command(self, folder):
-        return [
-            "sh",
-            "-c",
-            self.script.replace("DONE", f"mkdir -p {self.workdir(folder)}; touch {self.result(folder)}"),
-        ]
-
-    def result(self, folder):
-        return self.workdir(folder) / "result.json"
-
-    def finished(self, folder):
-        return self.result(folder).exists()
-
-    @property
-    def checked(self):
-        return plan_runs(str(runs.RECIPE), [{}])[0].checked
 
 
 def launch_here(commands, folder, jobs=2, **options):
@@ -207,6 +177,18 @@ def test_a_run_that_others_stop_is_left_for_the_next_time(tmp_path):
     out, error = launch_here([Command("stopped", "exit 75"), Command("done", "DONE")], tmp_path)
     assert str(error) == "stopped by others: 1 of 2 runs done, 1 left; the same command goes on"
     assert "stopped" in out
+
+
+def test_hours_are_limited(tmp_path):
+    script = "[ -e ran ] && DONE && exit; touch ran; trap 'exit 75' TERM; while :; do sleep 0.02; done"
+    commands = [Command(f"run{i}", script.replace("ran", f"{tmp_path}/ran{i}")) for i in range(2)]
+    out, error = launch_here(commands, tmp_path, jobs=1, hours=1 / 3600)
+    assert str(error) == "stopped by --max-hours: 0 of 2 runs done, 2 left; the same command goes on"
+    assert "--max-hours: 1 run asked to save and stop" in out
+    assert not (tmp_path / "ran1").exists()
+    (tmp_path / "ran1").touch()
+    out, error = launch_here(commands, tmp_path, jobs=1)
+    assert error is None
 
 
 def test_the_second_signal_leaves_at_once(tmp_path):

@@ -1,0 +1,174 @@
+"""Kills a sweep's launcher and runs at random moments, and checks that nothing was lost and nothing done twice.
+
+    python scripts/kill_sweep.py [--runs 8] [--kills 12] [--seed 0] [--jobs 2] [--out FILE.json]
+
+One sweep goes through undisturbed. Another, of the same runs, is disturbed again and again: its launcher is killed
+(SIGKILL), one of its runs is killed, the process that waits for a run is killed, or the launcher is asked to stop
+(SIGINT). After each the same command, with --retry, has to go on. All the while no two processes may be at work on one
+workdir. In the end every run has the same metrics and the same last checkpoint in both sweeps, to the bit.
+"""
+
+from __future__ import annotations
+
+import argparse
+import collections
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from pathlib import Path
+
+import jax
+from rich.console import Console
+
+from sparsejax.job import Job
+from sparsejax.sweep import grid, plan_runs
+from sparsejax.sweep.engines import build_job
+from sparsejax.train import list_steps, read_arrays
+
+STEPS, EVERY = 400, 20
+CONFIG = Path(__file__).parents[1] / "configs" / "mqar.py"
+SETTINGS = {
+    "train.steps": STEPS,
+    "train.batch": 4,
+    "train.log_every": 1,
+    "model.schedule": "full",
+    "checkpoint.every": EVERY,
+    "eval.every": STEPS,
+}
+DISTURBANCES = ("kill the launcher", "kill a run", "kill the job of a run", "ask the launcher to stop")
+
+
+class Watch:
+    """Looks all the while at which processes train, and counts those that are not alone on their workdir."""
+
+    def __init__(self, folder: Path):
+        self._folder, self.looks, self.clashes, self._over = str(folder), 0, 0, False
+        self._thread = threading.Thread(target=self._look, daemon=True)
+
+    def __enter__(self) -> Watch:
+        self._thread.start()
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self._over = True
+        self._thread.join()
+
+    def _look(self) -> None:
+        while not self._over:
+            found = collections.Counter(line for line in list_commands() if f"--workdir={self._folder}/runs/" in line)
+            self.clashes += sum(count > 1 for count in found.values())
+            self.looks += 1
+            time.sleep(0.2)
+
+
+def list_commands() -> list[str]:
+    """The command line of every process that trains; one that has ended and was not waited for has none."""
+    lines = []
+    for place in Path("/proc").glob("[0-9]*/cmdline"):
+        try:
+            words = place.read_bytes().decode(errors="replace").split("\0")
+        except OSError:  # it has ended
+            continue
+        if "train" in words[:4]:
+            lines.append(" ".join(words))
+    return lines
+
+
+def start(folder: Path, count: int, jobs: int, log: Path) -> subprocess.Popen:
+    """Starts the launcher; what it prints is added to `log`."""
+    settings = [f"--config.{key}={value}" for key, value in SETTINGS.items()]
+    places = [f"--config={CONFIG}", f"--sweep=seed=range({count})", f"--workdir={folder}", f"--jobs={jobs}", "--retry"]
+    with log.open("a") as file:
+        command = [sys.executable, "-m", "sparsejax", "sweep", *places, *settings]
+        return subprocess.Popen(command, stdout=file, stderr=subprocess.STDOUT)
+
+
+def parent_of(process: int) -> int:
+    """The process that started another one."""
+    return int(Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[1])
+
+
+def disturb(what: str, launcher: subprocess.Popen, jobs: list[Job], draw: random.Random) -> dict:
+    """Does one thing to a sweep that is under way; returns what was done and how the launcher ended."""
+    running = [job for job in jobs if job.held() and job.process() is not None]
+    found = {"what": what, "done before": sum(job.result.exists() for job in jobs), "running": len(running)}
+    if what == "kill the launcher":
+        launcher.kill()
+    elif what == "ask the launcher to stop":
+        launcher.send_signal(signal.SIGINT)
+    elif running:
+        process = draw.choice(running).process()
+        if process is not None:
+            os.kill(process if what == "kill a run" else parent_of(process), signal.SIGKILL)
+        if draw.random() < 0.5:  # the launcher may see it, or be killed as well
+            time.sleep(draw.uniform(0, 1))
+            launcher.kill()
+    if what == "ask the launcher to stop":
+        found["exit code"] = launcher.wait()
+    return found
+
+
+def differences(one: Job, other: Job) -> list[str]:
+    """What differs between a run of both sweeps."""
+    folders = [job.result.parent for job in (one, other)]
+    names = ("metrics.jsonl", "metrics.csv", "config.json", "schedule.txt", "result.json")
+    found = [name for name in names if (folders[0] / name).read_bytes() != (folders[1] / name).read_bytes()]
+    states = [read_arrays(folder / "checkpoints", list_steps(folder / "checkpoints")[-1]) for folder in folders]
+    if states[0].keys() != states[1].keys():
+        return [*found, "the names of the arrays"]
+    return found + [path for path in states[0] if states[0][path].tobytes() != states[1][path].tobytes()]
+
+
+def main() -> None:
+    """Prints one line for each disturbance; with --out also writes the record. Exits with 1 if anything was lost."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    for name, default in {"runs": 8, "kills": 12, "seed": 0, "jobs": 2}.items():
+        parser.add_argument(f"--{name}", type=int, default=default)
+    parser.add_argument("--out", type=Path)
+    options = parser.parse_args()
+    draw, console, kills = random.Random(options.seed), Console(), []
+    with tempfile.TemporaryDirectory(prefix="sparsejax-kills-") as name:
+        os.environ["JAX_COMPILATION_CACHE_DIR"] = f"{name}/compiled"
+        os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
+        whole, killed, log = Path(name, "whole"), Path(name, "killed"), Path(name, "log")
+        if start(whole, options.runs, options.jobs, log).wait():
+            sys.exit(f"the undisturbed sweep failed:\n{log.read_text()}")
+        console.print(f"undisturbed sweep: {options.runs} runs of {STEPS} steps, {options.jobs} at a time")
+        runs = plan_runs(str(CONFIG), grid({"train.seed": range(options.runs)}), SETTINGS)
+        jobs, expected = ([build_job(run, folder) for run in runs] for folder in (killed, whole))
+        with Watch(killed) as watch:
+            for number in range(options.kills):
+                launcher = start(killed, options.runs, options.jobs, log)
+                while number == 0 and not any(job.held() for job in jobs):
+                    time.sleep(0.1)
+                time.sleep(draw.uniform(0, 8))
+                kills.append(disturb(DISTURBANCES[number % len(DISTURBANCES)], launcher, jobs, draw))
+                console.print(str(kills[-1]), highlight=False, soft_wrap=True)
+                if launcher.poll() is None:  # it goes on; two launchers cannot, so this one is killed for the next
+                    time.sleep(draw.uniform(0, 2))
+                    launcher.kill()
+                launcher.wait()
+            code = start(killed, options.runs, options.jobs, log).wait()
+        found = {run.name: differences(*pair) for run, *pair in zip(runs, jobs, expected, strict=True)}
+        found = {name: what for name, what in found.items() if what}
+        starts = [len(json.loads((job.result.parent / "versions.json").read_text())) for job in jobs]
+    console.print(f"last exit code {code}; starts of each run {starts}; two at work on one workdir: {watch.clashes}")
+    console.print(f"differences: {found or 'none'}")
+    if options.out:
+        about = {"python": sys.version.split()[0], "jax": jax.__version__, "seed": options.seed, "jobs": options.jobs}
+        about |= {"runs": options.runs, "steps": STEPS, "save every": EVERY, "disturbances": kills}
+        ends = {"last exit code": code, "starts of each run": starts, "looks": watch.looks}
+        record = about | ends | {"two at work on one workdir": watch.clashes, "differences": found}
+        options.out.parent.mkdir(parents=True, exist_ok=True)
+        options.out.write_text(json.dumps(record, indent=1) + "\n")
+    sys.exit(bool(code or found or watch.clashes))
+
+
+if __name__ == "__main__":
+    main()
