@@ -1,5 +1,6 @@
 """Searches whose answer is known: most of them over runs that are played, one over real ones."""
 
+import contextlib
 import csv
 import io
 import itertools
@@ -350,7 +351,7 @@ def search(trial):
 """
 
 
-def test_a_search_by_real_runs(tmp_path, capsys, monkeypatch):
+def test_a_search_by_real_runs(tmp_path, monkeypatch):
     pytest.importorskip("submitit", reason="needs the extra launch")
     for name, value in runs.environment().items():
         monkeypatch.setenv(name, value)
@@ -365,14 +366,14 @@ def test_a_search_by_real_runs(tmp_path, capsys, monkeypatch):
         "--config.checkpoint.every=4",
         "--config.eval.batches=1",
     ]
-    assert main(command) == 0
-    said = capsys.readouterr().out
+    with contextlib.redirect_stdout(io.StringIO()) as said:
+        assert main(command) == 0
     rows = list(csv.DictReader((folder / "trials.csv").open()))
     assert [row["state"] for row in rows] == ["complete"] * 4
     for row in rows:
         result = json.loads((folder / "runs" / row["run"] / RESULT).read_text())
         assert float(row["eval/loss"]) == result["eval/loss"]
-    assert f"wrote {folder / 'front-1.py'}" in said
+    assert f"wrote {folder / 'front-1.py'}" in said.getvalue()
     front = configs.load(str(folder / "front-1.py"))
     first = next(csv.DictReader((folder / "pareto.csv").open()))
     assert front.to_dict() == json.loads((folder / "runs" / first["run"] / "config.json").read_text())
