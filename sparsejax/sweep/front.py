@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import csv
 import dataclasses
+import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from sparsejax.config import Config
 from sparsejax.draw import write_figure
 from sparsejax.sweep.runs import Run
 
@@ -103,7 +105,9 @@ def write_outcomes(
         old.unlink()
     configs = [folder / config.format(place) for place in range(1, len(best) + 1)]
     for path, (one, run) in zip(configs, best, strict=True):
-        path.write_text(write_config(run.settings.to_dict(), _title(one, objectives, path.name)))
+        settings = run.settings.to_dict()
+        ordered = {field.name: settings[field.name] for field in dataclasses.fields(Config)}
+        path.write_text(write_config(ordered, _title(one, objectives, path.name)))
     pictures = [folder / f"{name}{ending}" for ending in (".png", ".svg")]
     for path in pictures:
         build = _draw_front if two else _draw_curves
@@ -160,7 +164,7 @@ def write_config(settings: dict[str, Any], title: str) -> str:
 def _write_value(value: Any, indent: int, before: int) -> str:
     """A value as Python; a dict that does not fit into a line behind `before` characters takes a line for each key."""
     if not isinstance(value, dict):
-        return repr(value)
+        return json.dumps(value, ensure_ascii=False) if isinstance(value, str) else repr(value)
     inline = ", ".join(f'"{key}": {_write_value(item, 0, 0)}' for key, item in value.items())
     if len(inline) + indent + before + 3 <= LINE and not any(isinstance(item, dict) for item in value.values()):
         return f"{{{inline}}}"

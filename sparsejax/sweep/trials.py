@@ -190,6 +190,7 @@ class _Trials:
             raise SweepError(f"--search: must give a dict of overrides, got {type(drawn).__name__}")
         if search.match:
             (matched,) = match_runs(search.config, [drawn], search.match, search.given)
+            self._say(trial, str(matched))
             drawn = matched.overrides
         (run,) = plan_runs(search.config, [drawn], search.given)
         limit_steps([run], search.steps)
