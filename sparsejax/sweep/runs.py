@@ -117,9 +117,8 @@ def plan_runs(config: str, sweep: Iterable[Overrides], given: Overrides | None =
     for one in sweep:
         overrides = {**(given or {}), **one}
         label = overrides.pop(LABEL, None)
-        run = Run(
-            config, tuple(sorted(overrides.items())), _describe(one, words, {SEED}) if label is None else str(label)
-        )
+        label = _describe(one, words, {SEED}) if label is None else str(label)
+        run = Run(config, tuple(sorted(overrides.items())), label)
         try:
             run.checked  # noqa: B018
         except ConfigError as error:
