@@ -19,8 +19,8 @@ from sparsejax import config as configs
 from sparsejax import schedule
 from sparsejax.account import Account, account_model
 from sparsejax.config import Config, ConfigError
-from sparsejax.sweep.axes import LABEL, Overrides, SweepError
-from sparsejax.sweep.runs import Run, describe, write_value
+from sparsejax.sweep.axes import LABEL, SEED, Overrides, SweepError
+from sparsejax.sweep.runs import Run, describe_runs, write_value
 
 
 def count_tokens(config: Config) -> int:
@@ -127,12 +127,18 @@ def match_runs(config: str, sweep: Iterable[Overrides], match: Match, given: Ove
         checked = _make_run(config, overrides).checked
         return QUANTITIES[match.quantity](checked, count(checked))
 
+    names, labels = describe_runs(sweep), describe_runs(sweep, {SEED})
     if match.target is None and sweep:
         try:
             match = dataclasses.replace(match, target=take({**given, **sweep[0]}))
         except ConfigError as error:
-            raise SweepError(f"--match: {FIRST}: {describe(sweep[0])}: {error}") from None
-    return [_match_run(_make_run(config, {**given, **one}), one, match, take) for one in sweep]
+            raise SweepError(f"--match: {FIRST}: {names[0]}: {error}") from None
+    found = []
+    for one, name, label in zip(sweep, names, labels, strict=True):
+        turned, reached = _match_run(_make_run(config, {**given, **one}), name, match, take)
+        overrides = {**one, LABEL: one.get(LABEL, label), **turned}
+        found.append(Matched(overrides, turned, reached, match.target, match.quantity))
+    return found
 
 
 def remember_accounts() -> Callable[[Config], Account]:
@@ -160,41 +166,40 @@ def _make_run(config: str, overrides: Overrides) -> Run:
     return Run(config, tuple(sorted((key, value) for key, value in overrides.items() if key != LABEL)), "")
 
 
-def _match_run(run: Run, own: Overrides, match: Match, take: Callable[[Overrides], float]) -> Matched:
-    label, overrides = own.get(LABEL) or describe(own), dict(run.overrides)
-    knob = _widths(run.settings, label) if match.key is None else _key(run.settings, match.key, label)
+def _match_run(run: Run, name: str, match: Match, take: Callable[[Overrides], float]) -> tuple[Overrides, float]:
+    """What is turned of a run, and what it takes then."""
+    knob = _widths(run.settings, name) if match.key is None else _key(run.settings, match.key, name)
 
     @functools.cache
     def value(number: int) -> float:
         turned = knob.turn(number)
         try:
-            return take({**overrides, **turned})
+            return take({**dict(run.overrides), **turned})
         except ConfigError as error:
-            raise SweepError(f"--match: {describe(own, seed=True)}: with {_write(turned)}: {error}") from None
+            raise SweepError(f"--match: {name}: with {_write(turned)}: {error}") from None
 
     number = find_nearest(value, knob.start, match.target)
-    turned = knob.turn(number)
-    found = Matched({**own, LABEL: label, **turned}, turned, value(number), match.target, match.quantity)
-    if abs(found.off) > REACH:
+    turned, reached = knob.turn(number), value(number)
+    if abs(reached / match.target - 1) > REACH:
         raise SweepError(
-            f"--match: {describe(own, seed=True)}: cannot take {match.target:.5g} {match.quantity}; the nearest is"
-            f" {found.reached:.5g}, with {_write(turned)}"
+            f"--match: {name}: cannot take {match.target:.5g} {match.quantity}; the nearest is {reached:.5g}, with"
+            f" {_write(turned)}"
         )
-    return found
+    return turned, reached
 
 
 def _write(turned: Overrides) -> str:
     return ", ".join(f"{key}={write_value(value)}" for key, value in turned.items())
 
 
-def _widths(settings: ConfigDict, label: str) -> _Knob:
+def _widths(settings: ConfigDict, name: str) -> _Knob:
     """All feed-forward widths of the schedule's layers by one factor; the number is the widest, in multiples."""
     layers, widths = settings.model.layers, {}
-    for name in dict.fromkeys(schedule.parse(settings.model.schedule)):
-        mlp = layers[name].mlp or {}
-        widths |= {f"model.layers.{name}.mlp.{key}": mlp[key] for key in ("width", "shared_width") if mlp.get(key)}
+    for layer in dict.fromkeys(schedule.parse(settings.model.schedule)):
+        mlp = layers[layer].mlp or {}
+        widths |= {f"model.layers.{layer}.mlp.{key}": mlp[key] for key in ("width", "shared_width") if mlp.get(key)}
     if not widths:
-        raise SweepError(f"--match: {label}: no layer has a feed-forward part; name a KEY to turn")
+        raise SweepError(f"--match: {name}: no layer has a feed-forward part; name a KEY to turn")
     widest = max(widths.values())
     return _Knob(
         max(1, round(widest / MULTIPLE)),
@@ -202,7 +207,7 @@ def _widths(settings: ConfigDict, label: str) -> _Knob:
     )
 
 
-def _key(settings: ConfigDict, key: str, label: str) -> _Knob:
+def _key(settings: ConfigDict, key: str, name: str) -> _Knob:
     """A key that is a whole number, or a text with a hole."""
     configs.override(ConfigDict(settings.to_dict()), key, "0")  # complains of a key that is none
     value: Any = functools.reduce(operator.getitem, key.split("."), settings)
@@ -211,7 +216,7 @@ def _key(settings: ConfigDict, key: str, label: str) -> _Knob:
     if isinstance(value, str) and HOLE in value:
         return _Knob(1, lambda number: {key: value.replace(HOLE, str(number))})
     raise SweepError(
-        f"--match: {label}: {key}: is {write_value(value)!r}; only a whole number, or a text with {HOLE}, can be turned"
+        f"--match: {name}: {key}: is {write_value(value)!r}; only a whole number, or a text with {HOLE}, can be turned"
     )
 
 
