@@ -97,10 +97,9 @@ def names_of(row):
     return schedule.parse(row["model.schedule"])
 
 
-@pytest.mark.parametrize("sampler", ["tpe", "random"])
-def test_the_best_schedule_is_found(sampler, tmp_path):
+def test_the_best_schedule_is_found(tmp_path):
     engine = Played()
-    rows, printed = run(make(sampler=sampler, trials=30), tmp_path, engine)
+    rows, printed = run(make(trials=30), tmp_path, engine)
     assert configs.load(str(tmp_path / "best.py")).model.schedule == "2x(full ssm)"
     (best,) = csv.DictReader((tmp_path / "best.csv").open())
     assert float(best["eval/loss"]) == pytest.approx(loss(BEST * 2, STEPS))
@@ -151,10 +150,10 @@ def test_the_front_of_a_whole_space(tmp_path):
     assert configs.load(str(tmp_path / "front-1.py")).model.schedule == front[0]["model.schedule"]
 
 
-@pytest.mark.parametrize("sampler", ["tpe", "nsga2"])
-def test_equal_seeds_make_equal_searches(sampler, tmp_path):
+@pytest.mark.parametrize(("sampler", "trials"), [("tpe", 12), ("nsga2", 18)])  # more than are drawn at random at first
+def test_equal_seeds_make_equal_searches(sampler, trials, tmp_path):
     one, other, third = (
-        run(make("eval/loss,kv", sampler=sampler, seed=seed), tmp_path / str(place))[0]
+        run(make("eval/loss,kv", trials=trials, sampler=sampler, seed=seed), tmp_path / str(place))[0]
         for place, seed in enumerate((1, 1, 2))
     )
     assert one == other != third
@@ -166,7 +165,7 @@ class Killed(BaseException):
 
 @pytest.mark.parametrize("jobs", [1, 3])
 def test_a_killed_search_loses_nothing(jobs, tmp_path, monkeypatch):
-    search = make(trials=15)
+    search = make(trials=12)
     whole, _ = run(search, tmp_path / "whole", Played(jobs))
     folder, looks, deaths = tmp_path / "killed", itertools.count(), 0
 
@@ -186,7 +185,7 @@ def test_a_killed_search_loses_nothing(jobs, tmp_path, monkeypatch):
                     file.write('{"op_code":')  # it died as it wrote, and held the lock
                 (folder / "study.journal.lock").symlink_to(folder / "study.journal")
     assert deaths > 3
-    assert [row["trial"] for row in rows] == [str(number) for number in range(15)]
+    assert [row["trial"] for row in rows] == [str(number) for number in range(12)]
     assert {row["state"] for row in rows} <= {"complete", "pruned"}
     if jobs == 1:
         assert rows == whole
