@@ -22,7 +22,20 @@ from sparsejax.ops import ImplementationError
 from sparsejax.patterns import PatternError
 from sparsejax.schedule import ScheduleError
 from sparsejax.show import show, show_complexity, show_data
-from sparsejax.sweep import RunsFailed, SweepError, sweep
+from sparsejax.sweep import (
+    QUANTITIES,
+    SAMPLERS,
+    Match,
+    RunsFailed,
+    Search,
+    SweepError,
+    build_engine,
+    read_match,
+    read_objectives,
+    read_search,
+    run_search,
+    sweep,
+)
 from sparsejax.train import BadLoss, CheckpointError, Interrupted, train
 
 # What is raised for something that cannot be used, with a message of one line.
@@ -166,10 +179,43 @@ def _draw(options: argparse.Namespace, overrides: list[str], console: Console) -
 
 
 def _sweep(options: argparse.Namespace, overrides: list[str], cluster: list[str], console: Console) -> None:
-    asked = options.sweep, _require_config(options), _read_settings(overrides, "--config.")
     settings = None if options.launcher == "local" else _read_settings(cluster, "--slurm.")
-    limits = {"retry": options.retry, "steps": options.max_steps, "hours": options.max_hours}
+    match = None if options.match is None else read_match(options.match)
+    if options.search:
+        _search(options, overrides, settings, match, console)
+        return
+    for name in ("trials", "objective", "sampler", "seed"):
+        if getattr(options, name) is not None:
+            raise ConfigError(f"--{name}: goes with --search")
+    asked = options.sweep, _require_config(options), _read_settings(overrides, "--config.")
+    limits = {"match": match, "retry": options.retry, "steps": options.max_steps, "hours": options.max_hours}
     sweep(*asked, Path(options.workdir), console, jobs=options.jobs, slurm=settings, dry=options.print, **limits)
+
+
+def _search(
+    options: argparse.Namespace,
+    overrides: list[str],
+    cluster: dict[str, str] | None,
+    match: Match | None,
+    console: Console,
+) -> None:
+    if options.trials is None or options.retry or options.print:
+        raise ConfigError("--search: needs --trials, and neither --retry nor --print can be given with it")
+    search = Search(
+        config=_require_config(options),
+        draw=read_search(options.search),
+        objectives=read_objectives(options.objective or "eval/loss"),
+        trials=options.trials,
+        given=_read_settings(overrides, "--config."),
+        match=match,
+        sampler=options.sampler or SAMPLERS[0],
+        seed=options.seed or 0,
+        steps=options.max_steps,
+    )
+    folder = Path(options.workdir)
+    engine = build_engine(folder, options.jobs, cluster)
+    for file in run_search(search, folder, engine, console, options.max_hours):
+        console.print(f"wrote {file}", highlight=False, markup=False, soft_wrap=True)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -215,9 +261,9 @@ def _parser() -> argparse.ArgumentParser:
 
 def _add_sweep(one: argparse.ArgumentParser) -> None:
     one.epilog += "; --slurm.KEY=VALUE sets partition, time (minutes), cpus, gpus, mem or another option of sbatch"
-    one.add_argument(
-        "--sweep", required=True, metavar="FILE.py[:NAME]|AXES", help="or 'model.width=[64, 128];seed=range(3)'"
-    )
+    what = one.add_mutually_exclusive_group(required=True)
+    what.add_argument("--sweep", metavar="FILE.py[:NAME]|AXES", help="or 'model.width=[64, 128];seed=range(3)'")
+    what.add_argument("--search", metavar="FILE.py[:NAME]", help="a function that draws the overrides of a trial")
     one.add_argument("--workdir", required=True, help="the sweep's folder: sweep.json, runs/, jobs/")
     one.add_argument("--launcher", choices=["local", "slurm"], default="local")
     one.add_argument("--jobs", type=int, default=None, help="runs at a time; one for each GPU, or for two cores")
@@ -225,6 +271,18 @@ def _add_sweep(one: argparse.ArgumentParser) -> None:
     one.add_argument("--print", action="store_true", help="print the command line of every run, and start none")
     one.add_argument("--max-steps", type=int, default=None, help="refuse runs of more steps")
     one.add_argument("--max-hours", type=float, default=None, help="then all that runs saves and stops")
+    one.add_argument(
+        "--match", metavar="QUANTITY:TARGET[:KEY]", help=f"turn KEY until all take the same: {', '.join(QUANTITIES)}"
+    )
+    one.add_argument("--trials", type=int, default=None, help="of a search: how many in all")
+    one.add_argument(
+        "--objective",
+        default=None,
+        metavar="METRIC[,OTHER]",
+        help="eval/loss if not given, or such as eval/accuracy,kv",
+    )
+    one.add_argument("--sampler", choices=SAMPLERS, default=None, help="how trials are drawn")
+    one.add_argument("--seed", type=int, default=None, help="of the sampler")
 
 
 def _split_settings(arguments: list[str], prefix: str) -> tuple[list[str], list[str]]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 import itertools
 import textwrap
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -202,7 +202,12 @@ def _half_characters(states: np.ndarray, colours: dict[int, str]) -> Text:
 
 
 def write_panels(panels: Sequence[Panel], path: Path) -> None:
-    """Writes panels as a figure; equal panels make equal files.
+    """Writes panels as a figure; raises as `write_figure` does."""
+    write_figure(lambda: _build_figure(panels), path)
+
+
+def write_figure(build: Callable[[], Figure], path: Path) -> None:
+    """Writes the figure that `build` gives, as .png or .svg; equal figures make equal files.
 
     Raises:
       ConfigError: matplotlib is not installed.
@@ -210,15 +215,13 @@ def write_panels(panels: Sequence[Panel], path: Path) -> None:
     try:
         from matplotlib import style
     except ImportError:
-        raise ConfigError("--out: writing a picture needs matplotlib: pip install 'sparsejax[plot]'") from None
-    # Nothing of the user's own settings, no date and no random ids: the file depends on the panels alone.
+        raise ConfigError(f"{path.name}: writing a picture needs matplotlib: pip install 'sparsejax[plot]'") from None
+    # Nothing of the user's own settings, no date and no random ids: the file depends on the figure alone.
     fixed = {"svg.hashsalt": "sparsejax", "svg.fonttype": "none", "text.parse_math": False, "font.size": 8}
     metadata = {".svg": {"Date": None, "Creator": None}, ".png": {"Software": None}}[path.suffix]
     written = io.BytesIO()
     with style.context(["default", fixed]):
-        _build_figure(panels).savefig(
-            written, format=path.suffix[1:], metadata=metadata, dpi=DOTS_PER_INCH, bbox_inches="tight"
-        )
+        build().savefig(written, format=path.suffix[1:], metadata=metadata, dpi=DOTS_PER_INCH, bbox_inches="tight")
     path.write_bytes(written.getvalue())
 
 

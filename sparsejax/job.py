@@ -9,6 +9,7 @@ import contextlib
 import dataclasses
 import fcntl
 import os
+import platform
 import signal
 import subprocess
 import threading
@@ -27,8 +28,8 @@ class Job:
 
     Attributes:
       command: The command line of the run.
-      place: Its files: `place`.log, what the run prints; .exit, its exit code; .lock, held while it runs, with the id
-        of its process.
+      place: Its files: `place`.log, what the run prints; .exit, its exit code; .lock, held while it runs, with its
+        process and machine.
       result: The file that a run leaves when it has ended; with it nothing is left to do.
       cores: The cores that it may use; all, if none are named.
       environment: Variables that are set for the run, or taken away (None).
@@ -64,7 +65,7 @@ class Job:
             self.forget()  # a cluster may have queued it again
             with self.log.open("ab") as log:
                 self._start(log.fileno(), lock.fileno())
-            lock.write(f"{self._child.pid}\n")
+            lock.write(f"{self._child.pid} {platform.node()}\n")
             lock.flush()
             code = self._wait()
             self._record(code)
@@ -104,10 +105,19 @@ class Job:
             return int(self.place.with_suffix(".exit").read_text())
         return None
 
+    def began(self) -> bool:
+        """Whether the run is running, on whatever machine."""
+        return self._running() is not None
+
     def process(self) -> int | None:
-        """The process id of the run while it is running."""
+        """The id of the run's process while it is running; None if it runs on another machine."""
+        process, machine = self._running() or (None, platform.node())
+        return process if machine == platform.node() else None
+
+    def _running(self) -> tuple[int, str] | None:
         with contextlib.suppress(FileNotFoundError, ValueError):
-            return int(self.place.with_suffix(".lock").read_text())
+            process, machine = self.place.with_suffix(".lock").read_text().split()
+            return int(process), machine
         return None
 
     def last_lines(self, count: int) -> list[str]:

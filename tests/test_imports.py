@@ -27,7 +27,7 @@ NEEDS = {
     "draw": {"patterns", "config"},
     "train": {"patterns", "layers", "config", "sharding", "data", "model", "decode"},
     "job": set(),
-    "sweep": {"config", "job", "train"},
+    "sweep": {"schedule", "config", "account", "draw", "job", "train"},
     "interop": {"schedule", "config", "layers", "model", "patterns", "sharding"},
     "cli": {"patterns", "ops", "schedule", "config", "data", "interop", "sharding", "show", "draw", "sweep", "train"},
     "__main__": {"cli"},

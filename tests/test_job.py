@@ -82,6 +82,7 @@ def test_one_process_at_a_time(tmp_path):
     first = call_elsewhere(job, tmp_path)
     wait_for(lambda: job.last_lines(1) == ["started"])
     assert job.held()
+    assert job.began()
     assert call_elsewhere(job, tmp_path).communicate()[0].splitlines()[-1] == "None"
     # The lock is held as long as the run itself is alive, even if nobody waits for it any more.
     first.kill()
@@ -127,6 +128,13 @@ def test_the_signals_of_a_cluster_leave_the_run_alone(tmp_path):
     job = Job(["sh", "-c", "kill -USR1 $$; kill -USR2 $$; echo alive"], tmp_path / "one", tmp_path / "result")
     assert job() == 0
     assert job.last_lines(1) == ["alive"]
+
+
+def test_a_process_of_another_machine_is_not_told(tmp_path):
+    job = job_for(tmp_path, 0)
+    job.place.parent.mkdir()
+    job.place.with_suffix(".lock").write_text("12 elsewhere\n")
+    assert (job.began(), job.process()) == (True, None)
 
 
 def test_tails(tmp_path):

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import enum
 import json
 import os
+import signal
 import subprocess
 import time
 from collections.abc import Mapping, Sequence
@@ -107,6 +109,7 @@ class Local:
 
     def launch(self, waiting: Sequence[Attempt], live: Sequence[Attempt]) -> list[Attempt]:
         """Submits as many as there are free slots."""
+        self._jobs = {name: job for name, job in self._jobs.items() if not job.done()}
         launched, taken = [], {attempt.slot for attempt in live}
         for attempt in waiting[: max(0, self.jobs - len(live))]:
             attempt.slot = min(set(range(self.jobs)) - taken)
@@ -123,7 +126,7 @@ class Local:
 
     def began(self, attempt: Attempt) -> bool:
         """Its process is known."""
-        return attempt.job.process() is not None
+        return attempt.job.began()
 
     def ended(self, attempt: Attempt) -> bool:
         """The exit code is there before submitit's own processes have ended; they need not be waited for."""
@@ -135,7 +138,8 @@ class Local:
         """Sends SIGTERM to the run's process."""
         process = attempt.job.process()
         if not attempt.told and process is not None and attempt.job.held():
-            os.kill(process, 15)
+            with contextlib.suppress(ProcessLookupError):  # it has just ended
+                os.kill(process, signal.SIGTERM)
             attempt.told = True
 
     def find(self, attempt: Attempt) -> bool:
@@ -201,11 +205,11 @@ class Slurm:
     def stop(self, attempt: Attempt) -> None:
         """SIGTERM for a run that is running; a job that is not is cancelled."""
         state = self._ask().get(attempt.id)
-        if state == "RUNNING" and attempt.job.process() is None:
+        if state == "RUNNING" and not attempt.job.began():
             return  # it has only just begun
         if state is not None and not attempt.told:
-            signal = ["--signal=TERM"] if state == "RUNNING" else []
-            attempt.told = subprocess.run(["scancel", *signal, attempt.id], capture_output=True).returncode == 0
+            how = ["--signal=TERM"] if state == "RUNNING" else []
+            attempt.told = subprocess.run(["scancel", *how, attempt.id], capture_output=True).returncode == 0
 
     def find(self, attempt: Attempt) -> bool:
         """Slurm's queue tells."""
@@ -261,6 +265,13 @@ def find_devices() -> tuple[str, ...]:
         return tuple(filter(None, os.environ["CUDA_VISIBLE_DEVICES"].split(",")))
     numbers = (path.name.removeprefix("nvidia") for path in Path("/dev").glob("nvidia[0-9]*"))
     return tuple(str(number) for number in sorted(int(text) for text in numbers if text.isdigit()))
+
+
+def build_engine(folder: Path, jobs: int | None, slurm: Mapping[str, str] | None) -> Engine:
+    """The machine at hand, or Slurm if there are settings for it; raises SweepError for what cannot be used."""
+    if jobs is not None and jobs < 1:
+        raise SweepError(f"--jobs: at least 1, got {jobs}")
+    return Local(folder, jobs) if slurm is None else Slurm(folder, jobs, slurm)
 
 
 def build_job(run: Run, folder: Path) -> Job:

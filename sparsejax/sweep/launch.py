@@ -12,7 +12,8 @@ from rich.console import Console
 from sparsejax.job import hold, was_asked
 from sparsejax.sweep.axes import Overrides, SweepError
 from sparsejax.sweep.board import Board, read_progress
-from sparsejax.sweep.engines import Attempt, Engine, Local, Slurm, State, build_job
+from sparsejax.sweep.engines import Attempt, Engine, State, build_engine, build_job
+from sparsejax.sweep.match import Match, match_runs
 from sparsejax.sweep.record import check_record, write_record
 from sparsejax.sweep.runs import Run, limit_steps, plan_runs, read_sweep, show_command
 from sparsejax.train import Interrupted
@@ -36,6 +37,7 @@ def sweep(
     retry: bool = False,
     steps: int | None = None,
     hours: float | None = None,
+    match: Match | None = None,
 ) -> None:
     """The verb: plans all runs, checks them, and launches what is not done.
 
@@ -51,6 +53,7 @@ def sweep(
       retry: See `launch`.
       steps: Runs of more steps are refused.
       hours: See `launch`.
+      match: What all runs are to take the same of.
 
     Raises:
       SweepError, ConfigError: before any run starts: something given cannot be used.
@@ -58,14 +61,19 @@ def sweep(
     """
     if jobs is not None and jobs < 1:
         raise SweepError(f"--jobs: at least 1, got {jobs}")
-    runs = plan_runs(config, read_sweep(text), given)
+    planned = read_sweep(text)
+    if match is not None:
+        matched = match_runs(config, planned, match, given)
+        console.print(*dict.fromkeys(map(str, matched)), sep="\n", highlight=False, markup=False, soft_wrap=True)
+        planned = [one.overrides for one in matched]
+    runs = plan_runs(config, planned, given)
     limit_steps(runs, steps)
     check_record(folder, config, runs)
     if dry:
         for run in runs:
             console.print(show_command(run.command(folder)), highlight=False, markup=False, soft_wrap=True)
         return
-    engine = Local(folder, jobs) if slurm is None else Slurm(folder, jobs, slurm)
+    engine = build_engine(folder, jobs, slurm)
     with hold(folder / "jobs" / "launcher.lock") as alone:
         if not alone:
             raise SweepError(f"--workdir: another launcher is at work on {folder}")
@@ -95,8 +103,8 @@ def launch(
         if attempt.state is State.QUEUED:
             board.report(attempt, "found again, launched before")
         elif attempt.state is State.FAILED:
-            board.report(attempt, f"failed before, and --retry runs it again: {_explain(attempt)}")
-    with _StopSignals() as signals, board:
+            board.report(attempt, f"failed before, and --retry runs it again: {explain(attempt)}")
+    with StopSignals() as signals, board:
         reason = _follow(attempts, engine, board, folder, signals, hours)
     board.say(_conclude(attempts, reason))
 
@@ -115,7 +123,7 @@ def _assess(run: Run, folder: Path, engine: Engine, retry: bool) -> Attempt:
 
 
 def _follow(
-    attempts: list[Attempt], engine: Engine, board: Board, folder: Path, signals: _StopSignals, hours: float | None
+    attempts: list[Attempt], engine: Engine, board: Board, folder: Path, signals: StopSignals, hours: float | None
 ) -> str | None:
     """Until all have ended, or those that run have stopped; returns why they had to."""
     end = None if hours is None else time.monotonic() + 3600 * hours
@@ -164,10 +172,11 @@ def _look(attempt: Attempt, engine: Engine, folder: Path, board: Board) -> None:
         board.report(attempt, f"stopped {took}")
     else:
         attempt.state = State.FAILED
-        board.report(attempt, f"failed {took}: {_explain(attempt)}", attempt.job.last_lines(LINES))
+        board.report(attempt, f"failed {took}: {explain(attempt)}", attempt.job.last_lines(LINES))
 
 
-def _explain(attempt: Attempt) -> str:
+def explain(attempt: Attempt) -> str:
+    """How the run's last attempt ended, in words."""
     code = attempt.job.exit_code()
     if code is None:
         how = "its job ended without an exit code"
@@ -199,12 +208,12 @@ def _having(attempts: list[Attempt], state: State) -> list[Attempt]:
     return [attempt for attempt in attempts if attempt.state is state]
 
 
-class _StopSignals:
+class StopSignals:
     """Notes SIGINT and SIGTERM, so that the runs can be asked to save; a second one leaves at once."""
 
     received: str | None = None
 
-    def __enter__(self) -> _StopSignals:
+    def __enter__(self) -> StopSignals:
         self._before = {number: signal.signal(number, self._note) for number in (signal.SIGINT, signal.SIGTERM)}
         return self
 

@@ -8,7 +8,7 @@ import hashlib
 import json
 import shlex
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence, Set
 from pathlib import Path
 from typing import Any
 
@@ -113,14 +113,17 @@ def plan_runs(config: str, sweep: Iterable[Overrides], given: Overrides | None =
       SweepError: a run that its config refuses, named by its overrides; or one run under two labels.
     """
     runs: dict[str, Run] = {}
+    sweep = list(sweep)
+    words = _shorten({key for one in sweep for key in one} - {LABEL})
     for one in sweep:
         overrides = {**(given or {}), **one}
         label = overrides.pop(LABEL, None)
-        run = Run(config, tuple(sorted(overrides.items())), label or _describe(one))
+        label = _describe(one, words, {SEED}) if label is None else str(label)
+        run = Run(config, tuple(sorted(overrides.items())), label)
         try:
             run.checked  # noqa: B018
         except ConfigError as error:
-            raise SweepError(f"{_describe(one, seed=True)}: {error}") from None
+            raise SweepError(f"{_describe(one, words)}: {error}") from None
         if runs.setdefault(run.name, run).label != run.label:
             raise SweepError(f"{run.label}: is the same run as {runs[run.name].label}")
     return list(runs.values())
@@ -137,9 +140,20 @@ def limit_steps(runs: Iterable[Run], most: int | None) -> None:
             raise SweepError(f"{run.label}: train.steps is {run.checked.train.steps}, more than --max-steps={most}")
 
 
-def _describe(overrides: Overrides, seed: bool = False) -> str:
+def describe_runs(sweep: Sequence[Overrides], without: Set[str] = frozenset()) -> list[str]:
+    """The overrides of each run in words; what `plan_runs` calls a run without a label is said without its seed."""
+    words = _shorten({key for one in sweep for key in one} - {LABEL})
+    return [_describe(one, words, without) for one in sweep]
+
+
+def _describe(overrides: Overrides, words: Mapping[str, str], without: Set[str] = frozenset()) -> str:
     """The overrides in words: for people, and where no label is given."""
-    kept = {key: value for key, value in overrides.items() if key != LABEL and (seed or key != SEED)}
-    return (
-        ", ".join(f"{key.rpartition('.')[2]}={write_value(value)}" for key, value in sorted(kept.items())) or "config"
-    )
+    kept = {key: value for key, value in sorted(overrides.items()) if key in words and key not in without}
+    return ", ".join(f"{words[key]}={write_value(value)}" for key, value in kept.items()) or "config"
+
+
+def _shorten(keys: Set[str]) -> dict[str, str]:
+    """The end of each key that is long enough to tell it from the others."""
+    ends = {key: [key.split(".", skip)[-1] for skip in range(key.count("."), -1, -1)] for key in keys}
+    others = {key: [end for other in keys - {key} for end in ends[other]] for key in keys}
+    return {key: next((end for end in ends[key] if end not in others[key]), key) for key in keys}

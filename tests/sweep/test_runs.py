@@ -42,6 +42,11 @@ def test_labels():
         plan_runs(RECIPE, [{"label": "a"}, {"label": "b"}])
 
 
+def test_labels_tell_keys_apart():
+    sweep = [{"model.width": 32}, {"model.layers.full.mlp.width": 32, "train.batch": 2}]
+    assert [run.label for run in plan_runs(RECIPE, sweep)] == ["model.width=32", "mlp.width=32, batch=2"]
+
+
 def test_a_run_may_set_anew_what_is_given():
     (run,) = plan_runs(RECIPE, [{"train.steps": 9}], {"train.steps": "7"})
     assert run.checked.train.steps == 9

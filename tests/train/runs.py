@@ -26,13 +26,18 @@ def write_text(folder: Path) -> Path:
     return folder
 
 
-def start(*arguments: str, devices: int = 1, program: tuple[str, ...] = ("-m", "sparsejax")) -> subprocess.Popen:
-    """Starts a Python program, the command line if no other is named, on so many devices of the CPU."""
+def environment(devices: int = 1) -> dict[str, str]:
+    """Variables of a process that compiles in no time, for so many devices of the CPU."""
     flags = f"--xla_force_host_platform_device_count={devices} --xla_backend_optimization_level=0"
     cache = {"JAX_COMPILATION_CACHE_DIR": COMPILED.name, "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}
+    return cache | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags}
+
+
+def start(*arguments: str, devices: int = 1, program: tuple[str, ...] = ("-m", "sparsejax")) -> subprocess.Popen:
+    """Starts a Python program, the command line if no other is named, on so many devices of the CPU."""
     return subprocess.Popen(
         [sys.executable, *program, *arguments],
-        env=os.environ | cache | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags},
+        env=os.environ | environment(devices),
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,

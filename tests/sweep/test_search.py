@@ -1,0 +1,378 @@
+"""Searches whose answer is known: most of them over runs that are played, one over real ones."""
+
+import contextlib
+import csv
+import io
+import itertools
+import json
+import math
+import os
+import signal
+
+import pytest
+from rich.console import Console
+
+from sparsejax import config as configs
+from sparsejax import schedule
+from sparsejax.account import account_model
+from sparsejax.cli import USAGE_ERROR, main
+from sparsejax.sweep import Search, SweepError, read_match, read_objectives, read_search, run_search, suggest_period
+from sparsejax.sweep import trials as trials_of
+from sparsejax.train import RESULT, Interrupted, read_rows
+from tests.train import runs
+
+pytest.importorskip("optuna", reason="needs the extra search")
+
+CONFIG = str(runs.RECIPE)
+NAMES = ("ssm", "local", "full")
+BEST = ("full", "ssm")  # what the played runs like best
+STEPS, EVERY = 20, 5
+
+
+def draw(trial):
+    return {"model.schedule": suggest_period(trial, NAMES, layers=4, period=2)}
+
+
+def loss(names, step):
+    """Of a played run: lower for each layer that is as in BEST, and with every step; no two schedules have the same."""
+    wrong = sum(name != best for name, best in zip(names, itertools.cycle(BEST), strict=False))
+    return 1 + wrong + sum(NAMES.index(name) * 0.01 * 3**-place for place, name in enumerate(names)) + 1 / step
+
+
+class Played:
+    """An engine whose runs come one evaluation further whenever one looks, unless `happen` gives an exit code."""
+
+    rest, stays = 0.0, False
+
+    def __init__(self, jobs=1, happen=lambda attempt, step: None):
+        self.jobs, self.happen, self.launched = jobs, happen, []
+
+    def launch(self, waiting, live):
+        chosen = list(waiting[: self.jobs - len(live)])
+        for attempt in chosen:
+            attempt.told = False
+            attempt.job.forget()
+            self.launched.append(attempt.run.name)
+        return chosen
+
+    def ended(self, attempt):
+        metrics = attempt.job.result.with_name("metrics.jsonl")
+        metrics.parent.mkdir(parents=True, exist_ok=True)
+        attempt.job.place.parent.mkdir(parents=True, exist_ok=True)
+        step = EVERY + max((row["step"] for row in read_rows(metrics)), default=0)
+        code = 75 if attempt.told else self.happen(attempt, step)
+        if code is None:
+            value = loss(attempt.run.checked.model.names, step)
+            with metrics.open("a") as file:
+                file.write(json.dumps({"step": step, "train/loss": value, "eval/loss": value}) + "\n")
+            if step < STEPS:
+                return False
+            attempt.job.result.write_text(json.dumps({"step": step, "eval/loss": value}))
+            code = 0
+        attempt.job.place.with_suffix(".exit").write_text(f"{code}\n")
+        return True
+
+    def began(self, attempt):
+        return True
+
+    def stop(self, attempt):
+        attempt.told = True
+
+    def find(self, attempt):
+        return False
+
+
+def make(objective="eval/loss", trials=20, **options):
+    return Search(CONFIG, draw, read_objectives(objective), trials, **options)
+
+
+def run(search, folder, engine=None):
+    """The rows of trials.csv, and what was printed."""
+    console = Console(file=io.StringIO(), width=300)
+    run_search(search, folder, engine or Played(), console)
+    return list(csv.DictReader((folder / "trials.csv").open())), console.file.getvalue()
+
+
+def names_of(row):
+    return schedule.parse(row["model.schedule"])
+
+
+def test_the_best_schedule_is_found(tmp_path):
+    engine = Played()
+    rows, printed = run(make(trials=30), tmp_path, engine)
+    assert configs.load(str(tmp_path / "best.py")).model.schedule == "2x(full ssm)"
+    (best,) = csv.DictReader((tmp_path / "best.csv").open())
+    assert float(best["eval/loss"]) == pytest.approx(loss(BEST * 2, STEPS))
+    assert len(rows) == 30
+    finished = [name for name in engine.launched if (tmp_path / "runs" / name / RESULT).exists()]
+    assert len(finished) == len(set(finished))  # what was drawn again was not run again
+    assert len(set(engine.launched)) <= 9 < 30
+    assert "sparsejax train" in printed
+    assert "--config.model.schedule='2x(full ssm)'" in printed or "'--config.model.schedule=2x(full ssm)'" in printed
+
+
+def test_successive_halving(tmp_path):
+    """Against the rule itself: whoever is not among the best third of those that came to a rung stops there."""
+    rows, _ = run(make(sampler="random", trials=25), tmp_path)
+    reached = {5: [], 15: []}  # rungs: the first evaluation, and three times as far
+    for row in rows:
+        expected = STEPS
+        for step, values in reached.items():
+            value = loss(names_of(row), step)
+            values.append(value)
+            if value > sorted(values)[max(0, len(values) // 3 - 1)]:
+                expected = step
+                break
+        assert (int(row["step"]), row["state"]) == (expected, "complete" if expected == STEPS else "pruned")
+    assert {int(row["step"]) for row in rows} == {5, 15, STEPS}
+
+
+def test_the_front_of_a_whole_space(tmp_path):
+    rows, _ = run(make("eval/loss,kv", trials=45, sampler="random"), tmp_path)
+    assert {row["state"] for row in rows} == {"complete"}  # none of several objectives is pruned
+    points = {}
+    for period in itertools.product(NAMES, repeat=2):
+        text = schedule.write(period * 2)
+        config = configs.load(CONFIG, [f"model.schedule={text}"])
+        layers, _ = account_model(configs.check(config).model, config.data.length)
+        points[text] = loss(period * 2, STEPS), sum(layer.cache_bytes for layer in layers)
+    assert {row["model.schedule"] for row in rows} == set(points)
+    expected = {
+        text
+        for text, (a, b) in points.items()
+        if not any(c <= a and d <= b and (c, d) != (a, b) for c, d in points.values())
+    }
+    front = list(csv.DictReader((tmp_path / "pareto.csv").open()))
+    assert {row["model.schedule"] for row in front} == expected
+    assert 1 < len(expected) < len(points)
+    for row in front:
+        assert (float(row["eval/loss"]), float(row["kv"])) == pytest.approx(points[row["model.schedule"]])
+    assert configs.load(str(tmp_path / "front-1.py")).model.schedule == front[0]["model.schedule"]
+
+
+@pytest.mark.parametrize(("sampler", "trials"), [("tpe", 12), ("nsga2", 18)])  # more than are drawn at random at first
+def test_equal_seeds_make_equal_searches(sampler, trials, tmp_path):
+    one, other, third = (
+        run(make("eval/loss,kv", trials=trials, sampler=sampler, seed=seed), tmp_path / str(place))[0]
+        for place, seed in enumerate((1, 1, 2))
+    )
+    assert one == other != third
+
+
+class Killed(BaseException):
+    """As if by kill -9: nothing is done on the way out."""
+
+
+@pytest.mark.parametrize("jobs", [1, 3])
+def test_a_killed_search_loses_nothing(jobs, tmp_path, monkeypatch):
+    search = make(trials=12)
+    whole, _ = run(search, tmp_path / "whole", Played(jobs))
+    folder, looks, deaths = tmp_path / "killed", itertools.count(), 0
+
+    def die(attempt, step):
+        if next(looks) % 3 == 2:
+            raise Killed
+
+    with monkeypatch.context() as patch:
+        patch.setattr(trials_of._Trials, "_stop", lambda self: None)
+        for _ in range(30):
+            try:
+                rows, _ = run(search, folder, Played(jobs, die))
+                break
+            except Killed:
+                deaths += 1
+                with (folder / "study.journal").open("a") as file:
+                    file.write('{"op_code":')  # it died as it wrote, and held the lock
+                (folder / "study.journal.lock").symlink_to(folder / "study.journal")
+    assert deaths > 3
+    assert [row["trial"] for row in rows] == [str(number) for number in range(12)]
+    assert {row["state"] for row in rows} <= {"complete", "pruned"}
+    if jobs == 1:
+        assert rows == whole
+        assert (folder / "best.py").read_bytes() == (tmp_path / "whole" / "best.py").read_bytes()
+
+
+def test_more_trials_are_added_to_those_there_are(tmp_path):
+    first, _ = run(make(trials=5), tmp_path)
+    engine = Played()
+    assert run(make(trials=5), tmp_path, engine)[0] == first
+    assert engine.launched == []
+    more, _ = run(make(trials=8), tmp_path)
+    assert (more[:5], len(more)) == (first, 8)
+
+
+def test_a_run_that_fails_is_told_with_its_log(tmp_path):
+    def fail(attempt, step):
+        if attempt.run.checked.model.names[0] == "ssm":
+            attempt.job.log.write_text("first\nout of memory\n")
+            return 1
+        return None
+
+    rows, printed = run(make(sampler="random"), tmp_path, Played(happen=fail))
+    assert {row["state"] for row in rows if names_of(row)[0] == "ssm"} == {"failed"}
+    assert {row["state"] for row in rows if names_of(row)[0] != "ssm"} <= {"complete", "pruned"}
+    assert "failed: exit code 1" in printed
+    assert "    out of memory" in printed
+    with pytest.raises(SweepError, match="no trial was completed"):
+        run(make(trials=2), tmp_path / "other", Played(happen=lambda attempt, step: 1))
+
+
+def test_a_run_that_others_stop_goes_on(tmp_path):
+    stops = iter([75, None, -15])
+    engine = Played(happen=lambda attempt, step: next(stops, None))
+    (row,), _ = run(make(trials=1), tmp_path, engine)
+    assert (row["state"], len(engine.launched)) == ("complete", 3)
+
+
+def test_a_search_that_is_asked_to_stop_asks_its_runs(tmp_path):
+    told = []
+
+    class Asked(Played):
+        def stop(self, attempt):
+            told.append(attempt.run.name)
+            super().stop(attempt)
+
+    def ask(attempt, step):
+        if step == 10 and not told:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    with pytest.raises(Interrupted, match=r"stopped by SIGTERM: .* the same command goes on"):
+        run(make(trials=4), tmp_path, Asked(happen=ask))
+    assert len(told) == 1
+    assert [row["state"] for row in run(make(trials=4), tmp_path)[0]] == [
+        row["state"] for row in run(make(trials=4), tmp_path / "whole")[0]
+    ]
+
+
+def test_trials_that_search_leaves_out(tmp_path):
+    from optuna import TrialPruned
+
+    def choosy(trial):
+        if trial.number % 2:
+            raise TrialPruned
+        return draw(trial)
+
+    rows, _ = run(Search(CONFIG, choosy, read_objectives("eval/loss"), 4), tmp_path)
+    assert [row["run"] == "" for row in rows] == [False, True, False, True]
+
+
+def test_trials_of_equal_flops(tmp_path):
+    def playing(attempt, step):
+        steps.append(attempt.run.checked.train.steps)
+
+    steps = []
+    run(make(trials=4, match=read_match("flops:1e9"), sampler="random"), tmp_path, Played(happen=playing))
+    for row in csv.DictReader((tmp_path / "trials.csv").open()):
+        config = configs.check(configs.load(CONFIG, [f"{key}={row[key]}" for key in ("model.schedule", "train.steps")]))
+        layers, rest = account_model(config.model, 32)
+        each = 4 * 32 * sum(part.training_flops for part in (*layers, rest))
+        assert config.train.steps * each == pytest.approx(1e9, rel=0.01)
+
+
+def test_seconds(tmp_path):
+    rates = iter([4.0, 2.0, 1.0, 0.5] * 2)
+
+    def keep_time(attempt, step):
+        with attempt.job.result.with_name("timing.jsonl").open("a") as file:
+            file.write(json.dumps({"step": step, "steps_per_second": next(rates)}) + "\n")
+
+    rows, _ = run(make("eval/loss,seconds", trials=2), tmp_path, Played(happen=keep_time))
+    assert [float(row["seconds"]) for row in rows] == [20 / 1.5] * 2
+    assert math.isfinite(float(rows[0]["eval/loss"]))
+
+
+BAD = {
+    "a folder of another search": lambda folder: (run(make(trials=1), folder), run(make(trials=1, seed=5), folder)),
+    "a metric that is not there": lambda folder: run(make("eval/accuracy"), folder),
+    "more steps than allowed": lambda folder: run(make(steps=10), folder),
+    "no target": lambda folder: make(match=read_match("flops:first")),
+    "no trials": lambda folder: make(trials=0),
+    "a sampler": lambda folder: make(sampler="grid"),
+    "no dict": lambda folder: run(Search(CONFIG, lambda trial: None, read_objectives("eval/loss"), 1), folder),
+    "an error": lambda folder: run(Search(CONFIG, lambda trial: 1 / 0, read_objectives("eval/loss"), 1), folder),
+    "a typo": lambda folder: run(
+        Search(CONFIG, lambda trial: {"train.stepz": 1}, read_objectives("eval/loss"), 1), folder
+    ),
+    "three objectives": lambda folder: read_objectives("eval/loss,kv,flops"),
+    "no metric": lambda folder: read_objectives("kv,eval/loss"),
+    "a cost": lambda folder: read_objectives("eval/loss,bytes"),
+    "no file": lambda folder: read_search("nowhere.py"),
+    "no function": lambda folder: read_search(f"{CONFIG}:nothing"),
+}
+SAID = {
+    "a folder of another search": "seed was 0, is 5",
+    "a metric that is not there": "no 'eval/accuracy', only eval/loss",
+    "more steps than allowed": "--max-steps=10",
+    "no target": "must be a number",
+    "no trials": "--trials",
+    "a sampler": "--sampler",
+    "no dict": "dict of overrides",
+    "an error": "trial 0: ZeroDivisionError",
+    "a typo": "did you mean 'steps'",
+    "three objectives": "--objective",
+    "no metric": "METRIC",
+    "a cost": "flops_per_token, parameters",
+    "no file": "nowhere.py",
+    "no function": "has no function nothing(trial)",
+}
+
+
+@pytest.mark.parametrize("what", BAD)
+def test_what_cannot_be_searched_is_one_line(what, tmp_path):
+    with pytest.raises(SweepError) as error:
+        BAD[what](tmp_path)
+    assert SAID[what] in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["--search=x.py"],
+        ["--search=x.py", "--trials=3", "--retry"],
+        ["--search=x.py", "--trials=3"],
+        ["--sweep=seed=range(3)", "--trials=3"],
+        ["--sweep=seed=range(3)", "--search=x.py"],
+        ["--sweep=seed=range(3)", "--match=flops"],
+    ],
+)
+def test_bad_command_lines_are_one_line(arguments, tmp_path, capsys):
+    assert main(["sweep", f"--config={CONFIG}", f"--workdir={tmp_path / 'a'}", *arguments]) == USAGE_ERROR
+    assert capsys.readouterr().err.count("\n") == 1
+    assert not (tmp_path / "a").exists()
+
+
+SEARCH = """
+from sparsejax.sweep import suggest_placement
+
+def search(trial):
+    return {"model.schedule": suggest_placement(trial, "local", "full", layers=2, counts=(0, 1, 2))}
+"""
+
+
+def test_a_search_by_real_runs(tmp_path, monkeypatch):
+    pytest.importorskip("submitit", reason="needs the extra launch")
+    for name, value in runs.environment().items():
+        monkeypatch.setenv(name, value)
+    text = runs.write_text(tmp_path / "text")
+    (tmp_path / "search.py").write_text(SEARCH)
+    folder = tmp_path / "found"
+    command = ["sweep", f"--config={CONFIG}", f"--search={tmp_path / 'search.py'}", f"--workdir={folder}", "--jobs=1"]
+    command += ["--trials=4", "--objective=eval/loss,kv", "--sampler=random", f"--config.data.files={text}"]
+    command += [
+        "--config.train.steps=4",
+        "--config.eval.every=2",
+        "--config.checkpoint.every=4",
+        "--config.eval.batches=1",
+    ]
+    with contextlib.redirect_stdout(io.StringIO()) as said:
+        assert main(command) == 0
+    rows = list(csv.DictReader((folder / "trials.csv").open()))
+    assert [row["state"] for row in rows] == ["complete"] * 4
+    for row in rows:
+        result = json.loads((folder / "runs" / row["run"] / RESULT).read_text())
+        assert float(row["eval/loss"]) == result["eval/loss"]
+    assert f"wrote {folder / 'front-1.py'}" in said.getvalue()
+    front = configs.load(str(folder / "front-1.py"))
+    first = next(csv.DictReader((folder / "pareto.csv").open()))
+    assert front.to_dict() == json.loads((folder / "runs" / first["run"] / "config.json").read_text())
