@@ -135,10 +135,13 @@ class ModelConfig:
     head: HeadConfig = HeadConfig()
     reversible: bool = False  # two streams, see `layers.Layer`
     shared: dict[str, SharedConfig] = dataclasses.field(default_factory=dict)  # blocks that layers share
+    dropout: float = 0.0  # in training: of the embedding, and of what mixers and MLPs add (arXiv:1706.03762)
 
     def __post_init__(self):
         _require(self, vocab=1, width=1)
         _choose(self, "dtype", "float32", "bfloat16")
+        if not 0 <= self.dropout < 1:
+            raise ValueError(f"dropout must be at least 0 and below 1, got {self.dropout}")
         axial = self.embedding.axial
         if axial is not None and sum(axial.widths) != self.width:
             raise ValueError(f"embedding.axial.widths = {list(axial.widths)} must add up to width = {self.width}")
@@ -182,6 +185,36 @@ class ModelConfig:
 
 
 @dataclasses.dataclass(frozen=True)
+class PhaseConfig:
+    """A stretch of a run, of so many `steps`, in which some keys have other values (staged training).
+
+    `set` has them as on the command line, such as "data.length=4096". Each phase is the configuration with its own
+    `set`: what an earlier one has set is not kept. It may set the keys in `PHASE_KEYS`.
+    """
+
+    steps: int
+    set: tuple[str, ...] = ()
+
+    def __post_init__(self):
+        _require(self, steps=1)
+
+
+# What a phase may set; the model as far as its parameters keep their shapes.
+PHASE_KEYS = (
+    "data.length",
+    "train.batch",
+    "train.accumulate",
+    "optimizer.learning_rate",
+    "optimizer.warmup",
+    "eval.batch",
+    "eval.batches",
+    "eval.final",
+    "eval.stride",
+    "model.",
+)
+
+
+@dataclasses.dataclass(frozen=True)
 class TrainConfig:
     """The loop. A batch of `batch` windows is computed in `accumulate` parts."""
 
@@ -192,29 +225,35 @@ class TrainConfig:
     log_every: int
     bad_loss: str  # when the loss is not finite or spikes: "stop" (with a checkpoint) or "skip" the update
     spike: float  # a spike is a loss above this multiple of its running mean; 0: only non-finite losses are bad
+    phases: dict[str, PhaseConfig] = dataclasses.field(default_factory=dict)  # in order; none: all steps are alike
 
     def __post_init__(self):
         _require(self, steps=1, batch=1, accumulate=1, seed=0, log_every=1, spike=0)
         _choose(self, "bad_loss", "stop", "skip")
         if self.batch % self.accumulate:
             raise ValueError(f"batch = {self.batch} is not divisible by accumulate = {self.accumulate}")
+        total = sum(phase.steps for phase in self.phases.values())
+        if self.phases and total != self.steps:
+            raise ValueError(f"steps = {self.steps} must be those of all phases together, {total}")
 
 
 @dataclasses.dataclass(frozen=True)
 class OptimizerConfig:
-    """AdamW (arXiv:1711.05101) with linear warm-up, cosine decay and clipping by global norm."""
+    """AdamW (arXiv:1711.05101) with linear warm-up, a schedule behind it and clipping by global norm."""
 
     learning_rate: float  # at the end of the warm-up
-    final_rate: float  # at the last step, as a share of learning_rate
+    final_rate: float  # at the last step, as a share of learning_rate; a constant schedule has no use for it
     warmup: int  # steps
     beta1: float
     beta2: float
     eps: float
     weight_decay: float  # on the weights of linear maps only
     clip: float  # of the gradient's global norm
+    schedule: str = "cosine"  # after the warm-up: "cosine" or "linear", down to final_rate, or "constant"
 
     def __post_init__(self):
         _require(self, learning_rate=0, final_rate=0, warmup=0, weight_decay=0)
+        _choose(self, "schedule", "cosine", "linear", "constant")
         if not (0 <= self.beta1 < 1 and 0 <= self.beta2 < 1 and self.eps > 0 and self.clip > 0):
             raise ValueError("needs 0 <= beta1, beta2 < 1, eps > 0 and clip > 0")
 
@@ -415,9 +454,34 @@ def check(config: ConfigDict) -> Config:
 
     Raises:
       ConfigError: an unknown, missing or mistyped key, or a value that cannot be; names the key and, for an
-        unknown one, the nearest known.
+        unknown one, the nearest known. The same of every phase.
     """
-    return _build(Config, config.to_dict(), "")
+    checked = _build(Config, config.to_dict(), "")
+    for name in checked.train.phases:
+        check_phase(config, name)
+    return checked
+
+
+def check_phase(config: ConfigDict, name: str) -> Config:
+    """The frozen form of a ConfigDict with what its phase `name` sets.
+
+    Raises:
+      ConfigError: as `check`, with the phase's key before it; or something is set that a phase cannot set.
+    """
+    place = f"train.phases.{name}.set"
+    changed = ConfigDict(_copy_tree(config.to_dict()))
+    try:
+        for text in config.train.phases[name]["set"]:
+            key, equals, value = text.partition("=")
+            if not equals:
+                raise ConfigError(f"write KEY=VALUE, got {text!r}")
+            override(changed, key, value)
+            if not any(key == one or (one.endswith(".") and key.startswith(one)) for one in PHASE_KEYS):
+                known = ", ".join(f"{one}*" if one.endswith(".") else one for one in PHASE_KEYS)
+                raise ConfigError(f"{key}: a phase can only set {known}")
+        return _build(Config, changed.to_dict(), "")
+    except ConfigError as error:
+        raise ConfigError(f"{place}: {error}") from error
 
 
 def complete(settings: dict[str, Any]) -> dict[str, Any]:

@@ -145,7 +145,7 @@ class Model(nnx.Module):
         yield from self.after
 
     def _enter(self, tokens: Array, context: Context) -> tuple[Array, Context]:
-        x = self._double(self.embedding(tokens, context.positions))
+        x = self._double(context.drop(self.embedding(tokens, context.positions)))
         return x, dataclasses.replace(context, embeddings=x, shared=dict(self.shared))
 
     def _double(self, x: Array) -> Array:

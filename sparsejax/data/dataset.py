@@ -107,17 +107,20 @@ class Dataset:
         return lambda batch, numbers: apply_objective(self.config, self.tokenizer, batch, seed, numbers)
 
 
-def load_dataset(config: DataConfig, stride: int = 0) -> Dataset:
+def load_dataset(config: DataConfig, stride: int = 0, corpus: Corpus | None = None) -> Dataset:
     """Reads, tokenises and packs what a configuration names.
 
     Args:
       config: What to read.
       stride: Tokens from one window of validation text to the next; 0 is `config.length`. See `Windows`.
+      corpus: The text that it names, if it was read before, for rows of another length.
 
     Raises:
       DataError: It cannot be read, or holds too little.
     """
-    return _load_text(config, stride) if config.task == "text" else _load_probe(config)
+    if config.task != "text":
+        return _load_probe(config)
+    return _cut_text(config, _read_text(config) if corpus is None else corpus, stride)
 
 
 def _load_probe(config: DataConfig) -> Dataset:
@@ -131,21 +134,23 @@ def _load_probe(config: DataConfig) -> Dataset:
     return Dataset(config, training, held_out, probe.vocab, digest, None, None, counts | {"scored": scored})
 
 
-def _load_text(config: DataConfig, stride: int) -> Dataset:
+def _read_text(config: DataConfig) -> Corpus:
     if config.tfds:
         from sparsejax.data.tfds import TfdsSource  # TFDS takes seconds to import
 
-        corpus = build_corpus(TfdsSource(config), config.tokenizer, config.cache)
-    else:
-        corpus = load_corpus(
-            config.files,
-            validation=config.validation,
-            field=config.field,
-            separator=config.separator,
-            label=config.label,
-            tokenizer=config.tokenizer,
-            cache=config.cache,
-        )
+        return build_corpus(TfdsSource(config), config.tokenizer, config.cache)
+    return load_corpus(
+        config.files,
+        validation=config.validation,
+        field=config.field,
+        separator=config.separator,
+        label=config.label,
+        tokenizer=config.tokenizer,
+        cache=config.cache,
+    )
+
+
+def _cut_text(config: DataConfig, corpus: Corpus, stride: int) -> Dataset:
     if config.objective != "classify" and config.packing == "none":
         require_window(corpus.train, config.length, "training")
         require_window(corpus.validation, config.length, "validation")

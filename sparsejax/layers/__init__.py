@@ -16,7 +16,7 @@ from sparsejax.layers.norm import Norm, NormConfig
 from sparsejax.layers.rglru import RgLru, RgLruConfig
 from sparsejax.layers.rotary import RopeConfig, RopeScaling, yarn_growth
 from sparsejax.layers.shared import Shared, SharedConfig, Side, SideConfig
-from sparsejax.layers.stream import NOTHING, Context, Cost, Linear, Stream, parameter
+from sparsejax.layers.stream import NOTHING, Context, Cost, Dropout, Linear, Stream, parameter
 
 __all__ = [
     "ACTIVATIONS",
@@ -32,6 +32,7 @@ __all__ = [
     "Cost",
     "Delta",
     "DeltaConfig",
+    "Dropout",
     "Experts",
     "ExpertsConfig",
     "FeedForwardConfig",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -86,10 +87,10 @@ class Residual(nnx.Module):
         """What the branch reads."""
         return x if self.before is None else self.before(x)
 
-    def leave(self, x: Array, y: Array, read: Array) -> Array:
-        """The stream `x` with the branch's output `y`; `read` is what the branch read."""
+    def leave(self, x: Array, y: Array, read: Array, drop: Callable[[Array], Array]) -> Array:
+        """The stream `x` with the branch's output `y`, but for what `drop` drops; `read` is what the branch read."""
         config = self.config
-        y = y if self.within is None else self.within(y)
+        y = drop(y if self.within is None else self.within(y))
         base = read if config.base == "norm" else x
         x = (base if config.keep == 1 else config.keep * base) + (y if config.scale == 1 else config.scale * y)
         return x if self.after is None else self.after(x)
@@ -142,7 +143,7 @@ class Layer(nnx.Module):
         def mix(read: Array) -> tuple[Array, dict[str, Array]]:
             return self.mixer.step(read, cache, position, length, context)
 
-        x, cache = self._mix(x, mix, cache, extra)
+        x, cache = self._mix(x, mix, cache, extra, NOTHING)
         cache = cache if side is None else {"mixer": cache, "side": side}
         # A feed-forward part works on sequences: [b, 1, m].
         x, _ = self._feed(x[:, None], NOTHING)
@@ -156,28 +157,34 @@ class Layer(nnx.Module):
 
     def _run(self, x: Array, context: Context) -> tuple[Array, Losses]:
         extra = None if self.side is None else self.side(x, context)
-        x, _ = self._mix(x, lambda read: (self.mixer(read, context), None), None, extra)
+        x, _ = self._mix(x, lambda read: (self.mixer(read, context), None), None, extra, context)
         return self._feed(x, context)
 
-    def _mix(self, x: Array, run, nothing, extra: Array | None):
-        return (x, nothing) if self.mixer is None else self._join(x, self.mixer_residual, run, 0, extra)
+    def _mix(self, x: Array, run, nothing, extra: Array | None, context: Context):
+        return (x, nothing) if self.mixer is None else self._join(x, self.mixer_residual, run, 0, context, extra)
 
     def _feed(self, x: Array, context: Context) -> tuple[Array, Losses]:
-        return (x, {}) if self.mlp is None else self._join(x, self.mlp_residual, lambda r: self.mlp(r, context), 1)
+        if self.mlp is None:
+            return x, {}
+        return self._join(x, self.mlp_residual, lambda read: self.mlp(read, context), 1, context)
 
-    def _join(self, x: Array, residual: Residual, run, written: int, extra: Array | None = None):
+    def _join(self, x: Array, residual: Residual, run, written: int, context: Context, extra: Array | None = None):
         """The stream with a branch's output, and what else `run` gives; `extra` is read but not kept.
 
         Of two streams, the one numbered `written` is written and the other one read.
         """
+
+        def drop(y: Array) -> Array:
+            return context.drop(y, written)
+
         if not self.reversible:
             read = residual.enter(x if extra is None else x + extra)
             y, more = run(read)
-            return residual.leave(x, y, read), more
+            return residual.leave(x, y, read, drop), more
         streams = jnp.split(x, 2, axis=-1)
         read = residual.enter(streams[1 - written])
         y, more = run(read)
-        streams[written] = residual.leave(streams[written], y, read)
+        streams[written] = residual.leave(streams[written], y, read, drop)
         return jnp.concatenate(streams, axis=-1), more
 
 

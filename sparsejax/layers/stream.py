@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Bool, Float, Int, Key
 
 
 @dataclasses.dataclass(frozen=True)
@@ -21,6 +22,20 @@ class Stream:
     dtype: jnp.dtype  # of the computation; parameters are float32
     reversible: bool = False  # two streams side by side, see `Layer`
     shared: Mapping[str, Any] = dataclasses.field(default_factory=dict)  # SharedConfig by name, see `layers.shared`
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Dropout:
+    """Dropout (arXiv:1207.0580): with a chance of `rate` a number becomes 0, else it is divided by 1 - `rate`."""
+
+    key: Key[Array, ""]
+    rate: float = dataclasses.field(metadata={"static": True})
+
+    def __call__(self, x: Float[Array, "*b m"], *place: int | Int[Array, ""]) -> Float[Array, "*b m"]:
+        """`x` with some of its numbers dropped: the same ones whenever key and `place`, some integers, are."""
+        kept = jax.random.bernoulli(functools.reduce(jax.random.fold_in, place, self.key), 1 - self.rate, x.shape)
+        return jnp.where(kept, x / (1 - self.rate), 0)
 
 
 @jax.tree_util.register_dataclass
@@ -37,6 +52,7 @@ class Context:
       layer: the number of the layer, from 0.
       shared: the blocks that layers share, by name: modules, see `layers.shared`.
       rotations: what LSH attention hashes with, instead of those it draws.
+      dropout: what is dropped of the stream in this step of training.
     """
 
     segments: Int[Array, "b t"] | None = None
@@ -47,6 +63,7 @@ class Context:
     layer: Int[Array, ""] | None = None
     shared: dict[str, Any] | None = None
     rotations: Float[Array, "h d r n"] | None = None
+    dropout: Dropout | None = None
 
     @property
     def attend_segments(self) -> tuple[Int[Array, "b t"], Int[Array, "b t"]] | None:
@@ -67,6 +84,12 @@ class Context:
     def clear(self, x: Float[Array, "b t *rest"]) -> Float[Array, "b t *rest"]:
         """`x` with zeros at padding."""
         return x if self.mask is None else jnp.where(jnp.expand_dims(self.mask, range(2, x.ndim)), x, 0)
+
+    def drop(self, x: Float[Array, "b t m"], branch: int = 0) -> Float[Array, "b t m"]:
+        """`x`, if there is dropout, after it. Each branch of each layer has a mask of its own; so has the embedding."""
+        if self.dropout is None:
+            return x
+        return self.dropout(x, 0 if self.layer is None else self.layer + 1, branch)
 
 
 NOTHING = Context()

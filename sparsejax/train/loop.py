@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import signal
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -23,11 +22,11 @@ from sparsejax.config import Config, ConfigError
 from sparsejax.decode import generate
 from sparsejax.model import Functional
 from sparsejax.train.checkpoint import Checkpoints
-from sparsejax.train.evaluate import Evaluation, describe, evaluate, summarize
-from sparsejax.train.optimizer import build_optimizer, build_schedule
+from sparsejax.train.evaluate import Evaluation, describe, summarize
+from sparsejax.train.phases import plan_phases
 from sparsejax.train.progress import ProgressReport
+from sparsejax.train.stage import Stage, set_up
 from sparsejax.train.state import TrainState, init_state, state_shapes
-from sparsejax.train.step import Batch, build_evaluation, build_step
 from sparsejax.train.writers import RESULT, Writers, describe_versions, drop_infinite, write_json
 
 PROMPT = 64  # tokens of validation text that the sample continues
@@ -51,109 +50,117 @@ def train(settings: ConfigDict, workdir: Path, console: Console) -> Evaluation:
       Interrupted: asked to stop; a checkpoint was saved.
       BadLoss: see there; a checkpoint was saved, its parameters are the last good ones.
     """
-    config = configs.check(settings)
-    mesh = sharding.make_mesh(config.sharding)
-    _require_even_batches(config, mesh)
-    dataset = data.load_dataset(config.data, config.eval.stride)
-    _require_vocabulary(config, dataset)
-    batches = dataset.train_batches(config.train.batch, config.train.seed, **_share(mesh, config.train.batch))
+    phases = plan_phases(settings)
+    mesh = sharding.make_mesh(phases[0].config.sharding)
+    stages = set_up(phases, mesh)
+    first, last, config = stages[0], stages[-1], phases[0].config
     # From here on a signal is noted and not raised: an exception at just any place can be lost in a callback.
     with _StopSignals() as signals:
         _claim_workdir(workdir, settings, config)
-        model = Functional(config.model)
         if sharding.leads():
-            write_json(workdir / "data.json", dataset.counts)
-        _describe(config, dataset, model, mesh, console)
-        optimizer = build_optimizer(config.optimizer, config.train.steps)
-        meta = {"config": settings.to_dict(), "digest": configs.digest(settings), "corpus": dataset.digest}
+            write_json(workdir / "data.json", _count_data(stages))
+        _describe(stages, mesh, console)
+        meta = {"config": settings.to_dict(), "digest": configs.digest(settings), "corpus": first.dataset.digest}
         with Checkpoints(workdir / "checkpoints", config.checkpoint, meta) as checkpoints:
             if checkpoints.latest is None:
-                state = init_state(model, optimizer, config.train.seed, mesh)
+                state, batches = init_state(first.model, first.optimizer, config.train.seed, mesh), None
             else:
-                state = checkpoints.restore(state_shapes(model, optimizer, mesh), batches)
+                # That phase, or the one whose end it is: the checkpoint holds its iterator.
+                batches = next(stage for stage in stages if checkpoints.latest <= stage.phase.stop).train_batches()
+                state = checkpoints.restore(state_shapes(first.model, first.optimizer, mesh), batches)
                 where = f"resuming {workdir} at step {int(state.step)}"
                 console.print(where, highlight=False, markup=False, soft_wrap=True)
             if sharding.leads():
                 _log_versions(workdir)
-            run = checkpoints, signals, workdir, console
-            state, final = _run(config, model, optimizer, mesh, dataset, state, batches, *run)
+            state, final = _run(stages, state, batches, checkpoints, signals, workdir, console)
         if sharding.leads():
-            size = {"step": int(state.step), "parameters": model.size}
-            write_json(workdir / RESULT, size | drop_infinite(summarize(final, dataset)))
-    _show_evaluation(final, dataset, console)
-    if config.eval.sample and dataset.generates:
-        _show_sample(model, state, dataset, config.eval.sample, console)
+            size = {"step": int(state.step), "parameters": first.model.size}
+            write_json(workdir / RESULT, size | drop_infinite(summarize(final, last.dataset)))
+    _show_evaluation(final, last.dataset, console)
+    if config.eval.sample and last.dataset.generates:
+        _show_sample(last.model, state, last.dataset, config.eval.sample, console)
     return final
 
 
-def _run(config, model, optimizer, mesh, dataset, state, batches, checkpoints, signals, workdir, console):
+def _run(stages, state, batches, checkpoints, signals, workdir, console):
     """The loop proper: from the given state to the last step; returns the last state and its evaluation."""
-    step = build_step(model, optimizer, build_schedule(config.optimizer, config.train.steps), config.train, mesh)
-    evaluation_step = build_evaluation(model, mesh, dataset.answers)
-    start, steps = int(state.step), config.train.steps
-    evaluation, pending = None, None
+    start, steps, evaluation = int(state.step), stages[-1].phase.stop, None
     with (
         Writers(workdir, start, sharding.leads()) as writers,
-        ProgressReport(console, start, steps, config.train.batch * config.data.length) as progress,
+        ProgressReport(console, start, steps) as progress,
     ):
-        record = _Recorder(config, dataset, writers, progress)
         if stopped_by := signals.agreed(True):
             raise Interrupted(f"stopped by {stopped_by} at step {start}; the same command goes on from there")
-        for number in range(start + 1, steps + 1):
-            state, metrics = step(state, _place(next(batches), mesh))
-            progress.advance(number)
-            # Metrics are read one step late, so that the device does not wait for Python.
-            stop = record(*pending) if pending else False
-            pending = number, metrics
-            last, stopped_by = number == steps, signals.agreed(number % config.train.log_every == 0)
-            due = last or number % config.eval.every == 0
-            save = last or number % config.checkpoint.every == 0
-            if not (due or save or stop or stopped_by):
+        for stage in stages:
+            if stage.phase.stop <= start:
                 continue
-            evaluation = None
-            if due:
-                with progress.pause():
-                    limit = config.eval.final if last else config.eval.batches
-                    held_out = _validation_batches(dataset, config, mesh, limit)
-                    evaluation = evaluate(evaluation_step, state.parameters, held_out)
-            stop = record(*pending, evaluation) or stop
-            pending = None
-            if save or stop or stopped_by:
-                checkpoints.save(state, batches, evaluation and evaluation.loss)
-            if stop:
-                raise BadLoss(
-                    f"the loss went bad by step {number}: see metrics.jsonl; step {number} is saved without the bad"
-                    " update, and the same command goes on from there"
-                )
-            if stopped_by and not last:
-                raise Interrupted(f"stopped by {stopped_by} at step {number}; the same command goes on from there")
+            own = batches if stage.phase.start < start else stage.train_batches()
+            record = _Recorder(stage, steps, writers, progress)
+            state, evaluation = _run_phase(stage, steps, state, own, checkpoints, signals, record, progress)
     if evaluation is None:  # the run had ended before
-        held_out = _validation_batches(dataset, config, mesh, config.eval.final)
-        evaluation = evaluate(evaluation_step, state.parameters, held_out)
+        evaluation = stages[-1].evaluate(state, stages[-1].config.eval.final)
+    return state, evaluation
+
+
+def _run_phase(stage, steps, state, batches, checkpoints, signals, record, progress):
+    """From the given state to the end of a phase of a run of so many steps."""
+    config, start, stop_step = stage.config, int(state.step), stage.phase.stop
+    evaluation, pending = None, None
+    progress.begin(start, config.train.batch * config.data.length)
+    for number in range(start + 1, stop_step + 1):
+        state, metrics = stage.step(state, next(batches))
+        progress.advance(number)
+        # Metrics are read one step late, so that the device does not wait for Python.
+        stop = record(*pending) if pending else False
+        pending = number, metrics
+        ends, last = number == stop_step, number == steps
+        stopped_by = signals.agreed(number % config.train.log_every == 0)
+        due = ends or number % config.eval.every == 0
+        save = ends or number % config.checkpoint.every == 0
+        if not (due or save or stop or stopped_by):
+            continue
+        evaluation = None
+        if due:
+            with progress.pause():
+                evaluation = stage.evaluate(state, config.eval.final if last else config.eval.batches)
+        stop = record(*pending, evaluation) or stop
+        pending = None
+        if save or stop or stopped_by:
+            checkpoints.save(state, batches, evaluation and evaluation.loss)
+        if stop:
+            raise BadLoss(
+                f"the loss went bad by step {number}: see metrics.jsonl; step {number} is saved without the bad"
+                " update, and the same command goes on from there"
+            )
+        if stopped_by and not last:
+            raise Interrupted(f"stopped by {stopped_by} at step {number}; the same command goes on from there")
     return state, evaluation
 
 
 class _Recorder:
     """Turns a step's metrics into a row, a line and a verdict: whether the run must stop for a bad loss."""
 
-    def __init__(self, config: Config, dataset: data.Dataset, writers: Writers, progress: ProgressReport):
-        self._config, self._dataset, self._writers, self._progress = config, dataset, writers, progress
+    def __init__(self, stage: Stage, steps: int, writers: Writers, progress: ProgressReport):
+        self._stage, self._steps, self._writers, self._progress = stage, steps, writers, progress
 
     def __call__(self, number: int, metrics: dict[str, Any], evaluation: Evaluation | None = None) -> bool:
         values = {name: float(value) for name, value in metrics.items()}
         bad = bool(values.pop("bad"))
-        if not (bad or evaluation or number % self._config.train.log_every == 0 or number == self._config.train.steps):
+        config, phase = self._stage.config.train, self._stage.phase
+        if not (bad or evaluation or number % config.log_every == 0 or number == self._steps):
             return False
-        row = {f"train/{name}": value for name, value in values.items()}
-        note = f"loss {values['loss']:.4f} (mean {values['loss_mean']:.4f}) grad {values['grad_norm']:.2f}"
+        row = {} if phase.name is None else {"phase": phase.number}
+        row |= {f"train/{name}": value for name, value in values.items()}
+        note = "" if phase.name is None else f"phase {phase.name} | "
+        note += f"loss {values['loss']:.4f} (mean {values['loss_mean']:.4f}) grad {values['grad_norm']:.2f}"
         if bad:
             note += " | BAD LOSS, update left out"
         if evaluation:
-            found = summarize(evaluation, self._dataset)
+            found = summarize(evaluation, self._stage.dataset)
             row |= found
             note += f" | validation {describe(found)}"
         self._writers.write(number, row, self._progress.log(number, note))
-        return bad and self._config.train.bad_loss == "stop"
+        return bad and config.bad_loss == "stop"
 
 
 class _StopSignals:
@@ -180,15 +187,6 @@ class _StopSignals:
     def _note(self, number: int, frame: object) -> None:
         self.received = signal.Signals(number).name
         signal.signal(number, signal.SIG_DFL)
-
-
-def _require_even_batches(config: Config, mesh: Mesh) -> None:
-    shards = sharding.batch_shards(mesh)
-    part = config.train.batch // config.train.accumulate
-    if part % shards:
-        raise ConfigError(f"train.batch: a slice of {part} rows does not divide over {shards} devices")
-    if config.eval.batch % shards:
-        raise ConfigError(f"eval.batch: {config.eval.batch} rows do not divide over {shards} devices")
 
 
 def find_change(workdir: Path, settings: ConfigDict) -> str | None:
@@ -235,43 +233,28 @@ def _read_json(path: Path) -> Any:
         raise ConfigError(f"--workdir: {path} is damaged: {error}") from error
 
 
-def _require_vocabulary(config: Config, dataset: data.Dataset) -> None:
-    if config.model.vocab < dataset.vocab:
-        why = config.data.task if dataset.corpus is None else f"data.tokenizer = {config.data.tokenizer!r}"
-        why += f" with data.objective = {config.data.objective!r}" if config.data.objective != "causal" else ""
-        raise ConfigError(f"model.vocab: is {config.model.vocab}, {why} needs {dataset.vocab}")
+def _count_data(stages: list[Stage]) -> dict[str, Any]:
+    """What went in and came out; with phases also that of each."""
+    named = {stage.phase.name: stage.dataset.counts for stage in stages if stage.phase.name is not None}
+    return stages[0].dataset.counts | ({"phases": named} if named else {})
 
 
-def _share(mesh: Mesh, rows: int) -> dict[str, int]:
-    """Which rows of a batch this process reads."""
-    index, count = sharding.own_rows(mesh, rows)
-    return {"process_index": index, "process_count": count}
-
-
-def _place(batch: data.Batch, mesh: Mesh) -> Batch:
-    """The global batch on the mesh, from the rows that this process has read."""
-    place = sharding.batch_sharding(mesh)
-    return {name: jax.make_array_from_process_local_data(place, rows) for name, rows in batch.items()}
-
-
-def _validation_batches(dataset: data.Dataset, config: Config, mesh: Mesh, limit: int) -> Iterator[Batch]:
-    held_out = dataset.validation_batches(config.eval.batch, limit=limit, **_share(mesh, config.eval.batch))
-    return (_place(batch, mesh) for batch in held_out)
-
-
-def _describe(config: Config, dataset: data.Dataset, model: Functional, mesh: Mesh, console: Console) -> None:
+def _describe(stages: list[Stage], mesh: Mesh, console: Console) -> None:
     axes = " x ".join(f"{name} {n}" for name, n in mesh.shape.items())
-    console.print(
-        *dataset.describe(),
+    model = stages[0].model
+    lines = [
+        *stages[0].dataset.describe(),
         f"model: {model.size:,} parameters, {len(model.config.names)} layers: {model.config.schedule}",
         f"mesh: {axes} on {mesh.devices.flat[0].device_kind}",
-        sep="\n",
-        highlight=False,
-        markup=False,
-        soft_wrap=True,
-    )
-    for warning in patterns.advise(model.config.sees, config.data.length):
-        console.print(f"warning: {warning}", highlight=False, markup=False, soft_wrap=True)
+    ]
+    for stage in stages:
+        phase, config, where = stage.phase, stage.config, ""
+        if phase.name is not None:
+            given = ", ".join(config.train.phases[phase.name].set) or "nothing set"
+            lines.append(f"phase {phase.name}: steps {phase.start + 1:,} to {phase.stop:,}: {given}")
+            where = f"phase {phase.name}: "
+        lines += [f"warning: {where}{line}" for line in patterns.advise(config.model.sees, config.data.length)]
+    console.print(*lines, sep="\n", highlight=False, markup=False, soft_wrap=True)
 
 
 def _show_evaluation(evaluation: Evaluation, dataset: data.Dataset, console: Console) -> None:

@@ -1,4 +1,4 @@
-"""The optimizer: AdamW with warm-up, cosine decay and clipping, from optax."""
+"""The optimizer: AdamW with warm-up, a schedule and clipping, from optax."""
 
 from __future__ import annotations
 
@@ -10,21 +10,34 @@ import optax
 from sparsejax.config import OptimizerConfig
 
 
-def build_schedule(config: OptimizerConfig, steps: int) -> optax.Schedule:
-    """Learning rate by update: linear from 0 to the peak, then a cosine down to its `final_rate` share."""
-    return optax.warmup_cosine_decay_schedule(
-        init_value=0.0,
-        peak_value=config.learning_rate,
-        warmup_steps=config.warmup,
-        decay_steps=max(steps, config.warmup + 1),
-        end_value=config.learning_rate * config.final_rate,
-    )
+def build_schedule(config: OptimizerConfig, steps: int, restart: tuple[int, int] | None = None) -> optax.Schedule:
+    """Learning rate by update: linear from 0 to the peak, then to the last of `steps` by `config.schedule`.
+
+    Args:
+      config: "cosine" and "linear" end at the `final_rate` share of the peak, "constant" at the peak.
+      steps: of the run.
+      restart: warms up another time, on top of that: from which update on, and over how many.
+    """
+    peak, warmup, last = config.learning_rate, config.warmup, max(steps, config.warmup + 1)
+    end = peak if config.schedule == "constant" else peak * config.final_rate
+    if config.schedule == "cosine":
+        schedule = optax.warmup_cosine_decay_schedule(0.0, peak, warmup, last, end)
+    else:
+        parts = optax.linear_schedule(0.0, peak, warmup), optax.linear_schedule(peak, end, last - warmup)
+        schedule = optax.join_schedules(parts, [warmup])
+    if restart is None:
+        return schedule
+    start, count = restart
+    ramp = optax.linear_schedule(0.0, 1.0, count)
+    return lambda step: schedule(step) * ramp(step - start)
 
 
-def build_optimizer(config: OptimizerConfig, steps: int) -> optax.GradientTransformation:
-    """AdamW (arXiv:1711.05101) on gradients clipped by their global norm."""
+def build_optimizer(
+    config: OptimizerConfig, steps: int, restart: tuple[int, int] | None = None
+) -> optax.GradientTransformation:
+    """AdamW (arXiv:1711.05101) on gradients clipped by their global norm; arguments as of `build_schedule`."""
     adamw = optax.adamw(
-        build_schedule(config, steps),
+        build_schedule(config, steps, restart),
         b1=config.beta1,
         b2=config.beta2,
         eps=config.eps,

@@ -10,12 +10,11 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 
 class ProgressReport:
-    """Follows a run from `start` to `steps`; use as a context manager. `tokens` is the size of a step."""
+    """Follows a run from `start` to `steps`; use as a context manager, and say what begins with `begin`."""
 
-    def __init__(self, console: Console, start: int, steps: int, tokens: int):
-        self._console, self._start, self._steps, self._tokens = console, start, steps, tokens
-        self._clock = self._mark_time = time.monotonic()
-        self._mark_step = start
+    def __init__(self, console: Console, start: int, steps: int):
+        self._console, self._steps = console, steps
+        self.begin(start, 0)
         self._bar = None
         if console.is_terminal:
             columns = (TextColumn("train"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
@@ -31,11 +30,15 @@ class ProgressReport:
         if self._bar:
             self._bar.stop()
 
+    def begin(self, start: int, tokens: int) -> None:
+        """From step `start` on a step has so many tokens, and the first one compiles."""
+        self._start, self._tokens = start, tokens
+        self._mark_time, self._mark_step = time.monotonic(), start
+
     def advance(self, step: int) -> None:
         """A step is under way; the clock starts after the first, which compiles."""
         if step == self._start + 1:
-            self._clock = self._mark_time = time.monotonic()
-            self._mark_step = step
+            self._mark_time, self._mark_step = time.monotonic(), step
         if self._bar:
             self._bar.update(self._task, completed=step)
 

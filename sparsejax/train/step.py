@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from typing import Any
 
@@ -9,11 +10,11 @@ import jax
 import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float, Int, Key
 
 from sparsejax import sharding
 from sparsejax.config import TrainConfig
-from sparsejax.layers import NOTHING, Context
+from sparsejax.layers import NOTHING, Context, Dropout
 from sparsejax.model import Functional
 from sparsejax.train.state import TrainState
 
@@ -46,7 +47,8 @@ def build_step(
     differentiate = _gradient(model, config.accumulate, mesh)
 
     def step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
-        loss, grads = differentiate(state.parameters, batch)
+        key = jax.random.fold_in(state.key, state.step) if model.config.dropout else None
+        loss, grads = differentiate(state.parameters, batch, key)
         norm = optax.tree.norm(grads)
         bad = ~(jnp.isfinite(loss) & jnp.isfinite(norm))
         first = state.step == state.skipped  # the mean has nothing in it yet
@@ -126,25 +128,29 @@ def _gradient(model: Functional, parts: int, mesh: Mesh):
     """Loss and gradient of a batch, summed over `parts` slices of it that are computed one after the other."""
     place = _keep_batch_sharded(mesh)
 
-    def total_loss(parameters: Any, batch: Batch) -> Array:
-        logits, others = model.bind(parameters).forward(batch["inputs"], read_context(batch), place)
+    def total_loss(parameters: Any, batch: Batch, key: Key[Array, ""] | None) -> Array:
+        context = read_context(batch)
+        if key is not None:
+            context = dataclasses.replace(context, dropout=Dropout(key, model.config.dropout))
+        logits, others = model.bind(parameters).forward(batch["inputs"], context, place)
         weights = batch["weights"]
         # What the layers add is a mean over tokens already; it counts for as much as the tokens it is a mean of.
         return token_losses(logits, batch["targets"], weights).sum() + weights.sum() * sum(others.values())
 
-    def differentiate(parameters: Any, batch: Batch) -> tuple[Array, Any]:
+    def differentiate(parameters: Any, batch: Batch, key: Key[Array, ""] | None) -> tuple[Array, Any]:
         scale = 1 / jnp.maximum(batch["weights"].sum(), 1)
         if parts == 1:
-            total, grads = jax.value_and_grad(total_loss)(parameters, batch)
+            total, grads = jax.value_and_grad(total_loss)(parameters, batch, key)
         else:
             # Neighbouring rows go to different slices, so that each slice is spread over all devices.
             slices = jax.tree.map(lambda x: x.reshape(-1, parts, *x.shape[1:]).swapaxes(0, 1), batch)
+            keys = None if key is None else jax.random.split(key, parts)
 
             def add(sums, part):
-                return jax.tree.map(jnp.add, sums, jax.value_and_grad(total_loss)(parameters, part)), None
+                return jax.tree.map(jnp.add, sums, jax.value_and_grad(total_loss)(parameters, *part)), None
 
             zeros = jnp.zeros(()), jax.tree.map(jnp.zeros_like, parameters)
-            (total, grads), _ = jax.lax.scan(add, zeros, slices)
+            (total, grads), _ = jax.lax.scan(add, zeros, (slices, keys))
         return total * scale, jax.tree.map(lambda g: g * scale, grads)
 
     return differentiate

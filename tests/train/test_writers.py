@@ -84,7 +84,7 @@ def test_versions_name_what_a_result_depends_on():
 def follow(terminal):
     out = io.StringIO()
     console = Console(file=out, force_terminal=terminal, width=200)
-    with ProgressReport(console, 0, 4, 100) as report:
+    with ProgressReport(console, 0, 4) as report:
         timing = []
         for step in (1, 2, 3, 4):
             report.advance(step)

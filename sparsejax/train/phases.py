@@ -1,0 +1,79 @@
+"""Phases: stretches of a run, each with settings of its own (staged training, arXiv:2004.05150, section 4.2)."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import jax
+import numpy as np
+from ml_collections import ConfigDict
+
+from sparsejax import config as configs
+from sparsejax.config import Config, ConfigError
+from sparsejax.model import Functional
+
+
+@dataclasses.dataclass(frozen=True)
+class Phase:
+    """The steps from `start` to `stop` of a run, under one configuration; a run without phases is one, without a name.
+
+    Attributes:
+      number: From 1.
+      name: None if the run has no phases.
+      start: Steps of the run before it.
+      stop: Steps of the run up to its end.
+      config: The run's configuration with what the phase sets, but for `optimizer.warmup`: it is always the run's own.
+      restart: If the phase warms up another time, from which step on and over how many.
+    """
+
+    number: int
+    name: str | None
+    start: int
+    stop: int
+    config: Config
+    restart: tuple[int, int] | None = None
+
+    @property
+    def seed(self) -> int:
+        """What its batches are drawn with: every phase has an order of its own, the first that of a run without any."""
+        seed = self.config.train.seed
+        return seed if self.number == 1 else int(np.random.SeedSequence([seed, self.number]).generate_state(1)[0])
+
+
+def plan_phases(settings: ConfigDict) -> list[Phase]:
+    """The phases of a run, in order.
+
+    The rate is the run's schedule, over all its steps, at the peak of the phase. The warm-up of the run is that of its
+    first phase; a later one that sets `optimizer.warmup` begins with another.
+
+    Raises:
+      ConfigError: as `config.check`; or the parameters of the phases have not the same shapes.
+    """
+    whole = configs.check(settings)
+    if not whole.train.phases:
+        return [Phase(1, None, 0, whole.train.steps, whole)]
+    phases: list[Phase] = []
+    for number, (name, given) in enumerate(whole.train.phases.items(), 1):
+        config, start = configs.check_phase(settings, name), phases[-1].stop if phases else 0
+        warmup, restart = config.optimizer.warmup, None
+        if phases:
+            own = any(text.startswith("optimizer.warmup=") for text in given.set)
+            restart = (start, warmup) if own and warmup else None
+            optimizer = dataclasses.replace(config.optimizer, warmup=phases[0].config.optimizer.warmup)
+            config = dataclasses.replace(config, optimizer=optimizer)
+        phases.append(Phase(number, name, start, start + given.steps, config, restart))
+    _require_same_parameters(phases)
+    return phases
+
+
+def _require_same_parameters(phases: list[Phase]) -> None:
+    first, *others = [_describe_parameters(phase) for phase in phases]
+    for phase, parameters in zip(phases[1:], others, strict=True):
+        changed = configs.difference(first, parameters)
+        if changed:
+            raise ConfigError(f"train.phases.{phase.name}.set: changes the model's parameters: {changed}")
+
+
+def _describe_parameters(phase: Phase) -> dict:
+    shapes = Functional(phase.config.model).shapes
+    return jax.tree.map(lambda leaf: f"{leaf.dtype.name}{list(leaf.shape)}", shapes)
