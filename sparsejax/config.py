@@ -186,17 +186,17 @@ class ModelConfig:
 
 @dataclasses.dataclass(frozen=True)
 class PhaseConfig:
-    """A stretch of a run, of so many `steps`, in which some keys have other values (staged training).
+    """From step `start` on, up to the next phase, some keys have other values (staged training).
 
     `set` has them as on the command line, such as "data.length=4096". Each phase is the configuration with its own
     `set`: what an earlier one has set is not kept. It may set the keys in `PHASE_KEYS`.
     """
 
-    steps: int
+    start: int  # steps of the run before it
     set: tuple[str, ...] = ()
 
     def __post_init__(self):
-        _require(self, steps=1)
+        _require(self, start=0)
 
 
 # What a phase may set; the model as far as its parameters keep their shapes.
@@ -225,16 +225,19 @@ class TrainConfig:
     log_every: int
     bad_loss: str  # when the loss is not finite or spikes: "stop" (with a checkpoint) or "skip" the update
     spike: float  # a spike is a loss above this multiple of its running mean; 0: only non-finite losses are bad
-    phases: dict[str, PhaseConfig] = dataclasses.field(default_factory=dict)  # in order; none: all steps are alike
+    phases: dict[str, PhaseConfig] = dataclasses.field(default_factory=dict)  # by any name; none: all steps are alike
 
     def __post_init__(self):
         _require(self, steps=1, batch=1, accumulate=1, seed=0, log_every=1, spike=0)
         _choose(self, "bad_loss", "stop", "skip")
         if self.batch % self.accumulate:
             raise ValueError(f"batch = {self.batch} is not divisible by accumulate = {self.accumulate}")
-        total = sum(phase.steps for phase in self.phases.values())
-        if self.phases and total != self.steps:
-            raise ValueError(f"steps = {self.steps} must be those of all phases together, {total}")
+        starts = [phase.start for phase in self.phases.values()]
+        if len(set(starts)) < len(starts):
+            raise ValueError("phases: two of them start at the same step")
+        for name, phase in self.phases.items():
+            if phase.start >= self.steps:
+                raise ValueError(f"phases.{name}.start: is {phase.start}, the run has {self.steps} steps")
 
 
 @dataclasses.dataclass(frozen=True)

@@ -11,7 +11,16 @@ import pytest
 from flax import nnx
 
 from sparsejax.config import ModelConfig
-from sparsejax.layers import AttentionConfig, LayerConfig, MambaConfig, MlpConfig, NormConfig, RopeConfig
+from sparsejax.layers import (
+    AttentionConfig,
+    Context,
+    Dropout,
+    LayerConfig,
+    MambaConfig,
+    MlpConfig,
+    NormConfig,
+    RopeConfig,
+)
 from sparsejax.model import Functional, Model
 from tests.layers import reference
 from tests.layers.test_mixers import decode
@@ -88,6 +97,35 @@ def scanned(parameters):
     """Loss, logits and gradient of the model as it would train: scanned, activations computed again."""
     layers = {name: dataclasses.replace(layer, remat=True) for name, layer in CONFIG.layers.items()}
     return differentiate(change(layers=layers), parameters)
+
+
+def drop(config: ModelConfig, parameters: dict, seed: int):
+    """Logits and gradient with half of the stream dropped."""
+
+    def loss(parameters):
+        context = Context(dropout=Dropout(jax.random.key(seed), 0.5))
+        logits, _ = Functional(config).bind(parameters).forward(TOKENS, context)
+        return -jax.nn.log_softmax(logits)[:, :, 3].mean(), logits
+
+    return jax.jit(jax.grad(loss, has_aux=True))(parameters)[::-1]
+
+
+def test_dropout_draws_the_same_in_scanned_unrolled_and_recomputed_layers(parameters):
+    layers = {name: dataclasses.replace(layer, remat=True) for name, layer in CONFIG.layers.items()}
+    logits, gradient = drop(change(layers=layers), parameters, 1)
+    unrolled, expected = drop(change(scan=False), unroll(CONFIG, parameters), 1)
+    assert_same_trees((logits, unroll(CONFIG, gradient)), (unrolled, expected))
+    assert np.abs(drop(CONFIG, parameters, 2)[0] - logits).max() > 1e-3
+
+
+def test_dropout_keeps_the_mean_and_draws_anew_at_every_place():
+    dropout, ones = Dropout(jax.random.key(0), 0.2), jnp.ones((200, 500))
+    masks = [np.asarray(dropout(ones, *place)) for place in ((0, 0), (1, 0), (1, 1), (2, 0))]
+    for mask in masks:
+        np.testing.assert_allclose(np.unique(mask), [0, 1.25])
+        assert mask.mean() == pytest.approx(1, abs=0.01)
+    for a, b in itertools.combinations(masks, 2):
+        assert np.mean(a == b) == pytest.approx(0.8**2 + 0.2**2, abs=0.01)
 
 
 def test_equals_the_reference(parameters, scanned):

@@ -250,7 +250,7 @@ def _describe(stages: list[Stage], mesh: Mesh, console: Console) -> None:
     for stage in stages:
         phase, config, where = stage.phase, stage.config, ""
         if phase.name is not None:
-            given = ", ".join(config.train.phases[phase.name].set) or "nothing set"
+            given = ", ".join(phase.given) or "nothing set"
             lines.append(f"phase {phase.name}: steps {phase.start + 1:,} to {phase.stop:,}: {given}")
             where = f"phase {phase.name}: "
         lines += [f"warning: {where}{line}" for line in patterns.advise(config.model.sees, config.data.length)]

@@ -12,6 +12,8 @@ from sparsejax import config as configs
 from sparsejax.config import Config, ConfigError
 from sparsejax.model import Functional
 
+BASE = "base"  # the name of the phase before all that a configuration has
+
 
 @dataclasses.dataclass(frozen=True)
 class Phase:
@@ -22,8 +24,10 @@ class Phase:
       name: None if the run has no phases.
       start: Steps of the run before it.
       stop: Steps of the run up to its end.
-      config: The run's configuration with what the phase sets, but for `optimizer.warmup`: it is always the run's own.
+      config: The run's configuration with what the phase sets, but for `optimizer.warmup`: it is always that of the
+        first phase.
       restart: If the phase warms up another time, from which step on and over how many.
+      given: What it sets.
     """
 
     number: int
@@ -32,6 +36,7 @@ class Phase:
     stop: int
     config: Config
     restart: tuple[int, int] | None = None
+    given: tuple[str, ...] = ()
 
     @property
     def seed(self) -> int:
@@ -52,16 +57,19 @@ def plan_phases(settings: ConfigDict) -> list[Phase]:
     whole = configs.check(settings)
     if not whole.train.phases:
         return [Phase(1, None, 0, whole.train.steps, whole)]
+    named = sorted((phase.start, name) for name, phase in whole.train.phases.items())
+    named = named if named[0][0] == 0 else [(0, None), *named]
+    stops = [*(start for start, _ in named[1:]), whole.train.steps]
     phases: list[Phase] = []
-    for number, (name, given) in enumerate(whole.train.phases.items(), 1):
-        config, start = configs.check_phase(settings, name), phases[-1].stop if phases else 0
-        warmup, restart = config.optimizer.warmup, None
+    for number, ((start, name), stop) in enumerate(zip(named, stops, strict=True), 1):
+        config = whole if name is None else configs.check_phase(settings, name)
+        given, restart = () if name is None else whole.train.phases[name].set, None
         if phases:
-            own = any(text.startswith("optimizer.warmup=") for text in given.set)
-            restart = (start, warmup) if own and warmup else None
+            warmup = config.optimizer.warmup if any(text.startswith("optimizer.warmup=") for text in given) else 0
+            restart = (start, warmup) if warmup else None
             optimizer = dataclasses.replace(config.optimizer, warmup=phases[0].config.optimizer.warmup)
             config = dataclasses.replace(config, optimizer=optimizer)
-        phases.append(Phase(number, name, start, start + given.steps, config, restart))
+        phases.append(Phase(number, name or BASE, start, stop, config, restart, given))
     _require_same_parameters(phases)
     return phases
 

@@ -24,6 +24,7 @@ class Bench:
         settings = recipe.get_config()
         settings.model.schedule = SCHEDULE
         settings.model.dtype = train.pop("dtype", "float32")
+        settings.model.dropout = train.pop("dropout", 0.0)
         settings.train.update(train)
         config = configs.check(settings)
         self.config, self.model, self.mesh = config, Functional(config.model), sharding.make_mesh(config.sharding)
@@ -91,6 +92,19 @@ def test_parts_of_a_batch_add_up(plain):
         assert float(summed[1][name]) == pytest.approx(float(whole[1][name]), rel=1e-5)
     for a, b in zip(jax.tree.leaves(summed[0].optimizer), jax.tree.leaves(whole[0].optimizer), strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-7)
+
+
+def test_dropout_differs_by_step_and_part_and_is_not_evaluated(plain):
+    dropped = Bench(accumulate=2, dropout=0.5)
+    batch = jax.tree.map(lambda x: np.repeat(x[:1], 4, 0), draw(3))  # rows that are all the same
+    _, first = dropped.step(dropped.state(), batch)
+    again = dropped.step(dropped.state(), batch)[1]
+    later = dropped.step(dataclasses.replace(dropped.state(), step=jnp.asarray(5)), batch)[1]
+    assert float(again["loss"]) == float(first["loss"])
+    assert abs(float(plain.step(plain.state(), batch)[1]["loss"]) - float(first["loss"])) > 1e-4
+    assert abs(float(later["loss"]) - float(first["loss"])) > 1e-4
+    sums = [build_evaluation(bench.model, bench.mesh)(plain.state().parameters, batch) for bench in (plain, dropped)]
+    np.testing.assert_array_equal(sums[0][0], sums[1][0])
 
 
 def test_learning_rate_is_that_of_the_update(plain):

@@ -85,6 +85,7 @@ def follow(terminal):
     out = io.StringIO()
     console = Console(file=out, force_terminal=terminal, width=200)
     with ProgressReport(console, 0, 4) as report:
+        report.begin(0, 100)
         timing = []
         for step in (1, 2, 3, 4):
             report.advance(step)
