@@ -8,6 +8,9 @@ steps. A window of w keys includes the query itself. The default schedule has wi
 table's other rows are in experiments/longformer_lm. The paper prints the range, 32 to 512, and the fixed width, 230,
 not the list: that two, two, two, three and three layers have 32, 64, 128, 256 and 512 is inferred from their mean.
 
+`:staged` is its whole training (section 4.2 and appendix A): five phases, each with windows and a sequence twice as long
+as the one before, as far as memory went, and with half its rate.
+
 `:mini` is for two CPU cores: six of these layers with four heads at width 96, windows a quarter as wide, 512 bytes.
 `data.files` says of which text.
 """
@@ -16,6 +19,8 @@ import recipe
 
 # Windows of an N-th of the widest, from the bottom to the top: their mean is the fixed row's.
 PAPER = dict(parts=(16, 16, 8, 8, 4, 4, 2, 2, 2, 1, 1, 1), width=512, heads=8, widest=512, relative=512, vocab=27)
+# Of `:staged`: steps, tokens of a sequence, sequences of a batch.
+STAGES = ((430_000, 2048, 32), (50_000, 4096, 32), (50_000, 8192, 16), (35_000, 16_384, 16), (5_000, 23_040, 16))
 MINI = dict(parts=(16, 8, 4, 2, 1, 1), width=96, heads=4, widest=128, relative=32, vocab=256)
 
 
@@ -39,15 +44,30 @@ def build(parts, width, heads, widest, relative, vocab):
     return recipe.model(vocab, width, " ".join(f"w{part}" for part in parts), layers, norm)
 
 
+def plan_stages(config):
+    """Phases that double windows and sequence and halve the rate; the rate is constant within each."""
+    phases, start = {}, 0
+    for number, (steps, length, batch) in enumerate(STAGES):
+        rate, warmup = config.optimizer.learning_rate / 2**number, min(steps // 10, 10_000)
+        widths = {part: 2**number * PAPER["widest"] // part for part in sorted(set(PAPER["parts"]))}
+        windows = [f"model.layers.w{n}.mixer.pattern=causal & window({width - 1})" for n, width in widths.items()]
+        changes = [f"data.length={length}", f"train.batch={batch}", f"optimizer.learning_rate={rate}"]
+        phases[f"stage{number + 1}"] = dict(start=start, set=[*changes, f"optimizer.warmup={warmup}", *windows])
+        start += steps
+    return start, phases
+
+
 def get_config(argument="paper"):
-    if argument == "paper":
+    if argument in ("paper", "staged"):
         run = dict(length=2048, steps=150_000, batch=32, learning_rate=2.5e-4, warmup=10_000)
         config = recipe.make_run(build(**PAPER), **run)
         config.data.tokenizer = "chars"
-        config.optimizer.weight_decay = 0.01
-        config.optimizer.clip = 0.25
+        config.model.dropout = 0.2
+        config.optimizer.update(weight_decay=0.01, clip=0.25, schedule="constant")
+        if argument == "staged":
+            config.train.steps, config.train.phases = plan_stages(config)
         return config
     if argument != "mini":
-        raise ValueError(f"the argument must be paper or mini, got {argument!r}")
+        raise ValueError(f"the argument must be paper, staged or mini, got {argument!r}")
     config = recipe.make_run(build(**MINI), length=512, steps=600, batch=8, learning_rate=3e-3, warmup=60)
     return recipe.fit_cpu(config, evaluations=4)

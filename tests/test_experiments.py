@@ -12,7 +12,7 @@ from sparsejax.account import account_model
 from sparsejax.config import ShardingConfig
 from sparsejax.model import Functional
 from sparsejax.sweep import plan_runs, read_sweep
-from sparsejax.train import build_optimizer, build_schedule, build_step, state_shapes
+from sparsejax.train import build_optimizer, build_schedule, build_step, plan_phases, state_shapes
 
 ROOT = Path(__file__).parent.parent
 
@@ -51,6 +51,20 @@ def test_windows_are_as_wide_on_average_in_every_row_of_longformer():
     pairs = {run.label: sum(seen.pairs(16_384) for _, seen in run.checked.model.sees) for run in runs}
     assert max(pairs["decreasing"], pairs["fixed"]) / pairs["increasing"] == pytest.approx(1, rel=0.01)
     assert pairs["decreasing"] == pairs["increasing"]
+
+
+def test_longformer_in_stages():
+    settings = configs.load(f"{ROOT}/configs/longformer_lm.py:staged")
+    phases = plan_phases(settings)
+    assert [phase.stop - phase.start for phase in phases] == [430_000, 50_000, 50_000, 35_000, 5_000]
+    assert [phase.config.data.length for phase in phases] == [2048, 4096, 8192, 16_384, 23_040]
+    first, *_, last = phases
+    assert last.config.optimizer.learning_rate == first.config.optimizer.learning_rate / 16 == 1.5625e-5
+    assert [phase.config.model.layers["w1"].mixer.pattern for phase in (first, last)] == [
+        "causal & window(511)",
+        "causal & window(8191)",
+    ]
+    assert first.config.model.dropout == 0.2
 
 
 def test_layers_that_are_compared_have_as_many_parameters():
