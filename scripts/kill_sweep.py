@@ -1,6 +1,6 @@
 """Kills a sweep's launcher and runs at random moments, and checks that nothing was lost and nothing done twice.
 
-    python scripts/kill_sweep.py [--runs 8] [--kills 12] [--seed 0] [--jobs 2] [--out FILE.json]
+    python scripts/kill_sweep.py [--runs 10] [--kills 16] [--seed 0] [--jobs 2] [--out FILE.json]
 
 One sweep goes through undisturbed. Another, of the same runs, is disturbed again and again: its launcher is killed
 (SIGKILL), one of its runs is killed, the process that waits for a run is killed, or the launcher is asked to stop
@@ -31,7 +31,7 @@ from sparsejax.sweep import grid, plan_runs
 from sparsejax.sweep.engines import build_job
 from sparsejax.train import list_steps, read_arrays
 
-STEPS, EVERY = 400, 20
+STEPS, EVERY = 3000, 100
 CONFIG = Path(__file__).parents[1] / "configs" / "mqar.py"
 SETTINGS = {
     "train.steps": STEPS,
@@ -128,7 +128,7 @@ def differences(one: Job, other: Job) -> list[str]:
 def main() -> None:
     """Prints one line for each disturbance; with --out also writes the record. Exits with 1 if anything was lost."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    for name, default in {"runs": 8, "kills": 12, "seed": 0, "jobs": 2}.items():
+    for name, default in {"runs": 10, "kills": 16, "seed": 0, "jobs": 2}.items():
         parser.add_argument(f"--{name}", type=int, default=default)
     parser.add_argument("--out", type=Path)
     options = parser.parse_args()
@@ -144,11 +144,15 @@ def main() -> None:
         jobs, expected = ([build_job(run, folder) for run in runs] for folder in (killed, whole))
         with Watch(killed) as watch:
             for number in range(options.kills):
+                if all(job.result.exists() for job in jobs):
+                    break
                 launcher = start(killed, options.runs, options.jobs, log)
-                while number == 0 and not any(job.held() for job in jobs):
+                what = DISTURBANCES[number % len(DISTURBANCES)]
+                aims_at_runs = number == 0 or what in ("kill a run", "kill the job of a run")
+                while aims_at_runs and launcher.poll() is None and not any(job.began() for job in jobs):
                     time.sleep(0.1)
-                time.sleep(draw.uniform(0, 8))
-                kills.append(disturb(DISTURBANCES[number % len(DISTURBANCES)], launcher, jobs, draw))
+                time.sleep(draw.uniform(0, 6))
+                kills.append(disturb(what, launcher, jobs, draw))
                 console.print(str(kills[-1]), highlight=False, soft_wrap=True)
                 if launcher.poll() is None:  # it goes on; two launchers cannot, so this one is killed for the next
                     time.sleep(draw.uniform(0, 2))

@@ -114,7 +114,7 @@ class Local:
         for attempt in waiting[: max(0, self.jobs - len(live))]:
             attempt.slot = min(set(range(self.jobs)) - taken)
             taken.add(attempt.slot)
-            share = {"CUDA_VISIBLE_DEVICES": self._share_devices(attempt.slot)}
+            share = self._share(attempt.slot)
             cores = share_out(self._cores, attempt.slot, self.jobs)
             attempt.job = dataclasses.replace(attempt.job, cores=cores, environment=share, apart=True)
             attempt.job.forget()
@@ -153,10 +153,14 @@ class Local:
             return 1
         return len(self._devices) or max(1, (len(self._cores) or os.cpu_count() or 1) // 2)
 
-    def _share_devices(self, slot: int) -> str | None:
-        if not self._devices:  # what submitit would take away stays as it is
-            return os.environ.get("CUDA_VISIBLE_DEVICES")
-        return ",".join(share_out(self._devices, slot, self.jobs))
+    def _share(self, slot: int) -> dict[str, str | None]:
+        """The environment of a run."""
+        # XLA cuts its sums into as many parts as it has threads, one for each core that it may use. With as many as a
+        # run by itself would have, a run gives the same bits whatever its share is; NPROC is where XLA looks first.
+        threads = {"NPROC": os.environ.get("NPROC", str(len(self._cores)))} if self._cores else {}
+        # Submitit takes all devices away.
+        devices = ",".join(share_out(self._devices, slot, self.jobs)) or os.environ.get("CUDA_VISIBLE_DEVICES")
+        return threads | {"CUDA_VISIBLE_DEVICES": devices}
 
 
 class Slurm:
