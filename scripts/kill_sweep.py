@@ -94,9 +94,14 @@ def parent_of(process: int) -> int:
     return int(Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[1])
 
 
+def find_running(jobs: list[Job]) -> list[Job]:
+    """Those whose run is running; a job that was killed leaves the id of its process behind."""
+    return [job for job in jobs if job.held() and job.process() is not None]
+
+
 def disturb(what: str, launcher: subprocess.Popen, jobs: list[Job], draw: random.Random) -> dict:
     """Does one thing to a sweep that is under way; returns what was done and how the launcher ended."""
-    running = [job for job in jobs if job.held() and job.process() is not None]
+    running = find_running(jobs)
     found = {"what": what, "done before": sum(job.result.exists() for job in jobs), "running": len(running)}
     if what == "kill the launcher":
         launcher.kill()
@@ -149,7 +154,7 @@ def main() -> None:
                 launcher = start(killed, options.runs, options.jobs, log)
                 what = DISTURBANCES[number % len(DISTURBANCES)]
                 aims_at_runs = number == 0 or what in ("kill a run", "kill the job of a run")
-                while aims_at_runs and launcher.poll() is None and not any(job.began() for job in jobs):
+                while aims_at_runs and launcher.poll() is None and not find_running(jobs):
                     time.sleep(0.1)
                 time.sleep(draw.uniform(0, 6))
                 kills.append(disturb(what, launcher, jobs, draw))

@@ -42,6 +42,7 @@ class Run:
 
     @property
     def seed(self) -> int:
+        """What it starts from and draws with."""
         return self.checked.train.seed
 
     @functools.cached_property
@@ -51,6 +52,11 @@ class Run:
 
     @functools.cached_property
     def checked(self) -> Config:
+        """The same, as the program reads it.
+
+        Raises:
+          ConfigError: it cannot be used.
+        """
         return configs.check(self.settings)
 
     def workdir(self, folder: Path) -> Path:
