@@ -24,6 +24,7 @@ YEAR = 365 * 24 * 60  # minutes
 TIMEOUTS = 10_000
 
 SLURM_NAMES = {"cpus": "cpus_per_task", "gpus": "gpus_per_node"}
+MINUTES = 60  # that a job may take if nothing else is said; then it saves and is queued again
 FRESH = 2.0  # seconds that an answer of squeue serves
 PATIENCE = 600.0  # seconds that squeue may fail for
 
@@ -120,7 +121,7 @@ class Local:
             attempt.job.forget()
             job = self._executor.submit(attempt.job)
             self._jobs[job.job_id] = job
-            _note_submission(attempt, job.job_id)
+            _note_submission(attempt, "local", job.job_id)
             launched.append(attempt)
         return launched
 
@@ -144,7 +145,7 @@ class Local:
 
     def find(self, attempt: Attempt) -> bool:
         """Its lock tells."""
-        attempt.slot = _read_submission(attempt).get("slot", 0)
+        attempt.slot = _read_submission(attempt, "local").get("slot", 0)
         return attempt.job.held()
 
     def _count_jobs(self) -> int:
@@ -194,7 +195,7 @@ class Slurm:
         except Exception as error:  # what sbatch says comes in more than one class
             raise SweepError(f"--launcher=slurm: {error}") from error
         for attempt, job in zip(waiting, jobs, strict=True):
-            _note_submission(attempt, job.job_id)
+            _note_submission(attempt, "slurm", job.job_id)
         self._asked = -PATIENCE
         return list(waiting)
 
@@ -217,7 +218,7 @@ class Slurm:
 
     def find(self, attempt: Attempt) -> bool:
         """Slurm's queue tells."""
-        attempt.id = _read_submission(attempt).get("job")
+        attempt.id = _read_submission(attempt, "slurm").get("job")
         return attempt.id in self._ask() or attempt.job.held()
 
     def _ask(self) -> dict[str, str]:
@@ -235,7 +236,7 @@ class Slurm:
         return self._queue
 
     def _read_settings(self, given: Mapping[str, str], jobs: int | None) -> dict[str, Any]:
-        settings: dict[str, Any] = {"job_name": "sparsejax", "stderr_to_stdout": True}
+        settings: dict[str, Any] = {"job_name": "sparsejax", "stderr_to_stdout": True, "time": MINUTES}
         settings |= {} if jobs is None else {"array_parallelism": jobs}
         known = self._executor._valid_parameters()
         others = {}
@@ -293,11 +294,13 @@ def _build_executor(kind: str, folder: Path) -> Any:
         raise SweepError(f"--launcher: {error}") from None
 
 
-def _note_submission(attempt: Attempt, job: str) -> None:
+def _note_submission(attempt: Attempt, launcher: str, job: str) -> None:
     attempt.id, attempt.told = job, False
-    write_json(attempt.job.place.with_suffix(".json"), {"job": job, "slot": attempt.slot})
+    write_json(attempt.job.place.with_suffix(".json"), {"launcher": launcher, "job": job, "slot": attempt.slot})
 
 
-def _read_submission(attempt: Attempt) -> dict[str, Any]:
+def _read_submission(attempt: Attempt, launcher: str) -> dict[str, Any]:
+    """The run's last submission, if it was to this launcher: another one's ids are other jobs here."""
     place = attempt.job.place.with_suffix(".json")
-    return json.loads(place.read_text()) if place.exists() else {}
+    found = json.loads(place.read_text()) if place.exists() else {}
+    return found if found.get("launcher") == launcher else {}
