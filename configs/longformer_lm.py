@@ -8,8 +8,8 @@ steps. A window of w keys includes the query itself. The default schedule has wi
 table's other rows are in experiments/longformer_lm. The paper prints the range, 32 to 512, and the fixed width, 230,
 not the list: that two, two, two, three and three layers have 32, 64, 128, 256 and 512 is inferred from their mean.
 
-`:staged` is its whole training (section 4.2 and appendix A): five phases, each with windows and a sequence twice as long
-as the one before, as far as memory went, and with half its rate.
+`:staged` is its whole training (section 4.2 and appendix A): five phases, each with windows and a sequence twice as
+long as the one before, as far as memory went, and with half its rate.
 
 `:mini` is for two CPU cores: six of these layers with four heads at width 96, windows a quarter as wide, 512 bytes.
 `data.files` says of which text.

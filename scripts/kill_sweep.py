@@ -1,6 +1,6 @@
 """Kills a sweep's launcher and runs at random moments, and checks that nothing was lost and nothing done twice.
 
-    python scripts/kill_sweep.py [--runs 8] [--kills 12] [--seed 0] [--jobs 2] [--out FILE.json]
+    python scripts/kill_sweep.py [--runs 8] [--kills 16] [--seed 0] [--jobs 2] [--out FILE.json]
 
 One sweep goes through undisturbed. Another, of the same runs, is disturbed again and again: its launcher is killed
 (SIGKILL), one of its runs is killed, the process that waits for a run is killed, or the launcher is asked to stop
@@ -31,7 +31,7 @@ from sparsejax.sweep import grid, plan_runs
 from sparsejax.sweep.engines import build_job
 from sparsejax.train import list_steps, read_arrays
 
-STEPS, EVERY = 400, 20
+STEPS, EVERY = 2000, 100
 CONFIG = Path(__file__).parents[1] / "configs" / "mqar.py"
 SETTINGS = {
     "train.steps": STEPS,
@@ -61,23 +61,25 @@ class Watch:
 
     def _look(self) -> None:
         while not self._over:
-            found = collections.Counter(line for line in list_commands() if f"--workdir={self._folder}/runs/" in line)
+            ours = {one: two for one, two in list_processes().items() if f"--workdir={self._folder}/runs/" in two[1]}
+            # A run that starts another program, such as git, is for a moment there twice: itself and its copy.
+            found = collections.Counter(line for parent, line in ours.values() if ours.get(parent, (0, ""))[1] != line)
             self.clashes += sum(count > 1 for count in found.values())
             self.looks += 1
             time.sleep(0.2)
 
 
-def list_commands() -> list[str]:
-    """The command line of every process that trains; one that has ended and was not waited for has none."""
-    lines = []
-    for place in Path("/proc").glob("[0-9]*/cmdline"):
+def list_processes() -> dict[int, tuple[int, str]]:
+    """Parent and command line of every process that trains; one that has ended has no command line."""
+    found = {}
+    for place in Path("/proc").glob("[0-9]*"):
         try:
-            words = place.read_bytes().decode(errors="replace").split("\0")
-        except OSError:  # it has ended
+            words = (place / "cmdline").read_bytes().decode(errors="replace").split("\0")
+            if "train" in words[:4]:
+                found[int(place.name)] = parent_of(int(place.name)), " ".join(words)
+        except OSError:  # it has just ended
             continue
-        if "train" in words[:4]:
-            lines.append(" ".join(words))
-    return lines
+    return found
 
 
 def start(folder: Path, count: int, jobs: int, log: Path) -> subprocess.Popen:
@@ -94,9 +96,14 @@ def parent_of(process: int) -> int:
     return int(Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[1])
 
 
+def find_running(jobs: list[Job]) -> list[Job]:
+    """Those whose run is running; a job that was killed leaves the id of its process behind."""
+    return [job for job in jobs if job.held() and job.process() is not None]
+
+
 def disturb(what: str, launcher: subprocess.Popen, jobs: list[Job], draw: random.Random) -> dict:
     """Does one thing to a sweep that is under way; returns what was done and how the launcher ended."""
-    running = [job for job in jobs if job.held() and job.process() is not None]
+    running = find_running(jobs)
     found = {"what": what, "done before": sum(job.result.exists() for job in jobs), "running": len(running)}
     if what == "kill the launcher":
         launcher.kill()
@@ -128,7 +135,7 @@ def differences(one: Job, other: Job) -> list[str]:
 def main() -> None:
     """Prints one line for each disturbance; with --out also writes the record. Exits with 1 if anything was lost."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    for name, default in {"runs": 8, "kills": 12, "seed": 0, "jobs": 2}.items():
+    for name, default in {"runs": 8, "kills": 16, "seed": 0, "jobs": 2}.items():
         parser.add_argument(f"--{name}", type=int, default=default)
     parser.add_argument("--out", type=Path)
     options = parser.parse_args()
@@ -144,11 +151,18 @@ def main() -> None:
         jobs, expected = ([build_job(run, folder) for run in runs] for folder in (killed, whole))
         with Watch(killed) as watch:
             for number in range(options.kills):
+                if all(job.result.exists() for job in jobs):
+                    break
+                said = log.stat().st_size
                 launcher = start(killed, options.runs, options.jobs, log)
-                while number == 0 and not any(job.held() for job in jobs):
+                what = DISTURBANCES[number % len(DISTURBANCES)]
+                aims_at_runs = number == 0 or what in ("kill a run", "kill the job of a run")
+                while aims_at_runs and launcher.poll() is None and not find_running(jobs):
                     time.sleep(0.1)
-                time.sleep(draw.uniform(0, 8))
-                kills.append(disturb(DISTURBANCES[number % len(DISTURBANCES)], launcher, jobs, draw))
+                while what == "ask the launcher to stop" and launcher.poll() is None and log.stat().st_size == said:
+                    time.sleep(0.1)  # who presses Ctrl-C while Python still imports is at the mercy of what it imports
+                time.sleep(draw.uniform(0, 6))
+                kills.append(disturb(what, launcher, jobs, draw))
                 console.print(str(kills[-1]), highlight=False, soft_wrap=True)
                 if launcher.poll() is None:  # it goes on; two launchers cannot, so this one is killed for the next
                     time.sleep(draw.uniform(0, 2))

@@ -24,6 +24,7 @@ YEAR = 365 * 24 * 60  # minutes
 TIMEOUTS = 10_000
 
 SLURM_NAMES = {"cpus": "cpus_per_task", "gpus": "gpus_per_node"}
+MINUTES = 60  # that a job may take if nothing else is said; then it saves and is queued again
 FRESH = 2.0  # seconds that an answer of squeue serves
 PATIENCE = 600.0  # seconds that squeue may fail for
 
@@ -114,13 +115,13 @@ class Local:
         for attempt in waiting[: max(0, self.jobs - len(live))]:
             attempt.slot = min(set(range(self.jobs)) - taken)
             taken.add(attempt.slot)
-            share = {"CUDA_VISIBLE_DEVICES": self._share_devices(attempt.slot)}
+            share = self._share(attempt.slot)
             cores = share_out(self._cores, attempt.slot, self.jobs)
             attempt.job = dataclasses.replace(attempt.job, cores=cores, environment=share, apart=True)
             attempt.job.forget()
             job = self._executor.submit(attempt.job)
             self._jobs[job.job_id] = job
-            _note_submission(attempt, job.job_id)
+            _note_submission(attempt, "local", job.job_id)
             launched.append(attempt)
         return launched
 
@@ -144,7 +145,7 @@ class Local:
 
     def find(self, attempt: Attempt) -> bool:
         """Its lock tells."""
-        attempt.slot = _read_submission(attempt).get("slot", 0)
+        attempt.slot = _read_submission(attempt, "local").get("slot", 0)
         return attempt.job.held()
 
     def _count_jobs(self) -> int:
@@ -153,10 +154,14 @@ class Local:
             return 1
         return len(self._devices) or max(1, (len(self._cores) or os.cpu_count() or 1) // 2)
 
-    def _share_devices(self, slot: int) -> str | None:
-        if not self._devices:  # what submitit would take away stays as it is
-            return os.environ.get("CUDA_VISIBLE_DEVICES")
-        return ",".join(share_out(self._devices, slot, self.jobs))
+    def _share(self, slot: int) -> dict[str, str | None]:
+        """The environment of a run."""
+        # XLA cuts its sums into as many parts as it has threads, one for each core that it may use. With as many as a
+        # run by itself would have, a run gives the same bits whatever its share is; NPROC is where XLA looks first.
+        threads = {"NPROC": os.environ.get("NPROC", str(len(self._cores)))} if self._cores else {}
+        # Submitit takes all devices away.
+        devices = ",".join(share_out(self._devices, slot, self.jobs)) or os.environ.get("CUDA_VISIBLE_DEVICES")
+        return threads | {"CUDA_VISIBLE_DEVICES": devices}
 
 
 class Slurm:
@@ -190,7 +195,7 @@ class Slurm:
         except Exception as error:  # what sbatch says comes in more than one class
             raise SweepError(f"--launcher=slurm: {error}") from error
         for attempt, job in zip(waiting, jobs, strict=True):
-            _note_submission(attempt, job.job_id)
+            _note_submission(attempt, "slurm", job.job_id)
         self._asked = -PATIENCE
         return list(waiting)
 
@@ -213,7 +218,7 @@ class Slurm:
 
     def find(self, attempt: Attempt) -> bool:
         """Slurm's queue tells."""
-        attempt.id = _read_submission(attempt).get("job")
+        attempt.id = _read_submission(attempt, "slurm").get("job")
         return attempt.id in self._ask() or attempt.job.held()
 
     def _ask(self) -> dict[str, str]:
@@ -231,7 +236,7 @@ class Slurm:
         return self._queue
 
     def _read_settings(self, given: Mapping[str, str], jobs: int | None) -> dict[str, Any]:
-        settings: dict[str, Any] = {"job_name": "sparsejax", "stderr_to_stdout": True}
+        settings: dict[str, Any] = {"job_name": "sparsejax", "stderr_to_stdout": True, "time": MINUTES}
         settings |= {} if jobs is None else {"array_parallelism": jobs}
         known = self._executor._valid_parameters()
         others = {}
@@ -296,11 +301,13 @@ def _build_executor(kind: str, folder: Path) -> Any:
         raise SweepError(f"--launcher: {error}") from None
 
 
-def _note_submission(attempt: Attempt, job: str) -> None:
+def _note_submission(attempt: Attempt, launcher: str, job: str) -> None:
     attempt.id, attempt.told = job, False
-    write_json(attempt.job.place.with_suffix(".json"), {"job": job, "slot": attempt.slot})
+    write_json(attempt.job.place.with_suffix(".json"), {"launcher": launcher, "job": job, "slot": attempt.slot})
 
 
-def _read_submission(attempt: Attempt) -> dict[str, Any]:
+def _read_submission(attempt: Attempt, launcher: str) -> dict[str, Any]:
+    """The run's last submission, if it was to this launcher: another one's ids are other jobs here."""
     place = attempt.job.place.with_suffix(".json")
-    return json.loads(place.read_text()) if place.exists() else {}
+    found = json.loads(place.read_text()) if place.exists() else {}
+    return found if found.get("launcher") == launcher else {}

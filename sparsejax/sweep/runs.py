@@ -52,6 +52,11 @@ class Run:
 
     @functools.cached_property
     def checked(self) -> Config:
+        """The same, as the program reads it.
+
+        Raises:
+          ConfigError: it cannot be used.
+        """
         return configs.check(self.settings)
 
     def workdir(self, folder: Path) -> Path:

@@ -5,9 +5,11 @@ import io
 import json
 import os
 import signal
+import subprocess
 import sys
 import threading
 import time
+from pathlib import Path
 
 import pytest
 from rich.console import Console
@@ -16,7 +18,7 @@ from sparsejax.cli import INTERRUPTED, RUNS_FAILED, main
 from sparsejax.sweep import RunsFailed, SweepError, engines, launch, plan_runs
 from sparsejax.sweep.board import Board, read_progress
 from sparsejax.sweep.engines import Local, build_job
-from sparsejax.train import Interrupted, list_steps
+from sparsejax.train import Interrupted, list_steps, read_arrays
 from tests.sweep.commands import Command
 from tests.train import runs
 
@@ -226,3 +228,20 @@ def test_without_submitit(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "submitit", None)
     with pytest.raises(SweepError, match=r"needs submitit; pip install 'sparsejax\[launch\]'"):
         Local(tmp_path)
+
+
+def test_a_share_of_the_cores_changes_no_bit(tmp_path, text, monkeypatch):
+    """Sums are cut up by the number of threads, if they are as wide as those of the quickstart."""
+    cores = engines.find_cores()
+    if len(cores) < 2:
+        pytest.skip("one core has no shares")
+    monkeypatch.setenv("JAX_PLATFORMS", "cpu")
+    monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", runs.COMPILED.name)
+    given = {"train.steps": 2, "data.files": str(text), "data.length": 128, "eval.sample": 0, "checkpoint.keep_best": 0}
+    given |= {"train.log_every": 1, "model.schedule": "ssm", "eval.every": 2, "eval.batch": 4}
+    (run,) = plan_runs(str(Path(__file__).parents[2] / "configs" / "quickstart.py"), [{}], given)
+    subprocess.run(run.command(tmp_path / "alone"), check=True, capture_output=True)
+    out, error = launch_here([run], tmp_path / "shared", jobs=len(cores))
+    assert error is None, out
+    states = [read_arrays(run.workdir(tmp_path / name) / "checkpoints", 2) for name in ("alone", "shared")]
+    runs.assert_same_bits(*states)
