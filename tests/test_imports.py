@@ -27,8 +27,9 @@ NEEDS = {
     "draw": {"patterns", "config"},
     "train": {"patterns", "layers", "config", "sharding", "data", "model", "decode"},
     "sweep": {"config", "train"},
+    "report": {"config", "account", "train"},
     "interop": {"schedule", "config", "layers", "model", "patterns", "sharding"},
-    "cli": {"patterns", "ops", "schedule", "config", "data", "interop", "show", "draw", "train"},
+    "cli": {"patterns", "ops", "schedule", "config", "data", "interop", "show", "draw", "train", "report"},
     "__main__": {"cli"},
     "__init__": set(),  # so that one room can be imported without the others
 }
