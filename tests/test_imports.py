@@ -27,7 +27,7 @@ NEEDS = {
     "draw": {"patterns", "config"},
     "train": {"patterns", "layers", "config", "sharding", "data", "model", "decode"},
     "sweep": {"config", "train"},
-    "report": {"config", "account", "train"},
+    "report": {"config", "account", "train", "sweep"},
     "interop": {"schedule", "config", "layers", "model", "patterns", "sharding"},
     "cli": {"patterns", "ops", "schedule", "config", "data", "interop", "show", "draw", "train", "report"},
     "__main__": {"cli"},

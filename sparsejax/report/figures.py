@@ -13,7 +13,8 @@ import numpy as np
 from sparsejax.report.statistics import find_front
 from sparsejax.report.study import Setting, Study, natural_order
 from sparsejax.report.summary import count_decimals, write_estimate
-from sparsejax.report.table import shorten, write_value
+from sparsejax.report.table import shorten
+from sparsejax.sweep.runs import write_value
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -73,6 +74,8 @@ def draw_curves(study: Study) -> Picture | None:
     names = [name for name in dict.fromkeys([study.metric, "train/loss"]) if len(_curves(study, name))]
     if not names:
         return None
+    from matplotlib.ticker import MaxNLocator
+
     figure, axes = _figure(1, len(names), study)
     for axis, name in zip(axes, names, strict=True):
         for one, style in _styles(study):
@@ -80,6 +83,7 @@ def draw_curves(study: Study) -> Picture | None:
             axis.plot(steps, mean, color=style["color"], linestyle=style["linestyle"], linewidth=1.4)
             axis.fill_between(steps, mean - error, mean + error, color=style["color"], alpha=0.15, linewidth=0)
         axis.set(xlabel="step", ylabel=_name_metric(name))
+        axis.xaxis.set_major_locator(MaxNLocator(6, integer=True))
         _focus(axis)
     caption = (
         "Learning curves: mean over seeds, with a band of one standard error. Before the last step"

@@ -12,7 +12,8 @@ from sparsejax.report import figures, statistics, summary
 from sparsejax.report.figures import Picture
 from sparsejax.report.study import Study
 from sparsejax.report.summary import Cell
-from sparsejax.report.table import COSTS, ORIGIN, is_key, write_value
+from sparsejax.report.table import COSTS, ORIGIN, is_key
+from sparsejax.sweep.runs import write_value
 
 if TYPE_CHECKING:
     import pandas as pd

@@ -21,13 +21,15 @@ from ml_collections import ConfigDict
 from sparsejax import config as configs
 from sparsejax.account import account_model
 from sparsejax.config import ConfigError, ModelConfig
+from sparsejax.sweep.axes import SEED
+from sparsejax.sweep.runs import write_value
 from sparsejax.train import RESULT, read_rows
 from sparsejax.train.writers import write_json
 
 if TYPE_CHECKING:
     import pandas as pd
 
-SWEEP = "sweep.json"  # in a sweep's folder: its runs, each with name, label and overrides
+SWEEP = "sweep.json"  # in a sweep's folder: its config and its runs by name, each with label, seed and overrides
 TABLE, CURVES, CONFIGS = "results", "curves", "configs.json"
 ENDINGS = (".parquet", ".csv")
 
@@ -40,7 +42,6 @@ COSTS = ("parameters", "training_flops_per_token", "training_flops", "cache_byte
 ORIGIN = ("device", "python", "jax", "git", "config", "overrides", "digest", "corpus", "name", "run")
 CURVE = ("run", "step", "metric", "value")
 
-SEED = "train.seed"
 MOST_NAMED = 3  # keys that name a run that no sweep has named; where more differ its workdir's name is clearer
 
 
@@ -119,11 +120,6 @@ def shorten(keys: Iterable[str]) -> dict[str, str]:
     return short
 
 
-def write_value(value: Any) -> str:
-    """A value of a configuration, as text."""
-    return value if isinstance(value, str) else json.dumps(value)
-
-
 def _require_pandas() -> None:
     try:
         import pandas  # noqa: F401
@@ -155,29 +151,23 @@ def _read_place(place: Path) -> list[Results]:
 
 def _read_sweep(folder: Path) -> Results:
     place, sweep = folder / SWEEP, _read_json(folder / SWEEP)
-    runs = []
     try:
-        for planned in sweep["runs"]:
-            workdir, own = folder / "runs" / planned["name"], dict(planned["overrides"])
-            named = {"label": planned["label"], "config": sweep["config"], "overrides": json.dumps(own)}
-            if (workdir / "config.json").exists():
-                row, *more = _read_run(workdir)
-                runs.append((row | named, *more))
-            else:
-                row = {"name": planned["name"], "status": NOT_STARTED, "step": 0, "seed": own.get(SEED)}
-                runs.append((row | named, [], None))
-    except (KeyError, TypeError, ValueError) as error:
-        if isinstance(error, ReportError):
-            raise
+        runs = [_read_planned(folder, sweep["config"], name, planned) for name, planned in sweep["runs"].items()]
+    except (KeyError, TypeError, AttributeError) as error:
         raise ReportError(f"{place}: is damaged: {type(error).__name__}: {error}") from error
-    known = {planned["name"] for planned in sweep["runs"]}
-    others = [
-        one.name for one in (folder / "runs").glob("*") if (one / "config.json").exists() and one.name not in known
-    ]
-    notes = (
-        [f"{len(others)} workdirs in {folder / 'runs'} belong to no run of {SWEEP} and are left out"] if others else []
-    )
-    return _gather(runs, notes)
+    others = [one for one in (folder / "runs").glob("*/config.json") if one.parent.name not in sweep["runs"]]
+    note = f"{len(others)} workdirs in {folder / 'runs'} belong to no run of {SWEEP} and are left out"
+    return _gather(runs, [note] if others else [])
+
+
+def _read_planned(folder: Path, config: str, name: str, planned: Mapping[str, Any]) -> tuple:
+    """A run of a sweep, which may not have started."""
+    named = {"label": planned["label"], "config": config, "overrides": json.dumps(dict(planned["overrides"]))}
+    workdir = folder / "runs" / name
+    if not (workdir / "config.json").exists():
+        return {"name": name, "status": NOT_STARTED, "step": 0, "seed": planned["seed"], "run": "", **named}, [], None
+    row, points, settings = _read_run(workdir)
+    return row | named, points, settings
 
 
 def _gather(runs: Sequence[tuple[dict, list[tuple], dict | None]], notes: Sequence[str] = ()) -> Results:

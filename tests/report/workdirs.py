@@ -43,13 +43,11 @@ def write_sweep(folder, values, metric="eval/bits_per_byte"):
 
     A value is the metric at the end; None is a run that was stopped, and "planned" one that has not started.
     """
-    sweep = [
-        {"label": label, "model.schedule": schedule, "train.seed": seed} for label, schedule, seed in values
-    ]
+    sweep = [{"label": label, "model.schedule": schedule, "train.seed": seed} for label, schedule, seed in values]
     planned = plan_runs(str(runs.RECIPE), sweep)
     folder.mkdir(parents=True)
-    recorded = [{"name": run.name, "label": run.label, "overrides": dict(run.overrides)} for run in planned]
-    dump(folder / "sweep.json", {"config": "configs/recipe.py", "sweep": "sweep.py", "runs": recorded})
+    recorded = {run.name: {"label": run.label, "seed": run.seed, "overrides": dict(run.overrides)} for run in planned}
+    dump(folder / "sweep.json", {"config": "configs/recipe.py", "sweeps": ["sweep.py"], "runs": recorded})
     for run, value in zip(planned, values.values(), strict=True):
         if value != "planned":
             step = 10 if value is None else 20
