@@ -309,13 +309,12 @@ def _read_frame(path: Path) -> pd.DataFrame:
     try:
         if path.suffix == ".parquet":
             return pd.read_parquet(path)
-        columns = list(pd.read_csv(path, nrows=0))
-        texts = {name: str for name in columns if name in (*TEXTS, "metric") or is_key(name)}
-        whole = {name: "Int64" for name in columns if name in INTEGERS}
-        numbers = {name: float for name in columns if name not in texts and name not in whole}
-        empty = {name: [""] for name in (*whole, *numbers)}
-        kinds = texts | whole | numbers
-        return pd.read_csv(path, dtype=kinds, keep_default_na=False, na_values=empty, float_precision="round_trip")
+        frame = pd.read_csv(path, dtype=str, keep_default_na=False)
+        for name in frame:
+            if name in (*INTEGERS, "value") or name in COSTS or "/" in name:
+                read_number = int if name in INTEGERS else float
+                frame[name] = [read_number(text) if text else None for text in frame[name]]
+        return frame
     except (ValueError, OSError) as error:
         raise ReportError(f"{path}: is damaged: {error}") from error
 
