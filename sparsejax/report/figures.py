@@ -51,8 +51,12 @@ def draw(study: Study) -> list[Picture]:
     from matplotlib import style
 
     with style.context(["default", {"font.size": 9, "text.parse_math": False}]):
-        pictures = [draw_curves(study), draw_pareto(study), draw_heat_map(study)]
-    return [picture for picture in pictures if picture is not None]
+        drawn = [draw_curves(study), draw_pareto(study), draw_heat_map(study)]
+        pictures = [picture for picture in drawn if picture is not None]
+        for picture in pictures:  # laid out once: another time would move everything by a hair
+            picture.figure.draw_without_rendering()
+            picture.figure.set_layout_engine("none")
+    return pictures
 
 
 def write(figure: Figure, form: str) -> bytes:
@@ -172,7 +176,7 @@ def _differ(costs: Sequence[float]) -> bool:
 def draw_heat_map(study: Study) -> Picture | None:
     """The metric for every pair of values of two keys: of those asked for, or of the two that differ."""
     keys = study.by or study.results.keys
-    rows = [{key: one.runs[key].iloc[0] for key in keys} for one in study.settings]
+    rows = [one.runs[list(keys)].astype(object).iloc[0].to_dict() for one in study.settings]
     if len(keys) != 2 or any(one.runs[key].nunique() > 1 for one in study.settings for key in keys):
         return None
     down, across = (sorted({row[key] for row in rows}, key=natural_order) for key in keys)

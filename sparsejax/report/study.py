@@ -117,8 +117,10 @@ def study(results: Results, metric: str | None = None, baseline: str | None = No
     if counted.empty:
         raise ReportError(f"--metric: {name} has no value in any of the {len(finished)} finished runs")
     keys = tuple(_find_key(key, results.keys) for key in by)
-    labels = [describe({key: row[key] for key in keys}) for _, row in counted.iterrows()] if keys else counted["label"]
-    groups = counted.groupby(list(labels), sort=False)
+    labels = counted["label"]
+    if keys:
+        labels = counted[list(keys)].astype(object).apply(lambda row: describe(row.to_dict()), axis=1)
+    groups = counted.groupby(labels, sort=False)
     settings = [
         Setting(label, runs, {int(seed): float(value) for seed, value in runs.groupby("seed")[name].mean().items()})
         for label, runs in groups

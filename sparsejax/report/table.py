@@ -254,8 +254,9 @@ def _read_log(path: Path) -> list[dict[str, Any]]:
     """The rows of a jsonl file, of which only the last may be cut short."""
     rows = read_rows(path)
     lines = path.read_text().splitlines() if path.exists() else []
-    if len(rows) < len(lines) - 1 or not all(isinstance(row, dict) and "step" in row for row in rows):
-        raise ReportError(f"{path}: line {len(rows) + 1} of {len(lines)} is damaged")
+    good = next((i for i, row in enumerate(rows) if not (isinstance(row, dict) and "step" in row)), len(rows))
+    if good < max(len(rows), len(lines) - 1):
+        raise ReportError(f"{path}: line {good + 1} of {len(lines)} is damaged")
     return rows
 
 
@@ -282,10 +283,7 @@ def _flatten(section: Mapping[str, Any], path: str = "") -> dict[str, Any]:
 
 def _read_recorded(path: Path) -> Results:
     """What `write` wrote. Keys and labels are worked out anew: they depend on which runs stand side by side."""
-    runs = _read_frame(path)
-    missing = [name for name in (*FIRST, *COSTS, *ORIGIN) if name not in runs]
-    if missing:
-        raise ReportError(f"{path}: is no table of a report: it has no column {missing[0]!r}")
+    runs = _read_frame(path, (*FIRST, *COSTS, *ORIGIN))
     recorded = _read_json(path.with_name(CONFIGS))
     try:
         settings = {run: recorded["common"] | own for run, own in recorded["runs"].items()}
@@ -298,25 +296,29 @@ def _read_recorded(path: Path) -> Results:
     for ending in (path.suffix, *ENDINGS):
         place = path.with_name(f"{CURVES}{ending}")
         if place.exists():
-            return Results(_type_table(runs), _type_curves(_read_frame(place)), settings)
+            return Results(_type_table(runs), _type_curves(_read_frame(place, CURVE)), settings)
     return Results(_type_table(runs), _no_curves(), settings, (f"{path} was recorded without its curves",))
 
 
-def _read_frame(path: Path) -> pd.DataFrame:
+def _read_frame(path: Path, columns: Sequence[str]) -> pd.DataFrame:
     """A table as it was written: floats to the last bit, texts that look like numbers or like nothing as texts."""
     import pandas as pd
 
     try:
         if path.suffix == ".parquet":
-            return pd.read_parquet(path)
-        frame = pd.read_csv(path, dtype=str, keep_default_na=False)
-        for name in frame:
-            if name in (*INTEGERS, "value") or name in COSTS or "/" in name:
-                read_number = int if name in INTEGERS else float
-                frame[name] = [read_number(text) if text else None for text in frame[name]]
-        return frame
+            frame = pd.read_parquet(path)
+        else:
+            frame = pd.read_csv(path, dtype=str, keep_default_na=False)
+            for name in frame:
+                if name in (*INTEGERS, "value") or name in COSTS or "/" in name:
+                    read_number = int if name in INTEGERS else float
+                    frame[name] = [read_number(text) if text else None for text in frame[name]]
     except (ValueError, OSError) as error:
         raise ReportError(f"{path}: is damaged: {error}") from error
+    missing = [name for name in columns if name not in frame]
+    if missing:
+        raise ReportError(f"{path}: is no table of a report: it has no column {missing[0]!r}")
+    return frame
 
 
 def _compress(settings: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
