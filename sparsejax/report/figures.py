@@ -75,12 +75,12 @@ def write(figure: Figure, form: str) -> bytes:
 
 def draw_curves(study: Study) -> Picture | None:
     """The metric, and the training loss, by step: mean and standard error over seeds."""
-    names = [name for name in dict.fromkeys([study.metric, "train/loss"]) if len(_curves(study, name))]
+    names = [name for name in dict.fromkeys([study.metric, "train/loss_mean"]) if len(_curves(study, name))]
     if not names:
         return None
     from matplotlib.ticker import MaxNLocator
 
-    figure, axes = _figure(1, len(names), study)
+    figure, axes = _figure(1, len(names), study, "marker")
     for axis, name in zip(axes, names, strict=True):
         for one, style in _styles(study):
             steps, mean, error = _average(study, one, name)
@@ -134,7 +134,7 @@ def draw_pareto(study: Study) -> Picture | None:
     costs = [column for column in COSTS if _differ([one.mean(column) for one in study.settings])]
     if not costs:
         return None
-    figure, axes = _figure(-(-len(costs) // 2), min(len(costs), 2), study)
+    figure, axes = _figure(-(-len(costs) // 2), min(len(costs), 2), study, "linestyle")
     for axis, column in zip(axes, costs, strict=False):
         _draw_costs(study, column, axis)
     for axis in axes[len(costs) :]:
@@ -146,7 +146,7 @@ def draw_pareto(study: Study) -> Picture | None:
 
 
 def _draw_costs(study: Study, column: str, axis: Axes) -> None:
-    from matplotlib.ticker import EngFormatter, LogLocator, NullFormatter
+    from matplotlib.ticker import EngFormatter, LogLocator, MaxNLocator, NullFormatter
 
     name, unit = COSTS[column]
     costs = [one.mean(column) for one in study.settings]
@@ -161,6 +161,8 @@ def _draw_costs(study: Study, column: str, axis: Axes) -> None:
         axis.set_xscale("log")
         axis.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5), numticks=8))
         axis.xaxis.set_minor_formatter(NullFormatter())
+    else:
+        axis.xaxis.set_major_locator(MaxNLocator(5))
     axis.xaxis.set_major_formatter(EngFormatter(unit=unit))
     axis.set(xlabel=name, ylabel=_name_metric(study.metric))
 
@@ -189,7 +191,11 @@ def draw_heat_map(study: Study) -> Picture | None:
         means[place] = one.estimate.mean
         texts[place] = write_estimate(one.estimate, decimals).text.replace(" ± ", "\n± ")
     figure = _draw_cells(study, keys, (down, across), means, texts)
-    return Picture("heat_map", figure, "Mean and standard error over seeds for each pair of values; blank: no run.")
+    return Picture(
+        "heat_map",
+        figure,
+        "Mean and standard error over seeds for each pair of values: lighter is better, blank: no run.",
+    )
 
 
 def _draw_cells(study: Study, keys: Sequence[str], values: tuple, means: np.ndarray, texts: dict) -> Figure:
@@ -216,13 +222,13 @@ def _draw_cells(study: Study, keys: Sequence[str], values: tuple, means: np.ndar
 # What they share.
 
 
-def _figure(rows: int, columns: int, study: Study) -> tuple[Figure, np.ndarray]:
-    """A figure of panels with one legend for all, and its axes in reading order."""
+def _figure(rows: int, columns: int, study: Study, left_out: str) -> tuple[Figure, np.ndarray]:
+    """A figure of panels with one legend for all, and its axes in reading order; `left_out` is no part of its style."""
     from matplotlib.figure import Figure
     from matplotlib.lines import Line2D
 
     handles = [
-        Line2D([], [], label=_wrap(one.label, LABEL_WIDTH), markersize=5, linewidth=1.4, **style)
+        Line2D([], [], label=_wrap(one.label, LABEL_WIDTH), markersize=5, linewidth=1.4, **style | {left_out: "none"})
         for one, style in _styles(study)
     ]
     lines = sum(handle.get_label().count("\n") + 1 for handle in handles)
@@ -232,7 +238,7 @@ def _figure(rows: int, columns: int, study: Study) -> tuple[Figure, np.ndarray]:
         axis.spines[["top", "right"]].set_visible(False)
         axis.grid(color="#e5e5e5", linewidth=0.6)
         axis.set_axisbelow(True)
-    figure.legend(handles=handles, loc="outside right upper", frameon=False, fontsize=8)
+    figure.legend(handles=handles, loc="outside right upper", frameon=False, fontsize=8, handlelength=2.4)
     return figure, axes
 
 
@@ -250,7 +256,7 @@ def _styles(study: Study) -> Iterator[tuple[Setting, dict[str, Any]]]:
 
 def _name_metric(metric: str) -> str:
     """A metric as an axis has it, with its unit."""
-    units = {"eval/loss": "validation loss (nats)", "train/loss": "training loss (nats)"}
+    units = {"eval/loss": "validation loss (nats)", "train/loss_mean": "training loss, running mean (nats)"}
     return units.get(metric, metric.removeprefix("eval/").replace("_", " "))
 
 

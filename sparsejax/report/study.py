@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 MAIN = ("eval/bits_per_character", "eval/bits_per_byte", "eval/accuracy", "eval/loss")
 LOWER = ("eval/loss", "eval/bits", "train/loss", *(cost for cost in COSTS if cost != "tokens_per_second"))
 HIGHER = ("eval/accuracy", "eval/exact_match", "tokens_per_second")
+LIKELY = 0.05  # from this p on a difference may well be chance
 NEAR = 3  # names that are offered for one that is not known
 
 
@@ -94,7 +95,9 @@ class Study:
             return "too few seeds"
         if comparison.below_noise:
             return "below noise"
-        return "better" if (comparison.difference < 0) == self.lower else "worse"
+        verdict = "better" if (comparison.difference < 0) == self.lower else "worse"
+        # With few seeds, twice the standard error happens by chance more often than one would think.
+        return verdict if comparison.p is None or comparison.p < LIKELY else f"perhaps {verdict}"
 
 
 def study(results: Results, metric: str | None = None, baseline: str | None = None, by: Sequence[str] = ()) -> Study:

@@ -41,6 +41,7 @@ FIRST = ("label", "seed", "status", "step")
 COSTS = ("parameters", "training_flops_per_token", "training_flops", "cache_bytes", "seconds", "tokens_per_second")
 ORIGIN = ("device", "python", "jax", "git", "config", "overrides", "digest", "corpus", "name", "run")
 CURVE = ("run", "step", "metric", "value")
+TRAINING = ("train/loss", "train/loss_mean")
 
 MOST_NAMED = 3  # keys that name a run that no sweep has named; where more differ its workdir's name is clearer
 
@@ -55,7 +56,7 @@ class Results:
 
     Attributes:
       runs: A row for each run, see the module's constants for the columns.
-      curves: Columns `run`, `step`, `metric` and `value`: `train/loss` and all metrics of evaluations.
+      curves: Columns `run`, `step`, `metric` and `value`: the training loss and all metrics of evaluations.
       settings: The resolved configuration of each run that has started, by `run`: value by dotted key.
       notes: What a reader must know of how the table came about, in sentences.
     """
@@ -202,7 +203,7 @@ def _read_run(workdir: Path) -> tuple[dict[str, Any], list[tuple], dict[str, Any
         "status": UNFINISHED if result is None else FINISHED,
         "step": step,
         **{name: value for name, value in (result or {}).items() if "/" in name},
-        **{name: row[name] for row in metrics[-1:] for name in ("train/loss", "train/loss_mean") if name in row},
+        **{name: row[name] for row in metrics[-1:] for name in TRAINING if name in row},
         **cost,
         "training_flops": cost["training_flops_per_token"] * tokens,
         **_read_time(workdir / "timing.jsonl"),
@@ -216,7 +217,7 @@ def _read_run(workdir: Path) -> tuple[dict[str, Any], list[tuple], dict[str, Any
         (row["run"], one["step"], name, value)
         for one in metrics
         for name, value in one.items()
-        if name == "train/loss" or name.startswith("eval/")
+        if name in TRAINING or name.startswith("eval/")
     ]
     return row, points, _flatten(complete)
 

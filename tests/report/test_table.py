@@ -69,7 +69,7 @@ def test_curves_have_a_row_for_each_value(sweep):
     results = read([sweep])
     run = results.runs["run"][3]
     curves = results.curves[results.curves["run"] == run]
-    assert set(curves["metric"]) == {"train/loss", "eval/bits_per_byte", "eval/loss"}
+    assert set(curves["metric"]) == {"train/loss", "train/loss_mean", "eval/bits_per_byte", "eval/loss"}
     loss = curves[curves["metric"] == "train/loss"]
     assert loss["step"].tolist() == [5, 10]
     assert loss["value"].tolist() == [5.0 - 0.1 * 5, 5.0 - 0.1 * 10]
