@@ -23,7 +23,7 @@ from sparsejax.account import account_model
 from sparsejax.config import ConfigError, ModelConfig
 from sparsejax.sweep.axes import SEED
 from sparsejax.sweep.runs import write_value
-from sparsejax.train import RESULT, read_rows
+from sparsejax.train import RESULT
 from sparsejax.train.writers import write_json
 
 if TYPE_CHECKING:
@@ -252,12 +252,19 @@ def _read_versions(path: Path) -> dict[str, str]:
 
 
 def _read_log(path: Path) -> list[dict[str, Any]]:
-    """The rows of a jsonl file, of which only the last may be cut short."""
-    rows = read_rows(path)
+    """The rows of a jsonl file; the last line may be cut short, by a crash or by a run that is writing it just now."""
+    rows = []
     lines = path.read_text().splitlines() if path.exists() else []
-    good = next((i for i, row in enumerate(rows) if not (isinstance(row, dict) and "step" in row)), len(rows))
-    if good < max(len(rows), len(lines) - 1):
-        raise ReportError(f"{path}: line {good + 1} of {len(lines)} is damaged")
+    for number, line in enumerate(lines, 1):
+        try:
+            row = json.loads(line)
+        except ValueError:
+            row = None
+            if number == len(lines):
+                break
+        if not isinstance(row, dict) or "step" not in row:
+            raise ReportError(f"{path}: line {number} of {len(lines)} is damaged")
+        rows.append(row)
     return rows
 
 
