@@ -259,9 +259,9 @@ def _read_log(path: Path) -> list[dict[str, Any]]:
         try:
             row = json.loads(line)
         except ValueError:
-            row = None
             if number == len(lines):
                 break
+            row = None
         if not isinstance(row, dict) or "step" not in row:
             raise ReportError(f"{path}: line {number} of {len(lines)} is damaged")
         rows.append(row)

@@ -2,13 +2,14 @@
 
 import json
 import shutil
+import sys
 
 import pandas as pd
 import pytest
 
 from sparsejax import config as configs
 from sparsejax.account import account_model
-from sparsejax.report import read, write
+from sparsejax.report import ReportError, read, write
 from sparsejax.report.table import describe, shorten
 from tests.report.workdirs import TOKENS, dump, settings_of, write_sweep, write_workdir
 
@@ -164,6 +165,20 @@ def test_a_workdir_that_has_only_begun_is_unfinished(tmp_path):
     row = read([tmp_path / "mine"]).runs.iloc[0]
     assert (row["status"], row["step"], row["device"]) == ("unfinished", 0, "")
     assert pd.isna(row["seconds"])
+
+
+def test_a_last_line_that_was_cut_short_is_left_out(tmp_path):
+    workdir = write_workdir(tmp_path / "mine", settings_of(), step=10)
+    with (workdir / "metrics.jsonl").open("a") as log:
+        log.write('{"step": 15, "train/lo')
+    assert read([workdir]).runs["step"].tolist() == [10]
+
+
+@pytest.mark.parametrize("name", ["pandas", "pyarrow"])
+def test_a_missing_library_is_named_with_its_extra(tmp_path, monkeypatch, name):
+    monkeypatch.setitem(sys.modules, name, None)
+    with pytest.raises(ReportError, match=r"sparsejax\[report\]"):
+        read([tmp_path])
 
 
 def test_where_a_run_was_resumed_elsewhere_both_places_are_told(tmp_path):
