@@ -20,6 +20,7 @@ from sparsejax.draw import draw, draw_reach, name_layers
 from sparsejax.interop import huggingface
 from sparsejax.ops import ImplementationError
 from sparsejax.patterns import PatternError
+from sparsejax.report import ReportError, report
 from sparsejax.schedule import ScheduleError
 from sparsejax.show import show, show_complexity, show_data
 from sparsejax.sweep import (
@@ -47,6 +48,7 @@ UNUSABLE = (
     ImplementationError,
     CheckpointError,
     SweepError,
+    ReportError,
     huggingface.CheckpointError,
 )
 
@@ -116,6 +118,9 @@ def _run(arguments: list[str]) -> int:
     if options.verb == "sweep":
         _sweep(options, overrides, cluster, console)
         return 0
+    if options.verb == "report":
+        _report(options, overrides, console)
+        return 0
     _train(options, overrides, console)
     return 0
 
@@ -154,6 +159,20 @@ def _show(options: argparse.Namespace, overrides: list[str], console: Console) -
     else:
         config = configs.check(configs.load(_require_config(options), overrides))
         show(config.model, config.data.length if options.length is None else options.length, console)
+
+
+def _report(options: argparse.Namespace, overrides: list[str], console: Console) -> None:
+    if overrides:
+        raise ConfigError(f"--config.{overrides[0].partition('=')[0]}: a report is about runs, not about a config")
+    report(
+        options.places,
+        console,
+        out=options.out,
+        metric=options.metric,
+        baseline=options.baseline,
+        by=[key.strip() for key in options.by.split(",")] if options.by else (),
+        only_table=options.table,
+    )
 
 
 def _draw(options: argparse.Namespace, overrides: list[str], console: Console) -> None:
@@ -256,6 +275,7 @@ def _parser() -> argparse.ArgumentParser:
     one.add_argument("--out", default=None, metavar="FILE", help=".png or .svg; the terminal if not given")
     one.add_argument("--titles", default=None, metavar="A,B", help="a title for each pattern, separated by commas")
     _add_sweep(verbs.choices["sweep"])
+    _add_report(verbs)
     return parser
 
 
@@ -283,6 +303,17 @@ def _add_sweep(one: argparse.ArgumentParser) -> None:
     )
     one.add_argument("--sampler", choices=SAMPLERS, default=None, help="how trials are drawn")
     one.add_argument("--seed", type=int, default=None, help="of the sampler")
+
+
+def _add_report(verbs: argparse._SubParsersAction) -> None:
+    purpose = "compare runs: a table, its statistics, figures and a page"
+    one = verbs.add_parser("report", help=purpose, description=purpose, allow_abbrev=False)
+    one.add_argument("places", nargs="+", metavar="PLACE", help="a sweep, a workdir, a folder of these, a results.csv")
+    one.add_argument("--out", metavar="DIR", help="gets tables, figures and index.html; only printed if not given")
+    one.add_argument("--metric", metavar="NAME[:min|:max]", help="what is compared, for example eval/accuracy")
+    one.add_argument("--baseline", metavar="LABEL", help="what others are compared with; the first if not given")
+    one.add_argument("--by", metavar="KEY,...", help="keys of the config that put runs together, in place of labels")
+    one.add_argument("--table", action="store_true", help="print nothing but the table, as markdown")
 
 
 def _split_settings(arguments: list[str], prefix: str) -> tuple[list[str], list[str]]:

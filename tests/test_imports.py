@@ -28,8 +28,12 @@ NEEDS = {
     "train": {"patterns", "layers", "config", "sharding", "data", "model", "decode"},
     "job": set(),
     "sweep": {"schedule", "config", "account", "draw", "job", "train"},
+    "report": {"config", "account", "train", "sweep"},
     "interop": {"schedule", "config", "layers", "model", "patterns", "sharding"},
-    "cli": {"patterns", "ops", "schedule", "config", "data", "interop", "sharding", "show", "draw", "sweep", "train"},
+    "cli": {
+        *{"patterns", "ops", "schedule", "config", "data", "interop", "sharding", "show", "draw", "sweep", "train"},
+        "report",
+    },
     "__main__": {"cli"},
     "__init__": set(),  # so that one room can be imported without the others
 }

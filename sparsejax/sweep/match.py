@@ -10,7 +10,7 @@ import dataclasses
 import functools
 import math
 import operator
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
 from ml_collections import ConfigDict
@@ -21,20 +21,27 @@ from sparsejax.account import Account, account_model
 from sparsejax.config import Config, ConfigError
 from sparsejax.sweep.axes import LABEL, SEED, Overrides, SweepError
 from sparsejax.sweep.runs import Run, describe_runs, write_value
+from sparsejax.train import Phase
+
+Count = Callable[[Config], Account]  # the account of a config's model over one sequence of `data.length` tokens
 
 
-def count_tokens(config: Config) -> int:
-    """Tokens that a run trains on."""
-    return config.train.steps * config.train.batch * config.data.length
+def count_training_flops(phases: Sequence[Phase], count: Count, steps: int) -> float:
+    """FLOPs of the first steps of a run, phase by phase."""
+    flops = 0.0
+    for phase in phases:
+        own = min(max(steps - phase.start, 0), phase.stop - phase.start)
+        flops += own * phase.config.train.batch * phase.config.data.length * count(phase.config).training_flops
+    return flops
 
 
-# What a run takes, of its config and the account of its model over one sequence of `data.length` tokens.
-QUANTITIES: dict[str, Callable[[Config, Account], float]] = {
-    "flops": lambda config, account: count_tokens(config) * account.training_flops,  # of the whole training
-    "flops_per_token": lambda config, account: account.flops,  # forward
-    "parameters": lambda config, account: account.parameters,
-    "active_parameters": lambda config, account: account.active_parameters,
-    "kv": lambda config, account: account.cache_bytes,  # to decode one sequence
+# What a run takes; of a model that phases change, what it takes as the last phase has it.
+QUANTITIES: dict[str, Callable[[Sequence[Phase], Count], float]] = {
+    "flops": lambda phases, count: count_training_flops(phases, count, phases[-1].stop),  # of the whole training
+    "flops_per_token": lambda phases, count: count(phases[-1].config).flops,  # forward
+    "parameters": lambda phases, count: count(phases[-1].config).parameters,
+    "active_parameters": lambda phases, count: count(phases[-1].config).active_parameters,
+    "kv": lambda phases, count: count(phases[-1].config).cache_bytes,  # to decode one sequence
 }
 WIDTHS = "feed-forward widths"  # of all layers, by one factor
 TURNED = {"flops": "train.steps", "parameters": WIDTHS, "active_parameters": WIDTHS}  # where no key is given
@@ -124,8 +131,7 @@ def match_runs(config: str, sweep: Iterable[Overrides], match: Match, given: Ove
     sweep, given, count = list(sweep), given or {}, remember_accounts()
 
     def take(overrides: Overrides) -> float:
-        checked = _make_run(config, overrides).checked
-        return QUANTITIES[match.quantity](checked, count(checked))
+        return QUANTITIES[match.quantity](_make_run(config, overrides).phases, count)
 
     names, labels = describe_runs(sweep), describe_runs(sweep, {SEED})
     if match.target is None and sweep:
@@ -141,7 +147,7 @@ def match_runs(config: str, sweep: Iterable[Overrides], match: Match, given: Ove
     return found
 
 
-def remember_accounts() -> Callable[[Config], Account]:
+def remember_accounts() -> Count:
     """A function that gives the account of a config's model over `data.length` tokens, and counts each model once."""
     known: dict[str, Account] = {}
 

@@ -17,7 +17,7 @@ from ml_collections import ConfigDict
 from sparsejax import config as configs
 from sparsejax.config import Config, ConfigError
 from sparsejax.sweep.axes import LABEL, SEED, Overrides, SweepError, parse
-from sparsejax.train import RESULT
+from sparsejax.train import RESULT, Phase, plan_phases
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,6 +58,11 @@ class Run:
           ConfigError: it cannot be used.
         """
         return configs.check(self.settings)
+
+    @functools.cached_property
+    def phases(self) -> list[Phase]:
+        """The stretches of its training."""
+        return plan_phases(self.settings)
 
     def workdir(self, folder: Path) -> Path:
         """Where a sweep that lives in `folder` has this run."""

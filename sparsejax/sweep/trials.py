@@ -159,9 +159,7 @@ class _Trials:
             self._study.tell(trial, state=TrialState.PRUNED)
             self._say(trial, "left out by search()")
             return
-        checked = run.checked
-        account = self._count(checked)
-        costs = {name: quantity(checked, account) for name, quantity in QUANTITIES.items()}
+        costs = {name: quantity(run.phases, self._count) for name, quantity in QUANTITIES.items()}
         trial.set_user_attr("overrides", {key: write_value(value) for key, value in run.overrides})
         trial.set_user_attr("run", run.name)
         write_record(self._folder, self._search.config, "search", [run])

@@ -1,0 +1,6 @@
+"""Reports: from the workdirs of many runs to one table, its statistics, figures and a page."""
+
+from sparsejax.report.output import report
+from sparsejax.report.table import ReportError, Results, read, write
+
+__all__ = ["ReportError", "Results", "read", "report", "write"]

@@ -1,0 +1,154 @@
+"""The page and its figures: equal for equal runs, complete, harmless, and shown by a real browser without an error."""
+
+import base64
+import csv
+import io
+import re
+import shutil
+import subprocess
+import xml.etree.ElementTree as ElementTree
+
+import pytest
+from rich.console import Console
+
+from sparsejax.report import figures, read, report
+from sparsejax.report.study import study
+from tests.report.workdirs import settings_of, write_sweep, write_workdir
+
+BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+EVIL = """<script>document.title = "run"</script>"""
+VALUES = {
+    **{(EVIL, "2x(full)", seed): value for seed, value in enumerate([2.0, 2.1, 2.3])},
+    **{('local "quoted" & $x$', "2x(local)", seed): value for seed, value in enumerate([2.4, 2.2, 2.7])},
+    **{("ssm", "2x(ssm)", seed): value for seed, value in enumerate([1.1, 1.0, None])},
+}
+
+
+def write_report(places, out, **options):
+    report(places, Console(file=io.StringIO(), width=160), out=out, **options)
+    return out
+
+
+@pytest.fixture(scope="module")
+def out(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("report")
+    return write_report([write_sweep(folder / "sweep", VALUES)], folder / "out")
+
+
+def test_all_files_are_written(out):
+    figures_ = [f"{name}{ending}" for name in ("curves", "pareto") for ending in (".png", ".svg")]
+    tables = [f"{name}{ending}" for name in ("results", "curves") for ending in (".csv", ".parquet")]
+    assert {path.name for path in out.iterdir()} == {*figures_, *tables, "configs.json", "summary.md", "index.html"}
+
+
+def test_recorded_results_give_the_same_report_byte_for_byte(out, tmp_path):
+    for ending in (".csv", ".parquet"):
+        again = write_report([out / f"results{ending}"], tmp_path / ending)
+        for path in out.iterdir():
+            assert path.read_bytes() == (again / path.name).read_bytes(), path.name
+
+
+def test_the_page_needs_nothing_beside_it(out):
+    page = (out / "index.html").read_text()
+    addresses = re.findall(r"(?:src|href|url)\s*[=(]\s*[\"']?([^\"')\s>]+)", page)
+    assert addresses
+    assert all(address.startswith("data:") for address in addresses)
+    svg = base64.b64decode(re.search(r'id="curves" src="data:image/svg\+xml;base64,([^"]+)"', page)[1])
+    assert svg == (out / "curves.svg").read_bytes()
+    ElementTree.fromstring(svg)
+
+
+def test_the_page_says_everything(out):
+    page = (out / "index.html").read_text()
+    for said in ("configs/recipe.py", "lower is better", "abc123", "0.10.2", "1 x cpu", "unfinished, at step 10"):
+        assert said in page
+    with (out / "results.csv").open(newline="") as file:
+        for row in csv.DictReader(file):
+            assert row["name"] in page
+            assert row["digest"] in page
+    assert "<code>optimizer.learning_rate</code></td><td><code>0.01</code>" in page
+    assert "<code>model.schedule</code>" not in page  # the runs differ there
+
+
+def test_labels_are_text_and_nothing_else(out):
+    page = (out / "index.html").read_text()
+    assert EVIL not in page
+    assert page.count("<script>") == 1
+    assert "&lt;script&gt;" in page
+
+
+def _heat(tmp_path):
+    for width in (16, 8, 128):
+        for schedule in ("2x(full)", "2x(local)"):
+            given = [f"model.width={width}", f"model.schedule={schedule}"]
+            write_workdir(tmp_path / f"{width}{schedule}", settings_of(*given), 2.0 + width / 100)
+    return read([tmp_path])
+
+
+def test_two_keys_make_a_heat_map(tmp_path):
+    results = _heat(tmp_path)
+    for by in ((), ("width", "schedule")):
+        (picture,) = [one for one in figures.draw(study(results, by=by)) if one.name == "heat_map"]
+        across, down = ("schedule", "width") if by else ("width", "schedule")
+        axis = picture.figure.axes[0]
+        assert (axis.get_xlabel(), axis.get_ylabel()) == (across, down)
+        ticks = [tick.get_text() for tick in (axis.get_xticklabels() if across == "width" else axis.get_yticklabels())]
+        assert ticks == ["8", "16", "128"]  # by size, not as texts
+        assert len(axis.texts) == 6
+    assert [one.name for one in figures.draw(study(results, by=["width"]))] == ["curves", "pareto"]
+
+
+def test_curves_are_means_with_errors(out):
+    found = study(read([out]))
+    (picture,) = [one for one in figures.draw(found) if one.name == "curves"]
+    axis = picture.figure.axes[0]
+    assert [list(line.get_xdata()) for line in axis.lines] == [[5, 10, 15, 20]] * 3
+    for line, one in zip(axis.lines, found.settings, strict=True):
+        assert line.get_ydata()[-1] == pytest.approx(one.estimate.mean)
+    low, high = axis.collections[0].get_paths()[0].get_extents().intervaly
+    error = found.settings[0].estimate.error
+    assert high - low == pytest.approx(1.5 + 2 * error)  # the curve falls by 1.5
+
+
+def test_more_settings_than_colours_are_told_apart(tmp_path):
+    values = {(f"setting {n}", f"{n}x(full)", 0): 2.0 for n in range(1, 25)}
+    found = study(read([write_sweep(tmp_path / "sweep", values)]))
+    styles = [(style["color"], style["linestyle"]) for _, style in figures._styles(found)]
+    assert len(set(styles)) == 24
+
+
+def browse(page, *options):
+    """Opens a page in a browser without a screen; returns the page as it then is, and what went to the console."""
+    given = ["--headless", "--no-sandbox", "--disable-gpu", "--enable-logging=stderr", *options, "--dump-dom"]
+    done = subprocess.run([BROWSER, *given, page.as_uri()], capture_output=True, text=True, timeout=120, check=True)
+    return done.stdout, [line for line in done.stderr.splitlines() if "CONSOLE" in line]
+
+
+@pytest.mark.skipif(BROWSER is None, reason="no chromium or chrome is installed")
+def test_a_browser_shows_it_and_says_nothing(out, tmp_path):
+    profile = f"--user-data-dir={tmp_path / 'profile'}"
+    dom, console = browse(out / "index.html", profile)
+    assert console == []
+    assert "<title>configs/recipe.py</title>" in dom  # the label's script did not run
+    # A page that does complain, a picture that is broken and headings that are clicked: seen by the same means.
+    page = tmp_path / "index.html"
+    page.write_text(
+        (out / "index.html").read_text()
+        + """<script>
+        const column = [...document.querySelectorAll(".sortable button")].slice(0, 3).pop();
+        const body = document.querySelector(".sortable").tBodies[0];
+        const order = () => [...body.rows].map((row) => row.cells[2].textContent);
+        column.click(); const up = order(); column.click(); const down = order();
+        addEventListener("load", () => {
+          const broken = [...document.images].filter((image) => !image.naturalWidth).length;
+          console.error(`seen ${document.images.length} ${broken} | ${up} | ${down}`);
+        });
+        </script>"""
+    )
+    _, (line,) = browse(page, profile)
+    up = re.search(r"seen 2 0 \| (.*?) \| (.*?)[\"']?,? source|seen 2 0 \| (.*) \| (.*)\"", line)
+    assert up, line
+    first, second = (group for group in up.groups() if group is not None)
+    means = [float(text.split()[0]) for text in first.split(",")]
+    assert means == sorted(means)
+    assert [float(text.split()[0]) for text in second.split(",")] == means[::-1]
