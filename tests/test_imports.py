@@ -28,7 +28,7 @@ NEEDS = {
     "train": {"patterns", "layers", "config", "sharding", "data", "model", "decode"},
     "job": set(),
     "sweep": {"schedule", "config", "account", "draw", "job", "train"},
-    "report": {"config", "account", "train", "sweep"},
+    "report": {"config", "train", "sweep"},
     "interop": {"schedule", "config", "layers", "model", "patterns", "sharding"},
     "cli": {
         *{"patterns", "ops", "schedule", "config", "data", "interop", "sharding", "show", "draw", "sweep", "train"},
