@@ -10,11 +10,10 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
-from sparsejax.report.statistics import find_front
 from sparsejax.report.study import Setting, Study, natural_order
 from sparsejax.report.summary import count_decimals, write_estimate
-from sparsejax.report.table import shorten
-from sparsejax.sweep.runs import write_value
+from sparsejax.sweep.front import find_front
+from sparsejax.sweep.runs import shorten, write_value
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -151,7 +150,8 @@ def _draw_costs(study: Study, column: str, axis: Axes) -> None:
     name, unit = COSTS[column]
     costs = [one.mean(column) for one in study.settings]
     values = [one.estimate.mean for one in study.settings]
-    front = find_front(costs, values, study.lower)
+    sign = 1 if study.lower else -1
+    front = find_front([(sign * value, cost) for value, cost in zip(values, costs, strict=True)])
     axis.step([costs[i] for i in front], [values[i] for i in front], where="post", color=GREY, linewidth=1, zorder=1)
     for (one, style), cost in zip(_styles(study), costs, strict=True):
         found = one.estimate

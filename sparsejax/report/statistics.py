@@ -75,20 +75,3 @@ def pool_deviations(groups: Iterable[Sequence[float]]) -> float | None:
         return None
     squares = sum(float(((group - group.mean()) ** 2).sum()) for group in groups)
     return math.sqrt(squares / sum(len(group) - 1 for group in groups))
-
-
-def find_front(costs: Sequence[float], values: Sequence[float], lower: bool) -> list[int]:
-    """The Pareto front, cheapest first: points that no other is as cheap as and better, or as good as and cheaper.
-
-    Args:
-      costs: lower is better.
-      values: what is bought with them.
-      lower: whether lower values are better.
-    """
-    sign = 1 if lower else -1
-    front, best = [], math.inf
-    for index in sorted(range(len(costs)), key=lambda i: (costs[i], sign * values[i])):
-        if sign * values[index] < best:
-            front.append(index)
-            best = sign * values[index]
-    return front

@@ -22,7 +22,7 @@ from sparsejax import config as configs
 from sparsejax.config import ConfigError
 from sparsejax.sweep.axes import SEED
 from sparsejax.sweep.match import Count, count_training_flops, remember_accounts
-from sparsejax.sweep.runs import write_value
+from sparsejax.sweep.runs import shorten, write_overrides, write_value
 from sparsejax.train import RESULT, Phase, plan_phases
 from sparsejax.train.writers import write_json
 
@@ -107,18 +107,7 @@ def replace(path: Path, content: bytes) -> None:
 
 def describe(values: Mapping[str, Any]) -> str:
     """Keys and values in words, each key as short as it can be told from the others."""
-    return ", ".join(f"{name}={write_value(values[key])}" for key, name in shorten(values).items())
-
-
-def shorten(keys: Iterable[str]) -> dict[str, str]:
-    """For each key the last of its parts, as many as it takes to tell it from the other keys."""
-    parts = {key: key.split(".") for key in keys}
-    short = {}
-    for key, own in parts.items():
-        tails = [".".join(own[-n:]) for n in range(1, len(own) + 1)]
-        others = [f".{other}" for other in parts if other != key]
-        short[key] = next((tail for tail in tails if not any(o.endswith(f".{tail}") for o in others)), key)
-    return short
+    return write_overrides(values, shorten(values))
 
 
 def _require_pandas() -> None:

@@ -56,28 +56,28 @@ class Outcome:
     run: str
 
 
-def find_front(outcomes: Sequence[Outcome], objectives: Sequence[Objective]) -> list[Outcome]:
-    """The complete trials that none beats: none is as good in all objectives and better in one.
+def find_front(losses: Sequence[tuple[float, ...]]) -> list[int]:
+    """The Pareto front of losses: those that no other beats, as good in all and better in one.
 
-    With one objective that is the best. Of equal values the first trial stays. In the order of the last objective, the
-    best first.
+    Of equal ones the first stays. Indices, in the order of the last loss, the best first.
     """
-    signs = [-1 if objective.most else 1 for objective in objectives]
-    losses = {
-        one.number: tuple(sign * value for sign, value in zip(signs, one.values, strict=True))
-        for one in outcomes
-        if one.state == COMPLETE
-    }
-    kept: dict[tuple[float, ...], Outcome] = {}
-    for one in sorted(outcomes, key=lambda one: one.number):
-        loss = losses.get(one.number)
-        if loss is not None and not any(_beats(other, loss) for other in losses.values()):
-            kept.setdefault(loss, one)
+    kept: dict[tuple[float, ...], int] = {}
+    for i, loss in enumerate(losses):
+        if not any(_beats(other, loss) for other in losses):
+            kept.setdefault(loss, i)
     return [kept[loss] for loss in sorted(kept, key=lambda loss: loss[::-1])]
 
 
 def _beats(one: tuple[float, ...], other: tuple[float, ...]) -> bool:
     return one != other and all(a <= b for a, b in zip(one, other, strict=True))
+
+
+def find_best(outcomes: Sequence[Outcome], objectives: Sequence[Objective]) -> list[Outcome]:
+    """The front of the complete trials, in the order of the last objective; with one objective that is the best."""
+    signs = [-1 if objective.most else 1 for objective in objectives]
+    complete = sorted((one for one in outcomes if one.state == COMPLETE), key=lambda one: one.number)
+    losses = [tuple(sign * value for sign, value in zip(signs, one.values, strict=True)) for one in complete]
+    return [complete[i] for i in find_front(losses)]
 
 
 def write_outcomes(

@@ -124,16 +124,14 @@ def plan_runs(config: str, sweep: Iterable[Overrides], given: Overrides | None =
     """
     runs: dict[str, Run] = {}
     sweep = list(sweep)
-    words = _shorten({key for one in sweep for key in one} - {LABEL})
-    for one in sweep:
+    for one, name, words in zip(sweep, describe_runs(sweep), describe_runs(sweep, {SEED}), strict=True):
         overrides = {**(given or {}), **one}
-        label = overrides.pop(LABEL, None)
-        label = _describe(one, words, {SEED}) if label is None else str(label)
+        label = str(overrides.pop(LABEL, words))
         run = Run(config, tuple(sorted(overrides.items())), label)
         try:
             run.checked  # noqa: B018
         except ConfigError as error:
-            raise SweepError(f"{_describe(one, words)}: {error}") from None
+            raise SweepError(f"{name}: {error}") from None
         if runs.setdefault(run.name, run).label != run.label:
             raise SweepError(f"{run.label}: is the same run as {runs[run.name].label}")
     return list(runs.values())
@@ -152,18 +150,18 @@ def limit_steps(runs: Iterable[Run], most: int | None) -> None:
 
 def describe_runs(sweep: Sequence[Overrides], without: Set[str] = frozenset()) -> list[str]:
     """The overrides of each run in words; what `plan_runs` calls a run without a label is said without its seed."""
-    words = _shorten({key for one in sweep for key in one} - {LABEL})
-    return [_describe(one, words, without) for one in sweep]
+    words = shorten({key for one in sweep for key in one} - {LABEL})
+    kept = [{key: one[key] for key in sorted(one) if key in words and key not in without} for one in sweep]
+    return [write_overrides(one, words) or "config" for one in kept]
 
 
-def _describe(overrides: Overrides, words: Mapping[str, str], without: Set[str] = frozenset()) -> str:
-    """The overrides in words: for people, and where no label is given."""
-    kept = {key: value for key, value in sorted(overrides.items()) if key in words and key not in without}
-    return ", ".join(f"{words[key]}={write_value(value)}" for key, value in kept.items()) or "config"
+def write_overrides(overrides: Mapping[str, Any], words: Mapping[str, str]) -> str:
+    """Overrides as people read them, each key by its word."""
+    return ", ".join(f"{words[key]}={write_value(value)}" for key, value in overrides.items())
 
 
-def _shorten(keys: Set[str]) -> dict[str, str]:
+def shorten(keys: Iterable[str]) -> dict[str, str]:
     """The end of each key that is long enough to tell it from the others."""
     ends = {key: [key.split(".", skip)[-1] for skip in range(key.count("."), -1, -1)] for key in keys}
-    others = {key: [end for other in keys - {key} for end in ends[other]] for key in keys}
-    return {key: next((end for end in ends[key] if end not in others[key]), key) for key in keys}
+    others = {key: [end for other in ends if other != key for end in ends[other]] for key in ends}
+    return {key: next((end for end in ends[key] if end not in others[key]), key) for key in ends}

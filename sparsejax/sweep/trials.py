@@ -22,7 +22,7 @@ from sparsejax import config as configs
 from sparsejax.job import hold, was_asked
 from sparsejax.sweep.axes import SweepError
 from sparsejax.sweep.engines import Attempt, Engine, State, build_job
-from sparsejax.sweep.front import Objective, find_front, write_outcomes
+from sparsejax.sweep.front import Objective, find_best, write_outcomes
 from sparsejax.sweep.launch import StopSignals, explain
 from sparsejax.sweep.match import QUANTITIES, match_runs, remember_accounts
 from sparsejax.sweep.record import check_record, write_record
@@ -71,7 +71,7 @@ def run_search(
         if reason:
             raise Interrupted(f"stopped by {reason}: {len(ended)} of {search.trials} trials; the same command goes on")
         outcomes = read_outcomes(ended)
-        front = find_front(outcomes, search.objectives)
+        front = find_best(outcomes, search.objectives)
         if not front:
             raise SweepError(f"no trial was completed; logs: {folder / 'jobs'}")
         best = [(one, Run(search.config, tuple(sorted(one.overrides.items())), "")) for one in front]

@@ -1,13 +1,12 @@
 """Means, paired differences and fronts, against numbers worked out by hand and against scipy."""
 
-import itertools
 import math
 import random
 
 import pytest
 from scipy import stats
 
-from sparsejax.report.statistics import compare, estimate, find_front, pool_deviations
+from sparsejax.report.statistics import compare, estimate, pool_deviations
 
 
 def test_an_estimate_by_hand():
@@ -63,19 +62,3 @@ def test_deviations_are_pooled_by_degrees_of_freedom():
     # Squares 2 of one degree of freedom, 14 of two; a group of one value says nothing.
     assert pool_deviations([[1.0, 3.0], [1.0, 2.0, 6.0], [100.0]]) == pytest.approx(math.sqrt(16 / 3), rel=1e-15)
     assert pool_deviations([[1.0], [2.0]]) is None
-
-
-@pytest.mark.parametrize("lower", [True, False])
-def test_a_front_is_what_no_other_point_beats(lower):
-    draw = random.Random(1)
-    points = [(draw.randrange(8), draw.randrange(8)) for _ in range(40)]
-
-    def beats(one, other):
-        gain = other[1] - one[1] if lower else one[1] - other[1]
-        return one[0] <= other[0] and gain >= 0 and one != other
-
-    expected = {point for point in points if not any(beats(other, point) for other in points)}
-    found = [points[i] for i in find_front(*zip(*points, strict=True), lower)]
-    assert set(found) == expected
-    assert len(found) == len(expected)  # of equal points one
-    assert all(a[0] < b[0] for a, b in itertools.pairwise(found))

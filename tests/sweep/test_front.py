@@ -7,7 +7,7 @@ import pytest
 
 from sparsejax import config as configs
 from sparsejax.sweep import plan_runs
-from sparsejax.sweep.front import COMPLETE, FAILED, PRUNED, Objective, Outcome, find_front, write_config, write_outcomes
+from sparsejax.sweep.front import COMPLETE, FAILED, PRUNED, Objective, Outcome, find_best, write_config, write_outcomes
 from tests.train.runs import RECIPE
 
 LOSS, BYTES = Objective("eval/loss", most=False), Objective("kv", most=False)
@@ -33,7 +33,7 @@ def test_fronts(objectives):
     signs = [1 if objective.most else -1 for objective in objectives]
     for _ in range(100):
         points = [(draw.randrange(8), draw.randrange(8)) for _ in range(draw.randrange(1, 20))]
-        found = find_front([outcome(i, *point) for i, point in enumerate(points)], objectives)
+        found = find_best([outcome(i, *point) for i, point in enumerate(points)], objectives)
         assert {one.values for one in found} == {point for point in points if not beaten(point, points, signs)}
         assert len({one.values for one in found}) == len(found)
         assert all(points.index(one.values) == one.number for one in found)  # of equal ones the first
@@ -43,9 +43,9 @@ def test_fronts(objectives):
 
 def test_one_objective_has_one_best():
     outcomes = [outcome(0, 2.0), outcome(1, 1.0), outcome(2, state=PRUNED), outcome(3, 1.0), outcome(4, state=FAILED)]
-    assert [one.number for one in find_front(outcomes, [LOSS])] == [1]
-    assert [one.number for one in find_front(outcomes, [ACCURACY])] == [0]
-    assert find_front(outcomes[2:3], [LOSS]) == []
+    assert [one.number for one in find_best(outcomes, [LOSS])] == [1]
+    assert [one.number for one in find_best(outcomes, [ACCURACY])] == [0]
+    assert find_best(outcomes[2:3], [LOSS]) == []
 
 
 def test_a_config_file_gives_the_settings_back(tmp_path):
@@ -61,7 +61,7 @@ def test_a_config_file_gives_the_settings_back(tmp_path):
 
 
 def write(tmp_path, objectives, outcomes):
-    front = find_front(outcomes, objectives)
+    front = find_best(outcomes, objectives)
     runs = [plan_runs(str(RECIPE), [one.overrides])[0] for one in front]
     write_outcomes(tmp_path, outcomes, objectives, list(zip(front, runs, strict=True)))
     return front
