@@ -70,18 +70,19 @@ def plan_phases(settings: ConfigDict) -> list[Phase]:
             optimizer = dataclasses.replace(config.optimizer, warmup=phases[0].config.optimizer.warmup)
             config = dataclasses.replace(config, optimizer=optimizer)
         phases.append(Phase(number, name or BASE, start, stop, config, restart, given))
-    _require_same_parameters(phases)
+    _require_same_parameters(whole, phases)
     return phases
 
 
-def _require_same_parameters(phases: list[Phase]) -> None:
-    first, *others = [_describe_parameters(phase) for phase in phases]
-    for phase, parameters in zip(phases[1:], others, strict=True):
-        changed = configs.difference(first, parameters)
+def _require_same_parameters(whole: Config, phases: list[Phase]) -> None:
+    # Held against the configuration itself and not against one another: then the phase that changes them is named.
+    expected = _describe_parameters(whole)
+    for phase in phases:
+        changed = configs.difference(expected, _describe_parameters(phase.config))
         if changed:
             raise ConfigError(f"train.phases.{phase.name}.set: changes the model's parameters: {changed}")
 
 
-def _describe_parameters(phase: Phase) -> dict:
-    shapes = Functional(phase.config.model).shapes
+def _describe_parameters(config: Config) -> dict:
+    shapes = Functional(config.model).shapes
     return jax.tree.map(lambda leaf: f"{leaf.dtype.name}{list(leaf.shape)}", shapes)

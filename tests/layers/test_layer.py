@@ -8,7 +8,17 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from sparsejax.layers import Layer, LayerConfig, MambaConfig, MlpConfig, NormConfig, ResidualConfig, Stream
+from sparsejax.layers import (
+    Context,
+    Dropout,
+    Layer,
+    LayerConfig,
+    MambaConfig,
+    MlpConfig,
+    NormConfig,
+    ResidualConfig,
+    Stream,
+)
 from tests.layers import reference
 from tests.layers.test_attention import CONFIG as ATTENTION
 from tests.layers.test_mixers import decode
@@ -102,3 +112,22 @@ def test_a_reversible_layer_can_be_undone():
     two = two - reference.mlp(CONFIG.mlp, w["mlp"], reference.norm(CONFIG.norm, before[1], one))
     one = one - reference.attention(CONFIG.mixer, w["mixer"], reference.norm(CONFIG.norm, before[0], two))
     assert_close("undone", np.concatenate([one, two], axis=-1), x, "float32")
+
+
+@pytest.mark.parametrize("position", ["pre", "both"])
+def test_dropout_is_of_what_a_branch_adds_and_not_of_the_stream(position):
+    layer, context = build(mixer=None, norm_position=position), Context(dropout=Dropout(jax.random.key(0), 0.25))
+    added, dropped = (np.asarray(layer(X, one)[0]) - X for one in (Context(), context))
+    kept = np.asarray(context.drop(jnp.ones_like(X), 1))
+    assert 0 < np.mean(kept == 0) < 0.5
+    assert_close("added", dropped, added * kept, "float32")
+
+
+def test_dropout_of_two_streams_is_of_the_one_that_is_written():
+    stream = Stream(WIDTH, 4, jnp.float32, reversible=True)
+    layer = reference.fill(lambda: Layer(dataclasses.replace(CONFIG, mixer=None), stream, nnx.Rngs(0)))
+    x, context = np.concatenate([X, X[::-1]], axis=-1), Context(dropout=Dropout(jax.random.key(0), 0.25))
+    added, dropped = (np.asarray(layer(x, one)[0]) - x for one in (Context(), context))
+    kept = np.asarray(context.drop(jnp.ones_like(X), 1))
+    assert not dropped[..., :WIDTH].any()
+    assert_close("added", dropped[..., WIDTH:], added[..., WIDTH:] * kept, "float32")

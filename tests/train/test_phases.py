@@ -76,6 +76,11 @@ def test_what_a_phase_cannot_set_is_refused_before_anything_is_written(given, ex
     assert expected in refused(**{name: {"start": 10, "set": given}})
 
 
+def test_the_phase_that_changes_the_parameters_is_named_also_if_it_is_the_first():
+    found = refused(a={"start": 0, "set": ["model.width=8"]}, b={"start": 10, "set": []})
+    assert found.startswith("train.phases.a.set: changes the model's parameters: ")
+
+
 @pytest.mark.parametrize(
     ("starts", "expected"),
     [((3, 3), "two of them start at the same step"), ((5, 20), "phases.b.start: is 20, the run has 20 steps")],

@@ -105,6 +105,16 @@ def test_dropout_differs_by_step_and_part_and_is_not_evaluated(plain):
     assert abs(float(later["loss"]) - float(first["loss"])) > 1e-4
     sums = [build_evaluation(bench.model, bench.mesh)(plain.state().parameters, batch) for bench in (plain, dropped)]
     np.testing.assert_array_equal(sums[0][0], sums[1][0])
+    # Each part alone, which are the even and the odd rows: only its masks can tell it from the other.
+    weights = np.indices((4, 32))[0] % 2
+    parts = [batch | {"weights": (weights == part).astype(np.float32)} for part in range(2)]
+    even, odd = (float(dropped.step(dropped.state(), part)[1]["loss"]) for part in parts)
+    assert abs(even - odd) > 1e-4
+
+
+def test_without_dropout_nothing_is_drawn(plain):
+    texts = [bench.step.lower(bench.state(), draw(0)).as_text() for bench in (plain, Bench(dropout=0.5))]
+    assert ["threefry" in text for text in texts] == [False, True]
 
 
 def test_learning_rate_is_that_of_the_update(plain):
