@@ -1,4 +1,4 @@
-"""The same losses on one device and on eight, data 2 x fsdp 2 x tensor 2, and from one to the other."""
+"""The same losses, with dropout, on one device and on eight, data 2 x fsdp 2 x tensor 2, and from one to the other."""
 
 import shutil
 
@@ -16,7 +16,7 @@ def losses(workdir):
 
 def test_eight_devices_train_like_one(tmp_path):
     text = runs.write_text(tmp_path / "text")
-    arguments = ("train", f"--config={runs.RECIPE}", f"--config.data.files={text}")
+    arguments = ("train", f"--config={runs.RECIPE}", f"--config.data.files={text}", "--config.model.dropout=0.1")
     one = runs.finish(runs.start(*arguments, f"--workdir={tmp_path / 'one'}"))
     eight = runs.finish(runs.start(*arguments, *MESH, f"--workdir={tmp_path / 'eight'}", devices=8))
     assert (one[0], eight[0]) == (0, 0), (one[2], eight[2])
