@@ -8,8 +8,9 @@ steps. A window of w keys includes the query itself. The default schedule has wi
 table's other rows are in experiments/longformer_lm. The paper prints the range, 32 to 512, and the fixed width, 230,
 not the list: that two, two, two, three and three layers have 32, 64, 128, 256 and 512 is inferred from their mean.
 
-`:staged` is its whole training (section 4.2 and appendix A): five phases, each with windows and a sequence twice as
-long as the one before, as far as memory went, and with half its rate.
+`:staged` is its whole training (section 4.2, table 12): five phases, each with windows and a sequence twice as long as
+the one before, as far as memory went, and with half its rate; dilated on two heads. That phases two to four double what
+phase one has is inferred. (The relative positions' sinusoids stay 512 numbers however wide the windows are.)
 
 `:mini` is for two CPU cores: six of these layers with four heads at width 96, windows a quarter as wide, 512 bytes.
 `data.files` says of which text.
@@ -22,6 +23,17 @@ PAPER = dict(parts=(16, 16, 8, 8, 4, 4, 2, 2, 2, 1, 1, 1), width=512, heads=8, w
 # Of `:staged`: steps, tokens of a sequence, sequences of a batch.
 STAGES = ((430_000, 2048, 32), (50_000, 4096, 32), (50_000, 8192, 16), (35_000, 16_384, 16), (5_000, 23_040, 16))
 MINI = dict(parts=(16, 8, 4, 2, 1, 1), width=96, heads=4, widest=128, relative=32, vocab=256)
+DILATED = "2x(w16) 2x(w8) 2x(w4) 2x(w2_stride2) w2_stride3 w1_stride3 2x(w1_stride4)"  # gaps of 0, 1, 2, 3 keys
+
+
+def write_patterns(widest, heads):
+    """The pattern of each layer by name; in those with a stride a quarter of the heads, two in the paper, have gaps."""
+    found = {f"w{part}": f"causal & window({widest // part - 1})" for part in (16, 8, 4, 2, 1)}
+    for part, stride in ((2, 2), (2, 3), (1, 3), (1, 4)):
+        left = widest // part - 1
+        windows = [f"window({left})"] * (heads - heads // 4) + [f"dilated({left}, stride={stride})"] * (heads // 4)
+        found[f"w{part}_stride{stride}"] = f"causal & per_head({', '.join(windows)})"
+    return found
 
 
 def build(parts, width, heads, widest, relative, vocab):
@@ -32,29 +44,22 @@ def build(parts, width, heads, widest, relative, vocab):
         mixer = recipe.attention(pattern, heads, heads, width // heads, **options)
         return recipe.layer(mixer, recipe.plain(4 * width, "gelu", bias=True), norm)
 
-    def dilate(left, stride):
-        """A quarter of the heads, two in the paper, have gaps."""
-        windows = [f"window({left})"] * (heads - heads // 4) + [f"dilated({left}, stride={stride})"] * (heads // 4)
-        return f"causal & per_head({', '.join(windows)})"
-
-    layers = {f"w{part}": layer(f"causal & window({widest // part - 1})") for part in (16, 8, 4, 2, 1)}
+    layers = {name: layer(pattern) for name, pattern in write_patterns(widest, heads).items()}
     layers["fixed"] = layer(f"causal & window({round(sum(widest / part for part in parts) / len(parts)) - 1})")
-    for part, stride in ((2, 2), (2, 3), (1, 3), (1, 4)):
-        layers[f"w{part}_stride{stride}"] = layer(dilate(widest // part - 1, stride))
     return recipe.model(vocab, width, " ".join(f"w{part}" for part in parts), layers, norm)
 
 
-def plan_stages(config):
-    """Phases that double windows and sequence and halve the rate; the rate is constant within each."""
+def plan_stages(rate):
+    """Phases that double windows and sequence and halve the rate, which is constant within each; steps in all."""
     phases, start = {}, 0
     for number, (steps, length, batch) in enumerate(STAGES):
-        rate, warmup = config.optimizer.learning_rate / 2**number, min(steps // 10, 10_000)
-        widths = {part: 2**number * PAPER["widest"] // part for part in sorted(set(PAPER["parts"]))}
-        windows = [f"model.layers.w{n}.mixer.pattern=causal & window({width - 1})" for n, width in widths.items()]
-        changes = [f"data.length={length}", f"train.batch={batch}", f"optimizer.learning_rate={rate}"]
-        phases[f"stage{number + 1}"] = dict(start=start, set=[*changes, f"optimizer.warmup={warmup}", *windows])
+        patterns = write_patterns(PAPER["widest"] * 2**number, PAPER["heads"])
+        windows = [f"model.layers.{name}.mixer.pattern={pattern}" for name, pattern in patterns.items()]
+        changes = [f"data.length={length}", f"train.batch={batch}", f"optimizer.learning_rate={rate / 2**number}"]
+        changes.append(f"optimizer.warmup={min(steps // 10, 10_000)}")
+        phases[f"stage{number + 1}"] = dict(start=start, set=[*changes, *windows])
         start += steps
-    return start, phases
+    return phases, start
 
 
 def get_config(argument="paper"):
@@ -65,7 +70,8 @@ def get_config(argument="paper"):
         config.model.dropout = 0.2
         config.optimizer.update(weight_decay=0.01, clip=0.25, schedule="constant")
         if argument == "staged":
-            config.train.steps, config.train.phases = plan_stages(config)
+            config.model.schedule = DILATED
+            config.train.phases, config.train.steps = plan_stages(config.optimizer.learning_rate)
         return config
     if argument != "mini":
         raise ValueError(f"the argument must be paper, staged or mini, got {argument!r}")

@@ -199,6 +199,7 @@ class PhaseConfig:
         _require(self, start=0)
 
 
+BASE_PHASE = "base"  # what comes before all phases
 # What a phase may set; the model as far as its parameters keep their shapes.
 PHASE_KEYS = (
     "data.length",
@@ -233,6 +234,8 @@ class TrainConfig:
         if self.batch % self.accumulate:
             raise ValueError(f"batch = {self.batch} is not divisible by accumulate = {self.accumulate}")
         starts = [phase.start for phase in self.phases.values()]
+        if BASE_PHASE in self.phases:
+            raise ValueError(f"phases.{BASE_PHASE}: is what comes before all phases; choose another name")
         if len(set(starts)) < len(starts):
             raise ValueError("phases: two of them start at the same step")
         for name, phase in self.phases.items():

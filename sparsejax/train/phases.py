@@ -9,10 +9,8 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from sparsejax import config as configs
-from sparsejax.config import Config, ConfigError
+from sparsejax.config import BASE_PHASE, Config, ConfigError
 from sparsejax.model import Functional
-
-BASE = "base"  # the name of the phase before all that a configuration has
 
 
 @dataclasses.dataclass(frozen=True)
@@ -69,7 +67,7 @@ def plan_phases(settings: ConfigDict) -> list[Phase]:
             restart = (start, warmup) if warmup else None
             optimizer = dataclasses.replace(config.optimizer, warmup=phases[0].config.optimizer.warmup)
             config = dataclasses.replace(config, optimizer=optimizer)
-        phases.append(Phase(number, name or BASE, start, stop, config, restart, given))
+        phases.append(Phase(number, name or BASE_PHASE, start, stop, config, restart, given))
     _require_same_parameters(whole, phases)
     return phases
 

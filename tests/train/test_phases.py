@@ -89,6 +89,10 @@ def test_where_phases_start(starts, expected):
     assert expected in refused(a={"start": starts[0], "set": []}, b={"start": starts[1], "set": []})
 
 
+def test_the_name_of_what_comes_before_all_phases_is_taken():
+    assert "phases.base: is what comes before all phases" in refused(base={"start": 5})
+
+
 def test_what_comes_before_all_phases_is_the_run_as_it_is():
     base, later, last = plan_phases(settings(z={"start": 5, "set": ["data.length=8"]}, a={"start": 9}))
     assert [(one.name, one.start, one.stop) for one in (base, later, last)] == [
