@@ -309,8 +309,8 @@ SMALL = """
 
 def test_a_file_with_and_without_an_argument(write):
     path = write(SMALL)
-    assert configs.load(path).to_dict() == {"train": {"steps": 3, "rate": 0.1}}
-    assert configs.load(f"{path}:7", ["train.rate=0.2"]).to_dict() == {"train": {"steps": 7, "rate": 0.2}}
+    assert configs.load(path).to_dict() == {"train": {"steps": 3, "rate": 0.1, "phases": {}}}
+    assert configs.load(f"{path}:7", ["train.rate=0.2"]).to_dict() == {"train": {"steps": 7, "rate": 0.2, "phases": {}}}
     assert configs.load(path).train.steps == 3
 
 
