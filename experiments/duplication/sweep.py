@@ -1,6 +1,6 @@
 """Who can repeat? Patterns whose reach covers the distance, and the same that fall short by one token."""
 
-from sparsejax.sweep import product, seeds
+from sparsejax.sweep import chain, product, seeds
 
 PATTERNS = {
     "full": ("full", "causal"),
@@ -12,11 +12,17 @@ PATTERNS = {
     "window(64), twice": ("2x(local)", "causal & window(64)"),
     "window(63), twice": ("2x(local)", "causal & window(63)"),
 }
+LONG = 2000  # steps; what has found only part of its way by the config's 600 is given more
+
+
+def write_row(label):
+    schedule, pattern = PATTERNS[label]
+    return {"label": label, "model.schedule": schedule, "model.layers.local.mixer.pattern": pattern}
 
 
 def sweep():
-    rows = [
-        {"label": label, "model.schedule": schedule, "model.layers.local.mixer.pattern": pattern}
-        for label, (schedule, pattern) in PATTERNS.items()
+    longer = [
+        write_row(label) | {"label": f"{label}, {LONG:,} steps", "train.steps": LONG}
+        for label in ("window(64), twice", "window(63), twice")
     ]
-    return product(seeds(3), rows)
+    return product(seeds(3), chain(map(write_row, PATTERNS), longer))
