@@ -117,10 +117,11 @@ def resumed_at(workdir: Path) -> int | None:
 
 def differences(one: Path, other: Path) -> list[str]:
     """What differs between two finished runs."""
-    states = [read_arrays(workdir / "checkpoints", STEPS) for workdir in (one, other)]
+    step = max(list_steps(one / "checkpoints"))
+    states = [read_arrays(workdir / "checkpoints", step) for workdir in (one, other)]
     found = [path for path in states[0].keys() | states[1].keys() if not _same_bits(path, *states)]
-    iterator = f"checkpoints/{STEPS}/data/process_0-of-1.json"
-    files = ("metrics.jsonl", "metrics.csv", "config.json", "schedule.txt", iterator)
+    iterator = f"checkpoints/{step}/data/metadata"
+    files = ("metrics.jsonl", "metrics.csv", "config.json", "schedule.txt", "result.json", iterator)
     return found + [name for name in files if (one / name).read_bytes() != (other / name).read_bytes()]
 
 

@@ -24,12 +24,12 @@ import time
 from pathlib import Path
 
 import jax
+from kill_runs import differences
 from rich.console import Console
 
 from sparsejax.job import Job
 from sparsejax.sweep import grid, plan_runs
 from sparsejax.sweep.engines import build_job
-from sparsejax.train import list_steps, read_arrays
 
 STEPS, EVERY = 2000, 100
 CONFIG = Path(__file__).parents[1] / "configs" / "mqar.py"
@@ -121,17 +121,6 @@ def disturb(what: str, launcher: subprocess.Popen, jobs: list[Job], draw: random
     return found
 
 
-def differences(one: Job, other: Job) -> list[str]:
-    """What differs between a run of both sweeps."""
-    folders = [job.result.parent for job in (one, other)]
-    names = ("metrics.jsonl", "metrics.csv", "config.json", "schedule.txt", "result.json")
-    found = [name for name in names if (folders[0] / name).read_bytes() != (folders[1] / name).read_bytes()]
-    states = [read_arrays(folder / "checkpoints", list_steps(folder / "checkpoints")[-1]) for folder in folders]
-    if states[0].keys() != states[1].keys():
-        return [*found, "the names of the arrays"]
-    return found + [path for path in states[0] if states[0][path].tobytes() != states[1][path].tobytes()]
-
-
 def main() -> None:
     """Prints one line for each disturbance; with --out also writes the record. Exits with 1 if anything was lost."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -169,7 +158,8 @@ def main() -> None:
                     launcher.kill()
                 launcher.wait()
             code = start(killed, options.runs, options.jobs, log).wait()
-        found = {run.name: differences(*pair) for run, *pair in zip(runs, jobs, expected, strict=True)}
+        workdirs = [[job.result.parent for job in pair] for pair in zip(jobs, expected, strict=True)]
+        found = {run.name: differences(*pair) for run, pair in zip(runs, workdirs, strict=True)}
         found = {name: what for name, what in found.items() if what}
         starts = [len(json.loads((job.result.parent / "versions.json").read_text())) for job in jobs]
     console.print(f"last exit code {code}; starts of each run {starts}; two at work on one workdir: {watch.clashes}")

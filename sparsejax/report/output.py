@@ -12,6 +12,7 @@ from sparsejax.report.page import write_page
 from sparsejax.report.study import study
 from sparsejax.report.summary import summarize, write_table
 from sparsejax.report.table import ReportError
+from sparsejax.train.writers import replace_file
 
 PAGE, SUMMARY = "index.html", "summary.md"
 
@@ -56,9 +57,9 @@ def _write(found, text: str, out: Path) -> None:
     pictures = figures.draw(found)
     for picture in pictures:
         for form in ("svg", "png"):
-            table.replace(out / f"{picture.name}.{form}", figures.write(picture.figure, form))
-    table.replace(out / SUMMARY, text.encode())
-    table.replace(out / PAGE, write_page(found, pictures).encode())
+            replace_file(out / f"{picture.name}.{form}", figures.write(picture.figure, form))
+    replace_file(out / SUMMARY, text.encode())
+    replace_file(out / PAGE, write_page(found, pictures).encode())
 
 
 def _require_libraries() -> None:

@@ -11,7 +11,6 @@ import functools
 import hashlib
 import io
 import json
-import os
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -24,7 +23,7 @@ from sparsejax.sweep.axes import SEED
 from sparsejax.sweep.match import Count, count_training_flops, remember_accounts
 from sparsejax.sweep.runs import shorten, write_overrides, write_value
 from sparsejax.train import RESULT, Phase, plan_phases
-from sparsejax.train.writers import write_json
+from sparsejax.train.writers import replace_file, write_json
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -93,16 +92,9 @@ def write(results: Results, folder: Path) -> None:
     for name, frame in ((TABLE, results.runs), (CURVES, results.curves)):
         parquet = io.BytesIO()
         frame.to_parquet(parquet, index=False)
-        replace(folder / f"{name}.parquet", parquet.getvalue())
-        replace(folder / f"{name}.csv", frame.to_csv(index=False).encode())
+        replace_file(folder / f"{name}.parquet", parquet.getvalue())
+        replace_file(folder / f"{name}.csv", frame.to_csv(index=False).encode())
     write_json(folder / CONFIGS, _compress(results.settings))
-
-
-def replace(path: Path, content: bytes) -> None:
-    """Replaces a file in one step, so that a reader or a crash never sees half of it."""
-    part = path.with_name(path.name + ".part")
-    part.write_bytes(content)
-    os.replace(part, path)
 
 
 def describe(values: Mapping[str, Any]) -> str:

@@ -20,7 +20,7 @@ from sparsejax import schedule
 from sparsejax.account import Account, account_model
 from sparsejax.config import Config, ConfigError
 from sparsejax.sweep.axes import LABEL, SEED, Overrides, SweepError
-from sparsejax.sweep.runs import Run, describe_runs, write_value
+from sparsejax.sweep.runs import Run, describe_runs, write_settings, write_value
 from sparsejax.train import Phase
 
 Count = Callable[[Config], Account]  # the account of a config's model over one sequence of `data.length` tokens
@@ -195,7 +195,7 @@ def _match_run(run: Run, name: str, match: Match, take: Callable[[Overrides], fl
 
 
 def _write(turned: Overrides) -> str:
-    return ", ".join(f"{key}={write_value(value)}" for key, value in turned.items())
+    return ", ".join(write_settings(turned.items()))
 
 
 def _widths(settings: ConfigDict, name: str) -> _Knob:

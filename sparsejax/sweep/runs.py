@@ -48,7 +48,7 @@ class Run:
     @functools.cached_property
     def settings(self) -> ConfigDict:
         """The resolved configuration."""
-        return configs.load(self.config, [f"{key}={write_value(value)}" for key, value in self.overrides])
+        return configs.load(self.config, write_settings(self.overrides))
 
     @functools.cached_property
     def checked(self) -> Config:
@@ -70,7 +70,7 @@ class Run:
 
     def command(self, folder: Path) -> list[str]:
         """The command line that trains it, or goes on with it."""
-        given = [f"--config.{key}={write_value(value)}" for key, value in self.overrides]
+        given = [f"--config.{text}" for text in write_settings(self.overrides)]
         train = [sys.executable, "-m", "sparsejax", "train"]
         return [*train, f"--config={self.config}", *given, f"--workdir={self.workdir(folder)}"]
 
@@ -82,6 +82,11 @@ class Run:
 def write_value(value: Any) -> str:
     """A value as the command line takes it."""
     return value if isinstance(value, str) else repr(value)
+
+
+def write_settings(overrides: Iterable[tuple[str, Any]]) -> list[str]:
+    """Overrides as the command line takes them, but for the `--config.` before each."""
+    return [f"{key}={write_value(value)}" for key, value in overrides]
 
 
 def show_command(command: Iterable[str]) -> str:

@@ -26,7 +26,7 @@ from sparsejax.sweep.front import Objective, find_best, write_outcomes
 from sparsejax.sweep.launch import StopSignals, explain
 from sparsejax.sweep.match import QUANTITIES, match_runs, remember_accounts
 from sparsejax.sweep.record import check_record, write_record
-from sparsejax.sweep.runs import Run, limit_steps, plan_runs, show_command, write_value
+from sparsejax.sweep.runs import Run, limit_steps, plan_runs, show_command, write_settings, write_value
 from sparsejax.sweep.search import METRIC, SECONDS, Search
 from sparsejax.sweep.study import build_sampler, open_study, read_outcomes, require_packages
 from sparsejax.train import RESULT, Interrupted, read_rows, write_json
@@ -59,7 +59,7 @@ def run_search(
       Interrupted: asked to stop; the runs have saved.
     """
     require_packages()
-    base = configs.load(search.config, [f"{key}={write_value(value)}" for key, value in search.given.items()])
+    base = configs.load(search.config, write_settings(search.given.items()))
     check_record(folder, search.config, [])
     with hold(folder / "jobs" / "launcher.lock") as alone, StopSignals() as signals:
         if not alone:

@@ -89,9 +89,14 @@ def drop_infinite(metrics: dict[str, float]) -> dict[str, float | None]:
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Replaces a JSON file in one step, so that a reader or a crash never sees half of it."""
+    """Replaces a JSON file in one step."""
+    replace_file(path, f"{json.dumps(value, indent=2)}\n".encode())
+
+
+def replace_file(path: Path, content: bytes) -> None:
+    """Replaces a file in one step, so that a reader or a crash never sees half of it."""
     part = path.with_name(path.name + ".part")
-    part.write_text(json.dumps(value, indent=2) + "\n")
+    part.write_bytes(content)
     os.replace(part, path)
 
 
@@ -120,6 +125,5 @@ def _append_row(path: Path, row: dict[str, Any]) -> None:
 
 def _drop_rows(path: Path, step: int) -> None:
     if path.exists():
-        part = path.with_name(path.name + ".part")
-        part.write_text("".join(json.dumps(row) + "\n" for row in read_rows(path) if row["step"] <= step))
-        os.replace(part, path)
+        rows = (json.dumps(row) + "\n" for row in read_rows(path) if row["step"] <= step)
+        replace_file(path, "".join(rows).encode())

@@ -1,11 +1,22 @@
-"""Runs that train nothing, to be quick."""
+"""Runs that train nothing, to be quick, and a wait that ends."""
 
 import dataclasses
+import time
 from pathlib import Path
 
 from sparsejax.sweep import plan_runs
 
 RECIPE = Path(__file__).parents[1] / "train" / "recipe.py"
+
+
+LIMIT = 120.0  # seconds that anything may take
+
+
+def wait_for(condition):
+    until = time.monotonic() + LIMIT
+    while not condition():
+        assert time.monotonic() < until
+        time.sleep(0.02)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -15,17 +15,16 @@ import pytest
 from rich.console import Console
 
 from sparsejax.cli import INTERRUPTED, RUNS_FAILED, main
-from sparsejax.sweep import RunsFailed, SweepError, engines, launch, plan_runs
+from sparsejax.sweep import RunsFailed, SweepError, engines, launch, plan_runs, read_sweep
 from sparsejax.sweep.board import Board, read_progress
 from sparsejax.sweep.engines import Local, build_job
 from sparsejax.train import Interrupted, list_steps, read_arrays
-from tests.sweep.commands import Command
+from tests.sweep.commands import Command, wait_for
 from tests.train import runs
 
 pytest.importorskip("submitit", reason="needs the extra launch")
 
 STEPS = 40
-LIMIT = 120.0  # seconds that anything here may take
 
 
 @pytest.fixture(scope="module")
@@ -44,20 +43,7 @@ def jobs_of(folder, axes, text):
     """The jobs of a sweep's runs, in order, as the command plans them."""
     overrides = {"train.steps": STEPS, "data.files": str(text), "model.schedule": "full", "checkpoint.every": 10}
     kept = {key: value for key, value in overrides.items() if f"{key}=" not in axes} | {"eval.every": 10}
-    return [build_job(run, folder) for run in plan_runs(str(runs.RECIPE), engines_axes(axes), kept)]
-
-
-def engines_axes(axes):
-    from sparsejax.sweep import read_sweep
-
-    return read_sweep(axes)
-
-
-def wait_for(condition):
-    until = time.monotonic() + LIMIT
-    while not condition():
-        assert time.monotonic() < until
-        time.sleep(0.01)
+    return [build_job(run, folder) for run in plan_runs(str(runs.RECIPE), read_sweep(axes), kept)]
 
 
 def steps_of(job):

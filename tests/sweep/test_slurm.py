@@ -6,7 +6,6 @@ import os
 import shutil
 import signal
 import subprocess
-import time
 from pathlib import Path
 
 import pytest
@@ -17,14 +16,13 @@ from sparsejax.sweep import RunsFailed, SweepError, launch, plan_runs
 from sparsejax.sweep.board import Board, read_progress
 from sparsejax.sweep.engines import Slurm, build_job
 from sparsejax.train import Interrupted
-from tests.sweep.commands import Command
+from tests.sweep.commands import Command, wait_for
 from tests.train import runs
 
 pytest.importorskip("submitit", reason="needs the extra launch")
 
 START = Path(__file__).parents[2] / "scripts" / "start_slurm.sh"
 MISSING = [name for name in ("slurmctld", "slurmd", "munged", "sbatch") if shutil.which(name) is None]
-LIMIT = 120.0  # seconds that anything here may take
 SETTINGS = {"cpus": "1", "time": "10"}
 
 pytestmark = [
@@ -47,13 +45,6 @@ def cluster(tmp_path_factory):
     subprocess.run([START, folder, "--stop"], check=True)
     del os.environ["SLURM_CONF"]
     os.environ |= {} if before is None else {"SLURM_CONF": before}
-
-
-def wait_for(condition):
-    until = time.monotonic() + LIMIT
-    while not condition():
-        assert time.monotonic() < until
-        time.sleep(0.05)
 
 
 def id_of(job):
