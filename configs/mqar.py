@@ -3,7 +3,7 @@
     sparsejax train --config=configs/mqar.py --workdir=runs/mqar
     sparsejax train --config=configs/mqar.py --workdir=runs/mqar_window --config.model.schedule='2x(local)'
 
-Four pairs in 32 tokens of a vocabulary of 256; two layers of mixers without MLPs, as a query needs two steps: one that
+Four pairs in 32 tokens of a vocabulary of 64; two layers of mixers without MLPs, as a query needs two steps: one that
 puts key and value together, and one that finds the pair.
 """
 
@@ -12,7 +12,7 @@ from quickstart import get_config as get_quickstart
 
 def get_config():
     config = get_quickstart()
-    config.data = dict(task="mqar", files="", length=32, probe=dict(length=32, pairs=4, vocab=256))
+    config.data = dict(task="mqar", files="", length=32, probe=dict(length=32, pairs=4, vocab=64))
     config.model.width = 64
     config.model.schedule = "2x(full)"
     config.model.tied = False
@@ -23,7 +23,7 @@ def get_config():
         config.model.layers[name].mixer.heads = config.model.layers[name].mixer.kv_heads = 2
     config.model.layers.local.mixer.pattern = "causal & window(7)"
     config.model.layers.ssm.mixer.update(inner=64, state=16, dt_rank=4)
-    config.train.steps = 1500
+    config.train.steps = 2000
     config.train.batch = 64
     config.train.log_every = 100
     config.optimizer.learning_rate = 3e-3
