@@ -1,7 +1,7 @@
 """Attention over tile lists on TPUs: Mosaic kernels that visit the live tiles and no others.
 
 The grid has a step for each entry of the lists; they are in scalar memory, a word each, and say which blocks of the
-arrays a step reads (`PrefetchScalarGridSpec`). Scores are kept in units of log 2, as the machine has exp2.
+arrays a step reads (`PrefetchScalarGridSpec`).
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ STEP_PAIRS = 70_000
 MOST_WORDS = 2**17  # of lists in one call: half of the 1 MiB of scalar memory
 WIDEST = 256
 LOG2E = math.log2(math.e)
-LOWEST = MASKED / 2  # the running maximum starts here: what is masked then has a weight of exp2(MASKED / 2) = 0
+LOWEST = MASKED / 2  # the running maximum starts here, so that what is masked has a weight of 0
 NN, NT, TN = ((((x,), (y,)), ((), ())) for x, y in ((1, 0), (1, 1), (0, 0)))  # of products; T: transposed
 
 
@@ -221,13 +221,17 @@ class Place:
 # the backward passes (`turned`), so that what there is of each query is a row and of each key never needed.
 
 
-def _scores(spec: Spec, q: Array, k: Array, turned: bool) -> tuple[Array, Array | None]:
-    """Scores in units of log 2, and what a softcap's gradient needs of them."""
+def _scores(spec: Spec, q: Array, k: Array, turned: bool) -> Array:
+    """Scores in a unit of `_unit(spec)`: the products as they are, or the tanh of a softcap."""
     scores = _dot(k, q, NT) if turned else _dot(q, k, NT)
-    if spec.softcap is None:
-        return scores * (spec.scale * LOG2E), None
-    bent = jnp.tanh(scores * (spec.scale / spec.softcap))
-    return bent * (spec.softcap * LOG2E), bent
+    if spec.softcap is not None:
+        return jnp.tanh(scores * (spec.scale / spec.softcap))
+    return scores if spec.scale > 0 else scores * math.copysign(spec.scale != 0, spec.scale)
+
+
+def _unit(spec: Spec) -> float:
+    """By which scores are multiplied only after the maximum has been taken off, which is exact."""
+    return spec.softcap or abs(spec.scale) or 1.0
 
 
 def _mask(place: Place, refs: dict, scores: Array, partial: bool, turned: bool) -> Array:
@@ -296,22 +300,23 @@ def _visit(place: Place, refs: dict, step: Callable[[bool], None]) -> None:
 
 def _forward_kernel(place: Place, refs: dict, out, lse, top, total, acc):
     spec = place.steps.spec
+    unit = _unit(spec)
 
     @pl.when(place.first)
     def start():
-        sink = refs["sink"][place.head] * LOG2E if "sink" in refs else None
+        sink = refs["sink"][place.head] / unit if "sink" in refs else None
         low = jnp.full(top.shape, LOWEST, jnp.float32)
         top[...] = low if sink is None else jnp.maximum(low, sink)
-        total[...] = jnp.zeros_like(total) if sink is None else jnp.exp2(sink - top[...])
+        total[...] = jnp.zeros_like(total) if sink is None else jnp.exp2((sink - top[...]) * (unit * LOG2E))
         acc[...] = jnp.zeros_like(acc)
 
     def step(partial):
-        scores, _ = _scores(spec, refs["q"][...], refs["k"][...], turned=False)
+        scores = _scores(spec, refs["q"][...], refs["k"][...], turned=False)
         scores = _mask(place, refs, scores, partial, turned=False)
         before = top[...]
         now = jnp.maximum(before, scores.max(axis=1, keepdims=True))
-        terms = jnp.exp2(scores - _spread(now, scores.shape[1]))
-        fade = jnp.exp2(before - now)
+        terms = jnp.exp2((scores - _spread(now, scores.shape[1])) * (unit * LOG2E))
+        fade = jnp.exp2((before - now) * (unit * LOG2E))
         top[...] = now
         total[...] = fade * total[...] + terms.sum(axis=1, keepdims=True)
         value = refs["v"][...]
@@ -324,21 +329,22 @@ def _forward_kernel(place: Place, refs: dict, out, lse, top, total, acc):
         live = total[...] > 0
         safe = jnp.where(live, total[...], 1.0)
         out[...] = (acc[...] * _spread(1 / safe, acc.shape[1])).astype(out.dtype)
-        found = jnp.where(live, (top[...] + jnp.log2(safe)) * (1 / LOG2E), -jnp.inf)
+        found = jnp.where(live, top[...] * unit + jnp.log(safe), -jnp.inf)
         if "sink" in refs:  # alone in its row, to the last bit
             sink = refs["sink"][place.head]
-            found = jnp.where((top[...] == sink * LOG2E) & (total[...] == 1), sink, found)
+            found = jnp.where((top[...] == sink / unit) & (total[...] == 1), sink, found)
         lse[...] = found[:, :1].T
 
 
 def _differentiate(place: Place, refs: dict, partial: bool) -> tuple[Array, Array]:
     """Weights of a tile, and the gradient of q·k, [keys, queries] each."""
     spec = place.steps.spec
-    scores, bent = _scores(spec, refs["q"][...], refs["k"][...], turned=True)
+    scores = _scores(spec, refs["q"][...], refs["k"][...], turned=True)
+    bend = None if spec.softcap is None else 1 - scores * scores
     scores = _mask(place, refs, scores, partial, turned=True)
-    weights = jnp.exp2(scores - refs["lse"][...] * LOG2E)
+    weights = jnp.exp2((scores - refs["lse"][...] / _unit(spec)) * (_unit(spec) * LOG2E))
     d_scores = weights * (_dot(refs["v"][...], refs["d_out"][...], NT) + refs["slope"][...])
-    return weights, d_scores if bent is None else d_scores * (1 - bent * bent)
+    return weights, d_scores if bend is None else d_scores * bend
 
 
 def _d_queries_kernel(place: Place, refs: dict, d_q, acc):
