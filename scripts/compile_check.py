@@ -74,6 +74,7 @@ VARIANTS = (
 
 
 def main() -> int:
+    """Everything, or one part."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("target", choices=["tpu"])
     parser.add_argument("--out", type=Path, help="write what was found as JSON")
@@ -239,9 +240,8 @@ def read_schedule(name: str) -> list[dict]:
     row = compile_case(name, Case("causal & window(1023)", 8192, heads=(8, 8), tile=512), backward=False)
     if row["error"]:
         raise SystemExit(row["error"])
-    (file,) = (
-        path for path in Path(os.environ["DUMP"]).glob("*packed-bundles-post-ra.txt") if "attend_forward" in path.name
-    )
+    dumps = Path(os.environ["DUMP"]).glob("*attend_forward*packed-bundles-post-ra.txt")
+    file = max((path for path in dumps if "schedule" not in path.name), key=lambda path: path.stat().st_size)
     branches = []
     for line in file.read_text().splitlines():
         bundle = re.match(r"\s*(0x[0-9a-f]+|\d+)\s+(?:LH|LB|LE|PB|PF|CT)?\s*:", line)

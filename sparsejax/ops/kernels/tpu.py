@@ -31,7 +31,7 @@ SIDES = (128, 256, 512)  # of tiles
 # A step costs about as much as so many pairs, beside its own: 0.35 us, where a tile of 512 x 512 takes 1.3 us (v5e).
 # Modelled, not measured.
 STEP_PAIRS = 70_000
-MOST_WORDS = 2**17  # of lists in one call: half of the 1 MiB of scalar memory
+MOST_WORDS = 2**17  # of lists in one call, with the indices of masks: half of the 1 MiB of scalar memory
 WIDEST = 256
 LOG2E = math.log2(math.e)
 LOWEST = MASKED / 2  # the running maximum starts here, so that what is masked has a weight of 0
@@ -75,10 +75,15 @@ def _run_here(request: Request, tile: tuple[int, int] | None, selected: Array | 
     (_, t, h, _), (_, s, g, _) = request.q.shape, request.k.shape
     pattern, tile = request.pattern, tile or choose_tile(request.pattern, t, s)
     if selected is None:
-        plan = plan_pattern(pattern, t, s, tile, (h, g), has_formula(pattern, t, s), MOST_WORDS)
+        formula = has_formula(pattern, t, s)
+        plan = plan_pattern(pattern, t, s, tile, (h, g), formula, MOST_WORDS if formula else MOST_WORDS // 2)
     else:
         plan = plan_selection(selected, pattern, t, s, tile, g)
-    return attend_lists(BACKEND, request, plan, tile)
+    if request.q.dtype != jnp.float16:
+        return attend_lists(BACKEND, request, plan, tile)
+    wide = {name: getattr(request, name).astype(jnp.float32) for name in "qkv"}  # the machine has no float16
+    out, lse = attend_lists(BACKEND, dataclasses.replace(request, **wide), plan, tile)
+    return out.astype(jnp.float16), lse
 
 
 def choose_tile(pattern: Pattern, t: int, s: int) -> tuple[int, int]:
@@ -164,10 +169,10 @@ class Steps:
             for x, side in zip(ids, self.spec.tile, strict=False)
             for reduce in (jnp.min, jnp.max)
         ]
-        found = self.word.pack(walk.lists), walk.which, np.array(self.part.heads), walk.lists.masks
-        return tuple(
-            jnp.asarray(x, jnp.int32).ravel() for x in (*found, jnp.concatenate(ends) if ends else np.zeros(1))
-        )
+        found = self.word.pack(walk.lists), walk.which, np.array(self.part.heads)
+        masks = np.zeros(1) if inputs.bits is None else walk.lists.masks
+        ranges = jnp.concatenate(ends) if ends else np.zeros(1)
+        return tuple(jnp.asarray(x, jnp.int32).ravel() for x in (*found, masks, ranges))
 
     def place(self, b: Any, member: Any, entry: Any, *scalars: Any) -> Place:
         words, which, heads, masks, ranges = scalars
