@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from sparsejax.ops import dense, gather, segment
+from sparsejax.ops.kernels import tpu
 from sparsejax.ops.request import Request, cap, masked_softmax
 from sparsejax.patterns import Pattern
 
@@ -27,6 +28,7 @@ IMPLEMENTATIONS = (
     Implementation("dense", dense.run, dense.refuse),
     Implementation("gather", gather.run, gather.refuse),
     Implementation("segment", segment.run, segment.refuse),
+    Implementation("tpu", tpu.run, tpu.refuse),
 )
 
 # Measured on CPU by scripts/measure_attention.py (experiments/attention): up to one tile there is nothing to skip, and
@@ -68,7 +70,7 @@ def attend(
       k: keys; `g` divides `h`.
       v: values; their width may differ from that of the keys.
       pattern: who may look at whom; a pattern with heads must have `h` of them.
-      impl: "auto", or the name of an implementation: "dense", "gather" or "segment".
+      impl: "auto", or the name of an implementation: "dense", "gather", "segment" or "tpu".
       scale: factor on q·k, `d ** -0.5` if not given.
       softcap: bounds the scaled scores to `softcap * tanh(score / softcap)`.
       sink_logits: one logit for each query head that joins the softmax's denominator but has no value.
@@ -142,7 +144,7 @@ def _choose(impl: str, request: Request) -> Implementation:
     if impl not in ("auto", *known):
         raise ImplementationError(f"attend: no implementation {impl!r}; there are {', '.join(known)} and auto")
     reasons = {}
-    for name in _preferences(request) if impl == "auto" else (impl,):
+    for name in filter(known.get, _preferences(request)) if impl == "auto" else (impl,):
         reasons[name] = known[name].refuse(request)
         if reasons[name] is None:
             return known[name]
@@ -154,13 +156,13 @@ def _preferences(request: Request) -> tuple[str, ...]:
     """What "auto" tries, best first. An implementation that is not named here has to be asked for."""
     t, s = request.q.shape[1], request.k.shape[1]
     if max(t, s) <= DENSE_LENGTH:
-        return "dense", "gather", "segment"
+        return "dense", "tpu", "gather", "segment"
     tile, live, pairs = gather.SMALL, 0, 0
     for pattern, heads in request.head_groups().items():
         live += len(pattern.layout(t, s, (tile, tile)).columns) * len(heads)
         pairs += pattern.pairs(t, s) * len(heads)
     if pairs < SEGMENT_FILL * live * tile**2:
-        return "segment", "gather", "dense"
+        return "tpu", "segment", "gather", "dense"
     if jax.default_backend() != "cpu" and live > DENSE_DENSITY * -(-t // tile) * -(-s // tile) * request.q.shape[2]:
-        return "dense", "gather", "segment"
-    return "gather", "segment", "dense"
+        return "tpu", "dense", "gather", "segment"
+    return "tpu", "gather", "segment", "dense"

@@ -36,13 +36,15 @@ class Stage:
 
     def step(self, state: TrainState, batch: data.Batch) -> tuple[TrainState, dict[str, Any]]:
         """One training step; it gives up its input state."""
-        return self._step(state, place_batch(batch, self._mesh))
+        with jax.set_mesh(self._mesh):  # kernels are spread over it
+            return self._step(state, place_batch(batch, self._mesh))
 
     def evaluate(self, state: TrainState, limit: int) -> Evaluation:
         """On so many batches of the rows held out; on all of them if there is no limit."""
         rows = self.config.eval.batch
         held_out = self.dataset.validation_batches(rows, limit=limit, **share_rows(self._mesh, rows))
-        return evaluate(self._evaluation, state.parameters, (place_batch(batch, self._mesh) for batch in held_out))
+        with jax.set_mesh(self._mesh):
+            return evaluate(self._evaluation, state.parameters, (place_batch(batch, self._mesh) for batch in held_out))
 
 
 def set_up(phases: list[Phase], mesh: Mesh) -> list[Stage]:

@@ -251,14 +251,33 @@ LONELY = [
 ]
 
 
-@pytest.mark.parametrize("case", CASES + LONELY, ids=lambda c: f"{c.pattern}-{c.t}x{c.s}-{c.dtype}")
-@pytest.mark.parametrize("impl", IMPLS)
+# What interpreted kernels compute every day; the rest is `pytest -m nightly`.
+EVERYDAY = {
+    Case("causal", 129, 65, heads=(4, 2), softcap=3.0, sink=True),
+    Case("window(63)", 300, 300, heads=(4, 1), segments="one", sink=True),
+    Case("per_head(causal, globals([70]), causal, causal)", 129, 129, heads=(4, 2), sink=True, segments="pair"),
+    Case("dilated(9, 4, stride=7)", 200, 129, sink=True),
+    Case("causal & window(90)", 129, 129, heads=(4, 2), values=12, sink=True),
+    Case("full", 7, 129, heads=(4, 4), sink=True),
+    Case("sink(3)", 129, 7, dtype="float16", softcap=5.0),
+    *LONELY[1:2],
+}
+
+
+def each_day(impl: str, case: Case):
+    everyday = impl in SERVES_ALL or case in EVERYDAY
+    name = f"{impl}-{case.pattern}-{case.t}x{case.s}-{case.dtype}"
+    return pytest.param(impl, case, id=name, marks=() if everyday else pytest.mark.nightly)
+
+
+@pytest.mark.parametrize(("impl", "case"), [each_day(impl, case) for impl in IMPLS for case in CASES + LONELY])
 def test_values_and_gradients(impl, case):
     with unless_refused(impl, pytest.skip):
         check(impl, case)
 
 
 def test_the_cases_cover_the_library():
+    assert set(CASES + LONELY) >= EVERYDAY
     for name in NAMES:
         assert any(name in re.findall(r"\w+", case.pattern) for case in CASES), name
     for case in LONELY:
@@ -274,7 +293,9 @@ def cases(draw) -> Case:
     return Case(str(pattern), t, s, (2, 1), softcap=softcap, sink=sink, segments=segments, alibi=alibi)
 
 
-@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize(
+    "impl", [pytest.param(impl, marks=() if impl in SERVES_ALL else pytest.mark.nightly) for impl in IMPLS]
+)
 @settings(max_examples=6)
 @given(case=cases())
 def test_any_pattern(impl, case):

@@ -1,0 +1,278 @@
+"""What the compilers of TPUs make of the kernels, on a machine that has none.
+
+    python scripts/compile_check.py tpu [--out FILE.json] [--table FILE.md]
+
+libtpu (installed into build/compile_check, not into the environment) compiles ahead of time: forward, dq, dk and dv for
+each generation, short and long, and one training step of 16 chips. It finds what does not fit into vector or scalar
+memory and what a machine has no instruction for; it runs nothing. Speed is what can be read from its schedule: a core
+issues one bundle of instructions per cycle, so that the bundles between two branches are the cycles of that stretch
+without waiting for memory. Exits with 1 if anything does not compile.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import importlib.metadata
+import json
+import os
+import platform
+import re
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+LIBTPU = "libtpu==0.0.52"
+PLACE = ROOT / "build" / "compile_check"
+TOPOLOGIES = {"v5e": "v5e:2x2", "v5p": "v5p:2x2x1", "v6e": "v6e:2x2", "tpu7x": "tpu7x:2x2x1"}
+ENVIRONMENT = {
+    "JAX_PLATFORMS": "cpu",
+    "TPU_ACCELERATOR_TYPE": "v5litepod-4",
+    "TPU_SKIP_MDS_QUERY": "1",
+    "TPU_WORKER_HOSTNAMES": "localhost",
+}
+SCHEDULED = ("v5e", "v6e", "tpu7x")  # for which the speed is read
+SPLASH = {"v5e": 1323, "v6e": 1102, "tpu7x": 1183}  # bundles of JAX's splash attention for a tile of 512 x 512
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """A call to be compiled, with its gradients."""
+
+    pattern: str
+    t: int
+    heads: tuple[int, int] = (8, 2)
+    width: int = 128
+    tile: int | None = None
+    dtype: str = "bfloat16"
+    options: bool = False  # softcap, sink logits, segments
+
+    def __str__(self):
+        options = ", softcap, sink, segments" if self.options else ""
+        tile = "" if self.tile is None else f", tile {self.tile}"
+        shown = self.pattern if len(self.pattern) < 60 else f"{self.pattern[:57]}..."
+        return f"{shown}: {self.t}, heads {self.heads[0]}:{self.heads[1]} of {self.width}, {self.dtype}{tile}{options}"
+
+
+WINDOWS = ", ".join(["causal & window(500)"] * 6 + ["causal & dilated(500, stride=3)"] * 2)
+CASES = (
+    Case("causal & window(1023)", 8192),
+    Case("causal & window(1023)", 131_072),
+    Case("causal", 131_072, tile=128, heads=(2, 2)),  # 524,800 tiles: five calls
+)
+# On one generation: what is compiled differently, but not for each machine.
+VARIANTS = (
+    Case("window(256, 256) | globals(128)", 8192, options=True),
+    Case(f"per_head({WINDOWS})", 8192, width=64),
+    Case("causal & (window(255) | random(3, tile=64, seed=1))", 8192, width=96, dtype="float32"),
+    Case("causal & window(1023)", 8192, width=256, dtype="float32"),
+    Case("causal & (window(30) | strided(130))", 8192, tile=128, dtype="float16"),
+)
+
+
+def main() -> int:
+    """Everything, or one part."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("target", choices=["tpu"])
+    parser.add_argument("--out", type=Path, help="write what was found as JSON")
+    parser.add_argument("--table", type=Path, help="write it as a table")
+    parser.add_argument("--part", help=argparse.SUPPRESS)  # one part of the work, in a process of its own
+    arguments = parser.parse_args()
+    if arguments.part:
+        print(json.dumps(PARTS[arguments.part.split(":")[0]](*arguments.part.split(":")[1:])))
+        return 0
+    install()
+    started = time.perf_counter()
+    found = [*(run_part("compile", name) for name in TOPOLOGIES), run_part("train")]
+    rows = [row for rows in found for row in rows]
+    speeds = [row for name in SCHEDULED for row in run_part("schedule", name)]
+    table = write_table(rows, speeds)
+    print(table)
+    print(f"{time.perf_counter() - started:.0f} s")
+    versions = {name: importlib.metadata.version(name) for name in ("jax", "jaxlib")} | {
+        "libtpu": LIBTPU.split("==")[1]
+    }
+    result = {"python": platform.python_version(), "versions": versions, "compiled": rows, "scheduled": speeds}
+    if arguments.out:
+        arguments.out.write_text(json.dumps(result, indent=1) + "\n")
+    if arguments.table:
+        arguments.table.write_text(table)
+    return int(any(row["error"] for row in rows))
+
+
+def install() -> None:
+    """Libtpu alone, beside the environment that this runs in."""
+    if not (PLACE / "libtpu").is_dir():
+        command = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--target", str(PLACE), LIBTPU]
+        subprocess.run(command, check=True)
+
+
+def run_part(*part: str) -> list[dict]:
+    """A part of the work in a process of its own, as the compiler reads its options once."""
+    paths = os.pathsep.join([str(ROOT), str(PLACE), os.environ.get("PYTHONPATH", "")])
+    with tempfile.TemporaryDirectory() as dump:
+        options = {"LIBTPU_INIT_ARGS": f"--xla_jf_dump_to={dump} --xla_jf_dump_llo_text=true"}
+        own = options | {"DUMP": dump} if part[0] == "schedule" else {}
+        run = subprocess.run(
+            [sys.executable, __file__, "tpu", "--part", ":".join(part)],
+            env=os.environ | ENVIRONMENT | {"PYTHONPATH": paths} | own,
+            capture_output=True,
+            text=True,
+        )
+    if run.returncode:
+        raise SystemExit(f"compile_check: {' '.join(part)}: {run.stderr.strip()[-2000:]}")
+    return json.loads(run.stdout.splitlines()[-1])
+
+
+# Parts: what runs under the compiler's environment.
+
+
+def compile_cases(name: str) -> list[dict]:
+    """All cases on one machine."""
+    cases = CASES + (VARIANTS if name == "v6e" else ())
+    return [compile_case(name, case) for case in cases]
+
+
+def compile_case(name: str, case: Case, backward: bool = True) -> dict:
+    """Seconds and MiB, or the compiler's error."""
+    import jax
+    import jax.numpy as jnp
+    from jax.sharding import SingleDeviceSharding
+
+    from sparsejax.ops.kernels import tpu
+    from sparsejax.ops.request import Request
+    from sparsejax.patterns import parse
+
+    device = find_devices(name)[0]
+    place, (h, g), pattern = SingleDeviceSharding(device), case.heads, parse(case.pattern)
+
+    def forward(q, k, v, sink, ids):
+        more = (30.0, sink, (ids, ids)) if case.options else (None, None, None)
+        request = Request(q, k, v, pattern, case.width**-0.5, *more, False)
+        refusal = tpu.refuse(request)
+        if refusal:
+            raise ValueError(refusal)
+        out, lse = tpu.run(request, case.tile and (case.tile, case.tile))
+        return out.astype(jnp.float32).sum() + lse.sum()
+
+    def shape(*sizes, dtype=case.dtype):
+        return jax.ShapeDtypeStruct(sizes, dtype, sharding=place)
+
+    q, k = shape(1, case.t, h, case.width), shape(1, case.t, g, case.width)
+    arrays = q, k, k, shape(h, dtype=jnp.float32), shape(1, case.t, dtype=jnp.int32)
+    row = {"machine": name, "case": str(case), "error": None}
+    started = time.perf_counter()
+    with use_machine(device):
+        try:
+            function = jax.grad(forward, (0, 1, 2, 3)) if backward else forward
+            compiled = jax.jit(function).lower(*arrays).compile()
+        except Exception as error:  # whatever the compiler says is what this is for
+            return row | {"error": f"{type(error).__name__}: {str(error)[:400]}"}
+    memory = compiled.memory_analysis().temp_size_in_bytes / 2**20
+    return row | {"seconds": round(time.perf_counter() - started, 1), "temporary_mib": round(memory)}
+
+
+def find_devices(name: str, shape: str | None = None) -> list:
+    """Of a machine that is not here."""
+    from jax.experimental import topologies
+
+    return topologies.get_topology_desc(platform="tpu", topology_name=shape or TOPOLOGIES[name]).devices
+
+
+def use_machine(device):
+    """Lowering asks the mesh in use which machine it is for."""
+    import jax
+    from jax.sharding import AbstractDevice, AbstractMesh
+
+    fields = {"device_kind": device.device_kind, "num_cores": getattr(device, "num_cores", 1), "platform": "tpu"}
+    known = {name: value for name, value in fields.items() if name in AbstractDevice.__dataclass_fields__}
+    return jax.sharding.use_abstract_mesh(AbstractMesh((1,), ("x",), abstract_device=AbstractDevice(**known)))
+
+
+def compile_training() -> list[dict]:
+    """One step of a windowed model on 16 chips, parameters, sequences and heads spread over them."""
+    import jax
+    import jax.numpy as jnp
+    from jax.sharding import AxisType
+
+    from sparsejax import config as configs
+    from sparsejax import sharding
+    from sparsejax.model import Functional
+    from sparsejax.train.optimizer import build_optimizer, build_schedule
+    from sparsejax.train.state import state_shapes
+    from sparsejax.train.step import build_step
+
+    settings = configs.load(f"{ROOT}/configs/layer_schedules.py:paper")
+    settings.model.schedule, settings.train.batch = "12x(local full)", 32
+    for layer in settings.model.layers.values():
+        if layer.mixer.kind == "attention":
+            layer.mixer.impl = "tpu"
+    config = configs.check(settings)
+    devices = find_devices("v5e", "v5e:4x4")
+    mesh = jax.make_mesh((2, 4, 2), sharding.MESH_AXES, axis_types=(AxisType.Auto,) * 3, devices=devices)
+    model, optimizer = Functional(config.model), build_optimizer(config.optimizer, config.train.steps)
+    step = build_step(model, optimizer, build_schedule(config.optimizer, config.train.steps), config.train, mesh)
+
+    def shape(dtype):
+        place = sharding.batch_sharding(mesh)
+        return jax.ShapeDtypeStruct((config.train.batch, config.data.length), dtype, sharding=place)
+
+    batch = {"inputs": shape(jnp.int32), "targets": shape(jnp.int32), "weights": shape(jnp.float32)}
+    state = state_shapes(model, optimizer, mesh)
+    started = time.perf_counter()
+    name = f"training step, {model.size / 1e9:.2f}B parameters, {config.train.batch} x {config.data.length}"
+    row = {"machine": "v5e, 16 chips", "case": name, "error": None}
+    try:
+        with jax.set_mesh(mesh):
+            compiled = step.lower(state, batch).compile()
+    except Exception as error:
+        return [row | {"error": f"{type(error).__name__}: {str(error)[:400]}"}]
+    memory = compiled.memory_analysis()
+    per_chip = (memory.argument_size_in_bytes + memory.temp_size_in_bytes) / 2**20
+    return [row | {"seconds": round(time.perf_counter() - started, 1), "temporary_mib": round(per_chip)}]
+
+
+def read_schedule(name: str) -> list[dict]:
+    """Bundles of a full and of a partial tile of 512 x 512, forward, under causal & window(1023)."""
+    row = compile_case(name, Case("causal & window(1023)", 8192, heads=(8, 8), tile=512), backward=False)
+    if row["error"]:
+        raise SystemExit(row["error"])
+    dumps = Path(os.environ["DUMP"]).glob("*attend_forward*packed-bundles-post-ra.txt")
+    file = max((path for path in dumps if "schedule" not in path.name), key=lambda path: path.stat().st_size)
+    branches = []
+    for line in file.read_text().splitlines():
+        bundle = re.match(r"\s*(0x[0-9a-f]+|\d+)\s+(?:LH|LB|LE|PB|PF|CT)?\s*:", line)
+        target = re.search(r"sbr\.rel.*target bundleno = (\d+)", line)
+        if bundle and target:
+            branches.append(int(target[1]) - int(bundle[1], 0))
+    # A tile's stretch is skipped by a branch over it; the two longest but the loop itself are the tiles, in order.
+    tiles = sorted(branches, reverse=True)[1:3]
+    full, partial = (size for size in branches if size in tiles)
+    return [{"machine": name, "full": full, "partial": partial, "splash": SPLASH[name]}]
+
+
+PARTS = {"compile": compile_cases, "train": compile_training, "schedule": read_schedule}
+
+
+def write_table(rows: list[dict], speeds: list[dict]) -> str:
+    """Both tables in Markdown."""
+    lines = ["| machine | what | compiled in | temporary memory |", "| --- | --- | ---: | ---: |"]
+    for row in rows:
+        found = row["error"] or f"{row['seconds']} s | {row['temporary_mib']:,} MiB"
+        lines.append(f"| {row['machine']} | {row['case'].replace('|', chr(92) + '|')} | {found} |")
+    lines += [
+        "",
+        "| bundles of a tile of 512 x 512, forward | full | partial | ratio | splash, full |",
+        "| --- | ---: | ---: | ---: | ---: |",
+    ]
+    for row in speeds:
+        ratio = row["partial"] / row["full"]
+        lines.append(f"| {row['machine']} | {row['full']} | {row['partial']} | {ratio:.2f} | {row['splash']} |")
+    return "\n".join(lines) + "\n"
+
+
+if __name__ == "__main__":
+    sys.exit(main())
