@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from sparsejax.ops import dense, gather, segment
-from sparsejax.ops.kernels import tpu
+from sparsejax.ops.kernels import gpu, tpu
 from sparsejax.ops.request import Request, cap, masked_softmax
 from sparsejax.patterns import Pattern
 
@@ -29,6 +29,7 @@ IMPLEMENTATIONS = (
     Implementation("gather", gather.run, gather.refuse),
     Implementation("segment", segment.run, segment.refuse),
     Implementation("tpu", tpu.run, tpu.refuse),
+    Implementation("gpu", gpu.run, gpu.refuse),
 )
 
 # Measured on CPU by scripts/measure_attention.py (experiments/attention): up to one tile there is nothing to skip, and
@@ -70,7 +71,7 @@ def attend(
       k: keys; `g` divides `h`.
       v: values; their width may differ from that of the keys.
       pattern: who may look at whom; a pattern with heads must have `h` of them.
-      impl: "auto", or the name of an implementation: "dense", "gather", "segment" or "tpu".
+      impl: "auto", or the name of an implementation: "dense", "gather", "segment", "tpu" or "gpu".
       scale: factor on q·k, `d ** -0.5` if not given.
       softcap: bounds the scaled scores to `softcap * tanh(score / softcap)`.
       sink_logits: one logit for each query head that joins the softmax's denominator but has no value.
@@ -156,13 +157,13 @@ def _preferences(request: Request) -> tuple[str, ...]:
     """What "auto" tries, best first. An implementation that is not named here has to be asked for."""
     t, s = request.q.shape[1], request.k.shape[1]
     if max(t, s) <= DENSE_LENGTH:
-        return "dense", "tpu", "gather", "segment"
+        return "dense", "tpu", "gpu", "gather", "segment"
     tile, live, pairs = gather.SMALL, 0, 0
     for pattern, heads in request.head_groups().items():
         live += len(pattern.layout(t, s, (tile, tile)).columns) * len(heads)
         pairs += pattern.pairs(t, s) * len(heads)
     if pairs < SEGMENT_FILL * live * tile**2:
-        return "tpu", "segment", "gather", "dense"
+        return "tpu", "gpu", "segment", "gather", "dense"
     if jax.default_backend() != "cpu" and live > DENSE_DENSITY * -(-t // tile) * -(-s // tile) * request.q.shape[2]:
-        return "tpu", "dense", "gather", "segment"
-    return "tpu", "gather", "segment", "dense"
+        return "tpu", "gpu", "dense", "gather", "segment"
+    return "tpu", "gpu", "gather", "segment", "dense"

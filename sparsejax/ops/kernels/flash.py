@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import math
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
@@ -17,10 +18,12 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 
 from sparsejax.ops.kernels.lists import Part, Plan, Walk
-from sparsejax.ops.request import Request
+from sparsejax.ops.request import MASKED, Request
 from sparsejax.patterns import Pattern
 
 COSTLY = 64  # operations: a longer formula is not evaluated in the kernel
+LOG2E = math.log2(math.e)
+LOWEST = MASKED / 2  # a running maximum starts here, so that what is masked has a weight of 0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -157,9 +160,33 @@ def _pad(x: Array, side: int, axis: int) -> Array:
     return jnp.pad(x, widths)
 
 
-def has_formula(pattern: Pattern, t: int, s: int) -> bool:
-    """Whether a kernel can evaluate the pattern in its partial tiles: one for all heads, in few operations."""
+def bound_scores(spec: Spec, products: Array) -> Array:
+    """Scores in a unit of `score_unit`: the products q·k as they are, or the tanh of a softcap."""
+    if spec.softcap is not None:
+        return jnp.tanh(products * (spec.scale / spec.softcap))
+    return products if spec.scale > 0 else products * math.copysign(spec.scale != 0, spec.scale)
+
+
+def score_unit(spec: Spec) -> float:
+    """By which scores are multiplied only after the maximum has been taken off, which is exact."""
+    return spec.softcap or abs(spec.scale) or 1.0
+
+
+def has_formula(pattern: Pattern, t: int, s: int, known: frozenset[str] | None = None) -> bool:
+    """Whether a kernel can evaluate the pattern in its partial tiles: one for all heads, in few operations.
+
+    `known`: the operations that the machine has; all if not given.
+    """
     if pattern.heads is not None:
         return False
     position = jax.ShapeDtypeStruct((), jnp.int32)
-    return len(jax.make_jaxpr(lambda q, k: pattern.allows(q, k, t, s))(position, position).jaxpr.eqns) <= COSTLY
+    formula = jax.make_jaxpr(lambda q, k: pattern.allows(q, k, t, s))(position, position).jaxpr
+    return len(formula.eqns) <= COSTLY and (known is None or _operations(formula) <= known)
+
+
+def _operations(formula) -> set[str]:
+    found = set()
+    for equation in formula.eqns:
+        inner = equation.params.get("jaxpr")  # of a function that is called
+        found |= {equation.primitive.name} if inner is None else _operations(inner.jaxpr)
+    return found

@@ -43,6 +43,12 @@ def run_on_mesh(run: Callable[[Request], tuple[Array, Array]], request: Request)
     return spread(arrays)
 
 
+def device_kind() -> str:
+    """Of the devices that is compiled for: those of the mesh in use, or the machine's."""
+    abstract = getattr(jax.sharding.get_abstract_mesh(), "abstract_device", None)
+    return jax.devices()[0].device_kind if abstract is None else abstract.device_kind
+
+
 def _fitting(mesh, axes: list[str], size: int) -> tuple[str, ...] | None:
     """The first axes that together divide the size."""
     while axes and size % math.prod(mesh.shape[axis] for axis in axes):

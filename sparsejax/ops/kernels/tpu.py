@@ -20,9 +20,20 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array, Float, Int
 
-from sparsejax.ops.kernels.flash import Back, Backend, Inputs, Spec, attend_lists, has_formula
+from sparsejax.ops.kernels.flash import (
+    LOG2E,
+    LOWEST,
+    Back,
+    Backend,
+    Inputs,
+    Spec,
+    attend_lists,
+    bound_scores,
+    has_formula,
+    score_unit,
+)
 from sparsejax.ops.kernels.lists import EMPTY, FULL, Part, TileLists, Walk, mark_ends, plan_pattern, plan_selection
-from sparsejax.ops.kernels.mesh import run_on_mesh
+from sparsejax.ops.kernels.mesh import device_kind, run_on_mesh
 from sparsejax.ops.request import MASKED, Request
 from sparsejax.patterns import Pattern
 
@@ -33,15 +44,13 @@ SIDES = (128, 256, 512)  # of tiles
 STEP_PAIRS = 70_000
 MOST_WORDS = 2**17  # of lists in one call, with the indices of masks: half of the 1 MiB of scalar memory
 WIDEST = 256
-LOG2E = math.log2(math.e)
-LOWEST = MASKED / 2  # the running maximum starts here, so that what is masked has a weight of 0
 NN, NT, TN = ((((x,), (y,)), ((), ())) for x, y in ((1, 0), (1, 1), (0, 0)))  # of products; T: transposed
 
 
 def refuse(request: Request) -> str | None:
     """Why this implementation cannot serve the request, or None."""
     d, e = request.q.shape[-1], request.v.shape[-1]
-    kind = None if request.interpret else _device_kind()
+    kind = None if request.interpret else device_kind()
     reasons = (
         (
             not request.interpret and not _serves(kind),
@@ -92,12 +101,6 @@ def choose_tile(pattern: Pattern, t: int, s: int) -> tuple[int, int]:
     cost = {n: pattern.tiles(t, s, (n, n))[0] * (n * n + STEP_PAIRS) for n in SIDES if n <= longest}
     best = min(cost, key=cost.get)
     return best, best
-
-
-def _device_kind() -> str:
-    """Of the devices that is compiled for: those of the mesh in use, or the machine's."""
-    abstract = getattr(jax.sharding.get_abstract_mesh(), "abstract_device", None)
-    return jax.devices()[0].device_kind if abstract is None else abstract.device_kind
 
 
 def _serves(kind: str) -> bool:
@@ -227,16 +230,7 @@ class Place:
 
 
 def _scores(spec: Spec, q: Array, k: Array, turned: bool) -> Array:
-    """Scores in a unit of `_unit(spec)`: the products as they are, or the tanh of a softcap."""
-    scores = _dot(k, q, NT) if turned else _dot(q, k, NT)
-    if spec.softcap is not None:
-        return jnp.tanh(scores * (spec.scale / spec.softcap))
-    return scores if spec.scale > 0 else scores * math.copysign(spec.scale != 0, spec.scale)
-
-
-def _unit(spec: Spec) -> float:
-    """By which scores are multiplied only after the maximum has been taken off, which is exact."""
-    return spec.softcap or abs(spec.scale) or 1.0
+    return bound_scores(spec, _dot(k, q, NT) if turned else _dot(q, k, NT))
 
 
 def _mask(place: Place, refs: dict, scores: Array, partial: bool, turned: bool) -> Array:
@@ -305,7 +299,7 @@ def _visit(place: Place, refs: dict, step: Callable[[bool], None]) -> None:
 
 def _forward_kernel(place: Place, refs: dict, out, lse, top, total, acc):
     spec = place.steps.spec
-    unit = _unit(spec)
+    unit = score_unit(spec)
 
     @pl.when(place.first)
     def start():
@@ -347,7 +341,7 @@ def _differentiate(place: Place, refs: dict, partial: bool) -> tuple[Array, Arra
     scores = _scores(spec, refs["q"][...], refs["k"][...], turned=True)
     bend = None if spec.softcap is None else 1 - scores * scores
     scores = _mask(place, refs, scores, partial, turned=True)
-    weights = jnp.exp2((scores - refs["lse"][...] / _unit(spec)) * (_unit(spec) * LOG2E))
+    weights = jnp.exp2((scores - refs["lse"][...] / score_unit(spec)) * (score_unit(spec) * LOG2E))
     d_scores = weights * (_dot(refs["v"][...], refs["d_out"][...], NT) + refs["slope"][...])
     return weights, d_scores if bend is None else d_scores * bend
 
