@@ -42,7 +42,7 @@ HALF = SIDE // WARPGROUPS  # rows of one: sums of more do not fit into its regis
 WIDEST = 256
 WIDTHS = 64  # heads are padded to multiples: what a swizzled row of shared memory holds
 SHARED = 227 * 1024 - 4096  # bytes of a block, without what barriers and log-sum-exps take
-REGISTERS = 232, 40  # of a thread that computes, and of one that loads
+REGISTERS = 240, 24  # of a thread that computes, and of one that loads
 KINDS = re.compile(r"\bG?H(100|200|800|20)\b")
 # What the compiler has an instruction for, with positions of a tile as operands.
 OPERATIONS = frozenset(
@@ -224,8 +224,7 @@ class Call:
     @classmethod
     def of(cls, spec: Spec, part: Part, walk: Walk, inputs: Inputs, by_column: bool, own, stream, columns) -> Call:
         width, size = inputs.q.shape[-1], inputs.q.dtype.itemsize
-        matrices = sum(len(x) for x in own) * SIDE
-        stages = (SHARED // (width * size) - matrices) // (2 * columns)
+        stages = (SHARED // (width * size) - len(own) * SIDE) // (len(stream) * columns)
         own_lists = walk.which.shape[0] > 1 or inputs.segments is not None
         return cls(spec, part, by_column, own, stream, columns, min(stages, 3), width, inputs.q.dtype, own_lists)
 
@@ -510,17 +509,21 @@ def _store(block: Block, name: str, x: Array, to: str) -> None:
     plgpu.copy_smem_to_gmem(block.own(name), block.refs[to].at[block.b, block.member, rows])
 
 
-def _differentiate(block: Block, step, partial: bool, lse: Array, slope: Array) -> tuple[Array, Array]:
-    """Weights of a step, and the gradient of q·k; lse and slope are [rows, columns] and of the queries."""
-    call, refs, slot = block.call, block.refs, block.slot(step)
-    ours, theirs = call.own, [group[0] for group in call.stream]
-    scores = bound_scores(call.spec, _multiply(block.own(ours[0]), refs[theirs[0]].at[slot].T))
+def _weigh(block: Block, step, partial: bool, lse: Callable[[], Array]) -> tuple[Array, Array | None]:
+    """Weights of a step, and by what a softcap shrinks the gradients of its scores. `lse`: [rows, columns]."""
+    call, own, stream = block.call, block.call.own[0], block.call.stream[0][0]
+    scores = bound_scores(call.spec, _multiply(block.own(own), block.refs[stream].at[block.slot(step)].T))
     bend = None if call.spec.softcap is None else 1 - scores * scores
     allowed = _allowed(block, step, partial)
     scores = scores if allowed is None else jnp.where(allowed, scores, MASKED)
-    weights = jnp.exp2((scores - lse) * (score_unit(call.spec) * LOG2E))
-    d_scores = weights * (_multiply(block.own(ours[1]), refs[theirs[1]].at[slot].T) + slope)
-    return weights, d_scores if bend is None else d_scores * bend
+    return jnp.exp2((scores - lse()) * (score_unit(call.spec) * LOG2E)), bend
+
+
+def _differentiate(block: Block, step, weights: Array, bend: Array | None, slope: Callable[[], Array]) -> Array:
+    """The gradient of q·k."""
+    own, stream = block.call.own[1], block.call.stream[1][0]
+    d_scores = weights * (_multiply(block.own(own), block.refs[stream].at[block.slot(step)].T) + slope())
+    return d_scores if bend is None else d_scores * bend
 
 
 def _d_queries_rows(block: Block) -> None:
@@ -528,13 +531,20 @@ def _d_queries_rows(block: Block) -> None:
     plgpu.set_max_registers(REGISTERS[0], action="increase")
     _load_own(block)
     at = block.b, block.own_head(), pl.ds(block.first_row, HALF)
-    lse, slope = (plgpu.load(refs[f"all_{name}"].at[at], layout=layout.reduce(1), optimized=False) for name in VECTORS)
+    lse, slope = (
+        functools.partial(
+            _along_rows,
+            plgpu.load(refs[f"all_{name}"].at[at], layout=layout.reduce(1), optimized=False),
+            (HALF, call.columns),
+        )
+        for name in VECTORS
+    )
 
     def step(i, acc, partial):
         block.wait("k", i)
+        weights, bend = _weigh(block, i, partial, lse)
         block.wait("v", i)
-        shape = HALF, call.columns
-        _, d_scores = _differentiate(block, i, partial, _along_rows(lse, shape), _along_rows(slope, shape))
+        d_scores = _differentiate(block, i, weights, bend, slope)
         block.release("v", i)
         acc = _accumulate(block, acc, d_scores.astype(call.dtype), refs["k"].at[block.slot(i)])
         block.release("k", i)
@@ -551,17 +561,20 @@ def _d_keys_values_rows(block: Block) -> None:
     _load_own(block)
 
     def step(i, sums, partial):
+        slot, sums = block.slot(i), dict(sums)
+
+        def spread(name):  # only when it is needed: it takes registers
+            vector = plgpu.load(refs[name].at[slot], layout=layout.reduce(0))
+            return lax.broadcast_in_dim(vector, (HALF, call.columns), [1])
+
         block.wait("q", i)
         block.wait("d_out", i)
-        slot, sums = block.slot(i), dict(sums)
-        lse, slope = (
-            lax.broadcast_in_dim(plgpu.load(refs[name].at[slot], layout=layout.reduce(0)), (HALF, call.columns), [1])
-            for name in VECTORS
-        )
-        weights, d_scores = _differentiate(block, i, partial, lse, slope)
-        for name, factor, y in (("v", weights, "d_out"), ("k", d_scores, "q")):
-            if name in sums:
-                sums[name] = _accumulate(block, sums[name], factor.astype(call.dtype), refs[y].at[slot])
+        weights, bend = _weigh(block, i, partial, functools.partial(spread, "lse"))
+        if "v" in sums:
+            sums["v"] = _accumulate(block, sums["v"], weights.astype(call.dtype), refs["d_out"].at[slot])
+        if "k" in sums:
+            d_scores = _differentiate(block, i, weights, bend, functools.partial(spread, "slope"))
+            sums["k"] = _accumulate(block, sums["k"], d_scores.astype(call.dtype), refs["q"].at[slot])
         block.release("d_out", i)
         block.release("q", i)
         return sums
