@@ -42,7 +42,7 @@ HALF = SIDE // WARPGROUPS  # rows of one: sums of more do not fit into its regis
 WIDEST = 256
 WIDTHS = 64  # heads are padded to multiples: what a swizzled row of shared memory holds
 SHARED = 227 * 1024 - 4096  # bytes of a block, without what barriers and log-sum-exps take
-REGISTERS = 240, 24  # of a thread that computes, and of one that loads
+REGISTERS = 232, 40  # of a thread that computes, and of one that loads
 KINDS = re.compile(r"\bG?H(100|200|800|20)\b")
 # What the compiler has an instruction for, with positions of a tile as operands.
 OPERATIONS = frozenset(
@@ -362,15 +362,17 @@ def _multiply(x, y) -> Array:
     return pl.run_scoped(compute, plgpu.ACC((x.shape[0], y.shape[1]), jnp.float32))
 
 
-def _accumulate(block: Block, acc: Array, x: Array, y, meanwhile: Callable[[], None] = lambda: None) -> Array:
-    """The sum acc + x · y, where y is in shared memory and `meanwhile` done while the product is computed.
+def _accumulate(block: Block, acc: Array, x, y, meanwhile: Callable[[], None] = lambda: None) -> Array:
+    """The sum acc + x · y, where y and perhaps x are in shared memory; `meanwhile` is done while it is computed.
 
     Interpret mode has neither accumulators that start with a value nor products with a factor in registers.
     """
     if block.call.spec.interpret:
-        factor = block.refs["factor"].at[block.group]
-        factor[...] = x
-        plgpu.commit_smem()
+        factor = x
+        if isinstance(x, jax.Array):
+            factor = block.refs["factor"].at[block.group]
+            factor[...] = x
+            plgpu.commit_smem()
         meanwhile()
         return acc + _multiply(factor, y)
 
@@ -395,13 +397,16 @@ def _along_rows(x: Array, shape: tuple[int, int]) -> Array:
     return lax.broadcast_in_dim(x, shape, [0])
 
 
-def _allowed(block: Block, step, partial: bool) -> Array | None:
-    """Which pairs of a step count, bool [rows, columns], or None if all do."""
+def _mask(block: Block, step, partial: bool, x: Array, other: float) -> Array:
+    """What counts of a step's scores or weights; `other` for what does not, which only partial tiles have."""
     if not partial:
-        return None
-    call, refs, shape, layout = block.call, block.refs, (HALF, block.call.columns), plgpu.Layout.WGMMA
+        return x
+    call, refs, shape, layout = block.call, block.refs, x.shape, plgpu.Layout.WGMMA
     spec, start = call.spec, block.first_column(step)
     row, column = (plgpu.broadcasted_iota(jnp.int32, shape, axis, layout=layout) for axis in (0, 1))
+    if "count" in refs:  # the compiler would keep what it computes itself in registers all the time
+        counted = plgpu.load(refs["count"].at[pl.ds(0, shape[1])], layout=layout.reduce(0), optimized=False)
+        column = lax.broadcast_in_dim(counted, shape, [1])
     if "bits" in refs:
         allowed = _unpack(block, step, column)
     else:
@@ -410,14 +415,15 @@ def _allowed(block: Block, step, partial: bool) -> Array | None:
         allowed = spec.pattern.allows(q, k, spec.t, spec.s)
         allowed = allowed & (k < spec.s) if spec.s % SIDE else allowed
     if "row_ids" not in refs:
-        return allowed
+        return jnp.where(allowed, x, other)
     ids = [
         plgpu.load(refs[name].at[block.b, pl.ds(first, size)], layout=layout.reduce(1 - axis), optimized=False)
         for axis, (name, first, size) in enumerate(
             (("row_ids", block.first_row, HALF), ("column_ids", start, call.columns))
         )
     ]
-    return allowed & (lax.broadcast_in_dim(ids[0], shape, [0]) == lax.broadcast_in_dim(ids[1], shape, [1]))
+    allowed = allowed & (lax.broadcast_in_dim(ids[0], shape, [0]) == lax.broadcast_in_dim(ids[1], shape, [1]))
+    return jnp.where(allowed, x, other)
 
 
 def _unpack(block: Block, step, column: Array) -> Array:
@@ -456,8 +462,7 @@ def _forward_rows(block: Block) -> None:
         scores = _multiply_in_turn(block, block.own("q"), refs["k"].at[slot].T)
         block.release("k", i)
         scores = bound_scores(call.spec, scores)
-        allowed = _allowed(block, i, partial)
-        scores = scores if allowed is None else jnp.where(allowed, scores, MASKED)
+        scores = _mask(block, i, partial, scores, MASKED)
         now = jnp.maximum(top, scores.max(axis=1))
         terms = jnp.exp2((scores - _along_rows(now, shape)) * (unit * LOG2E))
         fade = jnp.exp2((top - now) * (unit * LOG2E))
@@ -514,15 +519,14 @@ def _weigh(block: Block, step, partial: bool, lse: Callable[[], Array]) -> tuple
     call, own, stream = block.call, block.call.own[0], block.call.stream[0][0]
     scores = bound_scores(call.spec, _multiply(block.own(own), block.refs[stream].at[block.slot(step)].T))
     bend = None if call.spec.softcap is None else 1 - scores * scores
-    allowed = _allowed(block, step, partial)
-    scores = scores if allowed is None else jnp.where(allowed, scores, MASKED)
-    return jnp.exp2((scores - lse()) * (score_unit(call.spec) * LOG2E)), bend
+    weights = jnp.exp2((scores - lse()) * (score_unit(call.spec) * LOG2E))
+    return _mask(block, step, partial, weights, 0.0), bend  # not of the scores: fewer registers are in use by now
 
 
 def _differentiate(block: Block, step, weights: Array, bend: Array | None, slope: Callable[[], Array]) -> Array:
     """The gradient of q·k."""
     own, stream = block.call.own[1], block.call.stream[1][0]
-    d_scores = weights * (_multiply(block.own(own), block.refs[stream].at[block.slot(step)].T) + slope())
+    d_scores = weights * _accumulate(block, slope(), block.own(own), block.refs[stream].at[block.slot(step)].T)
     return d_scores if bend is None else d_scores * bend
 
 
@@ -581,6 +585,7 @@ def _d_keys_values_rows(block: Block) -> None:
 
     wanted = [name for name in "kv" if f"out_{name}" in refs]
     sums = block.loop(step, {name: _fill((HALF, call.width), 0.0, layout) for name in wanted})
+    block = Block.here(call, refs)  # read again rather than kept in registers
     for name in wanted:
         _store(block, name, sums[name] * call.spec.scale if name == "k" else sums[name], f"out_{name}")
     plgpu.wait_smem_to_gmem(0)
@@ -664,6 +669,8 @@ def _arrays(call: Call, table: Table, inputs: Inputs, back: Back | None) -> dict
     if inputs.segments is not None:
         ids = reversed(inputs.segments) if call.by_column else inputs.segments
         found |= dict(zip(("row_ids", "column_ids"), ids, strict=True))
+    if call.by_column:
+        found["count"] = jnp.arange(call.columns, dtype=jnp.int32)
     if inputs.bits is not None:
         found["bits"] = inputs.bits[call.by_column]
     return found
