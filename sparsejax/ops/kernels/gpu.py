@@ -312,6 +312,10 @@ class Block:
     def own(self, name):
         return self.refs[f"own_{name}"].at[self.group]
 
+    def own_again(self, name):
+        """The same, looked up anew."""
+        return self.refs[f"own_{name}"].at[self.refs["count"][self.group]]
+
     def loop(self, step: Callable, carry):
         """`step(i, carry, partial)` for the full tiles, then for the partial ones."""
         split = self.call.splits
@@ -403,10 +407,9 @@ def _mask(block: Block, step, partial: bool, x: Array, other: float) -> Array:
         return x
     call, refs, shape, layout = block.call, block.refs, x.shape, plgpu.Layout.WGMMA
     spec, start = call.spec, block.first_column(step)
-    row, column = (plgpu.broadcasted_iota(jnp.int32, shape, axis, layout=layout) for axis in (0, 1))
-    if "count" in refs:  # the compiler would keep what it computes itself in registers all the time
-        counted = plgpu.load(refs["count"].at[pl.ds(0, shape[1])], layout=layout.reduce(0), optimized=False)
-        column = lax.broadcast_in_dim(counted, shape, [1])
+    row = plgpu.broadcasted_iota(jnp.int32, shape, 0, layout=layout)
+    column = plgpu.load(refs["count"].at[pl.ds(0, shape[1])], layout=layout.reduce(0), optimized=False)
+    column = lax.broadcast_in_dim(column, shape, [1])
     if "bits" in refs:
         allowed = _unpack(block, step, column)
     else:
@@ -517,7 +520,7 @@ def _store(block: Block, name: str, x: Array, to: str) -> None:
 def _weigh(block: Block, step, partial: bool, lse: Callable[[], Array]) -> tuple[Array, Array | None]:
     """Weights of a step, and by what a softcap shrinks the gradients of its scores. `lse`: [rows, columns]."""
     call, own, stream = block.call, block.call.own[0], block.call.stream[0][0]
-    scores = bound_scores(call.spec, _multiply(block.own(own), block.refs[stream].at[block.slot(step)].T))
+    scores = bound_scores(call.spec, _multiply(block.own_again(own), block.refs[stream].at[block.slot(step)].T))
     bend = None if call.spec.softcap is None else 1 - scores * scores
     weights = jnp.exp2((scores - lse()) * (score_unit(call.spec) * LOG2E))
     return _mask(block, step, partial, weights, 0.0), bend  # not of the scores: fewer registers are in use by now
@@ -526,7 +529,7 @@ def _weigh(block: Block, step, partial: bool, lse: Callable[[], Array]) -> tuple
 def _differentiate(block: Block, step, weights: Array, bend: Array | None, slope: Callable[[], Array]) -> Array:
     """The gradient of q·k."""
     own, stream = block.call.own[1], block.call.stream[1][0]
-    d_scores = weights * _accumulate(block, slope(), block.own(own), block.refs[stream].at[block.slot(step)].T)
+    d_scores = weights * _accumulate(block, slope(), block.own_again(own), block.refs[stream].at[block.slot(step)].T)
     return d_scores if bend is None else d_scores * bend
 
 
@@ -669,8 +672,7 @@ def _arrays(call: Call, table: Table, inputs: Inputs, back: Back | None) -> dict
     if inputs.segments is not None:
         ids = reversed(inputs.segments) if call.by_column else inputs.segments
         found |= dict(zip(("row_ids", "column_ids"), ids, strict=True))
-    if call.by_column:
-        found["count"] = jnp.arange(call.columns, dtype=jnp.int32)
+    found["count"] = jnp.arange(SIDE, dtype=jnp.int32)
     if inputs.bits is not None:
         found["bits"] = inputs.bits[call.by_column]
     return found
