@@ -39,7 +39,7 @@ from sparsejax.ops.request import MASKED, Request
 SIDE = 128  # of tiles
 WARPGROUPS = 2  # that compute
 HALF = SIDE // WARPGROUPS  # rows of one: sums of more do not fit into its registers
-WIDEST = 256
+NARROW, WIDEST = 128, 256  # heads: sums of wider ones leave few registers
 WIDTHS = 64  # heads are padded to multiples: what a swizzled row of shared memory holds
 SHARED = 227 * 1024 - 4096  # bytes of a block, without what barriers and log-sum-exps take
 REGISTERS = 232, 40  # of a thread that computes, and of one that loads
@@ -206,6 +206,7 @@ class Call:
       width: Of heads.
       dtype: Of what is multiplied.
       own_lists: Each sequence has lists of its own.
+      tight: Registers are few: heads are wide, or scores need more than a product and a pattern.
       entries: Of a list.
     """
 
@@ -219,14 +220,17 @@ class Call:
     width: int
     dtype: Any
     own_lists: bool
+    tight: bool
     entries: int = 0
 
     @classmethod
-    def of(cls, spec: Spec, part: Part, walk: Walk, inputs: Inputs, by_column: bool, own, stream, columns) -> Call:
-        width, size = inputs.q.shape[-1], inputs.q.dtype.itemsize
-        stages = (SHARED // (width * size) - len(own) * SIDE) // (len(stream) * columns)
-        own_lists = walk.which.shape[0] > 1 or inputs.segments is not None
-        return cls(spec, part, by_column, own, stream, columns, min(stages, 3), width, inputs.q.dtype, own_lists)
+    def of(cls, spec: Spec, part: Part, walk: Walk, inputs: Inputs, own, stream, by_column=False, columns=64) -> Call:
+        width, dtype, segments = inputs.q.shape[-1], inputs.q.dtype, inputs.segments is not None
+        tight = width > NARROW or spec.softcap is not None or segments
+        columns = 64 if tight else columns
+        stages = (SHARED // (width * dtype.itemsize) - len(own) * SIDE) // (len(stream) * columns)
+        own_lists = walk.which.shape[0] > 1 or segments
+        return cls(spec, part, by_column, own, stream, columns, min(stages, 3), width, dtype, own_lists, tight)
 
     @property
     def splits(self) -> int:
@@ -317,10 +321,15 @@ class Block:
         return self.refs[f"own_{name}"].at[self.refs["count"][self.group]]
 
     def loop(self, step: Callable, carry):
-        """`step(i, carry, partial)` for the full tiles, then for the partial ones."""
-        split = self.call.splits
-        carry = lax.fori_loop(0, self.full * split, functools.partial(step, partial=False), carry)
-        return lax.fori_loop(self.full * split, self.steps, functools.partial(step, partial=True), carry)
+        """`step(i, carry, partial)` for the full tiles, then for the partial ones.
+
+        Where registers are few there are none for what a second loop wants to keep: each step looks what its tile is.
+        """
+        full = self.full * self.call.splits
+        if self.call.tight:
+            return lax.fori_loop(0, self.steps, lambda i, carry: step(i, carry, partial=i >= full), carry)
+        carry = lax.fori_loop(0, full, functools.partial(step, partial=False), carry)
+        return lax.fori_loop(full, self.steps, functools.partial(step, partial=True), carry)
 
     def wait(self, name, step):
         plgpu.barrier_wait(self.refs[f"loaded_{name}"].at[self.slot(step)])
@@ -401,10 +410,14 @@ def _along_rows(x: Array, shape: tuple[int, int]) -> Array:
     return lax.broadcast_in_dim(x, shape, [0])
 
 
-def _mask(block: Block, step, partial: bool, x: Array, other: float) -> Array:
+def _mask(block: Block, step, partial, x: Array, other: float) -> Array:
     """What counts of a step's scores or weights; `other` for what does not, which only partial tiles have."""
-    if not partial:
-        return x
+    if isinstance(partial, bool):
+        return _mask_partial(block, step, x, other) if partial else x
+    return lax.cond(partial, lambda: _mask_partial(block, step, x, other), lambda: x)
+
+
+def _mask_partial(block: Block, step, x: Array, other: float) -> Array:
     call, refs, shape, layout = block.call, block.refs, x.shape, plgpu.Layout.WGMMA
     spec, start = call.spec, block.first_column(step)
     row = plgpu.broadcasted_iota(jnp.int32, shape, 0, layout=layout)
@@ -598,7 +611,7 @@ def _d_keys_values_rows(block: Block) -> None:
 
 
 def _forward(spec: Spec, part: Part, walk: Walk, inputs: Inputs) -> tuple[Array, Array]:
-    call = Call.of(spec, part, walk, inputs, False, ("q",), (("k",), ("v",)), 128 if inputs.q.shape[-1] <= 128 else 64)
+    call = Call.of(spec, part, walk, inputs, ("q",), (("k",), ("v",)), columns=SIDE)
     shape = inputs.q.shape[0], len(part.heads), (part.stop - part.start) * SIDE
     outputs = {
         "out": jax.ShapeDtypeStruct((*shape, call.width), call.dtype),
@@ -606,12 +619,11 @@ def _forward(spec: Spec, part: Part, walk: Walk, inputs: Inputs) -> tuple[Array,
     }
     scratch = {"rows_lse": plgpu.SMEM((WARPGROUPS, HALF), jnp.float32)}
     scratch["turn"] = plgpu.Barrier(num_arrivals=WARPGROUPS)
-    out, lse = _call(_forward_rows, "attend_forward", call, walk, inputs, None, outputs, scratch)
-    return out, lse
+    return _call(_forward_rows, "attend_forward", call, walk, inputs, None, outputs, scratch)
 
 
 def _d_queries(spec: Spec, part: Part, walk: Walk, inputs: Inputs, back: Back) -> Array:
-    call = Call.of(spec, part, walk, inputs, False, ("q", "d_out"), (("k",), ("v",)), 64)
+    call = Call.of(spec, part, walk, inputs, ("q", "d_out"), (("k",), ("v",)))
     shape = inputs.q.shape[0], len(part.heads), (part.stop - part.start) * SIDE, call.width
     outputs = {"out_q": jax.ShapeDtypeStruct(shape, call.dtype)}
     return _call(_d_queries_rows, "attend_d_queries", call, walk, inputs, back, outputs, {})[0]
@@ -619,11 +631,11 @@ def _d_queries(spec: Spec, part: Part, walk: Walk, inputs: Inputs, back: Back) -
 
 def _d_keys_values(spec: Spec, part: Part, walk: Walk, inputs: Inputs, back: Back) -> tuple[Array, Array]:
     """Both at once where the sums of both fit into registers, else one after the other."""
-    call = Call.of(spec, part, walk, inputs, True, ("k", "v"), (("q",), ("d_out", *VECTORS)), 64)
+    call = Call.of(spec, part, walk, inputs, ("k", "v"), (("q",), ("d_out", *VECTORS)), by_column=True)
     shape = inputs.q.shape[0], len(part.heads), (part.stop - part.start) * SIDE, call.width
     outputs = {f"out_{name}": jax.ShapeDtypeStruct(shape, call.dtype) for name in "kv"}
     run = functools.partial(_call, _d_keys_values_rows, "attend_d_keys_values", call, walk, inputs, back)
-    if call.width <= 128:
+    if call.width <= NARROW and spec.softcap is None:
         return tuple(run(outputs, {}))
     return tuple(run({name: shape}, {})[0] for name, shape in outputs.items())
 
