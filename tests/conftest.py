@@ -1,3 +1,5 @@
+import os
+
 import jax
 import pytest
 from hypothesis import settings
@@ -6,6 +8,10 @@ from ml_collections import ConfigDict
 # The same examples on every machine and in every run; how long one of them takes is not what they test.
 settings.register_profile("reproducible", derandomize=True, deadline=None, max_examples=50)
 settings.load_profile("reproducible")
+
+
+# Threads of XLA, which reads this when it starts: kernels for GPUs are interpreted by more than a small machine has cores.
+os.environ.setdefault("NPROC", "8")
 
 
 @pytest.fixture(scope="session", autouse=True)

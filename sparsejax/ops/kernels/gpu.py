@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import os
 import re
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -43,6 +44,7 @@ NARROW, WIDEST = 128, 256  # heads: sums of wider ones leave few registers
 WIDTHS = 64  # heads are padded to multiples: what a swizzled row of shared memory holds
 SHARED = 227 * 1024 - 4096  # bytes of a block, without what barriers and log-sum-exps take
 REGISTERS = 232, 40  # of a thread that computes, and of one that loads
+INTERPRETER_THREADS = 8
 KINDS = re.compile(r"\bG?H(100|200|800|20)\b")
 # What the compiler has an instruction for, with positions of a tile as operands.
 OPERATIONS = frozenset(
@@ -67,6 +69,10 @@ def refuse(request: Request) -> str | None:
             f"interpreting it needs jax 0.12 or newer, here is {jax.__version__}",
         ),
         (
+            request.interpret and _threads() < INTERPRETER_THREADS,
+            f"interpreting it needs {INTERPRETER_THREADS} threads, here are {_threads()}: set NPROC before JAX starts",
+        ),
+        (
             dtypes not in ({jnp.dtype("bfloat16")}, {jnp.dtype("float16")}),
             f"q, k and v in bfloat16 or in float16, to which its products would round all else; got "
             f"{', '.join(sorted(map(str, dtypes)))}",
@@ -76,6 +82,11 @@ def refuse(request: Request) -> str | None:
         (request.pattern.repeats, "no keys that count more than once"),
     )
     return next((reason for applies, reason in reasons if applies), None)
+
+
+def _threads() -> int:
+    """Of XLA on the CPU. With fewer than wait for each other in an interpreted block, it hangs."""
+    return int(os.environ.get("NPROC") or os.cpu_count() or 1)
 
 
 def run(

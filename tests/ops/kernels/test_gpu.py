@@ -1,0 +1,103 @@
+"""What the kernels for Hopper GPUs have that the suite of all implementations does not ask for."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from sparsejax.ops.kernels import gpu
+from sparsejax.ops.request import Request
+from sparsejax.patterns import parse
+from tests.ops.kernels.test_tpu import attend_densely, differentiate
+from tests.ops.test_attend import Case, check, draw_inputs
+from tests.tolerances import assert_close
+
+
+def make_request(pattern: str, t: int, heads: tuple[int, int] = (2, 1), width: int = 8, dtype="bfloat16") -> Request:
+    random = np.random.default_rng(t)
+    q, k, v = (jnp.asarray(random.standard_normal((1, t, n, width)), dtype) for n in (heads[0], *heads[1:] * 2))
+    return Request(q, k, v, parse(pattern), width**-0.5, None, None, None, True)
+
+
+def skip_unless_served(request: Request):
+    if reason := gpu.refuse(request):
+        pytest.skip(reason)
+
+
+# Masks by the formula and by bits, full tiles, lengths that no tile divides, rows and keys without any tile.
+CASES = [
+    Case("causal & window(150)", 260, 260, heads=(2, 1), dtype="bfloat16"),
+    Case("per_head(causal, globals([70]))", 129, 129, sink=True, dtype="float16"),
+    Case("causal", 129, 65, segments="pair", softcap=3.0, sink=True, dtype="bfloat16"),
+    Case("shift(window(9), 140)", 140, 129, dtype="bfloat16"),
+]
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.pattern)
+def test_values_and_gradients(case):
+    skip_unless_served(make_request("causal", 9))
+    check("gpu", case, draw_inputs(case, batch=1))
+
+
+def test_wide_heads():
+    request = make_request("causal & window(40)", 129, (1, 1), width=200)
+    skip_unless_served(request)
+    compare(gpu.run, request, jnp.asarray(request.pattern.dense(129)))
+
+
+def test_tiles_that_the_data_select():
+    request = make_request("causal", 260)
+    skip_unless_served(request)
+    chosen = np.array([[[[0, -1], [1, 0], [-1, -1]], [[-1, 0], [0, -1], [2, 1]]]])
+    picked = (chosen[..., None] == np.arange(3)).any(axis=-2)
+    mask = picked.repeat(128, axis=2).repeat(128, axis=3)[:, :, :260, :260] & request.pattern.dense(260)
+    compare(lambda request: gpu.run(request, selected=jnp.asarray(chosen)), request, jnp.asarray(mask))
+
+
+def compare(run, request: Request, mask):
+    """With attention in float32 of the same numbers."""
+    wide = {name: getattr(request, name).astype(jnp.float32) for name in "qkv"}
+    found = jax.jit(lambda q, k, v: differentiate(run, dataclasses.replace(request, q=q, k=k, v=v)))(*wide_of(request))
+    mask = jnp.broadcast_to(mask, (1, request.q.shape[2], *mask.shape[-2:]))
+    expected = differentiate(lambda request: attend_densely(request, mask), dataclasses.replace(request, **wide))
+    for name, one, other in zip(("out", "lse", "q", "k", "v"), found, expected, strict=True):
+        assert_close(name, one, other, "float32" if name == "lse" else "bfloat16")
+
+
+def wide_of(request: Request) -> tuple[jax.Array, ...]:
+    return request.q, request.k, request.v
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        ({"interpret": False}, "it needs a Hopper GPU and jax 0.11 or newer, or interpret=True; here: cpu"),
+        ({"alibi_slopes": jnp.zeros(2)}, "no ALiBi"),
+        ({"pattern": parse("multiset(causal, sink(2))")}, "no keys that count more than once"),
+        ({"q": jnp.zeros((1, 9, 2, 8))}, "q, k and v in bfloat16 or in float16, to which its products would round"),
+        (
+            {"q": jnp.zeros((1, 9, 2, 300), "bfloat16"), "k": jnp.zeros((1, 9, 1, 300), "bfloat16")},
+            "heads of at most 256, got 300",
+        ),
+    ],
+)
+def test_refusals(change, reason, monkeypatch):
+    monkeypatch.setattr(jax, "__version_info__", (0, 12, 0))
+    monkeypatch.setenv("NPROC", "8")
+    assert gpu.refuse(make_request("causal", 9)) is None
+    assert gpu.refuse(dataclasses.replace(make_request("causal", 9), **change)).startswith(reason)
+
+
+def test_interpreting_is_refused_where_it_would_fail(monkeypatch):
+    monkeypatch.setenv("NPROC", "2")
+    monkeypatch.setattr(jax, "__version_info__", (0, 12, 0))
+    assert gpu.refuse(make_request("causal", 9)).startswith("interpreting it needs 8 threads, here are 2: set NPROC")
+    monkeypatch.setattr(jax, "__version_info__", (0, 11, 2))
+    assert gpu.refuse(make_request("causal", 9)).startswith("interpreting it needs jax 0.12 or newer")
+
+
+def test_other_tiles():
+    with pytest.raises(ValueError, match=r"attend: gpu: tiles of \(128, 128\), got \(256, 256\)"):
+        gpu.run(make_request("causal", 9), (256, 256))
