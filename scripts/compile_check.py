@@ -1,12 +1,16 @@
-"""What the compilers of TPUs make of the kernels, on a machine that has none.
+"""What the compilers of TPUs and of Hopper GPUs make of the kernels, on a machine that has neither.
 
     python scripts/compile_check.py tpu [--out FILE.json] [--table FILE.md]
+    python scripts/compile_check.py gpu [--out FILE.json] [--table FILE.md]
 
 libtpu (installed into build/compile_check, not into the environment) compiles ahead of time: forward, dq, dk and dv for
 each generation, short and long, and one training step of 16 chips. It finds what does not fit into vector or scalar
 memory and what a machine has no instruction for; it runs nothing. Speed is what can be read from its schedule: a core
 issues one bundle of instructions per cycle, so that the bundles between two branches are the cycles of that stretch
 without waiting for memory. Exits with 1 if anything does not compile.
+
+For GPUs, CUDA's assembler (installed into build/compile_check_gpu; needs jax 0.12) makes code for sm_90a and says how
+many registers a thread takes. Also exits with 1 if any are spilled, or if a kernel has no wgmma or TMA instruction.
 """
 
 from __future__ import annotations
@@ -73,10 +77,35 @@ VARIANTS = (
 )
 
 
+CUDA = ("nvidia-cuda-nvcc==13.5.37", "nvidia-nvvm==13.5.37")  # with JAX's plugins, of the version of jax
+PLACE_GPU = ROOT / "build" / "compile_check_gpu"
+HOPPER = """
+gpu_device_info {
+  threads_per_block_limit: 1024 threads_per_warp: 32 shared_memory_per_block: 49152 shared_memory_per_core: 233472
+  threads_per_core_limit: 2048 core_count: 132 fpus_per_core: 128
+  block_dim_limit_x: 2147483647 block_dim_limit_y: 65535 block_dim_limit_z: 65535
+  memory_bandwidth: 3352320000000 l2_cache_size: 52428800 clock_rate_ghz: 1.98 device_memory_size: 84929347584
+  shared_memory_per_block_optin: 232448 cuda_compute_capability { major: 9 minor: 0 }
+  registers_per_core_limit: 65536 registers_per_block_limit: 65536
+}
+platform_name: "CUDA" dnn_version_info { major: 9 minor: 28 patch: 1 } runtime_version { major: 13 minor: 0 patch: 0 }
+device_description_str: "NVIDIA H100 80GB HBM3"
+"""
+HEADS = "causal, causal & window(300), causal, causal, causal, causal, causal, causal & dilated(90, stride=3)"
+GPU_CASES = (
+    Case("causal & window(1023)", 8192),
+    Case("causal & window(1023)", 8192, width=64),
+    Case("causal & window(1023)", 8192, width=256),
+    Case("window(256, 256) | globals(128)", 8192, options=True),
+    Case(f"per_head({HEADS})", 2048, width=96, dtype="float16"),
+    Case("causal", 131_072, heads=(2, 2)),
+)
+
+
 def main() -> int:
     """Everything, or one part."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("target", choices=["tpu"])
+    parser.add_argument("target", choices=["tpu", "gpu"])
     parser.add_argument("--out", type=Path, help="write what was found as JSON")
     parser.add_argument("--table", type=Path, help="write it as a table")
     parser.add_argument("--part", help=argparse.SUPPRESS)  # one part of the work, in a process of its own
@@ -84,7 +113,9 @@ def main() -> int:
     if arguments.part:
         print(json.dumps(PARTS[arguments.part.split(":")[0]](*arguments.part.split(":")[1:])))
         return 0
-    install()
+    if arguments.target == "gpu":
+        return check_gpu(arguments)
+    install(PLACE, LIBTPU)
     started = time.perf_counter()
     found = [*(run_part("compile", name) for name in TOPOLOGIES), run_part("train")]
     rows = [row for rows in found for row in rows]
@@ -103,22 +134,44 @@ def main() -> int:
     return int(any(row["error"] for row in rows))
 
 
-def install() -> None:
-    """Libtpu alone, beside the environment that this runs in."""
-    if not (PLACE / "libtpu").is_dir():
-        command = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--target", str(PLACE), LIBTPU]
+def check_gpu(arguments) -> int:
+    """All cases on an H100."""
+    version = importlib.metadata.version("jax")
+    install(PLACE_GPU, *(f"jax-cuda13-{name}=={version}" for name in ("plugin", "pjrt")), *CUDA)
+    started = time.perf_counter()
+    rows = [row for i in range(len(GPU_CASES)) for row in run_part("hopper", str(i), target="gpu")]
+    table = write_gpu_table(rows)
+    print(table)
+    print(f"{time.perf_counter() - started:.0f} s")
+    versions = {"jax": version} | dict(package.split("==") for package in CUDA)
+    if arguments.out:
+        result = {"python": platform.python_version(), "versions": versions, "compiled": rows}
+        arguments.out.write_text(json.dumps(result, indent=1) + "\n")
+    if arguments.table:
+        arguments.table.write_text(table)
+    return int(any(row["error"] or row["spilled"] or not row["wgmma"] or not row["tma"] for row in rows))
+
+
+def install(place: Path, *packages: str) -> None:
+    """These packages alone, beside the environment that this runs in."""
+    if not place.is_dir():
+        command = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--target", str(place), *packages]
         subprocess.run(command, check=True)
 
 
-def run_part(*part: str) -> list[dict]:
+def run_part(*part: str, target: str = "tpu") -> list[dict]:
     """A part of the work in a process of its own, as the compiler reads its options once."""
-    paths = os.pathsep.join([str(ROOT), str(PLACE), os.environ.get("PYTHONPATH", "")])
+    place = PLACE if target == "tpu" else PLACE_GPU
+    paths = os.pathsep.join([str(ROOT), str(place), os.environ.get("PYTHONPATH", "")])
     with tempfile.TemporaryDirectory() as dump:
-        options = {"LIBTPU_INIT_ARGS": f"--xla_jf_dump_to={dump} --xla_jf_dump_llo_text=true"}
-        own = options | {"DUMP": dump} if part[0] == "schedule" else {}
+        if target == "tpu":
+            options = {"LIBTPU_INIT_ARGS": f"--xla_jf_dump_to={dump} --xla_jf_dump_llo_text=true"}
+            own = ENVIRONMENT | (options | {"DUMP": dump} if part[0] == "schedule" else {})
+        else:
+            own = {"JAX_PLATFORMS": "cpu", "MOSAIC_GPU_DUMP_TO": dump}
         run = subprocess.run(
-            [sys.executable, __file__, "tpu", "--part", ":".join(part)],
-            env=os.environ | ENVIRONMENT | {"PYTHONPATH": paths} | own,
+            [sys.executable, __file__, target, "--part", ":".join(part)],
+            env=os.environ | {"PYTHONPATH": paths} | own,
             capture_output=True,
             text=True,
         )
@@ -138,24 +191,36 @@ def compile_cases(name: str) -> list[dict]:
 
 def compile_case(name: str, case: Case, backward: bool = True) -> dict:
     """Seconds and MiB, or the compiler's error."""
+    row = {"machine": name, "case": str(case), "error": None}
+    started = time.perf_counter()
+    try:
+        compiled = compile_attention(find_devices(name)[0], case, backward)
+    except Exception as error:  # whatever the compiler says is what this is for
+        return row | {"error": f"{type(error).__name__}: {str(error)[:400]}"}
+    memory = compiled.memory_analysis().temp_size_in_bytes / 2**20
+    return row | {"seconds": round(time.perf_counter() - started, 1), "temporary_mib": round(memory)}
+
+
+def compile_attention(device, case: Case, backward: bool = True):
+    """A call and its gradients, for a device that is not here."""
     import jax
     import jax.numpy as jnp
     from jax.sharding import SingleDeviceSharding
 
-    from sparsejax.ops.kernels import tpu
+    from sparsejax.ops.kernels import gpu, tpu
     from sparsejax.ops.request import Request
     from sparsejax.patterns import parse
 
-    device = find_devices(name)[0]
     place, (h, g), pattern = SingleDeviceSharding(device), case.heads, parse(case.pattern)
+    kernels = gpu if "NVIDIA" in device.device_kind else tpu
 
     def forward(q, k, v, sink, ids):
         more = (30.0, sink, (ids, ids)) if case.options else (None, None, None)
         request = Request(q, k, v, pattern, case.width**-0.5, *more, False)
-        refusal = tpu.refuse(request)
+        refusal = kernels.refuse(request)
         if refusal:
             raise ValueError(refusal)
-        out, lse = tpu.run(request, case.tile and (case.tile, case.tile))
+        out, lse = kernels.run(request, case.tile and (case.tile, case.tile))
         return out.astype(jnp.float32).sum() + lse.sum()
 
     def shape(*sizes, dtype=case.dtype):
@@ -163,16 +228,36 @@ def compile_case(name: str, case: Case, backward: bool = True) -> dict:
 
     q, k = shape(1, case.t, h, case.width), shape(1, case.t, g, case.width)
     arrays = q, k, k, shape(h, dtype=jnp.float32), shape(1, case.t, dtype=jnp.int32)
-    row = {"machine": name, "case": str(case), "error": None}
-    started = time.perf_counter()
     with use_machine(device):
-        try:
-            function = jax.grad(forward, (0, 1, 2, 3)) if backward else forward
-            compiled = jax.jit(function).lower(*arrays).compile()
-        except Exception as error:  # whatever the compiler says is what this is for
-            return row | {"error": f"{type(error).__name__}: {str(error)[:400]}"}
-    memory = compiled.memory_analysis().temp_size_in_bytes / 2**20
-    return row | {"seconds": round(time.perf_counter() - started, 1), "temporary_mib": round(memory)}
+        function = jax.grad(forward, (0, 1, 2, 3)) if backward else forward
+        return jax.jit(function).lower(*arrays).compile()
+
+
+def compile_on_hopper(number: str) -> list[dict]:
+    """What the assembler says of each kernel of a case, and what instructions are in it."""
+    from jax.experimental import topologies
+
+    case = GPU_CASES[int(number)]
+    device = topologies.get_topology_desc(platform="cuda", target_config=HOPPER, topology="1x1x1").devices[0]
+    row = {"machine": "H100", "case": str(case), "kernel": "", "error": None}
+    try:
+        compile_attention(device, case)
+    except Exception as error:
+        return [row | {"error": f"{type(error).__name__}: {str(error)[:400]}"}]
+    rows = []
+    for report in sorted(Path(os.environ["MOSAIC_GPU_DUMP_TO"]).glob("*.ptxas")):
+        text, code = report.read_text(), report.with_suffix(".ptx").read_text()
+        rows.append(
+            row
+            | {
+                "kernel": re.sub(r"_\d+$", "", report.stem),
+                "registers": int(re.search(r"Used (\d+) registers", text)[1]),
+                "spilled": int(re.search(r"(\d+) bytes spill stores", text)[1]),
+                "wgmma": len(re.findall(r"wgmma\.mma_async", code)),
+                "tma": len(re.findall(r"cp\.async\.bulk", code)),
+            }
+        )
+    return rows
 
 
 def find_devices(name: str, shape: str | None = None) -> list:
@@ -187,7 +272,8 @@ def use_machine(device):
     import jax
     from jax.sharding import AbstractDevice, AbstractMesh
 
-    fields = {"device_kind": device.device_kind, "num_cores": getattr(device, "num_cores", 1), "platform": "tpu"}
+    fields = {"device_kind": device.device_kind, "num_cores": getattr(device, "num_cores", 1)}
+    fields["platform"] = "cuda" if "NVIDIA" in device.device_kind else "tpu"
     known = {name: value for name, value in fields.items() if name in AbstractDevice.__dataclass_fields__}
     return jax.sharding.use_abstract_mesh(AbstractMesh((1,), ("x",), abstract_device=AbstractDevice(**known)))
 
@@ -254,7 +340,7 @@ def read_schedule(name: str) -> list[dict]:
     return [{"machine": name, "full": full, "partial": partial, "splash": SPLASH[name]}]
 
 
-PARTS = {"compile": compile_cases, "train": compile_training, "schedule": read_schedule}
+PARTS = {"compile": compile_cases, "train": compile_training, "schedule": read_schedule, "hopper": compile_on_hopper}
 
 
 def write_table(rows: list[dict], speeds: list[dict]) -> str:
@@ -271,6 +357,19 @@ def write_table(rows: list[dict], speeds: list[dict]) -> str:
     for row in speeds:
         ratio = row["partial"] / row["full"]
         lines.append(f"| {row['machine']} | {row['full']} | {row['partial']} | {ratio:.2f} | {row['splash']} |")
+    return "\n".join(lines) + "\n"
+
+
+def write_gpu_table(rows: list[dict]) -> str:
+    """The kernels of each case in Markdown."""
+    lines = [
+        "| what | kernel | registers | bytes spilled | wgmma | TMA |",
+        "| --- | --- | ---: | ---: | ---: | ---: |",
+    ]
+    for row in rows:
+        figures = (f"{row[name]}" for name in ("registers", "spilled", "wgmma", "tma")) if not row["error"] else ()
+        what = [row["case"].replace("|", chr(92) + "|"), row["error"] or row["kernel"], *figures]
+        lines.append(f"| {' | '.join(what)} |")
     return "\n".join(lines) + "\n"
 
 

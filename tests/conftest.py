@@ -10,7 +10,7 @@ settings.register_profile("reproducible", derandomize=True, deadline=None, max_e
 settings.load_profile("reproducible")
 
 
-# Threads of XLA, which reads this when it starts: kernels for GPUs are interpreted by more than a small machine has cores.
+# Threads of XLA, which reads this when it starts: to interpret kernels for GPUs takes more than small machines have.
 os.environ.setdefault("NPROC", "8")
 
 

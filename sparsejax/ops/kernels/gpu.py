@@ -217,7 +217,7 @@ class Call:
       width: Of heads.
       dtype: Of what is multiplied.
       own_lists: Each sequence has lists of its own.
-      tight: Registers are few: heads are wide, or scores need more than a product and a pattern.
+      tight: Registers are few: heads are wide, or scores need more than a product and a formula.
       entries: Of a list.
     """
 
@@ -237,7 +237,7 @@ class Call:
     @classmethod
     def of(cls, spec: Spec, part: Part, walk: Walk, inputs: Inputs, own, stream, by_column=False, columns=64) -> Call:
         width, dtype, segments = inputs.q.shape[-1], inputs.q.dtype, inputs.segments is not None
-        tight = width > NARROW or spec.softcap is not None or segments
+        tight = width > NARROW or spec.softcap is not None or segments or inputs.bits is not None
         columns = 64 if tight else columns
         stages = (SHARED // (width * dtype.itemsize) - len(own) * SIDE) // (len(stream) * columns)
         own_lists = walk.which.shape[0] > 1 or segments
