@@ -26,8 +26,10 @@ def skip_unless_served(request: Request):
         pytest.skip(reason)
 
 
-# Masks by the formula and by bits, full tiles, lengths that no tile divides, rows and keys without any tile.
+# Masks by the formula and by bits, full tiles, lengths that no tile divides, rows and keys without any tile. The
+# interpreter takes seconds for each block of threads, so that most is `pytest -m nightly`.
 CASES = [
+    Case("causal & window(30)", 70, 130, heads=(2, 1), sink=True, dtype="bfloat16"),
     Case("causal & window(150)", 260, 260, heads=(2, 1), dtype="bfloat16"),
     Case("per_head(causal, globals([70]))", 129, 129, sink=True, dtype="float16"),
     Case("causal", 129, 65, segments="pair", softcap=3.0, sink=True, dtype="bfloat16"),
@@ -35,18 +37,24 @@ CASES = [
 ]
 
 
-@pytest.mark.parametrize("case", CASES, ids=lambda case: case.pattern)
+@pytest.mark.parametrize(
+    "case",
+    [CASES[0], *(pytest.param(case, marks=pytest.mark.nightly) for case in CASES[1:])],
+    ids=lambda case: case.pattern,
+)
 def test_values_and_gradients(case):
     skip_unless_served(make_request("causal", 9))
     check("gpu", case, draw_inputs(case, batch=1))
 
 
+@pytest.mark.nightly
 def test_wide_heads():
     request = make_request("causal & window(40)", 129, (1, 1), width=200)
     skip_unless_served(request)
     compare(gpu.run, request, jnp.asarray(request.pattern.dense(129)))
 
 
+@pytest.mark.nightly
 def test_tiles_that_the_data_select():
     request = make_request("causal", 260)
     skip_unless_served(request)
@@ -59,15 +67,12 @@ def test_tiles_that_the_data_select():
 def compare(run, request: Request, mask):
     """With attention in float32 of the same numbers."""
     wide = {name: getattr(request, name).astype(jnp.float32) for name in "qkv"}
-    found = jax.jit(lambda q, k, v: differentiate(run, dataclasses.replace(request, q=q, k=k, v=v)))(*wide_of(request))
+    compute = jax.jit(lambda q, k, v: differentiate(run, dataclasses.replace(request, q=q, k=k, v=v)))
+    found = compute(request.q, request.k, request.v)
     mask = jnp.broadcast_to(mask, (1, request.q.shape[2], *mask.shape[-2:]))
     expected = differentiate(lambda request: attend_densely(request, mask), dataclasses.replace(request, **wide))
     for name, one, other in zip(("out", "lse", "q", "k", "v"), found, expected, strict=True):
         assert_close(name, one, other, "float32" if name == "lse" else "bfloat16")
-
-
-def wide_of(request: Request) -> tuple[jax.Array, ...]:
-    return request.q, request.k, request.v
 
 
 @pytest.mark.parametrize(
