@@ -674,7 +674,7 @@ def _call(compute, name: str, call: Call, walk: Walk, inputs: Inputs, back: Back
         **(
             {"interpret": plgpu.InterpretGPUParams()}
             if call.spec.interpret
-            else {"compiler_params": plgpu.CompilerParams(approx_math=True)}
+            else {"compiler_params": plgpu.CompilerParams(approx_math=call.spec.softcap is None)}  # tanh in 11 bits
         ),
     )
     return kernel(*arrays.values())
