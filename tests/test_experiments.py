@@ -27,6 +27,7 @@ SWEEPS = [
     ("layer_schedules", "paper", "paper", 66),
     ("mqar", "", "sweep", 24),
     ("mqar", "", "other_rates", 4),
+    ("mqar", "", "more_pairs", 9),
     ("duplication", "", "sweep", 30),
 ]
 PAPER = {"longformer_lm": 41.0e6, "bigbird_mlm": 109.5e6, "layer_schedules": 1.34e9}  # parameters

@@ -24,3 +24,10 @@ def other_rates():
     """What each kind learns at the rate of the other, with one seed: why they do not share one."""
     rows = chain(at_rate(1e-2, ATTENTION[:3]), at_rate(3e-3, MAMBA[3:]))
     return product(seeds(1), [row | {"label": f"{row['label']}, rate {row[RATE]}"} for row in rows])
+
+
+def more_pairs():
+    """Mamba with twice as many pairs, in twice as many tokens: a small state holds less of them."""
+    sizes = {"data.length": 64, "data.probe.length": 64, "data.probe.pairs": 8}
+    rows = [MAMBA[0], *MAMBA[2:]]
+    return product(seeds(3), at_rate(1e-2, [row | sizes | {"label": f"{row['label']}, 8 pairs"} for row in rows]))
