@@ -4,8 +4,8 @@
     sparsejax show --config=configs/reformer_duplication.py:paper
 
 `:paper` (or nothing) is the paper's: one layer of width 256 with four heads, 1,024 tokens, 150,000 steps. Chunks,
-buckets, batch and rate are not in the paper. `:mini` is for two CPU cores: width 64, two heads, 256 tokens.
-Layers by name: `full`, and `lsh1` to `lsh8`, hashed so many times; the table's rows are in experiments/reformer_duplication.
+buckets, batch and rate are not in the paper. `:mini` is for two CPU cores: width 64, two heads, 256 tokens. Layers by
+name: `full`, and `lsh1` to `lsh8`, hashed so many times; the table's rows are in experiments/reformer_duplication.
 """
 
 import recipe
