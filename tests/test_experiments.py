@@ -27,7 +27,7 @@ SWEEPS = [
     ("layer_schedules", "paper", "paper", 66),
     ("mqar", "", "sweep", 24),
     ("mqar", "", "other_rates", 4),
-    ("mqar", "", "more_pairs", 9),
+    ("mqar", "", "longer", 12),
     ("duplication", "", "sweep", 30),
     ("reformer_duplication", "mini", "sweep", 15),
     ("reformer_duplication", "paper", "sweep", 15),
