@@ -26,7 +26,6 @@ def other_rates():
     return product(seeds(1), [row | {"label": f"{row['label']}, rate {row[RATE]}"} for row in rows])
 
 
-
 def longer():
     """Mamba alone for twice as many steps: its runs learn all at once, and some of them late."""
     rows = [row | {"label": f"{row['label']}, 4,000 steps", "train.steps": 4000} for row in MAMBA]
