@@ -27,7 +27,10 @@ SWEEPS = [
     ("layer_schedules", "paper", "paper", 66),
     ("mqar", "", "sweep", 24),
     ("mqar", "", "other_rates", 4),
+    ("mqar", "", "longer", 12),
     ("duplication", "", "sweep", 30),
+    ("reformer_duplication", "mini", "sweep", 15),
+    ("reformer_duplication", "paper", "sweep", 15),
 ]
 PAPER = {"longformer_lm": 41.0e6, "bigbird_mlm": 109.5e6, "layer_schedules": 1.34e9}  # parameters
 

@@ -154,16 +154,19 @@ def _choose(impl: str, request: Request) -> Implementation:
 
 
 def _preferences(request: Request) -> tuple[str, ...]:
-    """What "auto" tries, best first. An implementation that is not named here has to be asked for."""
+    """What "auto" tries, best first. An implementation that is not named here has to be asked for.
+
+    "gpu" is not: its kernels, whose threads wait for one another by hand, have not run on a machine yet.
+    """
     t, s = request.q.shape[1], request.k.shape[1]
     if max(t, s) <= DENSE_LENGTH:
-        return "dense", "tpu", "gpu", "gather", "segment"
+        return "dense", "tpu", "gather", "segment"
     tile, live, pairs = gather.SMALL, 0, 0
     for pattern, heads in request.head_groups().items():
         live += len(pattern.layout(t, s, (tile, tile)).columns) * len(heads)
         pairs += pattern.pairs(t, s) * len(heads)
     if pairs < SEGMENT_FILL * live * tile**2:
-        return "tpu", "gpu", "segment", "gather", "dense"
+        return "tpu", "segment", "gather", "dense"
     if jax.default_backend() != "cpu" and live > DENSE_DENSITY * -(-t // tile) * -(-s // tile) * request.q.shape[2]:
-        return "tpu", "gpu", "dense", "gather", "segment"
-    return "tpu", "gpu", "gather", "segment", "dense"
+        return "tpu", "dense", "gather", "segment"
+    return "tpu", "gather", "segment", "dense"

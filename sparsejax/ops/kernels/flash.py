@@ -39,6 +39,7 @@ class Spec:
       scale: Factor on q·k.
       softcap: As in `attend`.
       interpret: What `pallas_call` is given.
+      kept: Tiles (of queries, of keys) whose masks are all that there are; empty if there are too many.
     """
 
     pattern: Pattern | None
@@ -49,6 +50,7 @@ class Spec:
     scale: float
     softcap: float | None
     interpret: bool
+    kept: tuple[tuple[int, int], ...]
 
 
 class Inputs(NamedTuple):
@@ -89,7 +91,7 @@ def attend_lists(
     (_, t, h, _), (_, s, g, _) = request.q.shape, request.k.shape
     formula = request.pattern if plan.bits is None else None
     share, scale = h // g, request.scale
-    spec = Spec(formula, t, s, tile, share, scale, request.softcap, request.interpret)
+    spec = Spec(formula, t, s, tile, share, scale, request.softcap, request.interpret, plan.kept)
     q, k, v = (
         _pad(jnp.moveaxis(x, 2, 1), side, 2)
         for x, side in ((request.q, tile[0]), (request.k, tile[1]), (request.v, tile[1]))

@@ -14,8 +14,9 @@ import numpy as np
 from jaxtyping import Array, Int
 
 from sparsejax.patterns import Pattern, TileLayout
-from sparsejax.patterns.tiles import TileGrid, tile_masks
+from sparsejax.patterns.tiles import TileGrid, group_tiles, tile_masks
 
+MOST_KEPT = 4  # distinct masks that a kernel computes once and keeps
 EMPTY, PARTIAL, FULL = 0, 1, 2  # nothing to do; some pairs are allowed; all are
 
 
@@ -30,7 +31,7 @@ class TileLists(NamedTuple):
     columns: Int[Array, "lists n"]
     kinds: Int[Array, "lists n"]
     heads: Int[Array, "lists n"]  # for dk and dv: which of the query heads that share the key/value head
-    masks: Int[Array, "lists n"]  # of a partial tile, its bits among the distinct ones; 0 where a formula serves
+    masks: Int[Array, "lists n"]  # of a partial tile, which of the distinct masks is its own; 0 where none is kept
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,6 +56,7 @@ class Plan(NamedTuple):
     rows: tuple[tuple[Part, Walk], ...]
     columns: tuple[tuple[Part, Walk], ...]
     bits: np.ndarray | None  # bool [distinct, queries, keys] of partial tiles; None: the pattern's own formula serves
+    kept: tuple[tuple[int, int], ...] = ()  # or where (query tile, key tile) each distinct mask can be computed, once
 
 
 def plan_pattern(
@@ -77,9 +79,11 @@ def plan_pattern(
     distinct = list({id(layout): layout for layout in layouts}.values())
     of_head = [next(i for i, one in enumerate(distinct) if one is layout) for layout in layouts]
     patterns = {i: pattern.for_head(head) for head, i in enumerate(of_head)}
-    bits, masks = (None, [np.zeros(len(one.columns), np.int32) for one in distinct])
+    bits, kept, masks = None, (), [np.zeros(len(one.columns), np.int32) for one in distinct]
     if not formula:
         bits, masks = collect_masks([(patterns[i], one) for i, one in enumerate(distinct)])
+    elif len(distinct) == 1:
+        kept, masks[0] = _find_masks(pattern.for_head(0), distinct[0])
     entries = [_by_row(layout, mask) for layout, mask in zip(distinct, masks, strict=True)]
     grid, share = distinct[0].grid, h // g
     shared = [tuple(of_head[i * share : (i + 1) * share]) for i in range(g)]
@@ -88,7 +92,26 @@ def plan_pattern(
         _group_calls(of_head, dict(enumerate(entries)), grid.rows, most),
         _group_calls(shared, merged, grid.columns, most),
         bits,
+        kept,
     )
+
+
+def _find_masks(pattern: Pattern, layout: TileLayout) -> tuple[tuple[tuple[int, int], ...], np.ndarray]:
+    """A place of each distinct mask of partial tiles, and which of them each tile has; none if there are too many."""
+    partial = np.flatnonzero(_is_partial(layout))
+    rows, columns = layout.rows[partial], layout.columns[partial]
+    first, same = group_tiles(pattern, layout.grid, rows, columns)
+    masks = np.zeros(len(layout.columns), np.int32)
+    if len(first) > MOST_KEPT:
+        return (), masks
+    masks[partial] = same
+    return tuple(zip(rows[first].tolist(), columns[first].tolist(), strict=True)), masks
+
+
+def _is_partial(layout: TileLayout) -> np.ndarray:
+    """Tiles at the end of keys that no tile divides are partial too: what is beyond is masked there."""
+    grid = layout.grid
+    return ~layout.full | ((layout.columns == grid.columns - 1) & (grid.s % grid.tile[1] != 0))
 
 
 def _group_calls(of_head: Sequence, entries: dict, rows: int, most: int | None) -> tuple[tuple[Part, Walk], ...]:
@@ -129,11 +152,9 @@ def _take_rows(lists: TileLists, start: int, stop: int) -> TileLists:
 
 
 def _by_row(layout: TileLayout, masks: np.ndarray) -> TileLists:
-    """One list. Tiles at the end of keys that no tile divides are partial: what is beyond is masked there."""
-    grid = layout.grid
-    ragged = (layout.columns == grid.columns - 1) & (grid.s % grid.tile[1] != 0)
-    kinds = np.where(layout.full & ~ragged, FULL, PARTIAL)
-    return _sort(grid.rows, layout.rows, layout.columns, kinds, np.zeros_like(kinds), masks)
+    """One list."""
+    kinds = np.where(_is_partial(layout), PARTIAL, FULL)
+    return _sort(layout.grid.rows, layout.rows, layout.columns, kinds, np.zeros_like(kinds), masks)
 
 
 def _by_column(lists: Sequence[TileLists], columns: int) -> TileLists:
@@ -164,11 +185,9 @@ def collect_masks(layouts: Sequence[tuple[Pattern, TileLayout]]) -> tuple[np.nda
     seen: dict[bytes, int] = {}
     found = []
     for pattern, layout in layouts:
-        grid = layout.grid
-        ragged = (layout.columns == grid.columns - 1) & (grid.s % grid.tile[1] != 0)
         index = np.zeros(len(layout.columns), np.int32)
-        for i in np.flatnonzero(~layout.full | ragged):
-            (mask,) = tile_masks(pattern, grid, layout.rows[i : i + 1], layout.columns[i : i + 1])
+        for i in np.flatnonzero(_is_partial(layout)):
+            (mask,) = tile_masks(pattern, layout.grid, layout.rows[i : i + 1], layout.columns[i : i + 1])
             index[i] = seen.setdefault(np.packbits(mask).tobytes(), len(seen))
         found.append(index)
     size = layouts[0][1].grid.tile

@@ -112,9 +112,10 @@ def _serves(kind: str) -> bool:
 
 @dataclasses.dataclass(frozen=True)
 class Word:
-    """How an entry of a list is packed, from the low bits: kind 2, first 1, last 1, head, column, row."""
+    """How an entry of a list is packed, from the low bits: kind 2, first 1, last 1, mask, head, column, row."""
 
-    head: int  # bits
+    mask: int  # bits
+    head: int
     column: int
 
     @classmethod
@@ -124,26 +125,30 @@ class Word:
         Raises:
           ValueError: they do not fit.
         """
-        head, row, column = ((n - 1).bit_length() for n in (spec.share, rows, columns))
-        if 4 + head + column + row > 32:
+        mask, head, row, column = (max(n - 1, 0).bit_length() for n in (len(spec.kept), spec.share, rows, columns))
+        if 4 + mask + head + column + row > 32:
             raise ValueError(
                 f"attend: tpu: {rows} x {columns} tiles of {spec.tile} do not fit into a word: larger tiles"
             )
-        return cls(head, column)
+        return cls(mask, head, column)
 
     def pack(self, lists: TileLists) -> Array:
         first, last = mark_ends(lists.rows)
-        word = lists.rows << self.column | lists.columns
-        return (word << self.head | lists.heads) << 4 | last * 8 | first * 4 | lists.kinds
+        word = (lists.rows << self.column | lists.columns) << self.head | lists.heads
+        word = word << self.mask | lists.masks if self.mask else word
+        return word << 4 | last * 8 | first * 4 | lists.kinds
 
     def row(self, word):
-        return lax.shift_right_logical(word, 4 + self.head + self.column)
+        return lax.shift_right_logical(word, 4 + self.mask + self.head + self.column)
 
     def column_of(self, word):
-        return lax.shift_right_logical(word, 4 + self.head) & (1 << self.column) - 1
+        return lax.shift_right_logical(word, 4 + self.mask + self.head) & (1 << self.column) - 1
 
     def head_of(self, word):
-        return lax.shift_right_logical(word, 4) & (1 << self.head) - 1
+        return lax.shift_right_logical(word, 4 + self.mask) & (1 << self.head) - 1
+
+    def mask_of(self, word):
+        return lax.shift_right_logical(word, 4) & (1 << self.mask) - 1
 
 
 @dataclasses.dataclass(frozen=True)
@@ -184,7 +189,7 @@ class Steps:
         row, column = self.part.start + self.word.row(word), self.word.column_of(word)
         head, tiles = heads[member], (column, row) if self.by_column else (row, column)
         head = head * self.spec.share + self.word.head_of(word) if self.by_column else head
-        return Place(self, b, member, head, *tiles, word, slot, masks, ranges)
+        return Place(self, b, member, entry, head, *tiles, word, slot, masks, ranges)
 
     def block(self, shape: tuple[int | None, ...], index: Callable[[Place], tuple]) -> pl.BlockSpec:
         return pl.BlockSpec(shape, lambda *ids: index(self.place(*ids)))
@@ -192,11 +197,12 @@ class Steps:
 
 @dataclasses.dataclass(frozen=True)
 class Place:
-    """Where a step is: sequence, member of the part, query head, tile of queries and of keys."""
+    """Where a step is: sequence, member of the part, entry of its list, query head, tile of queries and of keys."""
 
     steps: Steps
     b: Any
     member: Any
+    entry: Any
     head: Any
     q_tile: Any
     k_tile: Any
@@ -238,20 +244,33 @@ def _mask(place: Place, refs: dict, scores: Array, partial: bool, turned: bool) 
     allowed = []
     if partial and "bits" in refs:
         allowed.append(_unpack(refs["bits"][...], scores.shape))
+    elif partial and "kept" in refs:
+        scores = scores + refs["kept"][place.steps.word.mask_of(place.word)]
     elif partial:
-        allowed.append(_evaluate(place, turned))
+        allowed.append(_evaluate(place.steps.spec, place.q_tile, place.k_tile, turned))
     if "q_ids" in refs:
         q, k = refs["q_ids"][...], refs["k_ids"][...]
         allowed.append(q == k.T if turned else k == q.T)
     return jnp.where(functools.reduce(jnp.logical_and, allowed), scores, MASKED) if allowed else scores
 
 
-def _evaluate(place: Place, turned: bool) -> Array:
-    """The pattern's formula in this tile."""
+def _keep_masks(place: Place, refs: dict, turned: bool) -> None:
+    """What is added to the scores of partial tiles, computed once for all of a head's: 0 or MASKED."""
+    if "kept" not in refs:
+        return
     spec = place.steps.spec
+
+    @pl.when(place.entry == 0)
+    def compute():
+        for i, tiles in enumerate(spec.kept):
+            refs["kept"][i] = jnp.where(_evaluate(spec, *tiles, turned), 0.0, MASKED)
+
+
+def _evaluate(spec: Spec, q_tile: Any, k_tile: Any, turned: bool) -> Array:
+    """The pattern's formula in a tile."""
     (height, width), (q_axis, k_axis) = spec.tile, (1, 0) if turned else (0, 1)
-    q = place.q_tile * height + lax.broadcasted_iota(jnp.int32, _along(height, q_axis), q_axis)
-    k = place.k_tile * width + lax.broadcasted_iota(jnp.int32, _along(width, k_axis), k_axis)
+    q = q_tile * height + lax.broadcasted_iota(jnp.int32, _along(height, q_axis), q_axis)
+    k = k_tile * width + lax.broadcasted_iota(jnp.int32, _along(width, k_axis), k_axis)
     allowed = spec.pattern.allows(q, k, spec.t, spec.s)
     return allowed & (k < spec.s) if spec.s % width else allowed
 
@@ -300,6 +319,7 @@ def _visit(place: Place, refs: dict, step: Callable[[bool], None]) -> None:
 def _forward_kernel(place: Place, refs: dict, out, lse, top, total, acc):
     spec = place.steps.spec
     unit = score_unit(spec)
+    _keep_masks(place, refs, turned=False)
 
     @pl.when(place.first)
     def start():
@@ -347,6 +367,8 @@ def _differentiate(place: Place, refs: dict, partial: bool) -> tuple[Array, Arra
 
 
 def _d_queries_kernel(place: Place, refs: dict, d_q, acc):
+    _keep_masks(place, refs, turned=True)
+
     @pl.when(place.first)
     def start():
         acc[...] = jnp.zeros_like(acc)
@@ -364,6 +386,8 @@ def _d_queries_kernel(place: Place, refs: dict, d_q, acc):
 
 
 def _d_keys_values_kernel(place: Place, refs: dict, d_k, d_v, acc_k, acc_v):
+    _keep_masks(place, refs, turned=True)
+
     @pl.when(place.first)
     def start():
         acc_k[...], acc_v[...] = jnp.zeros_like(acc_k), jnp.zeros_like(acc_v)
@@ -429,11 +453,17 @@ def _call(kernel, name: str, steps: Steps, walk: Walk, inputs: Inputs, back: Bac
     """One kernel over all steps. Outputs are (shape, dtype, block); scratch is float32 of these shapes."""
     blocks = _blocks(steps, inputs, back)
     scalars = steps.scalars(walk, inputs)
+    if kept := len(steps.spec.kept):
+        scratch = [(kept, *steps.spec.tile[:: 1 if back is None else -1]), *scratch]
 
     def body(*refs):
         place = steps.place(*(pl.program_id(i) for i in range(3)), *refs[: len(scalars)])
         named, rest = refs[len(scalars) :][: len(blocks)], refs[len(scalars) + len(blocks) :]
-        kernel(place, dict(zip(blocks, named, strict=True)), *rest)
+        named = dict(zip(blocks, named, strict=True))
+        if kept:
+            outs, (masks, *own) = rest[: len(outputs)], rest[len(outputs) :]
+            named, rest = named | {"kept": masks}, (*outs, *own)
+        kernel(place, named, *rest)
 
     return pl.pallas_call(
         body,

@@ -128,3 +128,21 @@ def test_selections_are_cut_by_the_pattern(pattern, b):
         np.testing.assert_array_equal(states_of(by_row, 4, (rows, columns), sequence), expected)
         found = states_of(by_column, g, (columns, rows), sequence, share=2)
         np.testing.assert_array_equal(found.swapaxes(1, 2), expected)
+
+
+@settings(max_examples=40)
+@given(shared_patterns(longest=90), st.sampled_from([(64, 64), (61, 90), (90, 61)]))
+def test_kept_masks_are_those_of_the_tiles(pattern, lengths):
+    plan = plan_pattern(pattern, *lengths, TILE, (2, 1), formula=True, most=None)
+    masks = [evaluate(pattern, *place, *lengths) for place in plan.kept]
+    for part, (_, lists) in plan.rows if plan.kept else ():
+        for row, column, kind, _, mask in zip(*(x[0] for x in lists), strict=True):
+            if kind == PARTIAL:
+                stop = min(TILE[0], lengths[0] - (part.start + row) * TILE[0])
+                wanted = evaluate(pattern, part.start + row, column, *lengths)
+                np.testing.assert_array_equal(masks[mask][:stop], wanted[:stop])
+
+
+def evaluate(pattern, row: int, column: int, t: int, s: int) -> np.ndarray:
+    q, k = row * TILE[0] + np.arange(TILE[0])[:, None], column * TILE[1] + np.arange(TILE[1])
+    return np.broadcast_to(pattern.allows(q, k, t, s) & (k < s), TILE)
