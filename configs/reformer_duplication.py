@@ -24,7 +24,7 @@ def build(width, heads, mlp, length, chunk):
 
     layers = {"full": layer(recipe.attention("causal", heads, heads, width // heads))}
     for hashes in HASHES:
-        sizes = dict(chunk=chunk, buckets=(2 * length // chunk // 2 * 2,), hashes=hashes)
+        sizes = dict(chunk=chunk, buckets=(2 * length // chunk,), hashes=hashes)
         mixer = dict(kind="lsh", heads=heads, head_width=width // heads, causal=True, seed=0, **sizes)
         layers[f"lsh{hashes}"] = layer(mixer)
     return recipe.model(128, width, "lsh4", layers, norm, embedding=dict(positions=length))

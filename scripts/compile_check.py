@@ -76,7 +76,6 @@ VARIANTS = (
     Case("causal & (window(30) | strided(130))", 8192, tile=128, dtype="float16"),
 )
 
-
 CUDA = ("nvidia-cuda-nvcc==13.5.37", "nvidia-nvvm==13.5.37")  # with JAX's plugins, of the version of jax
 PLACE_GPU = ROOT / "build" / "compile_check_gpu"
 HOPPER = """
@@ -113,43 +112,38 @@ def main() -> int:
     if arguments.part:
         print(json.dumps(PARTS[arguments.part.split(":")[0]](*arguments.part.split(":")[1:])))
         return 0
-    if arguments.target == "gpu":
-        return check_gpu(arguments)
-    install(PLACE, LIBTPU)
+    version = importlib.metadata.version("jax")
+    cuda = (*(f"jax-cuda13-{name}=={version}" for name in ("plugin", "pjrt")), *CUDA)
+    targets = {"tpu": (PLACE, (LIBTPU,), check_tpu), "gpu": (PLACE_GPU, cuda, check_gpu)}
+    place, packages, check = targets[arguments.target]
+    install(place, *packages)
     started = time.perf_counter()
+    found, table, failed = check()
+    print(table)
+    print(f"{time.perf_counter() - started:.0f} s")
+    versions = {"jax": version} | dict(package.split("==") for package in packages)
+    result = {"python": platform.python_version(), "versions": versions} | found
+    if arguments.out:
+        arguments.out.write_text(json.dumps(result, indent=1) + "\n")
+    if arguments.table:
+        arguments.table.write_text(table)
+    return int(failed)
+
+
+def check_tpu() -> tuple[dict, str, bool]:
+    """What was found of all generations, as rows and as a table; whether anything does not compile."""
     found = [*(run_part("compile", name) for name in TOPOLOGIES), run_part("train")]
     rows = [row for rows in found for row in rows]
     speeds = [row for name in SCHEDULED for row in run_part("schedule", name)]
-    table = write_table(rows, speeds)
-    print(table)
-    print(f"{time.perf_counter() - started:.0f} s")
-    versions = {name: importlib.metadata.version(name) for name in ("jax", "jaxlib")} | {
-        "libtpu": LIBTPU.split("==")[1]
-    }
-    result = {"python": platform.python_version(), "versions": versions, "compiled": rows, "scheduled": speeds}
-    if arguments.out:
-        arguments.out.write_text(json.dumps(result, indent=1) + "\n")
-    if arguments.table:
-        arguments.table.write_text(table)
-    return int(any(row["error"] for row in rows))
+    failed = any(row["error"] for row in rows)
+    return {"compiled": rows, "scheduled": speeds}, write_table(rows, speeds), failed
 
 
-def check_gpu(arguments) -> int:
-    """All cases on an H100."""
-    version = importlib.metadata.version("jax")
-    install(PLACE_GPU, *(f"jax-cuda13-{name}=={version}" for name in ("plugin", "pjrt")), *CUDA)
-    started = time.perf_counter()
+def check_gpu() -> tuple[dict, str, bool]:
+    """The same of an H100; it fails too where registers are spilled, or an instruction is missing."""
     rows = [row for i in range(len(GPU_CASES)) for row in run_part("hopper", str(i), target="gpu")]
-    table = write_gpu_table(rows)
-    print(table)
-    print(f"{time.perf_counter() - started:.0f} s")
-    versions = {"jax": version} | dict(package.split("==") for package in CUDA)
-    if arguments.out:
-        result = {"python": platform.python_version(), "versions": versions, "compiled": rows}
-        arguments.out.write_text(json.dumps(result, indent=1) + "\n")
-    if arguments.table:
-        arguments.table.write_text(table)
-    return int(any(row["error"] or row["spilled"] or not row["wgmma"] or not row["tma"] for row in rows))
+    failed = any(row["error"] or row["spilled"] or not row["wgmma"] or not row["tma"] for row in rows)
+    return {"compiled": rows}, write_gpu_table(rows), failed
 
 
 def install(place: Path, *packages: str) -> None:

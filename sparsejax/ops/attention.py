@@ -145,7 +145,7 @@ def _choose(impl: str, request: Request) -> Implementation:
     if impl not in ("auto", *known):
         raise ImplementationError(f"attend: no implementation {impl!r}; there are {', '.join(known)} and auto")
     reasons = {}
-    for name in filter(known.get, _preferences(request)) if impl == "auto" else (impl,):
+    for name in _preferences(request) if impl == "auto" else (impl,):
         reasons[name] = known[name].refuse(request)
         if reasons[name] is None:
             return known[name]

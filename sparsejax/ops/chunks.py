@@ -33,7 +33,7 @@ def scan_chunks(
     length = min(length, t)
 
     def split(x: Array) -> Array:
-        x = jnp.pad(x, ((0, 0), (0, -t % length), *((0, 0),) * (x.ndim - 2)))
+        x = fill_chunks(x, length, 1)
         return jnp.moveaxis(x.reshape(x.shape[0], -1, length, *x.shape[2:]), 1, 0)
 
     def join(x: Array) -> Array:
@@ -54,3 +54,8 @@ def spread(x: Array, size: int, axis: int = -1) -> Array:
     """
     ones = jnp.ones(size, x.dtype)
     return jnp.moveaxis(jnp.einsum("...,n->...n", x, ones, precision=jax.lax.Precision.HIGHEST), -1, axis)
+
+
+def fill_chunks(x: Shaped[Array, "*shape"], length: int, axis: int) -> Shaped[Array, "*longer"]:
+    """Zeros appended to an axis, so that it divides into chunks of this length."""
+    return jnp.pad(x, [(0, -x.shape[i] % length if i == axis else 0) for i in range(x.ndim)])

@@ -16,6 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
+from sparsejax.ops.chunks import fill_chunks
 from sparsejax.ops.request import MASKED, Request, by_pattern, cap, count_bonus, lean
 from sparsejax.patterns import Pattern, TileLayout
 
@@ -204,9 +205,7 @@ def _add(x, tiles, part):
 
 def _split_tiles(x: Array, tile: int) -> Array:
     """Cuts axis 1 into tiles, padded with zeros: [b, t, ...] -> [b, tiles, tile, ...]."""
-    b, t = x.shape[:2]
-    x = jnp.pad(x, [(0, 0), (0, -t % tile)] + [(0, 0)] * (x.ndim - 2))
-    return x.reshape(b, -1, tile, *x.shape[2:])
+    return fill_chunks(x, tile, 1).reshape(x.shape[0], -1, tile, *x.shape[2:])
 
 
 def group_rows(layout: TileLayout) -> list[tuple[np.ndarray, np.ndarray]]:

@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
+from sparsejax.ops.chunks import fill_chunks
 from sparsejax.ops.segment import attend_edges
 from sparsejax.patterns import Pattern
 
@@ -61,7 +62,7 @@ def select_keys(
         return top_keys(index_scores(q, weights, k), allowed, top_k)
 
     def split(x: Array, axis: int) -> Array:
-        x = jnp.pad(x, [(0, -t % CHUNK if i == axis else 0) for i in range(x.ndim)])
+        x = fill_chunks(x, CHUNK, axis)
         return jnp.moveaxis(x.reshape(*x.shape[:axis], -1, CHUNK, *x.shape[axis + 1 :]), axis, 0)
 
     chunks = split(places, 0), split(q, 1), split(weights, 1), split(own, 1)

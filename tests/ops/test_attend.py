@@ -488,6 +488,7 @@ def check_ranking(monkeypatch, pattern, length, ranking):
         )
         for name in ("other", "segment", "gather", "dense")
     )
+    fakes += (Implementation("tpu", run=None, refuse=lambda request: "no TPU"),)
     monkeypatch.setattr("sparsejax.ops.attention.IMPLEMENTATIONS", fakes)
     for name in ranking:
         assert small_attend(shape, shape, pattern=pattern) == name
@@ -501,7 +502,9 @@ def check_ranking(monkeypatch, pattern, length, ranking):
 
 
 def test_refusal_names_every_reason(monkeypatch):
-    alone = tuple(one for one in IMPLEMENTATIONS if one.name in SERVES_ALL)
+    alone = tuple(
+        one if one.name in SERVES_ALL else one._replace(refuse=lambda request: "not here") for one in IMPLEMENTATIONS
+    )
     monkeypatch.setattr("sparsejax.ops.attention.IMPLEMENTATIONS", alone)
     for impl in SERVES_ALL:
         with pytest.raises(ImplementationError, match=f"impl='{impl}' .*{impl}: interpret=True is for Pallas"):

@@ -17,10 +17,12 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
-from sparsejax.ops.kernels.lists import Part, Plan, Walk
+from sparsejax.ops.chunks import fill_chunks
+from sparsejax.ops.kernels.lists import Part, Walk, plan_pattern, plan_selection
 from sparsejax.ops.request import MASKED, Request
 from sparsejax.patterns import Pattern
 
+WIDEST = 256  # heads
 COSTLY = 64  # operations: a longer formula is not evaluated in the kernel
 LOG2E = math.log2(math.e)
 LOWEST = MASKED / 2  # a running maximum starts here, so that what is masked has a weight of 0
@@ -74,32 +76,69 @@ class Back(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Backend:
-    """Kernels of one machine. Each computes the part, with heads and rows in the order of the part."""
+    """Kernels of one machine. Each computes the part, with heads and rows in the order of the part.
+
+    Attributes:
+      forward: The output and its log-sum-exp.
+      d_queries: The gradient of q.
+      d_keys_values: Those of k and v.
+      pack: Masks bool [distinct, queries, keys], as the kernels read them.
+      operations: What formulas of patterns may be made of; None: anything.
+      most: How many entries the lists of one call may have, half as many where masks are looked up; None: any number.
+      most_kept: How many distinct masks a kernel can compute once and keep.
+    """
 
     forward: Callable[[Spec, Part, Walk, Inputs], tuple[Array, Array]]  # out [b,heads,rows,e], lse [b,heads,rows]
     d_queries: Callable[[Spec, Part, Walk, Inputs, Back], Array]  # [b,heads,rows,d]
     d_keys_values: Callable[[Spec, Part, Walk, Inputs, Back], tuple[Array, Array]]  # [b,heads,rows,d] and [...,e]
-    pack: Callable[
-        [np.ndarray], tuple[np.ndarray, ...]
-    ]  # masks bool [distinct, queries, keys] as the kernels read them
+    pack: Callable[[np.ndarray], tuple[np.ndarray, ...]]
+    operations: frozenset[str] | None = None
+    most: int | None = None
+    most_kept: int = 0
+
+
+def refuse(request: Request) -> str | None:
+    """Why the kernels of no machine can serve the request, or None."""
+    widest = max(request.q.shape[-1], request.v.shape[-1])
+    reasons = (
+        (widest > WIDEST, f"heads of at most {WIDEST}, got {widest}"),
+        (request.alibi_slopes is not None, "no ALiBi"),
+        (request.pattern.repeats, "no keys that count more than once"),
+    )
+    return next((reason for applies, reason in reasons if applies), None)
 
 
 def attend_lists(
-    backend: Backend, request: Request, plan: Plan, tile: tuple[int, int]
+    backend: Backend, request: Request, tile: tuple[int, int], selected: Int[Array, "#b h rows k"] | None
 ) -> tuple[Float[Array, "b t h e"], Float[Array, "b t h"]]:
-    """Output in the dtype of q, and log-sum-exp in float32."""
-    (_, t, h, _), (_, s, g, _) = request.q.shape, request.k.shape
-    formula = request.pattern if plan.bits is None else None
-    share, scale = h // g, request.scale
-    spec = Spec(formula, t, s, tile, share, scale, request.softcap, request.interpret, plan.kept)
+    """Output in the dtype of q, and log-sum-exp in float32.
+
+    Args:
+      backend: whose kernels.
+      request: what is asked.
+      tile: queries and keys of a tile.
+      selected: key tiles of each query tile of each head, -1 for none, computed from the data: of the pairs in these,
+        those count that the pattern, which must be one for all heads, allows. None: all that it allows.
+    """
+    pattern, (_, t, h, _), (_, s, g, _) = request.pattern, request.q.shape, request.k.shape
+    if selected is None:
+        formula = has_formula(pattern, t, s, backend.operations)
+        most = backend.most if formula or backend.most is None else backend.most // 2
+        plan = plan_pattern(pattern, t, s, tile, (h, g), formula, most, backend.most_kept)
+    else:
+        plan = plan_selection(selected, pattern, t, s, tile, g)
+    formula, scale, softcap = pattern if plan.bits is None else None, request.scale, request.softcap
+    spec = Spec(formula, t, s, tile, h // g, scale, softcap, request.interpret, plan.kept)
     q, k, v = (
-        _pad(jnp.moveaxis(x, 2, 1), side, 2)
+        fill_chunks(jnp.moveaxis(x, 2, 1), side, 2)
         for x, side in ((request.q, tile[0]), (request.k, tile[1]), (request.v, tile[1]))
     )
     sink = None if request.sink_logits is None else request.sink_logits.astype(jnp.float32)
     segments = None
     if request.segments is not None:
-        segments = tuple(_pad(x.astype(jnp.int32), side, 1) for x, side in zip(request.segments, tile, strict=True))
+        segments = tuple(
+            fill_chunks(x.astype(jnp.int32), side, 1) for x, side in zip(request.segments, tile, strict=True)
+        )
     bits = None if plan.bits is None else tuple(map(jnp.asarray, backend.pack(plan.bits)))
     parts = tuple(part for part, _ in plan.rows), tuple(part for part, _ in plan.columns)
     walks = tuple(walk for _, walk in plan.rows), tuple(walk for _, walk in plan.columns)
@@ -157,9 +196,12 @@ def _join(arrays: list[Array], axis: int) -> Array:
     return arrays[0] if len(arrays) == 1 else jnp.concatenate(arrays, axis)
 
 
-def _pad(x: Array, side: int, axis: int) -> Array:
-    widths = [(0, -x.shape[i] % side if i == axis else 0) for i in range(x.ndim)]
-    return jnp.pad(x, widths)
+def segment_ranges(
+    segments: tuple[Int[Array, "b t"], Int[Array, "b s"]], tile: tuple[int, int]
+) -> list[tuple[Int[Array, "b tiles"], Int[Array, "b tiles"]]]:
+    """The least and the greatest id in each tile of queries, and in each of keys; see `Inputs.segments`."""
+    tiles = (x.reshape(len(x), -1, side) for x, side in zip(segments, tile, strict=True))
+    return [(x.min(axis=-1), x.max(axis=-1)) for x in tiles]
 
 
 def bound_scores(spec: Spec, products: Array) -> Array:

@@ -21,26 +21,17 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array, Float, Int
 
-from sparsejax.ops.kernels.flash import (
-    LOG2E,
-    LOWEST,
-    Back,
-    Backend,
-    Inputs,
-    Spec,
-    attend_lists,
-    bound_scores,
-    has_formula,
-    score_unit,
-)
-from sparsejax.ops.kernels.lists import EMPTY, FULL, PARTIAL, Part, TileLists, Walk, plan_pattern, plan_selection
+from sparsejax.ops.chunks import fill_chunks
+from sparsejax.ops.kernels import flash
+from sparsejax.ops.kernels.flash import LOG2E, LOWEST, Back, Backend, Inputs, Spec, bound_scores, score_unit
+from sparsejax.ops.kernels.lists import EMPTY, FULL, PARTIAL, Part, TileLists, Walk, pack_words, sort_lists
 from sparsejax.ops.kernels.mesh import device_kind, run_on_mesh
 from sparsejax.ops.request import MASKED, Request
 
 SIDE = 128  # of tiles
 WARPGROUPS = 2  # that compute
 HALF = SIDE // WARPGROUPS  # rows of one: sums of more do not fit into its registers
-NARROW, WIDEST = 128, 256  # heads: sums of wider ones leave few registers
+NARROW = 128  # heads: sums of wider ones leave few registers
 WIDTHS = 64  # heads are padded to multiples: what a swizzled row of shared memory holds
 SHARED = 227 * 1024 - 4096  # bytes of a block, without what barriers and log-sum-exps take
 REGISTERS = 232, 40  # of a thread that computes, and of one that loads
@@ -56,7 +47,6 @@ OPERATIONS = frozenset(
 
 def refuse(request: Request) -> str | None:
     """Why this implementation cannot serve the request, or None."""
-    d, e = request.q.shape[-1], request.v.shape[-1]
     kind, version = None if request.interpret else device_kind(), jax.__version_info__
     dtypes = {request.q.dtype, request.k.dtype, request.v.dtype}
     reasons = (
@@ -77,11 +67,8 @@ def refuse(request: Request) -> str | None:
             f"q, k and v in bfloat16 or in float16, to which its products would round all else; got "
             f"{', '.join(sorted(map(str, dtypes)))}",
         ),
-        (max(d, e) > WIDEST, f"heads of at most {WIDEST}, got {max(d, e)}"),
-        (request.alibi_slopes is not None, "no ALiBi"),
-        (request.pattern.repeats, "no keys that count more than once"),
     )
-    return next((reason for applies, reason in reasons if applies), None)
+    return next((reason for applies, reason in reasons if applies), None) or flash.refuse(request)
 
 
 def _threads() -> int:
@@ -97,8 +84,7 @@ def run(
     Args:
       request: what is asked.
       tile: queries and keys of a tile; (128, 128) is all there is.
-      selected: key tiles of each query tile of each head, -1 for none, computed from the data: of the pairs in these,
-        those count that the pattern, which must be one for all heads, allows.
+      selected: as in `flash.attend_lists`.
 
     Raises:
       ValueError: another tile.
@@ -111,21 +97,11 @@ def run(
 
 
 def _run_here(request: Request, selected: Array | None) -> tuple[Array, Array]:
-    (_, t, h, _), (_, s, g, _), tile = request.q.shape, request.k.shape, (SIDE, SIDE)
-    if selected is None:
-        formula = has_formula(request.pattern, t, s, OPERATIONS)
-        plan = plan_pattern(request.pattern, t, s, tile, (h, g), formula, None)
-    else:
-        plan = plan_selection(selected, request.pattern, t, s, tile, g)
     width = max(request.q.shape[-1], request.v.shape[-1])
     width += -width % WIDTHS
-    wide = {name: _widen(getattr(request, name), width) for name in "qkv"}
-    out, lse = attend_lists(BACKEND, dataclasses.replace(request, **wide), plan, tile)
+    wide = {name: fill_chunks(getattr(request, name), width, 3) for name in "qkv"}
+    out, lse = flash.attend_lists(BACKEND, dataclasses.replace(request, **wide), (SIDE, SIDE), selected)
     return out[..., : request.v.shape[-1]], lse
-
-
-def _widen(x: Array, width: int) -> Array:
-    return jnp.pad(x, [(0, 0)] * 3 + [(0, width - x.shape[-1])])
 
 
 # The lists in global memory.
@@ -170,17 +146,16 @@ def _sort_by_segments(part: Part, walk: Walk, segments: tuple[Array, Array], by_
     else:
         of = jnp.zeros(lists.rows.shape[0], jnp.int32).at[which].set(jnp.arange(b, dtype=jnp.int32)[:, None])
     tiles = part.start + lists.rows, lists.columns
-    ends = [
-        [reduce(x.reshape(b, -1, SIDE), axis=-1)[of[:, None], tile] for reduce in (jnp.min, jnp.max)]
-        for x, tile in zip(segments, reversed(tiles) if by_column else tiles, strict=True)
-    ]
-    (low_q, high_q), (low_k, high_k) = ends
+    (low_q, high_q), (low_k, high_k) = (
+        [x[of[:, None], tile] for x in ends]
+        for ends, tile in zip(
+            flash.segment_ranges(segments, (SIDE, SIDE)), reversed(tiles) if by_column else tiles, strict=True
+        )
+    )
     meets = (low_q <= high_k) & (low_k <= high_q)
     alone = (low_q == high_q) & (low_k == high_k)
     kinds = jnp.where(meets, jnp.where(alone, lists.kinds, jnp.minimum(lists.kinds, PARTIAL)), EMPTY)
-    order = jnp.lexsort((-kinds, lists.rows), axis=-1)
-    lists = lists._replace(kinds=kinds)
-    return Walk(which, TileLists(*(jnp.take_along_axis(x, order, axis=1) for x in lists)))
+    return Walk(which, sort_lists(lists._replace(kinds=kinds)))
 
 
 def pack_bits(masks: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -190,13 +165,7 @@ def pack_bits(masks: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     keys for dk and dv.
     """
     masks = np.concatenate([masks, np.ones_like(masks[:1])])
-
-    def pack(x):
-        groups = x.reshape(*x.shape[:2], -1, 32).astype(np.uint32)
-        words = (groups << np.arange(32, dtype=np.uint32)).sum(axis=-1, dtype=np.uint32)
-        return words.swapaxes(1, 2).view(np.int32)
-
-    return pack(masks), pack(masks.swapaxes(1, 2))
+    return pack_words(masks.swapaxes(1, 2)), pack_words(masks)
 
 
 # What a block of threads does.
@@ -701,4 +670,4 @@ def _arrays(call: Call, table: Table, inputs: Inputs, back: Back | None) -> dict
     return found
 
 
-BACKEND = Backend(_forward, _d_queries, _d_keys_values, pack_bits)
+BACKEND = Backend(_forward, _d_queries, _d_keys_values, pack_bits, OPERATIONS)

@@ -3,20 +3,18 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
 import itertools
 from collections.abc import Sequence
 from typing import NamedTuple
 
-import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Int
+from jaxtyping import Array, Bool, Int
 
 from sparsejax.patterns import Pattern, TileLayout
-from sparsejax.patterns.tiles import TileGrid, group_tiles, tile_masks
+from sparsejax.patterns.pattern import array_module
+from sparsejax.patterns.tiles import group_tiles, tile_masks
 
-MOST_KEPT = 4  # distinct masks that a kernel computes once and keeps
 EMPTY, PARTIAL, FULL = 0, 1, 2  # nothing to do; some pairs are allowed; all are
 
 
@@ -60,7 +58,14 @@ class Plan(NamedTuple):
 
 
 def plan_pattern(
-    pattern: Pattern, t: int, s: int, tile: tuple[int, int], heads: tuple[int, int], formula: bool, most: int | None
+    pattern: Pattern,
+    t: int,
+    s: int,
+    tile: tuple[int, int],
+    heads: tuple[int, int],
+    formula: bool,
+    most: int | None,
+    most_kept: int,
 ) -> Plan:
     """The calls for a pattern.
 
@@ -73,6 +78,7 @@ def plan_pattern(
       formula: whether the kernel evaluates the pattern in partial tiles, which all heads must share then; if not,
         it looks masks up.
       most: how many entries one call can have, over all its lists.
+      most_kept: how many distinct masks a kernel can compute once and keep, where it evaluates the pattern.
     """
     h, g = heads
     layouts = [pattern.for_head(i).layout(t, s, tile) for i in range(h)]
@@ -83,7 +89,7 @@ def plan_pattern(
     if not formula:
         bits, masks = collect_masks([(patterns[i], one) for i, one in enumerate(distinct)])
     elif len(distinct) == 1:
-        kept, masks[0] = _find_masks(pattern.for_head(0), distinct[0])
+        kept, masks[0] = _place_masks(pattern.for_head(0), distinct[0], most_kept)
     entries = [_by_row(layout, mask) for layout, mask in zip(distinct, masks, strict=True)]
     grid, share = distinct[0].grid, h // g
     shared = [tuple(of_head[i * share : (i + 1) * share]) for i in range(g)]
@@ -96,22 +102,28 @@ def plan_pattern(
     )
 
 
-def _find_masks(pattern: Pattern, layout: TileLayout) -> tuple[tuple[tuple[int, int], ...], np.ndarray]:
-    """A place of each distinct mask of partial tiles, and which of them each tile has; none if there are too many."""
-    partial = np.flatnonzero(_is_partial(layout))
-    rows, columns = layout.rows[partial], layout.columns[partial]
-    first, same = group_tiles(pattern, layout.grid, rows, columns)
+def _group_masks(pattern: Pattern, layout: TileLayout) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """The partial tiles, of each group with the same mask one of them, and the group of each; indices, int64."""
+    partial = np.flatnonzero(_tile_kinds(layout) == PARTIAL)
+    first, same = group_tiles(pattern, layout.grid, layout.rows[partial], layout.columns[partial])
+    return partial, partial[first], same
+
+
+def _place_masks(pattern: Pattern, layout: TileLayout, most: int) -> tuple[tuple[tuple[int, int], ...], np.ndarray]:
+    """A place of each distinct mask, and which of them each tile has; none if there are too many."""
     masks = np.zeros(len(layout.columns), np.int32)
-    if len(first) > MOST_KEPT:
+    partial, first, same = _group_masks(pattern, layout)
+    if len(first) > most:
         return (), masks
     masks[partial] = same
-    return tuple(zip(rows[first].tolist(), columns[first].tolist(), strict=True)), masks
+    return tuple(zip(layout.rows[first].tolist(), layout.columns[first].tolist(), strict=True)), masks
 
 
-def _is_partial(layout: TileLayout) -> np.ndarray:
-    """Tiles at the end of keys that no tile divides are partial too: what is beyond is masked there."""
+def _tile_kinds(layout: TileLayout) -> np.ndarray:
+    """Of the live tiles. One at the end of keys that no tile divides is never full: what is beyond is masked there."""
     grid = layout.grid
-    return ~layout.full | ((layout.columns == grid.columns - 1) & (grid.s % grid.tile[1] != 0))
+    ragged = (layout.columns == grid.columns - 1) & (grid.s % grid.tile[1] != 0)
+    return np.where(layout.full & ~ragged, FULL, PARTIAL)
 
 
 def _group_calls(of_head: Sequence, entries: dict, rows: int, most: int | None) -> tuple[tuple[Part, Walk], ...]:
@@ -153,26 +165,30 @@ def _take_rows(lists: TileLists, start: int, stop: int) -> TileLists:
 
 def _by_row(layout: TileLayout, masks: np.ndarray) -> TileLists:
     """One list."""
-    kinds = np.where(_is_partial(layout), PARTIAL, FULL)
-    return _sort(layout.grid.rows, layout.rows, layout.columns, kinds, np.zeros_like(kinds), masks)
+    none = np.zeros_like(layout.columns)
+    return _fill_rows(layout.grid.rows, TileLists(layout.rows, layout.columns, _tile_kinds(layout), none, masks))
 
 
 def _by_column(lists: Sequence[TileLists], columns: int) -> TileLists:
     """The lists of the query heads that share a key/value head as one, sorted by key tile."""
     live = [TileLists(*(x[0][one.kinds[0] != EMPTY] for x in one)) for one in lists]
-    heads = [np.full(len(one.rows), i) for i, one in enumerate(live)]
-    rows, keys, kinds, _, masks = (np.concatenate(x) for x in zip(*live, strict=True))
-    return _sort(columns, keys, rows, kinds, np.concatenate(heads), masks)
+    heads = np.concatenate([np.full(len(one.rows), i) for i, one in enumerate(live)])
+    joined = TileLists(*(np.concatenate(x) for x in zip(*live, strict=True)))
+    return _fill_rows(columns, joined._replace(rows=joined.columns, columns=joined.rows, heads=heads))
 
 
-def _sort(rows: int, row, column, kind, head, mask) -> TileLists:
-    missing = np.setdiff1d(np.arange(rows), row)
-    entries = [
-        np.concatenate([x, fill])
-        for x, fill in zip((row, column, kind, head, mask), (missing, *(np.zeros_like(missing),) * 4), strict=True)
-    ]
-    order = np.lexsort((entries[1], entries[3], -entries[2], entries[0]))
-    return TileLists(*(x[order][None].astype(np.int32) for x in entries))
+def _fill_rows(rows: int, entries: TileLists) -> TileLists:
+    """Entries [n] as one sorted list, with an empty one for each row that has none."""
+    missing = np.setdiff1d(np.arange(rows), entries.rows)
+    more = TileLists(missing, *(np.zeros_like(missing),) * 4)
+    return sort_lists(TileLists(*(np.concatenate(x)[None].astype(np.int32) for x in zip(entries, more, strict=True))))
+
+
+def sort_lists(lists: TileLists) -> TileLists:
+    """By row; of a row the fuller kinds first; of these by head and column."""
+    xp = array_module(*lists)
+    order = xp.lexsort((lists.columns, lists.heads, -lists.kinds, lists.rows), axis=-1)
+    return TileLists(*(xp.take_along_axis(x, order, axis=-1) for x in lists))
 
 
 def collect_masks(layouts: Sequence[tuple[Pattern, TileLayout]]) -> tuple[np.ndarray, list[np.ndarray]]:
@@ -186,13 +202,22 @@ def collect_masks(layouts: Sequence[tuple[Pattern, TileLayout]]) -> tuple[np.nda
     found = []
     for pattern, layout in layouts:
         index = np.zeros(len(layout.columns), np.int32)
-        for i in np.flatnonzero(_is_partial(layout)):
-            (mask,) = tile_masks(pattern, layout.grid, layout.rows[i : i + 1], layout.columns[i : i + 1])
-            index[i] = seen.setdefault(np.packbits(mask).tobytes(), len(seen))
+        partial, first, same = _group_masks(pattern, layout)
+        numbers = np.zeros(len(first), np.int32)
+        for i, tile in enumerate(first):
+            (mask,) = tile_masks(pattern, layout.grid, layout.rows[tile : tile + 1], layout.columns[tile : tile + 1])
+            numbers[i] = seen.setdefault(np.packbits(mask).tobytes(), len(seen))
+        index[partial] = numbers[same]
         found.append(index)
     size = layouts[0][1].grid.tile
     packed = [np.frombuffer(mask, np.uint8) for mask in seen] or [np.zeros(size[0] * size[1] // 8, np.uint8)]
     return np.unpackbits(np.stack(packed), axis=1).reshape(-1, *size).astype(bool), found
+
+
+def pack_words(masks: Bool[np.ndarray, "distinct n m"]) -> Int[np.ndarray, "distinct n/32 m"]:
+    """Masks as bits: bit i of a word is of the i-th of its 32 rows."""
+    groups = masks.reshape(len(masks), -1, 32, masks.shape[-1]).astype(np.uint32)
+    return (groups << np.arange(32, dtype=np.uint32)[:, None]).sum(axis=2, dtype=np.uint32).view(np.int32)
 
 
 def plan_selection(
@@ -209,49 +234,30 @@ def plan_selection(
       tile: queries and keys of a tile.
       g: number of key/value heads.
     """
-    grid = TileGrid(t, s, tile)
-    b, h, rows, k = columns.shape
-    states = np.array(pattern.layout(t, s, tile).dense(), np.int32)
-    if s % tile[1]:
-        states[:, -1] = np.minimum(states[:, -1], PARTIAL)
+    layout = pattern.layout(t, s, tile)
+    (b, h, rows, _), keys = columns.shape, layout.grid.columns
+    states = np.full((rows, keys), EMPTY, np.int32)
+    states[layout.rows, layout.columns] = _tile_kinds(layout)
     row = jnp.broadcast_to(jnp.arange(rows)[:, None], columns.shape)
-    kind = jnp.where(columns < 0, EMPTY, jnp.asarray(states)[row, columns])
-    column, zero = jnp.maximum(columns, 0), jnp.zeros_like(columns)
-    order = functools.partial(_sort_traced, kinds=kind)
     head = jnp.broadcast_to((jnp.arange(h) % (h // g))[:, None, None], columns.shape)
-    by_row = TileLists(*(x.reshape(b * h, rows * k) for x in order(row, column, zero)))
-    by_column = _fill_rows(grid.columns, *(x.reshape(b * g, -1) for x in (column, row, kind, head)))
+    kinds = jnp.where(columns < 0, EMPTY, jnp.asarray(states)[row, columns])
+    columns, none = jnp.maximum(columns, 0), jnp.zeros_like(columns)
+    by_row = TileLists(*(x.reshape(b * h, -1) for x in (row, columns, kinds, none, none)))
+    by_column = TileLists(*(x.reshape(b * g, -1) for x in (columns, row, kinds, head, none)))
+    empty = jnp.broadcast_to(jnp.arange(keys, dtype=columns.dtype), (b * g, keys))  # one for each key tile
+    more = TileLists(empty, *(jnp.zeros_like(empty),) * 4)
+    by_column = TileLists(*(jnp.concatenate(x, axis=1) for x in zip(by_column, more, strict=True)))
     which = [jnp.arange(b * n).reshape(b, n) for n in (h, g)]
     return Plan(
-        ((Part(tuple(range(h)), 0, rows), Walk(which[0], by_row)),),
-        ((Part(tuple(range(g)), 0, grid.columns), Walk(which[1], by_column)),),
+        ((Part(tuple(range(h)), 0, rows), Walk(which[0], sort_lists(by_row))),),
+        ((Part(tuple(range(g)), 0, keys), Walk(which[1], sort_lists(by_column))),),
         None,
     )
 
 
-def _sort_traced(rows, columns, heads, kinds) -> TileLists:
-    """Entries of rows that are sorted already, the fuller kinds of a row first."""
-    order = jnp.argsort(-kinds, axis=-1, stable=True)
-    take = functools.partial(jnp.take_along_axis, indices=order, axis=-1)
-    return TileLists(rows, take(columns), take(kinds), heads, jnp.zeros_like(rows))
-
-
-def _fill_rows(rows: int, row, column, kind, head) -> TileLists:
-    """Entries [lists, n] sorted by row, with an empty one more for each row."""
-    lists = row.shape[0]
-    more = jnp.broadcast_to(jnp.arange(rows, dtype=row.dtype), (lists, rows))
-    entries = [
-        jnp.concatenate([x, y], axis=1)
-        for x, y in zip((row, column, kind, head), (more, *(0 * more,) * 3), strict=True)
-    ]
-    order = jnp.lexsort((entries[1], entries[3], -entries[2], entries[0]), axis=-1)
-    row, column, kind, head = (jnp.take_along_axis(x, order, axis=1) for x in entries)
-    return TileLists(row, column, kind, head, jnp.zeros_like(row))
-
-
 def mark_ends(rows: Int[Array, "lists n"]) -> tuple[Array, Array]:
     """Which entries are the first and which the last of their row, bool [lists, n] each."""
-    xp = jnp if isinstance(rows, jax.Array) else np
+    xp = array_module(rows)
     turn = rows[:, 1:] != rows[:, :-1]
     edge = xp.ones((rows.shape[0], 1), bool)
     return xp.concatenate([edge, turn], axis=1), xp.concatenate([turn, edge], axis=1)

@@ -20,19 +20,9 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array, Float, Int
 
-from sparsejax.ops.kernels.flash import (
-    LOG2E,
-    LOWEST,
-    Back,
-    Backend,
-    Inputs,
-    Spec,
-    attend_lists,
-    bound_scores,
-    has_formula,
-    score_unit,
-)
-from sparsejax.ops.kernels.lists import EMPTY, FULL, Part, TileLists, Walk, mark_ends, plan_pattern, plan_selection
+from sparsejax.ops.kernels import flash
+from sparsejax.ops.kernels.flash import LOG2E, LOWEST, Back, Backend, Inputs, Spec, bound_scores, score_unit
+from sparsejax.ops.kernels.lists import FULL, PARTIAL, Part, TileLists, Walk, mark_ends, pack_words
 from sparsejax.ops.kernels.mesh import device_kind, run_on_mesh
 from sparsejax.ops.request import MASKED, Request
 from sparsejax.patterns import Pattern
@@ -43,13 +33,12 @@ SIDES = (128, 256, 512)  # of tiles
 # Modelled, not measured.
 STEP_PAIRS = 70_000
 MOST_WORDS = 2**17  # of lists in one call, with the indices of masks: half of the 1 MiB of scalar memory
-WIDEST = 256
+MOST_KEPT = 4  # masks: a MiB each in vector memory, at the largest tile
 NN, NT, TN = ((((x,), (y,)), ((), ())) for x, y in ((1, 0), (1, 1), (0, 0)))  # of products; T: transposed
 
 
 def refuse(request: Request) -> str | None:
     """Why this implementation cannot serve the request, or None."""
-    d, e = request.q.shape[-1], request.v.shape[-1]
     kind = None if request.interpret else device_kind()
     reasons = (
         (
@@ -57,11 +46,8 @@ def refuse(request: Request) -> str | None:
             f"it needs a TPU v5e or newer, or interpret=True; here is {kind}",
         ),
         (request.dtype != jnp.float32, f"it computes in float32, asked is {request.dtype}"),
-        (max(d, e) > WIDEST, f"heads of at most {WIDEST}, got {max(d, e)}"),
-        (request.alibi_slopes is not None, "no ALiBi"),
-        (request.pattern.repeats, "no keys that count more than once"),
     )
-    return next((reason for applies, reason in reasons if applies), None)
+    return next((reason for applies, reason in reasons if applies), None) or flash.refuse(request)
 
 
 def run(
@@ -72,8 +58,7 @@ def run(
     Args:
       request: what is asked.
       tile: queries and keys of a tile, multiples of 128; the best by `choose_tile` if not given.
-      selected: key tiles of each query tile of each head, -1 for none, computed from the data: of the pairs in these,
-        those count that the pattern, which must be one for all heads, allows. Needs `tile`.
+      selected: as in `flash.attend_lists`; needs `tile`.
     """
     if selected is not None:
         return _run_here(request, tile, selected)
@@ -81,17 +66,11 @@ def run(
 
 
 def _run_here(request: Request, tile: tuple[int, int] | None, selected: Array | None) -> tuple[Array, Array]:
-    (_, t, h, _), (_, s, g, _) = request.q.shape, request.k.shape
-    pattern, tile = request.pattern, tile or choose_tile(request.pattern, t, s)
-    if selected is None:
-        formula = has_formula(pattern, t, s)
-        plan = plan_pattern(pattern, t, s, tile, (h, g), formula, MOST_WORDS if formula else MOST_WORDS // 2)
-    else:
-        plan = plan_selection(selected, pattern, t, s, tile, g)
+    tile = tile or choose_tile(request.pattern, request.q.shape[1], request.k.shape[1])
     if request.q.dtype != jnp.float16:
-        return attend_lists(BACKEND, request, plan, tile)
+        return flash.attend_lists(BACKEND, request, tile, selected)
     wide = {name: getattr(request, name).astype(jnp.float32) for name in "qkv"}  # the machine has no float16
-    out, lse = attend_lists(BACKEND, dataclasses.replace(request, **wide), plan, tile)
+    out, lse = flash.attend_lists(BACKEND, dataclasses.replace(request, **wide), tile, selected)
     return out.astype(jnp.float16), lse
 
 
@@ -171,15 +150,12 @@ class Steps:
 
     def scalars(self, walk: Walk, inputs: Inputs) -> tuple[Array, ...]:
         """What the grid reads from scalar memory, int32 [n] each; see `Place`."""
-        ids = inputs.segments or ()
-        ends = [
-            reduce(x.reshape(x.shape[0], -1, side), axis=-1).ravel()
-            for x, side in zip(ids, self.spec.tile, strict=False)
-            for reduce in (jnp.min, jnp.max)
-        ]
+        ranges = np.zeros(1)
+        if inputs.segments is not None:
+            ends = flash.segment_ranges(inputs.segments, self.spec.tile)
+            ranges = jnp.concatenate([x.ravel() for pair in ends for x in pair])
         found = self.word.pack(walk.lists), walk.which, np.array(self.part.heads)
         masks = np.zeros(1) if inputs.bits is None else walk.lists.masks
-        ranges = jnp.concatenate(ends) if ends else np.zeros(1)
         return tuple(jnp.asarray(x, jnp.int32).ravel() for x in (*found, masks, ranges))
 
     def place(self, b: Any, member: Any, entry: Any, *scalars: Any) -> Place:
@@ -225,10 +201,10 @@ class Place:
 
     def meets(self):
         """Whether the ranges of the tile's segment ids have an id in common."""
-        (rows, columns), sizes = self.steps.tiles, self.ranges.shape[0] // 2 // sum(self.steps.tiles)
-        q, k = self.b * rows + self.q_tile, 2 * sizes * rows + self.b * columns + self.k_tile
-        low, high = self.ranges[q], self.ranges[sizes * rows + q]
-        return (low <= self.ranges[sizes * columns + k]) & (self.ranges[k] <= high)
+        (rows, columns), sequences = self.steps.tiles, self.ranges.shape[0] // 2 // sum(self.steps.tiles)
+        q, k = self.b * rows + self.q_tile, 2 * sequences * rows + self.b * columns + self.k_tile
+        low, high = self.ranges[q], self.ranges[sequences * rows + q]
+        return (low <= self.ranges[sequences * columns + k]) & (self.ranges[k] <= high)
 
 
 # What every kernel does with a tile. The scores of one are [queries, keys] in the forward pass and [keys, queries] in
@@ -280,7 +256,7 @@ def _along(size: int, axis: int) -> tuple[int, int]:
 
 
 def _unpack(words: Array, shape: tuple[int, int]) -> Array:
-    """Bits [rows / 32, columns] as booleans of the shape; bit i of a word is of the i-th of its 32 rows."""
+    """What `pack_words` made of a mask of this shape."""
     spread = jnp.repeat(words, 32, axis=0)
     bit = lax.broadcasted_iota(jnp.int32, shape, 0) & 31
     return lax.shift_right_logical(spread, bit) & 1 != 0
@@ -288,12 +264,7 @@ def _unpack(words: Array, shape: tuple[int, int]) -> Array:
 
 def pack_bits(masks: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Masks [distinct, queries, keys] as `_unpack` reads them: for the forward and for the backward passes."""
-
-    def pack(x):
-        groups = x.reshape(x.shape[0], -1, 32, x.shape[-1]).astype(np.uint32)
-        return (groups << np.arange(32, dtype=np.uint32)[:, None]).sum(axis=2, dtype=np.uint32).view(np.int32)
-
-    return pack(masks), pack(masks.swapaxes(1, 2))
+    return pack_words(masks), pack_words(masks.swapaxes(1, 2))
 
 
 def _dot(x: Array, y: Array, dims) -> Array:
@@ -310,7 +281,7 @@ def _visit(place: Place, refs: dict, step: Callable[[bool], None]) -> None:
     """A live tile: with a mask of the pattern, or without."""
     live = place.meets() if "q_ids" in refs else True
     pl.when((place.kind == FULL) & live)(lambda: step(False))
-    pl.when((place.kind != FULL) & (place.kind != EMPTY) & live)(lambda: step(True))
+    pl.when((place.kind == PARTIAL) & live)(lambda: step(True))
 
 
 # The kernels. `refs` are the blocks of the inputs by name.
@@ -514,4 +485,4 @@ def _shape_like(x: Array, shape: tuple[int, ...], dtype) -> jax.ShapeDtypeStruct
     return jax.ShapeDtypeStruct(shape, dtype, manual_axis_type=jax.typeof(x).manual_axis_type)
 
 
-BACKEND = Backend(_forward, _d_queries, _d_keys_values, pack_bits)
+BACKEND = Backend(_forward, _d_queries, _d_keys_values, pack_bits, most=MOST_WORDS, most_kept=MOST_KEPT)

@@ -64,7 +64,7 @@ def test_lists_say_what_the_masks_say(pattern, lengths, most, g):
     t, s = lengths
     expected = expected_states(pattern, t, s, 4)
     rows, columns = expected.shape[1:]
-    plan = plan_pattern(pattern, t, s, TILE, (4, g), formula=False, most=most)
+    plan = plan_pattern(pattern, t, s, TILE, (4, g), formula=False, most=most, most_kept=4)
     np.testing.assert_array_equal(states_of(plan.rows, 4, (rows, columns)), expected)
     found = states_of(plan.columns, g, (columns, rows), share=4 // g)
     np.testing.assert_array_equal(found.swapaxes(1, 2), expected)
@@ -87,7 +87,7 @@ def check_masks(plan, pattern, t, s):
 
 def test_a_step_for_each_live_tile_and_no_more():
     pattern = parse("per_head(causal, causal, window(20), window(20))")
-    plan = plan_pattern(pattern, 128, 128, (16, 16), (4, 2), formula=False, most=None)
+    plan = plan_pattern(pattern, 128, 128, (16, 16), (4, 2), formula=False, most=None, most_kept=4)
     steps = {part.heads: walk.lists.rows.shape[1] for part, walk in plan.rows}
     assert steps == {(0, 1): 36, (2, 3): 8 + 7 + 6}
     assert sum(len(part.heads) * steps[part.heads] for part, _ in plan.rows) == pattern.tiles(128, 128, (16, 16))[0]
@@ -95,7 +95,7 @@ def test_a_step_for_each_live_tile_and_no_more():
 
 
 def test_calls_have_at_most_so_many_entries():
-    plan = plan_pattern(parse("causal"), 1024, 1024, (16, 16), (1, 1), formula=True, most=200)
+    plan = plan_pattern(parse("causal"), 1024, 1024, (16, 16), (1, 1), formula=True, most=200, most_kept=4)
     assert len(plan.rows) > 1
     for calls in (plan.rows, plan.columns):
         assert all(walk.lists.rows.size <= 200 for _, walk in calls)
@@ -133,7 +133,7 @@ def test_selections_are_cut_by_the_pattern(pattern, b):
 @settings(max_examples=40)
 @given(shared_patterns(longest=90), st.sampled_from([(64, 64), (61, 90), (90, 61)]))
 def test_kept_masks_are_those_of_the_tiles(pattern, lengths):
-    plan = plan_pattern(pattern, *lengths, TILE, (2, 1), formula=True, most=None)
+    plan = plan_pattern(pattern, *lengths, TILE, (2, 1), formula=True, most=None, most_kept=4)
     masks = [evaluate(pattern, *place, *lengths) for place in plan.kept]
     for part, (_, lists) in plan.rows if plan.kept else ():
         for row, column, kind, _, mask in zip(*(x[0] for x in lists), strict=True):

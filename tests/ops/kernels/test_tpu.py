@@ -54,7 +54,7 @@ def check_same(found, expected):
 def test_lists_too_long_for_scalar_memory_are_cut(monkeypatch):
     request = make_request("causal", 391, (2, 2))
     whole = differentiate(tpu.run, request)
-    monkeypatch.setattr(tpu, "MOST_WORDS", 3)
+    monkeypatch.setattr(tpu, "BACKEND", dataclasses.replace(tpu.BACKEND, most=3))
     cut = differentiate(tpu.run, request)
     for one, other in zip(cut, whole, strict=True):
         np.testing.assert_array_equal(one, other)
