@@ -6,6 +6,7 @@ import subprocess
 import sys
 
 import pytest
+import re
 
 from sparsejax.cli import USAGE_ERROR, main
 from sparsejax.train import read_rows
@@ -53,7 +54,8 @@ def test_two_processes_train_together(tmp_path):
     said = [runs.finish(process) for process in pair]
     assert [code for code, _, _ in said] == [0, 0], said
     assert "validation:" in said[0][1]
-    assert all(line.startswith("[Gloo]") for line in said[1][1].splitlines())  # one of them speaks
+    # One of them speaks. Gloo's threads do too, and now and then two of its lines become one.
+    assert not re.sub(r"\[Gloo\] [^\[\n]*", "", said[1][1]).strip()
     code, _, err = runs.finish(start("one", 4))
     assert code == 0, err
     alone, together = (read_rows(tmp_path / name / "metrics.jsonl") for name in ("one", "two"))
