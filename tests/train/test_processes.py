@@ -1,12 +1,12 @@
 """One process and two real ones see the same global batches."""
 
 import os
+import re
 import socket
 import subprocess
 import sys
 
 import pytest
-import re
 
 from sparsejax.cli import USAGE_ERROR, main
 from sparsejax.train import read_rows
