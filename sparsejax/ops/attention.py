@@ -10,17 +10,20 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from sparsejax.ops import dense, gather, segment
+from sparsejax.ops import cudnn, dense, gather, segment
 from sparsejax.ops.kernels import gpu, tpu
 from sparsejax.ops.request import Request, cap, masked_softmax
 from sparsejax.patterns import Pattern
 
 
 class Implementation(NamedTuple):
-    """A way to compute attention. `refuse` says in words why it cannot serve a request, or None."""
+    """A way to compute attention. `refuse` says in words why it cannot serve a request, or None.
+
+    `run` gives the output and the log-sum-exp, for which there may be None where the request does not want it.
+    """
 
     name: str
-    run: Callable[[Request], tuple[Array, Array]]
+    run: Callable[[Request], tuple[Array, Array | None]]
     refuse: Callable[[Request], str | None]
 
 
@@ -30,6 +33,7 @@ IMPLEMENTATIONS = (
     Implementation("segment", segment.run, segment.refuse),
     Implementation("tpu", tpu.run, tpu.refuse),
     Implementation("gpu", gpu.run, gpu.refuse),
+    Implementation("cudnn", cudnn.run, cudnn.refuse),
 )
 
 # Measured on CPU by scripts/measure_attention.py (experiments/attention): up to one tile there is nothing to skip, and
@@ -71,7 +75,8 @@ def attend(
       k: keys; `g` divides `h`.
       v: values; their width may differ from that of the keys.
       pattern: who may look at whom; a pattern with heads must have `h` of them.
-      impl: "auto", or the name of an implementation: "dense", "gather", "segment", "tpu" or "gpu".
+      impl: "auto", or the name of an implementation: "dense", "gather", "segment", "tpu", "gpu" or
+        "cudnn".
       scale: factor on q·k, `d ** -0.5` if not given.
       softcap: bounds the scaled scores to `softcap * tanh(score / softcap)`.
       sink_logits: one logit for each query head that joins the softmax's denominator but has no value.
@@ -94,7 +99,7 @@ def attend(
         segment_ids = (segment_ids, segment_ids)
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     slopes = None if alibi_slopes is None else jax.lax.stop_gradient(alibi_slopes)
-    request = Request(q, k, v, pattern, scale, softcap, sink_logits, segment_ids, interpret, slopes)
+    request = Request(q, k, v, pattern, scale, softcap, sink_logits, segment_ids, interpret, slopes, return_lse)
     out, lse = _choose(impl, request).run(request)
     return (out, lse) if return_lse else out
 
@@ -156,7 +161,8 @@ def _choose(impl: str, request: Request) -> Implementation:
 def _preferences(request: Request) -> tuple[str, ...]:
     """What "auto" tries, best first. An implementation that is not named here has to be asked for.
 
-    "gpu" is not: its kernels, whose threads wait for one another by hand, have not run on a machine yet.
+    "gpu" is not: its kernels, whose threads wait for one another by hand, have not run on a machine yet. cuDNN comes
+    first for the masks that it has: by published times it leads even kernels that visit each tile (not measured).
     """
     t, s = request.q.shape[1], request.k.shape[1]
     if max(t, s) <= DENSE_LENGTH:
@@ -166,7 +172,7 @@ def _preferences(request: Request) -> tuple[str, ...]:
         live += len(pattern.layout(t, s, (tile, tile)).columns) * len(heads)
         pairs += pattern.pairs(t, s) * len(heads)
     if pairs < SEGMENT_FILL * live * tile**2:
-        return "tpu", "segment", "gather", "dense"
+        return "cudnn", "tpu", "segment", "gather", "dense"
     if jax.default_backend() != "cpu" and live > DENSE_DENSITY * -(-t // tile) * -(-s // tile) * request.q.shape[2]:
-        return "tpu", "dense", "gather", "segment"
-    return "tpu", "gather", "segment", "dense"
+        return "cudnn", "tpu", "dense", "gather", "segment"
+    return "cudnn", "tpu", "gather", "segment", "dense"

@@ -18,7 +18,7 @@ MASKED = -1e30  # stands in for minus infinity: finite, so that a fully masked r
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Request:
-    """One call of `attend`; shapes agree (see `check`). `scale` is resolved, segments are a pair or None."""
+    """One call of `attend`, with shapes that agree. `scale` is resolved, segments are a pair or None."""
 
     q: Float[Array, "b t h d"]
     k: Float[Array, "b s g d"]
@@ -30,6 +30,7 @@ class Request:
     segments: tuple[Int[Array, "b t"], Int[Array, "b s"]] | None
     interpret: bool
     alibi_slopes: Float[Array, " h"] | None = None
+    wants_lse: bool = True  # the log-sum-exp, or its gradient
 
     def __post_init__(self):
         if {self.q.ndim, self.k.ndim, self.v.ndim} != {4} or self.k.shape[:-1] != self.v.shape[:-1]:

@@ -28,7 +28,7 @@ from sparsejax.patterns.library import NAMES
 from tests.patterns.strategies import patterns_with_heads, shared_patterns
 from tests.tolerances import assert_close
 
-IMPLS = [one.name for one in IMPLEMENTATIONS]
+IMPLS = [one.name for one in IMPLEMENTATIONS if one.name != "cudnn"]  # that has tests of its own, and runs nowhere else
 SERVES_ALL = {"dense", "gather", "segment"}
 # Compiling is what these tests spend their time on: leave out what only makes the code faster.
 QUICK = {"xla_backend_optimization_level": 0} if jax.default_backend() == "cpu" else None
@@ -488,7 +488,7 @@ def check_ranking(monkeypatch, pattern, length, ranking):
         )
         for name in ("other", "segment", "gather", "dense")
     )
-    fakes += (Implementation("tpu", run=None, refuse=lambda request: "no TPU"),)
+    fakes += tuple(Implementation(name, run=None, refuse=lambda request: "not here") for name in ("tpu", "cudnn"))
     monkeypatch.setattr("sparsejax.ops.attention.IMPLEMENTATIONS", fakes)
     for name in ranking:
         assert small_attend(shape, shape, pattern=pattern) == name
@@ -518,7 +518,7 @@ def test_refusal_names_every_reason(monkeypatch):
 def test_unknown_implementation():
     with pytest.raises(ImplementationError) as refusal:
         small_attend(impl="flash")
-    assert str(refusal.value) == f"attend: no implementation 'flash'; there are {', '.join(IMPLS)} and auto"
+    assert str(refusal.value) == f"attend: no implementation 'flash'; there are {', '.join(IMPLS)}, cudnn and auto"
 
 
 def small_attend(q=(2, 5, 4, 8), k=(2, 5, 2, 8), v=None, pattern="causal", **options):
