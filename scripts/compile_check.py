@@ -9,8 +9,8 @@ memory and what a machine has no instruction for; it runs nothing. Speed is what
 issues one bundle of instructions per cycle, so that the bundles between two branches are the cycles of that stretch
 without waiting for memory. Exits with 1 if anything does not compile.
 
-For GPUs, CUDA's assembler (installed into build/compile_check_gpu; needs jax 0.12) makes code for sm_90a and says how
-many registers a thread takes. Also exits with 1 if any are spilled, or if a kernel has no wgmma or TMA instruction.
+For GPUs, CUDA's assembler (installed beside it; needs jax 0.11) makes code for sm_90a and says how many registers a
+thread takes. Also exits with 1 if any are spilled, or if a kernel has no wgmma or TMA instruction.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 LIBTPU = "libtpu==0.0.52"
-PLACE = ROOT / "build" / "compile_check"
+PLACE = ROOT / "build" / "compile_check"  # a folder in it for each version
 TOPOLOGIES = {"v5e": "v5e:2x2", "v5p": "v5p:2x2x1", "v6e": "v6e:2x2", "tpu7x": "tpu7x:2x2x1"}
 ENVIRONMENT = {
     "JAX_PLATFORMS": "cpu",
@@ -77,7 +77,6 @@ VARIANTS = (
 )
 
 CUDA = ("nvidia-cuda-nvcc==13.5.37", "nvidia-nvvm==13.5.37")  # with JAX's plugins, of the version of jax
-PLACE_GPU = ROOT / "build" / "compile_check_gpu"
 HOPPER = """
 gpu_device_info {
   threads_per_block_limit: 1024 threads_per_warp: 32 shared_memory_per_block: 49152 shared_memory_per_core: 233472
@@ -112,16 +111,13 @@ def main() -> int:
     if arguments.part:
         print(json.dumps(PARTS[arguments.part.split(":")[0]](*arguments.part.split(":")[1:])))
         return 0
-    version = importlib.metadata.version("jax")
-    cuda = (*(f"jax-cuda13-{name}=={version}" for name in ("plugin", "pjrt")), *CUDA)
-    targets = {"tpu": (PLACE, (LIBTPU,), check_tpu), "gpu": (PLACE_GPU, cuda, check_gpu)}
-    place, packages, check = targets[arguments.target]
-    install(place, *packages)
+    packages = list_packages(arguments.target)
+    install(find_place(arguments.target), *packages)
     started = time.perf_counter()
-    found, table, failed = check()
+    found, table, failed = check_tpu() if arguments.target == "tpu" else check_gpu()
     print(table)
     print(f"{time.perf_counter() - started:.0f} s")
-    versions = {"jax": version} | dict(package.split("==") for package in packages)
+    versions = {"jax": importlib.metadata.version("jax")} | dict(package.split("==") for package in packages)
     result = {"python": platform.python_version(), "versions": versions} | found
     if arguments.out:
         arguments.out.write_text(json.dumps(result, indent=1) + "\n")
@@ -146,6 +142,19 @@ def check_gpu() -> tuple[dict, str, bool]:
     return {"compiled": rows}, write_gpu_table(rows), failed
 
 
+def list_packages(target: str) -> tuple[str, ...]:
+    """The compiler's, with JAX's own for GPUs in the version of jax."""
+    if target == "tpu":
+        return (LIBTPU,)
+    version = importlib.metadata.version("jax")
+    return (*(f"jax-cuda13-{name}=={version}" for name in ("plugin", "pjrt")), *CUDA)
+
+
+def find_place(target: str) -> Path:
+    """Where they are, by the version of the first."""
+    return PLACE / list_packages(target)[0]
+
+
 def install(place: Path, *packages: str) -> None:
     """These packages alone, beside the environment that this runs in."""
     if not place.is_dir():
@@ -155,8 +164,7 @@ def install(place: Path, *packages: str) -> None:
 
 def run_part(*part: str, target: str = "tpu") -> list[dict]:
     """A part of the work in a process of its own, as the compiler reads its options once."""
-    place = PLACE if target == "tpu" else PLACE_GPU
-    paths = os.pathsep.join([str(ROOT), str(place), os.environ.get("PYTHONPATH", "")])
+    paths = os.pathsep.join([str(ROOT), str(find_place(target)), os.environ.get("PYTHONPATH", "")])
     with tempfile.TemporaryDirectory() as dump:
         if target == "tpu":
             options = {"LIBTPU_INIT_ARGS": f"--xla_jf_dump_to={dump} --xla_jf_dump_llo_text=true"}
