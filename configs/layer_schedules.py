@@ -4,18 +4,18 @@
     sparsejax show --config=configs/layer_schedules.py:paper --config.model.schedule='7x(ssm) full'
 
 `:paper` (or nothing) has 24 layers and 1.3B parameters, about the size at which Jamba (arXiv:2403.19887, section 6)
-compares its ratios; `:mini` has eight layers for two CPU cores. Layers by name: `full` has rotary positions, `nope`
+compares its ratios; `:mini` has eight layers of width 64 for two CPU cores, a minute or two for a run. Layers by name: `full` has rotary positions, `nope`
 none; `local` is a window, with the first tokens as well in `sinks1` to `sinks8`; `ssm` and `lightning` are made as
 large as attention. The schedules are in experiments/layer_schedules.
 """
 
 import recipe
 
-PAPER = dict(repeats=3, width=2048, heads=16, mlp=5632, window=1023, vocab=65_536)
-MINI = dict(repeats=1, width=96, heads=4, mlp=256, window=31, vocab=256)
+PAPER = dict(repeats=3, width=2048, heads=16, inner=2600, mlp=5632, window=1023, vocab=65_536)
+MINI = dict(repeats=1, width=64, heads=2, inner=64, mlp=128, window=31, vocab=256)
 
 
-def build(repeats, width, heads, mlp, window, vocab):
+def build(repeats, width, heads, inner, mlp, window, vocab):
     norm = recipe.rms(1e-6)
     rope = dict(base=10_000.0)
 
@@ -29,7 +29,7 @@ def build(repeats, width, heads, mlp, window, vocab):
         full=attention("causal", rope),
         nope=attention("causal", None),
         local=attention(f"causal & window({window})", rope),
-        ssm=layer(recipe.mamba(width, inner=7 * width // 6)),
+        ssm=layer(recipe.mamba(width, inner=inner)),
         lightning=layer(dict(kind="lightning", heads=heads, head_width=4 * width // 5 // heads)),
     )
     for sinks in (1, 2, 4, 8):
@@ -42,5 +42,5 @@ def get_config(argument="paper"):
         return recipe.make_run(build(**PAPER), length=4096, steps=100_000, batch=256, learning_rate=3e-4, warmup=2000)
     if argument != "mini":
         raise ValueError(f"the argument must be paper or mini, got {argument!r}")
-    config = recipe.make_run(build(**MINI), length=512, steps=400, batch=8, learning_rate=3e-3, warmup=50)
+    config = recipe.make_run(build(**MINI), length=256, steps=400, batch=8, learning_rate=3e-3, warmup=50)
     return recipe.fit_cpu(config, evaluations=4)

@@ -20,16 +20,18 @@ POSITIONS = {
     "1 full without positions : 7 Mamba": "7x(ssm) nope",
 }
 SINKS = {f"windows alone, sinks {n}": f"8x(sinks{n})" for n in (1, 2, 4, 8)}
-RECALL = {  # the sizes of configs/mqar.py
+RECALL = {  # the sizes of configs/mqar.py; windows to match
     "data.task": "mqar",
-    "data.length": 64,
-    "data.probe.length": 64,
-    "data.probe.pairs": 8,
-    "data.probe.vocab": 256,
+    "data.length": 32,
+    "data.probe.length": 32,
+    "data.probe.pairs": 4,
+    "data.probe.vocab": 64,
     "train.batch": 32,
-    "train.steps": 1000,
-    "eval.every": 250,
-    "checkpoint.every": 250,
+    "train.steps": 600,
+    "eval.every": 150,
+    "checkpoint.every": 150,
+    WINDOW: "causal & window(7)",
+    **{f"model.layers.sinks{n}.mixer.pattern": f"causal & (window(7) | sink({n}))" for n in (1, 2, 4, 8)},
 }
 
 
@@ -62,7 +64,7 @@ def text():
 
 
 def recall():
-    return product(compare(windows=(7, 15)), [RECALL])
+    return [RECALL | row for row in compare(windows=(1, 3))]
 
 
 def ratios():
@@ -70,7 +72,7 @@ def ratios():
 
 
 def ratios_recall():
-    return product(ratios(), [RECALL])
+    return [RECALL | row for row in ratios()]
 
 
 def paper():
