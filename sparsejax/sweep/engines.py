@@ -103,6 +103,7 @@ class Local:
         self._devices, self._cores = find_devices(), find_cores()
         self.jobs = jobs or self._count_jobs()
         self._executor = _build_executor("LocalExecutor", folder)
+        self._compiled = folder / "compiled"
         # The jobs outlive the launcher and its terminal, so they hear nothing from it and write nothing to it.
         quiet = ["trap '' INT HUP", "exec < /dev/null > /dev/null 2>&1"]
         self._executor.update_parameters(timeout_min=YEAR, setup=quiet)
@@ -161,7 +162,9 @@ class Local:
         threads = {"NPROC": os.environ.get("NPROC", str(len(self._cores)))} if self._cores else {}
         # Submitit takes all devices away.
         devices = ",".join(share_out(self._devices, slot, self.jobs)) or os.environ.get("CUDA_VISIBLE_DEVICES")
-        return threads | {"CUDA_VISIBLE_DEVICES": devices}
+        # Runs that differ in their seed alone are one program.
+        compiled = {"JAX_COMPILATION_CACHE_DIR": os.environ.get("JAX_COMPILATION_CACHE_DIR", str(self._compiled))}
+        return threads | compiled | {"CUDA_VISIBLE_DEVICES": devices}
 
 
 class Slurm:

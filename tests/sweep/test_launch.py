@@ -132,13 +132,15 @@ def launch_here(commands, folder, jobs=2, **options):
 
 def test_runs_have_shares_of_the_cores_and_no_more_run_at_a_time(tmp_path, monkeypatch):
     monkeypatch.setattr(engines, "find_devices", lambda: ("3", "5"))
-    script = "echo $(date +%s%N) $CUDA_VISIBLE_DEVICES; sleep 0.3; date +%s%N; DONE"
+    monkeypatch.delenv("JAX_COMPILATION_CACHE_DIR", raising=False)
+    script = "echo $(date +%s%N) $CUDA_VISIBLE_DEVICES $JAX_COMPILATION_CACHE_DIR; sleep 0.3; date +%s%N; DONE"
     commands = [Command(f"run{i}", script) for i in range(4)]
     out, error = launch_here(commands, tmp_path)
     assert error is None
     assert out.splitlines()[-1] == "4 of 4 runs done"
     lines = [build_job(one, tmp_path).last_lines(2) for one in commands]
     assert {line[0].split()[1] for line in lines} == {"3", "5"}
+    assert {line[0].split()[2] for line in lines} == {str(tmp_path / "compiled")}
     spans = [(int(line[0].split()[0]), int(line[1])) for line in lines]
     assert max(sum(a <= start < b for a, b in spans) for start, _ in spans) == 2
 

@@ -1,11 +1,14 @@
 """What the kernels for Hopper GPUs have that the suite of all implementations does not ask for."""
 
 import dataclasses
+import functools
+import importlib
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from sparsejax.ops.kernels import gpu
 from sparsejax.ops.request import Request
@@ -45,6 +48,16 @@ CASES = [
 def test_values_and_gradients(case):
     skip_unless_served(make_request("causal", 9))
     check("gpu", case, draw_inputs(case, batch=1))
+
+
+def test_no_races(monkeypatch):
+    """Of warpgroups and copies; products of tensor cores are not in the interpreter's model."""
+    request = make_request("causal & window(100)", 129)
+    skip_unless_served(request)
+    gpu_callbacks = importlib.import_module("jax._src.pallas.mosaic_gpu.interpret.gpu_callbacks")
+    monkeypatch.setattr(plgpu, "InterpretGPUParams", functools.partial(plgpu.InterpretGPUParams, detect_races=True))
+    differentiate(gpu.run, request)
+    assert not gpu_callbacks.get_races().races_found
 
 
 @pytest.mark.nightly
