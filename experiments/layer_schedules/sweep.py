@@ -20,8 +20,8 @@ POSITIONS = {
     "1 full without positions : 7 Mamba": "7x(ssm) nope",
 }
 SINKS = {f"windows alone, sinks {n}": f"8x(sinks{n})" for n in (1, 2, 4, 8)}
-# The sizes of configs/mqar.py, and windows to match. What serves text does not serve here: with a warm-up of 50 steps and
-# beta2 of 0.95, seven Mamba layers and one of attention learn nothing in 400 steps.
+# The sizes of configs/mqar.py, and windows to match. What serves text does not serve here: with a warm-up of 50 steps
+# and beta2 of 0.95, seven Mamba layers and one of attention learn nothing in 400 steps.
 RECALL = {
     "data.task": "mqar",
     "data.length": 32,
