@@ -4,9 +4,9 @@
     sparsejax show --config=configs/layer_schedules.py:paper --config.model.schedule='7x(ssm) full'
 
 `:paper` (or nothing) has 24 layers and 1.4B parameters, about the size at which Jamba (arXiv:2403.19887, section 6)
-compares its ratios; `:mini` has eight layers of width 64 for two CPU cores, a minute or two for a run. Layers by name: `full` has rotary positions, `nope`
-none; `local` is a window, with the first tokens as well in `sinks1` to `sinks8`; `ssm` and `lightning` are made as
-large as attention. The schedules are in experiments/layer_schedules.
+compares its ratios; `:mini` has eight layers of width 64 for two CPU cores, a minute or two for a run. Layers by name:
+`full` has rotary positions, `nope` none; `local` is a window, with the first tokens as well in `sinks1` to `sinks8`;
+`ssm` and `lightning` are made as large as attention. The schedules are in experiments/layer_schedules.
 """
 
 import recipe
