@@ -106,6 +106,7 @@ def main() -> int:
     parser.add_argument("target", choices=["tpu", "gpu"])
     parser.add_argument("--out", type=Path, help="write what was found as JSON")
     parser.add_argument("--table", type=Path, help="write it as a table")
+    parser.add_argument("--install", action="store_true", help="only fetch the compiler")
     parser.add_argument("--part", help=argparse.SUPPRESS)  # one part of the work, in a process of its own
     arguments = parser.parse_args()
     if arguments.part:
@@ -113,6 +114,8 @@ def main() -> int:
         return 0
     packages = list_packages(arguments.target)
     install(find_place(arguments.target), *packages)
+    if arguments.install:
+        return 0
     started = time.perf_counter()
     found, table, failed = check_tpu() if arguments.target == "tpu" else check_gpu()
     print(table)
