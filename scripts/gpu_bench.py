@@ -37,12 +37,12 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 from sparsejax.patterns import And, Or, Random, parse, recipes  # noqa: E402
+from tests.tolerances import TOLERANCE  # noqa: E402
 
 TILE = 128
 SAMPLES, SAMPLE_MS = 21, 10.0
 PATIENCE = 60.0  # seconds for a row, compilation included
 SHARES = {"check": 0.3, "time": 0.7, "flex": 1.0}  # of the minutes, by when each part has to end
-TOLERANCE = {"bfloat16": 1.6e-2, "float16": 2e-3}  # as in tests/tolerances.py
 FIELDS = ("name", "driver_version", "clocks.sm", "clocks.mem", "clocks.max.sm", "power.draw", "temperature.gpu")
 DENSE, CAUSAL, WINDOW = "full", "causal", "causal & window(1023)"
 LONG_ROWS = "causal & window(5119)"  # 34.6 tiles a row at 16,384

@@ -19,7 +19,8 @@ POSITIONS = {
     "1 full without positions : 3 windows": "2x(3x(local) nope)",
     "1 full without positions : 7 Mamba": "7x(ssm) nope",
 }
-SINKS = {f"windows alone, sinks {n}": f"8x(sinks{n})" for n in (1, 2, 4, 8)}
+FIRST = (1, 2, 4, 8)  # tokens that are sinks
+SINKS = {f"windows alone, sinks {n}": f"8x(sinks{n})" for n in FIRST}
 # The sizes of configs/mqar.py, and windows to match. What serves text does not serve here: with a warm-up of 50 steps
 # and beta2 of 0.95, seven Mamba layers and one of attention learn nothing in 400 steps.
 RECALL = {
@@ -37,7 +38,7 @@ RECALL = {
     "optimizer.beta2": 0.98,
     "optimizer.weight_decay": 0.0,
     WINDOW: "causal & window(7)",
-    **{f"model.layers.sinks{n}.mixer.pattern": f"causal & (window(7) | sink({n}))" for n in (1, 2, 4, 8)},
+    **{f"model.layers.sinks{n}.mixer.pattern": f"causal & (window(7) | sink({n}))" for n in FIRST},
 }
 
 
