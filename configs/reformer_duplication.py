@@ -5,12 +5,14 @@
 
 `:paper` (or nothing) is the paper's: one layer of width 256 with four heads, 1,024 tokens, 150,000 steps. Chunks,
 buckets, batch and rate are not in the paper. `:mini` is for two CPU cores: width 64, two heads, 256 tokens. Layers by
-name: `full`, and `lsh1` to `lsh8`, hashed so many times; the table's rows are in experiments/reformer_duplication.
+name: `full`, all of whose tokens are one chunk, so that its parameters are those of the others, and `lsh1` to `lsh8`,
+hashed so many times. At the end a model is evaluated as each of them; what is trained stands in
+experiments/reformer_duplication.
 """
 
 import recipe
 
-HASHES = (1, 2, 4, 8)
+HASHES = (8, 4, 2, 1)
 PAPER = dict(width=256, heads=4, mlp=256, length=1024, chunk=32)
 MINI = dict(width=64, heads=2, mlp=64, length=256, chunk=32)
 
@@ -19,14 +21,12 @@ def build(width, heads, mlp, length, chunk):
     """Positions are learned: tokens find their places again by them."""
     norm = dict(kind="layer", eps=1e-6)
 
-    def layer(mixer):
+    def layer(**hashing):
+        mixer = dict(kind="lsh", heads=heads, head_width=width // heads, causal=True, seed=0, **hashing)
         return recipe.layer(mixer, recipe.plain(mlp, "relu"), norm)
 
-    layers = {"full": layer(recipe.attention("causal", heads, heads, width // heads))}
-    for hashes in HASHES:
-        sizes = dict(chunk=chunk, buckets=(2 * length // chunk,), hashes=hashes)
-        mixer = dict(kind="lsh", heads=heads, head_width=width // heads, causal=True, seed=0, **sizes)
-        layers[f"lsh{hashes}"] = layer(mixer)
+    layers = {"full": layer(chunk=length, buckets=(2,), hashes=1, before=0)}
+    layers |= {f"lsh{n}": layer(chunk=chunk, buckets=(2 * length // chunk,), hashes=n) for n in HASHES}
     return recipe.model(128, width, "lsh4", layers, norm, embedding=dict(positions=length))
 
 
@@ -39,4 +39,6 @@ def get_config(argument="paper"):
         run = dict(steps=600, batch=16, learning_rate=3e-3, warmup=50)
     config = recipe.make_run(build(**sizes), length=sizes["length"], **run)
     config.data.update(task="duplication", probe=dict(length=sizes["length"], vocab=128))
-    return config if argument == "paper" else recipe.fit_cpu(config, evaluations=3)
+    config = config if argument == "paper" else recipe.fit_cpu(config, evaluations=3)
+    config.eval.also = {name: (f"model.schedule={name}",) for name in config.model.layers}
+    return config

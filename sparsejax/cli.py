@@ -310,7 +310,8 @@ def _add_report(verbs: argparse._SubParsersAction) -> None:
     one = verbs.add_parser("report", help=purpose, description=purpose, allow_abbrev=False)
     one.add_argument("places", nargs="+", metavar="PLACE", help="a sweep, a workdir, a folder of these, a results.csv")
     one.add_argument("--out", metavar="DIR", help="gets tables, figures and index.html; only printed if not given")
-    one.add_argument("--metric", metavar="NAME[:min|:max]", help="what is compared, for example eval/accuracy")
+    what = "what is compared, for example eval/accuracy; of several, joined by commas, only a table"
+    one.add_argument("--metric", metavar="NAME[:min|:max],...", help=what)
     one.add_argument("--baseline", metavar="LABEL", help="what others are compared with; the first if not given")
     one.add_argument("--by", metavar="KEY,...", help="keys of the config that put runs together, in place of labels")
     one.add_argument("--table", action="store_true", help="print nothing but the table, as markdown")

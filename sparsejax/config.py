@@ -290,9 +290,17 @@ class ShardingConfig:
             raise ValueError("data must be at least 1, or -1 for all remaining devices")
 
 
+# What an evaluation of `eval.also` may set; the text held out is the same, and so are the parameters.
+ALSO_KEYS = ("data.length", "data.probe.", "eval.batch", "eval.final", "eval.stride", "model.")
+
+
 @dataclasses.dataclass(frozen=True)
 class EvalConfig:
-    """Evaluation every `every` steps on `batches` batches of `batch` windows; at the end on `final`, or on all."""
+    """Evaluation every `every` steps on `batches` batches of `batch` windows; at the end on `final`, or on all.
+
+    At the end also under other settings, by name: `also` has for each what it sets, as on the command line, such as
+    "model.schedule=8x(full)", on top of what the last phase sets. It may set the keys in `ALSO_KEYS`.
+    """
 
     every: int
     batch: int
@@ -300,9 +308,13 @@ class EvalConfig:
     sample: int  # tokens of text to generate at the end
     stride: int = 0  # tokens from one window to the next, of which each scores only its last ones; 0: data.length
     final: int = 0  # batches of the evaluation at the end, spread evenly; 0: all of the validation text
+    also: dict[str, tuple[str, ...]] = dataclasses.field(default_factory=dict)
 
     def __post_init__(self):
         _require(self, every=1, batch=1, batches=1, sample=0, stride=0, final=0)
+        for name in self.also:
+            if not name or "/" in name:  # it becomes a part of a metric's name
+                raise ValueError(f"also: {name!r} is no name, nor is anything with a '/' in it")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -460,11 +472,13 @@ def check(config: ConfigDict) -> Config:
 
     Raises:
       ConfigError: an unknown, missing or mistyped key, or a value that cannot be; names the key and, for an
-        unknown one, the nearest known. The same of every phase.
+        unknown one, the nearest known. The same of every phase and every evaluation of `eval.also`.
     """
     checked = _build(Config, config.to_dict(), "")
     for name in checked.train.phases:
         check_phase(config, name)
+    for name in checked.eval.also:
+        check_also(config, name)
     return checked
 
 
@@ -474,17 +488,34 @@ def check_phase(config: ConfigDict, name: str) -> Config:
     Raises:
       ConfigError: as `check`, with the phase's key before it; or something is set that a phase cannot set.
     """
-    place = f"train.phases.{name}.set"
+    return _check_set(config, f"train.phases.{name}.set", config.train.phases[name]["set"], "a phase", PHASE_KEYS)
+
+
+def check_also(config: ConfigDict, name: str) -> Config:
+    """The frozen form of a ConfigDict with what its last phase and its evaluation `name` of `eval.also` set.
+
+    Raises:
+      ConfigError: as `check_phase`.
+    """
+    phases = sorted(config.train.phases.values(), key=lambda phase: phase["start"])
+    before = phases[-1]["set"] if phases else ()
+    return _check_set(config, f"eval.also.{name}", config.eval.also[name], "an evaluation", ALSO_KEYS, before)
+
+
+def _check_set(
+    config: ConfigDict, place: str, given: typing.Iterable[str], who: str, known: tuple[str, ...], before=()
+) -> Config:
+    """The frozen form of a ConfigDict with `before`, and then with what is given at a place, set."""
     changed = ConfigDict(_copy_tree(config.to_dict()))
     try:
-        for text in config.train.phases[name]["set"]:
+        for text in [*before, *given]:
             key, equals, value = text.partition("=")
             if not equals:
                 raise ConfigError(f"write KEY=VALUE, got {text!r}")
             override(changed, key, value)
-            if not any(key == one or (one.endswith(".") and key.startswith(one)) for one in PHASE_KEYS):
-                known = ", ".join(f"{one}*" if one.endswith(".") else one for one in PHASE_KEYS)
-                raise ConfigError(f"{key}: a phase can only set {known}")
+            if text in given and not any(key == one or (one.endswith(".") and key.startswith(one)) for one in known):
+                listed = ", ".join(f"{one}*" if one.endswith(".") else one for one in known)
+                raise ConfigError(f"{key}: {who} can only set {listed}")
         return _build(Config, changed.to_dict(), "")
     except ConfigError as error:
         raise ConfigError(f"{place}: {error}") from error

@@ -29,8 +29,8 @@ SWEEPS = [
     ("mqar", "", "other_rates", 4),
     ("mqar", "", "longer", 12),
     ("duplication", "", "sweep", 30),
-    ("reformer_duplication", "mini", "sweep", 15),
-    ("reformer_duplication", "paper", "sweep", 15),
+    ("reformer_duplication", "mini", "sweep", 12),
+    ("reformer_duplication", "paper", "sweep", 12),
 ]
 PAPER = {  # parameters
     "longformer_lm": 41.0e6,

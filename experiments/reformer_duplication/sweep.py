@@ -1,8 +1,8 @@
-"""The diagonal of Reformer's table 2: trained and evaluated with as many rounds of hashing."""
+"""Reformer's table 2: trained with full attention or with so many rounds of hashing, evaluated with each."""
 
 from sparsejax.sweep import align, product, seeds
 
-ROWS = {"full": "full", **{f"LSH, {n} round{'s' * (n > 1)}": f"lsh{n}" for n in (1, 2, 4, 8)}}
+ROWS = {"full": "full", **{f"LSH, {n} round{'s' * (n > 1)}": f"lsh{n}" for n in (4, 2, 1)}}
 
 
 def sweep():

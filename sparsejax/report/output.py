@@ -10,7 +10,7 @@ from rich.console import Console
 from sparsejax.report import figures, table
 from sparsejax.report.page import write_page
 from sparsejax.report.study import study
-from sparsejax.report.summary import summarize, write_table
+from sparsejax.report.summary import summarize, write_metrics, write_table
 from sparsejax.report.table import ReportError
 from sparsejax.train.writers import replace_file
 
@@ -34,7 +34,7 @@ def report(
       console: where to print.
       out: gets `results` and `curves` (.parquet and .csv), `configs.json`, `summary.md`, the figures as .svg and .png,
         and `index.html`, which has all of it in one file.
-      metric: what is compared; see `study.study`.
+      metric: what is compared; see `study.study`. Of several, joined by commas, only a table is printed.
       baseline: the label that others are compared with.
       by: keys that put runs together, in place of their labels.
       only_table: print nothing but the table.
@@ -42,7 +42,14 @@ def report(
     Raises:
       ReportError: something given of which no report can be made.
     """
-    found = study(table.read(places), metric, baseline, by)
+    results = table.read(places)
+    if metric is not None and "," in metric:
+        if out is not None:
+            raise ReportError("--out: goes with one --metric")
+        text = write_metrics([study(results, one.strip(), baseline, by) for one in metric.split(",")])
+        console.print(text, markup=False, highlight=False, soft_wrap=True)
+        return
+    found = study(results, metric, baseline, by)
     text = write_table(found) if only_table else summarize(found)
     if out is not None:
         _require_libraries()

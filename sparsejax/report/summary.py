@@ -35,11 +35,36 @@ def summarize(study: Study) -> str:
 def write_table(study: Study) -> str:
     """The table of settings as markdown; the best is in bold letters."""
     headings, rows = tabulate(study)
-    lines = [[_escape(heading) for heading in headings], ["---", *(["---:"] * (len(headings) - 1))]]
+    lines = []
     for setting, row in zip(study.settings, rows, strict=True):
         label, *rest = (_escape(cell.text) for cell in row)
-        lines.append([f"**{label}**" if setting is study.best else label, *rest])
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+        lines.append([_embolden(label, setting is study.best), *rest])
+    return _write_markdown(headings, lines)
+
+
+def write_metrics(studies: Sequence[Study]) -> str:
+    """One table of several studies of the same runs as markdown: settings by metrics; the best of each is in bold."""
+    labels = dict.fromkeys(one.label for study in studies for one in study.settings)
+    columns = []
+    for study in studies:
+        decimals, found = count_decimals(study), {one.label: one for one in study.settings}
+        columns.append(
+            {
+                label: _embolden(write_estimate(one.estimate, decimals).text, one is study.best)
+                for label, one in found.items()
+            }
+        )
+    lines = [[_escape(label), *(column.get(label, NONE) for column in columns)] for label in labels]
+    return _write_markdown(["setting", *(study.metric for study in studies)], lines)
+
+
+def _write_markdown(headings: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
+    rows = [[_escape(heading) for heading in headings], ["---", *(["---:"] * (len(headings) - 1))], *lines]
+    return "\n".join(f"| {' | '.join(row)} |" for row in rows)
+
+
+def _embolden(text: str, best: bool) -> str:
+    return f"**{text}**" if best else text
 
 
 def tabulate(study: Study, costs: bool = False) -> tuple[list[str], list[list[Cell]]]:

@@ -23,7 +23,7 @@ from sparsejax.decode import generate
 from sparsejax.model import Functional
 from sparsejax.train.checkpoint import Checkpoints
 from sparsejax.train.evaluate import Evaluation, describe, summarize
-from sparsejax.train.phases import plan_phases
+from sparsejax.train.phases import plan_evaluations, plan_phases
 from sparsejax.train.progress import ProgressReport
 from sparsejax.train.stage import Stage, set_up
 from sparsejax.train.state import TrainState, init_state, state_shapes
@@ -50,16 +50,17 @@ def train(settings: ConfigDict, workdir: Path, console: Console) -> Evaluation:
       Interrupted: asked to stop; a checkpoint was saved.
       BadLoss: see there; a checkpoint was saved, its parameters are the last good ones.
     """
-    phases = plan_phases(settings)
+    phases, evaluations = plan_phases(settings), plan_evaluations(settings)
     mesh = sharding.make_mesh(phases[0].config.sharding)
-    stages = set_up(phases, mesh)
+    prepared = set_up([*phases, *evaluations], mesh)
+    stages, others = prepared[: len(phases)], prepared[len(phases) :]
     first, last, config = stages[0], stages[-1], phases[0].config
     # From here on a signal is noted and not raised: an exception at just any place can be lost in a callback.
     with _StopSignals() as signals:
         _claim_workdir(workdir, settings, config)
         if sharding.leads():
             write_json(workdir / "data.json", _count_data(stages))
-        _describe(stages, mesh, console)
+        _describe(stages, others, mesh, console)
         meta = {"config": settings.to_dict(), "digest": configs.digest(settings), "corpus": first.dataset.digest}
         with Checkpoints(workdir / "checkpoints", config.checkpoint, meta) as checkpoints:
             if checkpoints.latest is None:
@@ -73,9 +74,10 @@ def train(settings: ConfigDict, workdir: Path, console: Console) -> Evaluation:
             if sharding.leads():
                 _log_versions(workdir)
             state, final = _run(stages, state, batches, checkpoints, signals, workdir, console)
+        found = summarize(final, last.dataset) | _evaluate_others(others, state, signals, console)
         if sharding.leads():
             size = {"step": int(state.step), "parameters": first.model.size}
-            write_json(workdir / RESULT, size | drop_infinite(summarize(final, last.dataset)))
+            write_json(workdir / RESULT, size | drop_infinite(found))
     _show_evaluation(final, last.dataset, console)
     if config.eval.sample and last.dataset.generates:
         _show_sample(last.model, state, last.dataset, config.eval.sample, console)
@@ -135,6 +137,22 @@ def _run_phase(stage, steps, state, batches, checkpoints, signals, record, progr
         if stopped_by and not last:
             raise Interrupted(f"stopped by {stopped_by} at step {number}; the same command goes on from there")
     return state, evaluation
+
+
+def _evaluate_others(others, state, signals, console):
+    """The metrics of the evaluations of `eval.also`, each with the name of the evaluation behind it."""
+    metrics = {}
+    for stage in others:
+        if stopped_by := signals.agreed(True):
+            raise Interrupted(
+                f"stopped by {stopped_by} before the last evaluations; the same command goes on from there"
+            )
+        found = summarize(stage.evaluate(state, stage.config.eval.final), stage.dataset)
+        console.print(
+            f"validation, {stage.phase.name}: {describe(found)}", highlight=False, markup=False, soft_wrap=True
+        )
+        metrics |= {f"{metric}/{stage.phase.name}": value for metric, value in found.items()}
+    return metrics
 
 
 class _Recorder:
@@ -239,7 +257,7 @@ def _count_data(stages: list[Stage]) -> dict[str, Any]:
     return stages[0].dataset.counts | ({"phases": named} if named else {})
 
 
-def _describe(stages: list[Stage], mesh: Mesh, console: Console) -> None:
+def _describe(stages: list[Stage], others: list[Stage], mesh: Mesh, console: Console) -> None:
     axes = " x ".join(f"{name} {n}" for name, n in mesh.shape.items())
     model = stages[0].model
     lines = [
@@ -254,6 +272,7 @@ def _describe(stages: list[Stage], mesh: Mesh, console: Console) -> None:
             lines.append(f"phase {phase.name}: steps {phase.start + 1:,} to {phase.stop:,}: {given}")
             where = f"phase {phase.name}: "
         lines += [f"warning: {where}{line}" for line in patterns.advise(config.model.sees, config.data.length)]
+    lines += [f"evaluated also as {other.phase.name}: {', '.join(other.phase.given)}" for other in others]
     console.print(*lines, sep="\n", highlight=False, markup=False, soft_wrap=True)
 
 

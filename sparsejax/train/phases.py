@@ -18,7 +18,7 @@ class Phase:
     """The steps from `start` to `stop` of a run, under one configuration; a run without phases is one, without a name.
 
     Attributes:
-      number: From 1.
+      number: From 1; 0 of an evaluation of `eval.also`.
       name: None if the run has no phases.
       start: Steps of the run before it.
       stop: Steps of the run up to its end.
@@ -68,17 +68,33 @@ def plan_phases(settings: ConfigDict) -> list[Phase]:
             optimizer = dataclasses.replace(config.optimizer, warmup=phases[0].config.optimizer.warmup)
             config = dataclasses.replace(config, optimizer=optimizer)
         phases.append(Phase(number, name or BASE_PHASE, start, stop, config, restart, given))
-    _require_same_parameters(whole, phases)
+    _require_same_parameters(whole, {f"train.phases.{phase.name}.set": phase for phase in phases})
     return phases
 
 
-def _require_same_parameters(whole: Config, phases: list[Phase]) -> None:
+def plan_evaluations(settings: ConfigDict) -> list[Phase]:
+    """What `eval.also` says: phases at the end of the run that have no steps.
+
+    Raises:
+      ConfigError: as `plan_phases`.
+    """
+    whole = configs.check(settings)
+    stop = whole.train.steps
+    found = [
+        Phase(0, name, stop, stop, configs.check_also(settings, name), None, given)
+        for name, given in whole.eval.also.items()
+    ]
+    _require_same_parameters(whole, {f"eval.also.{phase.name}": phase for phase in found})
+    return found
+
+
+def _require_same_parameters(whole: Config, places: dict[str, Phase]) -> None:
     # Held against the configuration itself and not against one another: then the phase that changes them is named.
-    expected = _describe_parameters(whole)
-    for phase in phases:
+    expected = _describe_parameters(whole) if places else {}
+    for place, phase in places.items():
         changed = configs.difference(expected, _describe_parameters(phase.config))
         if changed:
-            raise ConfigError(f"train.phases.{phase.name}.set: changes the model's parameters: {changed}")
+            raise ConfigError(f"{place}: changes the model's parameters: {changed}")
 
 
 def _describe_parameters(config: Config) -> dict:

@@ -147,6 +147,17 @@ def test_the_verb_prints_the_summary_or_the_table_alone(sweep, capsys):
     assert all(line.startswith("| ") for line in table.splitlines())
 
 
+def test_several_metrics_are_one_table(sweep, tmp_path, capsys):
+    assert main(["report", str(sweep), "--metric=eval/bits_per_byte, eval/loss"]) == 0
+    lines = [line.strip("| ").split(" | ") for line in capsys.readouterr().out.splitlines()]
+    assert lines[0] == ["setting", "eval/bits_per_byte", "eval/loss"]
+    assert lines[3] == ["local \\| b", "2.333 ± 0.186", "1.5000 ± 0.0000"]
+    assert lines[5] == ["late", "**1.900**", "1.5000"]
+    assert "--out: goes with one --metric" in complain(
+        capsys, sweep, "--metric=eval/loss,eval/loss", f"--out={tmp_path / 'out'}"
+    )
+
+
 def test_bad_arguments_are_one_line(sweep, tmp_path, capsys):
     assert "absent: no such folder" in complain(capsys, tmp_path / "absent")
     (tmp_path / "empty").mkdir()
