@@ -18,7 +18,7 @@ from pathlib import Path
 
 import jax
 import numpy as np
-from contest import TorchProcess, keep_to_cores
+from contest import OtherProcess, keep_to_cores
 from random_models import FAMILIES, Case, draw_case
 from rich.console import Console
 from rich.table import Table
@@ -42,7 +42,7 @@ class Result:
     problem: str = ""
 
 
-def check(torch: TorchProcess, family: str, seed: int, number: int) -> Result:
+def check(torch: OtherProcess, family: str, seed: int, number: int) -> Result:
     """One case, in a folder that is gone afterwards."""
     case = draw_case(family, seed, number)
     with tempfile.TemporaryDirectory() as place:
@@ -153,7 +153,7 @@ def main() -> None:
     options = parser.parse_args()
     keep_to_cores()
     results: dict[str, list[Result]] = {}
-    with TorchProcess(options.torch, "torch_checkpoints.py") as torch:
+    with OtherProcess(options.torch, "torch_checkpoints.py") as torch:
         versions = torch.ask(do="versions")
         print(", ".join(f"{name} {version}" for name, version in versions.items()), f"jax {jax.__version__}", sep=", ")
         for family in options.family:

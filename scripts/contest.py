@@ -1,4 +1,4 @@
-"""What the JAX side and the PyTorch side of a measurement agree on, and how the one asks the other."""
+"""What the sides of a measurement agree on, and how one asks another that runs in a process of its own."""
 
 from __future__ import annotations
 
@@ -29,16 +29,18 @@ def keep_to_cores() -> list[int]:
     return cores
 
 
-class TorchProcess:
-    """A script of this folder, run by another Python; see there for what may be asked."""
+class OtherProcess:
+    """A script of this folder, run by a Python, with other variables of the environment; see there for what to ask."""
 
-    def __init__(self, python: str, script: str = "torch_contenders.py"):
-        quiet = os.environ | {"OMP_WAIT_POLICY": "passive", "TRANSFORMERS_VERBOSITY": "error"}
+    def __init__(self, python: str, script: str = "torch_contenders.py", **variables: str):
+        quiet = {"OMP_WAIT_POLICY": "passive", "TRANSFORMERS_VERBOSITY": "error"}
         pipe = subprocess.PIPE
         path = Path(__file__).with_name(script)
-        self.process = subprocess.Popen([python, path], stdin=pipe, stdout=pipe, text=True, env=quiet)
+        self.process = subprocess.Popen(
+            [python, path], stdin=pipe, stdout=pipe, text=True, env=os.environ | quiet | variables
+        )
 
-    def __enter__(self) -> TorchProcess:
+    def __enter__(self) -> OtherProcess:
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -53,4 +55,4 @@ class TorchProcess:
             answer = self.process.stdout.readline()
         except BrokenPipeError:
             answer = ""
-        return json.loads(answer) if answer else {"error": "the PyTorch process ended"}
+        return json.loads(answer) if answer else {"error": f"{self.process.args[1]} ended"}

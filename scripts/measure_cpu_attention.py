@@ -2,9 +2,10 @@
 
     python scripts/measure_cpu_attention.py --torch TORCH_PYTHON [--out FILE.json] [--only PART ...]
 
-One layer's core, 8 heads of 64, batch 1, float32, two cores. TORCH_PYTHON is a Python that has torch and
-transformers; without it only JAX is measured. Parts: `window`, `big_bird`, `growth` with the length, `tiles`. All
-contenders of a part take turns; each number is a median.
+One layer's core, 8 heads of 64, batch 1, float32, two cores. `gather, devices` has a device of JAX for each core, and
+the heads spread over them. TORCH_PYTHON is a Python that has torch and transformers; without it only JAX is measured.
+Parts: `window`, `big_bird`, `growth` with the length, `tiles`; FILE.json keeps those that are not measured.
+All contenders of a part take turns; each number is a median.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import importlib.metadata
 import json
 import os
 import platform
+import sys
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
@@ -22,7 +24,7 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import numpy as np
-from contest import BIG_BIRD_TILE, RANDOM_TILES, REACH, WIDTH, TorchProcess, draw_arrays, keep_to_cores
+from contest import BIG_BIRD_TILE, RANDOM_TILES, REACH, WIDTH, OtherProcess, draw_arrays, keep_to_cores
 from turns import Contender, fit_exponents, jax_contender, print_table, take_turns
 
 from sparsejax import patterns
@@ -43,6 +45,9 @@ TILE_CASES = [
     (8192, "window(128, 128) | globals(64)"),
 ]
 TORCH_WINDOW = ["PyTorch dense SDPA", "PyTorch band, products", "PyTorch band, SDPA", "HF Longformer"]
+DEVICE_FLAG = "--xla_force_host_platform_device_count"
+DEVICES = "gather, devices"
+OURS = "gather", DEVICES
 TORCH_BIG_BIRD = ["HF BigBird", "HF BigBird with projections"]
 
 
@@ -55,17 +60,24 @@ def time_attention(attention: Callable, length: int) -> Contender:
     return jax_contender(attention, inputs, cotangent)
 
 
-def torch_contender(torch: TorchProcess, name: str, length: int) -> Contender:
+def torch_contender(torch: OtherProcess, name: str, length: int) -> Contender:
     """One of the contenders of `torch_contenders.py`."""
+    return Contender(functools.partial(ask, torch, contender=name, length=length))
 
-    def run(keep: bool) -> tuple[float, list | None]:
-        with tempfile.NamedTemporaryFile(suffix=".npz") as file:
-            answer = torch.ask(do="attend", contender=name, length=length, save=file.name if keep else None)
-            if "error" in answer:
-                raise SystemExit(f"{name}: {answer['error']}")
-            return answer["seconds"], [np.array(x) for x in np.load(file.name).values()] if keep else None
 
-    return Contender(run)
+def device_contender(devices: OtherProcess, pattern: patterns.Pattern, length: int) -> Contender:
+    """Ours, of `device_contenders.py`."""
+    what = {"pattern": str(pattern), "length": length}
+    return Contender(functools.partial(ask, devices, **what), devices.ask(do="memory", **what)["mib"])
+
+
+def ask(process: OtherProcess, keep: bool, **what: object) -> tuple[float, list | None]:
+    """One pass of another process: its seconds and, if kept, its result."""
+    with tempfile.NamedTemporaryFile(suffix=".npz") as file:
+        answer = process.ask(do="attend", **what, save=file.name if keep else None)
+        if "error" in answer:
+            raise SystemExit(f"{what}: {answer['error']}")
+        return answer["seconds"], [np.array(x) for x in np.load(file.name).values()] if keep else None
 
 
 def sparsejax_attention(impl: str, pattern: patterns.Pattern) -> Callable:
@@ -87,7 +99,7 @@ def jax_attention(**options) -> Callable:
     return lambda q, k, v: jax.nn.dot_product_attention(q, k, v, **options)
 
 
-def measure_window(torch: TorchProcess | None, length: int) -> dict:
+def measure_window(devices: OtherProcess, torch: OtherProcess | None, length: int) -> dict:
     """The window: `gather`, three dense ways of JAX, and PyTorch's."""
     mask = WINDOW.dense(length)
     ways = {
@@ -97,26 +109,32 @@ def measure_window(torch: TorchProcess | None, length: int) -> dict:
         "jax.nn, local window": jax_attention(local_window_size=(REACH, REACH)),
     }
     make = {name: functools.partial(time_attention, way, length) for name, way in ways.items()}
+    make[DEVICES] = functools.partial(device_contender, devices, WINDOW, length)
     if torch:
         make |= {name: functools.partial(torch_contender, torch, name, length) for name in TORCH_WINDOW}
     rows = take_turns(make)
-    ratios = {"best dense JAX / gather": least(rows, list(ways)[1:]) / rows["gather"]["seconds"]}
+    others = {"best dense JAX": least(rows, list(ways)[1:])}
     if torch:
-        ratios["best PyTorch / gather"] = least(rows, TORCH_WINDOW) / rows["gather"]["seconds"]
+        others["best PyTorch"] = least(rows, TORCH_WINDOW)
+    ratios = compare(others, rows)
     return {"pattern": str(WINDOW), "length": length, "contenders": rows, "ratios": ratios}
 
 
-def measure_big_bird(torch: TorchProcess | None) -> dict:
+def measure_big_bird(devices: OtherProcess, torch: OtherProcess | None) -> dict:
     """BigBird: our random links are the same for all heads, theirs differ, so that only the work agrees."""
     length = BIG_BIRD_LENGTH
     make = {"gather": functools.partial(time_attention, sparsejax_attention("gather", BIG_BIRD), length)}
+    make[DEVICES] = functools.partial(device_contender, devices, BIG_BIRD, length)
     if torch:
         make |= {name: functools.partial(torch_contender, torch, name, length) for name in TORCH_BIG_BIRD}
     rows = take_turns(make, apart=None)
-    ratios = {}
-    if torch:
-        ratios = {f"{name} / gather": rows[name]["seconds"] / rows["gather"]["seconds"] for name in TORCH_BIG_BIRD}
+    ratios = compare({name: rows[name]["seconds"] for name in TORCH_BIG_BIRD if name in rows}, rows)
     return {"pattern": str(BIG_BIRD), "length": length, "contenders": rows, "ratios": ratios}
+
+
+def compare(others: dict[str, float], rows: dict[str, dict]) -> dict[str, float]:
+    """Seconds of the others over ours."""
+    return {f"{name} / {own}": seconds / rows[own]["seconds"] for name, seconds in others.items() for own in OURS}
 
 
 def measure_growth() -> dict:
@@ -156,22 +174,25 @@ def main() -> None:
     parser.add_argument("--only", nargs="+", choices=parts, default=parts)
     parser.add_argument("--length", type=int, default=WINDOW_LENGTH, help="of the part `window`: a multiple of 512")
     options = parser.parse_args()
-    record = {"command": COMMAND, "python": platform.python_version(), "machine": platform.machine()}
-    record |= {"cores": len(keep_to_cores()), "load_before": os.getloadavg()[0]}
-    record |= {name: importlib.metadata.version(name) for name in ("jax", "jaxlib", "numpy")}
-    torch = TorchProcess(options.torch) if options.torch else None
+    facts = {"command": COMMAND, "python": platform.python_version(), "machine": platform.machine()}
+    facts |= {"cores": len(keep_to_cores())}
+    facts |= {name: importlib.metadata.version(name) for name in ("jax", "jaxlib", "numpy")}
+    devices = OtherProcess(sys.executable, "device_contenders.py", XLA_FLAGS=f"{DEVICE_FLAG}={facts['cores']}")
+    torch = OtherProcess(options.torch) if options.torch else None
     if torch:
-        record["torch_side"] = torch.ask(do="versions")
+        facts["torch_side"] = torch.ask(do="versions")
     else:
         print("no --torch: PyTorch's contenders are left out")
     measures = {
-        "window": functools.partial(measure_window, torch, options.length),
-        "big_bird": functools.partial(measure_big_bird, torch),
+        "window": functools.partial(measure_window, devices, torch, options.length),
+        "big_bird": functools.partial(measure_big_bird, devices, torch),
         "growth": measure_growth,
         "tiles": measure_tiles,
     }
+    record = json.loads(options.out.read_text()) if options.out and options.out.exists() else {}
     for part in options.only:
         print(f"{part}:", flush=True)
+        record[f"{part}_on"] = facts | {"load_before": os.getloadavg()[0]}
         record[part] = measures[part]()
         for one in record[part] if isinstance(record[part], list) else [record[part]]:
             print_table(f"{one['pattern']}, {one.get('length', '')}", one)

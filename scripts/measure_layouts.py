@@ -18,7 +18,7 @@ import tracemalloc
 from collections.abc import Callable
 from pathlib import Path
 
-from contest import LEFT, SINK, TorchProcess, keep_to_cores
+from contest import LEFT, SINK, OtherProcess, keep_to_cores
 from rich.console import Console
 from rich.table import Table
 
@@ -75,7 +75,7 @@ def measure_dense(length: int) -> dict:
 def measure_torch(python: str, length: int) -> dict:
     """PyTorch's block mask, in a process of its own so that its peak is its own."""
     about = {"pattern": MASK, "length": length, "what": "PyTorch block mask"}
-    with TorchProcess(python) as torch:
+    with OtherProcess(python) as torch:
         before = torch.ask(do="versions")
         answer = torch.ask(do="layout", length=length, tile=TILE, limit_gib=TORCH_GIB)
     if "error" in answer:
@@ -128,7 +128,7 @@ def main() -> None:
         print(f"dense mask, {length} tokens: {rows[-1]['seconds']:.3f} s", flush=True)
     if options.torch:
         rows += climb_torch(options.torch)
-        with TorchProcess(options.torch) as torch:
+        with OtherProcess(options.torch) as torch:
             record["torch_side"] = torch.ask(do="versions")
     else:
         print("no --torch: PyTorch's block mask is left out")

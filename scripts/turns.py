@@ -16,6 +16,7 @@ from sparsejax.complexity import fit_exponent
 
 REPEATS, FEW = 7, 3  # runs after the first; a contender whose first run takes longer than SLOW seconds has FEW
 SLOW = 5.0
+PAUSE = 0.5  # seconds before a turn: the threads of the one before spin for a while
 TOLERANCE = 1e-4  # between results
 
 
@@ -74,6 +75,7 @@ def take_turns(make: dict[str, Callable[[], Contender]], apart: Callable | None 
     for repeat in range(REPEATS):
         for each in contenders.values():
             if repeat < each.repeats:
+                time.sleep(PAUSE)
                 each.seconds.append(each.run(False)[0])
     return {
         name: {
