@@ -19,6 +19,7 @@ POSITIONS = {
     "1 full without positions : 3 windows": "2x(3x(local) nope)",
     "1 full without positions : 7 Mamba": "7x(ssm) nope",
 }
+AMONG_MAMBA = {"full first, then 7 Mamba": "full 7x(ssm)", "full among 7 Mamba": "3x(ssm) full 4x(ssm)"}
 FIRST = (1, 2, 4, 8)  # tokens that are sinks
 SINKS = {f"windows alone, sinks {n}": f"8x(sinks{n})" for n in FIRST}
 # The sizes of configs/mqar.py, and windows to match. What serves text does not serve here: with a warm-up of 50 steps
@@ -63,7 +64,8 @@ def compare(repeats=1, windows=(7, 127)):
     widths = [{WINDOW: f"causal & window({n})", "label": f"windows alone, {n} back"} for n in windows]
     wider = product(widths, [{"model.schedule": f"{8 * repeats}x(local)"}])
     rows = [name_runs(schedules, repeats) for schedules in (RATIOS, POSITIONS, SINKS)]
-    return product(seeds(3), chain(*rows, name_runs(write_places(repeats)), wider))
+    places = name_runs(write_places(repeats)), name_runs(AMONG_MAMBA, repeats)
+    return product(seeds(3), chain(*rows, *places, wider))
 
 
 def text():
