@@ -290,6 +290,7 @@ class ShardingConfig:
             raise ValueError("data must be at least 1, or -1 for all remaining devices")
 
 
+NAMED = ("eval.also",)  # sections of values by names that are free to choose: an override can add one
 # What an evaluation of `eval.also` may set; the text held out is the same, and so are the parameters.
 ALSO_KEYS = ("data.length", "data.probe.", "eval.batch", "eval.final", "eval.stride", "model.")
 
@@ -299,7 +300,8 @@ class EvalConfig:
     """Evaluation every `every` steps on `batches` batches of `batch` windows; at the end on `final`, or on all.
 
     At the end also under other settings, by name: `also` has for each what it sets, as on the command line, such as
-    "model.schedule=8x(full)", on top of what the last phase sets. It may set the keys in `ALSO_KEYS`.
+    "model.schedule=8x(full)", on top of what the last phase sets. It may set the keys in `ALSO_KEYS`. A run that has
+    ended is evaluated again as `also` says then.
     """
 
     every: int
@@ -434,13 +436,20 @@ def _copy_tree(value: Any) -> Any:
 
 
 def override(config: ConfigDict, key: str, text: str) -> None:
-    """Sets one existing key of a ConfigDict, in place; where the old value is no string, `text` is a literal."""
+    """Sets one key of a ConfigDict, in place; where the old value is no string, `text` is a literal.
+
+    Raises:
+      ConfigError: there is no such key, and it is in no section of `NAMED`.
+    """
     *sections, name = key.split(".")
     section = config
     for i, part in enumerate([*sections, name]):
         if not isinstance(section, ConfigDict):
             raise ConfigError(f"{'.'.join(key.split('.')[:i])}: is a value, not a section")
         if part not in section:
+            if i == len(sections) and ".".join(sections) in NAMED:
+                section[name] = _literal(text)
+                return
             raise _unknown_key(".".join(key.split(".")[: i + 1]), part, list(section.keys()))
         section = section[part] if i < len(sections) else section
     value = text if isinstance(section[name], str) else _literal(text)

@@ -210,13 +210,17 @@ class _StopSignals:
 def find_change(workdir: Path, settings: ConfigDict) -> str | None:
     """The first key in which a run differs from the one that a workdir belongs to, in words; None if in none.
 
-    On which devices it runs is no part of what a run is: checkpoints restore onto any mesh.
+    On which devices it runs is no part of what a run is (checkpoints restore onto any mesh), nor under which settings
+    else it is evaluated at the end.
     """
     place = workdir / "config.json"
     if not place.exists():
         return None
-    recorded = configs.complete(_read_json(place))
-    return configs.difference(recorded | {"sharding": None}, _resolve(settings) | {"sharding": None})
+    recorded, given = configs.complete(_read_json(place)), _resolve(settings)
+    for one in (recorded, given):
+        one.pop("sharding", None)
+        one.get("eval", {}).pop("also", None)
+    return configs.difference(recorded, given)
 
 
 def _claim_workdir(workdir: Path, settings: ConfigDict, config: Config) -> None:

@@ -90,6 +90,7 @@ def test_they_build_on_the_last_phase(tmp_path):
         ({"a": ("eval.batch=0",)}, "eval.also.a: eval: batch must be at least 1"),
         ({"a/b": ()}, "eval: also: 'a/b' is no name"),
         ({"a": "data.length=8"}, "eval.also.a: expected a tuple, got 'data.length=8'"),
+        ({"a": ("data.length",), "b": 1}, "eval.also.b: expected a tuple, got 1"),
     ],
 )
 def test_what_cannot_be_is_one_line_and_no_workdir(arguments, tmp_path, capsys, given, expected):
@@ -98,6 +99,19 @@ def test_what_cannot_be_is_one_line_and_no_workdir(arguments, tmp_path, capsys, 
     assert code == USAGE_ERROR
     assert expected in capsys.readouterr().err
     assert not (tmp_path / "run").exists()
+
+
+def test_a_run_that_has_ended_is_asked_again(arguments, tmp_path, capsys):
+    command = [*arguments, f"--workdir={tmp_path / 'run'}"]
+    assert main(command) == 0
+    before = json.loads((tmp_path / "run" / "result.json").read_text())
+    assert main([*command, "--config.eval.also.short=['data.length=8']"]) == 0
+    assert "validation, short: " in capsys.readouterr().out
+    after = json.loads((tmp_path / "run" / "result.json").read_text())
+    assert {name: value for name, value in after.items() if not name.endswith("/short")} == before
+    assert after["eval/loss/short"] > 0
+    assert main([*command, "--config.eval.batch=2"]) == USAGE_ERROR
+    assert "belongs to another configuration: eval.batch was 4, is 2" in capsys.readouterr().err
 
 
 def test_a_run_that_is_stopped_among_them_goes_on(arguments, tmp_path, monkeypatch, capsys):
