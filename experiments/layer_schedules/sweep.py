@@ -1,4 +1,4 @@
-"""Which layers, how many of each, and where? On text and on recall, in the layers of configs/layer_schedules.py."""
+"""Which layers, how many of each, and where? On text, recall and needles, with the layers of the config."""
 
 from sparsejax.sweep import align, chain, product, seeds
 
@@ -41,6 +41,23 @@ RECALL = {
     WINDOW: "causal & window(7)",
     **{f"model.layers.sinks{n}.mixer.pattern": f"causal & (window(7) | sink({n}))" for n in FIRST},
 }
+# One number of three digits behind a name, to be said again at the end; eight windows of 3 see 24 tokens back.
+NEEDLE = {
+    "data.task": "passkey",
+    "data.length": 64,
+    "data.probe.length": 64,
+    "data.probe.digits": 3,
+    "data.probe.names": 16,
+    "train.batch": 32,
+    "train.steps": 300,
+    "eval.every": 100,
+    "checkpoint.every": 100,
+    "optimizer.schedule": "constant",
+    "optimizer.warmup": 100,
+    "optimizer.beta2": 0.98,
+    "optimizer.weight_decay": 0.0,
+    WINDOW: "causal & window(3)",
+}
 
 
 def write_places(n):
@@ -59,13 +76,16 @@ def name_runs(schedules, repeats=1):
     return align({"label": schedules, "model.schedule": texts})
 
 
+def widen(repeats, windows):
+    """Windows alone, of each width."""
+    widths = [{WINDOW: f"causal & window({n})", "label": f"windows alone, {n} back"} for n in windows]
+    return product(widths, [{"model.schedule": f"{8 * repeats}x(local)"}])
+
+
 def compare(repeats=1, windows=(7, 127)):
     """Everything; windows alone also at the given widths."""
-    widths = [{WINDOW: f"causal & window({n})", "label": f"windows alone, {n} back"} for n in windows]
-    wider = product(widths, [{"model.schedule": f"{8 * repeats}x(local)"}])
-    rows = [name_runs(schedules, repeats) for schedules in (RATIOS, POSITIONS, SINKS)]
-    places = name_runs(write_places(repeats)), name_runs(AMONG_MAMBA, repeats)
-    return product(seeds(3), chain(*rows, *places, wider))
+    schedules = RATIOS, POSITIONS, SINKS, write_places(repeats), AMONG_MAMBA
+    return product(seeds(3), chain(*(name_runs(one, repeats) for one in schedules), widen(repeats, windows)))
 
 
 def text():
@@ -73,15 +93,18 @@ def text():
 
 
 def recall():
-    return [RECALL | row for row in compare(windows=(1, 3))]
+    """Where only attention among Mamba learns, so that the other places of attention are not asked for."""
+    return [RECALL | row for row in product(seeds(3), chain(*map(name_runs, (RATIOS, POSITIONS, AMONG_MAMBA))))]
+
+
+def needle():
+    schedules = RATIOS, POSITIONS, write_places(1), AMONG_MAMBA
+    rows = chain(*map(name_runs, schedules), widen(1, (1, 7)))
+    return [NEEDLE | row for row in product(seeds(3), rows)]
 
 
 def ratios():
     return product(seeds(3), name_runs(RATIOS))
-
-
-def ratios_recall():
-    return [RECALL | row for row in ratios()]
 
 
 def paper():
