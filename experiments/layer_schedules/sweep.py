@@ -41,11 +41,11 @@ RECALL = {
     WINDOW: "causal & window(7)",
     **{f"model.layers.sinks{n}.mixer.pattern": f"causal & (window(7) | sink({n}))" for n in FIRST},
 }
-# One number of three digits behind a name, to be said again at the end; eight windows of 3 see 24 tokens back.
+# One number of three digits behind a name, to be said again at the end; eight windows of 2 see 16 tokens back.
 NEEDLE = {
     "data.task": "passkey",
-    "data.length": 64,
-    "data.probe.length": 64,
+    "data.length": 32,
+    "data.probe.length": 32,
     "data.probe.digits": 3,
     "data.probe.names": 16,
     "train.batch": 32,
@@ -56,7 +56,7 @@ NEEDLE = {
     "optimizer.warmup": 100,
     "optimizer.beta2": 0.98,
     "optimizer.weight_decay": 0.0,
-    WINDOW: "causal & window(3)",
+    WINDOW: "causal & window(2)",
 }
 
 
@@ -84,7 +84,7 @@ def widen(repeats, windows):
 
 def compare(repeats=1, windows=(7, 127)):
     """Everything; windows alone also at the given widths."""
-    schedules = RATIOS, POSITIONS, SINKS, write_places(repeats), AMONG_MAMBA
+    schedules = RATIOS, POSITIONS, SINKS, write_places(repeats)
     return product(seeds(3), chain(*(name_runs(one, repeats) for one in schedules), widen(repeats, windows)))
 
 
@@ -99,7 +99,7 @@ def recall():
 
 def needle():
     schedules = RATIOS, POSITIONS, write_places(1), AMONG_MAMBA
-    rows = chain(*map(name_runs, schedules), widen(1, (1, 7)))
+    rows = chain(*map(name_runs, schedules), widen(1, (1, 3)))
     return [NEEDLE | row for row in product(seeds(3), rows)]
 
 
