@@ -454,7 +454,8 @@ def override(config: ConfigDict, key: str, text: str) -> None:
         section = section[part] if i < len(sections) else section
     value = text if isinstance(section[name], str) else _literal(text)
     if isinstance(section[name], ConfigDict) and value is not None:
-        raise ConfigError(f"{key}: is a section; set one of its keys: {', '.join(section[name].keys())}")
+        keys = f"{key}.NAME" if key in NAMED else f"one of its keys: {', '.join(section[name].keys())}"
+        raise ConfigError(f"{key}: is a section; set {keys}")
     if isinstance(section[name], float) and type(value) is int:
         value = float(value)
     del section[name]  # set anew, so that ConfigDict does not convert it: `check` is to see what was given
@@ -512,7 +513,12 @@ def check_also(config: ConfigDict, name: str) -> Config:
 
 
 def _check_set(
-    config: ConfigDict, place: str, given: typing.Iterable[str], who: str, known: tuple[str, ...], before=()
+    config: ConfigDict,
+    place: str,
+    given: typing.Iterable[str],
+    who: str,
+    known: tuple[str, ...],
+    before: typing.Iterable[str] = (),
 ) -> Config:
     """The frozen form of a ConfigDict with `before`, and then with what is given at a place, set."""
     changed = ConfigDict(_copy_tree(config.to_dict()))

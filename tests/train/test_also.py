@@ -110,6 +110,8 @@ def test_a_run_that_has_ended_is_asked_again(arguments, tmp_path, capsys):
     after = json.loads((tmp_path / "run" / "result.json").read_text())
     assert {name: value for name, value in after.items() if not name.endswith("/short")} == before
     assert after["eval/loss/short"] > 0
+    assert main([*command, "--config.eval.also=['data.length=8']"]) == USAGE_ERROR
+    assert "eval.also: is a section; set eval.also.NAME" in capsys.readouterr().err
     assert main([*command, "--config.eval.batch=2"]) == USAGE_ERROR
     assert "belongs to another configuration: eval.batch was 4, is 2" in capsys.readouterr().err
 
