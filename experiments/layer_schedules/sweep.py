@@ -22,40 +22,35 @@ POSITIONS = {
 AMONG_MAMBA = {"full first, then 7 Mamba": "full 7x(ssm)", "full among 7 Mamba": "3x(ssm) full 4x(ssm)"}
 FIRST = (1, 2, 4, 8)  # tokens that are sinks
 SINKS = {f"windows alone, sinks {n}": f"8x(sinks{n})" for n in FIRST}
-# The sizes of configs/mqar.py, and windows to match. What serves text does not serve here: with a warm-up of 50 steps
-# and beta2 of 0.95, seven Mamba layers and one of attention learn nothing in 400 steps.
-RECALL = {
-    "data.task": "mqar",
+# What serves text does not serve probes: with a warm-up of 50 steps and beta2 of 0.95, seven Mamba layers and one of
+# attention recall nothing in 400 steps.
+PROBE = {
     "data.length": 32,
     "data.probe.length": 32,
-    "data.probe.pairs": 4,
-    "data.probe.vocab": 64,
-    "train.batch": 64,
     "train.steps": 300,
     "eval.every": 100,
     "checkpoint.every": 100,
     "optimizer.schedule": "constant",
-    "optimizer.warmup": 200,
     "optimizer.beta2": 0.98,
     "optimizer.weight_decay": 0.0,
+}
+# The sizes of configs/mqar.py, and windows to match.
+RECALL = PROBE | {
+    "data.task": "mqar",
+    "data.probe.pairs": 4,
+    "data.probe.vocab": 64,
+    "train.batch": 64,
+    "optimizer.warmup": 200,
     WINDOW: "causal & window(7)",
     **{f"model.layers.sinks{n}.mixer.pattern": f"causal & (window(7) | sink({n}))" for n in FIRST},
 }
 # One number of three digits behind a name, to be said again at the end; eight windows of 2 see 16 tokens back.
-NEEDLE = {
+NEEDLE = PROBE | {
     "data.task": "passkey",
-    "data.length": 32,
-    "data.probe.length": 32,
     "data.probe.digits": 3,
     "data.probe.names": 16,
     "train.batch": 32,
-    "train.steps": 300,
-    "eval.every": 100,
-    "checkpoint.every": 100,
-    "optimizer.schedule": "constant",
     "optimizer.warmup": 100,
-    "optimizer.beta2": 0.98,
-    "optimizer.weight_decay": 0.0,
     WINDOW: "causal & window(2)",
 }
 
@@ -83,7 +78,7 @@ def widen(repeats, windows):
 
 
 def compare(repeats=1, windows=(7, 127)):
-    """Everything; windows alone also at the given widths."""
+    """Ratios, positions, sinks and places; windows alone also at the given widths."""
     schedules = RATIOS, POSITIONS, SINKS, write_places(repeats)
     return product(seeds(3), chain(*(name_runs(one, repeats) for one in schedules), widen(repeats, windows)))
 
