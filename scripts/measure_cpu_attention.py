@@ -45,10 +45,10 @@ TILE_CASES = [
     (8192, "window(128, 128) | globals(64)"),
 ]
 TORCH_WINDOW = ["PyTorch dense SDPA", "PyTorch band, products", "PyTorch band, SDPA", "HF Longformer"]
+TORCH_BIG_BIRD = ["HF BigBird", "HF BigBird with projections"]
 DEVICE_FLAG = "--xla_force_host_platform_device_count"
 DEVICES = "gather, devices"
 OURS = "gather", DEVICES
-TORCH_BIG_BIRD = ["HF BigBird", "HF BigBird with projections"]
 
 
 BIG_BIRD = patterns.recipes.bigbird(BIG_BIRD_TILE, RANDOM_TILES, seed=0)

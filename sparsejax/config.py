@@ -498,7 +498,8 @@ def check_phase(config: ConfigDict, name: str) -> Config:
     Raises:
       ConfigError: as `check`, with the phase's key before it; or something is set that a phase cannot set.
     """
-    return _check_set(config, f"train.phases.{name}.set", config.train.phases[name]["set"], "a phase", PHASE_KEYS)
+    place = f"train.phases.{name}.set"
+    return _check_at(place, _set_keys(config, place, config.train.phases[name]["set"], "a phase", PHASE_KEYS))
 
 
 def check_also(config: ConfigDict, name: str) -> Config:
@@ -507,30 +508,34 @@ def check_also(config: ConfigDict, name: str) -> Config:
     Raises:
       ConfigError: as `check_phase`.
     """
-    phases = sorted(config.train.phases.values(), key=lambda phase: phase["start"])
-    before = phases[-1]["set"] if phases else ()
-    return _check_set(config, f"eval.also.{name}", config.eval.also[name], "an evaluation", ALSO_KEYS, before)
+    changed, place = config, f"eval.also.{name}"
+    if config.train.phases:
+        last, phase = max(config.train.phases.items(), key=lambda item: item[1]["start"])
+        changed = _set_keys(config, f"train.phases.{last}.set", phase["set"], "a phase", PHASE_KEYS)
+    return _check_at(place, _set_keys(changed, place, config.eval.also[name], "an evaluation", ALSO_KEYS))
 
 
-def _check_set(
-    config: ConfigDict,
-    place: str,
-    given: typing.Iterable[str],
-    who: str,
-    known: tuple[str, ...],
-    before: typing.Iterable[str] = (),
-) -> Config:
-    """The frozen form of a ConfigDict with `before`, and then with what is given at a place, set."""
+def _set_keys(
+    config: ConfigDict, place: str, given: typing.Iterable[str], who: str, known: tuple[str, ...]
+) -> ConfigDict:
+    """A copy with what is given at a place set; errors begin with the place."""
     changed = ConfigDict(_copy_tree(config.to_dict()))
     try:
-        for text in [*before, *given]:
+        for text in given:
             key, equals, value = text.partition("=")
             if not equals:
                 raise ConfigError(f"write KEY=VALUE, got {text!r}")
             override(changed, key, value)
-            if text in given and not any(key == one or (one.endswith(".") and key.startswith(one)) for one in known):
+            if not any(key == one or (one.endswith(".") and key.startswith(one)) for one in known):
                 listed = ", ".join(f"{one}*" if one.endswith(".") else one for one in known)
                 raise ConfigError(f"{key}: {who} can only set {listed}")
+    except ConfigError as error:
+        raise ConfigError(f"{place}: {error}") from error
+    return changed
+
+
+def _check_at(place: str, changed: ConfigDict) -> Config:
+    try:
         return _build(Config, changed.to_dict(), "")
     except ConfigError as error:
         raise ConfigError(f"{place}: {error}") from error

@@ -4,7 +4,7 @@ from sparsejax.train.checkpoint import CheckpointError, Checkpoints, list_steps,
 from sparsejax.train.evaluate import Answers, Evaluation, evaluate, summarize
 from sparsejax.train.loop import BadLoss, Interrupted, find_change, train
 from sparsejax.train.optimizer import build_optimizer, build_schedule
-from sparsejax.train.phases import Phase, plan_evaluations, plan_phases
+from sparsejax.train.phases import Phase, plan_phases
 from sparsejax.train.state import TrainState, init_state, state_shapes
 from sparsejax.train.step import build_evaluation, build_step
 from sparsejax.train.writers import RESULT, read_rows, write_json
@@ -27,7 +27,6 @@ __all__ = [
     "find_change",
     "init_state",
     "list_steps",
-    "plan_evaluations",
     "plan_phases",
     "read_arrays",
     "read_rows",

@@ -15,11 +15,10 @@ from sparsejax.train import read_arrays
 from tests.train import runs
 
 PATTERN = "model.layers.local.mixer.pattern"
-NARROW = "causal & window(1)"
 ALSO = {
     "same": (),
     "short": ("data.length=8",),
-    "narrow": (f"{PATTERN}={NARROW}", "model.schedule=2x(ssm local) local"),
+    "narrow": (f"{PATTERN}=causal & window(1)", "model.schedule=2x(ssm local) local"),
 }
 
 
@@ -40,8 +39,9 @@ def test_each_is_the_loss_of_the_same_parameters_under_its_own_settings(argument
     assert found["eval/bits_per_byte/same"] == found["eval/bits_per_byte"]
 
     arrays = read_arrays(tmp_path / "run" / "checkpoints", 20)
-    for name, others in (("short", ["data.length=8"]), ("narrow", [f"{PATTERN}={NARROW}", ALSO["narrow"][1]])):
-        settings = configs.load(str(place), [one.removeprefix("--config.") for one in arguments[2:]] + others)
+    common = [one.removeprefix("--config.") for one in arguments[2:]]
+    for name in ("short", "narrow"):
+        settings = configs.load(str(place), [*common, *ALSO[name]])
         assert found[f"eval/loss/{name}"] == pytest.approx(measure(configs.check(settings), arrays), rel=1e-5)
         assert found[f"eval/loss/{name}"] != found["eval/loss"]
 
