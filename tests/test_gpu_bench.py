@@ -22,7 +22,7 @@ def run(tmp_path, monkeypatch):
     """Rows of a part of four cases, done by a worker that has trouble with the second."""
     cases = [gpu_bench.Case(gpu_bench.WINDOW, 1024 * n) for n in (1, 2, 3, 4)]
     monkeypatch.setattr(gpu_bench, "FLEX", cases)
-    monkeypatch.setattr(gpu_bench, "PATIENCE", 2.0)
+    monkeypatch.setattr(gpu_bench, "PATIENCE", 8.0)
 
     def start(trouble: str, seconds: float = 60.0) -> list[dict]:
         worker = tmp_path / "worker"
@@ -42,13 +42,13 @@ def test_a_case_that_crashes_costs_one_row(run):
 
 def test_a_case_that_hangs_costs_one_row(run):
     rows = run("time.sleep(600)")
-    assert [row["error"] for row in rows] == [None, "no answer for 2 s", None, None]
+    assert [row["error"] for row in rows] == [None, "no answer for 8 s", None, None]
 
 
 def test_the_end_comes_in_time(run):
     started = time.monotonic()
-    rows = run("time.sleep(600)", seconds=1.5)
-    assert time.monotonic() - started < 10
+    rows = run("time.sleep(600)", seconds=6.0)  # before PATIENCE ends
+    assert time.monotonic() - started < 60
     assert [row["error"] for row in rows] == [None] + ["not reached in time"] * 3
 
 

@@ -133,8 +133,12 @@ def launch_here(commands, folder, jobs=2, **options):
 def test_runs_have_shares_of_the_cores_and_no_more_run_at_a_time(tmp_path, monkeypatch):
     monkeypatch.setattr(engines, "find_devices", lambda: ("3", "5"))
     monkeypatch.delenv("JAX_COMPILATION_CACHE_DIR", raising=False)
-    script = "echo $(date +%s%N) $CUDA_VISIBLE_DEVICES $JAX_COMPILATION_CACHE_DIR; sleep 0.3; date +%s%N; DONE"
-    commands = [Command(f"run{i}", script) for i in range(4)]
+    # The first two wait for each other, however long a launch takes.
+    others = f"while [ $(ls {tmp_path}/begun | wc -l) -lt 2 ]; do sleep 0.02; done; sleep 0.3"
+    begin = f"mkdir -p {tmp_path}/begun; echo $(date +%s%N) $CUDA_VISIBLE_DEVICES $JAX_COMPILATION_CACHE_DIR"
+    commands = [
+        Command(f"run{i}", f"{begin}; touch {tmp_path}/begun/{i}; {others}; date +%s%N; DONE") for i in range(4)
+    ]
     out, error = launch_here(commands, tmp_path)
     assert error is None
     assert out.splitlines()[-1] == "4 of 4 runs done"
@@ -176,17 +180,18 @@ def test_hours_are_limited(tmp_path):
     assert str(error) == "stopped by --max-hours: 0 of 2 runs done, 2 left; the same command goes on"
     assert "--max-hours: 1 run asked to save and stop" in out
     assert not (tmp_path / "ran1").exists()
-    (tmp_path / "ran1").touch()
+    for i in range(2):
+        (tmp_path / f"ran{i}").touch()
     out, error = launch_here(commands, tmp_path, jobs=1)
     assert error is None
 
 
 def test_the_second_signal_leaves_at_once(tmp_path):
-    run = Command("stubborn", "trap '' TERM; sleep 2; DONE")
+    run = Command("stubborn", f"trap '' TERM; echo deaf; while [ ! -e {tmp_path}/go ]; do sleep 0.02; done; DONE")
     job = build_job(run, tmp_path)
 
     def interrupt():
-        wait_for(lambda: job.process() is not None)
+        wait_for(lambda: job.last_lines(1) == ["deaf"])
         for _ in range(2):
             os.kill(os.getpid(), signal.SIGINT)
             time.sleep(0.5)
@@ -198,7 +203,10 @@ def test_the_second_signal_leaves_at_once(tmp_path):
     assert isinstance(error, Interrupted)
     assert "left at once" in str(error)
     assert job.held()
+    thread = threading.Timer(1.0, (tmp_path / "go").touch)
+    thread.start()
     out, error = launch_here([run], tmp_path)
+    thread.join()
     assert error is None
     assert "found again, launched before" in out
     assert job.exit_code() == 0
