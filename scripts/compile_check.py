@@ -97,6 +97,10 @@ GPU_CASES = (
     Case("window(256, 256) | globals(128)", 8192, options=True),
     Case(f"per_head({HEADS})", 2048, width=96, dtype="float16"),
     Case("causal", 131_072, heads=(2, 2)),
+    Case("causal & window(1023)", 8192, dtype="float32"),
+    Case("causal & window(1023)", 8192, width=256, dtype="float32"),
+    Case("window(256, 256) | globals(128)", 8192, dtype="float32", options=True),
+    Case(f"per_head({HEADS})", 2048, width=64, dtype="float32"),
 )
 
 

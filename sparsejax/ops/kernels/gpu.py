@@ -2,6 +2,9 @@
 
 Of a block, two warpgroups have half of the row each and keep its sums in registers; a third loads what the row's tiles
 need, some steps ahead. Lists are in global memory: a row says where its entries are, the longest rows come first.
+
+Tensor cores multiply numbers of 16 bits. In float32 an array is the sum of three in bfloat16, its pieces, and a product
+that of the six products of pieces that float32 can hold (arXiv:1904.06376); a block then has half of a row.
 """
 
 from __future__ import annotations
@@ -29,13 +32,17 @@ from sparsejax.ops.kernels.mesh import device_kind, run_on_mesh
 from sparsejax.ops.request import MASKED, Request
 
 SIDE = 128  # of tiles
-WARPGROUPS = 2  # that compute
+WARPGROUPS = 2  # that compute a row of tiles
 HALF = SIDE // WARPGROUPS  # rows of one: sums of more do not fit into its registers
+PIECES = 3  # in bfloat16, of a number in float32
 NARROW = 128  # heads: sums of wider ones leave few registers
 WIDTHS = 64  # heads are padded to multiples: what a swizzled row of shared memory holds
-SHARED = 227 * 1024 - 4096  # bytes of a block, without what barriers and log-sum-exps take
+AHEAD = 3  # steps that are loaded before they are computed, at most
+SHARED = 227 * 1024 - 3072  # bytes of a block, without what barriers and vectors take
+REDUCTIONS = 1024  # bytes more that it takes to find the maxima and sums of rows
 REGISTERS = 232, 40  # of a thread that computes, and of one that loads
 INTERPRETER_THREADS = 8
+DTYPES = "bfloat16", "float16", "float32"
 KINDS = re.compile(r"\bG?H(100|200|800|20)\b")
 # What the compiler has an instruction for, with positions of a tile as operands.
 OPERATIONS = frozenset(
@@ -63,9 +70,8 @@ def refuse(request: Request) -> str | None:
             f"interpreting it needs {INTERPRETER_THREADS} threads, here are {_threads()}: set NPROC before JAX starts",
         ),
         (
-            dtypes not in ({jnp.dtype("bfloat16")}, {jnp.dtype("float16")}),
-            f"q, k and v in bfloat16 or in float16, to which its products would round all else; got "
-            f"{', '.join(sorted(map(str, dtypes)))}",
+            len(dtypes) > 1 or not {str(dtype) for dtype in dtypes} <= {*DTYPES},
+            f"q, k and v all in {', or all in '.join(DTYPES)}; got {', '.join(sorted(map(str, dtypes)))}",
         ),
     )
     return next((reason for applies, reason in reasons if applies), None) or flash.refuse(request)
@@ -180,10 +186,13 @@ class Call:
       part: Which heads and rows.
       by_column: Rows are key tiles.
       own: Arrays of which a warpgroup has its rows in shared memory.
-      stream: Arrays of which it needs the columns of each step; those of one group are waited for together.
+      stream: Arrays of which it needs the columns of each step, in this order; the first is needed again at its end.
+      planes: Of a step, in the order in which they are loaded: an array of the stream, and which of its pieces.
+      sequences: How many there are.
       columns: Of a step, which is a tile or a part of one.
-      stages: How many steps there is room for.
+      slots: How many planes there is room for.
       width: Of heads.
+      pieces: That an array is the sum of.
       dtype: Of what is multiplied.
       own_lists: Each sequence has lists of its own.
       tight: Registers are few: heads are wide, or scores need more than a product and a formula.
@@ -194,46 +203,75 @@ class Call:
     part: Part
     by_column: bool
     own: tuple[str, ...]
-    stream: tuple[tuple[str, ...], ...]
+    stream: tuple[str, ...]
+    planes: tuple[tuple[str, int], ...]
+    sequences: int
     columns: int
-    stages: int
+    slots: int
     width: int
+    pieces: int
     dtype: Any
     own_lists: bool
     tight: bool
     entries: int = 0
 
     @classmethod
-    def of(cls, spec: Spec, part: Part, walk: Walk, inputs: Inputs, own, stream, by_column=False, columns=64) -> Call:
-        width, dtype, segments = inputs.q.shape[-1], inputs.q.dtype, inputs.segments is not None
-        tight = width > NARROW or spec.softcap is not None or segments or inputs.bits is not None
-        columns = 64 if tight else columns
-        stages = (SHARED // (width * dtype.itemsize) - len(own) * SIDE) // (len(stream) * columns)
+    def of(cls, spec: Spec, part: Part, walk: Walk, inputs: Inputs, own, stream, again=True, columns=64) -> Call:
+        """`again`: the first array of the stream is loaded again at the end of a step, if it cannot stay that long."""
+        sequences, _, _, width = inputs.q.shape
+        segments, by_column = inputs.segments is not None, stream[0] == "q"
+        pieces, dtype = (PIECES, jnp.bfloat16) if inputs.q.dtype == jnp.float32 else (1, inputs.q.dtype)
+        tight = width > NARROW or spec.softcap is not None or segments or inputs.bits is not None or pieces > 1
+        order = (*stream, *stream[: again and pieces > 1])
+        planes = tuple((name, piece) for name in order for piece in range(pieces))
+        rows = HALF * (WARPGROUPS if pieces == 1 else pieces)
+        shared = SHARED if len(own) > 1 else SHARED - REDUCTIONS
+        room = shared // (width * jnp.dtype(dtype).itemsize) - len(own) * rows
+        columns = 32 if pieces > 1 and width > NARROW else 64 if tight else columns
+        fitting = range(1, min(room // columns, AHEAD * len(planes)) + 1)
+        # With many planes, each has the same slot in all steps: a register less for each.
+        slots = max(n for n in fitting if pieces == 1 or len(planes) % n == 0)
         own_lists = walk.which.shape[0] > 1 or segments
-        return cls(spec, part, by_column, own, stream, columns, min(stages, 3), width, dtype, own_lists, tight)
+        sizes = sequences, columns, slots, width, pieces
+        return cls(spec, part, by_column, own, stream, planes, *sizes, dtype, own_lists, tight)
+
+    @property
+    def warpgroups(self) -> int:
+        """That compute in a block. The pieces of more than half of a row would leave little shared memory."""
+        return WARPGROUPS if self.pieces == 1 else 1
 
     @property
     def splits(self) -> int:
         return SIDE // self.columns
 
+    def output(self) -> jax.ShapeDtypeStruct:
+        """Of one array, its pieces first."""
+        rows = (self.part.stop - self.part.start) * SIDE
+        return jax.ShapeDtypeStruct((self.pieces, self.sequences, len(self.part.heads), rows, self.width), self.dtype)
+
+    def plane(self, name: str, last: bool = False) -> int:
+        """Which of a step's is the first of an array; or of the array that is needed again, the second time."""
+        return len(self.planes) - self.pieces if last and self.pieces > 1 else self.planes.index((name, 0))
+
     def scratch(self) -> dict[str, Any]:
         """Shared memory and barriers by name."""
-        transforms = plgpu.TilingTransform((8, 64)), plgpu.SwizzleTransform(128)
-        found = {}
-        for name in self.own:
-            found[f"own_{name}"] = plgpu.SMEM((WARPGROUPS, HALF, self.width), self.dtype, transforms=transforms)
-        for group in self.stream:
-            for name in group:
-                vector = name in VECTORS
-                shape = (self.stages, self.columns) if vector else (self.stages, self.columns, self.width)
-                kind = (jnp.float32,) if vector else (self.dtype,)
-                found[name] = plgpu.SMEM(shape, *kind, **({} if vector else {"transforms": transforms}))
-            found[f"loaded_{group[0]}"] = plgpu.Barrier(num_arrivals=len(group), num_barriers=self.stages)
-            found[f"used_{group[0]}"] = plgpu.Barrier(num_arrivals=WARPGROUPS, num_barriers=self.stages)
-        found["loaded_own"] = plgpu.Barrier(num_arrivals=len(self.own), num_barriers=WARPGROUPS)
+        row = min(self.columns, 64)  # of a swizzled tile
+        transforms = plgpu.TilingTransform((8, row)), plgpu.SwizzleTransform(2 * row)
+
+        def matrices(*shape):
+            return plgpu.SMEM(shape, self.dtype, transforms=transforms)
+
+        found = {f"own_{name}": matrices(self.warpgroups * self.pieces, HALF, self.width) for name in self.own}
+        found["loaded_own"] = plgpu.Barrier(num_arrivals=len(self.own) * self.pieces, num_barriers=self.warpgroups)
+        found["planes"] = matrices(self.slots, self.columns, self.width)
+        found["loaded"] = plgpu.Barrier(num_arrivals=1, num_barriers=self.slots)
+        found["used"] = plgpu.Barrier(num_arrivals=self.warpgroups, num_barriers=self.slots)
+        if self.by_column:
+            found |= {name: plgpu.SMEM((AHEAD, self.columns), jnp.float32) for name in VECTORS}
+            found["loaded_vectors"] = plgpu.Barrier(num_arrivals=len(VECTORS), num_barriers=AHEAD)
+            found["used_vectors"] = plgpu.Barrier(num_arrivals=self.warpgroups, num_barriers=AHEAD)
         if self.spec.interpret:
-            shape = WARPGROUPS, HALF, self.columns
-            found["factor"] = plgpu.SMEM(shape, self.dtype, transforms=transforms)
+            found["factor"] = matrices(self.warpgroups, HALF, self.columns)
         return found
 
 
@@ -253,16 +291,20 @@ class Block:
     full: Any
     partial: Any
     group: Any  # warpgroup
+    half: Any  # of the row, that this warpgroup has
 
     @classmethod
     def here(cls, call: Call, refs: dict[str, Any]) -> Block:
         b, member = lax.axis_index("sequences"), lax.axis_index("heads")
         which = refs["which"][b * len(call.part.heads) + member if call.own_lists else member]
         rows = call.part.stop - call.part.start
-        at = (which * rows + lax.axis_index("rows")) * 4
-        row, start, full, partial = (refs["rows"][at + i] for i in range(4))
+        nth, group = lax.axis_index("rows"), lax.axis_index("warpgroup")
+        half = group
+        if call.warpgroups == 1:
+            nth, half = lax.div(nth, jnp.int32(WARPGROUPS)), lax.rem(nth, jnp.int32(WARPGROUPS))
+        row, start, full, partial = (refs["rows"][(which * rows + nth) * 4 + i] for i in range(4))
         start = which * call.entries + start
-        return cls(call, refs, b, member, row, start, full, partial, lax.axis_index("warpgroup"))
+        return cls(call, refs, b, member, row, start, full, partial, group, half)
 
     @property
     def steps(self):
@@ -271,7 +313,12 @@ class Block:
     @property
     def first_row(self):
         """Of this warpgroup, among those of the whole array."""
-        return (self.call.part.start + self.row) * SIDE + self.group * HALF
+        return (self.call.part.start + self.row) * SIDE + self.half * HALF
+
+    @property
+    def rows(self):
+        """Of this warpgroup, among those of the part."""
+        return pl.ds(self.row * SIDE + self.half * HALF, HALF)
 
     def entry(self, step):
         return self.start + lax.div(step, jnp.int32(self.call.splits))
@@ -280,8 +327,11 @@ class Block:
         within = lax.rem(step, jnp.int32(self.call.splits)) * self.call.columns
         return self.refs["columns"][self.entry(step)] * SIDE + within
 
-    def slot(self, step):
-        return lax.rem(step, jnp.int32(self.call.stages))
+    def slot(self, step, plane):
+        planes, slots = len(self.call.planes), self.call.slots
+        if planes % slots == 0 and self.call.pieces > 1:
+            return self.refs["count"][plane % slots]  # addresses that do not change would be kept in registers
+        return lax.rem(step * planes + plane, jnp.int32(slots))
 
     def own_head(self):
         return self.refs["members"][self.member]
@@ -293,12 +343,10 @@ class Block:
             return self.own_head() * share + self.refs["heads"][self.entry(step)]
         return lax.div(self.own_head(), jnp.int32(share))
 
-    def own(self, name):
-        return self.refs[f"own_{name}"].at[self.group]
-
-    def own_again(self, name):
-        """The same, looked up anew."""
-        return self.refs[f"own_{name}"].at[self.refs["count"][self.group]]
+    def own(self, name, piece=0, again=False):
+        """`again`: looked up anew rather than kept in a register."""
+        group = self.refs["count"][self.group] if again else self.group
+        return self.refs[f"own_{name}"].at[group * self.call.pieces + piece]
 
     def loop(self, step: Callable, carry):
         """`step(i, carry, partial)` for the full tiles, then for the partial ones.
@@ -311,69 +359,126 @@ class Block:
         carry = lax.fori_loop(0, full, functools.partial(step, partial=False), carry)
         return lax.fori_loop(full, self.steps, functools.partial(step, partial=True), carry)
 
-    def wait(self, name, step):
-        plgpu.barrier_wait(self.refs[f"loaded_{name}"].at[self.slot(step)])
+    def wait(self, step, plane):
+        plgpu.barrier_wait(self.refs["loaded"].at[self.slot(step, plane)])
 
-    def release(self, name, step):
-        plgpu.barrier_arrive(self.refs[f"used_{name}"].at[self.slot(step)])
+    def release(self, step, plane):
+        plgpu.barrier_arrive(self.refs["used"].at[self.slot(step, plane)])
 
 
 def _load(block: Block) -> None:
-    """The columns of all steps, as soon as there is room."""
+    """The planes of all steps, as soon as there is room."""
     call, refs = block.call, block.refs
-    plgpu.set_max_registers(REGISTERS[1], action="decrease")
+    if call.warpgroups > 1:
+        plgpu.set_max_registers(REGISTERS[1], action="decrease")
 
-    def load(step, wait: bool):
-        head, slot = block.stream_head(step), block.slot(step)
-        columns = pl.ds(block.first_column(step), call.columns)
-        for group in call.stream:
-            if wait:
-                plgpu.barrier_wait(refs[f"used_{group[0]}"].at[slot])
-            for name in group:
-                source, loaded = refs[f"all_{name}"].at[block.b, head, columns], refs[f"loaded_{group[0]}"].at[slot]
-                plgpu.copy_gmem_to_smem(source, refs[name].at[slot], loaded)
+    def load(step):
+        head, columns = block.stream_head(step), pl.ds(block.first_column(step), call.columns)
+        if call.by_column:
+            nth = lax.rem(step, jnp.int32(AHEAD))
+            pl.when(step >= AHEAD)(lambda: plgpu.barrier_wait(refs["used_vectors"].at[nth]))
+            for name in VECTORS:
+                source = refs[f"all_{name}"].at[block.b, head, columns]
+                plgpu.copy_gmem_to_smem(source, refs[name].at[nth], refs["loaded_vectors"].at[nth])
+        for plane, (name, piece) in enumerate(call.planes):
+            slot = block.slot(step, plane)
+            taken = step * len(call.planes) + plane >= call.slots
+            pl.when(taken)(functools.partial(plgpu.barrier_wait, refs["used"].at[slot]))
+            source = refs[f"all_{name}"].at[piece, block.b, head, columns]
+            plgpu.copy_gmem_to_smem(source, refs["planes"].at[slot], refs["loaded"].at[slot])
 
-    pl.loop(0, jnp.minimum(block.steps, call.stages))(functools.partial(load, wait=False))
-    pl.loop(call.stages, block.steps)(functools.partial(load, wait=True))
+    pl.loop(0, block.steps)(load)
 
 
 def _load_own(block: Block) -> None:
     loaded, rows = block.refs["loaded_own"].at[block.group], pl.ds(block.first_row, HALF)
     for name in block.call.own:
-        source = block.refs[f"all_{name}"].at[block.b, block.own_head(), rows]
-        plgpu.copy_gmem_to_smem(source, block.own(name), loaded)
+        for piece in range(block.call.pieces):
+            source = block.refs[f"all_{name}"].at[piece, block.b, block.own_head(), rows]
+            plgpu.copy_gmem_to_smem(source, block.own(name, piece), loaded)
     plgpu.barrier_wait(loaded)
 
 
-def _multiply(x, y) -> Array:
-    """The product of two matrices in shared memory, float32."""
+def _split(block: Block, x: Array) -> list[Array]:
+    """The pieces of an array, as factors of products."""
+    pieces = []
+    for _ in range(block.call.pieces):
+        pieces.append(x.astype(block.call.dtype))
+        x = x - pieces[-1].astype(jnp.float32)
+    return pieces
 
-    def compute(acc):
-        plgpu.wgmma(acc, x, y)
-        return acc[...]
 
-    return pl.run_scoped(compute, plgpu.ACC((x.shape[0], y.shape[1]), jnp.float32))
+def _contract(
+    block: Block,
+    acc: Array | None,
+    factors: list,
+    step,
+    plane: int,
+    transposed: bool,
+    ready: int = 0,
+    keep: bool = False,
+    meanwhile: Callable[[], None] = lambda: None,
+) -> Array:
+    """The sum of acc and of a product, by pieces.
+
+    Args:
+      block: Where.
+      acc: None for zeros.
+      factors: The pieces of the left factor, in shared memory or in registers.
+      step: Of the right factor,
+      plane: Of its first piece among those of the step.
+      transposed: It is the transposed planes.
+      ready: How many of them have been waited for.
+      keep: They are needed again.
+      meanwhile: Done while the last products are computed.
+    """
+    for i in range(block.call.pieces):
+        if i >= ready:
+            block.wait(step, plane + i)
+        right = block.refs["planes"].at[block.slot(step, plane + i)]
+        right, last = right.T if transposed else right, i == block.call.pieces - 1
+        acc = _accumulate(block, acc, factors[: len(factors) - i], right, meanwhile if last else lambda: None)
+        if not keep:
+            block.release(step, plane + i)
+    return acc
 
 
-def _accumulate(block: Block, acc: Array, x, y, meanwhile: Callable[[], None] = lambda: None) -> Array:
-    """The sum acc + x · y, where y and perhaps x are in shared memory; `meanwhile` is done while it is computed.
+def _accumulate(block: Block, acc: Array | None, lefts: list, right, meanwhile: Callable[[], None]) -> Array:
+    """The sum of acc and of products with one right factor in shared memory; `meanwhile` is done as they are computed.
 
     Interpret mode has neither accumulators that start with a value nor products with a factor in registers.
     """
     if block.call.spec.interpret:
-        factor = x
-        if isinstance(x, jax.Array):
-            factor = block.refs["factor"].at[block.group]
-            factor[...] = x
-            plgpu.commit_smem()
         meanwhile()
-        return acc + _multiply(factor, y)
+        for left in lefts:
+            if isinstance(left, jax.Array):
+                block.refs["factor"].at[block.group][...] = left
+                plgpu.commit_smem()
+                left = block.refs["factor"].at[block.group]
+            product = _multiply([left], right)
+            acc = product if acc is None else acc + product
+        return acc
+    if acc is None:
+        return _multiply(lefts, right, meanwhile)
 
     def compute(ref):
-        plgpu.wgmma(ref, x, y)
+        for left in lefts:
+            plgpu.wgmma(ref, left, right)
         meanwhile()
 
     return pl.run_state(compute)(plgpu.ACC.init(acc))
+
+
+def _multiply(lefts: list, right, meanwhile: Callable[[], None] = lambda: None) -> Array:
+    """The sum of products, float32; all factors are in shared memory."""
+
+    def compute(acc):
+        for left in lefts:
+            plgpu.wgmma(acc, left, right)
+        meanwhile()
+        return acc[...]
+
+    return pl.run_scoped(compute, plgpu.ACC((lefts[0].shape[0], right.shape[1]), jnp.float32))
 
 
 def _settle(block: Block, *arrays: Array) -> tuple[Array, ...]:
@@ -427,7 +532,7 @@ def _unpack(block: Block, step, column: Array) -> Array:
     call, refs = block.call, block.refs
     mask = refs["masks"][block.entry(step)]
     first = lax.rem(step, jnp.int32(call.splits)) * (call.columns // 32)
-    rows = pl.ds(block.group * HALF, HALF)
+    rows = pl.ds(block.half * HALF, HALF)
     word = None
     for i in range(call.columns // 32):
         words = plgpu.load(refs["bits"].at[mask, first + i, rows], layout=plgpu.Layout.WGMMA.reduce(1), optimized=False)
@@ -442,21 +547,19 @@ def _unpack(block: Block, step, column: Array) -> Array:
 def _forward_rows(block: Block) -> None:
     call, refs = block.call, block.refs
     unit, layout, shape = score_unit(call.spec), plgpu.Layout.WGMMA, (HALF, call.columns)
-    plgpu.set_max_registers(REGISTERS[0], action="increase")
-    _load_own(block)
-    head = block.own_head()
+    _begin(block)
+    head, first_k, first_v = block.own_head(), call.plane("k"), call.plane("v")
     sink = [refs[name][head] for name in ("sink", "sink_top", "sink_total")] if "sink" in refs else None
     top = _fill((HALF,), LOWEST if sink is None else sink[1], layout.reduce(1))
     total = _fill((HALF,), 0.0 if sink is None else sink[2], layout.reduce(1))
     acc = _fill((HALF, call.width), 0.0, layout)
-    pl.when(block.steps > 0)(lambda: block.wait("k", 0))
+    pl.when(block.steps > 0)(lambda: block.wait(0, first_k))
     pl.when(block.group == 1)(lambda: _take_turns(block))
 
     def step(i, carry, partial):
         acc, top, total = carry
-        slot = block.slot(i)
-        scores = _multiply_in_turn(block, block.own("q"), refs["k"].at[slot].T)
-        block.release("k", i)
+        own = [block.own("q", piece, again=call.pieces > 1) for piece in range(call.pieces)]
+        scores = _contract(block, None, own, i, first_k, True, ready=1, meanwhile=lambda: _take_turns(block))
         scores = bound_scores(call.spec, scores)
         scores = _mask(block, i, partial, scores, MASKED)
         now = jnp.maximum(top, scores.max(axis=1))
@@ -464,13 +567,12 @@ def _forward_rows(block: Block) -> None:
         fade = jnp.exp2((top - now) * (unit * LOG2E))
         acc = acc * _along_rows(fade, acc.shape)
         total = fade * total + terms.sum(axis=1)
-        acc, total, now, terms = _settle(block, acc, total, now, terms.astype(call.dtype))
-        plgpu.barrier_arrive(refs["turn"])
-        block.wait("v", i)
-        plgpu.barrier_wait(refs["turn"])
-        ahead = functools.partial(pl.when(i + 1 < block.steps), lambda: block.wait("k", i + 1))
-        acc = _accumulate(block, acc, terms, refs["v"].at[slot], ahead)
-        block.release("v", i)
+        acc, total, now, *terms = _settle(block, acc, total, now, *_split(block, terms))
+        _offer_turn(block)
+        block.wait(i, first_v)
+        _await_turn(block)
+        ahead = functools.partial(pl.when(i + 1 < block.steps), lambda: block.wait(i + 1, first_k))
+        acc = _contract(block, acc, terms, i, first_v, False, ready=1, meanwhile=ahead)
         return acc, now, total
 
     acc, top, total = block.loop(step, (acc, top, total))
@@ -482,54 +584,67 @@ def _forward_rows(block: Block) -> None:
         lse = jnp.where((top == sink[1]) & (total == 1), _fill((HALF,), sink[0], layout.reduce(1)), lse)
     refs["rows_lse"].at[block.group][...] = lse
     _store(block, "q", acc * _along_rows(1 / safe, acc.shape), "out")
-    to = refs["out_lse"].at[block.b, block.member, pl.ds(block.row * SIDE + block.group * HALF, HALF)]
+    to = refs["out_lse"].at[block.b, block.member, block.rows]
     plgpu.copy_smem_to_gmem(refs["rows_lse"].at[block.group], to)
     plgpu.wait_smem_to_gmem(0)
 
 
+def _begin(block: Block) -> None:
+    if block.call.warpgroups > 1:
+        plgpu.set_max_registers(REGISTERS[0], action="increase")
+    _load_own(block)
+
+
 def _take_turns(block: Block) -> None:
     """One warpgroup multiplies while the other has its softmax."""
-    plgpu.barrier_arrive(block.refs["turn"])
-    plgpu.barrier_wait(block.refs["turn"])
+    _offer_turn(block)
+    _await_turn(block)
 
 
-def _multiply_in_turn(block: Block, x, y) -> Array:
-    def compute(acc):
-        plgpu.wgmma(acc, x, y)
-        _take_turns(block)
-        return acc[...]
+def _offer_turn(block: Block) -> None:
+    if block.call.warpgroups > 1:
+        plgpu.barrier_arrive(block.refs["turn"])
 
-    return pl.run_scoped(compute, plgpu.ACC((x.shape[0], y.shape[1]), jnp.float32))
+
+def _await_turn(block: Block) -> None:
+    if block.call.warpgroups > 1:
+        plgpu.barrier_wait(block.refs["turn"])
 
 
 def _store(block: Block, name: str, x: Array, to: str) -> None:
     """What this warpgroup found, by way of the memory that its rows of an input were in."""
-    rows = pl.ds(block.row * SIDE + block.group * HALF, HALF)
-    block.own(name)[...] = x.astype(block.call.dtype)
-    plgpu.commit_smem()
-    plgpu.copy_smem_to_gmem(block.own(name), block.refs[to].at[block.b, block.member, rows])
+    for piece in range(block.call.pieces):
+        place = block.own(name, piece)
+        place[...] = x.astype(block.call.dtype)
+        plgpu.commit_smem()
+        plgpu.copy_smem_to_gmem(place, block.refs[to].at[piece, block.b, block.member, block.rows])
+        if piece < block.call.pieces - 1:  # read again rather than kept in registers
+            x = x - plgpu.load(place, layout=plgpu.Layout.WGMMA).astype(jnp.float32)
 
 
-def _weigh(block: Block, step, partial: bool, lse: Callable[[], Array]) -> tuple[Array, Array | None]:
+def _weigh(block: Block, step, partial: bool, lse: Callable[[], Array], keep: bool) -> tuple[Array, Array | None]:
     """Weights of a step, and by what a softcap shrinks the gradients of its scores. `lse`: [rows, columns]."""
-    call, own, stream = block.call, block.call.own[0], block.call.stream[0][0]
-    scores = bound_scores(call.spec, _multiply(block.own_again(own), block.refs[stream].at[block.slot(step)].T))
+    call, (own, _), (stream, _) = block.call, block.call.own, block.call.stream
+    own = [block.own(own, piece, again=True) for piece in range(call.pieces)]
+    scores = bound_scores(call.spec, _contract(block, None, own, step, call.plane(stream), True, keep=keep))
     bend = None if call.spec.softcap is None else 1 - scores * scores
     weights = jnp.exp2((scores - lse()) * (score_unit(call.spec) * LOG2E))
     return _mask(block, step, partial, weights, 0.0), bend  # not of the scores: fewer registers are in use by now
 
 
-def _differentiate(block: Block, step, weights: Array, bend: Array | None, slope: Callable[[], Array]) -> Array:
+def _differentiate(
+    block: Block, step, weights: Array, bend: Array | None, slope: Callable[[], Array], ready: int = 0
+) -> Array:
     """The gradient of q·k."""
-    own, stream = block.call.own[1], block.call.stream[1][0]
-    d_scores = weights * _accumulate(block, slope(), block.own_again(own), block.refs[stream].at[block.slot(step)].T)
+    call, (_, own), (_, stream) = block.call, block.call.own, block.call.stream
+    own = [block.own(own, piece, again=True) for piece in range(call.pieces)]
+    d_scores = weights * _contract(block, slope(), own, step, call.plane(stream), True, ready)
     return d_scores if bend is None else d_scores * bend
 
 
 def _d_queries_rows(block: Block) -> None:
     call, refs, layout = block.call, block.refs, plgpu.Layout.WGMMA
-    plgpu.set_max_registers(REGISTERS[0], action="increase")
-    _load_own(block)
+    _begin(block)
     at = block.b, block.own_head(), pl.ds(block.first_row, HALF)
     lse, slope = (
         functools.partial(
@@ -539,16 +654,12 @@ def _d_queries_rows(block: Block) -> None:
         )
         for name in VECTORS
     )
+    stays = call.pieces == 1
 
     def step(i, acc, partial):
-        block.wait("k", i)
-        weights, bend = _weigh(block, i, partial, lse)
-        block.wait("v", i)
-        d_scores = _differentiate(block, i, weights, bend, slope)
-        block.release("v", i)
-        acc = _accumulate(block, acc, d_scores.astype(call.dtype), refs["k"].at[block.slot(i)])
-        block.release("k", i)
-        return acc
+        weights, bend = _weigh(block, i, partial, lse, keep=stays)
+        d_scores = _split(block, _differentiate(block, i, weights, bend, slope))
+        return _contract(block, acc, d_scores, i, call.plane("k", last=True), False, ready=int(stays))
 
     acc = block.loop(step, _fill((HALF, call.width), 0.0, layout))
     _store(block, "q", acc * call.spec.scale, "out_q")
@@ -557,29 +668,30 @@ def _d_queries_rows(block: Block) -> None:
 
 def _d_keys_values_rows(block: Block) -> None:
     call, refs, layout = block.call, block.refs, plgpu.Layout.WGMMA
-    plgpu.set_max_registers(REGISTERS[0], action="increase")
-    _load_own(block)
+    wanted = [name for name in "kv" if f"out_{name}" in refs]
+    _begin(block)
+    stays = call.pieces == 1 and "k" in wanted
 
     def step(i, sums, partial):
-        slot, sums = block.slot(i), dict(sums)
+        sums, nth = dict(sums), lax.rem(i, jnp.int32(AHEAD))
 
         def spread(name):  # only when it is needed: it takes registers
-            vector = plgpu.load(refs[name].at[slot], layout=layout.reduce(0))
+            vector = plgpu.load(refs[name].at[nth], layout=layout.reduce(0))
             return lax.broadcast_in_dim(vector, (HALF, call.columns), [1])
 
-        block.wait("q", i)
-        block.wait("d_out", i)
-        weights, bend = _weigh(block, i, partial, functools.partial(spread, "lse"))
+        plgpu.barrier_wait(refs["loaded_vectors"].at[nth])
+        weights, bend = _weigh(block, i, partial, functools.partial(spread, "lse"), keep=stays)
         if "v" in sums:
-            sums["v"] = _accumulate(block, sums["v"], weights.astype(call.dtype), refs["d_out"].at[slot])
+            factors = _split(block, weights)
+            sums["v"] = _contract(block, sums["v"], factors, i, call.plane("d_out"), False, keep="k" in sums)
         if "k" in sums:
-            d_scores = _differentiate(block, i, weights, bend, functools.partial(spread, "slope"))
-            sums["k"] = _accumulate(block, sums["k"], d_scores.astype(call.dtype), refs["q"].at[slot])
-        block.release("d_out", i)
-        block.release("q", i)
+            ready = call.pieces if "v" in sums else 0
+            d_scores = _differentiate(block, i, weights, bend, functools.partial(spread, "slope"), ready)
+            factors, plane = _split(block, d_scores), call.plane("q", last=True)
+            sums["k"] = _contract(block, sums["k"], factors, i, plane, False, ready=int(stays))
+        plgpu.barrier_arrive(refs["used_vectors"].at[nth])
         return sums
 
-    wanted = [name for name in "kv" if f"out_{name}" in refs]
     sums = block.loop(step, {name: _fill((HALF, call.width), 0.0, layout) for name in wanted})
     block = Block.here(call, refs)  # read again rather than kept in registers
     for name in wanted:
@@ -591,33 +703,50 @@ def _d_keys_values_rows(block: Block) -> None:
 
 
 def _forward(spec: Spec, part: Part, walk: Walk, inputs: Inputs) -> tuple[Array, Array]:
-    call = Call.of(spec, part, walk, inputs, ("q",), (("k",), ("v",)), columns=SIDE)
-    shape = inputs.q.shape[0], len(part.heads), (part.stop - part.start) * SIDE
-    outputs = {
-        "out": jax.ShapeDtypeStruct((*shape, call.width), call.dtype),
-        "out_lse": jax.ShapeDtypeStruct(shape, jnp.float32),
-    }
-    scratch = {"rows_lse": plgpu.SMEM((WARPGROUPS, HALF), jnp.float32)}
-    scratch["turn"] = plgpu.Barrier(num_arrivals=WARPGROUPS)
-    return _call(_forward_rows, "attend_forward", call, walk, inputs, None, outputs, scratch)
+    call = Call.of(spec, part, walk, inputs, ("q",), ("k", "v"), again=False, columns=SIDE)
+    outputs = {"out": call.output(), "out_lse": jax.ShapeDtypeStruct(call.output().shape[1:-1], jnp.float32)}
+    scratch = {"rows_lse": plgpu.SMEM((call.warpgroups, HALF), jnp.float32)}
+    if call.warpgroups > 1:
+        scratch["turn"] = plgpu.Barrier(num_arrivals=call.warpgroups)
+    out, lse = _call(_forward_rows, "attend_forward", call, walk, inputs, None, outputs, scratch)
+    return _join_pieces(out), lse
 
 
 def _d_queries(spec: Spec, part: Part, walk: Walk, inputs: Inputs, back: Back) -> Array:
-    call = Call.of(spec, part, walk, inputs, ("q", "d_out"), (("k",), ("v",)))
-    shape = inputs.q.shape[0], len(part.heads), (part.stop - part.start) * SIDE, call.width
-    outputs = {"out_q": jax.ShapeDtypeStruct(shape, call.dtype)}
-    return _call(_d_queries_rows, "attend_d_queries", call, walk, inputs, back, outputs, {})[0]
+    call = Call.of(spec, part, walk, inputs, ("q", "d_out"), ("k", "v"))
+    (d_q,) = _call(_d_queries_rows, "attend_d_queries", call, walk, inputs, back, {"out_q": call.output()}, {})
+    return _join_pieces(d_q)
 
 
 def _d_keys_values(spec: Spec, part: Part, walk: Walk, inputs: Inputs, back: Back) -> tuple[Array, Array]:
     """Both at once where the sums of both fit into registers, else one after the other."""
-    call = Call.of(spec, part, walk, inputs, ("k", "v"), (("q",), ("d_out", *VECTORS)), by_column=True)
-    shape = inputs.q.shape[0], len(part.heads), (part.stop - part.start) * SIDE, call.width
-    outputs = {f"out_{name}": jax.ShapeDtypeStruct(shape, call.dtype) for name in "kv"}
-    run = functools.partial(_call, _d_keys_values_rows, "attend_d_keys_values", call, walk, inputs, back)
-    if call.width <= NARROW and spec.softcap is None:
-        return tuple(run(outputs, {}))
-    return tuple(run({name: shape}, {})[0] for name, shape in outputs.items())
+
+    def run(*names):
+        call = Call.of(spec, part, walk, inputs, ("k", "v"), ("q", "d_out"), again="k" in names)
+        outputs = {f"out_{name}": call.output() for name in names}
+        found = _call(_d_keys_values_rows, "attend_d_keys_values", call, walk, inputs, back, outputs, {})
+        return tuple(map(_join_pieces, found))
+
+    widest = NARROW if inputs.q.dtype != jnp.float32 else NARROW // 2
+    together = inputs.q.shape[-1] <= widest and spec.softcap is None
+    return run("k", "v") if together else run("k") + run("v")
+
+
+def split_pieces(x: Array) -> Float[Array, "pieces b h t d"]:
+    """Arrays of 16 bits whose sum is x, to the last bit unless numbers are so small that pieces underflow."""
+    if x.dtype != jnp.float32:
+        return x[None]
+    pieces = []
+    for _ in range(PIECES):
+        pieces.append(lax.reduce_precision(x, 8, 7))  # a conversion there and back would be left out
+        x = x - pieces[-1]
+    return jnp.stack(pieces).astype(jnp.bfloat16)
+
+
+def _join_pieces(x: Array) -> Array:
+    if len(x) == 1:
+        return x[0]
+    return functools.reduce(jnp.add, x.astype(jnp.float32)[::-1])
 
 
 def _call(compute, name: str, call: Call, walk: Walk, inputs: Inputs, back: Back | None, outputs, scratch):
@@ -628,22 +757,24 @@ def _call(compute, name: str, call: Call, walk: Walk, inputs: Inputs, back: Back
 
     def body(*refs, **own):
         block = Block.here(call, dict(zip([*arrays, *outputs], refs, strict=True)) | own)
-        pl.when(block.group < WARPGROUPS)(lambda: compute(block))
-        pl.when(block.group == WARPGROUPS)(lambda: _load(block))
+        pl.when(block.group < call.warpgroups)(lambda: compute(block))
+        pl.when(block.group == call.warpgroups)(lambda: _load(block))
 
+    exact = call.spec.softcap is not None or call.pieces > 1  # tanh otherwise has 11 bits, exp2 has 22
+    rows = (call.part.stop - call.part.start) * WARPGROUPS // call.warpgroups
     kernel = plgpu.kernel(
         body,
         out_type=tuple(outputs.values()),
         scratch_types=call.scratch() | scratch,
-        grid=(len(call.part.heads), call.part.stop - call.part.start, inputs.q.shape[0]),
+        grid=(len(call.part.heads), rows, inputs.q.shape[0]),
         grid_names=("heads", "rows", "sequences"),
-        num_threads=WARPGROUPS + 1,
+        num_threads=call.warpgroups + 1,
         thread_name="warpgroup",
         kernel_name=name,
         **(
             {"interpret": plgpu.InterpretGPUParams()}
             if call.spec.interpret
-            else {"compiler_params": plgpu.CompilerParams(approx_math=call.spec.softcap is None)}  # tanh in 11 bits
+            else {"compiler_params": plgpu.CompilerParams(approx_math=not exact)}
         ),
     )
     return kernel(*arrays.values())
@@ -654,13 +785,13 @@ def _arrays(call: Call, table: Table, inputs: Inputs, back: Back | None) -> dict
     unit = score_unit(call.spec)
     found = {name: jnp.asarray(x, jnp.int32).ravel() for name, x in table._asdict().items()}
     found["members"] = jnp.asarray(call.part.heads, jnp.int32)
-    found |= {"all_q": inputs.q, "all_k": inputs.k, "all_v": inputs.v}
+    found |= {f"all_{name}": split_pieces(getattr(inputs, name)) for name in "qkv"}
     if back is None and inputs.sink is not None:
         top = jnp.maximum(inputs.sink / unit, LOWEST)
         found |= {"sink": inputs.sink, "sink_top": top}
         found["sink_total"] = jnp.exp2((inputs.sink / unit - top) * (unit * LOG2E))
     if back is not None:
-        found |= {"all_d_out": back.d_out, "all_lse": back.lse / unit, "all_slope": back.slope}
+        found |= {"all_d_out": split_pieces(back.d_out), "all_lse": back.lse / unit, "all_slope": back.slope}
     if inputs.segments is not None:
         ids = reversed(inputs.segments) if call.by_column else inputs.segments
         found |= dict(zip(("row_ids", "column_ids"), ids, strict=True))
