@@ -281,7 +281,8 @@ def use_machine(device):
     import jax
     from jax.sharding import AbstractDevice, AbstractMesh
 
-    fields = {"device_kind": device.device_kind, "num_cores": getattr(device, "num_cores", 1)}
+    cores = getattr(device, "num_cores", None) or getattr(device, "core_count", 1)
+    fields = {"device_kind": device.device_kind, "num_cores": cores}
     fields["platform"] = "cuda" if "NVIDIA" in device.device_kind else "tpu"
     known = {name: value for name, value in fields.items() if name in AbstractDevice.__dataclass_fields__}
     return jax.sharding.use_abstract_mesh(AbstractMesh((1,), ("x",), abstract_device=AbstractDevice(**known)))

@@ -1,7 +1,8 @@
-"""Attention over tile lists on Hopper GPUs: Mosaic kernels in which each block of threads computes one row of tiles.
+"""Attention over tile lists on Hopper GPUs: Mosaic kernels in which blocks of threads compute row after row of tiles.
 
-Of a block, two warpgroups have half of the row each and keep its sums in registers; a third loads what the row's tiles
-need, some steps ahead. Lists are in global memory: a row says where its entries are, the longest rows come first.
+There is one block for each multiprocessor. Two of its warpgroups have half of a row each and keep its sums in
+registers; a third loads what the row's tiles need, some steps ahead, and goes on to the next row while this one is
+computed. Lists are in global memory: a row says where its entries are, the longest rows come first.
 
 Tensor cores multiply numbers of 16 bits. In float32 an array is the sum of three in bfloat16, its pieces, and a product
 that of the six products of pieces that float32 can hold (arXiv:1904.06376); a block then has half of a row.
@@ -11,6 +12,8 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import itertools
+import math
 import os
 import re
 from collections.abc import Callable
@@ -28,7 +31,7 @@ from sparsejax.ops.chunks import fill_chunks
 from sparsejax.ops.kernels import flash
 from sparsejax.ops.kernels.flash import LOG2E, LOWEST, Back, Backend, Inputs, Spec, bound_scores, score_unit
 from sparsejax.ops.kernels.lists import EMPTY, FULL, PARTIAL, Part, TileLists, Walk, pack_words, sort_lists
-from sparsejax.ops.kernels.mesh import device_kind, run_on_mesh
+from sparsejax.ops.kernels.mesh import core_count, device_kind, run_on_mesh
 from sparsejax.ops.request import MASKED, Request
 
 SIDE = 128  # of tiles
@@ -41,6 +44,8 @@ AHEAD = 3  # steps that are loaded before they are computed, at most
 SHARED = 227 * 1024 - 3072  # bytes of a block, without what barriers and vectors take
 REDUCTIONS = 1024  # bytes more that it takes to find the maxima and sums of rows
 REGISTERS = 232, 40  # of a thread that computes, and of one that loads
+CORES = 132  # multiprocessors of an H100, if the machine does not say
+INTERPRETED_CORES = 2
 INTERPRETER_THREADS = 8
 DTYPES = "bfloat16", "float16", "float32"
 KINDS = re.compile(r"\bG?H(100|200|800|20)\b")
@@ -191,6 +196,7 @@ class Call:
       sequences: How many there are.
       columns: Of a step, which is a tile or a part of one.
       slots: How many planes there is room for.
+      own_slots: For how many rows at a time there is room for their own arrays.
       width: Of heads.
       pieces: That an array is the sum of.
       dtype: Of what is multiplied.
@@ -208,6 +214,7 @@ class Call:
     sequences: int
     columns: int
     slots: int
+    own_slots: int
     width: int
     pieces: int
     dtype: Any
@@ -226,13 +233,16 @@ class Call:
         planes = tuple((name, piece) for name in order for piece in range(pieces))
         rows = HALF * (WARPGROUPS if pieces == 1 else pieces)
         shared = SHARED if len(own) > 1 else SHARED - REDUCTIONS
-        room = shared // (width * jnp.dtype(dtype).itemsize) - len(own) * rows
         columns = 32 if pieces > 1 and width > NARROW else 64 if tight else columns
+        room = shared // (width * jnp.dtype(dtype).itemsize) - len(own) * rows
+        # Those of the next row are loaded early, if that leaves room for two steps.
+        own_slots = 2 if room - len(own) * rows >= 2 * len(planes) * columns else 1
+        room -= (own_slots - 1) * len(own) * rows
         fitting = range(1, min(room // columns, AHEAD * len(planes)) + 1)
         # With many planes, each has the same slot in all steps: a register less for each.
         slots = max(n for n in fitting if pieces == 1 or len(planes) % n == 0)
         own_lists = walk.which.shape[0] > 1 or segments
-        sizes = sequences, columns, slots, width, pieces
+        sizes = sequences, columns, slots, own_slots, width, pieces
         return cls(spec, part, by_column, own, stream, planes, *sizes, dtype, own_lists, tight)
 
     @property
@@ -243,6 +253,17 @@ class Call:
     @property
     def splits(self) -> int:
         return SIDE // self.columns
+
+    @property
+    def grid(self) -> tuple[int, int, int]:
+        """Rows, sequences and heads; a row twice if a block has half of it."""
+        rows = (self.part.stop - self.part.start) * WARPGROUPS // self.warpgroups
+        return rows, self.sequences, len(self.part.heads)
+
+    @property
+    def blocks(self) -> int:
+        cores = INTERPRETED_CORES if self.spec.interpret else core_count() or CORES
+        return min(cores, math.prod(self.grid))
 
     def output(self) -> jax.ShapeDtypeStruct:
         """Of one array, its pieces first."""
@@ -261,8 +282,10 @@ class Call:
         def matrices(*shape):
             return plgpu.SMEM(shape, self.dtype, transforms=transforms)
 
-        found = {f"own_{name}": matrices(self.warpgroups * self.pieces, HALF, self.width) for name in self.own}
-        found["loaded_own"] = plgpu.Barrier(num_arrivals=len(self.own) * self.pieces, num_barriers=self.warpgroups)
+        parts = self.warpgroups * self.pieces
+        found = {f"own_{name}": matrices(self.own_slots * parts, HALF, self.width) for name in self.own}
+        found["loaded_own"] = plgpu.Barrier(num_arrivals=len(self.own) * parts, num_barriers=self.own_slots)
+        found["used_own"] = plgpu.Barrier(num_arrivals=self.warpgroups, num_barriers=self.own_slots)
         found["planes"] = matrices(self.slots, self.columns, self.width)
         found["loaded"] = plgpu.Barrier(num_arrivals=1, num_barriers=self.slots)
         found["used"] = plgpu.Barrier(num_arrivals=self.warpgroups, num_barriers=self.slots)
@@ -280,10 +303,12 @@ VECTORS = ("lse", "slope")
 
 @dataclasses.dataclass(frozen=True)
 class Block:
-    """A block of threads at its row, as one of its warpgroups sees it. `refs`: all memory by name."""
+    """A block of threads at one of its rows, as one of its warpgroups sees it. `refs`: all memory by name."""
 
     call: Call
     refs: dict[str, Any]
+    turn: plgpu.NDLoopInfo
+    before: Any  # steps of this block, in earlier rows
     b: Any
     member: Any
     row: Any
@@ -294,17 +319,20 @@ class Block:
     half: Any  # of the row, that this warpgroup has
 
     @classmethod
-    def here(cls, call: Call, refs: dict[str, Any]) -> Block:
-        b, member = lax.axis_index("sequences"), lax.axis_index("heads")
+    def at(cls, call: Call, refs: dict[str, Any], turn: plgpu.NDLoopInfo, before) -> Block:
+        nth, b, member = turn.index
         which = refs["which"][b * len(call.part.heads) + member if call.own_lists else member]
         rows = call.part.stop - call.part.start
-        nth, group = lax.axis_index("rows"), lax.axis_index("warpgroup")
-        half = group
+        half = group = lax.axis_index("warpgroup")
         if call.warpgroups == 1:
             nth, half = lax.div(nth, jnp.int32(WARPGROUPS)), lax.rem(nth, jnp.int32(WARPGROUPS))
         row, start, full, partial = (refs["rows"][(which * rows + nth) * 4 + i] for i in range(4))
         start = which * call.entries + start
-        return cls(call, refs, b, member, row, start, full, partial, group, half)
+        return cls(call, refs, turn, before, b, member, row, start, full, partial, group, half)
+
+    def again(self) -> Block:
+        """The same, looked up anew rather than kept in registers."""
+        return Block.at(self.call, self.refs, self.turn, self.before)
 
     @property
     def steps(self):
@@ -331,7 +359,14 @@ class Block:
         planes, slots = len(self.call.planes), self.call.slots
         if planes % slots == 0 and self.call.pieces > 1:
             return self.refs["count"][plane % slots]  # addresses that do not change would be kept in registers
-        return lax.rem(step * planes + plane, jnp.int32(slots))
+        return lax.rem((self.before + step) * planes + plane, jnp.int32(slots))
+
+    def vectors_slot(self, step):
+        return lax.rem(self.before + step, jnp.int32(AHEAD))
+
+    @property
+    def own_slot(self):
+        return lax.rem(self.turn.local_index, jnp.int32(self.call.own_slots))
 
     def own_head(self):
         return self.refs["members"][self.member]
@@ -346,7 +381,16 @@ class Block:
     def own(self, name, piece=0, again=False):
         """`again`: looked up anew rather than kept in a register."""
         group = self.refs["count"][self.group] if again else self.group
+        if self.call.own_slots > 1:
+            group = self.own_slot * self.call.warpgroups + group
         return self.refs[f"own_{name}"].at[group * self.call.pieces + piece]
+
+    def own_parts(self, name):
+        """Of all warpgroups: which halves of the row, which pieces, and where they are."""
+        first, refs = self.own_slot * self.call.warpgroups, self.refs[f"own_{name}"]
+        for group, piece in itertools.product(range(self.call.warpgroups), range(self.call.pieces)):
+            half = group if self.call.warpgroups > 1 else self.half
+            yield half, piece, refs.at[(first + group) * self.call.pieces + piece]
 
     def loop(self, step: Callable, carry):
         """`step(i, carry, partial)` for the full tiles, then for the partial ones.
@@ -367,22 +411,28 @@ class Block:
 
 
 def _load(block: Block) -> None:
-    """The planes of all steps, as soon as there is room."""
+    """A row's own arrays and the planes of all its steps, as soon as there is room."""
     call, refs = block.call, block.refs
-    if call.warpgroups > 1:
-        plgpu.set_max_registers(REGISTERS[1], action="decrease")
+    mine = block.own_slot
+    pl.when(block.turn.local_index >= call.own_slots)(lambda: plgpu.barrier_wait(refs["used_own"].at[mine]))
+    first = (call.part.start + block.row) * SIDE
+    for name in call.own:
+        for half, piece, place in block.own_parts(name):
+            source = refs[f"all_{name}"].at[piece, block.b, block.own_head(), pl.ds(first + half * HALF, HALF)]
+            plgpu.copy_gmem_to_smem(source, place, refs["loaded_own"].at[mine])
 
     def load(step):
         head, columns = block.stream_head(step), pl.ds(block.first_column(step), call.columns)
         if call.by_column:
-            nth = lax.rem(step, jnp.int32(AHEAD))
-            pl.when(step >= AHEAD)(lambda: plgpu.barrier_wait(refs["used_vectors"].at[nth]))
+            nth = block.vectors_slot(step)
+            taken = block.before + step >= AHEAD
+            pl.when(taken)(lambda: plgpu.barrier_wait(refs["used_vectors"].at[nth]))
             for name in VECTORS:
                 source = refs[f"all_{name}"].at[block.b, head, columns]
                 plgpu.copy_gmem_to_smem(source, refs[name].at[nth], refs["loaded_vectors"].at[nth])
         for plane, (name, piece) in enumerate(call.planes):
             slot = block.slot(step, plane)
-            taken = step * len(call.planes) + plane >= call.slots
+            taken = (block.before + step) * len(call.planes) + plane >= call.slots
             pl.when(taken)(functools.partial(plgpu.barrier_wait, refs["used"].at[slot]))
             source = refs[f"all_{name}"].at[piece, block.b, head, columns]
             plgpu.copy_gmem_to_smem(source, refs["planes"].at[slot], refs["loaded"].at[slot])
@@ -390,13 +440,10 @@ def _load(block: Block) -> None:
     pl.loop(0, block.steps)(load)
 
 
-def _load_own(block: Block) -> None:
-    loaded, rows = block.refs["loaded_own"].at[block.group], pl.ds(block.first_row, HALF)
-    for name in block.call.own:
-        for piece in range(block.call.pieces):
-            source = block.refs[f"all_{name}"].at[piece, block.b, block.own_head(), rows]
-            plgpu.copy_gmem_to_smem(source, block.own(name, piece), loaded)
-    plgpu.barrier_wait(loaded)
+def _release_own(block: Block) -> None:
+    """Once what was written to it is under way."""
+    plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+    plgpu.barrier_arrive(block.refs["used_own"].at[block.own_slot])
 
 
 def _split(block: Block, x: Array) -> list[Array]:
@@ -547,7 +594,7 @@ def _unpack(block: Block, step, column: Array) -> Array:
 def _forward_rows(block: Block) -> None:
     call, refs = block.call, block.refs
     unit, layout, shape = score_unit(call.spec), plgpu.Layout.WGMMA, (HALF, call.columns)
-    _begin(block)
+    plgpu.barrier_wait(refs["loaded_own"].at[block.own_slot])
     head, first_k, first_v = block.own_head(), call.plane("k"), call.plane("v")
     sink = [refs[name][head] for name in ("sink", "sink_top", "sink_total")] if "sink" in refs else None
     top = _fill((HALF,), LOWEST if sink is None else sink[1], layout.reduce(1))
@@ -586,13 +633,7 @@ def _forward_rows(block: Block) -> None:
     _store(block, "q", acc * _along_rows(1 / safe, acc.shape), "out")
     to = refs["out_lse"].at[block.b, block.member, block.rows]
     plgpu.copy_smem_to_gmem(refs["rows_lse"].at[block.group], to)
-    plgpu.wait_smem_to_gmem(0)
-
-
-def _begin(block: Block) -> None:
-    if block.call.warpgroups > 1:
-        plgpu.set_max_registers(REGISTERS[0], action="increase")
-    _load_own(block)
+    _release_own(block)
 
 
 def _take_turns(block: Block) -> None:
@@ -644,7 +685,7 @@ def _differentiate(
 
 def _d_queries_rows(block: Block) -> None:
     call, refs, layout = block.call, block.refs, plgpu.Layout.WGMMA
-    _begin(block)
+    plgpu.barrier_wait(refs["loaded_own"].at[block.own_slot])
     at = block.b, block.own_head(), pl.ds(block.first_row, HALF)
     lse, slope = (
         functools.partial(
@@ -663,17 +704,17 @@ def _d_queries_rows(block: Block) -> None:
 
     acc = block.loop(step, _fill((HALF, call.width), 0.0, layout))
     _store(block, "q", acc * call.spec.scale, "out_q")
-    plgpu.wait_smem_to_gmem(0)
+    _release_own(block)
 
 
 def _d_keys_values_rows(block: Block) -> None:
     call, refs, layout = block.call, block.refs, plgpu.Layout.WGMMA
     wanted = [name for name in "kv" if f"out_{name}" in refs]
-    _begin(block)
+    plgpu.barrier_wait(refs["loaded_own"].at[block.own_slot])
     stays = call.pieces == 1 and "k" in wanted
 
     def step(i, sums, partial):
-        sums, nth = dict(sums), lax.rem(i, jnp.int32(AHEAD))
+        sums, nth = dict(sums), block.vectors_slot(i)
 
         def spread(name):  # only when it is needed: it takes registers
             vector = plgpu.load(refs[name].at[nth], layout=layout.reduce(0))
@@ -693,10 +734,10 @@ def _d_keys_values_rows(block: Block) -> None:
         return sums
 
     sums = block.loop(step, {name: _fill((HALF, call.width), 0.0, layout) for name in wanted})
-    block = Block.here(call, refs)  # read again rather than kept in registers
+    block = block.again()
     for name in wanted:
         _store(block, name, sums[name] * call.spec.scale if name == "k" else sums[name], f"out_{name}")
-    plgpu.wait_smem_to_gmem(0)
+    _release_own(block)
 
 
 # The calls.
@@ -750,24 +791,24 @@ def _join_pieces(x: Array) -> Array:
 
 
 def _call(compute, name: str, call: Call, walk: Walk, inputs: Inputs, back: Back | None, outputs, scratch):
-    """One kernel: a block of threads for each row of each head of each sequence, the longest rows first."""
+    """One kernel: blocks of threads take the rows of all heads of all sequences in turn, the longest rows first."""
     table = Table.of(call.part, walk, inputs, call.by_column)
     arrays = _arrays(call, table, inputs, back)
     call = dataclasses.replace(call, entries=table.columns.shape[1])
 
     def body(*refs, **own):
-        block = Block.here(call, dict(zip([*arrays, *outputs], refs, strict=True)) | own)
-        pl.when(block.group < call.warpgroups)(lambda: compute(block))
-        pl.when(block.group == call.warpgroups)(lambda: _load(block))
+        memory = dict(zip([*arrays, *outputs], refs, strict=True)) | own
+        group = lax.axis_index("warpgroup")
+        pl.when(group < call.warpgroups)(lambda: _each_row(call, memory, compute, REGISTERS[0]))
+        pl.when(group == call.warpgroups)(lambda: _each_row(call, memory, _load, REGISTERS[1]))
 
     exact = call.spec.softcap is not None or call.pieces > 1  # tanh otherwise has 11 bits, exp2 has 22
-    rows = (call.part.stop - call.part.start) * WARPGROUPS // call.warpgroups
     kernel = plgpu.kernel(
         body,
         out_type=tuple(outputs.values()),
         scratch_types=call.scratch() | scratch,
-        grid=(len(call.part.heads), rows, inputs.q.shape[0]),
-        grid_names=("heads", "rows", "sequences"),
+        grid=(call.blocks,),
+        grid_names=("blocks",),
         num_threads=call.warpgroups + 1,
         thread_name="warpgroup",
         kernel_name=name,
@@ -778,6 +819,20 @@ def _call(compute, name: str, call: Call, walk: Walk, inputs: Inputs, back: Back
         ),
     )
     return kernel(*arrays.values())
+
+
+def _each_row(call: Call, refs: dict[str, Any], work: Callable[[Block], None], registers: int) -> None:
+    """What a warpgroup does: `work` at each row of its block."""
+    if call.warpgroups > 1:
+        plgpu.set_max_registers(registers, action="increase" if registers == max(REGISTERS) else "decrease")
+
+    @plgpu.nd_loop(call.grid, collective_axes="blocks", init_carry=jnp.int32(0))
+    def _(turn, carry):
+        block = Block.at(call, refs, turn, carry)
+        work(block)
+        return carry + block.steps
+
+    plgpu.wait_smem_to_gmem(0)
 
 
 def _arrays(call: Call, table: Table, inputs: Inputs, back: Back | None) -> dict[str, Array]:

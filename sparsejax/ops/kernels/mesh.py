@@ -49,6 +49,13 @@ def device_kind() -> str:
     return jax.devices()[0].device_kind if abstract is None else abstract.device_kind
 
 
+def core_count() -> int | None:
+    """Multiprocessors of such a device, if it is a GPU of which that is known."""
+    abstract = getattr(jax.sharding.get_abstract_mesh(), "abstract_device", None)
+    told = None if abstract is None else abstract.num_cores
+    return told or getattr(jax.devices()[0], "core_count", None)
+
+
 def _fitting(mesh, axes: list[str], size: int) -> tuple[str, ...] | None:
     """The first axes that together divide the size."""
     while axes and size % math.prod(mesh.shape[axis] for axis in axes):
