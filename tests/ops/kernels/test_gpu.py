@@ -33,6 +33,7 @@ def skip_unless_served(request: Request):
 # interpreter takes seconds for each block of threads, so that most is `pytest -m nightly`.
 CASES = [
     Case("causal & window(30)", 70, 130, heads=(2, 1), sink=True, dtype="bfloat16"),
+    Case("causal & window(30)", 70, 70, heads=(1, 1), sink=True),
     Case("causal & window(90)", 130, 130, heads=(2, 1), sink=True),
     Case("causal & window(150)", 260, 260, heads=(2, 1), dtype="bfloat16"),
     Case("per_head(causal, globals([70]))", 129, 129, sink=True, dtype="float16"),
@@ -44,7 +45,7 @@ CASES = [
 @pytest.mark.parametrize(
     "case",
     [*CASES[:2], *(pytest.param(case, marks=pytest.mark.nightly) for case in CASES[2:])],
-    ids=lambda case: case.pattern,
+    ids=lambda case: f"{case.pattern}-{case.dtype}",
 )
 def test_values_and_gradients(case):
     skip_unless_served(make_request("causal", 9))
