@@ -186,7 +186,7 @@ def test_hours_are_limited(tmp_path):
     assert error is None
 
 
-def test_the_second_signal_leaves_at_once(tmp_path):
+def test_the_second_signal_leaves_at_once(tmp_path, monkeypatch):
     run = Command("stubborn", f"trap '' TERM; echo deaf; while [ ! -e {tmp_path}/go ]; do sleep 0.02; done; DONE")
     job = build_job(run, tmp_path)
 
@@ -203,10 +203,15 @@ def test_the_second_signal_leaves_at_once(tmp_path):
     assert isinstance(error, Interrupted)
     assert "left at once" in str(error)
     assert job.held()
-    thread = threading.Timer(1.0, (tmp_path / "go").touch)
-    thread.start()
+    find = Local.find
+
+    def find_and_let_go(engine, attempt):
+        found = find(engine, attempt)
+        (tmp_path / "go").touch()
+        return found
+
+    monkeypatch.setattr(Local, "find", find_and_let_go)
     out, error = launch_here([run], tmp_path)
-    thread.join()
     assert error is None
     assert "found again, launched before" in out
     assert job.exit_code() == 0

@@ -43,9 +43,9 @@ WIDTHS = 64  # heads are padded to multiples: what a swizzled row of shared memo
 AHEAD = 3  # steps that are loaded before they are computed, at most
 SHARED = 227 * 1024 - 3072  # bytes of a block, without what barriers and vectors take
 REDUCTIONS = 1024  # bytes more that it takes to find the maxima and sums of rows
-REGISTERS = 232, 40  # of a thread that computes, and of one that loads
+REGISTERS = {"increase": 232, "decrease": 40}  # of a thread that computes, and of one that loads
 CORES = 132  # multiprocessors of an H100, if the machine does not say
-INTERPRETED_CORES = 2
+INTERPRETED_CORES = 2  # so that each has several rows
 INTERPRETER_THREADS = 8
 DTYPES = "bfloat16", "float16", "float32"
 KINDS = re.compile(r"\bG?H(100|200|800|20)\b")
@@ -60,7 +60,7 @@ OPERATIONS = frozenset(
 def refuse(request: Request) -> str | None:
     """Why this implementation cannot serve the request, or None."""
     kind, version = None if request.interpret else device_kind(), jax.__version_info__
-    dtypes = {request.q.dtype, request.k.dtype, request.v.dtype}
+    dtypes = {str(x.dtype) for x in (request.q, request.k, request.v)}
     reasons = (
         (
             not request.interpret and not (KINDS.search(kind) and version >= (0, 11)),
@@ -75,8 +75,8 @@ def refuse(request: Request) -> str | None:
             f"interpreting it needs {INTERPRETER_THREADS} threads, here are {_threads()}: set NPROC before JAX starts",
         ),
         (
-            len(dtypes) > 1 or not {str(dtype) for dtype in dtypes} <= {*DTYPES},
-            f"q, k and v all in {', or all in '.join(DTYPES)}; got {', '.join(sorted(map(str, dtypes)))}",
+            len(dtypes) > 1 or not dtypes <= {*DTYPES},
+            f"q, k and v all in {', or all in '.join(DTYPES)}; got {', '.join(sorted(dtypes))}",
         ),
     )
     return next((reason for applies, reason in reasons if applies), None) or flash.refuse(request)
@@ -199,6 +199,7 @@ class Call:
       own_slots: For how many rows at a time there is room for their own arrays.
       width: Of heads.
       pieces: That an array is the sum of.
+      warpgroups: That compute in a block.
       dtype: Of what is multiplied.
       own_lists: Each sequence has lists of its own.
       tight: Registers are few: heads are wide, or scores need more than a product and a formula.
@@ -217,6 +218,7 @@ class Call:
     own_slots: int
     width: int
     pieces: int
+    warpgroups: int
     dtype: Any
     own_lists: bool
     tight: bool
@@ -229,26 +231,22 @@ class Call:
         segments, by_column = inputs.segments is not None, stream[0] == "q"
         pieces, dtype = (PIECES, jnp.bfloat16) if inputs.q.dtype == jnp.float32 else (1, inputs.q.dtype)
         tight = width > NARROW or spec.softcap is not None or segments or inputs.bits is not None or pieces > 1
-        order = (*stream, *stream[: again and pieces > 1])
+        warpgroups = WARPGROUPS if pieces == 1 else 1  # the pieces of more rows would leave little shared memory
+        order = (*stream, stream[0]) if again and pieces > 1 else stream
         planes = tuple((name, piece) for name in order for piece in range(pieces))
-        rows = HALF * (WARPGROUPS if pieces == 1 else pieces)
         shared = SHARED if len(own) > 1 else SHARED - REDUCTIONS
         columns = 32 if pieces > 1 and width > NARROW else 64 if tight else columns
-        room = shared // (width * jnp.dtype(dtype).itemsize) - len(own) * rows
-        # Those of the next row are loaded early, if that leaves room for two steps.
-        own_slots = 2 if room - len(own) * rows >= 2 * len(planes) * columns else 1
-        room -= (own_slots - 1) * len(own) * rows
+        rows = shared // (width * jnp.dtype(dtype).itemsize)  # of all arrays
+        mine = len(own) * warpgroups * pieces * HALF
+        # Its own rows of the next row of tiles are loaded early, if that leaves room for two steps.
+        own_slots = 2 if rows - 2 * mine >= 2 * len(planes) * columns else 1
+        room = rows - own_slots * mine
         fitting = range(1, min(room // columns, AHEAD * len(planes)) + 1)
         # With many planes, each has the same slot in all steps: a register less for each.
         slots = max(n for n in fitting if pieces == 1 or len(planes) % n == 0)
         own_lists = walk.which.shape[0] > 1 or segments
-        sizes = sequences, columns, slots, own_slots, width, pieces
+        sizes = sequences, columns, slots, own_slots, width, pieces, warpgroups
         return cls(spec, part, by_column, own, stream, planes, *sizes, dtype, own_lists, tight)
-
-    @property
-    def warpgroups(self) -> int:
-        """That compute in a block. The pieces of more than half of a row would leave little shared memory."""
-        return WARPGROUPS if self.pieces == 1 else 1
 
     @property
     def splits(self) -> int:
@@ -381,16 +379,14 @@ class Block:
     def own(self, name, piece=0, again=False):
         """`again`: looked up anew rather than kept in a register."""
         group = self.refs["count"][self.group] if again else self.group
-        if self.call.own_slots > 1:
-            group = self.own_slot * self.call.warpgroups + group
-        return self.refs[f"own_{name}"].at[group * self.call.pieces + piece]
+        part = self.own_slot * self.call.warpgroups + group
+        return self.refs[f"own_{name}"].at[part * self.call.pieces + piece]
 
-    def own_parts(self, name):
-        """Of all warpgroups: which halves of the row, which pieces, and where they are."""
-        first, refs = self.own_slot * self.call.warpgroups, self.refs[f"own_{name}"]
-        for group, piece in itertools.product(range(self.call.warpgroups), range(self.call.pieces)):
-            half = group if self.call.warpgroups > 1 else self.half
-            yield half, piece, refs.at[(first + group) * self.call.pieces + piece]
+    def members(self) -> list[Block]:
+        """The same as each of the warpgroups that compute sees it."""
+        if self.call.warpgroups == 1:
+            return [dataclasses.replace(self, group=0)]
+        return [dataclasses.replace(self, group=i, half=i) for i in range(self.call.warpgroups)]
 
     def loop(self, step: Callable, carry):
         """`step(i, carry, partial)` for the full tiles, then for the partial ones.
@@ -415,11 +411,9 @@ def _load(block: Block) -> None:
     call, refs = block.call, block.refs
     mine = block.own_slot
     pl.when(block.turn.local_index >= call.own_slots)(lambda: plgpu.barrier_wait(refs["used_own"].at[mine]))
-    first = (call.part.start + block.row) * SIDE
-    for name in call.own:
-        for half, piece, place in block.own_parts(name):
-            source = refs[f"all_{name}"].at[piece, block.b, block.own_head(), pl.ds(first + half * HALF, HALF)]
-            plgpu.copy_gmem_to_smem(source, place, refs["loaded_own"].at[mine])
+    for name, member, piece in itertools.product(call.own, block.members(), range(call.pieces)):
+        source = refs[f"all_{name}"].at[piece, block.b, block.own_head(), pl.ds(member.first_row, HALF)]
+        plgpu.copy_gmem_to_smem(source, member.own(name, piece), refs["loaded_own"].at[mine])
 
     def load(step):
         head, columns = block.stream_head(step), pl.ds(block.first_column(step), call.columns)
@@ -472,9 +466,9 @@ def _contract(
       block: Where.
       acc: None for zeros.
       factors: The pieces of the left factor, in shared memory or in registers.
-      step: Of the right factor,
-      plane: Of its first piece among those of the step.
-      transposed: It is the transposed planes.
+      step: Whose planes are the pieces of the right factor.
+      plane: The first of them.
+      transposed: They are transposed.
       ready: How many of them have been waited for.
       keep: They are needed again.
       meanwhile: Done while the last products are computed.
@@ -773,7 +767,7 @@ def _d_keys_values(spec: Spec, part: Part, walk: Walk, inputs: Inputs, back: Bac
     return run("k", "v") if together else run("k") + run("v")
 
 
-def split_pieces(x: Array) -> Float[Array, "pieces b h t d"]:
+def _split_pieces(x: Array) -> Float[Array, "pieces b h t d"]:
     """Arrays of 16 bits whose sum is x, to the last bit unless numbers are so small that pieces underflow."""
     if x.dtype != jnp.float32:
         return x[None]
@@ -799,8 +793,8 @@ def _call(compute, name: str, call: Call, walk: Walk, inputs: Inputs, back: Back
     def body(*refs, **own):
         memory = dict(zip([*arrays, *outputs], refs, strict=True)) | own
         group = lax.axis_index("warpgroup")
-        pl.when(group < call.warpgroups)(lambda: _each_row(call, memory, compute, REGISTERS[0]))
-        pl.when(group == call.warpgroups)(lambda: _each_row(call, memory, _load, REGISTERS[1]))
+        pl.when(group < call.warpgroups)(lambda: _each_row(call, memory, compute, "increase"))
+        pl.when(group == call.warpgroups)(lambda: _each_row(call, memory, _load, "decrease"))
 
     exact = call.spec.softcap is not None or call.pieces > 1  # tanh otherwise has 11 bits, exp2 has 22
     kernel = plgpu.kernel(
@@ -821,10 +815,10 @@ def _call(compute, name: str, call: Call, walk: Walk, inputs: Inputs, back: Back
     return kernel(*arrays.values())
 
 
-def _each_row(call: Call, refs: dict[str, Any], work: Callable[[Block], None], registers: int) -> None:
-    """What a warpgroup does: `work` at each row of its block."""
-    if call.warpgroups > 1:
-        plgpu.set_max_registers(registers, action="increase" if registers == max(REGISTERS) else "decrease")
+def _each_row(call: Call, refs: dict[str, Any], work: Callable[[Block], None], registers: str) -> None:
+    """What a warpgroup does: `work` at each row of its block, with more or with fewer registers."""
+    if call.warpgroups > 1:  # with one, each thread has as many as there can be
+        plgpu.set_max_registers(REGISTERS[registers], action=registers)
 
     @plgpu.nd_loop(call.grid, collective_axes="blocks", init_carry=jnp.int32(0))
     def _(turn, carry):
@@ -840,13 +834,13 @@ def _arrays(call: Call, table: Table, inputs: Inputs, back: Back | None) -> dict
     unit = score_unit(call.spec)
     found = {name: jnp.asarray(x, jnp.int32).ravel() for name, x in table._asdict().items()}
     found["members"] = jnp.asarray(call.part.heads, jnp.int32)
-    found |= {f"all_{name}": split_pieces(getattr(inputs, name)) for name in "qkv"}
+    found |= {f"all_{name}": _split_pieces(getattr(inputs, name)) for name in "qkv"}
     if back is None and inputs.sink is not None:
         top = jnp.maximum(inputs.sink / unit, LOWEST)
         found |= {"sink": inputs.sink, "sink_top": top}
         found["sink_total"] = jnp.exp2((inputs.sink / unit - top) * (unit * LOG2E))
     if back is not None:
-        found |= {"all_d_out": split_pieces(back.d_out), "all_lse": back.lse / unit, "all_slope": back.slope}
+        found |= {"all_d_out": _split_pieces(back.d_out), "all_lse": back.lse / unit, "all_slope": back.slope}
     if inputs.segments is not None:
         ids = reversed(inputs.segments) if call.by_column else inputs.segments
         found |= dict(zip(("row_ids", "column_ids"), ids, strict=True))

@@ -45,15 +45,18 @@ def run_on_mesh(run: Callable[[Request], tuple[Array, Array]], request: Request)
 
 def device_kind() -> str:
     """Of the devices that is compiled for: those of the mesh in use, or the machine's."""
-    abstract = getattr(jax.sharding.get_abstract_mesh(), "abstract_device", None)
-    return jax.devices()[0].device_kind if abstract is None else abstract.device_kind
+    return (_abstract_device() or jax.devices()[0]).device_kind
 
 
 def core_count() -> int | None:
     """Multiprocessors of such a device, if it is a GPU of which that is known."""
-    abstract = getattr(jax.sharding.get_abstract_mesh(), "abstract_device", None)
+    abstract = _abstract_device()
     told = None if abstract is None else abstract.num_cores
     return told or getattr(jax.devices()[0], "core_count", None)
+
+
+def _abstract_device():
+    return getattr(jax.sharding.get_abstract_mesh(), "abstract_device", None)
 
 
 def _fitting(mesh, axes: list[str], size: int) -> tuple[str, ...] | None:
