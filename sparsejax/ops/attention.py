@@ -159,20 +159,21 @@ def _choose(impl: str, request: Request) -> Implementation:
 
 
 def _preferences(request: Request) -> tuple[str, ...]:
-    """What "auto" tries, best first. An implementation that is not named here has to be asked for.
+    """What "auto" tries, best first.
 
-    "gpu" is not: its kernels, whose threads wait for one another by hand, have not run on a machine yet. cuDNN comes
-    first for the masks that it has: by published times it leads even kernels that visit each tile (not measured).
+    Kernels for the machine come before what XLA makes of any machine, and cuDNN before them for the masks that it has:
+    by published times it leads even kernels that visit each of their tiles. Neither order has been measured here.
     """
     t, s = request.q.shape[1], request.k.shape[1]
+    kernels = "cudnn", "tpu", "gpu"
     if max(t, s) <= DENSE_LENGTH:
-        return "dense", "tpu", "gather", "segment"
+        return "dense", *kernels, "gather", "segment"
     tile, live, pairs = gather.SMALL, 0, 0
     for pattern, heads in request.head_groups().items():
         live += len(pattern.layout(t, s, (tile, tile)).columns) * len(heads)
         pairs += pattern.pairs(t, s) * len(heads)
     if pairs < SEGMENT_FILL * live * tile**2:
-        return "cudnn", "tpu", "segment", "gather", "dense"
+        return *kernels, "segment", "gather", "dense"
     if jax.default_backend() != "cpu" and live > DENSE_DENSITY * -(-t // tile) * -(-s // tile) * request.q.shape[2]:
-        return "cudnn", "tpu", "dense", "gather", "segment"
-    return "cudnn", "tpu", "gather", "segment", "dense"
+        return *kernels, "dense", "gather", "segment"
+    return *kernels, "gather", "segment", "dense"

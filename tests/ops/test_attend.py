@@ -13,6 +13,7 @@ import os
 import re
 import subprocess
 import sys
+import types
 from typing import NamedTuple
 
 import jax
@@ -490,6 +491,37 @@ def test_auto_prefers_one_product_for_most_pairs_elsewhere_than_on_cpu(monkeypat
     check_ranking(monkeypatch, pattern, 2000, ranking)
 
 
+H100 = {"device_kind": "NVIDIA H100 80GB HBM3", "compute_capability": "9.0"}
+
+
+@pytest.mark.parametrize(
+    ("device", "pattern", "dtype", "expected"),
+    [
+        (H100, "causal & (window(90) | sink(4))", "bfloat16", "gpu"),
+        (H100, "window(0) | globals(1)", "float16", "gpu"),
+        (H100, "causal", "bfloat16", "cudnn"),
+        (H100, "causal & window(90)", "float16", "cudnn"),
+        (H100, "causal & window(90)", "float32", "gpu"),  # which cuDNN does not take
+        (H100, "multiset(full, sink(4))", "bfloat16", "dense"),
+        (H100, "multiset(causal, sink(4))", "bfloat16", "gather"),
+        (H100 | {"device_kind": "NVIDIA A100-SXM4-40GB"}, "causal & (window(90) | sink(4))", "bfloat16", "gather"),
+        ({"device_kind": "TPU v5 lite"}, "causal & window(90)", "bfloat16", "tpu"),
+        ({"device_kind": "TPU v6 lite"}, "causal & (window(90) | sink(4))", "float32", "tpu"),
+        ({"device_kind": "TPU v4"}, "causal & window(90)", "bfloat16", "gather"),
+    ],
+)
+def test_auto_takes_what_each_machine_has(monkeypatch, device, pattern, dtype, expected):
+    monkeypatch.setattr(jax, "devices", lambda: [types.SimpleNamespace(**device)])
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    monkeypatch.setattr(jax, "__version_info__", (0, 11, 0))
+    named = tuple(one._replace(run=lambda request, name=one.name: (name, None)) for one in IMPLEMENTATIONS)
+    monkeypatch.setattr("sparsejax.ops.attention.IMPLEMENTATIONS", named)
+    q = jnp.zeros((1, 1000, 2, 64), dtype)
+    assert attend(q, q, q, parse(pattern)) == expected
+    monkeypatch.setattr(jax, "__version_info__", (0, 10, 2))  # whose Pallas cannot do what they need
+    assert (attend(q, q, q, parse(pattern)) == expected) == (expected != "gpu")
+
+
 def check_ranking(monkeypatch, pattern, length, ranking):
     shape, ranking = (1, length, 4, 8), ranking.split()
     unable = set()
@@ -501,7 +533,7 @@ def check_ranking(monkeypatch, pattern, length, ranking):
         )
         for name in ("other", "segment", "gather", "dense")
     )
-    fakes += tuple(Implementation(name, run=None, refuse=lambda request: "not here") for name in ("tpu", "cudnn"))
+    fakes += tuple(Implementation(name, run=None, refuse=lambda request: "not here") for name in ("cudnn", "tpu", "gpu"))
     monkeypatch.setattr("sparsejax.ops.attention.IMPLEMENTATIONS", fakes)
     for name in ranking:
         assert small_attend(shape, shape, pattern=pattern) == name
