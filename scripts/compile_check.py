@@ -9,8 +9,10 @@ memory and what a machine has no instruction for; it runs nothing. Speed is what
 issues one bundle of instructions per cycle, so that the bundles between two branches are the cycles of that stretch
 without waiting for memory. Exits with 1 if anything does not compile.
 
-For GPUs, CUDA's assembler (installed beside it; needs jax 0.11) makes code for sm_90a and says how many registers a
-thread takes. Also exits with 1 if any are spilled, or if a kernel has no wgmma or TMA instruction.
+For GPUs, CUDA's assembler (installed beside it; needs jax 0.11) makes code for sm_90a, and a training step for 8 of
+them. It says how many registers a thread takes, and decides for each instruction how many cycles it keeps its warp: the
+sum over a step is what it takes without waiting for memory, for products or for others. Also exits with 1 if registers
+are spilled, if products are not computed in the background, or if a kernel has no wgmma or TMA instruction.
 """
 
 from __future__ import annotations
@@ -19,6 +21,7 @@ import argparse
 import dataclasses
 import importlib.metadata
 import json
+import math
 import os
 import platform
 import re
@@ -27,6 +30,7 @@ import sys
 import tempfile
 import time
 from pathlib import Path
+from typing import NamedTuple
 
 ROOT = Path(__file__).resolve().parents[1]
 LIBTPU = "libtpu==0.0.52"
@@ -76,7 +80,10 @@ VARIANTS = (
     Case("causal & (window(30) | strided(130))", 8192, tile=128, dtype="float16"),
 )
 
-CUDA = ("nvidia-cuda-nvcc==13.5.37", "nvidia-nvvm==13.5.37")  # with JAX's plugins, of the version of jax
+# With JAX's plugins, of the version of jax.
+CUDA = tuple(f"nvidia-{name}==13.5.37" for name in ("cuda-nvcc", "nvvm", "cuda-nvdisasm"))
+SERIALIZED = re.compile(r"C7510|C7517")  # the assembler on products that it waits for before it should
+TENSOR_RATE = 4096  # FLOPs of a multiprocessor's tensor cores in a cycle
 HOPPER = """
 gpu_device_info {
   threads_per_block_limit: 1024 threads_per_warp: 32 shared_memory_per_block: 49152 shared_memory_per_core: 233472
@@ -135,7 +142,7 @@ def main() -> int:
 
 def check_tpu() -> tuple[dict, str, bool]:
     """What was found of all generations, as rows and as a table; whether anything does not compile."""
-    found = [*(run_part("compile", name) for name in TOPOLOGIES), run_part("train")]
+    found = [*(run_part("compile", name) for name in TOPOLOGIES), run_part("train", "tpu")]
     rows = [row for rows in found for row in rows]
     speeds = [row for name in SCHEDULED for row in run_part("schedule", name)]
     failed = any(row["error"] for row in rows)
@@ -145,8 +152,11 @@ def check_tpu() -> tuple[dict, str, bool]:
 def check_gpu() -> tuple[dict, str, bool]:
     """The same of an H100; it fails too where registers are spilled, or an instruction is missing."""
     rows = [row for i in range(len(GPU_CASES)) for row in run_part("hopper", str(i), target="gpu")]
-    failed = any(row["error"] or row["spilled"] or not row["wgmma"] or not row["tma"] for row in rows)
-    return {"compiled": rows}, write_gpu_table(rows), failed
+    trained = run_part("train", "gpu", target="gpu")
+    failed = any(row["error"] for row in rows + trained)
+    failed |= any(row["spilled"] or row["serialized"] or not row["wgmma"] or not row["tma"] for row in rows)
+    table = f"{write_gpu_table(rows)}\n{write_compiled_table(trained)}"
+    return {"compiled": rows, "trained": trained}, table, failed
 
 
 def list_packages(target: str) -> tuple[str, ...]:
@@ -158,15 +168,20 @@ def list_packages(target: str) -> tuple[str, ...]:
 
 
 def find_place(target: str) -> Path:
-    """Where they are, by the version of the first."""
-    return PLACE / list_packages(target)[0]
+    """Where they are: a folder for each set of versions."""
+    return PLACE / "+".join(list_packages(target))
 
 
 def install(place: Path, *packages: str) -> None:
     """These packages alone, beside the environment that this runs in."""
-    if not place.is_dir():
-        command = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--target", str(place), *packages]
+    if place.is_dir():
+        return
+    PLACE.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=PLACE) as new:
+        command = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--target", new, *packages]
         subprocess.run(command, check=True)
+        Path(new).replace(place)
+        Path(new).mkdir()  # to be removed
 
 
 def run_part(*part: str, target: str = "tpu") -> list[dict]:
@@ -244,10 +259,8 @@ def compile_attention(device, case: Case, backward: bool = True):
 
 def compile_on_hopper(number: str) -> list[dict]:
     """What the assembler says of each kernel of a case, and what instructions are in it."""
-    from jax.experimental import topologies
-
     case = GPU_CASES[int(number)]
-    device = topologies.get_topology_desc(platform="cuda", target_config=HOPPER, topology="1x1x1").devices[0]
+    device = find_gpus("1x1x1")[0]
     row = {"machine": "H100", "case": str(case), "kernel": "", "error": None}
     try:
         compile_attention(device, case)
@@ -264,9 +277,64 @@ def compile_on_hopper(number: str) -> list[dict]:
                 "spilled": int(re.search(r"(\d+) bytes spill stores", text)[1]),
                 "wgmma": len(re.findall(r"wgmma\.mma_async", code)),
                 "tma": len(re.findall(r"cp\.async\.bulk", code)),
+                "serialized": len(SERIALIZED.findall(text)),
+                "steps": read_steps(report.with_suffix(".sass_ctrl").read_text()),
             }
         )
     return rows
+
+
+class Loop(NamedTuple):
+    """The instructions from `start` to `end`; of each, for how many cycles it keeps its warp, and its text."""
+
+    start: int
+    end: int
+    instructions: list[tuple[int, str]]
+
+    @property
+    def body(self) -> list[tuple[int, str]]:
+        return self.instructions[self.start : self.end + 1]
+
+    @property
+    def flops(self) -> int:
+        shapes = (re.search(r"HGMMA\.(\d+)x(\d+)x(\d+)", text) for _, text in self.body)
+        return sum(2 * math.prod(map(int, shape.groups())) for shape in shapes if shape)
+
+    def describe(self) -> dict[str, int]:
+        cycles = sum(cycles for cycles, _ in self.body)
+        return {"instructions": len(self.body), "cycles": cycles, "tensor_cycles": self.flops // TENSOR_RATE}
+
+
+def read_steps(code: str) -> list[dict]:
+    """The innermost loops with products: a step with a full tile, then one with a partial tile, or one for both.
+
+    In each, the instructions of a warp, for how many cycles they keep it, and the tensor cores' for its warpgroup.
+    """
+    labels, instructions = {}, []
+    for line in code.splitlines():
+        label = re.match(r"(\.L_x_\d+):", line)
+        found = re.match(r"\s*\S+:\S+:\S+:\S+:(\d+)\s+/\*[0-9a-f]+\*/\s+(.*)", line)
+        if label:
+            labels[label[1]] = len(instructions)
+        elif found:
+            instructions.append((int(found[1]), found[2]))
+    loops = []
+    for end, (_, text) in enumerate(instructions):
+        target = re.search(r"BRA.*`\((\.L_x_\d+)\)", text)
+        if target and labels.get(target[1], end + 1) <= end:
+            loops.append(Loop(labels[target[1]], end, instructions))
+    loops = [loop for loop in loops if loop.flops]
+    # Where a wait is repeated, the branch comes from after the loop: that is none.
+    proper = [loop for loop in loops if not any(other.start < loop.start <= other.end < loop.end for other in loops)]
+    inner = [loop for loop in proper if not any(loop.start <= other.start and other.end < loop.end for other in proper)]
+    return [loop.describe() for loop in sorted(inner)]
+
+
+def find_gpus(topology: str) -> list:
+    """GPUs that are not here: slices x hosts x devices."""
+    from jax.experimental import topologies
+
+    return topologies.get_topology_desc(platform="cuda", target_config=HOPPER, topology=topology).devices
 
 
 def find_devices(name: str, shape: str | None = None) -> list:
@@ -288,8 +356,8 @@ def use_machine(device):
     return jax.sharding.use_abstract_mesh(AbstractMesh((1,), ("x",), abstract_device=AbstractDevice(**known)))
 
 
-def compile_training() -> list[dict]:
-    """One step of a windowed model on 16 chips, parameters, sequences and heads spread over them."""
+def compile_training(target: str) -> list[dict]:
+    """One step of a windowed model on 16 chips or 8 GPUs, parameters, sequences and heads spread over them."""
     import jax
     import jax.numpy as jnp
     from jax.sharding import AxisType
@@ -305,22 +373,23 @@ def compile_training() -> list[dict]:
     settings.model.schedule, settings.train.batch = "12x(local full)", 32
     for layer in settings.model.layers.values():
         if layer.mixer.kind == "attention":
-            layer.mixer.impl = "tpu"
+            layer.mixer.impl = target
     config = configs.check(settings)
-    devices = find_devices("v5e", "v5e:4x4")
-    mesh = jax.make_mesh((2, 4, 2), sharding.MESH_AXES, axis_types=(AxisType.Auto,) * 3, devices=devices)
+    devices = find_devices("v5e", "v5e:4x4") if target == "tpu" else find_gpus("1x1x8")
+    shape = 2, len(devices) // 4, 2
+    mesh = jax.make_mesh(shape, sharding.MESH_AXES, axis_types=(AxisType.Auto,) * 3, devices=devices)
     model, optimizer = Functional(config.model), build_optimizer(config.optimizer, config.train.steps)
     step = build_step(model, optimizer, build_schedule(config.optimizer, config.train.steps), config.train, mesh)
 
-    def shape(dtype):
+    def tokens(dtype):
         place = sharding.batch_sharding(mesh)
         return jax.ShapeDtypeStruct((config.train.batch, config.data.length), dtype, sharding=place)
 
-    batch = {"inputs": shape(jnp.int32), "targets": shape(jnp.int32), "weights": shape(jnp.float32)}
+    batch = {"inputs": tokens(jnp.int32), "targets": tokens(jnp.int32), "weights": tokens(jnp.float32)}
     state = state_shapes(model, optimizer, mesh)
     started = time.perf_counter()
     name = f"training step, {model.size / 1e9:.2f}B parameters, {config.train.batch} x {config.data.length}"
-    row = {"machine": "v5e, 16 chips", "case": name, "error": None}
+    row = {"machine": f"{len(devices)} x {devices[0].device_kind}", "case": name, "error": None}
     try:
         with jax.set_mesh(mesh):
             compiled = step.lower(state, batch).compile()
@@ -355,12 +424,8 @@ PARTS = {"compile": compile_cases, "train": compile_training, "schedule": read_s
 
 def write_table(rows: list[dict], speeds: list[dict]) -> str:
     """Both tables in Markdown."""
-    lines = ["| machine | what | compiled in | temporary memory |", "| --- | --- | ---: | ---: |"]
-    for row in rows:
-        found = row["error"] or f"{row['seconds']} s | {row['temporary_mib']:,} MiB"
-        lines.append(f"| {row['machine']} | {row['case'].replace('|', chr(92) + '|')} | {found} |")
-    lines += [
-        "",
+    lines = [
+        write_compiled_table(rows),
         "| bundles of a tile of 512 x 512, forward | full | partial | ratio | splash, full |",
         "| --- | ---: | ---: | ---: | ---: |",
     ]
@@ -370,15 +435,24 @@ def write_table(rows: list[dict], speeds: list[dict]) -> str:
     return "\n".join(lines) + "\n"
 
 
+def write_compiled_table(rows: list[dict]) -> str:
+    """What was compiled, in Markdown."""
+    lines = ["| machine | what | compiled in | temporary memory |", "| --- | --- | ---: | ---: |"]
+    for row in rows:
+        found = row["error"] or f"{row['seconds']} s | {row['temporary_mib']:,} MiB"
+        lines.append(f"| {row['machine']} | {row['case'].replace('|', chr(92) + '|')} | {found} |")
+    return "\n".join(lines) + "\n"
+
+
 def write_gpu_table(rows: list[dict]) -> str:
     """The kernels of each case in Markdown."""
-    lines = [
-        "| what | kernel | registers | bytes spilled | wgmma | TMA |",
-        "| --- | --- | ---: | ---: | ---: | ---: |",
-    ]
+    names = "registers", "bytes spilled", "wgmma", "TMA", "cycles of a step (full, partial)", "of tensor cores"
+    lines = [f"| what | kernel | {' | '.join(names)} |", "| --- | --- " + "| ---: " * len(names) + "|"]
     for row in rows:
-        figures = (f"{row[name]}" for name in ("registers", "spilled", "wgmma", "tma")) if not row["error"] else ()
-        what = [row["case"].replace("|", chr(92) + "|"), row["error"] or row["kernel"], *figures]
+        what = [row["case"].replace("|", chr(92) + "|"), row["error"] or row["kernel"]]
+        if not row["error"]:
+            cycles = (", ".join(f"{step[name]:,}" for step in row["steps"]) for name in ("cycles", "tensor_cycles"))
+            what += [*(f"{row[name]}" for name in ("registers", "spilled", "wgmma", "tma")), *cycles]
         lines.append(f"| {' | '.join(what)} |")
     return "\n".join(lines) + "\n"
 

@@ -533,7 +533,9 @@ def check_ranking(monkeypatch, pattern, length, ranking):
         )
         for name in ("other", "segment", "gather", "dense")
     )
-    fakes += tuple(Implementation(name, run=None, refuse=lambda request: "not here") for name in ("cudnn", "tpu", "gpu"))
+    fakes += tuple(
+        Implementation(name, run=None, refuse=lambda request: "not here") for name in ("cudnn", "tpu", "gpu")
+    )
     monkeypatch.setattr("sparsejax.ops.attention.IMPLEMENTATIONS", fakes)
     for name in ranking:
         assert small_attend(shape, shape, pattern=pattern) == name

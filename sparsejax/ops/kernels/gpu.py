@@ -16,7 +16,7 @@ import itertools
 import math
 import os
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -478,36 +478,42 @@ def _contract(
             block.wait(step, plane + i)
         right = block.refs["planes"].at[block.slot(step, plane + i)]
         right, last = right.T if transposed else right, i == block.call.pieces - 1
-        acc = _accumulate(block, acc, factors[: len(factors) - i], right, meanwhile if last else lambda: None)
+        lefts, more = factors[: len(factors) - i], {"meanwhile": meanwhile} if last else {}
+        acc = _multiply(lefts, right, **more) if acc is None else _accumulate(block, [acc], [(lefts, right)], **more)[0]
         if not keep:
             block.release(step, plane + i)
     return acc
 
 
-def _accumulate(block: Block, acc: Array | None, lefts: list, right, meanwhile: Callable[[], None]) -> Array:
-    """The sum of acc and of products with one right factor in shared memory; `meanwhile` is done as they are computed.
+def _accumulate(
+    block: Block, sums: list[Array], factors: list[tuple[list, Any]], meanwhile: Callable[[], None] = lambda: None
+) -> list[Array]:
+    """Sums to which products of left factors with a right one are added; `meanwhile` is done as they are computed.
 
     Interpret mode has neither accumulators that start with a value nor products with a factor in registers.
     """
     if block.call.spec.interpret:
         meanwhile()
-        for left in lefts:
-            if isinstance(left, jax.Array):
-                block.refs["factor"].at[block.group][...] = left
-                plgpu.commit_smem()
-                left = block.refs["factor"].at[block.group]
-            product = _multiply([left], right)
-            acc = product if acc is None else acc + product
-        return acc
-    if acc is None:
-        return _multiply(lefts, right, meanwhile)
+        return [
+            functools.reduce(functools.partial(_add_product, block, right), lefts, x)
+            for x, (lefts, right) in zip(sums, factors, strict=True)
+        ]
 
-    def compute(ref):
-        for left in lefts:
-            plgpu.wgmma(ref, left, right)
+    def compute(accs):
+        for acc, (lefts, right) in zip(accs, factors, strict=True):
+            for left in lefts:
+                plgpu.wgmma(acc, left, right)
         meanwhile()
 
-    return pl.run_state(compute)(plgpu.ACC.init(acc))
+    return pl.run_state(compute)([plgpu.ACC.init(x) for x in sums])
+
+
+def _add_product(block: Block, right, x: Array, left: Array) -> Array:
+    if isinstance(left, jax.Array):
+        block.refs["factor"].at[block.group][...] = left
+        plgpu.commit_smem()
+        left = block.refs["factor"].at[block.group]
+    return x + _multiply([left], right)
 
 
 def _multiply(lefts: list, right, meanwhile: Callable[[], None] = lambda: None) -> Array:
@@ -601,10 +607,10 @@ def _forward_rows(block: Block) -> None:
         acc, top, total = carry
         own = [block.own("q", piece, again=call.pieces > 1) for piece in range(call.pieces)]
         scores = _contract(block, None, own, i, first_k, True, ready=1, meanwhile=lambda: _take_turns(block))
-        scores = bound_scores(call.spec, scores)
+        scores = _bound(call, scores)
         scores = _mask(block, i, partial, scores, MASKED)
         now = jnp.maximum(top, scores.max(axis=1))
-        terms = jnp.exp2((scores - _along_rows(now, shape)) * (unit * LOG2E))
+        terms = _power(call, scores, _along_rows(now, shape))
         fade = jnp.exp2((top - now) * (unit * LOG2E))
         acc = acc * _along_rows(fade, acc.shape)
         total = fade * total + terms.sum(axis=1)
@@ -657,24 +663,105 @@ def _store(block: Block, name: str, x: Array, to: str) -> None:
             x = x - plgpu.load(place, layout=plgpu.Layout.WGMMA).astype(jnp.float32)
 
 
-def _weigh(block: Block, step, partial: bool, lse: Callable[[], Array], keep: bool) -> tuple[Array, Array | None]:
+def _bound(call: Call, products: Array) -> Array:
+    """`bound_scores`, of 16 bits without the machine's tanh, which is either long or has 11 bits."""
+    spec = call.spec
+    if spec.softcap is None or call.pieces > 1:
+        return bound_scores(spec, products)
+    grown = jnp.exp2(products * (2 * LOG2E * spec.scale / spec.softcap))
+    return 1 - 2 * lax.square(lax.rsqrt(1 + grown))  # tanh x = 1 - 2 / (1 + exp 2x)
+
+
+def _power(call: Call, scores: Array, less: Array) -> Array:
+    """The exponential of a difference of scores in their unit."""
+    factor = score_unit(call.spec) * LOG2E
+    if call.pieces > 1:
+        return jnp.exp2((scores - less) * factor)  # exact until it is rounded
+    return jnp.exp2(scores * factor - less * factor)  # one instruction for each score: exact enough for 16 bits
+
+
+def _weigh(block: Block, step, partial, products: Array, lse: Callable[[], Array]) -> tuple[Array, Array | None]:
     """Weights of a step, and by what a softcap shrinks the gradients of its scores. `lse`: [rows, columns]."""
-    call, (own, _), (stream, _) = block.call, block.call.own, block.call.stream
-    own = [block.own(own, piece, again=True) for piece in range(call.pieces)]
-    scores = bound_scores(call.spec, _contract(block, None, own, step, call.plane(stream), True, keep=keep))
-    bend = None if call.spec.softcap is None else 1 - scores * scores
-    weights = jnp.exp2((scores - lse()) * (score_unit(call.spec) * LOG2E))
+    spec = block.call.spec
+    scores = _bound(block.call, products)
+    bend = None if spec.softcap is None else 1 - scores * scores
+    weights = _power(block.call, scores, lse())
     return _mask(block, step, partial, weights, 0.0), bend  # not of the scores: fewer registers are in use by now
 
 
 def _differentiate(
-    block: Block, step, weights: Array, bend: Array | None, slope: Callable[[], Array], ready: int = 0
-) -> Array:
-    """The gradient of q·k."""
-    call, (_, own), (_, stream) = block.call, block.call.own, block.call.stream
-    own = [block.own(own, piece, again=True) for piece in range(call.pieces)]
-    d_scores = weights * _contract(block, slope(), own, step, call.plane(stream), True, ready)
-    return d_scores if bend is None else d_scores * bend
+    block: Block, step, weigh: Callable, slope: Callable[[], Array], keep: Sequence[str]
+) -> tuple[Array, Array]:
+    """Weights, which `weigh` finds from products q·k, and the gradients of these. `keep`: what is needed again."""
+    (weights, bend), products = _contract_both(block, step, weigh, keep)
+    d_scores = weights * (products + slope())
+    return weights, d_scores if bend is None else d_scores * bend
+
+
+def _begin(block: Block) -> None:
+    """The first step's first plane is waited for: `_contract_both` waits for those of later steps."""
+    if block.call.pieces == 1:
+        pl.when(block.steps > 0)(lambda: block.wait(0, 0))
+
+
+def _contract_both(block: Block, step, work: Callable[[Array], Any], keep: Sequence[str]) -> tuple[Any, Array]:
+    """Products with both arrays of the stream; the second one is computed while there is work on the first one."""
+    call = block.call
+    again = call.tight or call.by_column  # two sums leave few registers
+    lefts = [[block.own(name, piece, again) for piece in range(call.pieces)] for name in call.own]
+    planes = {name: call.plane(name) for name in call.stream}
+    if call.pieces > 1:
+        first, second = (
+            functools.partial(_contract, block, None, left, step, plane, True, keep=name in keep)
+            for left, (name, plane) in zip(lefts, planes.items(), strict=True)
+        )
+        return work(first()), second()
+
+    def compute(*products):
+        for product, (left,), plane in zip(products, lefts, planes.values(), strict=True):
+            if plane:
+                block.wait(step, plane)
+            plgpu.wgmma(product, left, block.refs["planes"].at[block.slot(step, plane)].T)
+        found = work(*_settle(block, plgpu.wgmma_accumulator_load(products[0], wait_n=1)))
+        leaves, tree = jax.tree.flatten(found)
+        found = jax.tree.unflatten(tree, _settle(block, *leaves))
+        # The assembler moves nothing past a branch; else it would have the second product waited for before the work.
+        pl.when(step + 1 < block.steps)(lambda: block.wait(step + 1, 0))
+        return found, plgpu.wgmma_accumulator_load(products[1])
+
+    found = pl.run_scoped(compute, *[plgpu.ACC((HALF, call.columns), jnp.float32)] * 2)
+    for name, plane in planes.items():
+        if name not in keep:
+            block.release(step, plane)
+    return found
+
+
+def _contract_each(
+    block: Block, step, sums: dict[str, Array], factors: dict[str, Array], planes: dict[str, int]
+) -> dict[str, Array]:
+    """Sums to which the products of factors and planes of the stream are added."""
+    call = block.call
+    if call.pieces == 1:
+        products = [
+            (_split(block, factors[name]), block.refs["planes"].at[block.slot(step, planes[name])]) for name in sums
+        ]
+        found = _accumulate(block, list(sums.values()), products)
+        for name in sums:
+            block.release(step, planes[name])
+        return dict(zip(sums, found, strict=True))
+    again = len(call.stream) * call.pieces  # planes from here on have not been waited for
+    return {
+        name: _contract(
+            block,
+            x,
+            _split(block, factors[name]),
+            step,
+            planes[name],
+            False,
+            0 if planes[name] >= again else call.pieces,
+        )
+        for name, x in sums.items()
+    }
 
 
 def _d_queries_rows(block: Block) -> None:
@@ -689,15 +776,16 @@ def _d_queries_rows(block: Block) -> None:
         )
         for name in VECTORS
     )
-    stays = call.pieces == 1
+    keep = ["k"] if call.pieces == 1 else []
+    _begin(block)
 
     def step(i, acc, partial):
-        weights, bend = _weigh(block, i, partial, lse, keep=stays)
-        d_scores = _split(block, _differentiate(block, i, weights, bend, slope))
-        return _contract(block, acc, d_scores, i, call.plane("k", last=True), False, ready=int(stays))
+        weigh = functools.partial(_weigh, block, i, partial, lse=lse)
+        _, d_scores = _differentiate(block, i, weigh, slope, keep)
+        return _contract_each(block, i, acc, {"q": d_scores}, {"q": call.plane("k", last=True)})
 
-    acc = block.loop(step, _fill((HALF, call.width), 0.0, layout))
-    _store(block, "q", acc * call.spec.scale, "out_q")
+    acc = block.loop(step, {"q": _fill((HALF, call.width), 0.0, layout)})
+    _store(block, "q", acc["q"] * call.spec.scale, "out_q")
     _release_own(block)
 
 
@@ -705,27 +793,29 @@ def _d_keys_values_rows(block: Block) -> None:
     call, refs, layout = block.call, block.refs, plgpu.Layout.WGMMA
     wanted = [name for name in "kv" if f"out_{name}" in refs]
     plgpu.barrier_wait(refs["loaded_own"].at[block.own_slot])
-    stays = call.pieces == 1 and "k" in wanted
+    keep = [name for name, again in (("q", call.pieces == 1), ("d_out", "v" in wanted)) if again]
+    if "k" in wanted:
+        _begin(block)
 
     def step(i, sums, partial):
-        sums, nth = dict(sums), block.vectors_slot(i)
+        nth = block.vectors_slot(i)
 
         def spread(name):  # only when it is needed: it takes registers
             vector = plgpu.load(refs[name].at[nth], layout=layout.reduce(0))
             return lax.broadcast_in_dim(vector, (HALF, call.columns), [1])
 
         plgpu.barrier_wait(refs["loaded_vectors"].at[nth])
-        weights, bend = _weigh(block, i, partial, functools.partial(spread, "lse"), keep=stays)
-        if "v" in sums:
-            factors = _split(block, weights)
-            sums["v"] = _contract(block, sums["v"], factors, i, call.plane("d_out"), False, keep="k" in sums)
+        weigh = functools.partial(_weigh, block, i, partial, lse=functools.partial(spread, "lse"))
         if "k" in sums:
-            ready = call.pieces if "v" in sums else 0
-            d_scores = _differentiate(block, i, weights, bend, functools.partial(spread, "slope"), ready)
-            factors, plane = _split(block, d_scores), call.plane("q", last=True)
-            sums["k"] = _contract(block, sums["k"], factors, i, plane, False, ready=int(stays))
+            weights, d_scores = _differentiate(block, i, weigh, functools.partial(spread, "slope"), keep)
+            factors = {"v": weights, "k": d_scores}
+            found = _contract_each(block, i, sums, factors, {"v": call.plane("d_out"), "k": call.plane("q", last=True)})
+        else:
+            own = [block.own("k", piece, again=True) for piece in range(call.pieces)]
+            weights, _ = weigh(_contract(block, None, own, i, call.plane("q"), True))
+            found = {"v": _contract(block, sums["v"], _split(block, weights), i, call.plane("d_out"), False)}
         plgpu.barrier_arrive(refs["used_vectors"].at[nth])
-        return sums
+        return found
 
     sums = block.loop(step, {name: _fill((HALF, call.width), 0.0, layout) for name in wanted})
     block = block.again()
@@ -796,7 +886,6 @@ def _call(compute, name: str, call: Call, walk: Walk, inputs: Inputs, back: Back
         pl.when(group < call.warpgroups)(lambda: _each_row(call, memory, compute, "increase"))
         pl.when(group == call.warpgroups)(lambda: _each_row(call, memory, _load, "decrease"))
 
-    exact = call.spec.softcap is not None or call.pieces > 1  # tanh otherwise has 11 bits, exp2 has 22
     kernel = plgpu.kernel(
         body,
         out_type=tuple(outputs.values()),
@@ -809,7 +898,7 @@ def _call(compute, name: str, call: Call, walk: Walk, inputs: Inputs, back: Back
         **(
             {"interpret": plgpu.InterpretGPUParams()}
             if call.spec.interpret
-            else {"compiler_params": plgpu.CompilerParams(approx_math=not exact)}
+            else {"compiler_params": plgpu.CompilerParams(approx_math=call.pieces == 1)}  # exp2 of 22 bits
         ),
     )
     return kernel(*arrays.values())
