@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
 import jax
@@ -158,7 +158,7 @@ def _choose(impl: str, request: Request) -> Implementation:
     raise ImplementationError(f"attend: impl={impl!r} cannot serve this request ({why})")
 
 
-def _preferences(request: Request) -> tuple[str, ...]:
+def _preferences(request: Request) -> Iterator[str]:
     """What "auto" tries, best first.
 
     Kernels for the machine come before what XLA makes of any machine, and cuDNN before them for the masks that it has:
@@ -167,13 +167,16 @@ def _preferences(request: Request) -> tuple[str, ...]:
     t, s = request.q.shape[1], request.k.shape[1]
     kernels = "cudnn", "tpu", "gpu"
     if max(t, s) <= DENSE_LENGTH:
-        return "dense", *kernels, "gather", "segment"
+        yield from ("dense", *kernels, "gather", "segment")
+        return
+    yield from kernels
     tile, live, pairs = gather.SMALL, 0, 0
     for pattern, heads in request.head_groups().items():
         live += len(pattern.layout(t, s, (tile, tile)).columns) * len(heads)
         pairs += pattern.pairs(t, s) * len(heads)
     if pairs < SEGMENT_FILL * live * tile**2:
-        return *kernels, "segment", "gather", "dense"
-    if jax.default_backend() != "cpu" and live > DENSE_DENSITY * -(-t // tile) * -(-s // tile) * request.q.shape[2]:
-        return *kernels, "dense", "gather", "segment"
-    return *kernels, "gather", "segment", "dense"
+        yield from ("segment", "gather", "dense")
+    elif jax.default_backend() != "cpu" and live > DENSE_DENSITY * -(-t // tile) * -(-s // tile) * request.q.shape[2]:
+        yield from ("dense", "gather", "segment")
+    else:
+        yield from ("gather", "segment", "dense")
