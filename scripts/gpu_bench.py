@@ -61,7 +61,9 @@ class Case:
 
     def __str__(self):
         heads = f"{self.heads[0]}" if self.heads[0] == self.heads[1] else f"{self.heads[0]}:{self.heads[1]}"
-        return f"{self.pattern}, {self.t:,} x {heads} heads of {self.width}"
+        dtype = "" if self.dtype == "bfloat16" else f", {self.dtype}"
+        options = ", softcap, sink, segments" if self.options else ""
+        return f"{self.pattern}, {self.t:,} x {heads} heads of {self.width}{dtype}{options}"
 
 
 MASKS = (
