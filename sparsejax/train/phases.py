@@ -42,6 +42,13 @@ class Phase:
         seed = self.config.train.seed
         return seed if self.number == 1 else int(np.random.SeedSequence([seed, self.number]).generate_state(1)[0])
 
+    @property
+    def place(self) -> str:
+        """Where the configuration says what it sets, to begin a message with; empty if it sets nothing."""
+        if not self.given:
+            return ""
+        return f"train.phases.{self.name}.set: " if self.number else f"eval.also.{self.name}: "
+
 
 def plan_phases(settings: ConfigDict) -> list[Phase]:
     """The phases of a run, in order.
@@ -68,7 +75,7 @@ def plan_phases(settings: ConfigDict) -> list[Phase]:
             optimizer = dataclasses.replace(config.optimizer, warmup=phases[0].config.optimizer.warmup)
             config = dataclasses.replace(config, optimizer=optimizer)
         phases.append(Phase(number, name or BASE_PHASE, start, stop, config, restart, given))
-    _require_same_parameters(whole, {f"train.phases.{phase.name}.set": phase for phase in phases})
+    _require_same_parameters(whole, phases)
     return phases
 
 
@@ -84,17 +91,18 @@ def plan_evaluations(settings: ConfigDict) -> list[Phase]:
         Phase(0, name, stop, stop, configs.check_also(settings, name), None, given)
         for name, given in whole.eval.also.items()
     ]
-    _require_same_parameters(whole, {f"eval.also.{phase.name}": phase for phase in found})
+    _require_same_parameters(whole, found)
     return found
 
 
-def _require_same_parameters(whole: Config, places: dict[str, Phase]) -> None:
+def _require_same_parameters(whole: Config, phases: list[Phase]) -> None:
     # Held against the configuration itself and not against one another: then the phase that changes them is named.
-    expected = _describe_parameters(whole) if places else {}
-    for place, phase in places.items():
+    setting = [phase for phase in phases if phase.given]
+    expected = _describe_parameters(whole) if setting else {}
+    for phase in setting:
         changed = configs.difference(expected, _describe_parameters(phase.config))
         if changed:
-            raise ConfigError(f"{place}: changes the model's parameters: {changed}")
+            raise ConfigError(f"{phase.place}changes the model's parameters: {changed}")
 
 
 def _describe_parameters(config: Config) -> dict:

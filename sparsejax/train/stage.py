@@ -9,7 +9,7 @@ import jax
 from jax.sharding import Mesh
 
 from sparsejax import data, sharding
-from sparsejax.config import Config, ConfigError
+from sparsejax.config import ConfigError
 from sparsejax.model import Functional
 from sparsejax.train.evaluate import Evaluation, evaluate
 from sparsejax.train.optimizer import build_optimizer, build_schedule
@@ -54,30 +54,31 @@ def set_up(phases: list[Phase], mesh: Mesh) -> list[Stage]:
       ConfigError, DataError: something that a phase sets does not fit the mesh, the text or the model.
     """
     for phase in phases:
-        _require_even_batches(phase.config, mesh)
+        _require_even_batches(phase, mesh)
     stages, corpus = [], None
     for phase in phases:
         dataset = data.load_dataset(phase.config.data, phase.config.eval.stride, corpus)
         corpus = dataset.corpus
-        _require_vocabulary(phase.config, dataset)
+        _require_vocabulary(phase, dataset)
         stages.append(Stage(phase, phases[-1].stop, dataset, mesh))
     return stages
 
 
-def _require_even_batches(config: Config, mesh: Mesh) -> None:
-    shards = sharding.batch_shards(mesh)
-    part = config.train.batch // config.train.accumulate
+def _require_even_batches(phase: Phase, mesh: Mesh) -> None:
+    shards, train = sharding.batch_shards(mesh), phase.config.train
+    part, rows = train.batch // train.accumulate, phase.config.eval.batch
     if part % shards:
-        raise ConfigError(f"train.batch: a slice of {part} rows does not divide over {shards} devices")
-    if config.eval.batch % shards:
-        raise ConfigError(f"eval.batch: {config.eval.batch} rows do not divide over {shards} devices")
+        raise ConfigError(f"{phase.place}train.batch: a slice of {part} rows does not divide over {shards} devices")
+    if rows % shards:
+        raise ConfigError(f"{phase.place}eval.batch: {rows} rows do not divide over {shards} devices")
 
 
-def _require_vocabulary(config: Config, dataset: data.Dataset) -> None:
+def _require_vocabulary(phase: Phase, dataset: data.Dataset) -> None:
+    config = phase.config
     if config.model.vocab < dataset.vocab:
         why = config.data.task if dataset.corpus is None else f"data.tokenizer = {config.data.tokenizer!r}"
         why += f" with data.objective = {config.data.objective!r}" if config.data.objective != "causal" else ""
-        raise ConfigError(f"model.vocab: is {config.model.vocab}, {why} needs {dataset.vocab}")
+        raise ConfigError(f"{phase.place}model.vocab: is {config.model.vocab}, {why} needs {dataset.vocab}")
 
 
 def share_rows(mesh: Mesh, rows: int) -> dict[str, int]:

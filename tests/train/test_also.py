@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 from sparsejax import config as configs
+from sparsejax import sharding
 from sparsejax.cli import INTERRUPTED, USAGE_ERROR, main
 from sparsejax.data import load_dataset
 from sparsejax.model import Functional
@@ -95,6 +96,24 @@ def test_they_build_on_the_last_phase(tmp_path):
 )
 def test_what_cannot_be_is_one_line_and_no_workdir(arguments, tmp_path, capsys, given, expected):
     place = write_config(tmp_path, given)
+    code = main(["train", f"--config={place}", *arguments[2:], f"--workdir={tmp_path / 'run'}"])
+    assert code == USAGE_ERROR
+    assert expected in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("given", "phases", "expected"),
+    [
+        ({"a": ("eval.batch=3",)}, {}, "eval.also.a: eval.batch: 3 rows do not divide over 2 devices"),
+        ({}, {"b": {"start": 9, "set": ["train.batch=3"]}}, "train.phases.b.set: train.batch: a slice of 3 rows does"),
+    ],
+)
+def test_rows_that_do_not_divide_name_who_asks_for_them(
+    arguments, tmp_path, capsys, monkeypatch, given, phases, expected
+):
+    monkeypatch.setattr(sharding, "batch_shards", lambda mesh: 2)
+    place = write_config(tmp_path, given, phases)
     code = main(["train", f"--config={place}", *arguments[2:], f"--workdir={tmp_path / 'run'}"])
     assert code == USAGE_ERROR
     assert expected in capsys.readouterr().err
