@@ -102,6 +102,7 @@ GPU_CASES = (
     Case("causal & window(1023)", 8192, width=64),
     Case("causal & window(1023)", 8192, width=256),
     Case("window(256, 256) | globals(128)", 8192, options=True),
+    Case("window(256, 256) | globals(128)", 8192, width=64, options=True),
     Case(f"per_head({HEADS})", 2048, width=96, dtype="float16"),
     Case("causal", 131_072, heads=(2, 2)),
     Case("causal & window(1023)", 8192, dtype="float32"),

@@ -193,8 +193,8 @@ def _d_keys_values(spec: Spec, part: Part, walk: Walk, inputs: Inputs, back: Bac
         found = _call(compute_d_keys_values, "attend_d_keys_values", call, walk, inputs, back, outputs, {})
         return tuple(map(_join_pieces, found))
 
-    widest = NARROW if inputs.q.dtype != jnp.float32 else NARROW // 2
-    together = inputs.q.shape[-1] <= widest and spec.softcap is None
+    less_room = (inputs.q.dtype == jnp.float32) + (spec.softcap is not None)
+    together = inputs.q.shape[-1] <= NARROW >> less_room
     return run("k", "v") if together else run("k") + run("v")
 
 

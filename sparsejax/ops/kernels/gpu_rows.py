@@ -163,22 +163,22 @@ def _power(call: Call, scores: Array, less: Array) -> Array:
     return jnp.exp2(scores * factor - less * factor)  # one instruction for each score: exact enough for 16 bits
 
 
-def _weigh(block: Block, step, partial, products: Array, lse: Callable[[], Array]) -> tuple[Array, Array | None]:
-    """Weights of a step, and by what a softcap shrinks the gradients of its scores. `lse`: [rows, columns]."""
-    spec = block.call.spec
-    scores = _bound(block.call, products)
-    bend = None if spec.softcap is None else 1 - scores * scores
-    weights = _power(block.call, scores, lse())
-    return _mask(block, step, partial, weights, 0.0), bend  # not of the scores: fewer registers are in use by now
+def _weigh(block: Block, step, partial, products: Array, lse: Callable[[], Array]) -> tuple[Array, Array]:
+    """Weights of a step as factors of products, and their derivatives by q·k. `lse`: [rows, columns]."""
+    call = block.call
+    scores = _bound(call, products)
+    weights = _power(call, scores, lse())
+    weights = _mask(block, step, partial, weights, 0.0)  # not the scores: fewer registers are in use by now
+    slopes = weights if call.spec.softcap is None else weights * (1 - scores * scores)
+    return weights.astype(call.dtype) if call.pieces == 1 else weights, slopes
 
 
 def _differentiate(
     block: Block, step, weigh: Callable, slope: Callable[[], Array], keep: Sequence[str]
 ) -> tuple[Array, Array]:
     """Weights, which `weigh` finds from products q·k, and the gradients of these. `keep`: what is needed again."""
-    (weights, bend), products = contract_both(block, step, weigh, keep)
-    d_scores = weights * (products + slope())
-    return weights, d_scores if bend is None else d_scores * bend
+    (weights, slopes), products = contract_both(block, step, weigh, keep)
+    return weights, slopes * (products + slope())
 
 
 def _mask(block: Block, step, partial, x: Array, other: float) -> Array:
