@@ -212,7 +212,9 @@ def read_lines(part: str, options: argparse.Namespace, skip: int, end: float) ->
             if not line:
                 break
             yield json.loads(line)
-        if process.wait():
+        code = process.wait()
+        readers[1].join()  # all that it said
+        if code:
             yield {"error": (errors or ["it ended without a word"])[-1].strip()[:300]}
     except queue.Empty:
         if time.monotonic() < end:
