@@ -257,6 +257,10 @@ class Block:
     def wait(self, step, plane):
         plgpu.barrier_wait(self.refs["loaded"].at[self.slot(step, plane)])
 
+    def wait_first(self, step):
+        """For the first plane of a step, if there is such a step."""
+        pl.when(step < self.steps)(lambda: self.wait(step, 0))
+
     def release(self, step, plane):
         plgpu.barrier_arrive(self.refs["used"].at[self.slot(step, plane)])
 
@@ -388,17 +392,13 @@ def settle(block: Block, *arrays: Array) -> tuple[Array, ...]:
     return arrays if block.call.spec.interpret else lax.optimization_barrier(arrays)
 
 
-def await_first(block: Block) -> None:
-    """The first step's first plane is waited for: `contract_both` waits for those of later steps."""
-    if block.call.pieces == 1:
-        pl.when(block.steps > 0)(lambda: block.wait(0, 0))
-
-
-def contract_both(block: Block, step, work: Callable[[Array], Any], keep: Sequence[str]) -> tuple[Any, Array]:
+def contract_both(
+    block: Block, step, work: Callable[[Array], tuple[Array, ...]], keep: Sequence[str]
+) -> tuple[tuple[Array, ...], Array]:
     """Products of own rows with both arrays of the stream; the second is computed while there is work on the first.
 
     Args:
-      block: Where; `await_first` has been called there.
+      block: Where; of 16 bits, the step's first plane has been waited for, as it is here for the next one.
       step: Which.
       work: What is done with the first product.
       keep: Arrays of the stream that are needed again in this step.
@@ -422,11 +422,10 @@ def contract_both(block: Block, step, work: Callable[[Array], Any], keep: Sequen
             if plane:
                 block.wait(step, plane)
             plgpu.wgmma(product, left, block.refs["planes"].at[block.slot(step, plane)].T)
-        found = work(*settle(block, plgpu.wgmma_accumulator_load(products[0], wait_n=1)))
-        leaves, tree = jax.tree.flatten(found)
-        found = jax.tree.unflatten(tree, settle(block, *leaves))
+        (first,) = settle(block, plgpu.wgmma_accumulator_load(products[0], wait_n=1))
+        found = settle(block, *work(first))
         # What comes before a branch is done before it; else the assembler waits for the second product before the work.
-        pl.when(step + 1 < block.steps)(lambda: block.wait(step + 1, 0))
+        block.wait_first(step + 1)
         return found, plgpu.wgmma_accumulator_load(products[1])
 
     found = pl.run_scoped(compute, *[plgpu.ACC((HALF, call.columns), jnp.float32)] * 2)

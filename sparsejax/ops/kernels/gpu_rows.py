@@ -19,7 +19,6 @@ from sparsejax.ops.kernels.gpu_block import (
     Block,
     Call,
     along_rows,
-    await_first,
     await_turn,
     contract,
     contract_both,
@@ -45,7 +44,7 @@ def compute_output(block: Block) -> None:
     top = fill((HALF,), LOWEST if sink is None else sink[1], layout.reduce(1))
     total = fill((HALF,), 0.0 if sink is None else sink[2], layout.reduce(1))
     acc = fill((HALF, call.width), 0.0, layout)
-    pl.when(block.steps > 0)(lambda: block.wait(0, first_k))
+    block.wait_first(0)
     pl.when(block.group == 1)(lambda: take_turns(block))
 
     def step(i, carry, partial):
@@ -63,8 +62,7 @@ def compute_output(block: Block) -> None:
         offer_turn(block)
         block.wait(i, first_v)
         await_turn(block)
-        ahead = functools.partial(pl.when(i + 1 < block.steps), lambda: block.wait(i + 1, first_k))
-        acc = contract(block, acc, terms, i, first_v, False, ready=1, meanwhile=ahead)
+        acc = contract(block, acc, terms, i, first_v, False, ready=1, meanwhile=lambda: block.wait_first(i + 1))
         return acc, now, total
 
     acc, top, total = block.loop(step, (acc, top, total))
@@ -95,7 +93,8 @@ def compute_d_queries(block: Block) -> None:
         for name in VECTORS
     )
     keep = ["k"] if call.pieces == 1 else []
-    await_first(block)
+    if call.pieces == 1:
+        block.wait_first(0)
 
     def step(i, acc, partial):
         weigh = functools.partial(_weigh, block, i, partial, lse=lse)
@@ -113,8 +112,8 @@ def compute_d_keys_values(block: Block) -> None:
     wanted = [name for name in "kv" if f"out_{name}" in refs]
     plgpu.barrier_wait(refs["loaded_own"].at[block.own_slot])
     keep = [name for name, again in (("q", call.pieces == 1), ("d_out", "v" in wanted)) if again]
-    if "k" in wanted:
-        await_first(block)
+    if "k" in wanted and call.pieces == 1:
+        block.wait_first(0)
 
     def step(i, sums, partial):
         nth = block.vectors_slot(i)
