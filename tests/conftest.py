@@ -1,13 +1,31 @@
 import os
 
+from jaxtyping import install_import_hook
+
+# Shapes and types of every annotated function in these packages are checked when tests call it.
+CHECKED = ["ops", "layers", "embedding", "model", "train"]
+if os.environ.get("SPARSEJAX_CHECK_TYPES"):
+    install_import_hook([f"sparsejax.{name}" for name in CHECKED], "beartype.beartype")
+
 import jax
 import pytest
 from hypothesis import settings
 from ml_collections import ConfigDict
 
+from tests import messages
+
 # The same examples on every machine and in every run; how long one of them takes is not what they test.
 settings.register_profile("reproducible", derandomize=True, deadline=None, max_examples=50)
 settings.load_profile("reproducible")
+
+
+def pytest_addoption(parser):
+    parser.addoption("--refresh-messages", action="store_true", help="rewrite tests/golden/messages.txt")
+
+
+def pytest_configure(config):
+    if config.getoption("--refresh-messages"):
+        os.environ[messages.REFRESH] = "1"
 
 
 # Threads of XLA, which reads this when it starts: to interpret kernels for GPUs takes more than small machines have.

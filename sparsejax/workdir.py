@@ -1,0 +1,188 @@
+"""The files of a run and of a sweep, and how they are read and written.
+
+Every file name of a workdir stands here once. A file is replaced in one step, so that neither a reader nor a crash
+sees half of it; a jsonl file only grows, and a reader ignores a last line that a crash cut short.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+from sparsejax.errors import InputError
+
+
+@dataclasses.dataclass(frozen=True)
+class Workdir:
+    """The files of one run, under `path`."""
+
+    path: Path
+
+    @property
+    def config(self) -> Path:
+        """The resolved configuration. A folder with this file is a workdir."""
+        return self.path / "config.json"
+
+    @property
+    def schedule(self) -> Path:
+        """The layer names, one per line."""
+        return self.path / "schedule.txt"
+
+    @property
+    def data(self) -> Path:
+        """Counts of documents and tokens."""
+        return self.path / "data.json"
+
+    @property
+    def versions(self) -> Path:
+        """The software and devices of each start."""
+        return self.path / "versions.json"
+
+    @property
+    def metrics(self) -> Path:
+        """Metrics by step. Two equal runs write equal bytes."""
+        return self.path / "metrics.jsonl"
+
+    @property
+    def metrics_table(self) -> Path:
+        """The metrics as a table, written when the run ends."""
+        return self.path / "metrics.csv"
+
+    @property
+    def timing(self) -> Path:
+        """Measurements by step that depend on the clock."""
+        return self.path / "timing.jsonl"
+
+    @property
+    def events(self) -> Path:
+        """The folder of TensorBoard's event files."""
+        return self.path / "events"
+
+    @property
+    def checkpoints(self) -> Path:
+        """The folder of checkpoints, one folder per step."""
+        return self.path / "checkpoints"
+
+    @property
+    def result(self) -> Path:
+        """The final evaluation. A run with this file has ended."""
+        return self.path / "result.json"
+
+    def exists(self) -> bool:
+        """Whether `path` is a workdir."""
+        return self.config.exists()
+
+
+@dataclasses.dataclass(frozen=True)
+class SweepFolder:
+    """The files of one sweep or search, under `path`."""
+
+    path: Path
+
+    @property
+    def record(self) -> Path:
+        """The planned runs. A folder with this file is a sweep."""
+        return self.path / "sweep.json"
+
+    @property
+    def search(self) -> Path:
+        """The settings of a search."""
+        return self.path / "search.json"
+
+    @property
+    def runs(self) -> Path:
+        """The folder of the workdirs."""
+        return self.path / "runs"
+
+    @property
+    def jobs(self) -> Path:
+        """The folder of logs and of the launcher's state."""
+        return self.path / "jobs"
+
+    @property
+    def compiled(self) -> Path:
+        """The compilation cache that runs which differ only in their seed share."""
+        return self.jobs / "compiled"
+
+    @property
+    def lock(self) -> Path:
+        """Held by the launcher."""
+        return self.jobs / "launcher.lock"
+
+    def workdir(self, name: str) -> Workdir:
+        """The workdir of the run `name`."""
+        return Workdir(self.runs / name)
+
+    def exists(self) -> bool:
+        """Whether `path` is a sweep."""
+        return self.record.exists()
+
+
+def replace_file(path: Path, content: bytes) -> None:
+    """Writes a file in one step."""
+    part = path.with_name(path.name + ".part")
+    part.write_bytes(content)
+    os.replace(part, path)
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Writes a JSON file in one step."""
+    replace_file(path, f"{json.dumps(value, indent=2)}\n".encode())
+
+
+def read_json(path: Path) -> Any:
+    """Reads a JSON file.
+
+    Raises:
+      InputError: the file is no JSON; FileNotFoundError: there is none.
+    """
+    try:
+        return json.loads(path.read_text())
+    except ValueError as error:
+        raise InputError(path, f"damaged JSON: {error}") from error
+
+
+def append_row(path: Path, row: dict[str, Any]) -> None:
+    """Appends a row to a jsonl file."""
+    with path.open("a") as file:
+        file.write(json.dumps(row) + "\n")
+
+
+def read_rows(path: Path) -> list[dict[str, Any]]:
+    """Reads the rows of a jsonl file, up to the first line that a crash cut short; no file has no rows."""
+    return list(_rows(path.read_text().splitlines() if path.exists() else []))
+
+
+def _rows(lines: Iterable[str]) -> Iterator[dict[str, Any]]:
+    for line in lines:
+        try:
+            yield json.loads(line)
+        except json.JSONDecodeError:
+            return
+
+
+def read_last_row(path: Path, size: int = 1 << 14) -> dict[str, Any]:
+    """Reads the last whole row of a jsonl file that may be growing; empty if there is none."""
+    rows = []
+    for line in read_tail(path, size):
+        try:
+            rows.append(json.loads(line))
+        except json.JSONDecodeError:
+            continue
+    return rows[-1] if rows else {}
+
+
+def read_tail(path: Path, size: int = 1 << 14) -> list[str]:
+    """Reads the last whole lines, at most `size` bytes, of a file that may be growing; none if there is no file."""
+    try:
+        with path.open("rb") as file:
+            start = max(0, file.seek(0, os.SEEK_END) - size)
+            file.seek(start)
+            text = file.read().decode(errors="replace")
+    except FileNotFoundError:
+        return []
+    return text.splitlines()[bool(start) :]
