@@ -1,0 +1,49 @@
+"""Names of metrics, and for each whether lower or higher is better."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Literal
+
+TRAIN, EVAL = "train/", "eval/"  # prefixes: of a training step, of an evaluation
+TRAIN_LOSS = "train/loss"  # nats per scored token of one batch
+TRAIN_LOSS_MEAN = "train/loss_mean"  # running mean of TRAIN_LOSS
+EVAL_LOSS = "eval/loss"  # nats per scored token
+BITS_PER_TOKEN = "eval/bits_per_token"
+BITS_PER_BYTE = "eval/bits_per_byte"
+BITS_PER_CHARACTER = "eval/bits_per_character"
+BITS_AT = "eval/bits_at_"  # + the first position of a bin
+ACCURACY = "eval/accuracy"  # share of scored tokens that are the model's first choice
+ACCURACY_AT_DISTANCE = "eval/accuracy_at_distance_"  # + the first distance of a bin
+EXACT_MATCH = "eval/exact_match"  # share of rows of which every scored token is
+STEPS_PER_SECOND, TOKENS_PER_SECOND = "steps_per_second", "tokens_per_second"
+
+Direction = Literal["min", "max"]
+
+# By prefix: `eval/bits` stands for `eval/bits_at_64`, `eval/loss` for the `eval/loss/long` of an evaluation setting.
+_LOWER = (
+    EVAL_LOSS,
+    "eval/bits",
+    TRAIN_LOSS,
+    "parameters",
+    "active_parameters",
+    "training_flops",
+    "flops",
+    "cache_bytes",
+    "kv",
+    "seconds",
+)
+_HIGHER = (ACCURACY, EXACT_MATCH, STEPS_PER_SECOND, TOKENS_PER_SECOND)
+
+
+def direction(name: str) -> Direction | None:
+    """Whether a metric or a cost is best at its minimum or at its maximum; None if the name is unknown."""
+    if name.startswith(_LOWER):
+        return "min"
+    return "max" if name.startswith(_HIGHER) else None
+
+
+def finite_or_none(metrics: Mapping[str, float]) -> dict[str, float | None]:
+    """Metrics as JSON, which has neither infinities nor NaN: those become None."""
+    return {name: value if math.isfinite(value) else None for name, value in metrics.items()}
