@@ -15,7 +15,7 @@ from jaxtyping import Array, Float, Int
 
 from sparsejax.config import ModelConfig
 from sparsejax.embedding import Embedding, Head, average
-from sparsejax.layers import NOTHING, Context, Layer, Losses, Norm, Shared, Stream
+from sparsejax.layers import EMPTY, Context, Layer, Losses, Norm, Shared, Stream
 
 Cache = dict[str, Any]
 
@@ -46,12 +46,12 @@ class Model(nnx.Module):
         self.norm = Norm(config.norm, config.width * (2 if config.reversible else 1), rngs)
         self.head = Head(config, stream, rngs)
 
-    def __call__(self, tokens: Int[Array, "b t"], context: Context = NOTHING) -> Float[Array, "b t v"]:
+    def __call__(self, tokens: Int[Array, "b t"], context: Context = EMPTY) -> Float[Array, "b t v"]:
         """Logits at every position, in float32; of the next token if the model is causal."""
         return self.forward(tokens, context)[0]
 
     def forward(
-        self, tokens: Int[Array, "b t"], context: Context = NOTHING, place: Callable[[Array], Array] = lambda x: x
+        self, tokens: Int[Array, "b t"], context: Context = EMPTY, place: Callable[[Array], Array] = lambda x: x
     ) -> tuple[Float[Array, "b t v"], Losses]:
         """Logits, and what the layers add to the loss, by name and weighted.
 
@@ -83,7 +83,7 @@ class Model(nnx.Module):
         losses += found
         return self._leave(x, context.mask), _add(losses)
 
-    def streams(self, tokens: Int[Array, "b t"], context: Context = NOTHING) -> list[Float[Array, "b t m"]]:
+    def streams(self, tokens: Int[Array, "b t"], context: Context = EMPTY) -> list[Float[Array, "b t m"]]:
         """The stream before the first layer, after each layer, and after the last norm; every layer unrolled."""
         x, context = self._enter(tokens, context)
         streams = [x]
@@ -145,7 +145,7 @@ class Model(nnx.Module):
         yield from self.after
 
     def _enter(self, tokens: Array, context: Context) -> tuple[Array, Context]:
-        x = self._double(context.drop(self.embedding(tokens, context.positions)))
+        x = self._double(context.dropout(self.embedding(tokens, context.positions)))
         return x, dataclasses.replace(context, embeddings=x, shared=dict(self.shared))
 
     def _double(self, x: Array) -> Array:

@@ -19,7 +19,7 @@ BATCH_AXES = ("data", "fsdp")
 RULES = {"vocab": "tensor", "width": "fsdp", "heads": "tensor", "ff": "tensor", "inner": "tensor", "experts": "tensor"}
 
 
-def join_processes(place: str) -> None:
+def initialize_distributed(place: str) -> None:
     """Joins the processes that train together, before anything else is done with devices.
 
     Args:
@@ -41,7 +41,7 @@ def join_processes(place: str) -> None:
         raise ConfigError(f"--distributed={place}: {error}") from error
 
 
-def leads() -> bool:
+def is_coordinator() -> bool:
     """Whether this process is the one that writes and speaks for all that train together."""
     return jax.process_index() == 0
 
@@ -78,7 +78,7 @@ def batch_shards(mesh: Mesh) -> int:
     return math.prod(mesh.shape[axis] for axis in BATCH_AXES)
 
 
-def own_rows(mesh: Mesh, rows: int) -> tuple[int, int]:
+def local_rows(mesh: Mesh, rows: int) -> tuple[int, int]:
     """Which of how many equal runs of a batch's rows this process has to read."""
     places = batch_sharding(mesh).addressable_devices_indices_map((rows,)).values()
     start = min(place[0].start or 0 for place in places)

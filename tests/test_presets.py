@@ -361,7 +361,7 @@ def test_which_layers_attend_and_which_have_experts(name, depth, attends, routes
 )
 def test_which_layers_see_everything(name, period, full, window):
     model = load(name).model
-    seen = [str(pattern) for _, pattern in model.sees]
+    seen = [str(pattern) for _, pattern in model.connectivity]
     assert seen == ["causal" if i % period == full else window for i in range(len(seen))]
 
 
@@ -382,7 +382,7 @@ def test_positions_are_where_they_should_be():
 )
 def test_hybrids_of_dense_attention_have_no_sparse_layer(name):
     mixers = [layer.mixer for layer in load(name).model.layers.values() if layer.mixer is not None]
-    assert all(is_dense(mixer.sees) for mixer in mixers)
+    assert all(is_dense(mixer.connectivity) for mixer in mixers)
 
 
 def test_the_layers_between_are_states():
@@ -394,8 +394,8 @@ def test_bigbird_is_an_encoder_with_tiles_or_tokens_that_are_global():
     itc, etc = load("bigbird_base:itc").model, load("bigbird_base:etc").model
     assert not itc.causal
     assert not etc.causal
-    assert len({str(pattern) for _, pattern in itc.sees}) == 12  # a draw for each layer
-    assert {str(pattern) for _, pattern in etc.sees} == {
+    assert len({str(pattern) for _, pattern in itc.connectivity}) == 12  # a draw for each layer
+    assert {str(pattern) for _, pattern in etc.connectivity} == {
         "chunk(84) | shift(chunk(84), 84) | shift(chunk(84), -84) | globals(256)"
     }
     assert account(itc, 1024).parameters == account(etc, 1024).parameters
@@ -413,8 +413,8 @@ def test_tiny_forms_are_small_and_keep_the_schedule(name):
     for layer in tiny.model.layers:
         for part in ("mixer", "mlp"):
             assert type(getattr(tiny.model.layers[layer], part)) is type(getattr(full.layers[layer], part))
-    for layer, pattern in tiny.model.sees:
-        dense, n = is_dense(full.layers[layer].sees), tiny.data.length
+    for layer, pattern in tiny.model.connectivity:
+        dense, n = is_dense(full.layers[layer].connectivity), tiny.data.length
         assert dense == is_dense(pattern)
         assert dense or pattern.pairs(n) < 0.7 * n * (n + 1) / (2 if tiny.model.causal else 1)
     functions, tokens = Functional(tiny.model), jnp.zeros((1, tiny.data.length), jnp.int32)

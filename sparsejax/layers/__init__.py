@@ -16,13 +16,13 @@ from sparsejax.layers.norm import Norm, NormConfig
 from sparsejax.layers.rglru import RgLru, RgLruConfig
 from sparsejax.layers.rotary import RopeConfig, RopeScaling, yarn_growth
 from sparsejax.layers.shared import Shared, SharedConfig, Side, SideConfig
-from sparsejax.layers.stream import NOTHING, Context, Cost, Dropout, Linear, Stream, parameter
+from sparsejax.layers.stream import EMPTY, Context, Cost, Dropout, Linear, Stream, parameter
 
 __all__ = [
     "ACTIVATIONS",
     "FEEDFORWARDS",
     "MIXERS",
-    "NOTHING",
+    "EMPTY",
     "Attention",
     "AttentionConfig",
     "BranchConfig",

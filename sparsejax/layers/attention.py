@@ -13,8 +13,8 @@ from jaxtyping import Array, Float, Int
 from sparsejax import patterns
 from sparsejax.layers.norm import Norm, NormConfig
 from sparsejax.layers.rotary import RopeConfig, rotate
-from sparsejax.layers.stream import NOTHING, Context, Cost, Linear, Stream, output_scale, parameter
-from sparsejax.ops import IMPLEMENTATIONS, attend, attend_one, count_bonus, lean, merge
+from sparsejax.layers.stream import EMPTY, Context, Cost, Linear, Stream, output_scale, parameter
+from sparsejax.ops import IMPLEMENTATIONS, attend, decode_attend, log_multiplicity, add_alibi, merge_lse
 
 ELSEWHERE = -3  # a segment that no query is in
 
@@ -66,7 +66,7 @@ class AttentionConfig:
         return f"attention {self.heads}/{self.kv_heads} x {self.head_width}"
 
     @property
-    def sees(self) -> patterns.Pattern:
+    def connectivity(self) -> patterns.Pattern:
         """What a position takes from the others."""
         return patterns.parse(self.pattern)
 
@@ -99,7 +99,7 @@ class Attention(nnx.Module):
         self.sinks = parameter(rngs, zeros, (config.heads,), (None,)) if config.sinks else None
         self.relative = Relative(config, rngs) if config.relative else None
 
-    def __call__(self, x: Float[Array, "b t m"], context: Context = NOTHING) -> Float[Array, "b t m"]:
+    def __call__(self, x: Float[Array, "b t m"], context: Context = EMPTY) -> Float[Array, "b t m"]:
         """Mixes a whole sequence.
 
         Raises:
@@ -126,7 +126,7 @@ class Attention(nnx.Module):
         cache: dict[str, Array],
         position: Int[Array, ""],
         length: int,
-        context: Context = NOTHING,
+        context: Context = EMPTY,
     ) -> tuple[Float[Array, "b m"], dict[str, Array]]:
         """Mixes one more token, at `position` of at most `length`."""
         table, _ = patterns.cache_slots(self.pattern, length)
@@ -139,15 +139,15 @@ class Attention(nnx.Module):
         }
         held = cache["at"]
         mask = self.pattern.allows(position[None], held, length, length) & (held >= 0)
-        bonus = jnp.atleast_2d(count_bonus(self.pattern, position[None], held, length, length))
+        bonus = jnp.atleast_2d(log_multiplicity(self.pattern, position[None], held, length, length))
         q, k = self._extend(q, cache["k"], position[None], held)
-        y = attend_one(
+        y = decode_attend(
             q[:, 0],
             k,
             cache["v"],
             jnp.atleast_2d(mask),
             scale=self._scale,
-            bonus=lean(bonus, None if self._slopes is None else self._slopes[:, None], position - held),
+            bonus=add_alibi(bonus, None if self._slopes is None else self._slopes[:, None], position - held),
             softcap=self.config.softcap,
             sink_logits=None if self.sinks is None else self.sinks[...],
         )
@@ -225,7 +225,7 @@ class Attention(nnx.Module):
         )
         far_keys = jnp.where(real, pick(keys), ELSEWHERE)
         far = self._attend(q, pick(k), pick(v), patterns.Full(), (queries, far_keys), places, at, return_lse=True)
-        y, _ = merge([near, far])
+        y, _ = merge_lse([near, far])
         maps = (self.query_global, self.key_global, self.value_global)
         maps = maps if self.config.global_projections else (self.query, self.key, self.value)
         q, k, v = (self._split_heads(part(rows)) for part, rows in zip(maps, (pick(x), x, x), strict=True))

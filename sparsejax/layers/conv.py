@@ -10,7 +10,7 @@ from flax import nnx
 from jaxtyping import Array, Float, Int
 
 from sparsejax import patterns
-from sparsejax.layers.stream import NOTHING, Context, Cost, Linear, Stream, output_scale, parameter
+from sparsejax.layers.stream import EMPTY, Context, Cost, Linear, Stream, output_scale, parameter
 from sparsejax.ops import causal_conv
 
 
@@ -25,7 +25,7 @@ class ShortConv(nnx.Module):
         self.bias = parameter(rngs, jax.nn.initializers.zeros, (channels,), (axis,)) if bias else None
         self.dtype, self.shape = dtype, (taps, channels)  # of one layer, where several are stacked
 
-    def __call__(self, x: Float[Array, "b t c"], context: Context = NOTHING) -> Float[Array, "b t c"]:
+    def __call__(self, x: Float[Array, "b t c"], context: Context = EMPTY) -> Float[Array, "b t c"]:
         """A whole sequence."""
         return self._shift(causal_conv(x, self.weight[...].astype(x.dtype), context.starts))
 
@@ -67,7 +67,7 @@ class ConvConfig:
         return f"conv {self.conv}"
 
     @property
-    def sees(self) -> patterns.Pattern:
+    def connectivity(self) -> patterns.Pattern:
         """What a position takes from the others: the last few."""
         return patterns.parse(f"causal & window({self.conv - 1})")
 
@@ -85,10 +85,10 @@ class Conv(nnx.Module):
         self.conv = ShortConv(m, config.conv, bias=config.bias, dtype=dtype, rngs=rngs)
         self.out = Linear(m, m, ("inner", "width"), dtype=dtype, rngs=rngs, bias=config.bias, scale=start)
 
-    def __call__(self, x: Float[Array, "b t m"], context: Context = NOTHING) -> Float[Array, "b t m"]:
+    def __call__(self, x: Float[Array, "b t m"], context: Context = EMPTY) -> Float[Array, "b t m"]:
         """Mixes a whole sequence."""
-        x = context.clear(x)
-        y = self.conv(context.clear(self.gate_in(x) * self.input(x)), context)
+        x = context.zero_padding(x)
+        y = self.conv(context.zero_padding(self.gate_in(x) * self.input(x)), context)
         return self.out(self.gate_out(x) * y)
 
     def init_cache(self, batch: int, length: int) -> dict[str, Array]:
@@ -101,7 +101,7 @@ class Conv(nnx.Module):
         cache: dict[str, Array],
         position: Int[Array, ""],
         length: int,
-        context: Context = NOTHING,
+        context: Context = EMPTY,
     ) -> tuple[Float[Array, "b m"], dict[str, Array]]:
         """Mixes one more token."""
         y, held = self.conv.step(self.gate_in(x) * self.input(x), cache["conv"])

@@ -15,7 +15,7 @@ from sparsejax.layers.conv import ShortConv
 from sparsejax.layers.mamba import start_dt
 from sparsejax.layers.mamba2 import start_decay
 from sparsejax.layers.norm import GATES, GatedNorm
-from sparsejax.layers.stream import NOTHING, Context, Cost, Linear, Stream, output_scale, parameter
+from sparsejax.layers.stream import EMPTY, Context, Cost, Linear, Stream, output_scale, parameter
 from sparsejax.ops import delta_rule, delta_step
 
 UNIT_EPS = 1e-6  # added to the squared length of queries and keys
@@ -63,7 +63,7 @@ class DeltaConfig:
         return f"delta {self.heads} x {self.key_width} x {self.value_width}"
 
     @property
-    def sees(self) -> patterns.Pattern:
+    def connectivity(self) -> patterns.Pattern:
         """What a position takes from the others: its whole past, by way of the state."""
         return patterns.Causal()
 
@@ -97,11 +97,11 @@ class Delta(nnx.Module):
         axes, start = ("inner", "width"), output_scale(stream)
         self.out = Linear(values, m, axes, dtype=dtype, rngs=rngs, scale=start)
 
-    def __call__(self, x: Float[Array, "b t m"], context: Context = NOTHING) -> Float[Array, "b t m"]:
+    def __call__(self, x: Float[Array, "b t m"], context: Context = EMPTY) -> Float[Array, "b t m"]:
         """Mixes a whole sequence."""
-        x = context.clear(x)
+        x = context.zero_padding(x)
         # Where keys and values are 0 the state decays and nothing else, whatever beta is: so it is at padding.
-        q, k, v = (context.clear(jax.nn.silu(conv(linear(x), context))) for linear, conv in self._inputs.values())
+        q, k, v = (context.zero_padding(jax.nn.silu(conv(linear(x), context))) for linear, conv in self._inputs.values())
         y, _ = delta_rule(*self._split(q, k, v), *self._rates(x), starts=context.starts, chunk=self.config.chunk)
         return self._finish(x, y)
 
@@ -118,7 +118,7 @@ class Delta(nnx.Module):
         cache: dict[str, Array],
         position: Int[Array, ""],
         length: int,
-        context: Context = NOTHING,
+        context: Context = EMPTY,
     ) -> tuple[Float[Array, "b m"], dict[str, Array]]:
         """Mixes one more token."""
         inputs, after = [], {}

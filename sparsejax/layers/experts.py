@@ -11,7 +11,7 @@ from flax import nnx
 from jaxtyping import Array, Float
 
 from sparsejax.layers.mlp import ACTIVATIONS, Mlp, MlpConfig
-from sparsejax.layers.stream import NOTHING, Context, Linear, Stream, output_scale, parameter
+from sparsejax.layers.stream import EMPTY, Context, Linear, Stream, output_scale, parameter
 from sparsejax.ops import experts as ops
 
 ROUTERS = ("softmax", "sigmoid")
@@ -102,7 +102,7 @@ class Experts(nnx.Module):
         self.shared_gate = linear(m, 1) if config.shared_gate else None
 
     def __call__(
-        self, x: Float[Array, "b t m"], context: Context = NOTHING
+        self, x: Float[Array, "b t m"], context: Context = EMPTY
     ) -> tuple[Float[Array, "b t m"], dict[str, Float[Array, ""]]]:
         """The output, and the losses that have a weight, weighted: "balance" and "router_z", of tokens not masked."""
         tokens, config = jnp.asarray(x).reshape(-1, x.shape[-1]), self.config

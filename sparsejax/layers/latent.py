@@ -11,8 +11,8 @@ from jaxtyping import Array, Float, Int
 from sparsejax import patterns
 from sparsejax.layers.norm import Norm, NormConfig
 from sparsejax.layers.rotary import RopeConfig, rotate
-from sparsejax.layers.stream import NOTHING, Context, Cost, Linear, Stream, output_scale
-from sparsejax.ops import IMPLEMENTATIONS, attend, attend_one, attend_selected, index_scores, select_keys, top_keys
+from sparsejax.layers.stream import EMPTY, Context, Cost, Linear, Stream, output_scale
+from sparsejax.ops import IMPLEMENTATIONS, attend, decode_attend, attend_selected, index_scores, select_keys, top_keys
 
 
 @dataclasses.dataclass(frozen=True)
@@ -81,7 +81,7 @@ class LatentConfig:
         return f"latent attention {self.heads} x {self.nope_width + self.rope_width}, rank {self.kv_rank}{chosen}"
 
     @property
-    def sees(self) -> patterns.Pattern:
+    def connectivity(self) -> patterns.Pattern:
         """What a position takes from the others; with an indexer, at most."""
         return patterns.parse(self.pattern)
 
@@ -109,7 +109,7 @@ class Latent(nnx.Module):
         self.out = linear(h * e, m, ("heads", "width"), bias=config.bias, scale=output_scale(stream))
         self.indexer = None if config.indexer is None else Indexer(config, stream, rngs)
 
-    def __call__(self, x: Float[Array, "b t m"], context: Context = NOTHING) -> Float[Array, "b t m"]:
+    def __call__(self, x: Float[Array, "b t m"], context: Context = EMPTY) -> Float[Array, "b t m"]:
         """Mixes a whole sequence.
 
         Raises:
@@ -145,7 +145,7 @@ class Latent(nnx.Module):
         cache: dict[str, Array],
         position: Int[Array, ""],
         length: int,
-        context: Context = NOTHING,
+        context: Context = EMPTY,
     ) -> tuple[Float[Array, "b m"], dict[str, Array]]:
         """Mixes one more token, at `position` of at most `length`.
 
@@ -172,7 +172,7 @@ class Latent(nnx.Module):
         own, turned = jnp.split(q[:, 0], [config.nope_width], axis=-1)
         q = jnp.concatenate([jnp.einsum("bhd,rhd->bhr", own, to_keys), turned], axis=-1)
         held = held[:, :, None]
-        y = attend_one(q, held, held[..., : config.kv_rank], mask, scale=self._scale)
+        y = decode_attend(q, held, held[..., : config.kv_rank], mask, scale=self._scale)
         return self.out(jnp.einsum("bhr,rhe->bhe", y, to_values).reshape(len(x), -1)), cache
 
     def cost(self, length: int) -> Cost:

@@ -16,7 +16,7 @@ from sparsejax.layers.mixers import MixerConfig, make_mixer
 from sparsejax.layers.mlp import Mlp, MlpConfig
 from sparsejax.layers.norm import Norm, NormConfig
 from sparsejax.layers.shared import Side, SideConfig
-from sparsejax.layers.stream import NOTHING, Context, Cost, Stream
+from sparsejax.layers.stream import EMPTY, Context, Cost, Stream
 
 # Feed-forward parts by their `kind`; each is called with the stream and the context, and gives what it adds and a
 # dict of losses.
@@ -69,9 +69,9 @@ class LayerConfig:
             raise ValueError("side: is added to what a mixer reads, and mixer is None")
 
     @property
-    def sees(self) -> patterns.Pattern:
+    def connectivity(self) -> patterns.Pattern:
         """What a position takes from the others: without a mixer, itself alone."""
-        return patterns.Window(0) if self.mixer is None else self.mixer.sees
+        return patterns.Window(0) if self.mixer is None else self.mixer.connectivity
 
 
 class Residual(nnx.Module):
@@ -83,11 +83,11 @@ class Residual(nnx.Module):
         self.within = Norm(out, width, rngs) if position == "both" else None
         self.after = Norm(out, width, rngs) if position == "post" else None
 
-    def enter(self, x: Array) -> Array:
+    def pre(self, x: Array) -> Array:
         """What the branch reads."""
         return x if self.before is None else self.before(x)
 
-    def leave(self, x: Array, y: Array, read: Array, drop: Callable[[Array], Array]) -> Array:
+    def post(self, x: Array, y: Array, read: Array, drop: Callable[[Array], Array]) -> Array:
         """The stream `x` with the branch's output `y`, but for what `drop` drops; `read` is what the branch read."""
         config = self.config
         y = drop(y if self.within is None else self.within(y))
@@ -117,7 +117,7 @@ class Layer(nnx.Module):
         self.mixer_residual = None if self.mixer is None else residual(config.mixer_residual, first)
         self.mlp_residual = None if self.mlp is None else residual(config.mlp_residual, norm)
 
-    def __call__(self, x: Float[Array, "b t m"], context: Context = NOTHING) -> tuple[Float[Array, "b t m"], Losses]:
+    def __call__(self, x: Float[Array, "b t m"], context: Context = EMPTY) -> tuple[Float[Array, "b t m"], Losses]:
         """The stream after this layer, for a whole sequence, and the losses of its parts."""
         return jax.checkpoint(self._run)(x, context) if self.config.remat else self._run(x, context)
 
@@ -132,7 +132,7 @@ class Layer(nnx.Module):
         cache: dict[str, Array],
         position: Int[Array, ""],
         length: int,
-        context: Context = NOTHING,
+        context: Context = EMPTY,
     ) -> tuple[Float[Array, "b m"], dict[str, Array]]:
         """The stream after this layer, for one more token, and the next cache."""
         extra, side = None, None
@@ -143,10 +143,10 @@ class Layer(nnx.Module):
         def mix(read: Array) -> tuple[Array, dict[str, Array]]:
             return self.mixer.step(read, cache, position, length, context)
 
-        x, cache = self._mix(x, mix, cache, extra, NOTHING)
+        x, cache = self._mix(x, mix, cache, extra, EMPTY)
         cache = cache if side is None else {"mixer": cache, "side": side}
         # A feed-forward part works on sequences: [b, 1, m].
-        x, _ = self._feed(x[:, None], NOTHING)
+        x, _ = self._feed(x[:, None], EMPTY)
         return x[:, 0], cache
 
     def cost(self, length: int) -> Cost:
@@ -175,16 +175,16 @@ class Layer(nnx.Module):
         """
 
         def drop(y: Array) -> Array:
-            return context.drop(y, written)
+            return context.dropout(y, written)
 
         if not self.reversible:
-            read = residual.enter(x if extra is None else x + extra)
+            read = residual.pre(x if extra is None else x + extra)
             y, more = run(read)
-            return residual.leave(x, y, read, drop), more
+            return residual.post(x, y, read, drop), more
         streams = jnp.split(x, 2, axis=-1)
-        read = residual.enter(streams[1 - written])
+        read = residual.pre(streams[1 - written])
         y, more = run(read)
-        streams[written] = residual.leave(streams[written], y, read, drop)
+        streams[written] = residual.post(streams[written], y, read, drop)
         return jnp.concatenate(streams, axis=-1), more
 
 

@@ -11,7 +11,7 @@ from jaxtyping import Array, Float, Int
 
 from sparsejax import patterns
 from sparsejax.layers.norm import GatedNorm
-from sparsejax.layers.stream import NOTHING, Context, Cost, Linear, Stream, output_scale
+from sparsejax.layers.stream import EMPTY, Context, Cost, Linear, Stream, output_scale
 from sparsejax.ops import ssd, ssd_step
 
 TINY = 1e-5  # keeps the last layer's decay above 0, and its rate defined where there is one layer
@@ -36,7 +36,7 @@ class LightningConfig:
         return f"lightning attention {self.heads} x {self.head_width}"
 
     @property
-    def sees(self) -> patterns.Pattern:
+    def connectivity(self) -> patterns.Pattern:
         """What a position takes from the others: its whole past, by way of the state."""
         return patterns.Causal()
 
@@ -59,9 +59,9 @@ class Lightning(nnx.Module):
         self.norm = GatedNorm(inner, config.norm_eps, rngs, activation="sigmoid", axis="heads")
         self.out = Linear(inner, m, ("heads", "width"), dtype=dtype, rngs=rngs, scale=output_scale(stream))
 
-    def __call__(self, x: Float[Array, "b t m"], context: Context = NOTHING) -> Float[Array, "b t m"]:
+    def __call__(self, x: Float[Array, "b t m"], context: Context = EMPTY) -> Float[Array, "b t m"]:
         """Mixes a whole sequence."""
-        q, k, v = (context.clear(a) for a in self._project(x))
+        q, k, v = (context.zero_padding(a) for a in self._project(x))
         ones = jnp.ones(v.shape[:3], jnp.float32)
         y, _ = ssd(v, ones, self._decay(context), k, q, starts=context.starts, chunk=self.config.chunk)
         return self._finish(x, y)
@@ -77,7 +77,7 @@ class Lightning(nnx.Module):
         cache: dict[str, Array],
         position: Int[Array, ""],
         length: int,
-        context: Context = NOTHING,
+        context: Context = EMPTY,
     ) -> tuple[Float[Array, "b m"], dict[str, Array]]:
         """Mixes one more token."""
         q, k, v = self._project(x)

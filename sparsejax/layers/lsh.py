@@ -10,8 +10,8 @@ from flax import nnx
 from jaxtyping import Array, Float, Int
 
 from sparsejax import patterns
-from sparsejax.layers.stream import NOTHING, Context, Cost, Linear, Stream, output_scale
-from sparsejax.ops import attend_hashed, attend_hashed_one, hash_buckets
+from sparsejax.layers.stream import EMPTY, Context, Cost, Linear, Stream, output_scale
+from sparsejax.ops import attend_hashed, decode_attend_hashed, hash_buckets
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,7 +44,7 @@ class LshConfig:
         return f"LSH attention {self.heads} x {self.head_width}, {self.hashes} rounds of chunks of {self.chunk}"
 
     @property
-    def sees(self) -> patterns.Pattern:
+    def connectivity(self) -> patterns.Pattern:
         """What a position can take from the others, whatever the hashes."""
         return patterns.Causal() if self.causal else patterns.Full()
 
@@ -60,7 +60,7 @@ class Lsh(nnx.Module):
         self.value = Linear(m, inner, axes, dtype=stream.dtype, rngs=rngs)
         self.out = Linear(inner, m, axes[::-1], dtype=stream.dtype, rngs=rngs, scale=output_scale(stream))
 
-    def __call__(self, x: Float[Array, "b t m"], context: Context = NOTHING) -> Float[Array, "b t m"]:
+    def __call__(self, x: Float[Array, "b t m"], context: Context = EMPTY) -> Float[Array, "b t m"]:
         """Mixes a whole sequence.
 
         Raises:
@@ -95,7 +95,7 @@ class Lsh(nnx.Module):
         cache: dict[str, Array],
         position: Int[Array, ""],
         length: int,
-        context: Context = NOTHING,
+        context: Context = EMPTY,
     ) -> tuple[Float[Array, "b m"], dict[str, Array]]:
         """Mixes one more token: what a call over the tokens so far gives the last one.
 
@@ -108,7 +108,7 @@ class Lsh(nnx.Module):
             "buckets": cache["buckets"].at[..., position].set(self._hash(qk, context)[..., 0]),
         }
         sizes = {"chunk": self.config.chunk, "before": self.config.before, "after": self.config.after}
-        y = attend_hashed_one(cache["qk"], cache["v"], cache["buckets"], position, **sizes)
+        y = decode_attend_hashed(cache["qk"], cache["v"], cache["buckets"], position, **sizes)
         return self.out(y.reshape(len(x), -1)), cache
 
     def cost(self, length: int) -> Cost:

@@ -13,7 +13,7 @@ from jaxtyping import Array, Float, Int
 from sparsejax import patterns
 from sparsejax.layers.conv import ShortConv
 from sparsejax.layers.norm import Norm, NormConfig
-from sparsejax.layers.stream import NOTHING, Context, Cost, Linear, Stream, output_scale, parameter
+from sparsejax.layers.stream import EMPTY, Context, Cost, Linear, Stream, output_scale, parameter
 from sparsejax.ops import selective_scan, selective_step
 
 
@@ -43,7 +43,7 @@ class MambaConfig:
         return f"mamba {self.inner} x {self.state}"
 
     @property
-    def sees(self) -> patterns.Pattern:
+    def connectivity(self) -> patterns.Pattern:
         """What a position takes from the others: its whole past, by way of the state."""
         return patterns.Causal()
 
@@ -68,10 +68,10 @@ class Mamba(nnx.Module):
         self.dt_norm = Norm(norm, config.dt_rank, rngs, axis=None)
         self.B_norm, self.C_norm = Norm(norm, n, rngs, axis=None), Norm(norm, n, rngs, axis=None)
 
-    def __call__(self, x: Float[Array, "b t m"], context: Context = NOTHING) -> Float[Array, "b t m"]:
+    def __call__(self, x: Float[Array, "b t m"], context: Context = EMPTY) -> Float[Array, "b t m"]:
         """Mixes a whole sequence."""
-        x = context.clear(x)
-        u = context.clear(jax.nn.silu(self.conv(self.input(x), context)))
+        x = context.zero_padding(x)
+        u = context.zero_padding(jax.nn.silu(self.conv(self.input(x), context)))
         y, _ = selective_scan(u, *self._selection(u), starts=context.starts)
         return self._finish(x, u, y)
 
@@ -89,7 +89,7 @@ class Mamba(nnx.Module):
         cache: dict[str, Array],
         position: Int[Array, ""],
         length: int,
-        context: Context = NOTHING,
+        context: Context = EMPTY,
     ) -> tuple[Float[Array, "b m"], dict[str, Array]]:
         """Mixes one more token."""
         u, recent = self.conv.step(self.input(x), cache["conv"])

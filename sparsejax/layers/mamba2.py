@@ -13,7 +13,7 @@ from sparsejax import patterns
 from sparsejax.layers.conv import ShortConv
 from sparsejax.layers.mamba import start_dt
 from sparsejax.layers.norm import GatedNorm
-from sparsejax.layers.stream import NOTHING, Context, Cost, Linear, Stream, output_scale, parameter
+from sparsejax.layers.stream import EMPTY, Context, Cost, Linear, Stream, output_scale, parameter
 from sparsejax.ops import ssd, ssd_step
 
 MULTIPLIED = ("gate", "x", "B", "C", "dt")
@@ -64,7 +64,7 @@ class Mamba2Config:
         return f"mamba2 {self.heads} x {self.head_width} x {self.state}"
 
     @property
-    def sees(self) -> patterns.Pattern:
+    def connectivity(self) -> patterns.Pattern:
         """What a position takes from the others: its whole past, by way of the state."""
         return patterns.Causal()
 
@@ -91,12 +91,12 @@ class Mamba2(nnx.Module):
         axes, start = ("inner", "width"), output_scale(stream)
         self.out = Linear(d, m, axes, dtype=dtype, rngs=rngs, bias=config.out_bias, scale=start)
 
-    def __call__(self, x: Float[Array, "b t m"], context: Context = NOTHING) -> Float[Array, "b t m"]:
+    def __call__(self, x: Float[Array, "b t m"], context: Context = EMPTY) -> Float[Array, "b t m"]:
         """Mixes a whole sequence."""
-        x = context.clear(x)
+        x = context.zero_padding(x)
         gate, u, select, dt = self._project(x)
-        u = context.clear(jax.nn.silu(self.conv(u, context)))
-        select = context.clear(jax.nn.silu(self.conv_select(select, context)))
+        u = context.zero_padding(jax.nn.silu(self.conv(u, context)))
+        select = context.zero_padding(jax.nn.silu(self.conv_select(select, context)))
         u, B, C = self._split(u, select)
         y, _ = ssd(u, dt, self._decay, B, C, starts=context.starts, chunk=self.config.chunk)
         return self._finish(y, u, gate)
@@ -116,7 +116,7 @@ class Mamba2(nnx.Module):
         cache: dict[str, Array],
         position: Int[Array, ""],
         length: int,
-        context: Context = NOTHING,
+        context: Context = EMPTY,
     ) -> tuple[Float[Array, "b m"], dict[str, Array]]:
         """Mixes one more token."""
         gate, u, select, dt = self._project(x)

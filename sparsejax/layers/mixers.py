@@ -23,7 +23,7 @@ from sparsejax.layers.lsh import Lsh, LshConfig
 from sparsejax.layers.mamba import Mamba, MambaConfig
 from sparsejax.layers.mamba2 import Mamba2, Mamba2Config
 from sparsejax.layers.rglru import RgLru, RgLruConfig
-from sparsejax.layers.stream import NOTHING, Context, Cost, Stream
+from sparsejax.layers.stream import EMPTY, Context, Cost, Stream
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,9 +51,9 @@ class ParallelConfig:
         return " + ".join(branch.mixer.summary for branch in self.branches.values())
 
     @property
-    def sees(self) -> patterns.Pattern:
+    def connectivity(self) -> patterns.Pattern:
         """What a position takes from the others, by any branch."""
-        return functools.reduce(operator.or_, (branch.mixer.sees for branch in self.branches.values()))
+        return functools.reduce(operator.or_, (branch.mixer.connectivity for branch in self.branches.values()))
 
 
 class Parallel(nnx.Module):
@@ -65,7 +65,7 @@ class Parallel(nnx.Module):
             {name: make_mixer(branch.mixer, stream, rngs) for name, branch in config.branches.items()}
         )
 
-    def __call__(self, x: Float[Array, "b t m"], context: Context = NOTHING) -> Float[Array, "b t m"]:
+    def __call__(self, x: Float[Array, "b t m"], context: Context = EMPTY) -> Float[Array, "b t m"]:
         """Mixes a whole sequence."""
         return sum(
             branch.scale_out * self.branches[name](branch.scale_in * x, context)
@@ -82,7 +82,7 @@ class Parallel(nnx.Module):
         cache: dict[str, dict[str, Array]],
         position: Int[Array, ""],
         length: int,
-        context: Context = NOTHING,
+        context: Context = EMPTY,
     ) -> tuple[Float[Array, "b m"], dict[str, dict[str, Array]]]:
         """Mixes one more token, at `position` of at most `length`."""
         total, after = 0.0, {}

@@ -9,7 +9,7 @@ import jax
 from flax import nnx
 from jaxtyping import Array, Float
 
-from sparsejax.layers.stream import NOTHING, Context, Linear, Stream, output_scale
+from sparsejax.layers.stream import EMPTY, Context, Linear, Stream, output_scale
 
 ACTIVATIONS = {
     "silu": jax.nn.silu,
@@ -56,7 +56,7 @@ class Mlp(nnx.Module):
         self.down = project(f, m, ("ff", "width"), start)
 
     def __call__(
-        self, x: Float[Array, "*b m"], context: Context = NOTHING
+        self, x: Float[Array, "*b m"], context: Context = EMPTY
     ) -> tuple[Float[Array, "*b m"], dict[str, Array]]:
         """The output, and no losses."""
         activate = ACTIVATIONS[self.config.activation]

@@ -11,7 +11,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from sparsejax import patterns
 from sparsejax.layers.conv import ShortConv
-from sparsejax.layers.stream import NOTHING, Context, Cost, Linear, Stream, output_scale, parameter
+from sparsejax.layers.stream import EMPTY, Context, Cost, Linear, Stream, output_scale, parameter
 from sparsejax.ops import linear_scan, linear_step
 
 STEEPEST = 1000.0  # bound on the slope of a root
@@ -46,7 +46,7 @@ class RgLruConfig:
         return f"rglru {self.inner}"
 
     @property
-    def sees(self) -> patterns.Pattern:
+    def connectivity(self) -> patterns.Pattern:
         """What a position takes from the others: its whole past, by way of the state."""
         return patterns.Causal()
 
@@ -93,10 +93,10 @@ class RgLru(nnx.Module):
         self.decay = parameter(rngs, self._start_decay, (d,), ("inner",))
         self.out = Linear(d, m, axes, dtype=dtype, rngs=rngs, bias=config.bias, scale=start)
 
-    def __call__(self, x: Float[Array, "b t m"], context: Context = NOTHING) -> Float[Array, "b t m"]:
+    def __call__(self, x: Float[Array, "b t m"], context: Context = EMPTY) -> Float[Array, "b t m"]:
         """Mixes a whole sequence."""
-        x = context.clear(x)
-        u = context.clear(self.conv(context.clear(self.input(x)), context))
+        x = context.zero_padding(x)
+        u = context.zero_padding(self.conv(context.zero_padding(self.input(x)), context))
         first = first_tokens(context, x.shape[:2])
         y, _ = linear_scan(*self._gate_input(u, first), starts=first)
         return self._finish(x, y)
@@ -111,7 +111,7 @@ class RgLru(nnx.Module):
         cache: dict[str, Array],
         position: Int[Array, ""],
         length: int,
-        context: Context = NOTHING,
+        context: Context = EMPTY,
     ) -> tuple[Float[Array, "b m"], dict[str, Array]]:
         """Mixes one more token; the token at position 0 is the first of its document."""
         u, recent = self.conv.step(self.input(x), cache["conv"])

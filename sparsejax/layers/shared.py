@@ -17,7 +17,7 @@ from jaxtyping import Array, Float, Int
 from sparsejax.layers.attention import Attention, AttentionConfig
 from sparsejax.layers.mlp import Mlp, MlpConfig
 from sparsejax.layers.norm import Norm, NormConfig
-from sparsejax.layers.stream import NOTHING, Context, Cost, Linear, Stream, parameter
+from sparsejax.layers.stream import EMPTY, Context, Cost, Linear, Stream, parameter
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,7 +50,7 @@ class Shared(nnx.Module):
         self.mlp_norm = Norm(config.norm, stream.width, rngs)
         self.mlp = Mlp(config.mlp, stream, rngs)
 
-    def __call__(self, x: Float[Array, "b t n"], context: Context = NOTHING) -> Float[Array, "b t m"]:
+    def __call__(self, x: Float[Array, "b t n"], context: Context = EMPTY) -> Float[Array, "b t m"]:
         """What the block makes of stream and embedding side by side, n = 2 m."""
         return self._feed(self.mixer(self.mixer_norm(x), context))
 

@@ -81,7 +81,7 @@ class Context:
         changed = self.segments[:, 1:] != self.segments[:, :-1]
         return jnp.pad(changed, ((0, 0), (1, 0)))
 
-    def clear(self, x: Float[Array, "b t *rest"]) -> Float[Array, "b t *rest"]:
+    def zero_padding(self, x: Float[Array, "b t *rest"]) -> Float[Array, "b t *rest"]:
         """`x` with zeros at padding."""
         return x if self.mask is None else jnp.where(jnp.expand_dims(self.mask, range(2, x.ndim)), x, 0)
 
@@ -92,7 +92,7 @@ class Context:
         return self.dropout(x, 0 if self.layer is None else self.layer + 1, branch)
 
 
-NOTHING = Context()
+EMPTY = Context()
 
 
 def parameter(rngs: nnx.Rngs, init: Callable, shape: tuple[int, ...], axes: tuple[str | None, ...]) -> nnx.Param:

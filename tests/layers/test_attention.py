@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from sparsejax.layers import NOTHING, Attention, AttentionConfig, Context, NormConfig, RopeConfig, RopeScaling, Stream
+from sparsejax.layers import EMPTY, Attention, AttentionConfig, Context, NormConfig, RopeConfig, RopeScaling, Stream
 from sparsejax.layers.attention import alibi_slopes
 from tests.layers import reference
 from tests.tolerances import assert_close
@@ -114,7 +114,7 @@ def slope(function, point, direction, step=1e-5):
     return (function(*next(ends)) - function(*next(ends))) / (2 * step)
 
 
-def check_gradients(module, expected, context=NOTHING):
+def check_gradients(module, expected, context=EMPTY):
     """Gradients along random directions of all parameters and of the input, by float64 NumPy."""
     random = np.random.default_rng(2)
     cotangent = random.normal(size=X.shape)

@@ -118,7 +118,7 @@ def test_a_reversible_layer_can_be_undone():
 def test_dropout_is_of_what_a_branch_adds_and_not_of_the_stream(position):
     layer, context = build(mixer=None, norm_position=position), Context(dropout=Dropout(jax.random.key(0), 0.25))
     added, dropped = (np.asarray(layer(X, one)[0]) - X for one in (Context(), context))
-    kept = np.asarray(context.drop(jnp.ones_like(X), 1))
+    kept = np.asarray(context.dropout(jnp.ones_like(X), 1))
     assert 0 < np.mean(kept == 0) < 0.5
     assert_close("added", dropped, added * kept, "float32")
 
@@ -128,6 +128,6 @@ def test_dropout_of_two_streams_is_of_the_one_that_is_written():
     layer = reference.fill(lambda: Layer(dataclasses.replace(CONFIG, mixer=None), stream, nnx.Rngs(0)))
     x, context = np.concatenate([X, X[::-1]], axis=-1), Context(dropout=Dropout(jax.random.key(0), 0.25))
     added, dropped = (np.asarray(layer(x, one)[0]) - x for one in (Context(), context))
-    kept = np.asarray(context.drop(jnp.ones_like(X), 1))
+    kept = np.asarray(context.dropout(jnp.ones_like(X), 1))
     assert not dropped[..., :WIDTH].any()
     assert_close("added", dropped[..., WIDTH:], added[..., WIDTH:] * kept, "float32")

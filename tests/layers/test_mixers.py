@@ -145,7 +145,7 @@ def make_x(length: int = LENGTH) -> np.ndarray:
 
 def allowed(config, length: int) -> np.ndarray:
     """Booleans [t, t']: whether output t may depend on input t', by what the config says it sees."""
-    mask = definition.mask(config.sees, length, length)
+    mask = definition.mask(config.connectivity, length, length)
     seen = mask.any(axis=0) if mask.ndim == 3 else mask
     assert not (seen & ~np.tri(length, dtype=bool)).any()
     return seen
