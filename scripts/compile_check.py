@@ -233,7 +233,7 @@ def compile_attention(device, case: Case, backward: bool = True):
     from jax.sharding import SingleDeviceSharding
 
     from sparsejax.ops.kernels import gpu, tpu
-    from sparsejax.ops.request import Request
+    from sparsejax.ops.call import AttentionCall
     from sparsejax.patterns import parse
 
     place, (h, g), pattern = SingleDeviceSharding(device), case.heads, parse(case.pattern)
@@ -241,11 +241,11 @@ def compile_attention(device, case: Case, backward: bool = True):
 
     def forward(q, k, v, sink, ids):
         more = (30.0, sink, (ids, ids)) if case.options else (None, None, None)
-        request = Request(q, k, v, pattern, case.width**-0.5, *more, False)
-        refusal = kernels.refuse(request)
+        call = AttentionCall(q, k, v, pattern, case.width**-0.5, *more, False)
+        refusal = kernels.unsupported_reason(call)
         if refusal:
             raise ValueError(refusal)
-        out, lse = kernels.run(request, case.tile and (case.tile, case.tile))
+        out, lse = kernels.run(call, case.tile and (case.tile, case.tile))
         return out.astype(jnp.float32).sum() + lse.sum()
 
     def shape(*sizes, dtype=case.dtype):

@@ -29,7 +29,7 @@ from turns import Contender, fit_exponents, jax_contender, print_table, take_tur
 
 from sparsejax import patterns
 from sparsejax.ops import attend, gather
-from sparsejax.ops.request import Request
+from sparsejax.ops.call import AttentionCall
 
 COMMAND = "python scripts/measure_cpu_attention.py --torch TORCH_PYTHON --out FILE.json"
 WINDOW = patterns.parse(f"window({REACH}, {REACH})")
@@ -89,7 +89,7 @@ def tiled_attention(pattern: patterns.Pattern, tile: int) -> Callable:
     """`gather` with a tile of this size."""
 
     def attention(q, k, v):
-        return gather.run(Request(q, k, v, pattern, WIDTH**-0.5, None, None, None, False), tile)[0]
+        return gather.run(AttentionCall(q, k, v, pattern, WIDTH**-0.5, None, None, None, False), tile)[0]
 
     return attention
 

@@ -1,39 +1,38 @@
-"""`attend`: attention under a pattern, by whichever implementation serves the request."""
+"""`attend`: attention under a pattern, by whichever implementation serves the call."""
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from sparsejax.ops import cudnn, dense, gather, segment
+from sparsejax.ops import cudnn, dense, gather, segment, softmax
+from sparsejax.ops.call import AttentionCall
 from sparsejax.ops.kernels import gpu, tpu
-from sparsejax.ops.request import Request, cap, masked_softmax
 from sparsejax.patterns import Pattern
 
 
 class Implementation(NamedTuple):
-    """A way to compute attention. `refuse` says in words why it cannot serve a request, or None.
+    """A way to compute attention. `unsupported_reason` says in words why it cannot serve a call, or None.
 
-    `run` gives the output and the log-sum-exp, for which there may be None where the request does not want it.
+    `run` gives the output and the log-sum-exp, for which there may be None where the call does not want it.
     """
 
     name: str
-    run: Callable[[Request], tuple[Array, Array | None]]
-    refuse: Callable[[Request], str | None]
+    run: Callable[[AttentionCall], tuple[Array, Array | None]]
+    unsupported_reason: Callable[[AttentionCall], str | None]
 
 
 IMPLEMENTATIONS = (
-    Implementation("dense", dense.run, dense.refuse),
-    Implementation("gather", gather.run, gather.refuse),
-    Implementation("segment", segment.run, segment.refuse),
-    Implementation("tpu", tpu.run, tpu.refuse),
-    Implementation("gpu", gpu.run, gpu.refuse),
-    Implementation("cudnn", cudnn.run, cudnn.refuse),
+    Implementation("dense", dense.run, dense.unsupported_reason),
+    Implementation("gather", gather.run, gather.unsupported_reason),
+    Implementation("segment", segment.run, segment.unsupported_reason),
+    Implementation("tpu", tpu.run, tpu.unsupported_reason),
+    Implementation("gpu", gpu.run, gpu.unsupported_reason),
+    Implementation("cudnn", cudnn.run, cudnn.unsupported_reason),
 )
 
 # Measured on CPU by scripts/measure_attention.py (experiments/attention): up to one tile there is nothing to skip, and
@@ -47,7 +46,7 @@ DENSE_DENSITY = 0.6
 
 
 class ImplementationError(ValueError):
-    """No implementation can serve the request; the message says why each one refused."""
+    """No implementation can serve the call; the message says why each one refused."""
 
 
 def attend(
@@ -93,18 +92,18 @@ def attend(
 
     Raises:
       ValueError: shapes that do not fit together.
-      ImplementationError: `impl` cannot serve the request, or for "auto" none can; lists each one's reason.
+      ImplementationError: `impl` cannot serve the call, or for "auto" none can; lists each one's reason.
     """
     if segment_ids is not None and not isinstance(segment_ids, tuple):
         segment_ids = (segment_ids, segment_ids)
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     slopes = None if alibi_slopes is None else jax.lax.stop_gradient(alibi_slopes)
-    request = Request(q, k, v, pattern, scale, softcap, sink_logits, segment_ids, interpret, slopes, return_lse)
-    out, lse = _choose(impl, request).run(request)
+    call = AttentionCall(q, k, v, pattern, scale, softcap, sink_logits, segment_ids, interpret, slopes, return_lse)
+    out, lse = _choose(impl, call).run(call)
     return (out, lse) if return_lse else out
 
 
-def attend_one(
+def decode_attend(
     q: Float[Array, "b h d"],
     k: Float[Array, "b s g d"],
     v: Float[Array, "b s g e"],
@@ -121,62 +120,45 @@ def attend_one(
     (b, h, d), g = q.shape, k.shape[2]
     wide = jnp.promote_types(q.dtype, jnp.float32)
     q = q.reshape(b, g, h // g, d).astype(wide) * (d**-0.5 if scale is None else scale)
-    scores = cap(jnp.einsum("bgrd,bsgd->bgrs", q, k.astype(wide)), softcap)
+    scores = softmax.softcap(jnp.einsum("bgrd,bsgd->bgrs", q, k.astype(wide)), softcap)
     mask, bonus = (jnp.broadcast_to(x, (h, k.shape[1])).reshape(g, h // g, -1) for x in (mask, bonus))
     sink = None if sink_logits is None else sink_logits.astype(wide).reshape(g, h // g, 1)
-    weights, _ = masked_softmax(scores + bonus, mask, sink)
+    weights, _ = softmax.masked_softmax(scores + bonus, mask, sink)
     return jnp.einsum("bgrs,bsge->bgre", weights, v.astype(wide)).reshape(b, h, -1).astype(v.dtype)
 
 
-def merge(
-    parts: Sequence[tuple[Float[Array, "b t h e"], Float[Array, "b t h"]]],
-) -> tuple[Float[Array, "b t h e"], Float[Array, "b t h"]]:
-    """Attention over a set of keys, from the outputs and log-sum-exps of attention over parts of it."""
-    outs, lses = zip(*parts, strict=True)
-    top = jax.lax.stop_gradient(functools.reduce(jnp.maximum, lses))
-    top = jnp.where(jnp.isfinite(top), top, 0.0)
-    shares = [jnp.exp(lse - top) for lse in lses]
-    total = functools.reduce(jnp.add, shares)
-    live = total > 0
-    safe = jnp.where(live, total, 1.0)
-    out = sum(
-        out.astype(lse.dtype) * (share / safe)[..., None] for out, lse, share in zip(outs, lses, shares, strict=True)
-    )
-    return out.astype(outs[0].dtype), jnp.where(live, top + jnp.log(safe), -jnp.inf)
-
-
-def _choose(impl: str, request: Request) -> Implementation:
+def _choose(impl: str, call: AttentionCall) -> Implementation:
     known = {one.name: one for one in IMPLEMENTATIONS}
     if impl not in ("auto", *known):
         raise ImplementationError(f"attend: no implementation {impl!r}; there are {', '.join(known)} and auto")
     reasons = {}
-    for name in _preferences(request) if impl == "auto" else (impl,):
-        reasons[name] = known[name].refuse(request)
+    for name in _preferences(call) if impl == "auto" else (impl,):
+        reasons[name] = known[name].unsupported_reason(call)
         if reasons[name] is None:
             return known[name]
     why = "; ".join(f"{name}: {reason}" for name, reason in reasons.items())
-    raise ImplementationError(f"attend: impl={impl!r} cannot serve this request ({why})")
+    raise ImplementationError(f"attend: impl={impl!r} cannot serve this call ({why})")
 
 
-def _preferences(request: Request) -> Iterator[str]:
+def _preferences(call: AttentionCall) -> Iterator[str]:
     """What "auto" tries, best first.
 
     Kernels for the machine come before what XLA makes of any machine, and cuDNN before them for the masks that it has:
     by published times it leads even kernels that visit each of their tiles. Neither order has been measured here.
     """
-    t, s = request.q.shape[1], request.k.shape[1]
+    t, s = call.q.shape[1], call.k.shape[1]
     kernels = "cudnn", "tpu", "gpu"
     if max(t, s) <= DENSE_LENGTH:
         yield from ("dense", *kernels, "gather", "segment")
         return
     yield from kernels
     tile, live, pairs = gather.SMALL, 0, 0
-    for pattern, heads in request.head_groups().items():
+    for pattern, heads in call.head_groups().items():
         live += len(pattern.layout(t, s, (tile, tile)).columns) * len(heads)
         pairs += pattern.pairs(t, s) * len(heads)
     if pairs < SEGMENT_FILL * live * tile**2:
         yield from ("segment", "gather", "dense")
-    elif jax.default_backend() != "cpu" and live > DENSE_DENSITY * -(-t // tile) * -(-s // tile) * request.q.shape[2]:
+    elif jax.default_backend() != "cpu" and live > DENSE_DENSITY * -(-t // tile) * -(-s // tile) * call.q.shape[2]:
         yield from ("dense", "gather", "segment")
     else:
         yield from ("gather", "segment", "dense")

@@ -7,8 +7,8 @@ from typing import NamedTuple
 import jax
 from jaxtyping import Array, Float
 
+from sparsejax.ops.call import AttentionCall
 from sparsejax.ops.kernels.mesh import device_kind
-from sparsejax.ops.request import Request
 from sparsejax.patterns import And, Causal, Full, Window
 
 LEAST = 8, 0  # compute capability
@@ -23,13 +23,13 @@ class Mask(NamedTuple):
     left: int | None
 
 
-def refuse(request: Request) -> str | None:
-    """Why cuDNN cannot serve the request, or None."""
-    (_, t, _, d), (_, s, _, e) = request.q.shape, request.v.shape
-    dtypes = {str(x.dtype) for x in (request.q, request.k, request.v)}
-    extras = request.softcap, request.sink_logits, request.alibi_slopes, request.segments
+def unsupported_reason(call: AttentionCall) -> str | None:
+    """Why cuDNN cannot serve the call, or None."""
+    (_, t, _, d), (_, s, _, e) = call.q.shape, call.v.shape
+    dtypes = {str(x.dtype) for x in (call.q, call.k, call.v)}
+    extras = call.softcap, call.sink_logits, call.alibi_slopes, call.segments
     reasons = (
-        (request.interpret, "interpret=True is for Pallas kernels"),
+        (call.interpret, "interpret=True is for Pallas kernels"),
         (
             _capability() < LEAST,
             f"it needs an NVIDIA GPU of compute capability {'.'.join(map(str, LEAST))} or more; here: {device_kind()}",
@@ -39,25 +39,25 @@ def refuse(request: Request) -> str | None:
             f"q, k and v in {' or in '.join(DTYPES)}; got {', '.join(sorted(dtypes))}",
         ),
         (any(x is not None for x in extras), "no softcap, sink logits, ALiBi or segments"),
-        (request.wants_lse, "no log-sum-exp: cuDNN's has the dtype of q and no gradient"),
+        (call.return_lse, "no log-sum-exp: cuDNN's has the dtype of q and no gradient"),
         (d != e or d % MULTIPLE or d > WIDEST, f"one width of heads, a multiple of 8 up to {WIDEST}; got {d} and {e}"),
         (t != s, f"as many queries as keys; got {t} and {s}"),
-        (find_mask(request) is None, "the masks full, causal, and causal windows"),
+        (find_mask(call) is None, "the masks full, causal, and causal windows"),
     )
     return next((reason for applies, reason in reasons if applies), None)
 
 
-def run(request: Request) -> tuple[Float[Array, "b t h e"], None]:
+def run(call: AttentionCall) -> tuple[Float[Array, "b t h e"], None]:
     """Output in the dtype of q; no log-sum-exp."""
-    causal, left = find_mask(request)
+    causal, left = find_mask(call)
     window = {} if left is None else {"local_window_size": (left, 0)}
-    options = {"scale": request.scale, "is_causal": causal, "implementation": "cudnn"}
-    return jax.nn.dot_product_attention(request.q, request.k, request.v, **options, **window), None
+    options = {"scale": call.scale, "is_causal": causal, "implementation": "cudnn"}
+    return jax.nn.dot_product_attention(call.q, call.k, call.v, **options, **window), None
 
 
-def find_mask(request: Request) -> Mask | None:
+def find_mask(call: AttentionCall) -> Mask | None:
     """The one that is just the pattern of all heads, if there is one."""
-    first, *others = request.head_groups()
+    first, *others = call.head_groups()
     terms = first.terms if isinstance(first, And) else (first,)
     if others or not {type(term) for term in terms} <= {Full, Causal, Window}:
         return None

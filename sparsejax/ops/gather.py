@@ -16,8 +16,9 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
+from sparsejax.ops.call import AttentionCall, by_pattern
 from sparsejax.ops.chunks import fill_chunks
-from sparsejax.ops.request import MASKED, Request, by_pattern, cap, count_bonus, lean
+from sparsejax.ops.softmax import MASKED, add_alibi, log_multiplicity, softcap
 from sparsejax.patterns import Pattern, TileLayout
 
 # Measured on CPU by scripts/measure_cpu_attention.py: the large tile needs a third less time for as many pairs, while
@@ -28,14 +29,14 @@ LARGE_HEADS = 8  # sequences times heads
 MOST_GROUPS = 4  # each group of rows compiles a loop of its own
 
 
-def refuse(request: Request) -> str | None:
-    """Why this implementation cannot serve the request, or None."""
-    return "interpret=True is for Pallas kernels" if request.interpret else None
+def unsupported_reason(call: AttentionCall) -> str | None:
+    """Why this implementation cannot serve the call, or None."""
+    return "interpret=True is for Pallas kernels" if call.interpret else None
 
 
-def run(request: Request, tile: int | None = None) -> tuple[Float[Array, "b t h e"], Float[Array, "b t h"]]:
+def run(call: AttentionCall, tile: int | None = None) -> tuple[Float[Array, "b t h e"], Float[Array, "b t h"]]:
     """Output in the dtype of q, log-sum-exp in float32; `tile` is the side of a tile in tokens, if not the best."""
-    return by_pattern(request, functools.partial(_run_one_pattern, tile=tile))
+    return by_pattern(call, functools.partial(_run_one_pattern, tile=tile))
 
 
 def choose_tile(pattern: Pattern, b: int, t: int, s: int, h: int) -> int:
@@ -44,13 +45,13 @@ def choose_tile(pattern: Pattern, b: int, t: int, s: int, h: int) -> int:
     return LARGE if b * h <= LARGE_HEADS and area[LARGE] <= LARGE_AREA * area[SMALL] else SMALL
 
 
-def _run_one_pattern(request: Request, tile: int | None) -> tuple[Array, Array]:
-    q, k, v = request.q, request.k, request.v
+def _run_one_pattern(call: AttentionCall, tile: int | None) -> tuple[Array, Array]:
+    q, k, v = call.q, call.k, call.v
     (b, t, h, _), (_, s, g, _) = q.shape, k.shape
-    tile = min(tile or choose_tile(request.pattern, b, t, s, h), -(-max(t, s) // 8) * 8)
-    plan = _Plan(request.pattern, t, s, h, g, tile, request.scale, request.softcap, request.dtype)
-    segments = None if request.segments is None else tuple(_split_tiles(x, tile) for x in request.segments)
-    heads = (None if x is None else x.astype(request.dtype) for x in (request.sink_logits, request.alibi_slopes))
+    tile = min(tile or choose_tile(call.pattern, b, t, s, h), -(-max(t, s) // 8) * 8)
+    plan = _Plan(call.pattern, t, s, h, g, tile, call.scale, call.softcap, call.dtype)
+    segments = None if call.segments is None else tuple(_split_tiles(x, tile) for x in call.segments)
+    heads = (None if x is None else x.astype(call.dtype) for x in (call.sink_logits, call.alibi_slopes))
     out, lse = _attend_tiles(plan, *(_split_tiles(x, tile) for x in (q, k, v)), *heads, segments)
     return out.reshape(b, -1, h, v.shape[-1])[:, :t].astype(q.dtype), lse.reshape(b, -1, h)[:, :t]
 
@@ -87,7 +88,7 @@ def _attend_tiles(plan, queries, keys, values, sink, slopes, segments):
     def attend_row(masked, carry, row):
         index, columns = row
         query, key, value = (_take(plan, x, i) for x, i in ((queries, index), (keys, columns), (values, columns)))
-        scores = cap(_score(plan, query, key), plan.softcap)
+        scores = softcap(_score(plan, query, key), plan.softcap)
         out, lse = _average(plan, _place(plan, row, masked, slopes, segments, scores), value, sink)
         return (_put(carry[0], index, out), _put(carry[1], index, lse)), None
 
@@ -113,7 +114,7 @@ def _attend_tiles_backward(plan, saved, cotangents):
         index, columns = row
         query, d_row, bottom, tilt = (_take(plan, x, index) for x in (queries, d_out, lse, slope))
         key, value = _take(plan, keys, columns), _take(plan, values, columns)
-        scores, uncap = jax.vjp(functools.partial(cap, softcap=plan.softcap), _score(plan, query, key))
+        scores, uncap = jax.vjp(functools.partial(softcap, softcap=plan.softcap), _score(plan, query, key))
         scores = _place(plan, row, masked, slopes, segments, scores)
         weights = jnp.exp(scores - jnp.where(bottom > MASKED, bottom, 0.0)[..., None])
         (d_scores,) = uncap(weights * (jnp.einsum("bgqd,bgkd->bgqk", d_row, value) + tilt[..., None]))
@@ -151,7 +152,7 @@ def _place(plan, row, masked, slopes, segments, scores):
     q_at = index * plan.tile + token[:, None]
     k_at = (columns[:, None] * plan.tile + jnp.arange(plan.tile)).reshape(1, -1)
     if slopes is not None:
-        scores = lean(scores, jnp.tile(slopes.reshape(plan.g, share), plan.tile)[..., None], q_at - k_at)
+        scores = add_alibi(scores, jnp.tile(slopes.reshape(plan.g, share), plan.tile)[..., None], q_at - k_at)
     return _mask(plan, row, segments, scores, token, q_at, k_at) if masked else scores
 
 
@@ -163,7 +164,7 @@ def _mask(plan, row, segments, scores, token, q_at, k_at):
         own, others = segments[0][:, index][:, token], segments[1][:, columns].reshape(-1, 1, k_at.size)
         mask = (mask & (own[:, :, None] == others))[:, None]
     mask = jax.lax.optimization_barrier(mask)  # or it is fused into what uses it, and computed again for each head
-    return jnp.where(mask, scores + count_bonus(plan.pattern, q_at, k_at, plan.t, plan.s), MASKED)
+    return jnp.where(mask, scores + log_multiplicity(plan.pattern, q_at, k_at, plan.t, plan.s), MASKED)
 
 
 def _average(plan, scores, value, sink):

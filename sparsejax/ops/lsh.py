@@ -111,7 +111,7 @@ def attend_hashed(
     return (total[..., :-1] / total[..., -1:]).swapaxes(1, 2)[:, :t].astype(v.dtype)
 
 
-def attend_hashed_one(
+def decode_attend_hashed(
     qk: Float[Array, "b s h d"],
     v: Float[Array, "b s h e"],
     buckets: Int[Array, "b h r s"],

@@ -18,40 +18,41 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from sparsejax.ops.request import MASKED, Request, by_pattern, cap, lean
+from sparsejax.ops.call import AttentionCall, by_pattern
+from sparsejax.ops.softmax import MASKED, add_alibi, softcap
 from sparsejax.patterns import Full
 
 MOST_EDGES = 2**24  # of one head: 128 MiB of positions, which the compiled program holds
 CHUNK = 2**18  # numbers in the gathered query rows of a chunk of edges, over batch and heads
 
 
-def refuse(request: Request) -> str | None:
-    """Why this implementation cannot serve the request, or None."""
-    if request.interpret:
+def unsupported_reason(call: AttentionCall) -> str | None:
+    """Why this implementation cannot serve the call, or None."""
+    if call.interpret:
         return "interpret=True is for Pallas kernels"
-    t, s = request.q.shape[1], request.k.shape[1]
-    edges = max(pattern.pairs(t, s) for pattern in request.head_groups())
+    t, s = call.q.shape[1], call.k.shape[1]
+    edges = max(pattern.pairs(t, s) for pattern in call.head_groups())
     if edges > MOST_EDGES:
         return f"{edges} edges in one head; their positions are held in memory, which stops at {MOST_EDGES}"
     return None
 
 
-def run(request: Request) -> tuple[Float[Array, "b t h e"], Float[Array, "b t h"]]:
+def run(call: AttentionCall) -> tuple[Float[Array, "b t h e"], Float[Array, "b t h"]]:
     """Output in the dtype of q, log-sum-exp in float32."""
-    return by_pattern(request, _run_one_pattern)
+    return by_pattern(call, _run_one_pattern)
 
 
-def _run_one_pattern(request: Request) -> tuple[Array, Array]:
+def _run_one_pattern(call: AttentionCall) -> tuple[Array, Array]:
     return attend_edges(
-        request.q,
-        request.k,
-        request.v,
-        *request.pattern.edges(request.q.shape[1], request.k.shape[1]),
-        scale=request.scale,
-        softcap=request.softcap,
-        sink_logits=request.sink_logits,
-        alibi_slopes=request.alibi_slopes,
-        segment_ids=request.segments,
+        call.q,
+        call.k,
+        call.v,
+        *call.pattern.edges(call.q.shape[1], call.k.shape[1]),
+        scale=call.scale,
+        softcap=call.softcap,
+        sink_logits=call.sink_logits,
+        alibi_slopes=call.alibi_slopes,
+        segment_ids=call.segments,
         return_lse=True,
     )
 
@@ -97,15 +98,15 @@ def attend_edges(
       ValueError: shapes that do not fit together.
     """
     scale = q.shape[-1] ** -0.5 if scale is None else scale
-    request = Request(q, k, v, Full(), scale, softcap, sink_logits, segment_ids, False, alibi_slopes)
+    call = AttentionCall(q, k, v, Full(), scale, softcap, sink_logits, segment_ids, False, alibi_slopes)
     if queries.ndim != 1 or queries.shape != keys.shape:
         raise ValueError(f"attend_edges: queries and keys must be [e]; got {list(queries.shape)}, {list(keys.shape)}")
     (b, t, h, d), (_, s, g, _) = q.shape, k.shape
     rows = jnp.moveaxis(q, 1, 0).reshape(t, b, g, h // g, d)
-    heads = (None if x is None else x.astype(request.dtype).reshape(g, h // g) for x in (sink_logits, alibi_slopes))
+    heads = (None if x is None else x.astype(call.dtype).reshape(g, h // g) for x in (sink_logits, alibi_slopes))
     segments = None if segment_ids is None else tuple(jnp.asarray(x).T for x in segment_ids)
     edges = _split_edges(queries, keys, t, s, chunk=max(1, CHUNK // (b * h * max(d, v.shape[-1]))))
-    plan = _Plan(scale, softcap, request.dtype)
+    plan = _Plan(scale, softcap, call.dtype)
     out, lse = _attend_rows(plan, rows, jnp.moveaxis(k, 1, 0), jnp.moveaxis(v, 1, 0), *heads, segments, edges)
     out, lse = (jnp.moveaxis(x.reshape(t, b, h, *x.shape[4:]), 0, 1) for x in (out, lse))
     return (out.astype(q.dtype), lse) if return_lse else out.astype(q.dtype)
@@ -132,7 +133,7 @@ class _Plan(NamedTuple):
 
     def score(self, q: Array, k: Array) -> Array:
         """Scores [c,b,g,r] of rows q [c,b,g,r,d] and k [c,b,g,d]."""
-        return cap(_dot(q, k) * self.scale, self.softcap)
+        return softcap(_dot(q, k) * self.scale, self.softcap)
 
     def rows(self, x: Array, positions: Array) -> Array:
         """The rows of x [n,...] at positions [c], any row for a position that is not in it, in the dtype of sums."""
@@ -149,7 +150,7 @@ def _dot(q: Array, k: Array) -> Array:
 
 
 def _lean(scores: Array, slopes: Array | None, queries: Array, keys: Array) -> Array:
-    return lean(scores, slopes, (queries - keys)[:, None, None, None])
+    return add_alibi(scores, slopes, (queries - keys)[:, None, None, None])
 
 
 def _meet(segments, queries: Array, keys: Array) -> Array | bool:

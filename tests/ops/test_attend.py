@@ -1,6 +1,6 @@
 """One suite for every implementation of `attend`, against attention written out in float64.
 
-An implementation that refuses a request skips its case, which those in `SERVES_ALL` must never do. One that does
+An implementation that refuses a call skips its case, which those in `SERVES_ALL` must never do. One that does
 not run on this machine is run in interpret mode.
 """
 
@@ -23,7 +23,7 @@ import pytest
 from hypothesis import given, reject, settings
 from hypothesis import strategies as st
 
-from sparsejax.ops import IMPLEMENTATIONS, Implementation, ImplementationError, attend, attend_one, merge
+from sparsejax.ops import IMPLEMENTATIONS, Implementation, ImplementationError, attend, decode_attend, merge_lse
 from sparsejax.ops.gather import MOST_GROUPS, group_rows
 from sparsejax.patterns import Pattern, parse
 from sparsejax.patterns.library import NAMES
@@ -514,7 +514,7 @@ def test_auto_takes_what_each_machine_has(monkeypatch, device, pattern, dtype, e
     monkeypatch.setattr(jax, "devices", lambda: [types.SimpleNamespace(**device)])
     monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
     monkeypatch.setattr(jax, "__version_info__", (0, 11, 0))
-    named = tuple(one._replace(run=lambda request, name=one.name: (name, None)) for one in IMPLEMENTATIONS)
+    named = tuple(one._replace(run=lambda call, name=one.name: (name, None)) for one in IMPLEMENTATIONS)
     monkeypatch.setattr("sparsejax.ops.attention.IMPLEMENTATIONS", named)
     q = jnp.zeros((1, 1000, 2, 64), dtype)
     assert attend(q, q, q, parse(pattern)) == expected
@@ -528,13 +528,13 @@ def check_ranking(monkeypatch, pattern, length, ranking):
     fakes = tuple(
         Implementation(
             name,
-            run=lambda request, name=name: (name, None),
-            refuse=lambda request, name=name: f"not {name}'s day" if name in unable else None,
+            run=lambda call, name=name: (name, None),
+            unsupported_reason=lambda call, name=name: f"not {name}'s day" if name in unable else None,
         )
         for name in ("other", "segment", "gather", "dense")
     )
     fakes += tuple(
-        Implementation(name, run=None, refuse=lambda request: "not here") for name in ("cudnn", "tpu", "gpu")
+        Implementation(name, run=None, unsupported_reason=lambda call: "not here") for name in ("cudnn", "tpu", "gpu")
     )
     monkeypatch.setattr("sparsejax.ops.attention.IMPLEMENTATIONS", fakes)
     for name in ranking:
@@ -550,7 +550,7 @@ def check_ranking(monkeypatch, pattern, length, ranking):
 
 def test_refusal_names_every_reason(monkeypatch):
     alone = tuple(
-        one if one.name in SERVES_ALL else one._replace(refuse=lambda request: "not here") for one in IMPLEMENTATIONS
+        one if one.name in SERVES_ALL else one._replace(unsupported_reason=lambda call: "not here") for one in IMPLEMENTATIONS
     )
     monkeypatch.setattr("sparsejax.ops.attention.IMPLEMENTATIONS", alone)
     for impl in SERVES_ALL:
@@ -649,7 +649,7 @@ def test_one_query_over_a_cache(rows, options):
     mask = np.random.default_rng(rows).random((rows, case.s)) < 0.4
     mask[2:3] = False  # a head for which nothing is in the cache
     expected = oracle(case, inputs, np.broadcast_to(mask[:, None], (2, 4, 1, case.s)))
-    one = jax.jit(functools.partial(attend_one, scale=0.9, softcap=case.softcap))
+    one = jax.jit(functools.partial(decode_attend, scale=0.9, softcap=case.softcap))
     found = one(inputs.q[:, 0], inputs.k, inputs.v, mask, sink_logits=inputs.sink)
     assert found.dtype == case.dtype
     assert_close("out", found, expected.out[:, 0], case.dtype)
@@ -673,7 +673,7 @@ def test_parts_of_the_keys_merge_to_the_whole():
                 attend(q, k, v, parse(part), sink_logits=one, segment_ids=inputs.segments, return_lse=True)
                 for part, one in zip(PARTS, (sink, None, None, None), strict=True)
             ]
-            return merge(parts)
+            return merge_lse(parts)
 
         (out, lse), backward = jax.vjp(forward, q, k, v, sink)
         return Result(out, lse, *backward((d_out, d_lse)))
@@ -687,7 +687,7 @@ def test_parts_without_any_key_merge_to_nothing():
     lse = jnp.full((1, 3, 2), -jnp.inf)
 
     def forward(out, lse):
-        return merge([(out, lse), (out, lse)])
+        return merge_lse([(out, lse), (out, lse)])
 
     (out, total), backward = jax.vjp(forward, jnp.zeros((1, 3, 2, 4)), lse)
     assert (np.asarray(out) == 0).all()

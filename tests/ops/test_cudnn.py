@@ -9,17 +9,17 @@ import numpy as np
 import pytest
 
 from sparsejax.ops import attend, cudnn
-from sparsejax.ops.request import Request
+from sparsejax.ops.call import AttentionCall
 from sparsejax.patterns import parse
 from tests.tolerances import assert_close
 
 T = 70
 
 
-def make_request(pattern: str, t: int = T, width: int = 16, dtype="bfloat16") -> Request:
+def make_call(pattern: str, t: int = T, width: int = 16, dtype="bfloat16") -> AttentionCall:
     random = np.random.default_rng(t)
     q, k, v = (jnp.asarray(random.standard_normal((2, t, heads, width)), dtype) for heads in (4, 2, 2))
-    return Request(q, k, v, parse(pattern), 0.3, None, None, None, False, wants_lse=False)
+    return AttentionCall(q, k, v, parse(pattern), 0.3, None, None, None, False, return_lse=False)
 
 
 @pytest.fixture
@@ -59,21 +59,21 @@ def gpu(monkeypatch):
     ],
 )
 def test_masks_that_it_has(gpu, pattern, expected):
-    request = make_request(pattern)
+    call = make_call(pattern)
     if expected is None:
-        assert cudnn.refuse(request) == "the masks full, causal, and causal windows"
+        assert cudnn.unsupported_reason(call) == "the masks full, causal, and causal windows"
         return
-    assert cudnn.refuse(request) is None
-    out = attend(request.q, request.k, request.v, request.pattern, scale=request.scale)  # auto takes it
+    assert cudnn.unsupported_reason(call) is None
+    out = attend(call.q, call.k, call.v, call.pattern, scale=call.scale)  # auto takes it
     assert gpu == [{"scale": 0.3, "implementation": "cudnn"} | expected]
-    wide = (x.astype(jnp.float32) for x in (request.q, request.k, request.v))
-    assert_close("out", out, attend(*wide, request.pattern, impl="dense", scale=request.scale), "bfloat16")
+    wide = (x.astype(jnp.float32) for x in (call.q, call.k, call.v))
+    assert_close("out", out, attend(*wide, call.pattern, impl="dense", scale=call.scale), "bfloat16")
 
 
 @pytest.mark.parametrize(
     ("change", "reason"),
     [
-        ({"wants_lse": True}, "no log-sum-exp: cuDNN's has the dtype of q and no gradient"),
+        ({"return_lse": True}, "no log-sum-exp: cuDNN's has the dtype of q and no gradient"),
         ({"interpret": True}, "interpret=True is for Pallas kernels"),
         ({"softcap": 3.0}, "no softcap, sink logits, ALiBi or segments"),
         ({"sink_logits": jnp.zeros(4)}, "no softcap, sink logits, ALiBi or segments"),
@@ -83,7 +83,7 @@ def test_masks_that_it_has(gpu, pattern, expected):
     ],
 )
 def test_refusals(gpu, change, reason):
-    assert cudnn.refuse(dataclasses.replace(make_request("causal"), **change)) == reason
+    assert cudnn.unsupported_reason(dataclasses.replace(make_call("causal"), **change)) == reason
 
 
 @pytest.mark.parametrize(
@@ -98,4 +98,4 @@ def test_machines_without_it(monkeypatch, device):
     monkeypatch.setattr(jax, "devices", lambda: [types.SimpleNamespace(**device)])
     kind = device["device_kind"]
     reason = f"it needs an NVIDIA GPU of compute capability 8.0 or more; here: {kind}"
-    assert cudnn.refuse(make_request("causal")) == reason
+    assert cudnn.unsupported_reason(make_call("causal")) == reason

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from sparsejax.ops import attend_hashed, attend_hashed_one, hash_buckets
+from sparsejax.ops import attend_hashed, decode_attend_hashed, hash_buckets
 from tests.tolerances import assert_close
 
 HEADS, WIDTH, OUT, ROUNDS, BUCKETS = 2, 4, 3, 3, (4, 2)
@@ -148,7 +148,7 @@ def test_a_step_is_the_last_row_of_a_call_over_the_tokens_so_far(rounds, options
     length = 14
     qk, v, rotations = (x.astype(np.float32) for x in make_inputs(length, rounds))
     buckets = hash_buckets(jnp.asarray(qk), jnp.asarray(rotations), BUCKETS)
-    run = jax.jit(functools.partial(attend_hashed_one, chunk=CHUNK, **options))
+    run = jax.jit(functools.partial(decode_attend_hashed, chunk=CHUNK, **options))
     wide = [x.astype(np.float64) for x in (qk, v)]
     for position in range(length):
         n = position + 1

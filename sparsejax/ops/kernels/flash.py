@@ -17,9 +17,10 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
+from sparsejax.ops.call import AttentionCall
 from sparsejax.ops.chunks import fill_chunks
 from sparsejax.ops.kernels.lists import Part, Walk, plan_pattern, plan_selection
-from sparsejax.ops.request import MASKED, Request
+from sparsejax.ops.softmax import MASKED
 from sparsejax.patterns import Pattern
 
 WIDEST = 256  # heads
@@ -97,47 +98,47 @@ class Backend:
     most_kept: int = 0
 
 
-def refuse(request: Request) -> str | None:
-    """Why the kernels of no machine can serve the request, or None."""
-    widest = max(request.q.shape[-1], request.v.shape[-1])
+def unsupported_reason(call: AttentionCall) -> str | None:
+    """Why the kernels of no machine can serve the call, or None."""
+    widest = max(call.q.shape[-1], call.v.shape[-1])
     reasons = (
         (widest > WIDEST, f"heads of at most {WIDEST}, got {widest}"),
-        (request.alibi_slopes is not None, "no ALiBi"),
-        (request.pattern.repeats, "no keys that count more than once"),
+        (call.alibi_slopes is not None, "no ALiBi"),
+        (call.pattern.repeats, "no keys that count more than once"),
     )
     return next((reason for applies, reason in reasons if applies), None)
 
 
 def attend_lists(
-    backend: Backend, request: Request, tile: tuple[int, int], selected: Int[Array, "#b h rows k"] | None
+    backend: Backend, call: AttentionCall, tile: tuple[int, int], selected: Int[Array, "#b h rows k"] | None
 ) -> tuple[Float[Array, "b t h e"], Float[Array, "b t h"]]:
     """Output in the dtype of q, and log-sum-exp in float32.
 
     Args:
       backend: whose kernels.
-      request: what is asked.
+      call: what is asked.
       tile: queries and keys of a tile.
       selected: key tiles of each query tile of each head, -1 for none, computed from the data: of the pairs in these,
         those count that the pattern, which must be one for all heads, allows. None: all that it allows.
     """
-    pattern, (_, t, h, _), (_, s, g, _) = request.pattern, request.q.shape, request.k.shape
+    pattern, (_, t, h, _), (_, s, g, _) = call.pattern, call.q.shape, call.k.shape
     if selected is None:
         formula = has_formula(pattern, t, s, backend.operations)
         most = backend.most if formula or backend.most is None else backend.most // 2
         plan = plan_pattern(pattern, t, s, tile, (h, g), formula, most, backend.most_kept)
     else:
         plan = plan_selection(selected, pattern, t, s, tile, g)
-    formula, scale, softcap = pattern if plan.bits is None else None, request.scale, request.softcap
-    spec = Spec(formula, t, s, tile, h // g, scale, softcap, request.interpret, plan.kept)
+    formula, scale, softcap = pattern if plan.bits is None else None, call.scale, call.softcap
+    spec = Spec(formula, t, s, tile, h // g, scale, softcap, call.interpret, plan.kept)
     q, k, v = (
         fill_chunks(jnp.moveaxis(x, 2, 1), side, 2)
-        for x, side in ((request.q, tile[0]), (request.k, tile[1]), (request.v, tile[1]))
+        for x, side in ((call.q, tile[0]), (call.k, tile[1]), (call.v, tile[1]))
     )
-    sink = None if request.sink_logits is None else request.sink_logits.astype(jnp.float32)
+    sink = None if call.sink_logits is None else call.sink_logits.astype(jnp.float32)
     segments = None
-    if request.segments is not None:
+    if call.segments is not None:
         segments = tuple(
-            fill_chunks(x.astype(jnp.int32), side, 1) for x, side in zip(request.segments, tile, strict=True)
+            fill_chunks(x.astype(jnp.int32), side, 1) for x, side in zip(call.segments, tile, strict=True)
         )
     bits = None if plan.bits is None else tuple(map(jnp.asarray, backend.pack(plan.bits)))
     parts = tuple(part for part, _ in plan.rows), tuple(part for part, _ in plan.columns)

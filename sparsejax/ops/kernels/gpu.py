@@ -21,6 +21,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array, Float, Int
 
+from sparsejax.ops.call import AttentionCall
 from sparsejax.ops.chunks import fill_chunks
 from sparsejax.ops.kernels import flash
 from sparsejax.ops.kernels.flash import LOG2E, LOWEST, Back, Backend, Inputs, Spec, score_unit
@@ -28,7 +29,6 @@ from sparsejax.ops.kernels.gpu_block import HALF, NARROW, PIECES, SIDE, Block, C
 from sparsejax.ops.kernels.gpu_rows import compute_d_keys_values, compute_d_queries, compute_output
 from sparsejax.ops.kernels.lists import EMPTY, FULL, PARTIAL, Part, TileLists, Walk, pack_words, sort_lists
 from sparsejax.ops.kernels.mesh import device_kind, run_on_mesh
-from sparsejax.ops.request import Request
 
 WIDTHS = 64  # heads are padded to multiples: what a swizzled row of shared memory holds
 REGISTERS = {"increase": 232, "decrease": 40}  # of a thread that computes, and of one that loads
@@ -43,21 +43,21 @@ OPERATIONS = frozenset(
 )
 
 
-def refuse(request: Request) -> str | None:
-    """Why this implementation cannot serve the request, or None."""
-    kind, version = None if request.interpret else device_kind(), jax.__version_info__
-    dtypes = {str(x.dtype) for x in (request.q, request.k, request.v)}
+def unsupported_reason(call: AttentionCall) -> str | None:
+    """Why this implementation cannot serve the call, or None."""
+    kind, version = None if call.interpret else device_kind(), jax.__version_info__
+    dtypes = {str(x.dtype) for x in (call.q, call.k, call.v)}
     reasons = (
         (
-            not request.interpret and not (KINDS.search(kind) and version >= (0, 11)),
+            not call.interpret and not (KINDS.search(kind) and version >= (0, 11)),
             f"it needs a Hopper GPU and jax 0.11 or newer, or interpret=True; here: {kind}, jax {jax.__version__}",
         ),
         (
-            request.interpret and version < (0, 12),
+            call.interpret and version < (0, 12),
             f"interpreting it needs jax 0.12 or newer, here is {jax.__version__}",
         ),
         (
-            request.interpret and _threads() < INTERPRETER_THREADS,
+            call.interpret and _threads() < INTERPRETER_THREADS,
             f"interpreting it needs {INTERPRETER_THREADS} threads, here are {_threads()}: set NPROC before JAX starts",
         ),
         (
@@ -65,7 +65,7 @@ def refuse(request: Request) -> str | None:
             f"q, k and v all in {', or all in '.join(DTYPES)}; got {', '.join(sorted(dtypes))}",
         ),
     )
-    return next((reason for applies, reason in reasons if applies), None) or flash.refuse(request)
+    return next((reason for applies, reason in reasons if applies), None) or flash.unsupported_reason(call)
 
 
 def _threads() -> int:
@@ -74,12 +74,12 @@ def _threads() -> int:
 
 
 def run(
-    request: Request, tile: tuple[int, int] | None = None, selected: Int[Array, "#b h rows k"] | None = None
+    call: AttentionCall, tile: tuple[int, int] | None = None, selected: Int[Array, "#b h rows k"] | None = None
 ) -> tuple[Float[Array, "b t h e"], Float[Array, "b t h"]]:
     """Output in the dtype of q, log-sum-exp in float32.
 
     Args:
-      request: what is asked.
+      call: what is asked.
       tile: queries and keys of a tile; (128, 128) is all there is.
       selected: as in `flash.attend_lists`.
 
@@ -89,16 +89,16 @@ def run(
     if tile not in (None, (SIDE, SIDE)):
         raise ValueError(f"attend: gpu: tiles of ({SIDE}, {SIDE}), got {tile}")
     if selected is not None:
-        return _run_here(request, selected)
-    return run_on_mesh(functools.partial(_run_here, selected=None), request)
+        return _run_here(call, selected)
+    return run_on_mesh(functools.partial(_run_here, selected=None), call)
 
 
-def _run_here(request: Request, selected: Array | None) -> tuple[Array, Array]:
-    width = max(request.q.shape[-1], request.v.shape[-1])
+def _run_here(call: AttentionCall, selected: Array | None) -> tuple[Array, Array]:
+    width = max(call.q.shape[-1], call.v.shape[-1])
     width += -width % WIDTHS
-    wide = {name: fill_chunks(getattr(request, name), width, 3) for name in "qkv"}
-    out, lse = flash.attend_lists(BACKEND, dataclasses.replace(request, **wide), (SIDE, SIDE), selected)
-    return out[..., : request.v.shape[-1]], lse
+    wide = {name: fill_chunks(getattr(call, name), width, 3) for name in "qkv"}
+    out, lse = flash.attend_lists(BACKEND, dataclasses.replace(call, **wide), (SIDE, SIDE), selected)
+    return out[..., : call.v.shape[-1]], lse
 
 
 # The lists in global memory.

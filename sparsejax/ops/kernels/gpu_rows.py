@@ -31,7 +31,7 @@ from sparsejax.ops.kernels.gpu_block import (
     store,
     take_turns,
 )
-from sparsejax.ops.request import MASKED
+from sparsejax.ops.softmax import MASKED
 
 
 def compute_output(block: Block) -> None:

@@ -10,13 +10,13 @@ import jax
 from jax.sharding import AxisType, PartitionSpec
 from jaxtyping import Array
 
-from sparsejax.ops.request import Request
+from sparsejax.ops.call import AttentionCall
 
 HEAD_AXES = ("tensor",)  # mesh axes that heads are spread over; sequences are over all others
 
 
-def run_on_mesh(run: Callable[[Request], tuple[Array, Array]], request: Request) -> tuple[Array, Array]:
-    """`run(request)`, by each device of the mesh in use (`jax.set_mesh`) on its own part.
+def run_on_mesh(run: Callable[[AttentionCall], tuple[Array, Array]], call: AttentionCall) -> tuple[Array, Array]:
+    """`run(call)`, by each device of the mesh in use (`jax.set_mesh`) on its own part.
 
     Axes that do not divide the sequences or the heads compute the same on all their devices; so does the axis of the
     heads where they have patterns of their own.
@@ -25,16 +25,16 @@ def run_on_mesh(run: Callable[[Request], tuple[Array, Array]], request: Request)
     auto = [axis for axis, kind in zip(mesh.axis_names, mesh.axis_types, strict=True) if kind == AxisType.Auto]
     auto = [axis for axis in auto if mesh.shape[axis] > 1]
     if not auto:
-        return run(request)
-    heads = [axis for axis in auto if axis in HEAD_AXES and request.pattern.heads is None]
-    heads = _fitting(mesh, heads, request.k.shape[2])
-    sequences = _fitting(mesh, [axis for axis in auto if axis not in HEAD_AXES], request.q.shape[0])
+        return run(call)
+    heads = [axis for axis in auto if axis in HEAD_AXES and call.pattern.heads is None]
+    heads = _fitting(mesh, heads, call.k.shape[2])
+    sequences = _fitting(mesh, [axis for axis in auto if axis not in HEAD_AXES], call.q.shape[0])
     whole = PartitionSpec(sequences, None, heads)
     specs = {"q": whole, "k": whole, "v": whole, "sink_logits": PartitionSpec(heads)}
     specs["segments"] = (PartitionSpec(sequences),) * 2
-    arrays = {name: getattr(request, name) for name in specs if getattr(request, name) is not None}
+    arrays = {name: getattr(call, name) for name in specs if getattr(call, name) is not None}
     spread = jax.shard_map(
-        lambda arrays: run(dataclasses.replace(request, **arrays)),
+        lambda arrays: run(dataclasses.replace(call, **arrays)),
         in_specs=({name: specs[name] for name in arrays},),
         out_specs=(whole, whole),
         axis_names=set(auto),

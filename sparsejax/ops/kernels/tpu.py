@@ -20,11 +20,12 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array, Float, Int
 
+from sparsejax.ops.call import AttentionCall
 from sparsejax.ops.kernels import flash
 from sparsejax.ops.kernels.flash import LOG2E, LOWEST, Back, Backend, Inputs, Spec, bound_scores, score_unit
 from sparsejax.ops.kernels.lists import FULL, PARTIAL, Part, TileLists, Walk, mark_ends, pack_words
 from sparsejax.ops.kernels.mesh import device_kind, run_on_mesh
-from sparsejax.ops.request import MASKED, Request
+from sparsejax.ops.softmax import MASKED
 from sparsejax.patterns import Pattern
 
 LANES = 128
@@ -37,40 +38,40 @@ MOST_KEPT = 4  # masks: a MiB each in vector memory, at the largest tile
 NN, NT, TN = ((((x,), (y,)), ((), ())) for x, y in ((1, 0), (1, 1), (0, 0)))  # of products; T: transposed
 
 
-def refuse(request: Request) -> str | None:
-    """Why this implementation cannot serve the request, or None."""
-    kind = None if request.interpret else device_kind()
+def unsupported_reason(call: AttentionCall) -> str | None:
+    """Why this implementation cannot serve the call, or None."""
+    kind = None if call.interpret else device_kind()
     reasons = (
         (
-            not request.interpret and not _serves(kind),
+            not call.interpret and not _serves(kind),
             f"it needs a TPU v5e or newer, or interpret=True; here is {kind}",
         ),
-        (request.dtype != jnp.float32, f"it computes in float32, asked is {request.dtype}"),
+        (call.dtype != jnp.float32, f"it computes in float32, asked is {call.dtype}"),
     )
-    return next((reason for applies, reason in reasons if applies), None) or flash.refuse(request)
+    return next((reason for applies, reason in reasons if applies), None) or flash.unsupported_reason(call)
 
 
 def run(
-    request: Request, tile: tuple[int, int] | None = None, selected: Int[Array, "#b h rows k"] | None = None
+    call: AttentionCall, tile: tuple[int, int] | None = None, selected: Int[Array, "#b h rows k"] | None = None
 ) -> tuple[Float[Array, "b t h e"], Float[Array, "b t h"]]:
     """Output in the dtype of q, log-sum-exp in float32.
 
     Args:
-      request: what is asked.
+      call: what is asked.
       tile: queries and keys of a tile, multiples of 128; the best by `choose_tile` if not given.
       selected: as in `flash.attend_lists`; needs `tile`.
     """
     if selected is not None:
-        return _run_here(request, tile, selected)
-    return run_on_mesh(functools.partial(_run_here, tile=tile, selected=None), request)
+        return _run_here(call, tile, selected)
+    return run_on_mesh(functools.partial(_run_here, tile=tile, selected=None), call)
 
 
-def _run_here(request: Request, tile: tuple[int, int] | None, selected: Array | None) -> tuple[Array, Array]:
-    tile = tile or choose_tile(request.pattern, request.q.shape[1], request.k.shape[1])
-    if request.q.dtype != jnp.float16:
-        return flash.attend_lists(BACKEND, request, tile, selected)
-    wide = {name: getattr(request, name).astype(jnp.float32) for name in "qkv"}  # the machine has no float16
-    out, lse = flash.attend_lists(BACKEND, dataclasses.replace(request, **wide), tile, selected)
+def _run_here(call: AttentionCall, tile: tuple[int, int] | None, selected: Array | None) -> tuple[Array, Array]:
+    tile = tile or choose_tile(call.pattern, call.q.shape[1], call.k.shape[1])
+    if call.q.dtype != jnp.float16:
+        return flash.attend_lists(BACKEND, call, tile, selected)
+    wide = {name: getattr(call, name).astype(jnp.float32) for name in "qkv"}  # the machine has no float16
+    out, lse = flash.attend_lists(BACKEND, dataclasses.replace(call, **wide), tile, selected)
     return out.astype(jnp.float16), lse
 
 

@@ -12,35 +12,35 @@ import pytest
 from jax.experimental.pallas import tpu as pltpu
 
 from sparsejax.ops import attend
+from sparsejax.ops.call import AttentionCall
 from sparsejax.ops.kernels import tpu
-from sparsejax.ops.request import Request
 from sparsejax.patterns import parse
 from tests.tolerances import assert_close
 
 
-def make_request(pattern: str, t: int, heads: tuple[int, int] = (2, 1), interpret=True, width: int = 8) -> Request:
+def make_call(pattern: str, t: int, heads: tuple[int, int] = (2, 1), interpret=True, width: int = 8) -> AttentionCall:
     random = np.random.default_rng(t)
     q, k, v = (jnp.asarray(random.standard_normal((2, t, n, width), np.float32)) for n in (heads[0], *heads[1:] * 2))
-    return Request(q, k, v, parse(pattern), width**-0.5, None, None, None, interpret)
+    return AttentionCall(q, k, v, parse(pattern), width**-0.5, None, None, None, interpret)
 
 
-def differentiate(run, request: Request) -> tuple[jax.Array, ...]:
+def differentiate(run, call: AttentionCall) -> tuple[jax.Array, ...]:
     """Output, log-sum-exp, and gradients for q, k and v of a sum that weighs all of them differently."""
 
     def forward(q, k, v):
-        out, lse = run(dataclasses.replace(request, q=q, k=k, v=v))
+        out, lse = run(dataclasses.replace(call, q=q, k=k, v=v))
         finite = jnp.where(jnp.isfinite(lse), lse, 0.0)
         return jnp.sin(out).sum() + (finite**2).sum(), (out, lse)
 
-    (_, results), gradients = jax.value_and_grad(forward, (0, 1, 2), has_aux=True)(request.q, request.k, request.v)
+    (_, results), gradients = jax.value_and_grad(forward, (0, 1, 2), has_aux=True)(call.q, call.k, call.v)
     return *results, *gradients
 
 
-def attend_densely(request: Request, mask: jax.Array) -> tuple[jax.Array, jax.Array]:
+def attend_densely(call: AttentionCall, mask: jax.Array) -> tuple[jax.Array, jax.Array]:
     """Under any mask [b, h, t, s]."""
-    share = request.q.shape[2] // request.k.shape[2]
-    k, v = (jnp.repeat(x, share, axis=2) for x in (request.k, request.v))
-    scores = jnp.where(mask, jnp.einsum("bthd,bshd->bhts", request.q, k, precision="highest") * request.scale, -jnp.inf)
+    share = call.q.shape[2] // call.k.shape[2]
+    k, v = (jnp.repeat(x, share, axis=2) for x in (call.k, call.v))
+    scores = jnp.where(mask, jnp.einsum("bthd,bshd->bhts", call.q, k, precision="highest") * call.scale, -jnp.inf)
     lse = jax.nn.logsumexp(scores, axis=-1, where=mask)
     weights = jnp.where(mask, jnp.exp(scores - jnp.where(jnp.isfinite(lse), lse, 0.0)[..., None]), 0.0)
     return jnp.einsum("bhts,bshd->bthd", weights, v, precision="highest"), jnp.moveaxis(lse, 1, 2)
@@ -52,42 +52,42 @@ def check_same(found, expected):
 
 
 def test_lists_too_long_for_scalar_memory_are_cut(monkeypatch):
-    request = make_request("causal", 391, (2, 2))
-    whole = differentiate(tpu.run, request)
+    call = make_call("causal", 391, (2, 2))
+    whole = differentiate(tpu.run, call)
     monkeypatch.setattr(tpu, "BACKEND", dataclasses.replace(tpu.BACKEND, most=3))
-    cut = differentiate(tpu.run, request)
+    cut = differentiate(tpu.run, call)
     for one, other in zip(cut, whole, strict=True):
         np.testing.assert_array_equal(one, other)
 
 
 @pytest.mark.parametrize("pattern", ["full", "causal"])
 def test_tiles_that_the_data_select(pattern):
-    request, rows = make_request(pattern, 300, (4, 2)), 3
+    call, rows = make_call(pattern, 300, (4, 2)), 3
     random = np.random.default_rng(0)
     chosen = random.permuted(np.broadcast_to(np.arange(rows), (2, 4, rows, rows)), axis=-1)[..., :2].copy()
     chosen[:, 1, 2] = -1
     picked = (chosen[..., None] == np.arange(rows)).any(axis=-2)
-    mask = picked.repeat(128, axis=2).repeat(128, axis=3)[:, :, :300, :300] & request.pattern.dense(300)
+    mask = picked.repeat(128, axis=2).repeat(128, axis=3)[:, :, :300, :300] & call.pattern.dense(300)
 
     @jax.jit
     def compute(chosen):
-        return differentiate(lambda request: tpu.run(request, (128, 128), chosen), request)
+        return differentiate(lambda call: tpu.run(call, (128, 128), chosen), call)
 
-    check_same(compute(chosen), differentiate(lambda request: attend_densely(request, jnp.asarray(mask)), request))
+    check_same(compute(chosen), differentiate(lambda call: attend_densely(call, jnp.asarray(mask)), call))
 
 
 @pytest.mark.parametrize("tile", [(128, 256), (256, 128)])
 def test_tiles_that_are_not_square(tile):
-    request = make_request("causal & window(100) | globals(2)", 300)
-    mask = jnp.broadcast_to(jnp.asarray(request.pattern.dense(300)), (2, 2, 300, 300))
-    found = differentiate(lambda request: tpu.run(request, tile), request)
-    check_same(found, differentiate(lambda request: attend_densely(request, mask), request))
+    call = make_call("causal & window(100) | globals(2)", 300)
+    mask = jnp.broadcast_to(jnp.asarray(call.pattern.dense(300)), (2, 2, 300, 300))
+    found = differentiate(lambda call: tpu.run(call, tile), call)
+    check_same(found, differentiate(lambda call: attend_densely(call, mask), call))
 
 
 def test_no_races():
-    request = make_request("causal & window(100)", 256, interpret=pltpu.InterpretParams(detect_races=True))
-    mask = jnp.broadcast_to(jnp.asarray(request.pattern.dense(256)), (2, 2, 256, 256))
-    check_same(differentiate(tpu.run, request), differentiate(lambda request: attend_densely(request, mask), request))
+    call = make_call("causal & window(100)", 256, interpret=pltpu.InterpretParams(detect_races=True))
+    mask = jnp.broadcast_to(jnp.asarray(call.pattern.dense(256)), (2, 2, 256, 256))
+    check_same(differentiate(tpu.run, call), differentiate(lambda call: attend_densely(call, mask), call))
     from jax._src.pallas.mosaic.interpret import interpret_pallas_call
 
     assert not interpret_pallas_call.races.races_found
@@ -146,13 +146,13 @@ def test_tiles_as_large_as_pay(pattern, t, tile):
 
 
 def test_too_many_tiles_for_a_word():
-    request = jax.eval_shape(lambda: jnp.zeros((1, 2**21, 16, 8)))
+    call = jax.eval_shape(lambda: jnp.zeros((1, 2**21, 16, 8)))
     with pytest.raises(ValueError, match=r"tpu: 16384 x 16384 tiles of \(128, 128\) do not fit into a word: larger"):
         jax.eval_shape(
             lambda q: tpu.run(
-                Request(q, q[:, :, :1], q[:, :, :1], parse("window(3)"), 1.0, None, None, None, True), (128, 128)
+                AttentionCall(q, q[:, :, :1], q[:, :, :1], parse("window(3)"), 1.0, None, None, None, True), (128, 128)
             ),
-            request,
+            call,
         )
 
 
@@ -166,12 +166,12 @@ def test_too_many_tiles_for_a_word():
     ],
 )
 def test_refusals(change, reason):
-    assert tpu.refuse(make_request("causal", 9)) is None
+    assert tpu.unsupported_reason(make_call("causal", 9)) is None
     shape = {"v": jnp.zeros((1, 9, 1, 8))} if "q" in change else {}
-    assert tpu.refuse(dataclasses.replace(make_request("causal", 9), **change, **shape)) == reason
+    assert tpu.unsupported_reason(dataclasses.replace(make_call("causal", 9), **change, **shape)) == reason
 
 
 def test_auto_takes_them_where_they_serve():
-    request = make_request("causal", 100)
-    found = attend(request.q, request.k, request.v, request.pattern, interpret=True)
-    assert_close("out", found, attend(request.q, request.k, request.v, request.pattern, impl="dense"), "float32")
+    call = make_call("causal", 100)
+    found = attend(call.q, call.k, call.v, call.pattern, interpret=True)
+    assert_close("out", found, attend(call.q, call.k, call.v, call.pattern, impl="dense"), "float32")
