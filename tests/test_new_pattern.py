@@ -9,8 +9,8 @@ import pytest
 
 from sparsejax.cli import main
 from sparsejax.ops import attend
-from sparsejax.patterns import NAMES, Pattern, cache_slots, from_ranges, grow, parse
-from sparsejax.patterns.pattern import require
+from sparsejax.patterns import NAMES, Pattern, from_ranges, parse, plan_cache, receptive_field
+from sparsejax.patterns.base import require
 from tests.patterns.test_layout import check
 from tests.tolerances import assert_close
 from tests.train import runs
@@ -65,9 +65,9 @@ def test_it_is_computed(new, impl):
 
 
 def test_it_is_cached_reached_drawn_and_trained(new, tmp_path, capsys):
-    slots, count = cache_slots(new, 50)
+    slots, count = plan_cache(new, 50)
     assert (count, len(set(slots.tolist()))) == (50, 50)  # it says nothing of when a key can be forgotten
-    assert grow([new] * 3, 100)[-1] == 33 + 7  # the oldest third without the sink; three steps of two back
+    assert receptive_field.sizes([new] * 3, 100)[-1] == 33 + 7  # the oldest third without the sink; three steps of two back
     assert main(["draw", TEXT, "--length=9", f"--out={tmp_path / 'new.svg'}"]) == 0
     assert (tmp_path / "new.svg").stat().st_size > 1000
     given = [f"--config={runs.RECIPE}", f"--config.model.layers.local.mixer.pattern={TEXT}"]

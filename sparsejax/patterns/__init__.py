@@ -1,7 +1,7 @@
 """Patterns: who may look at whom, said once. NumPy only; nothing here imports the rest of the package."""
 
-from sparsejax.patterns import recipes
-from sparsejax.patterns.advice import advise
+from sparsejax.patterns import receptive_field, recipes
+from sparsejax.patterns.lint import lint_schedule
 from sparsejax.patterns.drawing import Panel, draw_mask, draw_pattern, name_numbers
 from sparsejax.patterns.library import (
     NAMES,
@@ -19,7 +19,7 @@ from sparsejax.patterns.library import (
     Window,
     from_ranges,
 )
-from sparsejax.patterns.pattern import (
+from sparsejax.patterns.base import (
     FOREVER,
     And,
     Minus,
@@ -31,11 +31,10 @@ from sparsejax.patterns.pattern import (
     Shift,
     per_head,
 )
-from sparsejax.patterns.reach import connect, connect_each, count_layers, count_unreachable, grow, saturate, trace
-from sparsejax.patterns.retention import cache_slots
+from sparsejax.patterns.kv_cache import plan_cache
 from sparsejax.patterns.text import parse
 from sparsejax.patterns.tiled import BigBirdRandom, Random, Tiles
-from sparsejax.patterns.tiles import TileGrid, TileLayout
+from sparsejax.patterns.layout import TileGrid, TileLayout
 
 __all__ = [
     "FOREVER",
@@ -66,20 +65,14 @@ __all__ = [
     "TileLayout",
     "Tiles",
     "Window",
-    "advise",
-    "cache_slots",
-    "connect",
-    "connect_each",
-    "count_layers",
-    "count_unreachable",
+    "lint_schedule",
+    "plan_cache",
     "draw_mask",
     "draw_pattern",
     "from_ranges",
-    "grow",
     "name_numbers",
     "parse",
     "per_head",
+    "receptive_field",
     "recipes",
-    "saturate",
-    "trace",
 ]

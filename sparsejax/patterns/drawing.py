@@ -6,7 +6,7 @@ import dataclasses
 
 import numpy as np
 
-from sparsejax.patterns.pattern import Pattern
+from sparsejax.patterns.base import Pattern
 
 DEAD, PARTIAL, FULL = 0, 1, 2  # a cell holds no allowed pair, some, only such; a single pair is dead or full
 MOST_HEADS = 8  # panels of one pattern

@@ -12,9 +12,9 @@ from typing import ClassVar
 
 import numpy as np
 
-from sparsejax.patterns.pattern import FARTHEST, FOREVER, Pattern, PatternError, Shift, require
+from sparsejax.patterns.base import FARTHEST, FOREVER, Pattern, PatternError, Shift, require
 from sparsejax.patterns.tiled import BigBirdRandom, Random, Tiles
-from sparsejax.patterns.tiles import Bounds, TileGrid
+from sparsejax.patterns.layout import Bounds, TileGrid
 
 
 @dataclasses.dataclass(frozen=True)

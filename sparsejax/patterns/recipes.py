@@ -10,7 +10,7 @@ import operator
 from collections.abc import Sequence
 
 from sparsejax.patterns import library as lib
-from sparsejax.patterns.pattern import Multiset, Pattern, PatternError, Shift, per_head
+from sparsejax.patterns.base import Multiset, Pattern, PatternError, Shift, per_head
 from sparsejax.patterns.tiled import BigBirdRandom, Random, Tiles
 
 

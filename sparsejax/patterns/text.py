@@ -15,7 +15,7 @@ import re
 from typing import Any
 
 from sparsejax.patterns.library import NAMES
-from sparsejax.patterns.pattern import And, Minus, Multiset, Or, Pattern, PatternError, PerHead, per_head
+from sparsejax.patterns.base import And, Minus, Multiset, Or, Pattern, PatternError, PerHead, per_head
 
 DEEPEST = 100  # parentheses inside parentheses; far more than any pattern needs, far fewer than Python's stack holds
 LONGEST = 10_000  # characters

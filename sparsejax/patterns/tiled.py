@@ -13,8 +13,8 @@ from typing import Any, ClassVar
 
 import numpy as np
 
-from sparsejax.patterns.pattern import FOREVER, Pattern, PatternError, array_module, require
-from sparsejax.patterns.tiles import Bounds, merge_intervals, overlaps
+from sparsejax.patterns.base import FOREVER, Pattern, PatternError, array_module, require
+from sparsejax.patterns.layout import Bounds, merge_intervals, overlaps
 
 
 class _Tiled(Pattern):

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sparsejax.patterns import Globals, PatternError, TileGrid, TileLayout, parse
-from sparsejax.patterns.tiles import COUNT_AT_ONCE
+from sparsejax.patterns.layout import COUNT_AT_ONCE
 from tests.patterns.strategies import patterns, shared_patterns
 
 LENGTHS = st.integers(20, 45)

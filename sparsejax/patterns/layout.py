@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 if TYPE_CHECKING:
-    from sparsejax.patterns.pattern import Pattern
+    from sparsejax.patterns.base import Pattern
 
 COUNT_AT_ONCE = 256  # tiles counted together: 256 tiles of 128 x 128 are 4 MiB of booleans
 

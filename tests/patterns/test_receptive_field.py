@@ -11,15 +11,15 @@ from hypothesis import strategies as st
 from sparsejax.patterns import (
     Pattern,
     PatternError,
-    connect,
-    count_layers,
-    count_unreachable,
-    grow,
+    matrix,
+    layers_to_cover,
+    unreachable_pairs,
+    sizes,
     parse,
-    saturate,
+    limit,
     trace,
 )
-from sparsejax.patterns.tiles import Bounds
+from sparsejax.patterns.layout import Bounds
 from tests.patterns import definition
 from tests.patterns.strategies import patterns
 
@@ -65,9 +65,9 @@ def test_a_trace_is_where_paths_lead_and_a_row_of_the_product(data):
     position = data.draw(st.integers(0, n - 1))
     found = trace(layers, n, position)
     np.testing.assert_array_equal(found, paths(layers, n, position))
-    np.testing.assert_array_equal(found[0], connect(layers, n)[position])
-    counts = [int(connect(layers[:depth], n)[position].sum()) for depth in range(len(layers) + 1)]
-    assert grow(layers, n, position).tolist() == counts
+    np.testing.assert_array_equal(found[0], matrix(layers, n)[position])
+    counts = [int(matrix(layers[:depth], n)[position].sum()) for depth in range(len(layers) + 1)]
+    assert sizes(layers, n, position).tolist() == counts
 
 
 MANY_TILES = [
@@ -80,7 +80,7 @@ MANY_TILES = [
 @pytest.mark.parametrize("texts", MANY_TILES)
 def test_tiles_are_refined_to_tokens(texts):
     n, layers = 555, [parse(text) for text in texts]
-    reached = connect(layers, n)
+    reached = matrix(layers, n)
     for position in (0, 127, 128, 300, 554):
         np.testing.assert_array_equal(trace(layers, n, position)[0], reached[position])
 
@@ -102,14 +102,14 @@ GOLDENS = {
 def test_reach_worked_out_by_hand(case):
     layers, n, position, expected = GOLDENS[case]
     layers = [parse(layer) if isinstance(layer, str) else layer for layer in layers]
-    sizes = grow(layers, n, position)
+    sizes = sizes(layers, n, position)
     assert sizes[-1] == expected == trace(layers, n, position)[0].sum()
     assert (np.diff(sizes) >= 0).all()
 
 
 def test_long_stacks_take_seconds():
     start = time.process_time()
-    sizes = grow([parse("causal & window(4095)")] * 32, 131_072)
+    sizes = sizes([parse("causal & window(4095)")] * 32, 131_072)
     assert sizes.tolist() == [4095 * depth + 1 for depth in range(33)]
     assert time.process_time() - start < 20
 
@@ -131,40 +131,40 @@ def test_long_stacks_take_seconds():
 )
 def test_the_fewest_layers_that_cover_the_sequence(texts, n, position, expected):
     layers = [parse(text) for text in texts]
-    assert count_layers(layers, n, position) == expected
+    assert layers_to_cover(layers, n, position) == expected
     if n <= 256:
         output = n - 1 if position is None else position
-        covered = (depth for depth in range(40) if connect((layers * 40)[:depth], n)[output, : output + 1].all())
+        covered = (depth for depth in range(40) if matrix((layers * 40)[:depth], n)[output, : output + 1].all())
         assert next(covered, None) == expected
 
 
 def test_layers_that_a_limit_leaves_out_are_not_counted():
-    assert count_layers([parse("causal & window(7)")], 256, most=36) is None
-    assert count_layers([parse("causal & window(7)")], 256, most=37) == 37
+    assert layers_to_cover([parse("causal & window(7)")], 256, most=36) is None
+    assert layers_to_cover([parse("causal & window(7)")], 256, most=37) == 37
 
 
 def test_what_no_depth_reaches():
-    reached, settled = saturate([parse("causal & chunk(16)"), parse("causal & window(0)")], 100)
+    reached, settled = limit([parse("causal & chunk(16)"), parse("causal & window(0)")], 100)
     assert settled
     assert np.flatnonzero(reached).tolist() == [96, 97, 98, 99]
-    reached, settled = saturate([parse("causal & window(1)")], 100, most=10)
+    reached, settled = limit([parse("causal & window(1)")], 100, most=10)
     assert (reached.sum(), settled) == (11, False)
-    reached, settled = saturate([Steps(2, 7)], 100, position=50)
+    reached, settled = limit([Steps(2, 7)], 100, position=50)
     assert settled
     assert np.flatnonzero(reached).tolist() == list(range(1, 51, 7))
 
 
 def test_unreachable_pairs():
-    assert count_unreachable([parse("causal & window(3)")] * 2, 10) == 3 * 4 // 2  # the past but 6 tokens
-    assert count_unreachable([parse("causal")], 10) == 0
-    assert count_unreachable([parse("chunk(5)")], 10) == 2 * 25
+    assert unreachable_pairs([parse("causal & window(3)")] * 2, 10) == 3 * 4 // 2  # the past but 6 tokens
+    assert unreachable_pairs([parse("causal")], 10) == 0
+    assert unreachable_pairs([parse("chunk(5)")], 10) == 2 * 25
     # The global token has its own chunk when the others look at it, and so has nothing of the other chunk to tell.
-    assert count_unreachable([parse("chunk(5)"), parse("globals(1)")], 10) == 4 * 5
-    assert count_unreachable([parse("globals(1)"), parse("globals(1)")], 10) == 0
+    assert unreachable_pairs([parse("chunk(5)"), parse("globals(1)")], 10) == 4 * 5
+    assert unreachable_pairs([parse("globals(1)"), parse("globals(1)")], 10) == 0
 
 
 def test_a_position_must_be_in_the_sequence():
-    for walk in (trace, grow, saturate, count_layers):
+    for walk in (trace, sizes, limit, layers_to_cover):
         with pytest.raises(PatternError, match="position 7 and n = 7"):
             walk([parse("causal")], 7, 7)
     with pytest.raises(PatternError, match="n = 0"):

@@ -13,15 +13,15 @@ import numpy as np
 
 from sparsejax.patterns.drawing import name_ranges
 from sparsejax.patterns.library import FARTHEST, FOREVER
-from sparsejax.patterns.pattern import Pattern
-from sparsejax.patterns.reach import MOST_LAYERS, count_layers, grow, looks_ahead, saturate
+from sparsejax.patterns.base import Pattern
+from sparsejax.patterns.receptive_field import MOST_LAYERS, layers_to_cover, sizes, looks_ahead, limit
 
 PROBES = 64  # positions that a token must see, and be seen from, to be looked at as a global one
 
 Named = Sequence[tuple[str, Pattern]]
 
 
-def advise(layers: Named, n: int) -> list[str]:
+def lint_schedule(layers: Named, n: int) -> list[str]:
     """Warnings about a schedule, one line each, that name the layers they are about.
 
     Args:
@@ -39,14 +39,14 @@ def _short_reach(layers: Named, n: int) -> Iterator[str]:
     ahead = looks_ahead(stack)
     # The last position has the longest way to go; but it can be a token of its own kind, as an ordinary one is not.
     possible = {position: n if ahead else position + 1 for position in sorted({n // 2, n - 1})}
-    sizes = {position: int(grow(stack, n, position)[-1]) for position in possible}
+    sizes = {position: int(sizes(stack, n, position)[-1]) for position in possible}
     position = max(possible, key=lambda place: (possible[place] - sizes[place], place))
     if sizes[position] == possible[position]:
         return
-    reached, settled = saturate(stack, n, position)
+    reached, settled = limit(stack, n, position)
     every, size = _name_layers(layers, range(len(layers))), int(reached.sum())
     if size == possible[position]:
-        needed = count_layers(stack, n, position)
+        needed = layers_to_cover(stack, n, position)
         remedy = f"it takes {needed:,} layers of this schedule"
     elif not settled:
         remedy = f"{MOST_LAYERS:,} layers of this schedule are too few"
@@ -78,9 +78,9 @@ def _late_layers(layers: Named, n: int) -> Iterator[str]:
     In a schedule with a layer that sees everything by itself this is no news: there the others are for something else.
     """
     stack = [pattern for _, pattern in layers]
-    if any(grow([pattern], n)[-1] == n for pattern in set(stack)):
+    if any(sizes([pattern], n)[-1] == n for pattern in set(stack)):
         return
-    sizes = grow(stack, n)
+    sizes = sizes(stack, n)
     first = int(np.flatnonzero(sizes == sizes[-1])[0])
     if first < len(layers):
         seen = "all" if sizes[-1] == n else "the same"

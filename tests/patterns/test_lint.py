@@ -2,15 +2,15 @@
 
 import pytest
 
-from sparsejax.patterns import Pattern, advise, parse
-from tests.patterns.test_reach import Steps
+from sparsejax.patterns import Pattern, lint_schedule, parse
+from tests.patterns.test_receptive_field import Steps
 
 
 def warnings(n, *layers):
     """The warnings about layers a, b, ...; equal patterns have equal names."""
     patterns = [layer if isinstance(layer, Pattern) else parse(layer) for layer in layers]
     names = {pattern: "abcdef"[number] for number, pattern in enumerate(dict.fromkeys(patterns))}
-    return advise([(names[pattern], pattern) for pattern in patterns], n)
+    return lint_schedule([(names[pattern], pattern) for pattern in patterns], n)
 
 
 QUIET = [

@@ -5,13 +5,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sparsejax.patterns import Pattern, cache_slots, parse
+from sparsejax.patterns import Pattern, plan_cache, parse
 from tests.patterns.strategies import patterns
 
 
 def lost_keys(pattern: Pattern, length: int) -> list[tuple[int, int]]:
     """Decodes token by token; the (query, key) pairs whose key was overwritten before the query came."""
-    slots, count = cache_slots(pattern, length)
+    slots, count = plan_cache(pattern, length)
     mask = pattern.dense(length)
     mask = mask.any(axis=0) if pattern.heads else mask
     cache, lost = np.full(count, -1), []
@@ -25,7 +25,7 @@ def lost_keys(pattern: Pattern, length: int) -> list[tuple[int, int]]:
 @settings(max_examples=100)
 @given(patterns(longest=30), st.integers(0, 60))
 def test_no_key_is_lost_while_it_may_be_looked_at(pattern, length):
-    slots, count = cache_slots(pattern, length)
+    slots, count = plan_cache(pattern, length)
     assert slots.shape == (length,)
     assert slots.dtype == np.int32
     assert 0 <= count <= length
@@ -62,6 +62,6 @@ def test_no_key_is_lost_around_pinned_ones(left, ids, length):
     ],
 )
 def test_slot_count(text, length, count):
-    slots, found = cache_slots(parse(text), length)
+    slots, found = plan_cache(parse(text), length)
     assert found == count
     assert len(slots) == length

@@ -2,8 +2,8 @@
 
 A layer is a pattern here: what a position takes from the others. Every layer also keeps the position itself, by its
 residual connection, and a pattern with heads takes what any head sees. Reach is then a product of boolean matrices.
-`connect` computes it as such, for small n. The other functions walk backward from one position, tile by tile: a step
-marks all keys of the marked positions. Marks only grow, so each position is followed once through each pattern,
+`matrix` computes it as such, for small n. The other functions walk backward from one position, tile by tile: a step
+marks all keys of the marked positions. Marks only sizes, so each position is followed once through each pattern,
 however many layers there are, and the work is proportional to the live tiles of the patterns and never to n * n.
 """
 
@@ -15,8 +15,8 @@ from collections.abc import Iterable, Iterator, Sequence
 
 import numpy as np
 
-from sparsejax.patterns.pattern import Pattern, PatternError
-from sparsejax.patterns.tiles import COUNT_AT_ONCE, Spans, group_tiles, tile_masks
+from sparsejax.patterns.base import Pattern, PatternError
+from sparsejax.patterns.layout import COUNT_AT_ONCE, Spans, group_tiles, tile_masks
 
 MOST_LAYERS = 1000  # how deep a repeated schedule is followed
 
@@ -37,7 +37,7 @@ def trace(layers: Sequence[Pattern], n: int, position: int | None = None) -> np.
     return np.stack(marked[::-1])
 
 
-def grow(layers: Sequence[Pattern], n: int, position: int | None = None) -> np.ndarray:
+def sizes(layers: Sequence[Pattern], n: int, position: int | None = None) -> np.ndarray:
     """How many inputs can influence a position (the last one if None) after the first l layers: int64 [layers + 1]."""
     _check(n, position)
     numbers = {pattern: number for number, pattern in enumerate(dict.fromkeys(layers))}
@@ -55,7 +55,7 @@ def grow(layers: Sequence[Pattern], n: int, position: int | None = None) -> np.n
     return counts
 
 
-def saturate(
+def limit(
     layers: Sequence[Pattern], n: int, position: int | None = None, most: int = MOST_LAYERS
 ) -> tuple[np.ndarray, bool]:
     """The inputs that can influence a position (the last one if None) however often the schedule is repeated.
@@ -72,14 +72,14 @@ def saturate(
     return before, not layers
 
 
-def count_layers(layers: Sequence[Pattern], n: int, position: int | None = None, most: int = MOST_LAYERS) -> int | None:
+def layers_to_cover(layers: Sequence[Pattern], n: int, position: int | None = None, most: int = MOST_LAYERS) -> int | None:
     """The fewest layers, the schedule being repeated and cut off anywhere, that let a position see all it may.
 
     That is all n inputs, or its own past if no layer looks ahead. None if no number of layers up to `most` does. The
     position is the last one if None.
     """
     wanted = n if looks_ahead(layers) else _check(n, position) + 1
-    if wanted == 1 or saturate(layers, n, position, most)[0].sum() < wanted:
+    if wanted == 1 or limit(layers, n, position, most)[0].sum() < wanted:
         return 0 if wanted == 1 else None
     period = next(p for p in range(1, len(layers) + 1) if list(layers) == list(layers[:p]) * (len(layers) // p))
     fewest = most + 1
@@ -91,13 +91,13 @@ def count_layers(layers: Sequence[Pattern], n: int, position: int | None = None,
     return fewest if fewest <= most else None
 
 
-def connect(layers: Sequence[Pattern], n: int) -> np.ndarray:
+def matrix(layers: Sequence[Pattern], n: int) -> np.ndarray:
     """Which output can be influenced by which input, bool [n, n] (outputs, inputs), for small n."""
-    return list(connect_each(layers, n))[-1]
+    return list(matrices(layers, n))[-1]
 
 
-def connect_each(layers: Iterable[Pattern], n: int) -> Iterator[np.ndarray]:
-    """`connect` for no layer, the first one, the first two and so on."""
+def matrices(layers: Iterable[Pattern], n: int) -> Iterator[np.ndarray]:
+    """`matrix` for no layer, the first one, the first two and so on."""
     reached = np.eye(n, dtype=bool)
     yield reached
     for pattern in layers:
@@ -106,9 +106,9 @@ def connect_each(layers: Iterable[Pattern], n: int) -> Iterator[np.ndarray]:
         yield reached
 
 
-def count_unreachable(layers: Sequence[Pattern], n: int) -> int:
+def unreachable_pairs(layers: Sequence[Pattern], n: int) -> int:
     """How many pairs (output, input) no path joins, for small n; if no layer looks ahead, of those in the past."""
-    unreachable = ~connect(layers, n)
+    unreachable = ~matrix(layers, n)
     return int(unreachable.sum() if looks_ahead(layers) else np.tril(unreachable).sum())
 
 

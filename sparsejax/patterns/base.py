@@ -17,7 +17,7 @@ from typing import Any, ClassVar
 
 import numpy as np
 
-from sparsejax.patterns.tiles import Bounds, TileGrid, TileLayout, build_layout, count_pairs, list_pairs
+from sparsejax.patterns.layout import Bounds, TileGrid, TileLayout, build_layout, count_pairs, list_pairs
 
 FOREVER = np.iinfo(np.int64).max
 FARTHEST = 2**30  # sums of two positions stay within the int32 of a compiled program, where overflow is silent

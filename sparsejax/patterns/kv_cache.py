@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import numpy as np
 
-from sparsejax.patterns.pattern import FOREVER, Pattern
+from sparsejax.patterns.base import FOREVER, Pattern
 
 
-def cache_slots(pattern: Pattern, length: int) -> tuple[np.ndarray, int]:
+def plan_cache(pattern: Pattern, length: int) -> tuple[np.ndarray, int]:
     """The cache slot of every key position, and how many slots there are.
 
     Keys that some query arbitrarily far ahead may look at (sinks, globals, everything under `causal`) are

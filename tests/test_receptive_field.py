@@ -6,7 +6,7 @@ import pytest
 
 from sparsejax import config as configs
 from sparsejax.model import Functional
-from sparsejax.patterns import connect, parse
+from sparsejax.patterns import parse, receptive_field
 from tests.train import recipe
 
 LENGTH = 24
@@ -46,11 +46,11 @@ def changed_outputs(model):
 @pytest.mark.parametrize("schedule", SCHEDULES)
 def test_exactly_the_inputs_within_reach_change_the_logits(schedule):
     model = build_model(schedule)
-    layers = [model.config.layers[name].mixer.sees for name in model.config.names]
-    np.testing.assert_array_equal(changed_outputs(model), connect(layers, LENGTH))
+    layers = [model.config.layers[name].mixer.connectivity for name in model.config.names]
+    np.testing.assert_array_equal(changed_outputs(model), receptive_field.matrix(layers, LENGTH))
 
 
 def test_a_mixer_says_what_it_sees():
     layers = build_model("local ssm").config.layers
-    assert layers["ssm"].mixer.sees == parse("causal")
-    assert layers["heads"].mixer.sees == parse(ATTENTION["heads"])
+    assert layers["ssm"].mixer.connectivity == parse("causal")
+    assert layers["heads"].mixer.connectivity == parse(ATTENTION["heads"])
