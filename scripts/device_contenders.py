@@ -17,8 +17,8 @@ from collections.abc import Callable
 
 import jax
 import numpy as np
-from contest import draw_arrays
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
+from protocol import draw_arrays
 
 from sparsejax import patterns
 from sparsejax.ops import attend

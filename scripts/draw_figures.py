@@ -1,8 +1,8 @@
-"""The figures of two papers, drawn from the patterns as text.
+"""Draws the figures of two papers from the text form of their patterns.
 
     python scripts/draw_figures.py [--folder experiments/figures]
 
-Prints the command of each figure, which makes the same file. Drawn again, a figure is an equal file.
+Prints the `sparsejax draw` command of each figure. The files are reproducible byte for byte.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from sparsejax.cli import main
 RANDOM, GLOBAL = "random(2, tile=64, seed=3, apart=2)", "globals(128)"
 WINDOW = "chunk(64) | shift(chunk(64), 64) | shift(chunk(64), -64)"
 FIGURES = {
-    # Child et al. 2019 (arXiv:1904.10509), figure 3: a stride of 4, and the last of each 4 keys as a summary.
+    # Child et al. 2019 (arXiv:1904.10509), figure 3: a stride of 4, and the last of every 4 keys as a summary.
     "sparse_transformer.svg": [
         *("causal", "causal & (window(3) | strided(4))", "causal & (chunk(4) | fixed(4, 1))"),
         *("--titles=Dense,Strided,Fixed", "--length=16"),
@@ -31,7 +31,7 @@ FIGURES = {
 
 
 def draw_figures(folder: Path) -> int:
-    """Draws every figure into `folder`; the exit code of the first that fails, or 0."""
+    """Draws every figure into `folder`; returns the exit code of the first failure, or 0."""
     folder.mkdir(parents=True, exist_ok=True)
     for name, arguments in FIGURES.items():
         command = ["draw", *arguments, f"--out={folder / name}"]

@@ -1,10 +1,10 @@
-"""How long the training gradient takes to compile, by the number of layers, on this machine.
+"""Measures how long the training gradient takes to compile, by the number of layers.
 
     python scripts/measure_compile.py [--out FILE.json]
 
-A scanned model compiles one period of its schedule, however often that repeats: 32 layers should take at most
-1.3 times as long as 8. Unrolled, it grows with the depth. Tracing and lowering are included. Each
-number is the median of three runs, taken in turn.
+A scanned model compiles one period of its schedule, however often it repeats: 32 layers should take at most 1.3 times
+as long as 8. An unrolled model grows with the depth. Tracing and lowering are included. The runs alternate; each number
+is the median of three.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ BATCH, LENGTH, WIDTH, VOCAB = 2, 128, 64, 256
 
 
 def build_config(depth: int, scan: bool) -> ModelConfig:
-    """A hybrid of `depth` layers, its period being 4."""
+    """A hybrid of `depth` layers with a period of 4."""
     norm = NormConfig("rms", 1e-6)
 
     def layer(mixer: MixerConfig) -> LayerConfig:
@@ -58,7 +58,7 @@ def build_config(depth: int, scan: bool) -> ModelConfig:
 
 
 def time_compilation(config: ModelConfig) -> float:
-    """Seconds from the model's functions to an executable."""
+    """Returns the seconds from the model's functions to an executable."""
     model = Functional(config)
     tokens = jax.ShapeDtypeStruct((BATCH, LENGTH), jnp.int32)
 
@@ -73,23 +73,23 @@ def time_compilation(config: ModelConfig) -> float:
 
 
 def measure() -> list[dict]:
-    """Median seconds of every model, all models in turn."""
+    """Returns the median seconds of every model; the models alternate."""
     cases = [(scan, depth) for scan in (True, False) for depth in DEPTHS]
     seconds = {case: [] for case in cases}
-    time_compilation(build_config(4, scan=True))  # the first one also pays for what is loaded once
+    time_compilation(build_config(4, scan=True))  # the first compilation also loads the compiler
     for repeat in range(REPEATS):
         for scan, depth in cases:
             seconds[scan, depth].append(time_compilation(build_config(depth, scan)))
             kind = "scanned" if scan else "unrolled"
             print(f"{repeat + 1}/{REPEATS} {kind}, {depth} layers: {seconds[scan, depth][-1]:.2f} s", flush=True)
     return [
-        {"scan": scan, "layers": depth, "seconds": statistics.median(each), "runs": each}
-        for (scan, depth), each in seconds.items()
+        {"scan": scan, "layers": depth, "seconds": statistics.median(times), "runs": times}
+        for (scan, depth), times in seconds.items()
     ]
 
 
 def main() -> None:
-    """Prints a table; with --out also writes what was measured."""
+    """Prints a table; with --out also writes the measurements."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--out", type=Path, help="a JSON file to write")
     options = parser.parse_args()
@@ -98,11 +98,11 @@ def main() -> None:
     table = Table("", *(f"{depth} layers" for depth in DEPTHS), "ratio", title=f"period {PERIOD}: seconds to compile")
     ratios = {}
     for kind, scan in (("scanned", True), ("unrolled", False)):
-        few, many = (row["seconds"] for row in rows if row["scan"] == scan)
-        ratios[kind] = many / few
-        table.add_row(kind, f"{few:.2f}", f"{many:.2f}", f"{ratios[kind]:.2f}")
+        shallow, deep = (row["seconds"] for row in rows if row["scan"] == scan)
+        ratios[kind] = deep / shallow
+        table.add_row(kind, f"{shallow:.2f}", f"{deep:.2f}", f"{ratios[kind]:.2f}")
     Console().print(table)
-    print(f"scanned: {ratios['scanned']:.2f}, to be at most {TARGET}")
+    print(f"scanned: {ratios['scanned']:.2f}, target: at most {TARGET}")
     if options.out:
         versions = {name: importlib.metadata.version(name) for name in ("jax", "jaxlib", "flax")}
         about = {"command": COMMAND, "python": platform.python_version(), "device": jax.devices()[0].device_kind}

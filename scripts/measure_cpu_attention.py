@@ -5,7 +5,7 @@
 One layer's core, 8 heads of 64, batch 1, float32, two cores. `gather, devices` has a device of JAX for each core, and
 the heads spread over them. TORCH_PYTHON is a Python that has torch and transformers; without it only JAX is measured.
 Parts: `window`, `big_bird`, `growth` with the length, `tiles`; FILE.json keeps those that are not measured.
-All contenders of a part take turns; each number is a median.
+The contenders of a part alternate; each number is a median.
 """
 
 from __future__ import annotations
@@ -24,15 +24,15 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import numpy as np
-from contest import BIG_BIRD_TILE, RANDOM_TILES, REACH, WIDTH, OtherProcess, draw_arrays, keep_to_cores
-from turns import Contender, fit_exponents, jax_contender, print_table, take_turns
+from harness import Contender, fit_exponents, jax_contender, print_table, time_alternating
+from protocol import BIG_BIRD_TILE, RADIUS, RANDOM_TILES, WIDTH, OtherProcess, draw_arrays, pin_cores
 
 from sparsejax import patterns
 from sparsejax.ops import attend, gather
 from sparsejax.ops.call import AttentionCall
 
 COMMAND = "python scripts/measure_cpu_attention.py --torch TORCH_PYTHON --out FILE.json"
-WINDOW = patterns.parse(f"window({REACH}, {REACH})")
+WINDOW = patterns.parse(f"window({RADIUS}, {RADIUS})")
 WINDOW_LENGTH, BIG_BIRD_LENGTH = 8192, 4096  # 4096 is the length that HF's BigBird was made for
 GROWTH_LENGTHS = (4096, 8192, 16384, 32768, 65536)
 TILES = (32, 64, 128, 256)
@@ -68,13 +68,13 @@ def torch_contender(torch: OtherProcess, name: str, length: int) -> Contender:
 def device_contender(devices: OtherProcess, pattern: patterns.Pattern, length: int) -> Contender:
     """Ours, of `device_contenders.py`."""
     what = {"pattern": str(pattern), "length": length}
-    return Contender(functools.partial(ask, devices, **what), devices.ask(do="memory", **what)["mib"])
+    return Contender(functools.partial(ask, devices, **what), devices.request(do="memory", **what)["mib"])
 
 
 def ask(process: OtherProcess, keep: bool, **what: object) -> tuple[float, list | None]:
     """One pass of another process: its seconds and, if kept, its result."""
     with tempfile.NamedTemporaryFile(suffix=".npz") as file:
-        answer = process.ask(do="attend", **what, save=file.name if keep else None)
+        answer = process.request(do="attend", **what, save=file.name if keep else None)
         if "error" in answer:
             raise SystemExit(f"{what}: {answer['error']}")
         return answer["seconds"], [np.array(x) for x in np.load(file.name).values()] if keep else None
@@ -106,13 +106,13 @@ def measure_window(devices: OtherProcess, torch: OtherProcess | None, length: in
         "gather": sparsejax_attention("gather", WINDOW),
         "dense": sparsejax_attention("dense", WINDOW),
         "jax.nn, mask": jax_attention(mask=jnp.asarray(mask)),
-        "jax.nn, local window": jax_attention(local_window_size=(REACH, REACH)),
+        "jax.nn, local window": jax_attention(local_window_size=(RADIUS, RADIUS)),
     }
     make = {name: functools.partial(time_attention, way, length) for name, way in ways.items()}
     make[DEVICES] = functools.partial(device_contender, devices, WINDOW, length)
     if torch:
         make |= {name: functools.partial(torch_contender, torch, name, length) for name in TORCH_WINDOW}
-    rows = take_turns(make)
+    rows = time_alternating(make)
     others = {"best dense JAX": least(rows, list(ways)[1:])}
     if torch:
         others["best PyTorch"] = least(rows, TORCH_WINDOW)
@@ -127,7 +127,7 @@ def measure_big_bird(devices: OtherProcess, torch: OtherProcess | None) -> dict:
     make[DEVICES] = functools.partial(device_contender, devices, BIG_BIRD, length)
     if torch:
         make |= {name: functools.partial(torch_contender, torch, name, length) for name in TORCH_BIG_BIRD}
-    rows = take_turns(make, apart=None)
+    rows = time_alternating(make, error=None)
     ratios = compare({name: rows[name]["seconds"] for name in TORCH_BIG_BIRD if name in rows}, rows)
     return {"pattern": str(BIG_BIRD), "length": length, "contenders": rows, "ratios": ratios}
 
@@ -140,7 +140,7 @@ def compare(others: dict[str, float], rows: dict[str, dict]) -> dict[str, float]
 def measure_growth() -> dict:
     """The window at growing lengths, and the exponents of time and memory."""
     way = sparsejax_attention("gather", WINDOW)
-    rows = take_turns({str(n): functools.partial(time_attention, way, n) for n in GROWTH_LENGTHS}, apart=None)
+    rows = time_alternating({str(n): functools.partial(time_attention, way, n) for n in GROWTH_LENGTHS}, error=None)
     return {
         "pattern": str(WINDOW),
         "contenders": rows,
@@ -154,7 +154,7 @@ def measure_tiles() -> list[dict]:
     for length, text in TILE_CASES:
         print(f"  {text}, {length} tokens", flush=True)
         ways = {str(tile): tiled_attention(patterns.parse(text), tile) for tile in TILES}
-        rows = take_turns({name: functools.partial(time_attention, way, length) for name, way in ways.items()})
+        rows = time_alternating({name: functools.partial(time_attention, way, length) for name, way in ways.items()})
         ratios = {"best tile": float(min(rows, key=lambda name: rows[name]["seconds"]))}
         found.append({"pattern": text, "length": length, "contenders": rows, "ratios": ratios})
     return found
@@ -175,12 +175,12 @@ def main() -> None:
     parser.add_argument("--length", type=int, default=WINDOW_LENGTH, help="of the part `window`: a multiple of 512")
     options = parser.parse_args()
     facts = {"command": COMMAND, "python": platform.python_version(), "machine": platform.machine()}
-    facts |= {"cores": len(keep_to_cores())}
+    facts |= {"cores": len(pin_cores())}
     facts |= {name: importlib.metadata.version(name) for name in ("jax", "jaxlib", "numpy")}
     devices = OtherProcess(sys.executable, "device_contenders.py", XLA_FLAGS=f"{DEVICE_FLAG}={facts['cores']}")
     torch = OtherProcess(options.torch) if options.torch else None
     if torch:
-        facts["torch_side"] = torch.ask(do="versions")
+        facts["torch_side"] = torch.request(do="versions")
     else:
         print("no --torch: PyTorch's contenders are left out")
     measures = {

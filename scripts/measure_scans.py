@@ -5,7 +5,7 @@
 `mamba` is 512 channels with a state of 16, `ssd` 8 heads of 64 with a state of 64, `ssd_128` with one of 128,
 `lightning` the first with dt = 1 and B and C for each head. Batch 1, float32, two cores. Plainly is one
 `jax.lax.scan` over the positions, and one `jax.lax.associative_scan`. Parts: each of these; `growth` of ours with the
-length; `chunks`, ours by the chunk. All contenders of a part take turns; each number is a median.
+length; `chunks`, ours by the chunk. The contenders of a part alternate; each number is a median.
 """
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import numpy as np
-from contest import HEADS, WIDTH, keep_to_cores
-from turns import Contender, fit_exponents, jax_contender, print_table, relative, take_turns
+from harness import Contender, fit_exponents, jax_contender, print_table, relative_error, time_alternating
+from protocol import HEADS, WIDTH, pin_cores
 
 from sparsejax.ops import selective_scan, ssd
 
@@ -111,10 +111,10 @@ def time_scan(scan: Callable, case: str, length: int) -> Contender:
     return jax_contender(scan, inputs, tuple(cotangents))
 
 
-def race(make: dict[str, Callable[[], Contender]], apart: Callable | None = relative) -> dict:
+def race(make: dict[str, Callable[[], Contender]], error: Callable | None = relative_error) -> dict:
     """What the contenders need, and the machine's load before and after."""
     load = os.getloadavg()[0]
-    rows = take_turns(make, apart)
+    rows = time_alternating(make, error)
     return {"load": [load, os.getloadavg()[0]], "contenders": rows}
 
 
@@ -135,7 +135,7 @@ def measure_growth(case: str) -> dict:
     """Ours at growing lengths, and the exponents of time and memory."""
     way = our_scan(case)
     lengths = {str(n): functools.partial(time_scan, way, case, n) for n in GROWTH_LENGTHS}
-    found = race(lengths, apart=None)
+    found = race(lengths, error=None)
     return {"title": f"{case} by length", **found, "ratios": fit_exponents(found["contenders"])}
 
 
@@ -161,7 +161,7 @@ def main() -> None:
     parser.add_argument("--length", type=int, default=LENGTH, help="of all parts but `growth`")
     options = parser.parse_args()
     record = {"command": COMMAND, "python": platform.python_version(), "machine": platform.machine()}
-    record |= {"cores": len(keep_to_cores()), "load_before": os.getloadavg()}
+    record |= {"cores": len(pin_cores()), "load_before": os.getloadavg()}
     record |= {name: importlib.metadata.version(name) for name in ("jax", "jaxlib", "numpy")}
     measures = {case: functools.partial(measure_case, case, options.length) for case in CASES}
     measures["chunks"] = lambda: [measure_chunks(case, options.length) for case in CASES]

@@ -22,7 +22,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 import transformers
-from contest import BIG_BIRD_TILE, HEADS, LEFT, RANDOM_TILES, REACH, SINK, THREADS, WIDTH, draw_arrays
+from protocol import BIG_BIRD_TILE, HEADS, LEFT, RADIUS, RANDOM_TILES, SINK, THREADS, WIDTH, draw_arrays
 from torch.nn import functional
 from torch.nn.attention import flex_attention
 from transformers.models.big_bird import modeling_big_bird
@@ -48,7 +48,7 @@ def draw_inputs(length: int) -> Inputs:
 def band_mask(length: int) -> torch.Tensor:
     """Which pairs the window allows, [n, n]."""
     distance = torch.arange(length)[:, None] - torch.arange(length)[None, :]
-    return distance.abs() <= REACH
+    return distance.abs() <= RADIUS
 
 
 def sdpa_dense(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
@@ -58,22 +58,22 @@ def sdpa_dense(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tenso
 
 
 def cut_band(x: torch.Tensor) -> torch.Tensor:
-    """[1, n, h, d] -> [tiles, h, 3 * REACH, d]: each tile of REACH tokens between its two neighbours."""
-    padded = functional.pad(x[0], (0, 0, 0, 0, REACH, REACH))
-    return padded.unfold(0, 3 * REACH, REACH).permute(0, 1, 3, 2)
+    """[1, n, h, d] -> [tiles, h, 3 * RADIUS, d]: each tile of RADIUS tokens between its two neighbours."""
+    padded = functional.pad(x[0], (0, 0, 0, 0, RADIUS, RADIUS))
+    return padded.unfold(0, 3 * RADIUS, RADIUS).permute(0, 1, 3, 2)
 
 
 @functools.cache
 def cut_mask(length: int) -> torch.Tensor:
-    """Which keys of `cut_band` count, [tiles, 1, REACH, 3 * REACH]."""
-    q_at = torch.arange(length).reshape(-1, REACH, 1)
-    k_at = q_at[:, :1] + torch.arange(-REACH, 2 * REACH)
-    return (((q_at - k_at).abs() <= REACH) & (k_at >= 0) & (k_at < length))[:, None]
+    """Which keys of `cut_band` count, [tiles, 1, RADIUS, 3 * RADIUS]."""
+    q_at = torch.arange(length).reshape(-1, RADIUS, 1)
+    k_at = q_at[:, :1] + torch.arange(-RADIUS, 2 * RADIUS)
+    return (((q_at - k_at).abs() <= RADIUS) & (k_at >= 0) & (k_at < length))[:, None]
 
 
 def band_products(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
     """The plain blocked band: each tile of queries against itself and its neighbours, by two batched products."""
-    tiles = q[0].reshape(-1, REACH, HEADS, WIDTH).transpose(1, 2)
+    tiles = q[0].reshape(-1, RADIUS, HEADS, WIDTH).transpose(1, 2)
     scores = tiles @ cut_band(k).transpose(-1, -2) * WIDTH**-0.5
     weights = scores.masked_fill(~cut_mask(q.shape[1]), -torch.inf).softmax(dim=-1)
     return (weights @ cut_band(v)).transpose(1, 2).reshape(q.shape)
@@ -81,7 +81,7 @@ def band_products(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Te
 
 def band_sdpa(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
     """The same band, with the fused attention for each tile."""
-    tiles = q[0].reshape(-1, REACH, HEADS, WIDTH).transpose(1, 2)
+    tiles = q[0].reshape(-1, RADIUS, HEADS, WIDTH).transpose(1, 2)
     mask = cut_mask(q.shape[1])
     out = functional.scaled_dot_product_attention(tiles, cut_band(k), cut_band(v), attn_mask=mask)
     return out.transpose(1, 2).reshape(q.shape)
@@ -99,7 +99,7 @@ def longformer(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tenso
     config = transformers.LongformerConfig(
         hidden_size=HEADS * WIDTH,
         num_attention_heads=HEADS,
-        attention_window=[2 * REACH],
+        attention_window=[2 * RADIUS],
         attention_probs_dropout_prob=0.0,
         num_hidden_layers=1,
     )

@@ -1,4 +1,4 @@
-"""Contenders that take turns, so that what else the machine does befalls all of them; what they need, as a table."""
+"""Times contenders in alternation, so that other load on the machine affects all of them, and tabulates the result."""
 
 from __future__ import annotations
 
@@ -14,24 +14,24 @@ from rich.table import Table
 
 from sparsejax.complexity import fit_exponent
 
-REPEATS, FEW = 7, 3  # runs after the first; a contender whose first run takes longer than SLOW seconds has FEW
+REPEATS, SLOW_REPEATS = 7, 3  # timed runs after the first; SLOW_REPEATS if the first takes longer than SLOW seconds
 SLOW = 5.0
-PAUSE = 0.5  # seconds before a turn: the threads of the one before spin for a while
+PAUSE = 0.5  # seconds before a run: the threads of the previous contender spin for a while
 TOLERANCE = 1e-4  # between results
 
 
 class Contender:
-    """Something to time. `run(keep)` does one forward and backward pass: its seconds and, if kept, its result."""
+    """A function to time; `run(keep)` does a forward and backward pass and returns its seconds and, if kept, results."""
 
     def __init__(self, run: Callable[[bool], tuple[float, list | None]], temporary_mib: float | None = None):
         self.run, self.temporary_mib = run, temporary_mib
-        self.first, self.result = run(True)  # loads, allocates
-        self.repeats = FEW if self.first > SLOW else REPEATS
+        self.first, self.result = run(True)  # loads and allocates
+        self.repeats = SLOW_REPEATS if self.first > SLOW else REPEATS
         self.seconds: list[float] = []
 
 
 def jax_contender(function: Callable, inputs: Sequence[jax.Array], cotangents: Any) -> Contender:
-    """A function of JAX, compiled with its gradients; `cotangents` are like its outputs."""
+    """A JAX function, compiled together with its gradients; `cotangents` have the structure of its outputs."""
 
     def differentiate(inputs, cotangents):
         outputs, backward = jax.vjp(function, *inputs)
@@ -49,53 +49,60 @@ def jax_contender(function: Callable, inputs: Sequence[jax.Array], cotangents: A
     return Contender(run, compiled.memory_analysis().temp_size_in_bytes / 2**20)
 
 
-def absolute(found: np.ndarray, expected: np.ndarray) -> float:
-    """The largest difference."""
-    return float(np.abs(found - expected).max())
+def absolute_error(actual: np.ndarray, expected: np.ndarray) -> float:
+    """The largest absolute error."""
+    return float(np.abs(actual - expected).max())
 
 
-def relative(found: np.ndarray, expected: np.ndarray) -> float:
-    """The largest difference, relative to the largest entry."""
-    return float(np.abs(found - expected).max() / np.abs(expected).max())
+def relative_error(actual: np.ndarray, expected: np.ndarray) -> float:
+    """The largest absolute error relative to the largest expected entry."""
+    return float(np.abs(actual - expected).max() / np.abs(expected).max())
 
 
-def take_turns(make: dict[str, Callable[[], Contender]], apart: Callable | None = absolute) -> dict[str, dict]:
-    """Times all contenders in turn. They must compute what the first one computes, if it is said how far is `apart`."""
+def time_alternating(
+    make: dict[str, Callable[[], Contender]], error: Callable | None = absolute_error
+) -> dict[str, dict]:
+    """Times all contenders in alternation.
+
+    Args:
+      make: constructors of the contenders by name.
+      error: compares the results with those of the first contender; None skips the comparison.
+    """
     contenders, errors = {}, {}
     for name, start in make.items():
         contenders[name] = start()
         print(f"  {name}: first run {contenders[name].first:.3f} s", flush=True)
     reference = next(iter(contenders.values())).result
-    for name, each in contenders.items():
-        if apart is not None:
-            errors[name] = max(apart(a, b) for a, b in zip(each.result, reference, strict=True))
+    for name, contender in contenders.items():
+        if error is not None:
+            errors[name] = max(error(a, b) for a, b in zip(contender.result, reference, strict=True))
             if not errors[name] <= TOLERANCE:
-                raise SystemExit(f"{name} computes something else: differs by {errors[name]:.2e}")
-        each.result = None
+                raise SystemExit(f"{name}: result differs from the reference by {errors[name]:.2e}")
+        contender.result = None
     for repeat in range(REPEATS):
-        for each in contenders.values():
-            if repeat < each.repeats:
+        for contender in contenders.values():
+            if repeat < contender.repeats:
                 time.sleep(PAUSE)
-                each.seconds.append(each.run(False)[0])
+                contender.seconds.append(contender.run(False)[0])
     return {
         name: {
-            "seconds": statistics.median(each.seconds),
-            "runs": each.seconds,
-            "temporary_mib": each.temporary_mib,
+            "seconds": statistics.median(contender.seconds),
+            "runs": contender.seconds,
+            "temporary_mib": contender.temporary_mib,
             "differs_by": errors.get(name),
         }
-        for name, each in contenders.items()
+        for name, contender in contenders.items()
     }
 
 
 def fit_exponents(rows: dict[str, dict], fields: Sequence[str] = ("seconds", "temporary_mib")) -> dict[str, float]:
-    """The exponents of time and memory, of rows by length."""
+    """Fits time and memory of rows by length as powers of the length."""
     lengths = [int(name) for name in rows]
     return {f"exponent of {field}": fit_exponent(lengths, [row[field] for row in rows.values()]) for field in fields}
 
 
 def print_table(title: str, part: dict) -> None:
-    """The contenders of a part, and what it found."""
+    """Prints the contenders of a part and their ratios."""
     table = Table("", "seconds", "temporary MiB", "differs by", title=title)
     for name, row in part["contenders"].items():
         memory, error = row["temporary_mib"], row["differs_by"]

@@ -1,4 +1,4 @@
-"""What the sides of a measurement agree on, and how one asks another that runs in a process of its own."""
+"""Sizes that all contenders of a comparison share, and a client for contenders in a separate process."""
 
 from __future__ import annotations
 
@@ -11,26 +11,26 @@ import numpy as np
 
 THREADS = 2
 HEADS, WIDTH = 8, 64
-REACH = 256  # keys on either side of a query, itself not counted
+RADIUS = 256  # keys on either side of a query
 BIG_BIRD_TILE, RANDOM_TILES = 64, 3
-LEFT, SINK = 4095, 128  # the layouts' mask: causal & (window(LEFT) | sink(SINK))
+LEFT, SINK = 4095, 128  # the mask of the layouts: causal & (window(LEFT) | sink(SINK))
 
 
 def draw_arrays(length: int) -> list[np.ndarray]:
-    """Queries, keys, values and the cotangent of the output, each [1, length, HEADS, WIDTH]."""
+    """Draws queries, keys, values and the cotangent of the output, each [1, length, HEADS, WIDTH]."""
     random = np.random.default_rng(0)
     return [random.standard_normal((1, length, HEADS, WIDTH), np.float32) for _ in range(4)]
 
 
-def keep_to_cores() -> list[int]:
-    """Binds this process, and those it starts, to THREADS cores; to be called before a thread pool starts."""
+def pin_cores() -> list[int]:
+    """Pins this process and its children to THREADS cores; call it before a thread pool starts."""
     cores = sorted(os.sched_getaffinity(0))[:THREADS]
     os.sched_setaffinity(0, cores)
     return cores
 
 
 class OtherProcess:
-    """A script of this folder, run by a Python, with other variables of the environment; see there for what to ask."""
+    """A script of this folder that runs under another interpreter; its docstring lists the requests."""
 
     def __init__(self, python: str, script: str = "torch_contenders.py", **variables: str):
         quiet = {"OMP_WAIT_POLICY": "passive", "TRANSFORMERS_VERBOSITY": "error"}
@@ -47,12 +47,12 @@ class OtherProcess:
         self.process.stdin.close()
         self.process.wait()
 
-    def ask(self, **request: object) -> dict:
-        """One answer, which may be `{"error": ...}`; a process that died is an error too."""
+    def request(self, **fields: object) -> dict:
+        """Sends a request and returns the response, `{"error": ...}` if it fails or the process died."""
         try:
-            self.process.stdin.write(json.dumps(request) + "\n")
+            self.process.stdin.write(json.dumps(fields) + "\n")
             self.process.stdin.flush()
-            answer = self.process.stdout.readline()
+            response = self.process.stdout.readline()
         except BrokenPipeError:
-            answer = ""
-        return json.loads(answer) if answer else {"error": f"{self.process.args[1]} ended"}
+            response = ""
+        return json.loads(response) if response else {"error": f"{self.process.args[1]} ended"}
