@@ -54,10 +54,13 @@ def plan_stages(rate):
     phases, start = {}, 0
     for number, (steps, length, batch) in enumerate(STAGES):
         patterns = write_patterns(PAPER["widest"] * 2**number, PAPER["heads"])
-        windows = [f"model.layers.{name}.mixer.pattern={pattern}" for name, pattern in patterns.items()]
-        changes = [f"data.length={length}", f"train.batch={batch}", f"optimizer.learning_rate={rate / 2**number}"]
-        changes.append(f"optimizer.warmup={min(steps // 10, 10_000)}")
-        phases[f"stage{number + 1}"] = dict(start=start, set=[*changes, *windows])
+        changes = dict(
+            data=dict(length=length),
+            train=dict(batch=batch),
+            optimizer=dict(learning_rate=rate / 2**number, warmup=min(steps // 10, 10_000)),
+            model=dict(layers={name: dict(mixer=dict(pattern=pattern)) for name, pattern in patterns.items()}),
+        )
+        phases[f"stage{number + 1}"] = dict(start=start, set=changes)
         start += steps
     return phases, start
 

@@ -40,5 +40,5 @@ def get_config(argument="paper"):
     config = recipe.make_run(build(**sizes), length=sizes["length"], **run)
     config.data.update(task="duplication", probe=dict(length=sizes["length"], vocab=128))
     config = config if argument == "paper" else recipe.fit_cpu(config, evaluations=3)
-    config.eval.also = {name: (f"model.schedule={name}",) for name in config.model.layers}
+    config.eval.also = {name: dict(model=dict(schedule=name)) for name in config.model.layers}
     return config

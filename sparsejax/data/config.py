@@ -1,11 +1,11 @@
-"""What a configuration says of the data: sources, tokens, windows and the objective."""
+"""The schema of the data section: sources, tokens, windows and the objective."""
 
 from __future__ import annotations
 
 import dataclasses
-from typing import Any
 
-from sparsejax.data.probes import PROBES
+from sparsejax.data.probes import PROBES, Probe
+from sparsejax.errors import InputError, require_at_least, require_choice
 
 OBJECTIVES = ("causal", "masked", "prefix", "classify")
 PACKINGS = ("none", "packed")
@@ -14,72 +14,69 @@ UNITS = ("token", "word", "span")
 
 @dataclasses.dataclass(frozen=True)
 class MaskConfig:
-    """Which tokens a masked model must find again (BERT, arXiv:1810.04805), and what stands in their place.
+    """Tokens that a masked language model predicts (BERT, arXiv:1810.04805), and what replaces them in its input."""
 
-    `unit`: "token", "word" (whole words) or "span" (runs of geometric length, SpanBERT, arXiv:1907.10529).
-    """
+    share: float = 0.15  # fraction of a row's tokens that are predicted
+    unit: str = "token"  # "token", "word" (whole words) or "span" (geometric lengths, SpanBERT, arXiv:1907.10529)
+    masked: float = 0.8  # fraction of the predicted tokens that the mask token replaces
+    random: float = 0.1  # fraction of the predicted tokens that a random token replaces; the others stay
+    span: float = 3.8  # mean length of a span in tokens, before clipping
+    longest: int = 10  # maximal length of a span in tokens
 
-    share: float = 0.15  # of the tokens of a row
-    unit: str = "token"
-    masked: float = 0.8  # of the chosen tokens: the mask token stands there
-    random: float = 0.1  # of the chosen tokens: a random token; the others stay as they are
-    span: float = 3.8  # tokens of a span on average, before spans are clipped
-    longest: int = 10  # tokens of a span at most
-
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if not 0 < self.share <= 1:
-            raise ValueError(f"share must be above 0 and at most 1, got {self.share}")
-        if self.unit not in UNITS:
-            raise ValueError(f"unit must be one of {', '.join(UNITS)}, got {self.unit!r}")
-        if self.masked < 0 or self.random < 0 or self.masked + self.random > 1:
-            raise ValueError(f"masked = {self.masked} and random = {self.random} must be shares of 1")
-        if self.span < 1 or self.longest < 1:
-            raise ValueError(f"span = {self.span} and longest = {self.longest} must be at least 1")
+            raise InputError("share", f"{self.share} is not in (0, 1]")
+        require_choice(self, "unit", UNITS)
+        require_at_least(self, 0, "masked", "random")
+        if self.masked + self.random > 1:
+            raise InputError("masked", f"{self.masked} and random = {self.random} add up to more than 1")
+        require_at_least(self, 1, "span", "longest")
 
 
 @dataclasses.dataclass(frozen=True)
 class DataConfig:
-    """Where the tokens come from, and what is to be predicted.
+    """Source of the tokens, tokenizer, windows and objective."""
 
-    `task` is "text" or the name of a probe of `data.probes.PROBES`, whose own keys are the section `probe`.
-    """
-
-    task: str
-    files: str  # a file, folder, glob, several by commas; empty: CPython's own text
-    length: int  # tokens of a window
-    validation: str = ""  # files that are held out; empty: some of `files`, see `load_corpus`
-    tfds: str = ""  # instead of files: "name:version" of a TFDS set
-    tfds_dir: str = ""  # where TFDS sets are; empty: TFDS's own default
-    train_split: str = "train"  # of the TFDS set, with its slices, such as "train[:90%]"
+    task: str  # "text", or a probe of `data.probes.PROBES`, whose keys are then the section `probe`
+    files: str  # a file, folder or glob, or several joined by commas; empty for the text that CPython ships
+    length: int  # tokens per window
+    validation: str = ""  # files of validation text; empty to hold out some of `files`, see `load_corpus`
+    tfds: str = ""  # "name:version" of a TFDS data set, an alternative to `files`
+    tfds_dir: str = ""  # folder of TFDS data sets; empty for the default of TFDS
+    train_split: str = "train"  # of the TFDS data set, with slices such as "train[:90%]"
     validation_split: str = "validation"
-    field: str = "text"  # of jsonl, parquet and TFDS: which field is the text
-    label: str = ""  # and which is the class, for the objective "classify"
-    separator: str = ""  # what separates documents in a text file, with escapes like \n; empty: a file is a document
-    tokenizer: str = "bytes"  # "bytes", "chars", "bpe:SIZE", or a file: tokenizers JSON or SentencePiece model
-    cache: str = ""  # folder of tokenised corpora; empty: ~/.cache/sparsejax, and none for bytes that fit in memory
-    packing: str = "none"  # "none": windows of one stream; "packed": whole documents, kept apart by segments
+    field: str = "text"  # field of jsonl, parquet and TFDS records that holds the text
+    label: str = ""  # field that holds the class, for the objective "classify"
+    separator: str = ""  # between the documents of a text file, with escapes such as \n; empty: a file is a document
+    tokenizer: str = "bytes"  # "bytes", "chars", "bpe:SIZE", or a tokenizers JSON file or SentencePiece model
+    cache: str = ""  # folder of tokenized corpora; empty for ~/.cache/sparsejax, which bytes that fit in memory skip
+    packing: str = "none"  # "none" cuts windows from one stream; "packed" packs whole documents, split by segment ids
     objective: str = "causal"  # "causal", "masked", "prefix" or "classify"
-    mask: MaskConfig = MaskConfig()  # for "masked"
-    prefix: int = 0  # for "prefix": tokens of a window that are given
-    probe: Any = None
+    mask: MaskConfig = MaskConfig()  # for the objective "masked"
+    prefix: int = 0  # tokens at the start of a window that are not predicted, for the objective "prefix"
+    probe: Probe | None = dataclasses.field(default=None, metadata={"kind": "task"})  # None for text
 
-    def __post_init__(self):
-        if self.length < 1:
-            raise ValueError(f"length must be at least 1, got {self.length}")
-        if self.task not in ("text", *PROBES):
-            raise ValueError(f"task must be one of text, {', '.join(PROBES)}, got {self.task!r}")
-        if self.task != "text" and (self.objective, self.packing) != ("causal", "none"):
-            raise ValueError(f"objective and packing: the probe {self.task} has its own")
-        if self.task != "text" and self.probe is None:
-            object.__setattr__(self, "probe", PROBES[self.task]())
-        for name, options in (("objective", OBJECTIVES), ("packing", PACKINGS)):
-            if getattr(self, name) not in options:
-                raise ValueError(f"{name} must be one of {', '.join(options)}, got {getattr(self, name)!r}")
+    def __post_init__(self) -> None:
+        require_at_least(self, 1, "length")
+        require_choice(self, "task", ("text", *PROBES))
+        if self.task != "text":
+            self._set_up_probe()
+        require_choice(self, "objective", OBJECTIVES)
+        require_choice(self, "packing", PACKINGS)
         if self.tfds and (self.files or self.validation):
-            raise ValueError("files and tfds: one of them must be empty")
+            raise InputError("tfds", "cannot be combined with files or validation")
         if self.objective == "prefix" and not 1 <= self.prefix < self.length:
-            raise ValueError(f"prefix = {self.prefix} must leave some of length = {self.length} to predict")
+            raise InputError("prefix", f"{self.prefix} is not in [1, {self.length}), as length = {self.length}")
         if self.objective == "prefix" and self.packing == "packed":
-            raise ValueError("packing: a prefix is the start of a window, and packed windows hold several documents")
-        if self.objective == "classify" and (self.packing == "packed" or not self.label):
-            raise ValueError("objective: classify needs label, the field of the class, and packing = 'none'")
+            raise InputError("packing", "a packed window has several documents, but the prefix is that of the window")
+        if self.objective == "classify" and self.packing == "packed":
+            raise InputError("packing", "must be 'none' for the objective 'classify'")
+        if self.objective == "classify" and not self.label:
+            raise InputError("label", "is empty, but the objective 'classify' reads the class from this field")
+
+    def _set_up_probe(self) -> None:
+        for name, default in (("objective", "causal"), ("packing", "none")):
+            if getattr(self, name) != default:
+                raise InputError(name, f"{getattr(self, name)!r} does not apply to the probe {self.task}")
+        if self.probe is None:
+            object.__setattr__(self, "probe", PROBES[self.task]())

@@ -1,0 +1,40 @@
+"""`sparsejax train`."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from rich.console import Console
+
+from sparsejax import config as configs
+from sparsejax import sharding
+from sparsejax.cli.arguments import add_config, require_config
+from sparsejax.cli.exit_codes import INTERRUPTED, LOSS_DIVERGED
+from sparsejax.train import Interrupted, LossDiverged, train
+
+OVERRIDES = ("config",)
+EXIT_CODES = {Interrupted: INTERRUPTED, LossDiverged: LOSS_DIVERGED}
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Adds the options of the verb."""
+    add_config(parser)
+    parser.add_argument("--workdir", required=True, metavar="DIR", help="folder of the run; resumes the run in it")
+    parser.add_argument(
+        "--distributed",
+        nargs="?",
+        const="auto",
+        metavar="HOST:PORT,INDEX/COUNT",
+        help="join the processes that train the model together: the address of the first one, and the index of this one"
+        " and their count; on Slurm, MPI and TPU pods without a value",
+    )
+
+
+def run(options: argparse.Namespace, console: Console) -> None:
+    """Trains a model."""
+    settings = configs.load(require_config(options), options.overrides["config"])
+    if options.distributed is not None:
+        sharding.initialize_distributed(options.distributed)
+        console.quiet = not sharding.is_coordinator()
+    train(settings, Path(options.workdir), console)

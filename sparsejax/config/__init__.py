@@ -1,0 +1,50 @@
+"""Configuration: a ConfigDict from a file and overrides, checked once into frozen dataclasses.
+
+Below this package nothing reads a ConfigDict. `load` fills in every default at once, so that overrides, records and
+digests cover the whole configuration. A key without a default must be present.
+"""
+
+from sparsejax.config.build import ConfigError, build, complete
+from sparsejax.config.diff import difference, digest
+from sparsejax.config.load import load, run_file
+from sparsejax.config.override import check, check_evaluation, check_phase, override
+from sparsejax.config.schema import (
+    BASE_PHASE,
+    AxialConfig,
+    CheckpointConfig,
+    Config,
+    EmbeddingConfig,
+    EvalConfig,
+    HeadConfig,
+    ModelConfig,
+    OptimizerConfig,
+    PhaseConfig,
+    ShardingConfig,
+    TrainConfig,
+)
+
+__all__ = [
+    "BASE_PHASE",
+    "AxialConfig",
+    "CheckpointConfig",
+    "Config",
+    "ConfigError",
+    "EmbeddingConfig",
+    "EvalConfig",
+    "HeadConfig",
+    "ModelConfig",
+    "OptimizerConfig",
+    "PhaseConfig",
+    "ShardingConfig",
+    "TrainConfig",
+    "build",
+    "check",
+    "check_evaluation",
+    "check_phase",
+    "complete",
+    "difference",
+    "digest",
+    "load",
+    "override",
+    "run_file",
+]

@@ -1,0 +1,371 @@
+"""The schema of a configuration: its sections as frozen dataclasses, whose fields are the keys.
+
+Every section checks its own values, and `Config` checks the sections against one another. Sections of the layers are
+in `sparsejax.layers`, those of the data in `sparsejax.data.config`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+from sparsejax import patterns, schedule
+from sparsejax.data.config import DataConfig
+from sparsejax.errors import InputError, require_at_least, require_choice
+from sparsejax.layers import ACTIVATIONS, LayerConfig, MixerConfig, NormConfig, SharedConfig
+from sparsejax.overrides import Overrides
+
+
+@dataclasses.dataclass(frozen=True)
+class AxialConfig:
+    """Axial position embeddings (Reformer, arXiv:2001.04451).
+
+    Position `i` has the row `i // shape[1]` and the column `i % shape[1]`; the embeddings of both are concatenated.
+    """
+
+    shape: tuple[int, ...]  # rows and columns
+    widths: tuple[int, ...]  # widths of the row and column embeddings; their sum is the model's width
+
+    def __post_init__(self) -> None:
+        for name in ("shape", "widths"):
+            value = getattr(self, name)
+            if len(value) != 2 or min(value) < 1:
+                raise InputError(name, f"{list(value)} is not a pair of numbers of at least 1")
+
+    @property
+    def length(self) -> int:
+        """Number of positions."""
+        return self.shape[0] * self.shape[1]
+
+
+@dataclasses.dataclass(frozen=True)
+class EmbeddingConfig:
+    """From tokens to the input of the first layer, in the order of the fields."""
+
+    scale: float = 1.0  # factor on the token embedding, such as width ** 0.5 (arXiv:1706.03762)
+    types: int = 0  # token types (BERT); every token has type 0
+    positions: int = 0  # learned absolute positions; 0 for none
+    axial: AxialConfig | None = None  # axial positions, an alternative to `positions`
+    padding: int | None = None  # token id without a position; positions start at padding + 1 (RoBERTa)
+    norm: NormConfig | None = None
+
+    def __post_init__(self) -> None:
+        require_at_least(self, 0, "types", "positions")
+        if self.axial is not None and (self.positions or self.padding is not None):
+            raise InputError("axial", "cannot be combined with positions or padding")
+
+
+@dataclasses.dataclass(frozen=True)
+class HeadConfig:
+    """From the last norm to the logits: with an `activation`, a linear map, the activation and a norm come first."""
+
+    activation: str | None = None  # as in BERT's head for masked language models
+    linear_bias: bool = True  # bias of the linear map before the activation
+    norm: NormConfig | None = None  # norm after the activation
+    bias: bool = False  # bias of the logits
+    scale: float = 1.0  # factor on the logits
+    softcap: float | None = None  # bounds the logits to softcap * tanh(logits / softcap) (Gemma 2, arXiv:2408.00118)
+    pool: str = "none"  # "mean" averages over the tokens, for sequence classification
+
+    def __post_init__(self) -> None:
+        require_choice(self, "pool", ("none", "mean"))
+        if self.activation is not None:
+            require_choice(self, "activation", ACTIVATIONS)
+        if self.softcap is not None and self.softcap <= 0:
+            raise InputError("softcap", f"{self.softcap} is not above 0")
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelConfig:
+    """A sequence model: an embedding, the layers of the schedule, a norm and a head."""
+
+    vocab: int
+    width: int
+    schedule: str  # layer names and repetitions, such as "3x(ssm local) full"
+    layers: dict[str, LayerConfig]  # by name
+    norm: NormConfig | None  # before the head
+    tied: bool  # the head uses the token embedding's matrix
+    dtype: str  # of the computation, float32 or bfloat16; parameters and optimizer state are float32
+    scan: bool  # scan over the schedule's shortest repeating period instead of unrolling all layers
+    causal: bool = True  # predict the next token: no layer attends to later positions
+    embedding: EmbeddingConfig = EmbeddingConfig()
+    head: HeadConfig = HeadConfig()
+    reversible: bool = False  # reversible residual stream (Reformer, arXiv:2001.04451), see `layers.Layer`
+    shared: dict[str, SharedConfig] = dataclasses.field(default_factory=dict)  # shared blocks by name
+    dropout: float = 0.0  # rate in training, on the embedding and the outputs of mixers and MLPs (arXiv:1706.03762)
+
+    def __post_init__(self) -> None:
+        require_at_least(self, 1, "vocab", "width")
+        require_choice(self, "dtype", ("float32", "bfloat16"))
+        if not 0 <= self.dropout < 1:
+            raise InputError("dropout", f"{self.dropout} is not in [0, 1)")
+        axial = self.embedding.axial
+        if axial is not None and sum(axial.widths) != self.width:
+            raise InputError("embedding.axial.widths", f"{list(axial.widths)} do not add up to width = {self.width}")
+        if not self.layers:
+            raise InputError("layers", "has no layer")
+        schedule.check(self.schedule, self.layers)
+        for name, layer in self.layers.items():
+            if layer.side is not None and layer.side.shared not in self.shared:
+                raise InputError(f"layers.{name}.side.shared", f"shared has no block {layer.side.shared!r}")
+            if layer.side is not None and self.reversible:
+                raise InputError(f"layers.{name}.side", "a reversible model cannot use shared blocks")
+            self._check_causal(f"layers.{name}", layer.mixer)
+        for name, block in self.shared.items():
+            self._check_causal(f"shared.{name}", block.mixer)
+
+    def _check_causal(self, section: str, mixer: MixerConfig | None) -> None:
+        ahead = mixer.connectivity.lookahead() if self.causal and mixer is not None else 0
+        if ahead > 0:
+            raise InputError(
+                f"{section}.mixer.pattern",
+                f"{str(mixer.connectivity)!r} attends to {ahead} later positions, but model.causal is true; write"
+                " 'causal & ...'",
+            )
+
+    def check(self, length: int) -> None:
+        """Checks that every mixer works on sequences of `length` tokens.
+
+        Raises:
+          InputError: names the key, such as `layers.local.mixer.pattern`.
+        """
+        for name, layer in self.layers.items():
+            if hasattr(layer.mixer, "pattern"):
+                try:
+                    patterns.parse(layer.mixer.pattern, length)
+                except patterns.PatternError as error:
+                    raise InputError(f"layers.{name}.mixer.pattern", str(error)) from None
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Layer names in the order of the schedule."""
+        return schedule.parse(self.schedule)
+
+    @property
+    def fold(self) -> schedule.Fold:
+        """The layers that are scanned and those that are unrolled."""
+        return schedule.fold(self.names) if self.scan else schedule.Fold(self.names, (), 0, ())
+
+    @property
+    def connectivity(self) -> list[tuple[str, patterns.Pattern]]:
+        """Name and pattern of each layer in the order of the schedule, from which the receptive field follows."""
+        return [(name, self._layer_connectivity(self.layers[name])) for name in self.names]
+
+    def _layer_connectivity(self, layer: LayerConfig) -> patterns.Pattern:
+        if layer.side is None:
+            return layer.connectivity
+        return layer.connectivity | self.shared[layer.side.shared].mixer.connectivity
+
+
+@dataclasses.dataclass(frozen=True)
+class PhaseConfig:
+    """Overrides of the configuration from step `start` up to the next phase (staged training).
+
+    `set` holds the overrides as nested sections, and each phase starts from the run's configuration, not from that of
+    the previous phase:
+
+        config.train.phases = dict(long=dict(start=10_000, set=dict(data=dict(length=4096))))
+
+    The command line adds a phase by setting its keys:
+
+        --config.train.phases.long.start=10000 --config.train.phases.long.set.data.length=4096
+
+    A phase can set the keys in `PHASE_KEYS`.
+    """
+
+    start: int  # first step, counted from 0
+    set: Overrides = dataclasses.field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        require_at_least(self, 0, "start")
+
+
+BASE_PHASE = "base"  # name of the steps before the first phase
+# Keys that a phase can set, and prefixes, which end in a dot. A phase cannot change the shapes of the parameters.
+PHASE_KEYS = (
+    "data.length",
+    "train.batch",
+    "train.accumulate",
+    "optimizer.learning_rate",
+    "optimizer.warmup",
+    "eval.batch",
+    "eval.batches",
+    "eval.final",
+    "eval.stride",
+    "model.",
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainConfig:
+    """The training loop."""
+
+    steps: int
+    batch: int  # windows per step
+    accumulate: int  # microbatches per step, over which gradients are summed
+    seed: int
+    log_every: int  # steps
+    bad_loss: str  # if the loss diverges: "stop" with a checkpoint, or "skip" the update
+    spike: float  # a loss above this multiple of its running mean has diverged; 0: only a loss that is not finite
+    phases: dict[str, PhaseConfig] = dataclasses.field(default_factory=dict)  # by name
+
+    def __post_init__(self) -> None:
+        require_at_least(self, 1, "steps", "batch", "accumulate", "log_every")
+        require_at_least(self, 0, "seed", "spike")
+        require_choice(self, "bad_loss", ("stop", "skip"))
+        if self.batch % self.accumulate:
+            raise InputError("batch", f"{self.batch} is not divisible by accumulate = {self.accumulate}")
+        starts = [phase.start for phase in self.phases.values()]
+        if BASE_PHASE in self.phases:
+            raise InputError(f"phases.{BASE_PHASE}", "the name is that of the steps before the first phase; rename it")
+        if len(set(starts)) < len(starts):
+            raise InputError("phases", "two phases start at the same step")
+        for name, phase in self.phases.items():
+            if phase.start >= self.steps:
+                raise InputError(f"phases.{name}.start", f"{phase.start} is not below steps = {self.steps}")
+
+
+@dataclasses.dataclass(frozen=True)
+class OptimizerConfig:
+    """AdamW (arXiv:1711.05101) with linear warm-up, a learning-rate schedule and clipping by global norm."""
+
+    learning_rate: float  # peak, at the end of the warm-up
+    final_rate: float  # rate at the last step as a fraction of the peak; a constant schedule ignores it
+    warmup: int  # steps
+    beta1: float
+    beta2: float
+    eps: float
+    weight_decay: float
+    clip: float  # maximal global norm of the gradient
+    schedule: str = "cosine"  # after the warm-up: "cosine", "linear" or "constant"
+
+    def __post_init__(self) -> None:
+        require_at_least(self, 0, "learning_rate", "final_rate", "warmup", "weight_decay")
+        require_choice(self, "schedule", ("cosine", "linear", "constant"))
+        for name in ("beta1", "beta2"):
+            if not 0 <= getattr(self, name) < 1:
+                raise InputError(name, f"{getattr(self, name)} is not in [0, 1)")
+        for name in ("eps", "clip"):
+            if getattr(self, name) <= 0:
+                raise InputError(name, f"{getattr(self, name)} is not above 0")
+
+
+@dataclasses.dataclass(frozen=True)
+class CheckpointConfig:
+    """Checkpoints, of which the newest and the best by evaluation loss are kept."""
+
+    every: int  # steps
+    keep_last: int
+    keep_best: int
+
+    def __post_init__(self) -> None:
+        require_at_least(self, 1, "every", "keep_last")
+        require_at_least(self, 0, "keep_best")
+
+
+@dataclasses.dataclass(frozen=True)
+class ShardingConfig:
+    """Number of devices along each mesh axis."""
+
+    data: int  # -1 for the devices that the other axes leave
+    fsdp: int
+    tensor: int
+
+    def __post_init__(self) -> None:
+        require_at_least(self, 1, "fsdp", "tensor")
+        if self.data != -1:
+            require_at_least(self, 1, "data")
+
+
+# Keys that an evaluation of `eval.also` can set, and prefixes, which end in a dot. Parameters and validation text stay.
+EVALUATION_KEYS = ("data.length", "data.probe.", "eval.batch", "eval.final", "eval.stride", "model.")
+
+
+@dataclasses.dataclass(frozen=True)
+class EvalConfig:
+    """Evaluation on validation text, during the run and at its end.
+
+    `also` adds evaluations at the end, by name, each with overrides on top of those of the last phase:
+
+        config.eval.also = dict(long=dict(data=dict(length=4096)), local=dict(model=dict(schedule="8x(local)")))
+
+    The command line adds one in the same way, even to a run that has ended: `--config.eval.also.long.data.length=4096`.
+    An evaluation can set the keys in `EVALUATION_KEYS`.
+    """
+
+    every: int  # steps
+    batch: int  # windows
+    batches: int  # per evaluation during the run
+    sample: int  # tokens of text to generate at the end
+    stride: int = 0  # tokens between the starts of windows, which score their last `stride` tokens; 0: data.length
+    final: int = 0  # batches of the evaluation at the end, evenly spaced; 0: all of the validation text
+    also: dict[str, Overrides] = dataclasses.field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        require_at_least(self, 1, "every", "batch", "batches")
+        require_at_least(self, 0, "sample", "stride", "final")
+        for name in self.also:
+            if not name or "/" in name:  # a metric has it as a suffix behind a slash
+                raise InputError("also", f"the name {name!r} is empty or contains '/'")
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """A run."""
+
+    model: ModelConfig
+    data: DataConfig
+    train: TrainConfig
+    optimizer: OptimizerConfig
+    checkpoint: CheckpointConfig
+    sharding: ShardingConfig
+    eval: EvalConfig
+
+    def __post_init__(self) -> None:
+        if self.checkpoint.keep_best and self.checkpoint.every % self.eval.every:
+            raise InputError(
+                "checkpoint.keep_best",
+                f"ranks checkpoints by evaluation loss, but eval.every = {self.eval.every} does not divide"
+                f" checkpoint.every = {self.checkpoint.every}; change one of them or set keep_best = 0",
+            )
+        if self.eval.stride > self.data.length:
+            raise InputError("eval.stride", f"{self.eval.stride} is above data.length = {self.data.length}")
+        if self.data.probe is not None:
+            self._check_probe()
+        else:
+            self._check_objective()
+        try:
+            self.model.check(self.data.length)
+        except InputError as error:
+            raise error.within("model") from None
+
+    def _check_probe(self) -> None:
+        data, probe = self.data, self.data.probe
+        if probe.length != data.length:
+            raise InputError("data.length", f"{data.length} is not data.probe.length = {probe.length}")
+        if probe.vocab > self.model.vocab:
+            raise InputError("model.vocab", f"{self.model.vocab} is below {probe.vocab}, the vocabulary of {data.task}")
+
+    def _check_objective(self) -> None:
+        """Compares what the objective predicts with what the model attends to."""
+        objective, causal, pool = self.data.objective, self.model.causal, self.model.head.pool
+        if objective == "causal" and not causal:
+            raise InputError("model.causal", "is false, but data.objective = 'causal' predicts the next token")
+        if objective != "classify" and pool != "none":
+            raise InputError("model.head.pool", f"is {pool!r}, but data.objective = {objective!r} predicts tokens")
+        if objective == "classify" and causal and pool == "none":
+            raise InputError(
+                "model.causal",
+                "is true, but data.objective = 'classify' reads the class from the first token, which attends to itself"
+                " alone; set it to false, or model.head.pool to 'mean'",
+            )
+        if objective == "masked" and causal:
+            raise InputError("model.causal", "is true, but data.objective = 'masked' predicts from both sides")
+        if objective == "prefix" and not causal:
+            allowed = patterns.Causal() | patterns.Prefix(self.data.prefix)
+            for name, pattern in dict(self.model.connectivity).items():
+                if (pattern - allowed).pairs(self.data.length):
+                    raise InputError(
+                        f"model.layers.{name}.mixer.pattern",
+                        f"{str(pattern)!r} attends to tokens that data.objective = 'prefix' predicts; it can attend to"
+                        f" {str(allowed)!r}",
+                    )

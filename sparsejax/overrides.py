@@ -1,0 +1,73 @@
+"""Overrides: the one form in which the command line, sweeps, phases and evaluations change a configuration.
+
+Overrides are a dict by dotted key, such as `{"train.steps": 100, "model.schedule": "4x(local)"}`. A string is read as
+the command line reads it: as text where the key holds text, else as a literal, so that `"100"` and `100` are the same
+value of `train.steps`. Other values are taken as they are.
+"""
+
+from __future__ import annotations
+
+import ast
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from sparsejax.errors import InputError
+
+Overrides = dict[str, Any]
+
+LITERALS = {"true": True, "false": False, "none": None}  # in any case, besides the literals of Python
+
+
+def parse_overrides(texts: Iterable[str]) -> Overrides:
+    """Parses `KEY=VALUE` texts. The last of several values of a key counts.
+
+    Raises:
+      InputError: a text has no `=`.
+    """
+    overrides = {}
+    for text in texts:
+        key, equals, value = text.partition("=")
+        if not equals:
+            raise InputError(key, "has no value; write KEY=VALUE")
+        overrides[key] = value
+    return overrides
+
+
+def write_overrides(overrides: Mapping[str, Any]) -> list[str]:
+    """Writes `KEY=VALUE` texts, which `parse_overrides` reads."""
+    return [f"{key}={write_value(value)}" for key, value in overrides.items()]
+
+
+def write_value(value: Any) -> str:
+    """Writes a value as the command line takes it."""
+    return value if isinstance(value, str) else repr(value)
+
+
+def read_value(value: Any, current: Any) -> Any:
+    """Reads the value of an override.
+
+    Args:
+      value: The value, or its text.
+      current: The value that it replaces. Text stays text if this is text; an integer becomes a float if this is one.
+    """
+    if isinstance(value, str) and not isinstance(current, str):
+        value = _read_literal(value)
+    return float(value) if isinstance(current, float) and type(value) is int else value
+
+
+def _read_literal(text: str) -> Any:
+    if text.lower() in LITERALS:
+        return LITERALS[text.lower()]
+    try:
+        return ast.literal_eval(text)
+    except (ValueError, TypeError, SyntaxError, MemoryError, RecursionError):
+        return text
+
+
+def flatten(section: Mapping[str, Any], prefix: str = "") -> Overrides:
+    """Values of nested sections by dotted key."""
+    overrides: Overrides = {}
+    for key, value in section.items():
+        nested = flatten(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {f"{prefix}{key}": value}
+        overrides |= nested
+    return overrides
