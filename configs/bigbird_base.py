@@ -34,7 +34,7 @@ def build(itc):
         width=768,
         schedule=" ".join(f"layer{i}" for i in range(LAYERS)),
         layers={f"layer{i}": layer(i) for i in range(LAYERS)},
-        norm=recipe.no_norm(),
+        norm=None,
         tied=True,
         causal=False,
         embedding=dict(types=2, positions=4096, norm=norm),

@@ -51,7 +51,7 @@ def build(layers, width, heads, tile, vocab, learned=True):
         width,
         " ".join(f"random_window_global{i}" for i in range(layers)),
         {name: layer(pattern) for name, pattern in write_patterns(layers, heads, tile).items()},
-        recipe.no_norm() if learned else norm,
+        None if learned else norm,
         tied=True,
         causal=False,
         embedding=dict(positions=512 if learned else 0, norm=norm),

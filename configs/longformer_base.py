@@ -23,7 +23,7 @@ def get_config(argument=""):
         width=768,
         schedule="12x(local)",
         layers=dict(local=recipe.layer(mixer, recipe.plain(3072, "gelu", bias=True), norm, "post")),
-        norm=recipe.no_norm(),
+        norm=None,
         tied=True,
         causal=False,
         embedding=dict(types=1, positions=4098, padding=1, norm=norm),

@@ -27,10 +27,6 @@ def rms(eps, **options):
     return dict(kind="rms", eps=eps, **options)
 
 
-def no_norm():
-    return dict(kind="none", eps=1e-6)
-
-
 def layer(mixer, mlp, norm, norm_position="pre", **options):
     """One residual unit; activations are computed again in the backward pass."""
     return dict(mixer=mixer, mlp=mlp, norm=norm, norm_position=norm_position, remat=True, **options)
@@ -38,9 +34,7 @@ def layer(mixer, mlp, norm, norm_position="pre", **options):
 
 def attention(pattern, heads, kv_heads, head_width, rope=None, qk_norm=None, **options):
     sizes = dict(heads=heads, kv_heads=kv_heads, head_width=head_width)
-    return (
-        dict(kind="attention", pattern=pattern, rope=rope, qk_norm=qk_norm or no_norm(), impl="auto") | sizes | options
-    )
+    return dict(kind="attention", pattern=pattern, rope=rope, qk_norm=qk_norm, impl="auto") | sizes | options
 
 
 def mamba(width, **options):

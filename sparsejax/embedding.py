@@ -1,4 +1,4 @@
-"""The two ends of a model: from tokens to the stream, and from the stream to logits."""
+"""The two ends of a model: from tokens to the residual stream, and from the stream to logits."""
 
 from __future__ import annotations
 
@@ -8,41 +8,42 @@ from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
 from sparsejax.config import ModelConfig
-from sparsejax.layers import ACTIVATIONS, Linear, Norm, Stream, parameter
+from sparsejax.errors import InputError
+from sparsejax.layers import ACTIVATIONS, Linear, Stream, make_norm, normalize, parameter
 
 
 class Embedding(nnx.Module):
-    """Token embeddings, scaled; plus type and learned positions; normalised: see `EmbeddingConfig`."""
+    """Scaled token embeddings plus type and learned positions, normalized; see `EmbeddingConfig`."""
 
     def __init__(self, config: ModelConfig, stream: Stream, rngs: nnx.Rngs):
         self.config, self.dtype = config.embedding, stream.dtype
         init = jax.nn.initializers.normal(config.width**-0.5)
 
-        def table(rows: int, axes: tuple[str | None, str]) -> nnx.Param | None:
-            return parameter(rngs, init, (rows, config.width), axes) if rows else None
+        def table(rows: int, axes: tuple[str | None, str] = (None, "width")) -> nnx.Param:
+            return parameter(rngs, init, (rows, config.width), axes)
 
         self.tokens = table(config.vocab, ("vocab", "width"))
-        self.types = table(self.config.types, (None, "width"))
-        self.positions = table(self.config.positions, (None, "width"))
+        self.types = table(self.config.types) if self.config.types else None
+        self.positions = table(self.config.positions) if self.config.positions else None
         axial = self.config.axial
         sizes = zip(axial.shape, axial.widths, strict=True) if axial else ()
         self.axial = nnx.List([parameter(rngs, init, size, (None, None)) for size in sizes])
-        self.norm = None if self.config.norm is None else Norm(self.config.norm, config.width, rngs)
+        self.norm = make_norm(self.config.norm, config.width, rngs)
 
     def __call__(self, tokens: Int[Array, "b t"], positions: Int[Array, "b t"] | None = None) -> Float[Array, "b t m"]:
-        """The stream before the first layer.
+        """Returns the residual stream before the first layer.
 
         Args:
-          tokens: token ids.
-          positions: of the tokens in their documents; None: their places in the row.
+          tokens: Token ids.
+          positions: Positions of the tokens in their documents; defaults to positions in the row.
 
         Raises:
-          ValueError: more tokens than there are learned positions.
+          InputError: There are more tokens than learned positions.
         """
         start, axial = self.config.padding, self.config.axial
-        rows = self.config.positions if axial is None else axial.length
-        if rows and tokens.shape[1] + (0 if start is None else start + 1) > rows:
-            raise ValueError(f"{tokens.shape[1]} tokens are more than the {rows} positions that the model has")
+        limit = self.config.positions if axial is None else axial.length
+        if limit and tokens.shape[1] + (0 if start is None else start + 1) > limit:
+            raise InputError("tokens", f"{tokens.shape[1]} tokens exceed the {limit} learned positions of the model")
         if positions is not None:
             return self._embed(tokens, positions if start is None else positions + start + 1)
         if start is None:
@@ -51,7 +52,7 @@ class Embedding(nnx.Module):
         return self._embed(tokens, start + jnp.cumsum(real, axis=1) * real)
 
     def step(self, tokens: Int[Array, " b"], position: Int[Array, ""]) -> Float[Array, "b m"]:
-        """The embedding of one token, at `position`; padding has no place in a step."""
+        """Returns the embedding of one token per row at `position`; none of them is padding."""
         return self._embed(tokens, position if self.config.padding is None else position + self.config.padding + 1)
 
     def _embed(self, tokens: Array, positions: Array) -> Array:
@@ -62,14 +63,14 @@ class Embedding(nnx.Module):
         if self.positions is not None:
             x = x + self.positions[...].astype(self.dtype)[positions]
         if self.config.axial is not None:
-            places = jnp.divmod(positions, self.config.axial.shape[1])
-            parts = [table[...].astype(self.dtype)[at] for table, at in zip(self.axial, places, strict=True)]
+            indices = jnp.divmod(positions, self.config.axial.shape[1])
+            parts = [table[...].astype(self.dtype)[index] for table, index in zip(self.axial, indices, strict=True)]
             x = x + jnp.concatenate(parts, axis=-1)
-        return x if self.norm is None else self.norm(x)
+        return normalize(self.norm, x)
 
 
 class Head(nnx.Module):
-    """Logits from the last norm's output: see `HeadConfig`."""
+    """Logits from the output of the last norm; see `HeadConfig`."""
 
     def __init__(self, config: ModelConfig, stream: Stream, rngs: nnx.Rngs):
         self.config, self.dtype = config.head, stream.dtype
@@ -79,29 +80,28 @@ class Head(nnx.Module):
             return Linear(m, m, ("width", None), dtype=stream.dtype, rngs=rngs, bias=self.config.linear_bias)
 
         self.linear = None if self.config.activation is None else project()
-        self.norm = None if self.config.norm is None else Norm(self.config.norm, m, rngs)
-        init = jax.nn.initializers.normal(inputs**-0.5)
-        self.weight = None if config.tied else parameter(rngs, init, (inputs, config.vocab), ("width", "vocab"))
+        self.norm = make_norm(self.config.norm, m, rngs)
+        init, shape = jax.nn.initializers.normal(inputs**-0.5), (inputs, config.vocab)
+        self.weight = None if config.tied else parameter(rngs, init, shape, ("width", "vocab"), decay=True)
         zeros = jax.nn.initializers.zeros
         self.bias = parameter(rngs, zeros, (config.vocab,), ("vocab",)) if self.config.bias else None
 
-    def __call__(self, x: Float[Array, "*b m"], embedding: Float[Array, "v m"]) -> Float[Array, "*b v"]:
-        """Logits in float32; `embedding` is the tokens' table, for heads that are tied to it."""
-        if self.linear is not None:
+    def __call__(self, x: Float[Array, "*b m"], embedding: Float[Array, "v w"]) -> Float[Array, "*b v"]:
+        """Returns logits in float32; `embedding` is the token table, which tied heads use transposed."""
+        if self.linear is not None and self.config.activation is not None:
             x = ACTIVATIONS[self.config.activation](self.linear(x))
-        if self.norm is not None:
-            x = self.norm(x)
+        x = normalize(self.norm, x)
         weight = embedding.T if self.weight is None else self.weight[...]
-        # Multiplied in the stream's dtype, but summed and kept in float32: the loss would feel the rounding.
+        # Multiplied in the dtype of the stream, but accumulated in float32: rounded logits would affect the loss.
         logits = jnp.matmul(x, weight.astype(self.dtype), preferred_element_type=jnp.float32)
         logits = logits if self.bias is None else logits + self.bias[...]
         logits = logits if self.config.scale == 1 else logits * self.config.scale
-        cap = self.config.softcap
-        return logits if cap is None else cap * jnp.tanh(logits / cap)
+        softcap = self.config.softcap
+        return logits if softcap is None else softcap * jnp.tanh(logits / softcap)
 
 
-def average(x: Float[Array, "b t m"], mask: Bool[Array, "b t"] | None) -> Float[Array, "b t m"]:
-    """At every position the mean over all of them, or over those where `mask` is true; summed in float32."""
+def mean_pool(x: Float[Array, "b t m"], mask: Bool[Array, "b t"] | None) -> Float[Array, "b t m"]:
+    """Returns at every position the mean over all positions, or over those where `mask` is true, summed in float32."""
     weights = jnp.ones(x.shape[:2]) if mask is None else mask.astype(jnp.float32)
     total = jnp.einsum("btm,bt->bm", x.astype(jnp.float32), weights)
     mean = total / jnp.maximum(weights.sum(1, keepdims=True), 1)

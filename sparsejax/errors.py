@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Self
+import contextlib
+from collections.abc import Collection, Iterator
+from typing import Any, Self
 
 
 class InputError(ValueError):
@@ -27,3 +29,26 @@ class InputError(ValueError):
     def within(self, section: str) -> Self:
         """The same error about the argument as a key of `section`."""
         return type(self)(f"{section}.{self.argument}" if self.argument else section, self.problem)
+
+
+@contextlib.contextmanager
+def argument_path(path: str) -> Iterator[None]:
+    """Prefixes `path` to the argument of an InputError that is raised inside."""
+    try:
+        yield
+    except InputError as error:
+        raise error.within(path) from error
+
+
+def require_at_least(config: Any, least: float, *names: str) -> None:
+    """Raises InputError about the first of these attributes of `config` that is below `least`; None passes."""
+    for name in names:
+        value = getattr(config, name)
+        if value is not None and value < least:
+            raise InputError(name, f"{value} is below {least}")
+
+
+def require_choice(config: Any, name: str, options: Collection[str]) -> None:
+    """Raises InputError if this attribute of `config` is none of `options`."""
+    if getattr(config, name) not in options:
+        raise InputError(name, f"{getattr(config, name)!r} is not one of {', '.join(options)}")

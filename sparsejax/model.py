@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import math
 import operator
 from collections.abc import Callable, Iterator
@@ -14,18 +13,16 @@ from flax import nnx
 from jaxtyping import Array, Float, Int
 
 from sparsejax.config import ModelConfig
-from sparsejax.embedding import Embedding, Head, average
-from sparsejax.layers import EMPTY, Context, Layer, Losses, Norm, Shared, Stream
-
-Cache = dict[str, Any]
+from sparsejax.embedding import Embedding, Head, mean_pool
+from sparsejax.layers import EMPTY, Cache, Context, Layer, Losses, Shared, Stream, make_norm, normalize
 
 
 class Model(nnx.Module):
     """A sequence model.
 
-    The schedule is folded into `before + period * repeats + after`. The layers of the period hold their
-    parameters with a leading axis of `repeats` and run in one `lax.scan`, so that compile time follows the
-    period and not the depth; the others are unrolled.
+    The schedule is folded into `before + period * repeats + after`. The parameters of the period's layers have a
+    leading axis of `repeats`, and the layers run in one `lax.scan`, so that compile time depends on the period instead
+    of the depth. The other layers are unrolled.
     """
 
     def __init__(self, config: ModelConfig, rngs: nnx.Rngs):
@@ -43,59 +40,61 @@ class Model(nnx.Module):
         self.period = nnx.vmap(lambda key: build(self.fold.period, nnx.Rngs(key)))(keys)
         self.after = build(self.fold.after, rngs)
         self.shared = nnx.Dict({name: Shared(block, stream, rngs) for name, block in config.shared.items()})
-        self.norm = Norm(config.norm, config.width * (2 if config.reversible else 1), rngs)
+        self.norm = make_norm(config.norm, config.width * (2 if config.reversible else 1), rngs)
         self.head = Head(config, stream, rngs)
 
     def __call__(self, tokens: Int[Array, "b t"], context: Context = EMPTY) -> Float[Array, "b t v"]:
-        """Logits at every position, in float32; of the next token if the model is causal."""
+        """Returns logits at every position, in float32; a causal model predicts the next token."""
         return self.forward(tokens, context)[0]
 
     def forward(
-        self, tokens: Int[Array, "b t"], context: Context = EMPTY, place: Callable[[Array], Array] = lambda x: x
+        self, tokens: Int[Array, "b t"], context: Context = EMPTY, constrain: Callable[[Array], Array] = lambda x: x
     ) -> tuple[Float[Array, "b t v"], Losses]:
-        """Logits, and what the layers add to the loss, by name and weighted.
+        """Returns logits, and the weighted auxiliary losses of the layers by name.
 
         Args:
-          tokens: token ids.
-          context: what the layers may know of the tokens.
-          place: applied to the stream [b, t, m] between layers; the training step keeps its sharding with it.
+          tokens: Token ids.
+          context: Facts about the tokens, and inputs of particular modules.
+          constrain: Applied to the stream [b, t, m] between layers; the training step keeps it sharded this way.
         """
-        x, context = self._enter(tokens, context)
-        x, losses = place(x), []
+        x, context = self._embed(tokens, context)
+        x, losses = constrain(x), []
 
         def run(layers: nnx.List, x: Array, first: Array | int) -> tuple[Array, list[Losses]]:
-            found = []
-            for number, layer in enumerate(layers):
-                x, more = layer(x, dataclasses.replace(context, layer=jnp.asarray(first + number)))
-                x = place(x)
-                found.append(more)
-            return x, found
+            losses = []
+            for index, layer in enumerate(layers):
+                x, added = layer(x, context.with_extras(layer=jnp.asarray(first + index)))
+                x = constrain(x)
+                losses.append(added)
+            return x, losses
 
-        x, found = run(self.before, x, 0)
-        losses += found
+        x, added = run(self.before, x, 0)
+        losses += added
         if self.fold.repeats:
             graph, parameters = nnx.split(self.period)
-            x, found = jax.lax.scan(
-                lambda x, each: run(nnx.merge(graph, each[0]), x, each[1]), x, (parameters, self._period_starts)
+            x, added = jax.lax.scan(
+                lambda x, period: run(nnx.merge(graph, period[0]), x, period[1]),
+                x,
+                (parameters, self._period_starts),
             )
-            losses += jax.tree.map(jnp.sum, found)
-        x, found = run(self.after, x, len(self.config.names) - len(self.after))
-        losses += found
-        return self._leave(x, context.mask), _add(losses)
+            losses += jax.tree.map(jnp.sum, added)
+        x, added = run(self.after, x, len(self.config.names) - len(self.after))
+        losses += added
+        return self._logits(x, context), _sum_by_name(losses)
 
     def streams(self, tokens: Int[Array, "b t"], context: Context = EMPTY) -> list[Float[Array, "b t m"]]:
-        """The stream before the first layer, after each layer, and after the last norm; every layer unrolled."""
-        x, context = self._enter(tokens, context)
+        """Returns the stream before the first layer, after each layer, and after the last norm; unrolls every layer."""
+        x, context = self._embed(tokens, context)
         streams = [x]
-        for number, layer in enumerate(self._unroll()):
-            x, _ = layer(x, dataclasses.replace(context, layer=jnp.asarray(number)))
+        for index, layer in enumerate(self._unroll()):
+            x, _ = layer(x, context.with_extras(layer=jnp.asarray(index)))
             streams.append(x)
-        return [*streams, self.norm(x)]
+        return [*streams, normalize(self.norm, x)]
 
     def init_cache(self, batch: int, length: int) -> Cache:
-        """Empty caches for decoding `length` tokens; the period's have a leading axis of `repeats`."""
+        """Returns empty caches for decoding `length` tokens; those of the period have a leading axis of `repeats`."""
 
-        def repeat(x):
+        def repeat(x: Array) -> Array:
             return jnp.broadcast_to(x, (self.fold.repeats, *x.shape))
 
         return {
@@ -107,16 +106,16 @@ class Model(nnx.Module):
     def step(
         self, tokens: Int[Array, " b"], cache: Cache, position: Int[Array, ""], length: int
     ) -> tuple[Float[Array, "b v"], Cache]:
-        """Logits after one more token at `position`, and the next cache; `length` as given to `init_cache`."""
+        """Returns logits after one more token at `position`, and the next cache; `length` as in `init_cache`."""
         x = self._double(self.embedding.step(tokens, position))
-        context = Context(embeddings=x, shared=dict(self.shared))
+        context = EMPTY.with_extras(embeddings=x, shared=dict(self.shared))
 
-        def run(layers, x, caches, first):
+        def run(layers: nnx.List, x: Array, caches: list[Cache], first: Array | int) -> tuple[Array, list[Cache]]:
             after = []
-            for number, (layer, held) in enumerate(zip(layers, caches, strict=True)):
-                here = dataclasses.replace(context, layer=jnp.asarray(first + number))
-                x, held = layer.step(x, held, position, length, here)
-                after.append(held)
+            for index, (layer, layer_cache) in enumerate(zip(layers, caches, strict=True)):
+                layer_context = context.with_extras(layer=jnp.asarray(first + index))
+                x, layer_cache = layer.step(x, layer_cache, position, length, layer_context)
+                after.append(layer_cache)
             return x, after
 
         x, before = run(self.before, x, cache["before"], 0)
@@ -124,53 +123,52 @@ class Model(nnx.Module):
         if self.fold.repeats:
             graph, parameters = nnx.split(self.period)
             x, period = jax.lax.scan(
-                lambda x, each: run(nnx.merge(graph, each[0]), x, *each[1:]),
+                lambda x, period: run(nnx.merge(graph, period[0]), x, *period[1:]),
                 x,
                 (parameters, period, self._period_starts),
             )
         x, after = run(self.after, x, cache["after"], len(self.config.names) - len(self.after))
-        return self._leave(x), {"before": before, "period": period, "after": after}
+        return self._logits(x, EMPTY), {"before": before, "period": period, "after": after}
 
     @property
     def _period_starts(self) -> Array:
-        """The number of the first layer of each turn of the period."""
+        """Index of the first layer of each repetition of the period."""
         return len(self.fold.before) + len(self.fold.period) * jnp.arange(self.fold.repeats)
 
     def _unroll(self) -> Iterator[Layer]:
-        """Every layer in order, those of the period cut out of their stack."""
+        """Every layer in order, those of the period sliced from their stacks."""
         yield from self.before
         graph, parameters = nnx.split(self.period)
-        for turn in range(self.fold.repeats):
-            yield from nnx.merge(graph, jax.tree.map(operator.itemgetter(turn), parameters))
+        for repetition in range(self.fold.repeats):
+            yield from nnx.merge(graph, jax.tree.map(operator.itemgetter(repetition), parameters))
         yield from self.after
 
-    def _enter(self, tokens: Array, context: Context) -> tuple[Array, Context]:
-        x = self._double(context.dropout(self.embedding(tokens, context.positions)))
-        return x, dataclasses.replace(context, embeddings=x, shared=dict(self.shared))
+    def _embed(self, tokens: Array, context: Context) -> tuple[Array, Context]:
+        x = self._double(context.dropout(self.embedding(tokens, context.tokens.positions)))
+        return x, context.with_extras(embeddings=x, shared=dict(self.shared))
 
     def _double(self, x: Array) -> Array:
         return jnp.concatenate([x, x], axis=-1) if self.config.reversible else x
 
-    def _leave(self, x: Array, mask: Array | None = None) -> Array:
-        x = self.norm(x)
+    def _logits(self, x: Array, context: Context) -> Array:
+        x = normalize(self.norm, x)
         if self.config.head.pool == "mean":
-            x = average(x, mask)
+            x = mean_pool(x, context.tokens.mask)
         return self.head(x, self.embedding.tokens[...])
 
 
-def _add(losses: list[Losses]) -> Losses:
-    """The sum over layers, name by name."""
+def _sum_by_name(losses: list[Losses]) -> Losses:
     total: Losses = {}
-    for one in losses:
-        for name, value in one.items():
-            total[name] = total.get(name, 0.0) + value
+    for added in losses:
+        for name, value in added.items():
+            total[name] = total[name] + value if name in total else value
     return total
 
 
 class Functional:
     """A model as pure functions of a plain nested dict of parameters, for use under `jax.jit`.
 
-    Arguments of `jit` flatten fastest as plain dicts; the modules are only rebuilt while tracing.
+    Plain dicts are the fastest arguments of `jit`. The modules are rebuilt only while tracing.
     """
 
     def __init__(self, config: ModelConfig):
@@ -178,18 +176,18 @@ class Functional:
         self._graph, self._state = nnx.split(nnx.eval_shape(lambda: Model(config, nnx.Rngs(0))))
 
     def init(self, key: Array) -> dict[str, Any]:
-        """Fresh float32 parameters."""
+        """Returns initial float32 parameters."""
         return nnx.to_pure_dict(nnx.state(Model(self.config, nnx.Rngs(key))))
 
     def bind(self, parameters: dict[str, Any]) -> Model:
-        """The model with these parameters."""
+        """Returns the model with these parameters."""
         state = jax.tree.map(lambda leaf: leaf, self._state)
         nnx.replace_by_pure_dict(state, parameters)
         return nnx.merge(self._graph, state)
 
     @property
     def shapes(self) -> dict[str, Any]:
-        """The parameters' shapes and dtypes."""
+        """Shape and dtype per parameter."""
         return nnx.to_pure_dict(self._state)
 
     @property
@@ -199,12 +197,17 @@ class Functional:
 
     @property
     def axes(self) -> dict[str, Any]:
-        """For each parameter a tuple of logical axis names, None for the scanned period's leading axis."""
+        """A tuple of logical axis names per parameter, None for the leading axis of the scanned period."""
+        return self._metadata(lambda v: (None,) * (len(v.shape) - len(v.axes)) + tuple(v.axes))
 
-        def name(variable: nnx.Variable) -> tuple[str | None, ...]:
-            return (None,) * (len(variable.shape) - len(variable.axes)) + tuple(variable.axes)
+    @property
+    def decay(self) -> dict[str, Any]:
+        """Whether weight decay applies, per parameter."""
+        return self._metadata(lambda v: v.decay)
 
-        named = jax.tree.map(
-            lambda v: v.replace(name(v)), self._state, is_leaf=lambda leaf: isinstance(leaf, nnx.Variable)
+    def _metadata(self, read: Callable[[nnx.Variable], Any]) -> dict[str, Any]:
+        """The tree of parameters with `read(variable)` instead of each of them."""
+        replaced = jax.tree.map(
+            lambda v: v.replace(read(v)), self._state, is_leaf=lambda leaf: isinstance(leaf, nnx.Variable)
         )
-        return nnx.to_pure_dict(named)
+        return nnx.to_pure_dict(replaced)

@@ -1,4 +1,4 @@
-"""Where arrays live: the mesh, and the one table from logical axes to mesh axes."""
+"""The mesh, and the table from logical axes to mesh axes."""
 
 from __future__ import annotations
 
@@ -10,95 +10,103 @@ import jax
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from sparsejax.config import ConfigError, ShardingConfig
+from sparsejax.errors import InputError
+from sparsejax.ops.kernels.mesh import HEAD_AXIS
 
 MESH_AXES = ("data", "fsdp", "tensor")
 BATCH_AXES = ("data", "fsdp")
 
-# Logical axis of a parameter -> mesh axis. Axes not named here, and those that the mesh axis does not divide,
-# are replicated.
-RULES = {"vocab": "tensor", "width": "fsdp", "heads": "tensor", "ff": "tensor", "inner": "tensor", "experts": "tensor"}
+# Mesh axis per logical axis of a parameter. Other axes, and axes that the mesh axis does not divide, are replicated.
+RULES = {
+    "vocab": "tensor",
+    "width": "fsdp",
+    "heads": HEAD_AXIS,
+    "ff": "tensor",
+    "inner": "tensor",
+    "experts": "tensor",
+}
 
 
-def initialize_distributed(place: str) -> None:
-    """Joins the processes that train together, before anything else is done with devices.
+def initialize_distributed(address: str) -> None:
+    """Connects the processes that train together; must precede any use of devices.
 
     Args:
-      place: "auto" where Slurm, MPI, Kubernetes or a TPU pod tells who they are; else "HOST:PORT,INDEX/COUNT": where
-        the first of them listens, and which of how many this one is.
+      address: "auto" under Slurm, MPI, Kubernetes or on a TPU pod; else "HOST:PORT,INDEX/COUNT", with the address of
+        the coordinator, the index of this process and the number of processes.
 
     Raises:
-      ConfigError: a place that cannot be read, no such cluster, or processes that do not come.
+      InputError: The address is malformed, or the processes cannot be connected.
     """
-    found = re.fullmatch(r"([^,]+:\d+),(\d+)/(\d+)", place)
-    if place != "auto" and (found is None or not int(found[2]) < int(found[3])):
-        raise ConfigError(f"--distributed: must be auto or HOST:PORT,INDEX/COUNT, got {place!r}")
-    given = (
-        {"coordinator_address": found[1], "process_id": int(found[2]), "num_processes": int(found[3])} if found else {}
-    )
+    match = re.fullmatch(r"([^,]+:\d+),(\d+)/(\d+)", address)
+    if address != "auto" and (match is None or not int(match[2]) < int(match[3])):
+        raise InputError("distributed", f"{address!r} is neither auto nor HOST:PORT,INDEX/COUNT")
+    cluster: dict[str, Any] = {}
+    if match is not None:
+        cluster = {"coordinator_address": match[1], "process_id": int(match[2]), "num_processes": int(match[3])}
     try:
-        jax.distributed.initialize(**given)
+        jax.distributed.initialize(**cluster)
     except (ValueError, RuntimeError) as error:
-        raise ConfigError(f"--distributed={place}: {error}") from error
+        raise InputError("distributed", f"{address!r} cannot be used: {error}") from error
 
 
 def is_coordinator() -> bool:
-    """Whether this process is the one that writes and speaks for all that train together."""
+    """Whether this process writes and logs for all processes that train together."""
     return jax.process_index() == 0
 
 
 def make_mesh(config: ShardingConfig) -> Mesh:
-    """The mesh of all devices; one device is a 1 x 1 x 1 mesh.
+    """Builds the mesh of all devices; a single device is a 1 x 1 x 1 mesh.
 
     Raises:
-      ConfigError: the axes do not multiply to the number of devices.
+      ConfigError: The product of the axes is not the number of devices.
     """
     devices, others = jax.device_count(), config.fsdp * config.tensor
     data = devices // others if config.data == -1 else config.data
     if data * others != devices:
-        raise ConfigError(
-            f"sharding: data {config.data} x fsdp {config.fsdp} x tensor {config.tensor} does not make up the"
-            f" {devices} devices there are"
-        )
-    # Auto axes: the compiler places intermediate arrays (make_mesh would default to Explicit).
+        axes = f"data = {config.data} x fsdp = {config.fsdp} x tensor = {config.tensor}"
+        raise ConfigError("sharding", f"{axes} is not the number of devices, {devices}")
+    # Auto axes: the compiler shards intermediate arrays (make_mesh would default to Explicit).
     return jax.make_mesh((data, config.fsdp, config.tensor), MESH_AXES, axis_types=(AxisType.Auto,) * 3)
 
 
 def replicated(mesh: Mesh) -> NamedSharding:
-    """The whole array on every device."""
+    """The sharding that replicates an array on every device."""
     return NamedSharding(mesh, PartitionSpec())
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:
-    """Axis 0 split over `data` and `fsdp`."""
+    """The sharding that splits axis 0 over `data` and `fsdp`."""
     return NamedSharding(mesh, PartitionSpec(BATCH_AXES))
 
 
 def batch_shards(mesh: Mesh) -> int:
-    """Into how many parts a batch is split."""
+    """Number of shards of a batch."""
     return math.prod(mesh.shape[axis] for axis in BATCH_AXES)
 
 
 def local_rows(mesh: Mesh, rows: int) -> tuple[int, int]:
-    """Which of how many equal runs of a batch's rows this process has to read."""
-    places = batch_sharding(mesh).addressable_devices_indices_map((rows,)).values()
-    start = min(place[0].start or 0 for place in places)
-    stop = max(rows if place[0].stop is None else place[0].stop for place in places)
+    """Index and number of the equal ranges of a batch's `rows` of which this process reads one."""
+    ranges = [index[0] for index in batch_sharding(mesh).addressable_devices_indices_map((rows,)).values()]
+    start = min(span.start or 0 for span in ranges)
+    stop = max(rows if span.stop is None else span.stop for span in ranges)
     return start // (stop - start), rows // (stop - start)
 
 
 def parameter_shardings(mesh: Mesh, shapes: Any, axes: Any) -> Any:
-    """A NamedSharding for each parameter, by `RULES`.
+    """Returns a NamedSharding per parameter, by `RULES`.
 
     Args:
-      mesh: the mesh.
-      shapes: parameters or their shapes, as a tree.
-      axes: the same tree with a tuple of logical axis names for each parameter.
+      mesh: The mesh.
+      shapes: Tree of parameters or their shapes.
+      axes: The same tree with a tuple of logical axis names per parameter.
     """
 
     def shard(leaf: Any, names: tuple[str | None, ...]) -> NamedSharding:
-        places = [RULES.get(name) for name in names]
-        fits = [p if p and n % mesh.shape[p] == 0 else None for n, p in zip(leaf.shape, places, strict=True)]
-        fits = [None if p in fits[:i] else p for i, p in enumerate(fits)]  # a mesh axis splits an array once
-        return NamedSharding(mesh, PartitionSpec(*fits))
+        spec: list[str | None] = []
+        for size, name in zip(leaf.shape, names, strict=True):
+            axis = None if name is None else RULES.get(name)
+            fits = axis is not None and size % mesh.shape[axis] == 0
+            spec.append(axis if fits and axis not in spec else None)  # a mesh axis splits an array once
+        return NamedSharding(mesh, PartitionSpec(*spec))
 
     return jax.tree.map(shard, shapes, axes)

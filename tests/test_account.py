@@ -25,12 +25,12 @@ from sparsejax.model import Functional
 from sparsejax.patterns import parse
 
 LENGTH, WIDTH = 256, 256
-NORM = NormConfig("rms", 1e-6)
-MLP = MlpConfig("gated", 512, "silu")
+NORM = NormConfig(kind="rms", eps=1e-6)
+MLP = MlpConfig(kind="gated", width=512, activation="silu")
 
 
 def attention(pattern):
-    return AttentionConfig(pattern, 2, 1, 128, rope=None, qk_norm=NormConfig("none", 1e-6), impl="dense")
+    return AttentionConfig(pattern=pattern, heads=2, kv_heads=1, head_width=128, rope=None, qk_norm=None, impl="dense")
 
 
 def xla_flops(function, *arguments):
@@ -83,7 +83,10 @@ def test_xla_counts_the_flops_of_an_mlp():
 
 @pytest.fixture
 def model():
-    layers = {name: LayerConfig(attention(text), MLP, NORM, "pre", remat=False) for name, text in PATTERNS.items()}
+    layers = {
+        name: LayerConfig(mixer=attention(text), mlp=MLP, norm=NORM, norm_position="pre", remat=False)
+        for name, text in PATTERNS.items()
+    }
     return ModelConfig(512, WIDTH, "2x(local) full", layers, NORM, tied=True, dtype="float32", scan=False)
 
 
@@ -115,8 +118,10 @@ def test_xla_counts_the_body_of_a_scan_once():
 def test_the_parameters_are_those_that_the_model_has():
     experts = ExpertsConfig(experts=4, top_k=1, width=64, activation="silu", shared_width=32)
     layers = {
-        "local": LayerConfig(attention("causal & window(31)"), MLP, NORM, "pre", remat=False),
-        "routed": LayerConfig(attention("causal"), experts, NORM, "pre", remat=False),
+        "local": LayerConfig(
+            mixer=attention("causal & window(31)"), mlp=MLP, norm=NORM, norm_position="pre", remat=False
+        ),
+        "routed": LayerConfig(mixer=attention("causal"), mlp=experts, norm=NORM, norm_position="pre", remat=False),
     }
     config = ModelConfig(512, WIDTH, "3x(local routed) local", layers, NORM, tied=False, dtype="float32", scan=True)
     rows, outside = account_model(config, LENGTH)
@@ -131,7 +136,10 @@ def test_the_parameters_are_those_that_the_model_has():
 def test_caches_are_in_the_dtype_of_the_model_and_states_in_float32(dtype, size):
     mamba = MambaConfig(inner=64, state=16, conv=4, dt_rank=4, dt_min=1e-3, dt_max=0.1)
     mixers = {"local": attention("causal & window(31)"), "full": attention("causal"), "ssm": mamba}
-    layers = {name: LayerConfig(mixer, None, NORM, "pre", remat=False) for name, mixer in mixers.items()}
+    layers = {
+        name: LayerConfig(mixer=mixer, mlp=None, norm=NORM, norm_position="pre", remat=False)
+        for name, mixer in mixers.items()
+    }
     config = ModelConfig(512, WIDTH, "local full ssm", layers, NORM, tied=True, dtype=dtype, scan=True)
     found = [row.cache_bytes for row in account_model(config, LENGTH)[0]]
     assert found == [2 * 32 * 128 * size, 2 * LENGTH * 128 * size, 64 * (3 * size + 16 * 4)]

@@ -15,6 +15,7 @@ from sparsejax.layers import (
     AttentionConfig,
     Context,
     Dropout,
+    Extras,
     LayerConfig,
     MambaConfig,
     MlpConfig,
@@ -27,9 +28,11 @@ from tests.layers.test_mixers import decode
 from tests.tolerances import assert_close
 
 BATCH, LENGTH, VOCAB, WIDTH = 2, 12, 17, 8
-NORM = NormConfig("rms", 1e-6)
+NORM = NormConfig(kind="rms", eps=1e-6)
 BARE = functools.partial(LayerConfig, mlp=None, norm=NORM, norm_position="pre", remat=False)
-ATTENTION = AttentionConfig("causal", 2, 1, 4, rope=RopeConfig(100.0), qk_norm=NORM, impl="auto")
+ATTENTION = AttentionConfig(
+    pattern="causal", heads=2, kv_heads=1, head_width=4, rope=RopeConfig(base=100.0), qk_norm=NORM, impl="auto"
+)
 CONFIG = ModelConfig(
     vocab=VOCAB,
     width=WIDTH,
@@ -38,7 +41,7 @@ CONFIG = ModelConfig(
         "ssm": BARE(MambaConfig(inner=12, state=3, conv=4, dt_rank=2, dt_min=1e-2, dt_max=0.5)),
         "local": BARE(
             dataclasses.replace(ATTENTION, pattern="causal & (window(3) | sink(2))"),
-            mlp=MlpConfig("plain", 10, "gelu_tanh"),
+            mlp=MlpConfig(kind="plain", width=10, activation="gelu_tanh"),
         ),
         "full": BARE(ATTENTION),
     },
@@ -103,7 +106,7 @@ def drop(config: ModelConfig, parameters: dict, seed: int):
     """Logits and gradient with half of the stream dropped."""
 
     def loss(parameters):
-        context = Context(dropout=Dropout(jax.random.key(seed), 0.5))
+        context = Context(extras=Extras(dropout=Dropout(jax.random.key(seed), 0.5)))
         logits, _ = Functional(config).bind(parameters).forward(TOKENS, context)
         return -jax.nn.log_softmax(logits)[:, :, 3].mean(), logits
 
@@ -148,7 +151,7 @@ def test_tokens_one_by_one_equal_the_whole(parameters, scanned, scan):
 
 
 def test_an_untied_post_norm_model_without_a_period_whose_logits_depend_on_the_past_alone():
-    layer = dataclasses.replace(CONFIG.layers["ssm"], norm_position="post", norm=NormConfig("layer", 1e-6))
+    layer = dataclasses.replace(CONFIG.layers["ssm"], norm_position="post", norm=NormConfig(kind="layer", eps=1e-6))
     config = change(tied=False, schedule="ssm local", layers=CONFIG.layers | {"ssm": layer})
     held = fill(config)
     tokens = np.arange(LENGTH)[None]  # every position has a row of the embedding to itself

@@ -16,6 +16,7 @@ from sparsejax.account import account_model
 from sparsejax.interop import huggingface
 from sparsejax.layers import AttentionConfig, ExpertsConfig, LatentConfig, LightningConfig, MambaConfig
 from sparsejax.model import Functional
+from sparsejax.overrides import parse_overrides
 from sparsejax.train import build_optimizer, build_schedule, build_step, init_state
 
 FOLDER = Path(__file__).parent.parent / "configs"
@@ -229,7 +230,9 @@ RELEASED = {
 
 def load(place, *overrides):
     name, _, argument = place.partition(":")
-    return configs.check(configs.load(f"{FOLDER}/{name}.py{':' if argument else ''}{argument}", overrides))
+    return configs.check(
+        configs.load(f"{FOLDER}/{name}.py{':' if argument else ''}{argument}", parse_overrides(overrides))
+    )
 
 
 def account(model, length):
@@ -429,7 +432,7 @@ def test_tiny_forms_learn(name):
     """All of them: scripts/train_presets.py."""
     config = load(f"{name}:tiny")
     model, mesh = Functional(config.model), sharding.make_mesh(config.sharding)
-    optimizer, steps = build_optimizer(config.optimizer, config.train.steps), config.train.steps
+    optimizer, steps = build_optimizer(config.optimizer, config.train.steps, decay=model.decay), config.train.steps
     step = build_step(model, optimizer, build_schedule(config.optimizer, steps), config.train, mesh)
     state, text = init_state(model, optimizer, 0, mesh), data.load_corpus("").train
     batches = data.train_batches(text, config.data.length, config.train.batch, seed=0)

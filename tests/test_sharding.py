@@ -16,10 +16,10 @@ import json, pathlib, jax
 from sparsejax import config, sharding
 from sparsejax.model import Functional
 from sparsejax.train import build_optimizer, init_state
-settings = config.check(config.load("{recipe}", ["sharding.data=2", "sharding.fsdp=2", "sharding.tensor=2"]))
-state = init_state(
-    Functional(settings.model), build_optimizer(settings.optimizer, 20), 0, sharding.make_mesh(settings.sharding)
-)
+settings = config.check(config.load("{recipe}", {{"sharding.data": 2, "sharding.fsdp": 2, "sharding.tensor": 2}}))
+model = Functional(settings.model)
+optimizer = build_optimizer(settings.optimizer, 20, decay=model.decay)
+state = init_state(model, optimizer, 0, sharding.make_mesh(settings.sharding))
 leaves = jax.tree.leaves_with_path(state.parameters) + jax.tree.leaves_with_path(state.optimizer)
 print(json.dumps([
     [jax.tree_util.keystr(path), leaf.shape, leaf.sharding.shard_shape(leaf.shape), len(leaf.addressable_shards)]

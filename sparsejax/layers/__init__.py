@@ -1,31 +1,34 @@
 """Layers of a sequence model, as thin Flax NNX modules."""
 
 from sparsejax.layers.attention import Attention, AttentionConfig
+from sparsejax.layers.context import EMPTY, Context, Dropout, Extras, Tokens
 from sparsejax.layers.conv import Conv, ConvConfig, ShortConv
 from sparsejax.layers.delta import Delta, DeltaConfig
 from sparsejax.layers.experts import Experts, ExpertsConfig
 from sparsejax.layers.latent import IndexerConfig, Latent, LatentConfig
-from sparsejax.layers.layer import FEEDFORWARDS, FeedForwardConfig, Layer, LayerConfig, Losses, ResidualConfig
+from sparsejax.layers.layer import FEEDFORWARDS, FeedForwardConfig, Layer, LayerConfig, ResidualConfig
 from sparsejax.layers.lightning import Lightning, LightningConfig
 from sparsejax.layers.lsh import Lsh, LshConfig
 from sparsejax.layers.mamba import Mamba, MambaConfig
 from sparsejax.layers.mamba2 import Mamba2, Mamba2Config
 from sparsejax.layers.mixers import MIXERS, BranchConfig, MixerConfig, Parallel, ParallelConfig
 from sparsejax.layers.mlp import ACTIVATIONS, Mlp, MlpConfig
-from sparsejax.layers.norm import Norm, NormConfig
+from sparsejax.layers.norm import Norm, NormConfig, make_norm, normalize
+from sparsejax.layers.protocols import Cache, FeedForward, Losses, Mixer, MixerConfigProtocol
 from sparsejax.layers.rglru import RgLru, RgLruConfig
 from sparsejax.layers.rotary import RopeConfig, RopeScaling, yarn_growth
 from sparsejax.layers.shared import Shared, SharedConfig, Side, SideConfig
-from sparsejax.layers.stream import EMPTY, Context, Cost, Dropout, Linear, Stream, parameter
+from sparsejax.layers.stream import Cost, Linear, Stream, attention_cost, parameter
 
 __all__ = [
     "ACTIVATIONS",
+    "EMPTY",
     "FEEDFORWARDS",
     "MIXERS",
-    "EMPTY",
     "Attention",
     "AttentionConfig",
     "BranchConfig",
+    "Cache",
     "Context",
     "Conv",
     "ConvConfig",
@@ -35,6 +38,8 @@ __all__ = [
     "Dropout",
     "Experts",
     "ExpertsConfig",
+    "Extras",
+    "FeedForward",
     "FeedForwardConfig",
     "IndexerConfig",
     "Latent",
@@ -51,7 +56,9 @@ __all__ = [
     "Mamba2",
     "Mamba2Config",
     "MambaConfig",
+    "Mixer",
     "MixerConfig",
+    "MixerConfigProtocol",
     "Mlp",
     "MlpConfig",
     "Norm",
@@ -69,6 +76,10 @@ __all__ = [
     "Side",
     "SideConfig",
     "Stream",
+    "Tokens",
+    "attention_cost",
+    "make_norm",
+    "normalize",
     "parameter",
     "yarn_growth",
 ]

@@ -1,4 +1,4 @@
-"""The gated delta rule as a mixer: Gated DeltaNet (arXiv:2412.06464) and Kimi Delta Attention (arXiv:2510.26692)."""
+"""The gated delta rule: Gated DeltaNet (arXiv:2412.06464) and Kimi Delta Attention (arXiv:2510.26692)."""
 
 from __future__ import annotations
 
@@ -10,51 +10,49 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
-from sparsejax import patterns
+from sparsejax.errors import InputError, require_at_least, require_choice
+from sparsejax.layers.context import EMPTY, Context
 from sparsejax.layers.conv import ShortConv
-from sparsejax.layers.mamba import start_dt
-from sparsejax.layers.mamba2 import start_decay
+from sparsejax.layers.mamba import init_dt_bias, require_dt_range
+from sparsejax.layers.mamba2 import init_log_decay
 from sparsejax.layers.norm import GATES, GatedNorm
-from sparsejax.layers.stream import EMPTY, Context, Cost, Linear, Stream, output_scale, parameter
+from sparsejax.layers.protocols import Cache, UnpatternedConfig
+from sparsejax.layers.stream import Cost, Linear, Stream, output_scale, parameter
 from sparsejax.ops import delta_rule, delta_step
+from sparsejax.ops.delta import CHUNK
 
-UNIT_EPS = 1e-6  # added to the squared length of queries and keys
+UNIT_EPS = 1e-6  # added to the squared norm of queries and keys
 
 
-@dataclasses.dataclass(frozen=True)
-class DeltaConfig:
-    """A mixer of the gated delta rule; each head has a state of `key_width` x `value_width` numbers."""
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class DeltaConfig(UnpatternedConfig):
+    """A mixer of the gated delta rule."""
 
     heads: int  # of values
     key_heads: int  # of queries and keys; each serves heads / key_heads heads of values
-    key_width: int
+    key_width: int  # the state of a head has key_width x value_width elements
     value_width: int
-    conv: int  # taps of the causal depthwise convolutions, the current token's included
-    norm_eps: float  # of the RMSNorm over each head's values, before the gate
-    channel_decay: bool = False  # a decay for each channel of a key (Kimi), not one for the head
-    rank: int | None = None  # of the maps that make decay and gate; None: of full rank
-    gate: str = "silu"  # activation of the output gate
-    dt_min: float = 1e-3  # step sizes, by which decay is multiplied, start log-uniform in [dt_min, dt_max]
+    conv: int  # taps of the causal depthwise convolutions, including the current token's
+    norm_eps: float  # of the RMSNorm over the values of a head, before the gate
+    channel_decay: bool = False  # a decay per channel of a key (Kimi) instead of per head
+    rank: int | None = None  # of the maps to decay and gate; None: full rank
+    gate: str = "silu"  # activation of the output gate: "silu" or "sigmoid"
+    dt_min: float = 1e-3  # step sizes, which scale the decay, are initialized log-uniform in [dt_min, dt_max]
     dt_max: float = 0.1
-    chunk: int = 64  # of the scan; the result does not depend on it
+    chunk: int = CHUNK  # of the scan; affects speed and memory only
 
     def __post_init__(self):
-        if min(self.heads, self.key_heads, self.key_width, self.value_width, self.conv, self.chunk) < 1:
-            raise ValueError("heads, key_heads, key_width, value_width, conv and chunk must be at least 1")
+        require_at_least(self, 1, "heads", "key_heads", "key_width", "value_width", "conv", "chunk", "rank")
         if self.heads % self.key_heads:
-            raise ValueError(f"heads = {self.heads} is not divisible by key_heads = {self.key_heads}")
+            raise InputError("heads", f"{self.heads} is not divisible by key_heads = {self.key_heads}")
         if self.norm_eps <= 0:
-            raise ValueError(f"norm_eps must be above 0, got {self.norm_eps}")
-        if self.rank is not None and self.rank < 1:
-            raise ValueError(f"rank must be at least 1, got {self.rank}")
-        if self.gate not in GATES:
-            raise ValueError(f"gate must be one of {', '.join(GATES)}, got {self.gate!r}")
-        if not 0 < self.dt_min <= self.dt_max:
-            raise ValueError(f"needs 0 < dt_min <= dt_max, got {self.dt_min} and {self.dt_max}")
+            raise InputError("norm_eps", f"{self.norm_eps} is not positive")
+        require_choice(self, "gate", GATES)
+        require_dt_range(self.dt_min, self.dt_max)
 
     @property
     def decays(self) -> tuple[int, ...]:
-        """Shape of the decays of one position."""
+        """Shape of the decays of a position."""
         return (self.heads, self.key_width) if self.channel_decay else (self.heads,)
 
     @property
@@ -62,14 +60,9 @@ class DeltaConfig:
         """Kind and sizes, in a few words."""
         return f"delta {self.heads} x {self.key_width} x {self.value_width}"
 
-    @property
-    def connectivity(self) -> patterns.Pattern:
-        """What a position takes from the others: its whole past, by way of the state."""
-        return patterns.Causal()
-
 
 class Delta(nnx.Module):
-    """Gate · norm(delta_rule(unit(q), unit(k), v)), with q, k and v = silu(conv(linear(x)))."""
+    """out(gate · norm(delta_rule(unit(q), unit(k), v))), where q, k and v are silu(conv(linear(x)))."""
 
     def __init__(self, config: DeltaConfig, stream: Stream, rngs: nnx.Rngs):
         self.config = config
@@ -91,54 +84,50 @@ class Delta(nnx.Module):
         self.gate_low = None if config.rank is None else project(m, low, ("width", None))
         decay_axis = "inner" if config.channel_decay else None
         self.decay, self.gate = project(low, decays, (axis, decay_axis)), project(low, values, (axis, "inner"))
-        self.dt_bias = parameter(rngs, self._start_dt, (decays,), (decay_axis,))
-        self.log_decay = parameter(rngs, start_decay, (h,), (None,))
+        self.dt_bias = parameter(rngs, self._init_dt, (decays,), (decay_axis,))
+        self.log_decay = parameter(rngs, init_log_decay, (h,), (None,))
         self.norm = GatedNorm(config.value_width, config.norm_eps, rngs, activation=config.gate, axis=None)
-        axes, start = ("inner", "width"), output_scale(stream)
-        self.out = Linear(values, m, axes, dtype=dtype, rngs=rngs, scale=start)
+        axes, scale = ("inner", "width"), output_scale(stream)
+        self.out = Linear(values, m, axes, dtype=dtype, rngs=rngs, scale=scale)
 
     def __call__(self, x: Float[Array, "b t m"], context: Context = EMPTY) -> Float[Array, "b t m"]:
         """Mixes a whole sequence."""
-        x = context.zero_padding(x)
-        # Where keys and values are 0 the state decays and nothing else, whatever beta is: so it is at padding.
-        q, k, v = (context.zero_padding(jax.nn.silu(conv(linear(x), context))) for linear, conv in self._inputs.values())
-        y, _ = delta_rule(*self._split(q, k, v), *self._rates(x), starts=context.starts, chunk=self.config.chunk)
-        return self._finish(x, y)
+        tokens = context.tokens
+        x = tokens.zero_padding(x)
+        # Zero keys and values only decay the state, whatever beta is, as padding should.
+        q, k, v = (tokens.zero_padding(jax.nn.silu(conv(linear(x), tokens))) for linear, conv in self._inputs.values())
+        y, _ = delta_rule(*self._split(q, k, v), *self._rates(x), starts=tokens.starts, chunk=self.config.chunk)
+        return self._project_out(x, y)
 
-    def init_cache(self, batch: int, length: int) -> dict[str, Array]:
-        """The state before the first token; its size does not depend on `length`."""
+    def init_cache(self, batch: int, length: int) -> Cache:
+        """Returns the state before the first token, whose size does not depend on `length`."""
         config = self.config
         convs = {name: conv.init_cache(batch) for name, (_, conv) in self._inputs.items()}
         shape = (batch, config.heads, config.key_width, config.value_width)
         return convs | {"state": jnp.zeros(shape, jnp.float32)}
 
     def step(
-        self,
-        x: Float[Array, "b m"],
-        cache: dict[str, Array],
-        position: Int[Array, ""],
-        length: int,
-        context: Context = EMPTY,
-    ) -> tuple[Float[Array, "b m"], dict[str, Array]]:
+        self, x: Float[Array, "b m"], cache: Cache, position: Int[Array, ""], length: int, context: Context = EMPTY
+    ) -> tuple[Float[Array, "b m"], Cache]:
         """Mixes one more token."""
         inputs, after = [], {}
         for name, (linear, conv) in self._inputs.items():
             y, after[name] = conv.step(linear(x), cache[name])
             inputs.append(jax.nn.silu(y))
         y, after["state"] = delta_step(*self._split(*inputs), *self._rates(x), cache["state"])
-        return self._finish(x, y), after
+        return self._project_out(x, y), after
 
     def cost(self, length: int) -> Cost:
-        """No pairs of attention; forward FLOPs for each token, with half a chunk of positions seen inside it.
+        """Cost of the projections, the convolutions, the state, and half a chunk of positions within a chunk.
 
-        The state is read by key and by query, and written: 6 for each of its numbers. A position seen inside of a
-        chunk is a product of keys, one of query and key, and two sums of values. Inverting a chunk's system is not
+        The state is read by key and by query, and written: 6 FLOPs per element. A position within a chunk takes a
+        product of keys, a product of query and key, and two sums of values. The inversion of a chunk's system is not
         counted.
         """
         config = self.config
         parts = [part for pair in self._inputs.values() for part in pair]
         parts += [self.decay, self.gate, self.beta, self.out]
-        parts += [] if config.rank is None else [self.decay_low, self.gate_low]
+        parts += [low for low in (self.decay_low, self.gate_low) if low is not None]
         state = 6.0 * config.heads * config.key_width * config.value_width
         keys = (config.heads if config.channel_decay else config.key_heads) * config.key_width
         inside = 2.0 * min(config.chunk, length) * (keys + config.heads * config.value_width)
@@ -146,7 +135,7 @@ class Delta(nnx.Module):
 
     @property
     def _inputs(self) -> dict[str, tuple[Linear, ShortConv]]:
-        """What makes queries, keys and values, by the name of the convolution's cache."""
+        """Maps of queries, keys and values, by the name of the convolution's cache."""
         return {
             "conv_query": (self.query, self.conv_query),
             "conv_key": (self.key, self.conv_key),
@@ -154,7 +143,7 @@ class Delta(nnx.Module):
         }
 
     def _split(self, q: Array, k: Array, v: Array) -> tuple[Array, Array, Array]:
-        """Heads; queries and keys of length 1 in float32, queries over the root of their width."""
+        """Heads. Queries and keys are unit vectors in float32, and queries are divided by the root of their width."""
         config = self.config
         q, k = (x.reshape(*x.shape[:-1], config.key_heads, config.key_width) for x in (q, k))
         v = v.reshape(*v.shape[:-1], config.heads, config.value_width)
@@ -168,15 +157,15 @@ class Delta(nnx.Module):
         rate = jnp.exp(self.log_decay[...])
         return -(rate[:, None] if self.config.channel_decay else rate) * dt, jax.nn.sigmoid(beta.astype(wide))
 
-    def _finish(self, x: Array, y: Array) -> Array:
+    def _project_out(self, x: Array, y: Array) -> Array:
         gate = self.gate(x if self.gate_low is None else self.gate_low(x))
         return self.out(self.norm(y, gate.reshape(y.shape)).reshape(gate.shape))
 
-    def _start_dt(self, key: Array, shape: tuple[int, ...], dtype: jnp.dtype) -> Array:
-        return start_dt(key, shape, dtype, self.config.dt_min, self.config.dt_max)
+    def _init_dt(self, key: Array, shape: tuple[int, ...], dtype: jnp.dtype) -> Array:
+        return init_dt_bias(key, shape, dtype, self.config.dt_min, self.config.dt_max)
 
 
 def _unit(x: Array) -> Array:
-    """`x` over its length, in float32."""
+    """Divides `x` by its norm, in float32."""
     x = x.astype(jnp.promote_types(x.dtype, jnp.float32))
     return x * jax.lax.rsqrt((x * x).sum(axis=-1, keepdims=True) + UNIT_EPS)

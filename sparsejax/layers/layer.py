@@ -1,9 +1,10 @@
-"""A layer: one residual unit, a mixer or a feed-forward part or both, each with its norms."""
+"""A layer: a mixer, a feed-forward part or both, each with its norms and its residual connection."""
 
 from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -11,184 +12,211 @@ from flax import nnx
 from jaxtyping import Array, Float, Int
 
 from sparsejax import patterns
+from sparsejax.errors import InputError, argument_path, require_choice
+from sparsejax.layers.context import EMPTY, Context
 from sparsejax.layers.experts import Experts, ExpertsConfig
 from sparsejax.layers.mixers import MixerConfig, make_mixer
 from sparsejax.layers.mlp import Mlp, MlpConfig
-from sparsejax.layers.norm import Norm, NormConfig
+from sparsejax.layers.norm import NormConfig, make_norm, normalize
+from sparsejax.layers.protocols import Cache, FeedForward, Losses
 from sparsejax.layers.shared import Side, SideConfig
-from sparsejax.layers.stream import EMPTY, Context, Cost, Stream
+from sparsejax.layers.stream import Cost, Stream
 
-# Feed-forward parts by their `kind`; each is called with the stream and the context, and gives what it adds and a
-# dict of losses.
-FEEDFORWARDS = {"gated": (MlpConfig, Mlp), "plain": (MlpConfig, Mlp), "experts": (ExpertsConfig, Experts)}
 FeedForwardConfig = MlpConfig | ExpertsConfig
-Losses = dict[str, Float[Array, ""]]
+# The config and the module of each value of `kind`.
+FEEDFORWARDS: dict[str, tuple[type[Any], type[Any]]] = {
+    "gated": (MlpConfig, Mlp),
+    "plain": (MlpConfig, Mlp),
+    "experts": (ExpertsConfig, Experts),
+}
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class ResidualConfig:
-    """How a branch f joins the stream: `keep` · base + `scale` · f(...).
+    """How the output of a branch f joins the stream: `keep` · base + `scale` · f(...).
 
-    `base` is "stream", or "norm" for what the branch's norm made of it (MiniMax-01, arXiv:2501.08313). DeepNorm
-    (arXiv:2203.00555) is norm_position "post" with keep = (2 · depth) ** 0.25.
+    DeepNorm (arXiv:2203.00555) is norm_position "post" with keep = (2 · depth) ** 0.25.
     """
 
-    base: str = "stream"
+    base: str = "stream"  # or "norm": the normalized input of the branch (MiniMax-01, arXiv:2501.08313)
     keep: float = 1.0
     scale: float = 1.0
 
     def __post_init__(self):
-        if self.base not in ("stream", "norm"):
-            raise ValueError(f"base must be stream or norm, got {self.base!r}")
+        require_choice(self, "base", ("stream", "norm"))
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class LayerConfig:
-    """A mixer, then a feed-forward part; either may be None.
-
-    `norm_position`: "pre" (x + f(norm(x)), arXiv:2002.04745), "post" (norm(x + f(x))) or "both" (x + norm(f(norm(x))),
-    Gemma 2, arXiv:2408.00118).
-    """
+    """A mixer, then a feed-forward part; at most one of them is None."""
 
     mixer: MixerConfig | None
     mlp: FeedForwardConfig | None
-    norm: NormConfig
+    norm: NormConfig | None  # of both branches; None: none
+    # "pre": x + f(norm(x)) (arXiv:2002.04745); "post": norm(x + f(x)); "both": x + norm(f(norm(x))) (Gemma 2)
     norm_position: str
-    remat: bool  # compute activations again in the backward pass instead of keeping them
-    mixer_norm: NormConfig | None = None  # before the mixer, if it is another one than `norm`
+    remat: bool  # recompute activations in the backward pass instead of keeping them
+    mixer_norm: bool = True  # False: no norm before the mixer (first layer of ModernBERT, arXiv:2412.13663)
     mixer_residual: ResidualConfig = ResidualConfig()
     mlp_residual: ResidualConfig = ResidualConfig()
-    side: SideConfig | None = None  # a shared block whose output the mixer reads too
+    side: SideConfig | None = None  # a shared block, whose output is added to the input of the mixer
 
     def __post_init__(self):
-        if self.norm_position not in ("pre", "post", "both"):
-            raise ValueError(f"norm_position must be pre, post or both, got {self.norm_position!r}")
+        require_choice(self, "norm_position", ("pre", "post", "both"))
         if self.mixer is None and self.mlp is None:
-            raise ValueError("mixer and mlp are both None: a layer needs one of them")
+            raise InputError("mixer", "a layer without a mixer needs an mlp, but both are none")
         if self.side is not None and self.mixer is None:
-            raise ValueError("side: is added to what a mixer reads, and mixer is None")
+            raise InputError("side", "its output is added to the input of the mixer, but the mixer is none")
 
     @property
     def connectivity(self) -> patterns.Pattern:
-        """What a position takes from the others: without a mixer, itself alone."""
+        """The positions that a position can read from, apart from those of a shared block."""
         return patterns.Window(0) if self.mixer is None else self.mixer.connectivity
+
+    def check(self, length: int) -> None:
+        """Raises InputError if the mixer cannot run on `length` tokens."""
+        if self.mixer is not None:
+            with argument_path("mixer"):
+                self.mixer.check(length)
 
 
 class Residual(nnx.Module):
-    """A branch's norms and its way back into the stream."""
+    """The norms of a branch, and its residual connection."""
 
-    def __init__(self, config: ResidualConfig, position: str, norm: NormConfig, out: NormConfig, width, rngs):
+    def __init__(
+        self,
+        config: ResidualConfig,
+        position: str,
+        norm: NormConfig | None,
+        width: int,
+        rngs: nnx.Rngs,
+        norm_input: bool = True,
+    ):
         self.config = config
-        self.before = Norm(norm, width, rngs) if position in ("pre", "both") else None
-        self.within = Norm(out, width, rngs) if position == "both" else None
-        self.after = Norm(out, width, rngs) if position == "post" else None
+        self.before = make_norm(norm, width, rngs) if position in ("pre", "both") and norm_input else None
+        self.within = make_norm(norm, width, rngs) if position == "both" else None
+        self.after = make_norm(norm, width, rngs) if position == "post" else None
 
-    def pre(self, x: Array) -> Array:
-        """What the branch reads."""
-        return x if self.before is None else self.before(x)
+    def pre(self, x: Float[Array, "*b m"]) -> Float[Array, "*b m"]:
+        """Returns the input of the branch."""
+        return normalize(self.before, x)
 
-    def post(self, x: Array, y: Array, read: Array, drop: Callable[[Array], Array]) -> Array:
-        """The stream `x` with the branch's output `y`, but for what `drop` drops; `read` is what the branch read."""
+    def post(
+        self,
+        x: Float[Array, "*b m"],
+        y: Float[Array, "*b m"],
+        read: Float[Array, "*b m"],
+        dropout: Callable[[Array], Array],
+    ) -> Float[Array, "*b m"]:
+        """Returns the stream `x` joined with the branch's output `y`, after dropout; `read` is the branch's input."""
         config = self.config
-        y = drop(y if self.within is None else self.within(y))
+        y = dropout(normalize(self.within, y))
         base = read if config.base == "norm" else x
         x = (base if config.keep == 1 else config.keep * base) + (y if config.scale == 1 else config.scale * y)
-        return x if self.after is None else self.after(x)
+        return normalize(self.after, x)
 
 
 class Layer(nnx.Module):
-    """A residual unit of the stream.
+    """A mixer and a feed-forward part, each in a residual branch.
 
-    In a reversible stream (arXiv:2001.04451) x is two streams side by side, x1 and x2: the mixer reads x2 and is
+    A reversible stream (arXiv:2001.04451) consists of two streams side by side, x1 and x2: the mixer reads x2 and is
     added to x1, then the feed-forward part reads x1 and is added to x2.
     """
 
     def __init__(self, config: LayerConfig, stream: Stream, rngs: nnx.Rngs):
         self.config, self.reversible = config, stream.reversible
-        norm, place = config.norm, config.norm_position
 
-        def residual(how: ResidualConfig, first: NormConfig) -> Residual:
-            return Residual(how, place, first, norm, stream.width, rngs)
+        def residual(residual_config: ResidualConfig, norm_input: bool = True) -> Residual:
+            return Residual(residual_config, config.norm_position, config.norm, stream.width, rngs, norm_input)
 
         self.mixer = None if config.mixer is None else make_mixer(config.mixer, stream, rngs)
         self.mlp = None if config.mlp is None else make_feed_forward(config.mlp, stream, rngs)
-        first = norm if config.mixer_norm is None else config.mixer_norm
         self.side = None if config.side is None else Side(config.side, stream, rngs)
-        self.mixer_residual = None if self.mixer is None else residual(config.mixer_residual, first)
-        self.mlp_residual = None if self.mlp is None else residual(config.mlp_residual, norm)
+        self.mixer_residual = None if self.mixer is None else residual(config.mixer_residual, config.mixer_norm)
+        self.mlp_residual = None if self.mlp is None else residual(config.mlp_residual)
 
     def __call__(self, x: Float[Array, "b t m"], context: Context = EMPTY) -> tuple[Float[Array, "b t m"], Losses]:
-        """The stream after this layer, for a whole sequence, and the losses of its parts."""
+        """Returns the stream after this layer, for a whole sequence, and the auxiliary losses."""
         return jax.checkpoint(self._run)(x, context) if self.config.remat else self._run(x, context)
 
-    def init_cache(self, batch: int, length: int) -> dict[str, Array]:
-        """The caches of the mixer, and of the shared block if it uses one, before the first of `length` tokens."""
+    def init_cache(self, batch: int, length: int) -> Cache:
+        """Returns the caches of the mixer and of the shared block before the first of `length` tokens."""
         cache = {} if self.mixer is None else self.mixer.init_cache(batch, length)
         return cache if self.side is None else {"mixer": cache, "side": self.side.init_cache(batch, length)}
 
     def step(
-        self,
-        x: Float[Array, "b m"],
-        cache: dict[str, Array],
-        position: Int[Array, ""],
-        length: int,
-        context: Context = EMPTY,
-    ) -> tuple[Float[Array, "b m"], dict[str, Array]]:
-        """The stream after this layer, for one more token, and the next cache."""
-        extra, side = None, None
-        if self.side is not None:
-            extra, side = self.side.step(x, cache["side"], position, length, context)
-            cache = cache["mixer"]
-
-        def mix(read: Array) -> tuple[Array, dict[str, Array]]:
-            return self.mixer.step(read, cache, position, length, context)
-
-        x, cache = self._mix(x, mix, cache, extra, EMPTY)
-        cache = cache if side is None else {"mixer": cache, "side": side}
-        # A feed-forward part works on sequences: [b, 1, m].
-        x, _ = self._feed(x[:, None], EMPTY)
+        self, x: Float[Array, "b m"], cache: Cache, position: Int[Array, ""], length: int, context: Context = EMPTY
+    ) -> tuple[Float[Array, "b m"], Cache]:
+        """Returns the stream after this layer, for one more token, and the next cache."""
+        if self.mixer is not None and self.mixer_residual is not None:
+            mixer, extra, side = self.mixer, None, None
+            if self.side is not None:
+                extra, side = self.side.step(x, cache["side"], position, length, context)
+                cache = cache["mixer"]
+            x, cache = self._join(
+                x,
+                self.mixer_residual,
+                lambda read: mixer.step(read, cache, position, length, context),
+                written=0,
+                extra=extra,
+            )
+            cache = cache if side is None else {"mixer": cache, "side": side}
+        x, _ = self._feed_forward(x[:, None], EMPTY)  # feed-forward parts work on sequences: [b, 1, m]
         return x[:, 0], cache
 
     def cost(self, length: int) -> Cost:
-        """Scored pairs, and forward FLOPs for each token."""
+        """Cost of the mixer, the shared block and the feed-forward part."""
         cost = Cost(0, 0.0) if self.mixer is None else self.mixer.cost(length)
         cost = cost if self.side is None else cost + self.side.cost(length)
         return cost if self.mlp is None else cost + Cost(0, self.mlp.flops)
 
     def _run(self, x: Array, context: Context) -> tuple[Array, Losses]:
-        extra = None if self.side is None else self.side(x, context)
-        x, _ = self._mix(x, lambda read: (self.mixer(read, context), None), None, extra, context)
-        return self._feed(x, context)
+        if self.mixer is not None and self.mixer_residual is not None:
+            mixer = self.mixer
+            extra = None if self.side is None else self.side(x, context)
+            x, _ = self._join(
+                x, self.mixer_residual, lambda read: (mixer(read, context), None), 0, context.dropout, extra
+            )
+        return self._feed_forward(x, context)
 
-    def _mix(self, x: Array, run, nothing, extra: Array | None, context: Context):
-        return (x, nothing) if self.mixer is None else self._join(x, self.mixer_residual, run, 0, context, extra)
-
-    def _feed(self, x: Array, context: Context) -> tuple[Array, Losses]:
-        if self.mlp is None:
+    def _feed_forward(self, x: Array, context: Context) -> tuple[Array, Losses]:
+        if self.mlp is None or self.mlp_residual is None:
             return x, {}
-        return self._join(x, self.mlp_residual, lambda read: self.mlp(read, context), 1, context)
+        mlp = self.mlp
+        return self._join(x, self.mlp_residual, lambda read: mlp(read, context), 1, context.dropout)
 
-    def _join(self, x: Array, residual: Residual, run, written: int, context: Context, extra: Array | None = None):
-        """The stream with a branch's output, and what else `run` gives; `extra` is read but not kept.
+    def _join(
+        self,
+        x: Array,
+        residual: Residual,
+        run: Callable[[Array], tuple[Array, Any]],
+        written: int,
+        dropout: Callable[[Array, int], Array] = EMPTY.dropout,
+        extra: Array | None = None,
+    ) -> tuple[Array, Any]:
+        """Runs a branch of the layer.
 
-        Of two streams, the one numbered `written` is written and the other one read.
+        Args:
+          x: The residual stream.
+          residual: Norms and residual connection of the branch.
+          run: The branch; returns its output and an auxiliary result.
+          written: Index of the branch; of two streams, the one that is written, while the other is read.
+          dropout: Applied to the output with the index of the branch.
+          extra: Added to the input of the branch, and not to the stream.
+
+        Returns:
+          The stream with the branch's output, and the auxiliary result.
         """
-
-        def drop(y: Array) -> Array:
-            return context.dropout(y, written)
-
-        if not self.reversible:
-            read = residual.pre(x if extra is None else x + extra)
-            y, more = run(read)
-            return residual.post(x, y, read, drop), more
-        streams = jnp.split(x, 2, axis=-1)
-        read = residual.pre(streams[1 - written])
-        y, more = run(read)
-        streams[written] = residual.post(streams[written], y, read, drop)
-        return jnp.concatenate(streams, axis=-1), more
+        streams = jnp.split(x, 2, axis=-1) if self.reversible else [x]
+        source = streams[1 - written] if self.reversible else x
+        read = residual.pre(source if extra is None else source + extra)
+        y, auxiliary = run(read)
+        target = written if self.reversible else 0
+        streams[target] = residual.post(streams[target], y, read, lambda y: dropout(y, written))
+        return jnp.concatenate(streams, axis=-1) if self.reversible else streams[0], auxiliary
 
 
-def make_feed_forward(config: FeedForwardConfig, stream: Stream, rngs: nnx.Rngs) -> nnx.Module:
-    """The module that `config` describes."""
+def make_feed_forward(config: FeedForwardConfig, stream: Stream, rngs: nnx.Rngs) -> FeedForward:
+    """Builds the feed-forward part that `config` describes."""
     module = next(module for kind, module in FEEDFORWARDS.values() if isinstance(config, kind))
     return module(config, stream, rngs)

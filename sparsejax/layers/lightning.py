@@ -1,4 +1,4 @@
-"""Lightning attention: linear attention whose heads decay at fixed rates (MiniMax-01, arXiv:2501.08313)."""
+"""Lightning attention: linear attention with a fixed decay rate per head (MiniMax-01, arXiv:2501.08313)."""
 
 from __future__ import annotations
 
@@ -9,43 +9,41 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
-from sparsejax import patterns
+from sparsejax.errors import require_at_least
+from sparsejax.layers.context import EMPTY, Context
 from sparsejax.layers.norm import GatedNorm
-from sparsejax.layers.stream import EMPTY, Context, Cost, Linear, Stream, output_scale
+from sparsejax.layers.protocols import Cache, UnpatternedConfig
+from sparsejax.layers.stream import Cost, Linear, Stream, output_scale
 from sparsejax.ops import ssd, ssd_step
+from sparsejax.ops.ssd import CHUNK
 
-TINY = 1e-5  # keeps the last layer's decay above 0, and its rate defined where there is one layer
+TINY = 1e-5  # keeps the decay of the last layer above 0, and the rate defined for a single layer
 
 
-@dataclasses.dataclass(frozen=True)
-class LightningConfig:
-    """Linear attention; each head has a state of `head_width` x `head_width` numbers."""
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class LightningConfig(UnpatternedConfig):
+    """Linear attention with fixed decay rates."""
 
     heads: int
-    head_width: int
+    head_width: int  # the state of a head has head_width x head_width elements
     norm_eps: float = 1e-6  # of the RMSNorm over all heads
-    chunk: int = 64  # of the scan; the result does not depend on it
+    chunk: int = CHUNK  # of the scan; affects speed and memory only
 
     def __post_init__(self):
-        if min(self.heads, self.head_width, self.chunk) < 1:
-            raise ValueError("heads, head_width and chunk must be at least 1")
+        require_at_least(self, 1, "heads", "head_width", "chunk")
 
     @property
     def summary(self) -> str:
         """Kind and sizes, in a few words."""
         return f"lightning attention {self.heads} x {self.head_width}"
 
-    @property
-    def connectivity(self) -> patterns.Pattern:
-        """What a position takes from the others: its whole past, by way of the state."""
-        return patterns.Causal()
-
 
 class Lightning(nnx.Module):
-    """sigmoid(gate(x)) · norm(o), o[t] = sum over s <= t of exp(-rate (t - s)) (q[t] · k[s]) v[s], silu on q, k and v.
+    """sigmoid(gate(x)) · norm(o), o[t] = sum over s <= t of exp(-rate (t - s)) (q[t] · k[s]) v[s].
 
-    The rate of head h of H is 2^(-8 (h + 1) / H), times a factor that falls from 1 in the first layer to nearly 0 in
-    the last: `Context.layer` says which one it is; if it does not, it is the first.
+    Queries, keys and values pass through silu. The rate of head h of H is 2^(-8 (h + 1) / H), times a factor that
+    falls from 1 in the first layer to nearly 0 in the last. `Extras.layer` is the index of the layer; it defaults to
+    the first.
     """
 
     def __init__(self, config: LightningConfig, stream: Stream, rngs: nnx.Rngs):
@@ -61,31 +59,26 @@ class Lightning(nnx.Module):
 
     def __call__(self, x: Float[Array, "b t m"], context: Context = EMPTY) -> Float[Array, "b t m"]:
         """Mixes a whole sequence."""
-        q, k, v = (context.zero_padding(a) for a in self._project(x))
+        q, k, v = (context.tokens.zero_padding(a) for a in self._project(x))
         ones = jnp.ones(v.shape[:3], jnp.float32)
-        y, _ = ssd(v, ones, self._decay(context), k, q, starts=context.starts, chunk=self.config.chunk)
-        return self._finish(x, y)
+        y, _ = ssd(v, ones, self._decay(context), k, q, starts=context.tokens.starts, chunk=self.config.chunk)
+        return self._project_out(x, y)
 
-    def init_cache(self, batch: int, length: int) -> dict[str, Array]:
-        """The state before the first token; its size does not depend on `length`."""
+    def init_cache(self, batch: int, length: int) -> Cache:
+        """Returns the state before the first token, whose size does not depend on `length`."""
         width = self.config.head_width
         return {"state": jnp.zeros((batch, self.config.heads, width, width), jnp.float32)}
 
     def step(
-        self,
-        x: Float[Array, "b m"],
-        cache: dict[str, Array],
-        position: Int[Array, ""],
-        length: int,
-        context: Context = EMPTY,
-    ) -> tuple[Float[Array, "b m"], dict[str, Array]]:
+        self, x: Float[Array, "b m"], cache: Cache, position: Int[Array, ""], length: int, context: Context = EMPTY
+    ) -> tuple[Float[Array, "b m"], Cache]:
         """Mixes one more token."""
         q, k, v = self._project(x)
         y, state = ssd_step(v, jnp.ones(v.shape[:2], jnp.float32), self._decay(context), k, q, cache["state"])
-        return self._finish(x, y), {"state": state}
+        return self._project_out(x, y), {"state": state}
 
     def cost(self, length: int) -> Cost:
-        """No pairs of attention; forward FLOPs for each token, with half a chunk of positions seen inside it."""
+        """Cost of the projections, the state, and half a chunk of positions within a chunk."""
         config = self.config
         inner = config.heads * config.head_width
         linear = sum(part.flops for part in (self.query, self.key, self.value, self.gate, self.out))
@@ -94,14 +87,14 @@ class Lightning(nnx.Module):
 
     def _decay(self, context: Context) -> Float[Array, " h"]:
         heads = self.config.heads
-        layer = 0 if context.layer is None else context.layer
+        layer = 0 if context.extras.layer is None else context.extras.layer
         rates = 2.0 ** (-8.0 * jnp.arange(1, heads + 1, dtype=jnp.float32) / heads)
         return -rates * (1 - layer / (self.depth - 1 + TINY) + TINY)
 
     def _project(self, x: Array) -> tuple[Array, ...]:
         """Queries, keys and values of all heads."""
         shape = *x.shape[:-1], self.config.heads, self.config.head_width
-        return tuple(jax.nn.silu(part(x)).reshape(shape) for part in (self.query, self.key, self.value))
+        return tuple(jax.nn.silu(linear(x)).reshape(shape) for linear in (self.query, self.key, self.value))
 
-    def _finish(self, x: Array, y: Array) -> Array:
+    def _project_out(self, x: Array, y: Array) -> Array:
         return self.out(self.norm(y.reshape(*x.shape[:-1], -1), self.gate(x)))

@@ -1,4 +1,4 @@
-"""LSH attention (Reformer, arXiv:2001.04451): tokens attend among those that hash alike."""
+"""LSH attention (Reformer, arXiv:2001.04451): tokens attend to tokens of similar hashes."""
 
 from __future__ import annotations
 
@@ -10,33 +10,36 @@ from flax import nnx
 from jaxtyping import Array, Float, Int
 
 from sparsejax import patterns
-from sparsejax.layers.stream import EMPTY, Context, Cost, Linear, Stream, output_scale
+from sparsejax.errors import InputError, require_at_least
+from sparsejax.layers.context import EMPTY, Context
+from sparsejax.layers.protocols import Cache, UnpatternedConfig
+from sparsejax.layers.stream import Cost, Linear, Stream, output_scale
 from sparsejax.ops import attend_hashed, decode_attend_hashed, hash_buckets
 
 
-@dataclasses.dataclass(frozen=True)
-class LshConfig:
-    """Attention in `hashes` rounds, each among chunks of tokens that are sorted by bucket.
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class LshConfig(UnpatternedConfig):
+    """Attention in several rounds, each among chunks of tokens that are sorted by bucket.
 
-    A causal one is not strictly causal: no value of a later token is seen, but it can move the borders of the chunks
-    in which earlier tokens find their keys.
+    Causal LSH attention is not strictly causal: no query reads the value of a later token, but a later token can move
+    the chunk borders that determine which earlier keys a query attends to.
     """
 
     heads: int
     head_width: int
     chunk: int  # tokens
-    buckets: tuple[int, ...]  # how many; several factors are hashed one by one
-    hashes: int
+    buckets: tuple[int, ...]  # number of buckets as factors, which are hashed separately; each is even
+    hashes: int  # rounds
     causal: bool
-    seed: int  # of the rotations; layers of one seed and shape have the same
-    before: int = 1  # chunks before its own that a token looks at
+    seed: int  # of the rotations; layers with the same seed and shape share them
+    before: int = 1  # chunks before its own that a token attends to
     after: int = 0
 
     def __post_init__(self):
-        if min(self.heads, self.head_width, self.chunk, self.hashes) < 1 or min(self.before, self.after) < 0:
-            raise ValueError("heads, head_width, chunk and hashes must be at least 1, before and after at least 0")
+        require_at_least(self, 1, "heads", "head_width", "chunk", "hashes")
+        require_at_least(self, 0, "before", "after")
         if not self.buckets or min(self.buckets) < 2 or any(count % 2 for count in self.buckets):
-            raise ValueError(f"buckets must be even numbers, got {self.buckets}")
+            raise InputError("buckets", f"{list(self.buckets)} are not positive even numbers")
 
     @property
     def summary(self) -> str:
@@ -45,12 +48,12 @@ class LshConfig:
 
     @property
     def connectivity(self) -> patterns.Pattern:
-        """What a position can take from the others, whatever the hashes."""
+        """The positions that a position can read from under some hashes."""
         return patterns.Causal() if self.causal else patterns.Full()
 
 
 class Lsh(nnx.Module):
-    """Attention with locality-sensitive hashing; queries are keys too."""
+    """Attention with locality-sensitive hashing; queries are also the keys."""
 
     def __init__(self, config: LshConfig, stream: Stream, rngs: nnx.Rngs):
         self.config = config
@@ -64,10 +67,10 @@ class Lsh(nnx.Module):
         """Mixes a whole sequence.
 
         Raises:
-          ValueError: `context.globals`, which this attention does not have, or rotations of another shape.
+          InputError: There are run-time globals, which LSH attention does not support, or rotations of another shape.
         """
-        if context.globals is not None:
-            raise ValueError("LSH attention has no global tokens at run time")
+        if context.extras.globals is not None:
+            raise InputError("globals", "LSH attention does not support run-time globals")
         qk, v = self._project(x)
         y = attend_hashed(
             qk,
@@ -77,29 +80,24 @@ class Lsh(nnx.Module):
             before=self.config.before,
             after=self.config.after,
             causal=self.config.causal,
-            segments=context.segments,
-            mask=context.mask,
+            segments=context.tokens.segments,
+            mask=context.tokens.mask,
         )
         return self.out(y.reshape(*x.shape[:-1], -1))
 
-    def init_cache(self, batch: int, length: int) -> dict[str, Array]:
-        """An empty cache for `length` positions: none can be forgotten, since any bucket may come again."""
+    def init_cache(self, batch: int, length: int) -> Cache:
+        """Returns an empty cache of `length` positions, all of which are kept: any bucket may recur."""
         config, dtype = self.config, self.out.dtype
         shape = (batch, length, config.heads, config.head_width)
         buckets = jnp.zeros((batch, config.heads, config.hashes, length), jnp.int32)
         return {"qk": jnp.zeros(shape, dtype), "v": jnp.zeros(shape, dtype), "buckets": buckets}
 
     def step(
-        self,
-        x: Float[Array, "b m"],
-        cache: dict[str, Array],
-        position: Int[Array, ""],
-        length: int,
-        context: Context = EMPTY,
-    ) -> tuple[Float[Array, "b m"], dict[str, Array]]:
-        """Mixes one more token: what a call over the tokens so far gives the last one.
+        self, x: Float[Array, "b m"], cache: Cache, position: Int[Array, ""], length: int, context: Context = EMPTY
+    ) -> tuple[Float[Array, "b m"], Cache]:
+        """Mixes one more token as a call over the tokens so far does; sorts all positions in every step.
 
-        A call over more tokens can give it something else, see `LshConfig`. All positions are sorted in every step.
+        A call over more tokens can give the token another output, see `LshConfig`.
         """
         qk, v = self._project(x[:, None])
         cache = {
@@ -112,7 +110,7 @@ class Lsh(nnx.Module):
         return self.out(y.reshape(len(x), -1)), cache
 
     def cost(self, length: int) -> Cost:
-        """Scored pairs, masked ones too, and forward FLOPs for each token, without the sort."""
+        """Cost of the projections, the hashes and the scored pairs, including masked ones; without the sort."""
         config = self.config
         rows = config.hashes * -(-length // config.chunk) * config.chunk
         pairs = config.heads * rows * config.chunk * (config.before + 1 + config.after)
@@ -120,14 +118,16 @@ class Lsh(nnx.Module):
         hashing = 2.0 * config.heads * config.hashes * config.head_width * (sum(config.buckets) // 2)
         return Cost(pairs, linear + hashing + 4.0 * config.head_width * pairs / length)
 
-    def _project(self, x: Array) -> tuple[Array, Array]:
-        return tuple(part(x).reshape(*x.shape[:2], self.config.heads, -1) for part in (self.query_key, self.value))
+    def _project(self, x: Array) -> tuple[Array, ...]:
+        """Queries, which are also the keys, and values."""
+        shape = *x.shape[:2], self.config.heads, self.config.head_width
+        return tuple(linear(x).reshape(shape) for linear in (self.query_key, self.value))
 
     def _hash(self, qk: Array, context: Context) -> Array:
-        config, rotations = self.config, context.rotations
+        config, rotations = self.config, context.extras.rotations
         shape = config.heads, config.head_width, config.hashes, sum(config.buckets) // 2
         if rotations is None:
             rotations = jax.random.normal(jax.random.key(config.seed), shape)
         elif rotations.shape != shape:
-            raise ValueError(f"rotations must be {list(shape)}, got {list(rotations.shape)}")
+            raise InputError("rotations", f"shape {list(rotations.shape)} is not {list(shape)}")
         return hash_buckets(qk, rotations, config.buckets)

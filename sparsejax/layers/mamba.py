@@ -10,46 +10,41 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
-from sparsejax import patterns
+from sparsejax.errors import InputError, require_at_least
+from sparsejax.layers.context import EMPTY, Context
 from sparsejax.layers.conv import ShortConv
-from sparsejax.layers.norm import Norm, NormConfig
-from sparsejax.layers.stream import EMPTY, Context, Cost, Linear, Stream, output_scale, parameter
+from sparsejax.layers.norm import NormConfig, make_norm, normalize
+from sparsejax.layers.protocols import Cache, UnpatternedConfig
+from sparsejax.layers.stream import Cost, Linear, Stream, output_scale, parameter
 from sparsejax.ops import selective_scan, selective_step
 
 
-@dataclasses.dataclass(frozen=True)
-class MambaConfig:
-    """A Mamba mixer of `inner` channels with `state` numbers each."""
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class MambaConfig(UnpatternedConfig):
+    """A Mamba mixer."""
 
-    inner: int
-    state: int
-    conv: int  # taps of the causal depthwise convolution, the current token's included
-    dt_rank: int
-    dt_min: float  # step sizes start log-uniform in [dt_min, dt_max]
+    inner: int  # channels
+    state: int  # elements of the state of a channel
+    conv: int  # taps of the causal depthwise convolution, including the current token's
+    dt_rank: int  # rank of the map to the step sizes
+    dt_min: float  # step sizes are initialized log-uniform in [dt_min, dt_max]
     dt_max: float
-    norm_eps: float | None = None  # RMSNorm of the step sizes' low-rank form, B and C (Jamba, arXiv:2403.19887)
-    bias: bool = False  # of the projections from and into the stream
+    norm_eps: float | None = None  # of RMSNorms on low-rank step sizes, B and C (Jamba, arXiv:2403.19887); None: none
+    bias: bool = False  # on the projections from and to the stream
     conv_bias: bool = True
 
     def __post_init__(self):
-        if min(self.inner, self.state, self.conv, self.dt_rank) < 1:
-            raise ValueError("inner, state, conv and dt_rank must be at least 1")
-        if not 0 < self.dt_min <= self.dt_max:
-            raise ValueError(f"needs 0 < dt_min <= dt_max, got {self.dt_min} and {self.dt_max}")
+        require_at_least(self, 1, "inner", "state", "conv", "dt_rank")
+        require_dt_range(self.dt_min, self.dt_max)
 
     @property
     def summary(self) -> str:
         """Kind and sizes, in a few words."""
         return f"mamba {self.inner} x {self.state}"
 
-    @property
-    def connectivity(self) -> patterns.Pattern:
-        """What a position takes from the others: its whole past, by way of the state."""
-        return patterns.Causal()
-
 
 class Mamba(nnx.Module):
-    """Gate · scan(silu(conv(x))): causal by construction, with a state in place of a cache that grows."""
+    """out(silu(gate(x)) · scan(silu(conv(input(x))))). The cache is a state of constant size."""
 
     def __init__(self, config: MambaConfig, stream: Stream, rngs: nnx.Rngs):
         self.config = config
@@ -59,24 +54,25 @@ class Mamba(nnx.Module):
         self.conv = ShortConv(d, config.conv, bias=config.conv_bias, dtype=dtype, rngs=rngs)
         self.select = Linear(d, config.dt_rank + 2 * n, ("inner", None), dtype=dtype, rngs=rngs)
         self.dt = Linear(config.dt_rank, d, (None, "inner"), dtype=dtype, rngs=rngs)
-        self.dt_bias = parameter(rngs, self._start_dt, (d,), ("inner",))
-        self.log_decay = parameter(rngs, _start_decay, (d, n), ("inner", None))
+        self.dt_bias = parameter(rngs, self._init_dt, (d,), ("inner",))
+        self.log_decay = parameter(rngs, _init_s4d_decay, (d, n), ("inner", None))
         self.skip = parameter(rngs, jax.nn.initializers.ones, (d,), ("inner",))
-        axes, start = ("inner", "width"), output_scale(stream)
-        self.out = Linear(d, m, axes, dtype=dtype, rngs=rngs, bias=config.bias, scale=start)
-        norm = NormConfig("none" if config.norm_eps is None else "rms", config.norm_eps or 1.0)
-        self.dt_norm = Norm(norm, config.dt_rank, rngs, axis=None)
-        self.B_norm, self.C_norm = Norm(norm, n, rngs, axis=None), Norm(norm, n, rngs, axis=None)
+        axes, scale = ("inner", "width"), output_scale(stream)
+        self.out = Linear(d, m, axes, dtype=dtype, rngs=rngs, bias=config.bias, scale=scale)
+        norm = None if config.norm_eps is None else NormConfig(kind="rms", eps=config.norm_eps)
+        self.dt_norm = make_norm(norm, config.dt_rank, rngs, axis=None)
+        self.B_norm, self.C_norm = make_norm(norm, n, rngs, axis=None), make_norm(norm, n, rngs, axis=None)
 
     def __call__(self, x: Float[Array, "b t m"], context: Context = EMPTY) -> Float[Array, "b t m"]:
         """Mixes a whole sequence."""
-        x = context.zero_padding(x)
-        u = context.zero_padding(jax.nn.silu(self.conv(self.input(x), context)))
-        y, _ = selective_scan(u, *self._selection(u), starts=context.starts)
-        return self._finish(x, u, y)
+        tokens = context.tokens
+        x = tokens.zero_padding(x)
+        u = tokens.zero_padding(jax.nn.silu(self.conv(self.input(x), tokens)))
+        y, _ = selective_scan(u, *self._selection(u), starts=tokens.starts)
+        return self._project_out(x, u, y)
 
-    def init_cache(self, batch: int, length: int) -> dict[str, Array]:
-        """The state before the first token; its size does not depend on `length`."""
+    def init_cache(self, batch: int, length: int) -> Cache:
+        """Returns the state before the first token, whose size does not depend on `length`."""
         d = self.config.inner
         return {
             "conv": self.conv.init_cache(batch),
@@ -84,46 +80,47 @@ class Mamba(nnx.Module):
         }
 
     def step(
-        self,
-        x: Float[Array, "b m"],
-        cache: dict[str, Array],
-        position: Int[Array, ""],
-        length: int,
-        context: Context = EMPTY,
-    ) -> tuple[Float[Array, "b m"], dict[str, Array]]:
+        self, x: Float[Array, "b m"], cache: Cache, position: Int[Array, ""], length: int, context: Context = EMPTY
+    ) -> tuple[Float[Array, "b m"], Cache]:
         """Mixes one more token."""
-        u, recent = self.conv.step(self.input(x), cache["conv"])
+        u, conv = self.conv.step(self.input(x), cache["conv"])
         u = jax.nn.silu(u)
         y, state = selective_step(u.astype(jnp.float32), *self._selection(u), cache["state"])
-        return self._finish(x, u, y.astype(x.dtype)), {"conv": recent, "state": state}
+        return self._project_out(x, u, y.astype(x.dtype)), {"conv": conv, "state": state}
 
     def cost(self, length: int) -> Cost:
-        """No pairs; forward FLOPs for each token: the projections, the convolution and 7 for each state number."""
+        """Cost of the projections and the convolution, and 7 FLOPs per element of the state."""
         parts = (self.input, self.gate, self.conv, self.select, self.dt, self.out)
         return Cost(0, sum(part.flops for part in parts) + 7.0 * self.config.inner * self.config.state)
 
     def _selection(self, u: Array) -> tuple[Array, Array, Array, Array]:
-        """Step sizes, decay, B and C, in float32, from the convolved input."""
+        """Step sizes, A, B and C from the convolved input, in float32."""
         r, n = self.config.dt_rank, self.config.state
         low, B, C = jnp.split(self.select(u), [r, r + n], axis=-1)
-        low, B, C = self.dt_norm(low), self.B_norm(B), self.C_norm(C)
+        low, B, C = normalize(self.dt_norm, low), normalize(self.B_norm, B), normalize(self.C_norm, C)
         dt = jax.nn.softplus(self.dt(low).astype(jnp.float32) + self.dt_bias[...])
         return dt, -jnp.exp(self.log_decay[...]), B.astype(jnp.float32), C.astype(jnp.float32)
 
-    def _finish(self, x: Array, u: Array, y: Array) -> Array:
+    def _project_out(self, x: Array, u: Array, y: Array) -> Array:
         y = y + u * self.skip[...].astype(u.dtype)
         return self.out(y * jax.nn.silu(self.gate(x)))
 
-    def _start_dt(self, key: Array, shape: tuple[int, ...], dtype: jnp.dtype) -> Array:
-        return start_dt(key, shape, dtype, self.config.dt_min, self.config.dt_max)
+    def _init_dt(self, key: Array, shape: tuple[int, ...], dtype: jnp.dtype) -> Array:
+        return init_dt_bias(key, shape, dtype, self.config.dt_min, self.config.dt_max)
 
 
-def start_dt(key: Array, shape: tuple[int, ...], dtype: jnp.dtype, low: float, high: float) -> Array:
-    """Biases whose softplus is log-uniform in [low, high]."""
+def require_dt_range(low: float, high: float) -> None:
+    """Raises InputError unless 0 < `low` <= `high`."""
+    if not 0 < low <= high:
+        raise InputError("dt_min", f"{low} is not positive and at most dt_max = {high}")
+
+
+def init_dt_bias(key: Array, shape: tuple[int, ...], dtype: jnp.dtype, low: float, high: float) -> Array:
+    """Biases whose softplus is log-uniform in [`low`, `high`]."""
     dt = jnp.exp(jax.random.uniform(key, shape, dtype, math.log(low), math.log(high)))
     return dt + jnp.log(-jnp.expm1(-dt))
 
 
-def _start_decay(key: Array, shape: tuple[int, ...], dtype: jnp.dtype) -> Array:
-    """A[d, n] = -(n + 1), stored as a logarithm (S4D-Real, arXiv:2206.11893)."""
+def _init_s4d_decay(key: Array, shape: tuple[int, ...], dtype: jnp.dtype) -> Array:
+    """Logarithm of -A, with A[d, n] = -(n + 1) (S4D-Real, arXiv:2206.11893)."""
     return jnp.broadcast_to(jnp.log(jnp.arange(1, shape[1] + 1, dtype=dtype)), shape)

@@ -1,4 +1,4 @@
-"""The Mamba-2 mixer: a state space whose heads decay as a whole (Dao and Gu 2024, arXiv:2405.21060)."""
+"""The Mamba-2 mixer: a state space with a scalar decay per head (Dao and Gu 2024, arXiv:2405.21060)."""
 
 from __future__ import annotations
 
@@ -9,49 +9,50 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
-from sparsejax import patterns
+from sparsejax.errors import InputError, require_at_least
+from sparsejax.layers.context import EMPTY, Context
 from sparsejax.layers.conv import ShortConv
-from sparsejax.layers.mamba import start_dt
+from sparsejax.layers.mamba import init_dt_bias, require_dt_range
 from sparsejax.layers.norm import GatedNorm
-from sparsejax.layers.stream import EMPTY, Context, Cost, Linear, Stream, output_scale, parameter
+from sparsejax.layers.protocols import Cache, UnpatternedConfig
+from sparsejax.layers.stream import Cost, Linear, Stream, output_scale, parameter
 from sparsejax.ops import ssd, ssd_step
+from sparsejax.ops.ssd import CHUNK
 
 MULTIPLIED = ("gate", "x", "B", "C", "dt")
 
 
-@dataclasses.dataclass(frozen=True)
-class Mamba2Config:
-    """A Mamba-2 mixer; each head has a state of `head_width` x `state` numbers."""
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Mamba2Config(UnpatternedConfig):
+    """A Mamba-2 mixer."""
 
     heads: int
-    head_width: int
+    head_width: int  # the state of a head has head_width x state elements
     state: int
-    groups: int  # of heads that share B and C
-    conv: int  # taps of the causal depthwise convolution, the current token's included
-    dt_min: float  # step sizes start log-uniform in [dt_min, dt_max]
+    groups: int  # heads of a group share B and C
+    conv: int  # taps of the causal depthwise convolutions, including the current token's
+    dt_min: float  # step sizes are initialized log-uniform in [dt_min, dt_max]
     dt_max: float
-    norm_eps: float | None  # of the RMSNorm of what is gated; None: no norm
-    norm_groups: int = 1  # the norm is over groups of channels
+    norm_eps: float | None  # of the gated RMSNorm; None: a gate without a norm
+    norm_groups: int = 1  # channels are normalized in this many groups
     norm_before_gate: bool = False
-    chunk: int = 64  # of the scan; the result does not depend on it
-    dt_floor: float = 0.0  # step sizes are clipped
+    chunk: int = CHUNK  # of the scan; affects speed and memory only
+    dt_floor: float = 0.0  # step sizes are clipped to [dt_floor, dt_ceiling]
     dt_ceiling: float | None = None
-    bias: bool = False  # of the projections from the stream
+    bias: bool = False  # on the projections from the stream
     out_bias: bool = False
     conv_bias: bool = True
-    multipliers: tuple[float, ...] = ()  # on gate, x, B, C and dt (Falcon-H1, arXiv:2507.22448)
+    multipliers: tuple[float, ...] = ()  # factors on gate, x, B, C and dt (Falcon-H1, arXiv:2507.22448); (): none
 
     def __post_init__(self):
-        if min(self.heads, self.head_width, self.state, self.groups, self.conv, self.chunk, self.norm_groups) < 1:
-            raise ValueError("heads, head_width, state, groups, conv, chunk and norm_groups must be at least 1")
+        require_at_least(self, 1, "heads", "head_width", "state", "groups", "conv", "chunk", "norm_groups")
         if self.heads % self.groups:
-            raise ValueError(f"heads = {self.heads} is not divisible by groups = {self.groups}")
+            raise InputError("heads", f"{self.heads} is not divisible by groups = {self.groups}")
         if self.inner % self.norm_groups:
-            raise ValueError(f"heads * head_width = {self.inner} is not divisible by norm_groups = {self.norm_groups}")
-        if not 0 < self.dt_min <= self.dt_max:
-            raise ValueError(f"needs 0 < dt_min <= dt_max, got {self.dt_min} and {self.dt_max}")
+            raise InputError("norm_groups", f"{self.norm_groups} does not divide heads * head_width = {self.inner}")
+        require_dt_range(self.dt_min, self.dt_max)
         if len(self.multipliers) not in (0, len(MULTIPLIED)):
-            raise ValueError(f"multipliers: expected {len(MULTIPLIED)}, of {', '.join(MULTIPLIED)}")
+            raise InputError("multipliers", f"{len(self.multipliers)} given, expected one per {', '.join(MULTIPLIED)}")
 
     @property
     def inner(self) -> int:
@@ -63,14 +64,9 @@ class Mamba2Config:
         """Kind and sizes, in a few words."""
         return f"mamba2 {self.heads} x {self.head_width} x {self.state}"
 
-    @property
-    def connectivity(self) -> patterns.Pattern:
-        """What a position takes from the others: its whole past, by way of the state."""
-        return patterns.Causal()
-
 
 class Mamba2(nnx.Module):
-    """Gate · ssd(silu(conv(x, B, C)))."""
+    """out(norm(ssd(silu(conv(x)), B, C) · silu(gate)))."""
 
     def __init__(self, config: Mamba2Config, stream: Stream, rngs: nnx.Rngs):
         self.config = config
@@ -84,25 +80,25 @@ class Mamba2(nnx.Module):
         self.select, self.dt = project(select, None), project(h, None)
         self.conv = ShortConv(d, config.conv, bias=config.conv_bias, dtype=dtype, rngs=rngs)
         self.conv_select = ShortConv(select, config.conv, bias=config.conv_bias, dtype=dtype, rngs=rngs, axis=None)
-        self.dt_bias = parameter(rngs, self._start_dt, (h,), (None,))
-        self.log_decay = parameter(rngs, start_decay, (h,), (None,))
+        self.dt_bias = parameter(rngs, self._init_dt, (h,), (None,))
+        self.log_decay = parameter(rngs, init_log_decay, (h,), (None,))
         self.skip = parameter(rngs, jax.nn.initializers.ones, (h,), (None,))
-        self.norm = None if config.norm_eps is None else self._make_norm(rngs)
-        axes, start = ("inner", "width"), output_scale(stream)
-        self.out = Linear(d, m, axes, dtype=dtype, rngs=rngs, bias=config.out_bias, scale=start)
+        self.norm = None if config.norm_eps is None else self._make_norm(config.norm_eps, rngs)
+        axes, scale = ("inner", "width"), output_scale(stream)
+        self.out = Linear(d, m, axes, dtype=dtype, rngs=rngs, bias=config.out_bias, scale=scale)
 
     def __call__(self, x: Float[Array, "b t m"], context: Context = EMPTY) -> Float[Array, "b t m"]:
         """Mixes a whole sequence."""
-        x = context.zero_padding(x)
-        gate, u, select, dt = self._project(x)
-        u = context.zero_padding(jax.nn.silu(self.conv(u, context)))
-        select = context.zero_padding(jax.nn.silu(self.conv_select(select, context)))
+        tokens = context.tokens
+        gate, u, select, dt = self._project(tokens.zero_padding(x))
+        u = tokens.zero_padding(jax.nn.silu(self.conv(u, tokens)))
+        select = tokens.zero_padding(jax.nn.silu(self.conv_select(select, tokens)))
         u, B, C = self._split(u, select)
-        y, _ = ssd(u, dt, self._decay, B, C, starts=context.starts, chunk=self.config.chunk)
-        return self._finish(y, u, gate)
+        y, _ = ssd(u, dt, self._decay, B, C, starts=tokens.starts, chunk=self.config.chunk)
+        return self._project_out(y, u, gate)
 
-    def init_cache(self, batch: int, length: int) -> dict[str, Array]:
-        """The state before the first token; its size does not depend on `length`."""
+    def init_cache(self, batch: int, length: int) -> Cache:
+        """Returns the state before the first token, whose size does not depend on `length`."""
         config = self.config
         return {
             "conv": self.conv.init_cache(batch),
@@ -111,23 +107,18 @@ class Mamba2(nnx.Module):
         }
 
     def step(
-        self,
-        x: Float[Array, "b m"],
-        cache: dict[str, Array],
-        position: Int[Array, ""],
-        length: int,
-        context: Context = EMPTY,
-    ) -> tuple[Float[Array, "b m"], dict[str, Array]]:
+        self, x: Float[Array, "b m"], cache: Cache, position: Int[Array, ""], length: int, context: Context = EMPTY
+    ) -> tuple[Float[Array, "b m"], Cache]:
         """Mixes one more token."""
         gate, u, select, dt = self._project(x)
         u, conv = self.conv.step(u, cache["conv"])
         select, conv_select = self.conv_select.step(select, cache["conv_select"])
         u, B, C = self._split(jax.nn.silu(u), jax.nn.silu(select))
         y, state = ssd_step(u, dt, self._decay, B, C, cache["state"])
-        return self._finish(y, u, gate), {"conv": conv, "conv_select": conv_select, "state": state}
+        return self._project_out(y, u, gate), {"conv": conv, "conv_select": conv_select, "state": state}
 
     def cost(self, length: int) -> Cost:
-        """No pairs of attention; forward FLOPs for each token, with half a chunk of positions seen inside it."""
+        """Cost of the projections, the convolutions, the state, and half a chunk of positions within a chunk."""
         config = self.config
         parts = (self.gate, self.input, self.select, self.dt, self.conv, self.conv_select, self.out)
         states = 4.0 * config.inner * config.state  # written and read
@@ -139,9 +130,9 @@ class Mamba2(nnx.Module):
         return -jnp.exp(self.log_decay[...])
 
     def _project(self, x: Array) -> tuple[Array, Array, Array, Array]:
-        """Gate, x, B and C side by side, and step sizes in float32."""
+        """Gate, x, concatenated B and C, and step sizes in float32."""
         config = self.config
-        gate, u, select, dt = (part(x) for part in (self.gate, self.input, self.select, self.dt))
+        gate, u, select, dt = (linear(x) for linear in (self.gate, self.input, self.select, self.dt))
         if config.multipliers:
             by_gate, by_x, by_B, by_C, by_dt = config.multipliers
             B, C = jnp.split(select, 2, axis=-1)
@@ -156,19 +147,19 @@ class Mamba2(nnx.Module):
         B, C = (a.reshape(*a.shape[:-1], config.groups, config.state) for a in jnp.split(select, 2, axis=-1))
         return u.reshape(*u.shape[:-1], config.heads, config.head_width), B, C
 
-    def _finish(self, y: Array, u: Array, gate: Array) -> Array:
+    def _project_out(self, y: Array, u: Array, gate: Array) -> Array:
         y = (y + self.skip[...].astype(y.dtype)[:, None] * u).reshape(gate.shape)
         return self.out(y * jax.nn.silu(gate) if self.norm is None else self.norm(y, gate))
 
-    def _make_norm(self, rngs: nnx.Rngs) -> GatedNorm:
+    def _make_norm(self, eps: float, rngs: nnx.Rngs) -> GatedNorm:
         config = self.config
         first = not config.norm_before_gate
-        return GatedNorm(config.inner, config.norm_eps, rngs, groups=config.norm_groups, gate_first=first)
+        return GatedNorm(config.inner, eps, rngs, groups=config.norm_groups, gate_first=first)
 
-    def _start_dt(self, key: Array, shape: tuple[int, ...], dtype: jnp.dtype) -> Array:
-        return start_dt(key, shape, dtype, self.config.dt_min, self.config.dt_max)
+    def _init_dt(self, key: Array, shape: tuple[int, ...], dtype: jnp.dtype) -> Array:
+        return init_dt_bias(key, shape, dtype, self.config.dt_min, self.config.dt_max)
 
 
-def start_decay(key: Array, shape: tuple[int, ...], dtype: jnp.dtype) -> Array:
-    """-A uniform in [1, 16], stored as a logarithm."""
+def init_log_decay(key: Array, shape: tuple[int, ...], dtype: jnp.dtype) -> Array:
+    """Logarithm of -A, with -A uniform in [1, 16]."""
     return jnp.log(jax.random.uniform(key, shape, dtype, 1.0, 16.0))

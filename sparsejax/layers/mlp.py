@@ -1,4 +1,4 @@
-"""Feed-forward parts: what a layer does with each token alone."""
+"""Feed-forward parts: transformations of every token by itself."""
 
 from __future__ import annotations
 
@@ -9,7 +9,10 @@ import jax
 from flax import nnx
 from jaxtyping import Array, Float
 
-from sparsejax.layers.stream import EMPTY, Context, Linear, Stream, output_scale
+from sparsejax.errors import require_at_least, require_choice
+from sparsejax.layers.context import EMPTY, Context
+from sparsejax.layers.protocols import Losses
+from sparsejax.layers.stream import Linear, Stream, output_scale
 
 ACTIVATIONS = {
     "silu": jax.nn.silu,
@@ -21,54 +24,49 @@ ACTIVATIONS = {
 KINDS = ("gated", "plain")
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class MlpConfig:
-    """`kind`: "gated" (GLU, arXiv:2002.05202) or "plain"; `width`: hidden width; `activation`: by name."""
+    """A feed-forward network with one hidden layer."""
 
-    kind: str
-    width: int
-    activation: str
+    kind: str  # "gated" (GLU, arXiv:2002.05202) or "plain"
+    width: int  # of the hidden layer
+    activation: str  # a key of `ACTIVATIONS`
     bias: bool = False  # on every linear map
     gate_scale: float = 1.0  # factor on the gate, before the activation (Falcon-H1, arXiv:2507.22448)
     out_scale: float = 1.0  # factor on the output
 
     def __post_init__(self):
-        if self.kind not in KINDS:
-            raise ValueError(f"kind must be one of {', '.join(KINDS)}, got {self.kind!r}")
-        if self.activation not in ACTIVATIONS:
-            raise ValueError(f"activation must be one of {', '.join(ACTIVATIONS)}, got {self.activation!r}")
-        if self.width < 1:
-            raise ValueError(f"width must be at least 1, got {self.width}")
+        require_choice(self, "kind", KINDS)
+        require_choice(self, "activation", ACTIVATIONS)
+        require_at_least(self, 1, "width")
 
 
 class Mlp(nnx.Module):
-    """down(act(up(x))), or down(act(gate(x)) · up(x))."""
+    """down(act(up(x))) or, gated, down(act(gate(x)) · up(x))."""
 
     def __init__(self, config: MlpConfig, stream: Stream, rngs: nnx.Rngs):
         self.config = config
-        m, f, start = stream.width, config.width, output_scale(stream)
+        m, f, scale = stream.width, config.width, output_scale(stream)
 
         def project(inputs: int, outputs: int, axes: tuple[str, str], scale: float = 1.0) -> Linear:
             return Linear(inputs, outputs, axes, dtype=stream.dtype, rngs=rngs, bias=config.bias, scale=scale)
 
         self.up = project(m, f, ("width", "ff"))
         self.gate = project(m, f, ("width", "ff")) if config.kind == "gated" else None
-        self.down = project(f, m, ("ff", "width"), start)
+        self.down = project(f, m, ("ff", "width"), scale)
 
-    def __call__(
-        self, x: Float[Array, "*b m"], context: Context = EMPTY
-    ) -> tuple[Float[Array, "*b m"], dict[str, Array]]:
-        """The output, and no losses."""
-        activate = ACTIVATIONS[self.config.activation]
-        hidden = activate(self.up(x)) if self.gate is None else activate(self._open(x)) * self.up(x)
+    def __call__(self, x: Float[Array, "*b m"], context: Context = EMPTY) -> tuple[Float[Array, "*b m"], Losses]:
+        """Returns the output and no losses."""
+        activate, config = ACTIVATIONS[self.config.activation], self.config
+        if self.gate is None:
+            hidden = activate(self.up(x))
+        else:
+            gate = self.gate(x)
+            hidden = activate(gate if config.gate_scale == 1 else gate * config.gate_scale) * self.up(x)
         y = self.down(hidden)
-        return (y if self.config.out_scale == 1 else y * self.config.out_scale), {}
-
-    def _open(self, x: Array) -> Array:
-        gate = self.gate(x)
-        return gate if self.config.gate_scale == 1 else gate * self.config.gate_scale
+        return (y if config.out_scale == 1 else y * config.out_scale), {}
 
     @property
     def flops(self) -> float:
-        """Forward FLOPs for each token."""
-        return sum(part.flops for part in (self.up, self.gate, self.down) if part is not None)
+        """Forward FLOPs per token."""
+        return sum(linear.flops for linear in (self.up, self.gate, self.down) if linear is not None)

@@ -1,4 +1,4 @@
-"""Normalisation over the last axis, computed in float32."""
+"""Normalization over the last axis, computed in float32."""
 
 from __future__ import annotations
 
@@ -9,42 +9,38 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
 
+from sparsejax.errors import InputError, require_choice
 from sparsejax.layers.stream import parameter
 
-KINDS = ("rms", "layer", "none")
+KINDS = ("rms", "layer")
 GATES = {"silu": jax.nn.silu, "sigmoid": jax.nn.sigmoid}
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class NormConfig:
-    """`kind`: "rms" (arXiv:1910.07467), "layer" (arXiv:1607.06450) or "none"; `eps` is added to the variance."""
+    """A normalization layer; a config that allows None for it then has no normalization there."""
 
-    kind: str
-    eps: float
-    offset: bool = False  # the stored scale is what is added to 1 (Gemma)
+    kind: str  # "rms" (arXiv:1910.07467) or "layer" (arXiv:1607.06450)
+    eps: float  # added to the variance
+    offset: bool = False  # the stored scale is added to 1 (Gemma)
     bias: bool = True  # of "layer"
 
     def __post_init__(self):
-        if self.kind not in KINDS:
-            raise ValueError(f"kind must be one of {', '.join(KINDS)}, got {self.kind!r}")
+        require_choice(self, "kind", KINDS)
         if self.eps <= 0:
-            raise ValueError(f"eps must be above 0, got {self.eps}")
+            raise InputError("eps", f"{self.eps} is not positive")
 
 
 class Norm(nnx.Module):
-    """RMSNorm, LayerNorm or nothing, by `NormConfig.kind`."""
+    """RMSNorm or LayerNorm, by `NormConfig.kind`."""
 
     def __init__(self, config: NormConfig, width: int, rngs: nnx.Rngs, axis: str | None = "width"):
         self.config = config
-        kind, shape = config.kind, (width,)
         ones, zeros = jax.nn.initializers.ones, jax.nn.initializers.zeros
-        start = zeros if config.offset else ones
-        self.scale = None if kind == "none" else parameter(rngs, start, shape, (axis,))
-        self.bias = parameter(rngs, zeros, shape, (axis,)) if kind == "layer" and config.bias else None
+        self.scale = parameter(rngs, zeros if config.offset else ones, (width,), (axis,))
+        self.bias = parameter(rngs, zeros, (width,), (axis,)) if config.kind == "layer" and config.bias else None
 
     def __call__(self, x: Float[Array, "*b m"]) -> Float[Array, "*b m"]:
-        if self.config.kind == "none":
-            return x
         wide = x.astype(jnp.promote_types(x.dtype, jnp.float32))
         if self.config.kind == "layer":
             wide = wide - wide.mean(axis=-1, keepdims=True)
@@ -52,8 +48,18 @@ class Norm(nnx.Module):
         return (y if self.bias is None else y + self.bias[...]).astype(x.dtype)
 
 
+def make_norm(config: NormConfig | None, width: int, rngs: nnx.Rngs, axis: str | None = "width") -> Norm | None:
+    """Builds the norm that `config` describes, if any."""
+    return None if config is None else Norm(config, width, rngs, axis)
+
+
+def normalize(norm: Norm | None, x: Float[Array, "*b m"]) -> Float[Array, "*b m"]:
+    """Applies `norm`, if any."""
+    return x if norm is None else norm(x)
+
+
 class GatedNorm(nnx.Module):
-    """RMSNorm over groups of channels, with a gate before it or after it (Mamba-2, arXiv:2405.21060)."""
+    """RMSNorm over groups of channels, with a gate before or after it (Mamba-2, arXiv:2405.21060)."""
 
     def __init__(
         self,
@@ -79,5 +85,5 @@ class GatedNorm(nnx.Module):
 
 
 def standardize(x: Float[Array, "*b m"], eps: float) -> Float[Array, "*b m"]:
-    """`x` over the root of its mean square."""
+    """Divides `x` by its root mean square over the last axis."""
     return x * jax.lax.rsqrt((x * x).mean(axis=-1, keepdims=True) + eps)

@@ -1,110 +1,54 @@
-"""The residual stream: what all layers of a model share, and the parameters they are made of."""
+"""The residual stream, and the building blocks that all layers share: parameters, linear maps, costs."""
 
 from __future__ import annotations
 
 import dataclasses
-import functools
 from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array, Bool, Float, Int, Key
+from jaxtyping import Array, Float
+
+from sparsejax.patterns import Pattern
 
 
 @dataclasses.dataclass(frozen=True)
 class Stream:
-    """Facts of the residual stream that every layer is built for."""
+    """Properties of the residual stream that every layer is built for."""
 
     width: int  # m
-    depth: int  # number of layers; output projections start smaller in deeper models
+    depth: int  # number of layers; output projections are initialized smaller in deeper models
     dtype: jnp.dtype  # of the computation; parameters are float32
     reversible: bool = False  # two streams side by side, see `Layer`
     shared: Mapping[str, Any] = dataclasses.field(default_factory=dict)  # SharedConfig by name, see `layers.shared`
 
 
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class Dropout:
-    """Dropout (arXiv:1207.0580): with a chance of `rate` a number becomes 0, else it is divided by 1 - `rate`."""
+def parameter(
+    rngs: nnx.Rngs, init: Callable, shape: tuple[int, ...], axes: tuple[str | None, ...], *, decay: bool = False
+) -> nnx.Param:
+    """Creates a float32 parameter with the metadata that sharding and the optimizer read.
 
-    key: Key[Array, ""]
-    rate: float = dataclasses.field(metadata={"static": True})
-
-    def __call__(self, x: Float[Array, "*b m"], *place: int | Int[Array, ""]) -> Float[Array, "*b m"]:
-        """`x` with some of its numbers dropped: the same ones whenever key and `place`, some integers, are."""
-        kept = jax.random.bernoulli(functools.reduce(jax.random.fold_in, place, self.key), 1 - self.rate, x.shape)
-        return jnp.where(kept, x / (1 - self.rate), 0)
-
-
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class Context:
-    """What layers may know of the tokens beside the stream. None: nothing to know.
-
-    Attributes:
-      segments: ids of the documents that were packed into a row; nothing crosses from one to another.
-      positions: of tokens in their documents, for learned positions; None: their places in the row.
-      mask: False at padding. No token looks at it, and it leaves the state of a recurrence as zero input would.
-      globals: positions of tokens that are global in this batch alone, in any order; -1 pads the list.
-      embeddings: the stream before the first layer.
-      layer: the number of the layer, from 0.
-      shared: the blocks that layers share, by name: modules, see `layers.shared`.
-      rotations: what LSH attention hashes with, instead of those it draws.
-      dropout: what is dropped of the stream in this step of training.
+    Args:
+      rngs: Source of the key.
+      init: Initializer, as in `jax.nn.initializers`.
+      shape: Shape.
+      axes: Logical name per axis; `sharding.RULES` maps names to mesh axes.
+      decay: Whether weight decay applies. True for the matrices of linear maps, false for everything else: norms,
+        biases, embeddings, position tables, convolution taps and the rates of recurrences.
     """
-
-    segments: Int[Array, "b t"] | None = None
-    positions: Int[Array, "b t"] | None = None
-    mask: Bool[Array, "b t"] | None = None
-    globals: Int[Array, "b n"] | None = None
-    embeddings: Float[Array, "b t m"] | None = None
-    layer: Int[Array, ""] | None = None
-    shared: dict[str, Any] | None = None
-    rotations: Float[Array, "h d r n"] | None = None
-    dropout: Dropout | None = None
-
-    @property
-    def attend_segments(self) -> tuple[Int[Array, "b t"], Int[Array, "b t"]] | None:
-        """Segment ids of queries and of keys for `attend`: those of padding are equal to no other."""
-        if self.mask is None:
-            return None if self.segments is None else (self.segments, self.segments)
-        ids = jnp.zeros(self.mask.shape, jnp.int32) if self.segments is None else self.segments
-        return jnp.where(self.mask, ids, -1), jnp.where(self.mask, ids, -2)
-
-    @property
-    def starts(self) -> Bool[Array, "b t"] | None:
-        """True where a document begins in the middle of a row: there a recurrence forgets what it holds."""
-        if self.segments is None:
-            return None
-        changed = self.segments[:, 1:] != self.segments[:, :-1]
-        return jnp.pad(changed, ((0, 0), (1, 0)))
-
-    def zero_padding(self, x: Float[Array, "b t *rest"]) -> Float[Array, "b t *rest"]:
-        """`x` with zeros at padding."""
-        return x if self.mask is None else jnp.where(jnp.expand_dims(self.mask, range(2, x.ndim)), x, 0)
-
-    def drop(self, x: Float[Array, "b t m"], branch: int = 0) -> Float[Array, "b t m"]:
-        """`x`, if there is dropout, after it. Each branch of each layer has a mask of its own; so has the embedding."""
-        if self.dropout is None:
-            return x
-        return self.dropout(x, 0 if self.layer is None else self.layer + 1, branch)
-
-
-EMPTY = Context()
-
-
-def parameter(rngs: nnx.Rngs, init: Callable, shape: tuple[int, ...], axes: tuple[str | None, ...]) -> nnx.Param:
-    """A float32 parameter with a logical name for each axis; `sharding.RULES` maps names to the mesh."""
-    return nnx.Param(init(rngs.params(), shape, jnp.float32), axes=axes)
+    return nnx.Param(init(rngs.params(), shape, jnp.float32), axes=axes, decay=decay)
 
 
 @dataclasses.dataclass(frozen=True)
 class Cost:
-    """What a mixer does with a sequence: `pairs` it scores, forward FLOPs for each token, live tiles and all tiles.
+    """Cost of a module over a sequence; costs add up.
 
-    Pairs and tiles of 128 x 128 are those of all heads together; a mixer that scores nothing has none.
+    Attributes:
+      pairs: Scored (query, key) pairs of all heads; 0 for a mixer without attention.
+      flops: Forward FLOPs per token, averaged over the sequence.
+      tiles: Tiles of 128 x 128 that hold a pair, and all tiles, of all heads.
     """
 
     pairs: int
@@ -116,14 +60,24 @@ class Cost:
         return Cost(self.pairs + other.pairs, self.flops + other.flops, tiles)
 
 
+def attention_cost(pattern: Pattern, length: int, *, heads: int, score_width: int, value_width: int) -> Cost:
+    """Cost of softmax attention without projections, over `length` tokens.
+
+    A pair takes 2 FLOPs per element of the scored vectors and 2 per element of the value.
+    """
+    copies = heads if pattern.heads is None else 1
+    pairs, (live, tiles) = copies * pattern.pairs(length), pattern.tiles(length)
+    return Cost(pairs, 2.0 * (score_width + value_width) * pairs / max(length, 1), (copies * live, copies * tiles))
+
+
 class Linear(nnx.Module):
-    """y = x w + b, in the stream's dtype. Starts at variance `scale ** 2 / inputs`."""
+    """y = x w + b in the dtype of the stream, initialized with variance `scale ** 2 / inputs`."""
 
     def __init__(
         self,
         inputs: int,
         outputs: int,
-        axes: tuple[str, str],
+        axes: tuple[str | None, str | None],
         *,
         dtype: jnp.dtype,
         rngs: nnx.Rngs,
@@ -131,7 +85,7 @@ class Linear(nnx.Module):
         scale: float = 1.0,
     ):
         init = jax.nn.initializers.normal(scale * inputs**-0.5)
-        self.weight = parameter(rngs, init, (inputs, outputs), axes)
+        self.weight = parameter(rngs, init, (inputs, outputs), axes, decay=True)
         self.bias = parameter(rngs, jax.nn.initializers.zeros, (outputs,), axes[1:]) if bias else None
         self.dtype = dtype
 
@@ -141,10 +95,10 @@ class Linear(nnx.Module):
 
     @property
     def flops(self) -> float:
-        """Multiplications and additions for each token."""
+        """Forward FLOPs per token."""
         return 2.0 * self.weight.shape[0] * self.weight.shape[1]
 
 
 def output_scale(stream: Stream) -> float:
-    """Start of projections into the stream: the sum over all residual branches keeps variance ~1 (GPT-2)."""
+    """Initial scale of projections into the stream: the sum over all residual branches keeps variance ~1 (GPT-2)."""
     return (2 * stream.depth) ** -0.5

@@ -2,21 +2,19 @@
 
 from __future__ import annotations
 
-from typing import Any
-
-import jax
 import optax
+from jaxtyping import PyTree
 
 from sparsejax.config import OptimizerConfig
 
 
 def build_schedule(config: OptimizerConfig, steps: int, restart: tuple[int, int] | None = None) -> optax.Schedule:
-    """Learning rate by update: linear from 0 to the peak, then to the last of `steps` by `config.schedule`.
+    """Builds the learning rate by update: linear from 0 to the peak, then to its final value by `config.schedule`.
 
     Args:
-      config: "cosine" and "linear" end at the `final_rate` share of the peak, "constant" at the peak.
-      steps: of the run.
-      restart: warms up another time, on top of that: from which update on, and over how many.
+      config: "cosine" and "linear" end at `final_rate` times the peak, "constant" ends at the peak.
+      steps: Updates of the run.
+      restart: First update and number of updates of another linear warm-up, which multiplies the schedule.
     """
     peak, warmup, last = config.learning_rate, config.warmup, max(steps, config.warmup + 1)
     end = peak if config.schedule == "constant" else peak * config.final_rate
@@ -33,20 +31,22 @@ def build_schedule(config: OptimizerConfig, steps: int, restart: tuple[int, int]
 
 
 def build_optimizer(
-    config: OptimizerConfig, steps: int, restart: tuple[int, int] | None = None
+    config: OptimizerConfig, steps: int, restart: tuple[int, int] | None = None, *, decay: PyTree[bool]
 ) -> optax.GradientTransformation:
-    """AdamW (arXiv:1711.05101) on gradients clipped by their global norm; arguments as of `build_schedule`."""
+    """Builds AdamW (arXiv:1711.05101) on gradients that are clipped by their global norm.
+
+    Args:
+      config: Hyperparameters.
+      steps: As for `build_schedule`.
+      restart: As for `build_schedule`.
+      decay: Whether weight decay applies, per parameter; see `Functional.decay`.
+    """
     adamw = optax.adamw(
         build_schedule(config, steps, restart),
         b1=config.beta1,
         b2=config.beta2,
         eps=config.eps,
         weight_decay=config.weight_decay,
-        mask=_decayed,
+        mask=decay,
     )
     return optax.chain(optax.clip_by_global_norm(config.clip), adamw)
-
-
-def _decayed(parameters: Any) -> Any:
-    """True for the matrices of linear maps; norms, biases, decays and the embedding are not decayed."""
-    return jax.tree_util.tree_map_with_path(lambda path, _: path[-1].key == "weight", parameters)

@@ -10,7 +10,18 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from sparsejax.layers import EMPTY, Attention, AttentionConfig, Context, NormConfig, RopeConfig, RopeScaling, Stream
+from sparsejax.layers import (
+    EMPTY,
+    Attention,
+    AttentionConfig,
+    Context,
+    Extras,
+    NormConfig,
+    RopeConfig,
+    RopeScaling,
+    Stream,
+    Tokens,
+)
 from sparsejax.layers.attention import alibi_slopes
 from tests.layers import reference
 from tests.tolerances import assert_close
@@ -22,8 +33,8 @@ CONFIG = AttentionConfig(
     heads=4,
     kv_heads=2,
     head_width=6,
-    rope=RopeConfig(100.0),
-    qk_norm=NormConfig("none", 1e-6),
+    rope=RopeConfig(base=100.0),
+    qk_norm=None,
     impl="auto",
 )
 
@@ -36,9 +47,19 @@ OPTIONS = [
     {"alibi": True, "rope": None, "sinks": True, "softcap": 2.0},
     {"alibi": True, "pattern": "per_head(full, window(3, 3), causal, full)", "impl": "gather"},
     {"relative": 8, "rope": None},
-    {"relative": 4, "pattern": "window(3, 4)", "sinks": True, "scale": 0.5, "qk_norm": NormConfig("rms", 1e-6)},
-    {"rope": RopeConfig(50.0, fraction=0.5, interleaved=True), "head_width": 8},
-    {"rope": RopeConfig(50.0, scaling=RopeScaling("yarn", 4.0, 7, fast=2.0, slow=0.5))},
+    {
+        "relative": 4,
+        "pattern": "window(3, 4)",
+        "sinks": True,
+        "scale": 0.5,
+        "qk_norm": NormConfig(kind="rms", eps=1e-6),
+    },
+    {"rope": RopeConfig(base=50.0, fraction=0.5, interleaved=True), "head_width": 8},
+    {
+        "rope": RopeConfig(
+            base=50.0, scaling=RopeScaling(kind="yarn", factor=4.0, original_length=7, fast=2.0, slow=0.5)
+        )
+    },
 ]
 
 
@@ -53,8 +74,8 @@ def build(config: AttentionConfig, dtype=jnp.float32) -> Attention:
         {"kv_heads": 4},
         {"kv_heads": 1},
         {"rope": None, "head_width": 5},
-        {"qk_norm": NormConfig("rms", 1e-6)},
-        {"qk_norm": NormConfig("layer", 1e-2)},
+        {"qk_norm": NormConfig(kind="rms", eps=1e-6)},
+        {"qk_norm": NormConfig(kind="layer", eps=1e-2)},
         {"pattern": "per_head(causal, window(0), causal & chunk(4), window(2, 2))"},
         {"pattern": "full"},
         {"pattern": "window(2) | globals([0, -1])", "impl": "gather"},
@@ -70,7 +91,7 @@ def test_equals_the_reference(change):
 
 
 def test_bfloat16():
-    config = dataclasses.replace(CONFIG, qk_norm=NormConfig("rms", 1e-6))
+    config = dataclasses.replace(CONFIG, qk_norm=NormConfig(kind="rms", eps=1e-6))
     module = build(config, jnp.bfloat16)
     assert {leaf.dtype for leaf in reference.parameters(module)} == {jnp.dtype("float32")}
     y = jax.jit(lambda x: module(x))(X)
@@ -86,7 +107,7 @@ def test_bfloat16():
 def test_parameters_are_the_four_projections_and_the_norms_if_any():
     shapes = {"query": (WIDTH, 24), "key": (WIDTH, 12), "value": (WIDTH, 12), "out": (24, WIDTH)}
     assert {name: w["weight"].shape for name, w in reference.weights(build(CONFIG)).items()} == shapes
-    normed = reference.weights(build(dataclasses.replace(CONFIG, qk_norm=NormConfig("layer", 1e-6))))
+    normed = reference.weights(build(dataclasses.replace(CONFIG, qk_norm=NormConfig(kind="layer", eps=1e-6))))
     assert {name: leaf.shape for name, leaf in normed["key_norm"].items()} == {"scale": (6,), "bias": (6,)}
 
 
@@ -174,7 +195,7 @@ BOTH_WAYS = {"pattern": "window(2, 3)", "bias": True, "out_bias": True}
         ({}, {}),
         ({"global_projections": True}, {"mask": MASK}),
         ({"global_projections": True, "kv_heads": 4, "rope": None}, {"mask": MASK, "segments": SEGMENTS}),
-        ({"gate": True, "softcap": 2.0, "qk_norm": NormConfig("rms", 1e-6)}, {"segments": SEGMENTS}),
+        ({"gate": True, "softcap": 2.0, "qk_norm": NormConfig(kind="rms", eps=1e-6)}, {"segments": SEGMENTS}),
         ({"pattern": "full", "impl": "gather"}, {"mask": MASK}),
         ({"pattern": "per_head(full, window(1, 1), window(0, 2), globals([]))", "scale": 0.3}, {}),
     ],
@@ -189,14 +210,14 @@ def test_global_tokens_of_the_batch(change, known):
 
 def test_gradients_of_global_tokens_equal_the_reference():
     config = dataclasses.replace(CONFIG, **BOTH_WAYS, global_projections=True)
-    context = Context(globals=jnp.asarray(GLOBALS), mask=MASK)
+    context = Context(Tokens(mask=MASK), Extras(globals=jnp.asarray(GLOBALS)))
     check_gradients(build(config), lambda w, x: reference.attention(config, w, x, mask=MASK, tokens=TOKENS), context)
 
 
 def test_no_global_token_in_the_batch_is_as_if_there_were_none():
     config = dataclasses.replace(CONFIG, **BOTH_WAYS, global_projections=True)
     module = build(config)
-    none = module(X, Context(globals=jnp.full((2, 3), -1)))
+    none = module(X, Context(extras=Extras(globals=jnp.full((2, 3), -1))))
     assert_close("attention", none, module(X), "float32")
 
 
@@ -204,7 +225,7 @@ def test_global_tokens_take_no_array_of_all_pairs():
     config = dataclasses.replace(CONFIG, **BOTH_WAYS, global_projections=True)
     module, length = build(config), 2048
     x, places = jax.ShapeDtypeStruct((1, length, WIDTH), jnp.float32), jax.ShapeDtypeStruct((1, 2), jnp.int32)
-    loss = jax.grad(lambda x, places: module(x, Context(globals=places)).sum())
+    loss = jax.grad(lambda x, places: module(x, Context(extras=Extras(globals=places))).sum())
     text = jax.jit(loss).lower(x, places).compile({"xla_backend_optimization_level": 0}).as_text()
     shapes = re.findall(r"\b[a-z]+\d*\[([\d,]+)\]", text)
     assert max(math.prod(map(int, dims.split(","))) for dims in shapes) < length * length / 4
@@ -218,7 +239,7 @@ def test_global_tokens_take_no_array_of_all_pairs():
 def test_global_tokens_of_the_batch_are_refused_beside(change):
     module = build(dataclasses.replace(CONFIG, **BOTH_WAYS | change))
     with pytest.raises(ValueError, match="global tokens at run time need a pattern that sees ahead"):
-        module(X, Context(globals=jnp.asarray(GLOBALS)))
+        module(X, Context(extras=Extras(globals=jnp.asarray(GLOBALS))))
 
 
 @pytest.mark.parametrize("change", [{}, *OPTIONS[3:6]], ids=str)
@@ -226,5 +247,5 @@ def test_padding_and_documents(change):
     config = dataclasses.replace(CONFIG, **change)
     module = build(config)
     expected = reference.attention(config, reference.weights(module), X, mask=MASK, segments=SEGMENTS)
-    y = jax.jit(lambda x: module(x, Context(mask=MASK, segments=SEGMENTS)))(X)
+    y = jax.jit(lambda x: module(x, Context(Tokens(mask=MASK, segments=SEGMENTS))))(X)
     assert_close("attention", y, expected, "float32")

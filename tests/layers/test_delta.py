@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from sparsejax.layers import Context, Delta, DeltaConfig, Stream
+from sparsejax.layers import Context, Delta, DeltaConfig, Stream, Tokens
 from tests.layers import reference
 from tests.tolerances import assert_close
 
@@ -73,7 +73,7 @@ def test_padding_on_the_left_changes_nothing(config):
     module, pad = build(config), 5
     mask = np.ones((2, LENGTH), bool)
     mask[0, :pad] = False
-    y = jax.jit(lambda x: module(x, Context(mask=mask)))(X)
+    y = jax.jit(lambda x: module(x, Context(Tokens(mask=mask))))(X)
     expected = delta(config, reference.weights(module), X[:1, pad:])
     assert_close("real tokens", y[:1, pad:], expected, "float32")
 
@@ -82,7 +82,7 @@ def test_padding_between_tokens_does_what_zeros_do():
     module = build(KIMI)
     mask = np.ones((2, LENGTH), bool)
     mask[:, 9:12] = False
-    y = jax.jit(lambda x: module(x, Context(mask=mask)))(X)
+    y = jax.jit(lambda x: module(x, Context(Tokens(mask=mask))))(X)
     zeros = np.where(mask[..., None], X, 0)
     far = 12 + KIMI.conv - 1  # behind the taps, which see the tokens before the padding in one case alone
     with_zeros = jax.jit(lambda x: module(x))(zeros)
@@ -95,7 +95,7 @@ def test_documents_are_apart(config):
     module, cut = build(config), 10
     segments = np.zeros((2, LENGTH), np.int32)
     segments[:, cut:] = 1
-    y = jax.jit(lambda x: module(x, Context(segments=segments)))(X)
+    y = jax.jit(lambda x: module(x, Context(Tokens(segments=segments))))(X)
     w = reference.weights(module)
     assert_close("first", y[:, :cut], delta(config, w, X[:, :cut]), "float32")
     assert_close("second", y[:, cut:], delta(config, w, X[:, cut:]), "float32")
@@ -131,7 +131,9 @@ def test_parameters_have_these_shapes(config):
 
 
 def test_starts_with_step_sizes_and_decays_in_their_ranges():
-    config = DeltaConfig(200, 200, 3, 2, 2, 1e-6, channel_decay=True)
+    config = DeltaConfig(
+        heads=200, key_heads=200, key_width=3, value_width=2, conv=2, norm_eps=1e-6, channel_decay=True
+    )
 
     def start():
         module = Delta(config, Stream(WIDTH, 1, jnp.float32), nnx.Rngs(0))

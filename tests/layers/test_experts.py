@@ -10,7 +10,7 @@ from flax import nnx
 
 from sparsejax.config import ModelConfig
 from sparsejax.config import build as build_config
-from sparsejax.layers import Context, Experts, ExpertsConfig, FeedForwardConfig, LayerConfig, NormConfig, Stream
+from sparsejax.layers import Context, Experts, ExpertsConfig, FeedForwardConfig, LayerConfig, NormConfig, Stream, Tokens
 from sparsejax.model import Functional
 from tests.layers import reference
 from tests.ops.test_experts import choose, softmax
@@ -96,7 +96,7 @@ def test_equals_the_reference_whole_and_in_steps(change):
 def test_losses_are_weighted_and_do_not_count_padding():
     module, bare = build(balance_weight=0.5, router_z_weight=0.25), build()
     mask = np.array([[True] * 9, [True] * 4 + [False] * 5])
-    (y, losses), (same, _) = jax.jit(lambda: (module(X, Context(mask=jnp.asarray(mask))), bare(X)))()
+    (y, losses), (same, _) = jax.jit(lambda: (module(X, Context(Tokens(mask=jnp.asarray(mask)))), bare(X)))()
     np.testing.assert_array_equal(y, same)
     logits = X[mask].astype(np.float64) @ reference.weights(module)["router"]["weight"]
     scores = softmax(logits)
@@ -118,7 +118,11 @@ def test_bfloat16_routes_in_float32():
 
 def test_a_model_of_experts_adds_up_their_losses_and_has_gradients_scanned_or_not():
     layer = LayerConfig(
-        None, dataclasses.replace(CONFIG, balance_weight=0.1), NormConfig("rms", 1e-6), "pre", remat=True
+        mixer=None,
+        mlp=dataclasses.replace(CONFIG, balance_weight=0.1),
+        norm=NormConfig(kind="rms", eps=1e-6),
+        norm_position="pre",
+        remat=True,
     )
     tokens = np.random.default_rng(1).integers(0, 11, size=(2, 7))
     found = []
@@ -170,7 +174,9 @@ def test_the_selection_bias_is_not_trained():
 
 def test_is_a_kind_of_feed_forward_part():
     section = {"kind": "experts", "experts": 4, "top_k": 2, "width": 8, "activation": "silu", "limit": 7.0}
-    assert build_config(FeedForwardConfig, section) == ExpertsConfig(4, 2, 8, "silu", limit=7.0)
+    assert build_config(FeedForwardConfig, section) == ExpertsConfig(
+        experts=4, top_k=2, width=8, activation="silu", limit=7.0
+    )
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,17 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from sparsejax.layers import Context, IndexerConfig, Latent, LatentConfig, NormConfig, RopeConfig, Stream
+from sparsejax.layers import (
+    Context,
+    Extras,
+    IndexerConfig,
+    Latent,
+    LatentConfig,
+    NormConfig,
+    RopeConfig,
+    Stream,
+    Tokens,
+)
 from sparsejax.patterns import parse
 from tests.layers import reference
 from tests.layers.test_mixers import decode
@@ -25,7 +35,7 @@ CONFIG = LatentConfig(
     nope_width=4,
     rope_width=2,
     value_width=6,
-    rope=RopeConfig(100.0, interleaved=True),
+    rope=RopeConfig(base=100.0, interleaved=True),
     norm_eps=1e-6,
     impl="auto",
 )
@@ -36,7 +46,7 @@ CHANGES = {
     "window": dataclasses.replace(CONFIG, pattern="causal & (window(3) | sink(1))", scale=0.3, bias=True),
     "heads": dataclasses.replace(CONFIG, pattern="per_head(causal, window(2), causal & chunk(4))"),
     "deepseek-v3.2": SPARSE,
-    "one key": dataclasses.replace(SPARSE, indexer=IndexerConfig(1, 4, 1), rope=None),
+    "one key": dataclasses.replace(SPARSE, indexer=IndexerConfig(heads=1, width=4, top_k=1), rope=None),
 }
 EVERY = pytest.mark.parametrize("config", CHANGES.values(), ids=CHANGES)
 
@@ -59,7 +69,7 @@ def turn(x, rope, interleaved):
 
 def latent_attention(config, w, x, segments=None):
     """One sequence x [t, m]."""
-    t, d, e, rms = len(x), config.nope_width, config.value_width, NormConfig("rms", config.norm_eps)
+    t, d, e, rms = len(x), config.nope_width, config.value_width, NormConfig(kind="rms", eps=config.norm_eps)
     shown, rope = x, config.rope
 
     def linear(name, x, w=w):
@@ -91,7 +101,7 @@ def latent_attention(config, w, x, segments=None):
 def selected(config, w, x, shown, allowed, linear):
     """Booleans [t, t]."""
     indexer, p, t = config.indexer, config.rope_width, len(x)
-    k = reference.norm(NormConfig("layer", indexer.norm_eps), w["key_norm"], linear("keys", x, w))
+    k = reference.norm(NormConfig(kind="layer", eps=indexer.norm_eps), w["key_norm"], linear("keys", x, w))
     k = np.concatenate([turn(k[:, :p], config.rope, False), k[:, p:]], axis=-1)
     q, weights = linear("queries", shown, w).reshape(t, indexer.heads, -1), linear("weights", x, w)
     scores = np.zeros((t, t))
@@ -121,7 +131,7 @@ def test_documents_do_not_see_each_other_and_nobody_sees_padding(config):
     module = build(config)
     w, segments = reference.weights(module), np.array([[0] * 5 + [1] * 8, [2] * 9 + [3] * 4])
     real = np.arange(LENGTH) < np.array([[LENGTH], [11]])
-    y = jax.jit(lambda x: module(x, Context(segments=jnp.asarray(segments), mask=jnp.asarray(real))))(X)
+    y = jax.jit(lambda x: module(x, Context(Tokens(segments=jnp.asarray(segments), mask=jnp.asarray(real)))))(X)
     for row in range(2):
         ids = np.where(real[row], segments[row], 99)
         expected = latent_attention(config, w, np.asarray(X[row], np.float64), ids)
@@ -191,7 +201,7 @@ def test_bfloat16():
         ({"pattern": "per_head(causal, causal)"}, "pattern is for 2 heads, heads = 3"),
         ({"indexer": SPARSE.indexer, "pattern": "causal & window(3)"}, "an indexer selects from all keys so far"),
         ({"indexer": SPARSE.indexer, "query_rank": None}, "an indexer reads the queries' latent, query_rank is None"),
-        ({"indexer": IndexerConfig(1, 1, 1)}, "indexer.width = 1 is below rope_width = 2"),
+        ({"indexer": IndexerConfig(heads=1, width=1, top_k=1)}, "indexer.width = 1 is below rope_width = 2"),
     ],
 )
 def test_refuses(change, message):
@@ -201,6 +211,6 @@ def test_refuses(change, message):
 
 def test_refuses_an_indexer_of_nothing_and_global_tokens():
     with pytest.raises(ValueError, match="heads, width and top_k must be at least 1"):
-        IndexerConfig(4, 6, 0)
+        IndexerConfig(heads=4, width=6, top_k=0)
     with pytest.raises(ValueError, match="latent attention has no global tokens at run time"):
-        build(CONFIG)(X, Context(globals=jnp.zeros((2, 1), jnp.int32)))
+        build(CONFIG)(X, Context(extras=Extras(globals=jnp.zeros((2, 1), jnp.int32))))

@@ -11,6 +11,7 @@ from flax import nnx
 from sparsejax.layers import (
     Context,
     Dropout,
+    Extras,
     Layer,
     LayerConfig,
     MambaConfig,
@@ -28,23 +29,23 @@ LENGTH, WIDTH = 9, 10
 X = np.random.default_rng(0).normal(size=(2, LENGTH, WIDTH)).astype(np.float32)
 CONFIG = LayerConfig(
     mixer=ATTENTION,
-    mlp=MlpConfig("gated", 12, "silu"),
-    norm=NormConfig("rms", 1e-6),
+    mlp=MlpConfig(kind="gated", width=12, activation="silu"),
+    norm=NormConfig(kind="rms", eps=1e-6),
     norm_position="pre",
     remat=False,
 )
 MAMBA = MambaConfig(inner=10, state=3, conv=4, dt_rank=2, dt_min=1e-3, dt_max=0.1)
 CHANGES = {
     "pre": {},
-    "post": {"norm_position": "post", "norm": NormConfig("layer", 1e-6)},
+    "post": {"norm_position": "post", "norm": NormConfig(kind="layer", eps=1e-6)},
     "without an mlp": {"mlp": None},
-    "without norms": {"norm": NormConfig("none", 1e-6), "mlp": MlpConfig("plain", 7, "gelu_tanh")},
+    "without norms": {"norm": None, "mlp": MlpConfig(kind="plain", width=7, activation="gelu_tanh")},
     "norms on both sides": {"norm_position": "both"},
     "without a mixer": {"mixer": None},
-    "another first norm": {"mixer_norm": NormConfig("none", 1e-6)},
+    "another first norm": {"mixer_norm": None},
     "residual of the norm": {
-        "mixer_residual": ResidualConfig("norm", keep=1.3, scale=0.9),
-        "mlp_residual": ResidualConfig("norm", keep=1.4, scale=1.1),
+        "mixer_residual": ResidualConfig(base="norm", keep=1.3, scale=0.9),
+        "mlp_residual": ResidualConfig(base="norm", keep=1.4, scale=1.1),
     },
     "deepnorm": {
         "norm_position": "post",
@@ -116,7 +117,10 @@ def test_a_reversible_layer_can_be_undone():
 
 @pytest.mark.parametrize("position", ["pre", "both"])
 def test_dropout_is_of_what_a_branch_adds_and_not_of_the_stream(position):
-    layer, context = build(mixer=None, norm_position=position), Context(dropout=Dropout(jax.random.key(0), 0.25))
+    layer, context = (
+        build(mixer=None, norm_position=position),
+        Context(extras=Extras(dropout=Dropout(jax.random.key(0), 0.25))),
+    )
     added, dropped = (np.asarray(layer(X, one)[0]) - X for one in (Context(), context))
     kept = np.asarray(context.dropout(jnp.ones_like(X), 1))
     assert 0 < np.mean(kept == 0) < 0.5
@@ -126,7 +130,7 @@ def test_dropout_is_of_what_a_branch_adds_and_not_of_the_stream(position):
 def test_dropout_of_two_streams_is_of_the_one_that_is_written():
     stream = Stream(WIDTH, 4, jnp.float32, reversible=True)
     layer = reference.fill(lambda: Layer(dataclasses.replace(CONFIG, mixer=None), stream, nnx.Rngs(0)))
-    x, context = np.concatenate([X, X[::-1]], axis=-1), Context(dropout=Dropout(jax.random.key(0), 0.25))
+    x, context = np.concatenate([X, X[::-1]], axis=-1), Context(extras=Extras(dropout=Dropout(jax.random.key(0), 0.25)))
     added, dropped = (np.asarray(layer(x, one)[0]) - x for one in (Context(), context))
     kept = np.asarray(context.dropout(jnp.ones_like(X), 1))
     assert not dropped[..., :WIDTH].any()

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from sparsejax.layers import Context, Lsh, LshConfig, Stream
+from sparsejax.layers import Context, Extras, Lsh, LshConfig, Stream, Tokens
 from sparsejax.ops import hash_buckets
 from tests.layers import reference
 from tests.layers.test_mixers import decode
@@ -41,14 +41,16 @@ def expected(module, x, rotations, **options):
 @pytest.mark.parametrize("change", [{}, {"causal": False, "after": 1}, {"before": 0, "chunk": 5}], ids=str)
 def test_equals_the_reference(change):
     module = build(**change)
-    y = jax.jit(lambda x: module(x, Context(rotations=jnp.asarray(ROTATIONS))))(X)
+    y = jax.jit(lambda x: module(x, Context(extras=Extras(rotations=jnp.asarray(ROTATIONS)))))(X)
     assert_close("lsh", y, expected(module, X, ROTATIONS), "float32")
 
 
 def test_documents_and_padding_come_from_the_context():
     module = build()
     segments, mask = np.array([[0] * 5 + [1] * 6, [0] * 11]), np.arange(LENGTH) < np.array([[11], [7]])
-    context = Context(segments=jnp.asarray(segments), mask=jnp.asarray(mask), rotations=jnp.asarray(ROTATIONS))
+    context = Context(
+        Tokens(segments=jnp.asarray(segments), mask=jnp.asarray(mask)), Extras(rotations=jnp.asarray(ROTATIONS))
+    )
     y = jax.jit(lambda x: module(x, context))(X)
     assert_close("lsh", y, expected(module, X, ROTATIONS, segments=segments, mask=mask), "float32")
 
@@ -102,6 +104,6 @@ def test_refuses(change, message):
 
 def test_refuses_rotations_of_another_shape_and_global_tokens():
     with pytest.raises(ValueError, match=r"rotations must be \[2, 5, 2, 3\], got \[2, 5, 1, 3\]"):
-        build()(X, Context(rotations=jnp.asarray(ROTATIONS[:, :, :1])))
+        build()(X, Context(extras=Extras(rotations=jnp.asarray(ROTATIONS[:, :, :1]))))
     with pytest.raises(ValueError, match="LSH attention has no global tokens at run time"):
-        build()(X, Context(globals=jnp.zeros((2, 1), jnp.int32)))
+        build()(X, Context(extras=Extras(globals=jnp.zeros((2, 1), jnp.int32))))

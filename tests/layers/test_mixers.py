@@ -60,14 +60,16 @@ PATTERNS = {
 
 
 def attention(pattern: str, impl: str = "auto") -> AttentionConfig:
-    return AttentionConfig(pattern, 4, 2, 4, rope=RopeConfig(100.0), qk_norm=NormConfig("none", 1e-6), impl=impl)
+    return AttentionConfig(
+        pattern=pattern, heads=4, kv_heads=2, head_width=4, rope=RopeConfig(base=100.0), qk_norm=None, impl=impl
+    )
 
 
 # Options of attention, each beside others and some with caches that are rings.
 OPTIONS = {
     "sinks, softcap, gate, biases": dataclasses.replace(
         attention("causal & (window(4) | sink(1))"),
-        scale=0.4, softcap=1.5, sinks=True, gate=True, bias=True, out_bias=True, qk_norm=NormConfig("rms", 1e-6),
+        scale=0.4, softcap=1.5, sinks=True, gate=True, bias=True, out_bias=True, qk_norm=NormConfig(kind="rms", eps=1e-6),
     ),
     "alibi": dataclasses.replace(
         attention("per_head(causal, window(2), causal, causal)"), alibi=True, rope=None, sinks=True
@@ -75,43 +77,59 @@ OPTIONS = {
     "relative": dataclasses.replace(attention("causal & window(5)"), relative=6, bias=True, rope=None),
     "rope": dataclasses.replace(
         attention("causal & window(7)"),
-        head_width=8, rope=RopeConfig(50.0, 0.75, True, RopeScaling("yarn", 4.0, 6, fast=2.0, slow=0.5)),
+        head_width=8, rope=RopeConfig(base=50.0, fraction=0.75, interleaved=True, scaling=RopeScaling(kind="yarn", factor=4.0, original_length=6, fast=2.0, slow=0.5)),
     ),
 }  # fmt: skip
 MIXED = {
     "parallel": {
         "parallel": ParallelConfig(
-            {
-                "attention": BranchConfig(attention("causal & window(4)"), scale_in=1.2, scale_out=0.9),
-                "ssm": BranchConfig(MambaConfig(inner=8, state=3, conv=4, dt_rank=2, dt_min=1e-2, dt_max=0.5)),
+            branches={
+                "attention": BranchConfig(mixer=attention("causal & window(4)"), scale_in=1.2, scale_out=0.9),
+                "ssm": BranchConfig(mixer=MambaConfig(inner=8, state=3, conv=4, dt_rank=2, dt_min=1e-2, dt_max=0.5)),
             }
         )
     },
     "latent": {
-        "latent": LatentConfig(*("causal & (window(5) | sink(2))", 2, 5, 4, 3, 2, 5, RopeConfig(50.0), 1e-6, "auto")),
+        "latent": LatentConfig(
+            *("causal & (window(5) | sink(2))", 2, 5, 4, 3, 2, 5, RopeConfig(base=50.0), 1e-6, "auto")
+        ),
         "latent with an indexer": LatentConfig(
-            *("causal", 2, 5, 4, 3, 2, 5, RopeConfig(50.0), 1e-6, "auto"), indexer=IndexerConfig(2, 4, top_k=40)
+            *("causal", 2, 5, 4, 3, 2, 5, RopeConfig(base=50.0), 1e-6, "auto"),
+            indexer=IndexerConfig(heads=2, width=4, top_k=40),
         ),
     },
     # One chunk holds all tokens: of more, a step is what a call over the tokens so far gives, see test_lsh.
     "lsh": {"lsh": LshConfig(heads=2, head_width=3, chunk=40, buckets=(4,), hashes=2, causal=True, seed=0)},
     "lightning": {"lightning": LightningConfig(heads=3, head_width=4, chunk=16)},
-    "conv": {"conv": ConvConfig(3, bias=True)},
+    "conv": {"conv": ConvConfig(conv=3, bias=True)},
     "mamba": {
         "mamba": MambaConfig(inner=8, state=3, conv=4, dt_rank=2, dt_min=1e-2, dt_max=0.5),
-        "mamba with norms and biases": MambaConfig(8, 3, 4, 2, 1e-2, 0.5, norm_eps=1e-6, bias=True, conv_bias=False),
+        "mamba with norms and biases": MambaConfig(
+            inner=8, state=3, conv=4, dt_rank=2, dt_min=1e-2, dt_max=0.5, norm_eps=1e-6, bias=True, conv_bias=False
+        ),
     },
     "mamba2": {
-        "mamba2": Mamba2Config(4, 3, 5, 2, 4, 1e-2, 0.5, norm_eps=1e-5, norm_groups=2, chunk=16),
+        "mamba2": Mamba2Config(
+            heads=4,
+            head_width=3,
+            state=5,
+            groups=2,
+            conv=4,
+            dt_min=1e-2,
+            dt_max=0.5,
+            norm_eps=1e-5,
+            norm_groups=2,
+            chunk=16,
+        ),
         "mamba2 with everything": Mamba2Config(
-            4,
-            2,
-            3,
-            1,
-            3,
-            1e-2,
-            0.5,
-            None,
+            heads=4,
+            head_width=2,
+            state=3,
+            groups=1,
+            conv=3,
+            dt_min=1e-2,
+            dt_max=0.5,
+            norm_eps=None,
             bias=True,
             out_bias=True,
             dt_floor=0.1,

@@ -19,7 +19,7 @@ def build(config: MlpConfig, dtype=jnp.float32) -> Mlp:
 @pytest.mark.parametrize("activation", ["silu", "gelu_tanh", "relu"])
 @pytest.mark.parametrize("kind", ["gated", "plain"])
 def test_equals_the_reference(kind, activation):
-    config = MlpConfig(kind, 10, activation)
+    config = MlpConfig(kind=kind, width=10, activation=activation)
     module = build(config)
     assert_close(kind, module(X)[0], reference.mlp(config, reference.weights(module), X), "float32")
     assert_close("one token", module(X[:, 3])[0], module(X)[0][:, 3], "float32")
@@ -27,11 +27,11 @@ def test_equals_the_reference(kind, activation):
 
 @pytest.mark.parametrize(("kind", "matrices"), [("gated", 3), ("plain", 2)])
 def test_flops_are_two_for_each_weight(kind, matrices):
-    assert build(MlpConfig(kind, 10, "relu")).flops == 2 * matrices * 6 * 10
+    assert build(MlpConfig(kind=kind, width=10, activation="relu")).flops == 2 * matrices * 6 * 10
 
 
 def test_bfloat16():
-    config = MlpConfig("gated", 10, "silu")
+    config = MlpConfig(kind="gated", width=10, activation="silu")
     module = build(config, jnp.bfloat16)
     assert {leaf.dtype for leaf in reference.parameters(module)} == {jnp.dtype("float32")}
     assert module(X)[0].dtype == jnp.bfloat16
@@ -49,4 +49,4 @@ def test_bfloat16():
 )
 def test_refuses(kind, width, activation, message):
     with pytest.raises(ValueError, match=message):
-        MlpConfig(kind, width, activation)
+        MlpConfig(kind=kind, width=width, activation=activation)

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from sparsejax.layers import Context
+from sparsejax.layers import Context, Tokens
 from sparsejax.ops.linear_scan import CHUNK as LINEAR_CHUNK
 from sparsejax.ops.scan import CHUNK as SCAN_CHUNK
 from tests.layers.test_mixers import BATCH, MIXED, build, decode, make_x
@@ -58,7 +58,7 @@ def test_documents_are_as_if_each_were_alone(name):
     segments = np.zeros((BATCH, length), np.int32)
     for border in borders[1:-1]:
         segments[:, border:] += 1
-    packed = jax.jit(lambda x, segments: module(x, Context(segments=segments)))(x, jnp.asarray(segments))
+    packed = jax.jit(lambda x, segments: module(x, Context(Tokens(segments=segments))))(x, jnp.asarray(segments))
     steps = jax.jit(lambda x: decode(module, x, length))
     for start, stop in itertools.pairwise(borders):
         alone = steps(np.pad(x[:, start:stop], ((0, 0), (0, length - stop + start), (0, 0))))[:, : stop - start]

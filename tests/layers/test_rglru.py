@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from sparsejax.layers import Context, RgLru, RgLruConfig, Stream
+from sparsejax.layers import Context, RgLru, RgLruConfig, Stream, Tokens
 from tests.layers import reference
 from tests.tolerances import assert_close
 
@@ -54,7 +54,7 @@ def test_padding_on_the_left_changes_nothing():
     module, pad = build(CONFIG), 5
     mask = np.ones((2, LENGTH), bool)
     mask[0, :pad] = False
-    y = jax.jit(lambda x: module(x, Context(mask=mask)))(X)
+    y = jax.jit(lambda x: module(x, Context(Tokens(mask=mask))))(X)
     w = reference.weights(module)
     assert_close("real tokens", y[:1, pad:], rglru(CONFIG, w, X[:1, pad:]), "float32")
     assert_close("no padding", y[1:], rglru(CONFIG, w, X[1:]), "float32")
@@ -65,7 +65,7 @@ def test_documents_are_apart(pad):
     module, cut = build(CONFIG), 30
     segments, mask = np.zeros((2, LENGTH), np.int32), np.ones((2, LENGTH), bool)
     segments[:, cut:], mask[:, cut : cut + pad] = 1, False  # the second document begins with padding
-    y = jax.jit(lambda x: module(x, Context(segments=segments, mask=mask)))(X)
+    y = jax.jit(lambda x: module(x, Context(Tokens(segments=segments, mask=mask))))(X)
     w = reference.weights(module)
     assert_close("first", y[:, :cut], rglru(CONFIG, w, X[:, :cut]), "float32")
     assert_close("second", y[:, cut + pad :], rglru(CONFIG, w, X[:, cut + pad :]), "float32")
@@ -74,7 +74,7 @@ def test_documents_are_apart(pad):
 def test_padding_inside_a_document_begins_none():
     module, mask = build(CONFIG), np.ones((2, LENGTH), bool)
     mask[:, 9] = False
-    y = jax.jit(lambda x: module(x, Context(mask=mask)))(X)
+    y = jax.jit(lambda x: module(x, Context(Tokens(mask=mask))))(X)
     alone = jax.jit(lambda x: module(x))(X[:, 10:])
     assert np.abs(y[:, 13:18] - alone[:, 3:8]).max() > 1e-2  # the state of the first tokens is still there
 

@@ -15,17 +15,26 @@ X = RANDOM.normal(size=(2, 40, 3, 8)).astype(np.float32)
 
 
 CONFIGS = [
-    RopeConfig(10_000.0),
-    RopeConfig(10.0, interleaved=True),
-    RopeConfig(10.0, fraction=0.5),
-    RopeConfig(10.0, fraction=0.6, interleaved=True),  # 4 of 8
-    RopeConfig(50.0, scaling=RopeScaling("linear", 4.0)),
-    RopeConfig(50.0, scaling=RopeScaling("ntk", 4.0)),
-    RopeConfig(50.0, scaling=RopeScaling("llama3", 8.0, 30, fast=4.0, slow=1.0)),
-    RopeConfig(50.0, fraction=0.5, scaling=RopeScaling("llama3", 8.0, 12, fast=1.5, slow=0.1)),
-    RopeConfig(50.0, scaling=RopeScaling("yarn", 4.0, 30)),
-    RopeConfig(50.0, interleaved=True, scaling=RopeScaling("yarn", 4.0, 30, fast=3.0, slow=0.2, truncate=False)),
-    RopeConfig(50.0, scaling=RopeScaling("yarn", 4.0, 30, fast=3.0, slow=0.5, attention_factor=1.7)),
+    RopeConfig(base=10_000.0),
+    RopeConfig(base=10.0, interleaved=True),
+    RopeConfig(base=10.0, fraction=0.5),
+    RopeConfig(base=10.0, fraction=0.6, interleaved=True),  # 4 of 8
+    RopeConfig(base=50.0, scaling=RopeScaling(kind="linear", factor=4.0)),
+    RopeConfig(base=50.0, scaling=RopeScaling(kind="ntk", factor=4.0)),
+    RopeConfig(base=50.0, scaling=RopeScaling(kind="llama3", factor=8.0, original_length=30, fast=4.0, slow=1.0)),
+    RopeConfig(
+        base=50.0, fraction=0.5, scaling=RopeScaling(kind="llama3", factor=8.0, original_length=12, fast=1.5, slow=0.1)
+    ),
+    RopeConfig(base=50.0, scaling=RopeScaling(kind="yarn", factor=4.0, original_length=30)),
+    RopeConfig(
+        base=50.0,
+        interleaved=True,
+        scaling=RopeScaling(kind="yarn", factor=4.0, original_length=30, fast=3.0, slow=0.2, truncate=False),
+    ),
+    RopeConfig(
+        base=50.0,
+        scaling=RopeScaling(kind="yarn", factor=4.0, original_length=30, fast=3.0, slow=0.5, attention_factor=1.7),
+    ),
 ]
 
 
@@ -35,17 +44,17 @@ def test_equals_complex_turns(config):
     assert_close("rotate", rotate(X, jnp.arange(40), config), expected, "float32")
 
 
-LONG = RopeScaling("yarn", 32.0, 4096, truncate=False)  # gpt-oss
-LLAMA = RopeScaling("llama3", 8.0, 8192, fast=4.0, slow=1.0)  # Llama 3.1
+LONG = RopeScaling(kind="yarn", factor=32.0, original_length=4096, truncate=False)  # gpt-oss
+LLAMA = RopeScaling(kind="llama3", factor=8.0, original_length=8192, fast=4.0, slow=1.0)  # Llama 3.1
 
 
 @pytest.mark.parametrize(
     ("config", "width"),
     [
-        (RopeConfig(150_000.0, scaling=LONG), 64),
-        (RopeConfig(150_000.0, scaling=dataclasses.replace(LONG, truncate=True)), 64),
-        (RopeConfig(500_000.0, scaling=LLAMA), 128),
-        (RopeConfig(10_000.0, scaling=RopeScaling("ntk", 4.0)), 128),
+        (RopeConfig(base=150_000.0, scaling=LONG), 64),
+        (RopeConfig(base=150_000.0, scaling=dataclasses.replace(LONG, truncate=True)), 64),
+        (RopeConfig(base=500_000.0, scaling=LLAMA), 128),
+        (RopeConfig(base=10_000.0, scaling=RopeScaling(kind="ntk", factor=4.0)), 128),
     ],
     ids=str,
 )
@@ -54,7 +63,7 @@ def test_frequencies_of_models(config, width):
     expected, growth = reference.frequencies(config, width)
     np.testing.assert_allclose(found, expected, rtol=1e-12)
     assert grow == pytest.approx(growth, rel=1e-12)
-    plain, _ = RopeConfig(config.base).frequencies(width)
+    plain, _ = RopeConfig(base=config.base).frequencies(width)
     factor = config.scaling.factor
     assert (found <= plain * (1 + 1e-12)).all()
     assert (found >= plain / factor * (1 - 1e-12)).all()
@@ -62,8 +71,8 @@ def test_frequencies_of_models(config, width):
 
 
 def test_yarn_turns_fast_pairs_as_before_and_slow_pairs_by_less():
-    config = RopeConfig(10_000.0, scaling=RopeScaling("yarn", 16.0, 4096))
-    (found, grow), (plain, _) = config.frequencies(128), RopeConfig(10_000.0).frequencies(128)
+    config = RopeConfig(base=10_000.0, scaling=RopeScaling(kind="yarn", factor=16.0, original_length=4096))
+    (found, grow), (plain, _) = config.frequencies(128), RopeConfig(base=10_000.0).frequencies(128)
     turns = 4096 * plain / (2 * np.pi)
     np.testing.assert_allclose(found[turns > 40], plain[turns > 40])
     np.testing.assert_allclose(found[turns < 0.9], plain[turns < 0.9] / 16)
@@ -75,13 +84,19 @@ def test_yarn_turns_fast_pairs_as_before_and_slow_pairs_by_less():
 @pytest.mark.parametrize(
     ("build", "message"),
     [
-        (lambda: RopeConfig(1.0), "base must be above 1, got 1.0"),
-        (lambda: RopeConfig(10.0, fraction=0.0), "fraction must be above 0 and at most 1, got 0.0"),
-        (lambda: RopeConfig(10.0, fraction=0.25).width(12), "0.25 of head_width = 12 is 3"),
-        (lambda: RopeScaling("longrope", 2.0), "kind must be one of linear, ntk, yarn, llama3, got 'longrope'"),
-        (lambda: RopeScaling("linear", 0.5), "factor must be at least 1, got 0.5"),
-        (lambda: RopeScaling("yarn", 2.0), "yarn needs original_length"),
-        (lambda: RopeScaling("llama3", 2.0, 100, fast=1.0), "fast must be above slow, got 1.0 and 1.0"),
+        (lambda: RopeConfig(base=1.0), "base must be above 1, got 1.0"),
+        (lambda: RopeConfig(base=10.0, fraction=0.0), "fraction must be above 0 and at most 1, got 0.0"),
+        (lambda: RopeConfig(base=10.0, fraction=0.25).width(12), "0.25 of head_width = 12 is 3"),
+        (
+            lambda: RopeScaling(kind="longrope", factor=2.0),
+            "kind must be one of linear, ntk, yarn, llama3, got 'longrope'",
+        ),
+        (lambda: RopeScaling(kind="linear", factor=0.5), "factor must be at least 1, got 0.5"),
+        (lambda: RopeScaling(kind="yarn", factor=2.0), "yarn needs original_length"),
+        (
+            lambda: RopeScaling(kind="llama3", factor=2.0, original_length=100, fast=1.0),
+            "fast must be above slow, got 1.0 and 1.0",
+        ),
     ],
 )
 def test_refuses(build, message):
@@ -90,14 +105,14 @@ def test_refuses(build, message):
 
 
 def test_position_zero_stays():
-    np.testing.assert_array_equal(rotate(X, jnp.zeros(40, int), RopeConfig(10_000.0)), X)
+    np.testing.assert_array_equal(rotate(X, jnp.zeros(40, int), RopeConfig(base=10_000.0)), X)
 
 
 def test_scores_depend_on_the_distance_alone():
     q, k = (np.broadcast_to(RANDOM.normal(size=8).astype(np.float32), (40, 1, 8)) for _ in range(2))
 
     def scores(shift):
-        turned = (np.asarray(rotate(x, shift + jnp.arange(40), RopeConfig(100.0)))[:, 0] for x in (q, k))
+        turned = (np.asarray(rotate(x, shift + jnp.arange(40), RopeConfig(base=100.0)))[:, 0] for x in (q, k))
         return np.einsum("td,sd->ts", *turned)
 
     near = scores(0)
@@ -108,14 +123,14 @@ def test_scores_depend_on_the_distance_alone():
 
 
 def test_any_positions_in_any_order():
-    order, config = RANDOM.permutation(40), RopeConfig(50.0)
+    order, config = RANDOM.permutation(40), RopeConfig(base=50.0)
     expected = rotate(X, jnp.arange(40), config)[:, order]
     np.testing.assert_allclose(rotate(X[:, order], order, config), expected, atol=1e-6)
 
 
 def test_bfloat16_is_turned_in_float32():
     x = jnp.asarray(X, jnp.bfloat16)
-    y = rotate(x, jnp.arange(40) + 1000, RopeConfig(10_000.0))
+    y = rotate(x, jnp.arange(40) + 1000, RopeConfig(base=10_000.0))
     assert y.dtype == jnp.bfloat16
-    expected = rotate(x.astype(jnp.float32), jnp.arange(40) + 1000, RopeConfig(10_000.0))
+    expected = rotate(x.astype(jnp.float32), jnp.arange(40) + 1000, RopeConfig(base=10_000.0))
     np.testing.assert_array_equal(y, expected.astype(jnp.bfloat16))

@@ -15,19 +15,21 @@ from tests.layers import reference
 from tests.layers.test_mixers import MIXED, attention, decode
 from tests.tolerances import assert_close
 
-NORM = NormConfig("rms", 1e-6)
+NORM = NormConfig(kind="rms", eps=1e-6)
 BLOCK = SharedConfig(
-    dataclasses.replace(attention("causal"), rope=RopeConfig(50.0)), MlpConfig("gated", 10, "gelu"), NORM
+    mixer=dataclasses.replace(attention("causal"), rope=RopeConfig(base=50.0)),
+    mlp=MlpConfig(kind="gated", width=10, activation="gelu"),
+    norm=NORM,
 )
-SSM = LayerConfig(MIXED["mamba"]["mamba"], None, NORM, "pre", remat=True)
+SSM = LayerConfig(mixer=MIXED["mamba"]["mamba"], mlp=None, norm=NORM, norm_position="pre", remat=True)
 CONFIG = ModelConfig(
     vocab=11,
     width=6,
     schedule="ssm 2x(a b)",
     layers={
         "ssm": SSM,
-        "a": dataclasses.replace(SSM, side=SideConfig("one", mixer_rank=2, mlp_rank=3)),
-        "b": dataclasses.replace(SSM, side=SideConfig("two")),
+        "a": dataclasses.replace(SSM, side=SideConfig(shared="one", mixer_rank=2, mlp_rank=3)),
+        "b": dataclasses.replace(SSM, side=SideConfig(shared="two")),
     },
     norm=NORM,
     tied=True,
@@ -93,11 +95,18 @@ def test_every_layer_adds_to_the_gradient_of_what_it_shares():
 
 
 def test_what_cannot_be_is_refused():
-    layers = CONFIG.layers | {"a": dataclasses.replace(SSM, side=SideConfig("three"))}
+    layers = CONFIG.layers | {"a": dataclasses.replace(SSM, side=SideConfig(shared="three"))}
     with pytest.raises(ValueError, match=r"layers.a.side.shared: no block 'three' in shared"):
         dataclasses.replace(CONFIG, layers=layers)
     with pytest.raises(ValueError, match="mixer is None"):
-        LayerConfig(None, MlpConfig("plain", 3, "relu"), NORM, "pre", remat=False, side=SideConfig("one"))
+        LayerConfig(
+            mixer=None,
+            mlp=MlpConfig(kind="plain", width=3, activation="relu"),
+            norm=NORM,
+            norm_position="pre",
+            remat=False,
+            side=SideConfig(shared="one"),
+        )
     ahead = dataclasses.replace(BLOCK, mixer=dataclasses.replace(BLOCK.mixer, pattern="full"))
     with pytest.raises(ValueError, match=r"shared.two.mixer.pattern: 'full' sees"):
         dataclasses.replace(CONFIG, shared=CONFIG.shared | {"two": ahead})
