@@ -106,7 +106,7 @@ class SweepFolder:
     @property
     def compiled(self) -> Path:
         """The compilation cache that runs which differ only in their seed share."""
-        return self.jobs / "compiled"
+        return self.path / "compiled"
 
     @property
     def lock(self) -> Path:
@@ -117,14 +117,61 @@ class SweepFolder:
         """The workdir of the run `name`."""
         return Workdir(self.runs / name)
 
+    def job(self, name: str) -> JobFiles:
+        """The files of the job of the run `name`."""
+        return JobFiles(self.jobs / name)
+
     def exists(self) -> bool:
         """Whether `path` is a sweep."""
         return self.record.exists()
 
+    def read(self) -> dict[str, Any]:
+        """Reads the record.
+
+        Returns:
+          `config`; `sweeps`, as written on the command line; `runs` by name, each with `label`, `seed` and `overrides`.
+
+        Raises:
+          InputError: The record is damaged.
+        """
+        if not self.exists():
+            return {"config": None, "sweeps": [], "runs": {}}
+        record = read_json(self.record)
+        try:
+            runs = {
+                name: {"label": run["label"], "seed": run["seed"], "overrides": dict(run["overrides"])}
+                for name, run in record["runs"].items()
+            }
+            return {"config": record["config"], "sweeps": record["sweeps"], "runs": runs}
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            raise InputError(self.record, f"damaged: {type(error).__name__}: {error}") from error
+
+
+@dataclasses.dataclass(frozen=True)
+class JobFiles:
+    """The files of the job of a run; `path` is their common stem."""
+
+    path: Path
+
+    @property
+    def log(self) -> Path:
+        """Output of the run, over all attempts."""
+        return self.path.with_suffix(".log")
+
+    @property
+    def lock(self) -> Path:
+        """Held while the run is running. Its content is the process id and the host of the run."""
+        return self.path.with_suffix(".lock")
+
+    @property
+    def submission(self) -> Path:
+        """The last submission: launcher, job id, share of the machine."""
+        return self.path.with_suffix(".json")
+
 
 def replace_file(path: Path, content: bytes) -> None:
-    """Writes a file in one step."""
-    part = path.with_name(path.name + ".part")
+    """Writes a file in one step; of concurrent writers the last one wins."""
+    part = path.with_name(f"{path.name}.{os.getpid()}.part")
     part.write_bytes(content)
     os.replace(part, path)
 

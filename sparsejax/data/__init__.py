@@ -1,4 +1,8 @@
-"""Data: documents from files or TFDS, tokens, packing, objectives, probes, and iterators that resume exactly."""
+"""Data: documents from files or TFDS, tokens, packing, objectives, probes, and iterators that resume exactly.
+
+Importing this package imports NumPy only. grain is imported when a training iterator is built, TFDS when a TFDS data
+set is read.
+"""
 
 from sparsejax.data.batches import fresh_batches, ordered_batches, shuffled_batches, train_batches, validation_batches
 from sparsejax.data.config import DataConfig, MaskConfig

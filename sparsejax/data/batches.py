@@ -1,39 +1,41 @@
-"""The batches that training and evaluation read: which rows, in which order, and from which step on."""
+"""Batches for training and evaluation, as functions of a seed and a step."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING
 
-import grain
 import numpy as np
 
 from sparsejax.data.errors import DataError
 from sparsejax.data.rows import Batch, Rows, Windows
 
-ENDLESS = 1 << 48  # steps; more than any run has
-Transform = Callable[[Batch, np.ndarray], Batch]  # a batch and the numbers of its rows, int64 [b]
+if TYPE_CHECKING:
+    import grain
+
+ENDLESS = 1 << 48  # steps; longer than any run
+Transform = Callable[[Batch, np.ndarray], Batch]  # takes a batch and the row numbers, int64 [b]
 
 
 def train_batches(
     data: np.ndarray, length: int, batch: int, seed: int, *, process_index: int = 0, process_count: int = 1
 ) -> grain.DatasetIterator:
-    """Endless training batches of windows of a text, see `shuffled_batches`.
+    """Iterates endlessly over shuffled windows of a token stream; see `shuffled_batches`.
 
     Args:
       data: Tokens [n].
       length: Tokens per window, t.
-      batch: Rows of the global batch.
+      batch: Rows per global batch.
       seed: Any non-negative integer.
-      process_index: Which of `process_count` equal runs of the global batch's rows to return.
+      process_index: Index of this process; it returns the `process_index`-th contiguous share of each global batch.
       process_count: Number of processes that share the global batch.
 
     Returns:
-      An iterator over dicts of inputs int32 [b, t], targets int32 [b, t] (the next token) and weights float32
-      [b, t] (ones), with b = batch / process_count.
+      An iterator over `Batch`: inputs int32 [b, t], targets int32 [b, t] (the next token) and weights float32 [b, t]
+      (ones), where b = batch / process_count.
 
     Raises:
-      DataError: The text is shorter than a window, or the processes cannot share the batch.
-
+      DataError: The stream is shorter than a window, or `batch` is not divisible by `process_count`.
     """
     require_window(data, length, "training")
     return shuffled_batches(
@@ -50,83 +52,83 @@ def shuffled_batches(
     process_index: int = 0,
     process_count: int = 1,
 ) -> grain.DatasetIterator:
-    """Endless training batches, shuffled anew in every epoch; batch i is a function of `seed` and i alone.
+    """Iterates endlessly over rows, reshuffled every epoch; batch i is a function of `seed` and i alone.
 
-    The iterator's state (`get_state`, `set_state`, `grain.checkpoint`) is the number of batches read. The
-    last rows of an epoch share a batch with the first of the next, so that none is dropped.
+    The state of the iterator (`get_state`, `set_state`, `grain.checkpoint`) is the number of batches read. A batch
+    may span two epochs, so no row is dropped.
 
     Args:
-      rows: What batches are made of.
-      batch: Rows of the global batch.
+      rows: Rows of an epoch.
+      batch: Rows per global batch.
       seed: Any non-negative integer.
-      transform: Of each batch; also gets how many rows of the run came before each of its own, int64 [b].
-      process_index: Which of `process_count` equal runs of the global batch's rows to return.
+      transform: Applied to every batch. Its second argument numbers the rows of the batch within the run, int64 [b].
+      process_index: Index of this process; it returns the `process_index`-th contiguous share of each global batch.
       process_count: Number of processes that share the global batch.
 
     Raises:
-      DataError: There are no rows, or the processes cannot share the batch.
-
+      DataError: There are no rows, or `batch` is not divisible by `process_count`.
     """
+    from grain.experimental import index_shuffle
+
     share = _share("train.batch", batch, process_count)
     if not len(rows):
-        raise DataError("data.files: no rows to train on")
-    # Epoch e is shuffled by seed + e: unmixed, seed 1 would read what seed 0 reads, one epoch early.
-    mixed = int(np.random.SeedSequence(seed).generate_state(1)[0])
+        raise DataError("data.files", "there are no rows to train on")
+    # Epoch e is shuffled with mixed_seed + e. Unmixed, epoch 0 of seed 1 would be epoch 1 of seed 0.
+    mixed_seed = int(np.random.SeedSequence(seed).generate_state(1)[0])
     count = len(rows)
 
     def draw(step: int) -> Batch:
         numbers = step * batch + process_index * share + np.arange(share)
-        places = [
-            grain.experimental.index_shuffle(
-                number % count, max_index=count - 1, seed=(mixed + number // count) % (1 << 32), rounds=4
+        indices = [
+            index_shuffle(
+                number % count, max_index=count - 1, seed=(mixed_seed + number // count) % (1 << 32), rounds=4
             )
             for number in numbers.tolist()
         ]
-        drawn = rows.take(np.array(places))
+        drawn = rows.take(np.array(indices))
         return drawn if transform is None else transform(drawn, numbers)
 
-    return _in_turn(draw)
+    return _iterate(draw)
 
 
 def fresh_batches(rows: Rows, batch: int, *, process_index: int = 0, process_count: int = 1) -> grain.DatasetIterator:
-    """Endless training batches of rows in order, of rows that never come to an end; otherwise as `shuffled_batches`."""
+    """Iterates over an endless supply of rows in order; otherwise like `shuffled_batches`."""
     share = _share("train.batch", batch, process_count)
-    return _in_turn(lambda step: rows.take(step * batch + process_index * share + np.arange(share)))
+    return _iterate(lambda step: rows.take(step * batch + process_index * share + np.arange(share)))
 
 
 def _share(key: str, batch: int, process_count: int) -> int:
-    """Rows of a batch for each process."""
+    """Rows per process of a global batch."""
     if batch < 1 or batch % process_count:
-        raise DataError(f"{key}: {batch} rows cannot be shared equally by {process_count} processes")
+        raise DataError(key, f"{batch} rows cannot be shared equally by {process_count} processes")
     return batch // process_count
 
 
-def _in_turn(draw: Callable[[int], Batch]) -> grain.DatasetIterator:
-    # No threads: the text is in memory, and a batch costs less than handing it from thread to thread.
-    in_turn = grain.ReadOptions(num_threads=0, prefetch_buffer_size=0)
-    return iter(grain.MapDataset.range(ENDLESS).map(draw).to_iter_dataset(in_turn))
+def _iterate(draw: Callable[[int], Batch]) -> grain.DatasetIterator:
+    import grain
+
+    # No threads: the text is in memory, and drawing a batch costs less than passing it between threads.
+    options = grain.ReadOptions(num_threads=0, prefetch_buffer_size=0)
+    return iter(grain.MapDataset.range(ENDLESS).map(draw).to_iter_dataset(options))
 
 
 def validation_batches(data: np.ndarray, length: int, batch: int, *, limit: int = 0) -> Iterator[Batch]:
-    """All windows of a text in order, in batches of one shape; every token but the first is scored once.
+    """Iterates once over the windows of a token stream in order, in batches of one shape.
 
-    The last window is padded with tokens of weight 0, the last batch with rows of weight 0.
+    Every token but the first is scored once. The last window is padded with tokens of weight 0, the last batch with
+    rows of weight 0.
 
     Args:
       data: Tokens [m].
       length: Tokens per window, t.
       batch: Rows per batch, b.
-      limit: If positive, at most so many batches, of windows spread evenly over the text.
-
-    Returns:
-      A fresh iterator over dicts like those of `train_batches`.
+      limit: If positive, the maximum number of batches; their windows are spread evenly over the stream.
 
     Raises:
-      DataError: The text is shorter than a window.
-
+      DataError: The stream is shorter than a window.
     """
     require_window(data, length, "validation")
-    return ordered_batches(Windows(data, length, whole=False), batch, limit=limit)
+    return ordered_batches(Windows(data, length, drop_last=False), batch, limit=limit)
 
 
 def ordered_batches(
@@ -138,35 +140,39 @@ def ordered_batches(
     process_index: int = 0,
     process_count: int = 1,
 ) -> Iterator[Batch]:
-    """All rows in order, in batches of one shape; the last is padded with rows of weight 0.
+    """Iterates once over rows in order, in batches of one shape; the last is padded with rows of weight 0.
 
     Args:
-      rows: What batches are made of.
-      batch: Rows of a global batch.
-      limit: If positive, at most so many batches, of rows spread evenly.
-      transform: As of `shuffled_batches`.
-      process_index: As of `shuffled_batches`.
-      process_count: As of `shuffled_batches`.
+      rows: Rows to evaluate.
+      batch: Rows per global batch.
+      limit: If positive, the maximum number of batches; their rows are spread evenly.
+      transform: See `shuffled_batches`.
+      process_index: See `shuffled_batches`.
+      process_count: See `shuffled_batches`.
+
+    Raises:
+      DataError: `batch` is not divisible by `process_count`.
     """
     share = _share("eval.batch", batch, process_count)
     count = len(rows)
     kept = min(count, limit * batch) if limit > 0 else count
-    places = np.full((-(-kept // batch), batch), -1)
-    places.flat[:kept] = np.arange(kept) * count // max(kept, 1)
-    for own in places[:, process_index * share : (process_index + 1) * share]:
-        drawn = rows.take(own)
-        yield drawn if transform is None else transform(drawn, np.maximum(own, 0))
+    indices = np.full((-(-kept // batch), batch), -1)
+    indices.flat[:kept] = np.arange(kept) * count // max(kept, 1)
+    for local in indices[:, process_index * share : (process_index + 1) * share]:
+        drawn = rows.take(local)
+        yield drawn if transform is None else transform(drawn, np.maximum(local, 0))
 
 
 def require_window(data: np.ndarray, length: int, side: str) -> None:
-    """Refuses a text, tokens [n], that has no full window.
+    """Checks that a token stream [n] has at least one full window.
 
     Raises:
-      DataError: The text is shorter than a window.
+      DataError: The stream is shorter than a window.
     """
     if length < 1:
-        raise DataError(f"data.length: {length} is not a window's length")
+        raise DataError("data.length", f"{length} is not positive")
     if len(data) <= length:
         unit = "bytes" if data.dtype == np.uint8 else "tokens"
-        needed = f"a window of {length} needs {length + 1} {unit}"
-        raise DataError(f"data.length: {needed}, the {side} text has {len(data)}")
+        raise DataError(
+            "data.length", f"a window of {length} needs {length + 1} {unit}, the {side} text has {len(data)}"
+        )

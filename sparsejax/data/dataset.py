@@ -1,16 +1,21 @@
-"""A data set: what `data` in a configuration stands for, as rows to train on and rows to hold out."""
+"""Data sets: the rows that the `data` section of a configuration describes."""
 
 from __future__ import annotations
 
 import dataclasses
 import hashlib
 from collections.abc import Iterator
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypedDict
 
-import grain
 import numpy as np
 
-from sparsejax.data.batches import fresh_batches, ordered_batches, require_window, shuffled_batches
+from sparsejax.data.batches import (
+    Transform,
+    fresh_batches,
+    ordered_batches,
+    require_window,
+    shuffled_batches,
+)
 from sparsejax.data.config import DataConfig
 from sparsejax.data.errors import DataError
 from sparsejax.data.objectives import apply_objective
@@ -19,25 +24,35 @@ from sparsejax.data.rows import Batch, Examples, Labelled, Packed, Rows, Windows
 from sparsejax.data.text import Corpus, Side, build_corpus, load_corpus
 from sparsejax.data.tokenizers import Tokenizer, vocabulary
 
-EXAMPLES = 1024  # of a probe that are held out, if it does not say how many there are
-ENDLESS = 1 << 48  # examples of a probe to train on
-SHOWN = ("tokens", "rows", "row_length")  # counts that `describe` shows in another way
-MASKS = 0  # the seed of the masks of validation text, the same in every run
+if TYPE_CHECKING:
+    import grain
+
+HELD_OUT_EXAMPLES = 1024  # of a probe that generates its validation examples
+ENDLESS = 1 << 48  # training examples of a probe
+IMPLICIT = ("tokens", "rows", "row_length")  # counts that `describe` reports elsewhere
+MASK_SEED = 0  # for validation text, the same in every run
+
+
+class Sharing(TypedDict):
+    """Share of a process in every global batch."""
+
+    process_index: int
+    process_count: int
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Dataset:
-    """What a run trains on and is measured by.
+    """Training and validation rows of a run.
 
     Attributes:
-      config: What it was made of.
-      training: Rows to train on.
-      held_out: Rows to hold out.
-      vocab: Number of ids that a model needs.
-      digest: Changes with any text or side and with the tokenizer.
-      tokenizer: What the tokens mean; None of a probe.
-      corpus: The text; None of a probe.
-      counts: How many documents and tokens went in and came out, for the record.
+      config: The configuration.
+      training: Training rows.
+      held_out: Validation rows.
+      vocab: Vocabulary size that a model needs.
+      digest: Changes with any text, its split, and the tokenizer.
+      tokenizer: The tokenizer; None for a probe.
+      corpus: The text; None for a probe.
+      counts: Numbers of documents and tokens, for the record.
     """
 
     config: DataConfig
@@ -50,43 +65,47 @@ class Dataset:
     counts: dict[str, Any]
 
     @property
-    def answers(self) -> bool:
-        """Whether single tokens are asked for, so that it counts how many are right."""
+    def scores_accuracy(self) -> bool:
+        """Whether the task asks for particular tokens, so that accuracy is meaningful."""
         return self.corpus is None or self.config.objective in ("masked", "classify")
 
     @property
-    def generates(self) -> bool:
-        """Whether a model of it can go on with a text."""
+    def is_generative(self) -> bool:
+        """Whether a model trained on it can continue a text."""
         return self.corpus is not None and self.config.objective in ("causal", "prefix")
 
     @property
     def tokens_per_byte(self) -> float | None:
-        """Of the text held out, to tell bits per byte from bits per token; None where not all tokens are predicted."""
-        return len(self.corpus.validation) / self.corpus.held_out.bytes if self.generates else None
+        """Ratio that converts bits per token into bits per byte; None unless all tokens are predicted."""
+        if self.corpus is None or not self.is_generative:
+            return None
+        return len(self.corpus.validation) / self.corpus.held_out.bytes
 
     @property
     def tokens_per_character(self) -> float | None:
-        """The same by characters."""
-        return len(self.corpus.validation) / self.corpus.held_out.characters if self.generates else None
+        """Ratio that converts bits per token into bits per character; None unless all tokens are predicted."""
+        if self.corpus is None or not self.is_generative:
+            return None
+        return len(self.corpus.validation) / self.corpus.held_out.characters
 
     def train_batches(
         self, batch: int, seed: int, *, process_index: int = 0, process_count: int = 1
     ) -> grain.DatasetIterator:
-        """Endless batches to train on, a function of `seed` and the step alone; see `shuffled_batches`."""
-        share = {"process_index": process_index, "process_count": process_count}
-        if self.corpus is None:
-            return fresh_batches(dataclasses.replace(self.training, seed=seed), batch, **share)
-        return shuffled_batches(self.training, batch, seed, transform=self._transform(seed), **share)
+        """Iterates endlessly over training batches, a function of `seed` and step; see `shuffled_batches`."""
+        sharing = Sharing(process_index=process_index, process_count=process_count)
+        if isinstance(self.training, Examples):
+            return fresh_batches(dataclasses.replace(self.training, seed=seed), batch, **sharing)
+        return shuffled_batches(self.training, batch, seed, transform=self._transform(seed), **sharing)
 
     def validation_batches(
         self, batch: int, *, limit: int = 0, process_index: int = 0, process_count: int = 1
     ) -> Iterator[Batch]:
-        """The rows held out, in order; see `ordered_batches`."""
-        share = {"process_index": process_index, "process_count": process_count}
-        return ordered_batches(self.held_out, batch, limit=limit, transform=self._transform(MASKS), **share)
+        """Iterates over the validation rows in order; see `ordered_batches`."""
+        sharing = Sharing(process_index=process_index, process_count=process_count)
+        return ordered_batches(self.held_out, batch, limit=limit, transform=self._transform(MASK_SEED), **sharing)
 
     def describe(self) -> list[str]:
-        """What went in and what comes out, in lines."""
+        """Describes the text and the rows made of it, one fact per line."""
         if self.corpus is None:
             held_out = f"{len(self.held_out):,} examples to validate"
             return [f"probe: {self.config.probe}, {held_out}, digest {self.digest}"]
@@ -97,26 +116,28 @@ class Dataset:
         ]
         for name in ("training", "validation"):
             counts = self.counts[name]
-            facts = (f"{counts[key]:,} {key.replace('_', ' ')}" for key in counts if key not in SHOWN and counts[key])
+            shown = (key for key in counts if key not in IMPLICIT and counts[key])
+            facts = (f"{counts[key]:,} {key.replace('_', ' ')}" for key in shown)
             lines.append(f"{name}: {', '.join(facts)}; {counts['rows']:,} rows of {counts['row_length']:,}")
         return lines
 
-    def _transform(self, seed: int):
-        if self.tokenizer is None or self.config.objective in ("causal", "classify"):
+    def _transform(self, seed: int) -> Transform | None:
+        tokenizer = self.tokenizer
+        if tokenizer is None or self.config.objective in ("causal", "classify"):
             return None
-        return lambda batch, numbers: apply_objective(self.config, self.tokenizer, batch, seed, numbers)
+        return lambda batch, numbers: apply_objective(self.config, tokenizer, batch, seed, numbers)
 
 
 def load_dataset(config: DataConfig, stride: int = 0, corpus: Corpus | None = None) -> Dataset:
-    """Reads, tokenises and packs what a configuration names.
+    """Reads, tokenizes and packs the data of a configuration.
 
     Args:
-      config: What to read.
-      stride: Tokens from one window of validation text to the next; 0 is `config.length`. See `Windows`.
-      corpus: The text that it names, if it was read before, for rows of another length.
+      config: The configuration.
+      stride: Tokens between the starts of adjacent validation windows; 0 stands for `config.length`. See `Windows`.
+      corpus: The text of `config` if it is loaded already, for instance for rows of another length.
 
     Raises:
-      DataError: It cannot be read, or holds too little.
+      DataError: The data cannot be read, or are too small.
     """
     if config.task != "text":
         return _load_probe(config)
@@ -126,7 +147,7 @@ def load_dataset(config: DataConfig, stride: int = 0, corpus: Corpus | None = No
 def _load_probe(config: DataConfig) -> Dataset:
     probe = PROBES[config.task]() if config.probe is None else config.probe
     digest = hashlib.sha256(repr(probe).encode()).hexdigest()[:16]
-    count = EXAMPLES if probe.held_out is None else probe.held_out
+    count = HELD_OUT_EXAMPLES if probe.held_out is None else probe.held_out
     held_out = Examples(probe, 0, count, validation=True)
     training = Examples(probe, 0, ENDLESS)
     scored = float(held_out.take(np.zeros(1, np.int64))["weights"].sum())
@@ -154,30 +175,29 @@ def _cut_text(config: DataConfig, corpus: Corpus, stride: int) -> Dataset:
     if config.objective != "classify" and config.packing == "none":
         require_window(corpus.train, config.length, "training")
         require_window(corpus.validation, config.length, "validation")
-    training = _rows(config, corpus, corpus.training, whole=True)
-    held_out = _rows(config, corpus, corpus.held_out, stride, whole=False)
+    training = _rows(config, corpus, corpus.training, drop_last=True)
+    held_out = _rows(config, corpus, corpus.held_out, stride, drop_last=False)
     for rows, side in ((training, "training"), (held_out, "validation")):
         if not len(rows):
-            raise DataError(f"data.files: no documents on the {side} side")
+            raise DataError("data.files", f"the {side} text has no documents")
     vocab = vocabulary(corpus.tokenizer, config.objective == "masked")
     if config.objective == "classify":
         vocab = max(vocab, int(max(corpus.training.labels.max(), corpus.held_out.labels.max())) + 1)
     sides = {"training": (corpus.training, training), "validation": (corpus.held_out, held_out)}
-    counts = {name: _count(side, rows) for name, (side, rows) in sides.items()}
+    counts: dict[str, Any] = {name: _count(side, rows) for name, (side, rows) in sides.items()}
     counts |= {"digest": corpus.digest, "tokenizer": config.tokenizer, "vocab": vocab}
     return Dataset(config, training, held_out, vocab, corpus.digest, corpus.tokenizer, corpus, counts)
 
 
-def _rows(config: DataConfig, corpus: Corpus, side: Side, stride: int = 0, *, whole: bool) -> Rows:
+def _rows(config: DataConfig, corpus: Corpus, side: Side, stride: int = 0, *, drop_last: bool) -> Rows:
     if config.objective == "classify":
         return Labelled(side.tokens, side.documents, side.labels, config.length)
     if config.packing == "packed":
         return Packed(side.tokens, side.documents, corpus.tokenizer.separator, config.length, stride)
-    return Windows(side.tokens, config.length, stride, whole)
+    return Windows(side.tokens, config.length, stride, drop_last)
 
 
-def _count(side: Side, rows: Rows) -> dict[str, Any]:
-    """What went in and what came out. Tokens that no row scores: the first, and what is left after the last window."""
+def _count(side: Side, rows: Rows) -> dict[str, int | float]:
     counts = {
         "documents_read": side.read,
         "empty_documents": side.empty,

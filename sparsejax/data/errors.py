@@ -1,5 +1,7 @@
-"""What is wrong with the data, in one line."""
+"""Errors about data."""
+
+from sparsejax.errors import InputError
 
 
-class DataError(ValueError):
-    """One line on what is wrong with the data, naming the config key and the place."""
+class DataError(InputError):
+    """Data that cannot be read or that a configuration cannot use; `argument` is the configuration key."""

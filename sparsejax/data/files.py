@@ -1,4 +1,4 @@
-"""Documents from files: which of them there are, and which are held out."""
+"""Documents from files, and their split into training and validation text."""
 
 from __future__ import annotations
 
@@ -23,18 +23,18 @@ from sparsejax.data.formats import (
     read_text,
 )
 
-HELD_OUT = 20  # one file in so many is validation; of a single file, the last one-in-so-many of its bytes
-HELD_OUT_REMAINDER = 13  # any would do; this one holds out 5 % of Python's own bytes, and no odd ones
+HELD_OUT = 20  # one file in 20 is validation text; of a single file, the last 1/20 of its bytes
+HELD_OUT_REMAINDER = 13  # arbitrary; it holds out a typical 5 % of the standard library
 TRAIN, VALIDATION = 0, 1
 
-# What lies in the standard library's folder but is a test, an installed package, or about one machine only.
+# Entries of the standard library's folder that are tests, installed packages, or specific to a machine.
 NOT_LIBRARY = {"test", "tests", "idle_test", "site-packages", "dist-packages", "sitecustomize.py"}
 NOT_LIBRARY_PREFIXES = ("config-", "_sysconfigdata")
 
 
 @dataclasses.dataclass(frozen=True)
 class File:
-    """A file, or the part of its bytes from `start` to `stop`, with its name below the folder it was found in."""
+    """The bytes from `start` to `stop` of a file; `name` is its path relative to the folder of `data.files`."""
 
     name: str
     path: Path
@@ -43,13 +43,13 @@ class File:
 
 
 class Files:
-    """The documents of files; see `load_corpus` for the rules.
+    """The documents of files; `load_corpus` describes the arguments and the split.
 
     Attributes:
-      train_files: How many files the training text comes from.
-      validation_files: The same of the validation text; a file that is split counts on both sides.
-      bytes: Of all files as they lie on the disk.
-      digest: 16 hex digits that change with any file's name, bytes or side, and with what is read of them.
+      train_files: Number of files that hold training text.
+      validation_files: Number of files that hold validation text; a file that is split counts twice.
+      bytes: Total size of the files on disk.
+      digest: 16 hex digits that change with the name, content or side of any file, and with the fields that are read.
     """
 
     def __init__(
@@ -59,20 +59,20 @@ class Files:
         field: str = "text",
         separator: str = "",
         label: str = "",
-        characters: bool = False,  # not to cut a file in two within a character of UTF-8
+        characters: bool = False,  # split a file between UTF-8 characters only
     ):
         self._field, self._label, self._separator = field, label, _unescape(separator)
-        found = _named(files, "data.files") if files.strip() else _standard_library()
-        held_out = _named(validation, "data.validation") if validation.strip() else []
-        # Records are held out one by one, so are documents of a text file; files of one document each as a whole.
-        self._by_document = not held_out and (bool(separator) or any(holds_records(file.path) for file in found))
+        train = _list_files(files, "data.files") if files.strip() else _list_standard_library()
+        held_out = _list_files(validation, "data.validation") if validation.strip() else []
+        # Files of several documents are split by document, files of one document each by file.
+        self._by_document = not held_out and (bool(separator) or any(holds_records(file.path) for file in train))
         if held_out or self._by_document:
-            self._sides = found, held_out
-            same = {file.path.resolve() for file in found} & {file.path.resolve() for file in held_out}
-            if same:
-                raise DataError(f"data.validation: {min(same)} is trained on too, by data.files")
+            self._sides = train, held_out
+            both = {file.path.resolve() for file in train} & {file.path.resolve() for file in held_out}
+            if both:
+                raise DataError("data.validation", f"{min(both)} is training text too, see data.files")
         else:
-            self._sides = _split(found, characters)
+            self._sides = _split(train, characters)
         self.train_files, self.validation_files = (len(files) for files in self._sides)
         if self._by_document:
             self.validation_files = self.train_files
@@ -80,9 +80,12 @@ class Files:
         self.digest = self._digest()
 
     def read(self) -> Iterator[tuple[int, Document]]:
-        """Every document, with the side it is on: those to train on first, if whole files are held out."""
+        """Iterates over (side, document); training documents come first if whole files are held out."""
         documents = (
-            (side, one) for side, files in enumerate(self._sides) for file in files for one in self._open(file)
+            (side, document)
+            for side, files in enumerate(self._sides)
+            for file in files
+            for document in self._open(file)
         )
         return _hold_out(documents) if self._by_document else documents
 
@@ -90,7 +93,7 @@ class Files:
         if holds_records(file.path):
             return read_records(file.path, file.name, self._field, self._label)
         if self._label:
-            raise DataError(f"data.label: {file.path} is text and has no classes; jsonl and parquet have")
+            raise DataError("data.label", f"{file.path} is text and has no labels; use jsonl or parquet")
         return read_text(file.path, file.name, self._separator, file.start, file.stop)
 
     def _digest(self) -> str:
@@ -105,7 +108,7 @@ class Files:
 
 
 def _add_file(digest: hashlib._Hash, file: File) -> None:
-    # Compressed files and records count as they lie on the disk, which spares unpacking them.
+    # Compressed files and records are hashed as stored, without unpacking them.
     packed = file.path.suffix in COMPRESSED or holds_records(file.path)
     start, stop = (0, None) if packed else (file.start, file.stop)
     size = (file.path.stat().st_size if stop is None else stop) - start
@@ -115,8 +118,8 @@ def _add_file(digest: hashlib._Hash, file: File) -> None:
 
 
 def _hold_out(documents: Iterator[tuple[int, Document]]) -> Iterator[tuple[int, Document]]:
-    """Moves documents to validation by a hash of their names; the last one, if that moves none."""
-    held, last = False, None
+    """Moves documents to validation by a hash of their names; moves the last one if the hash selects none."""
+    held, last = False, None  # the last training document is delayed until it is known whether one is held out
     for _, document in documents:
         if _is_held_out(document.name):
             held = True
@@ -133,34 +136,34 @@ def _unescape(separator: str) -> bytes:
     try:
         return codecs.escape_decode(separator.encode())[0]
     except ValueError as error:
-        raise DataError(f"data.separator: {separator!r}: {error}") from error
+        raise DataError("data.separator", f"{separator!r} is not a valid escape sequence") from error
 
 
-def _standard_library() -> list[File]:
+def _list_standard_library() -> list[File]:
     folder = Path(sysconfig.get_path("stdlib"))
-    found = _walk(folder, lambda name: name in NOT_LIBRARY or name.startswith(NOT_LIBRARY_PREFIXES))
-    sources = [File(path.relative_to(folder).as_posix(), path) for path in found if path.suffix == ".py"]
+    paths = _walk(folder, lambda name: name in NOT_LIBRARY or name.startswith(NOT_LIBRARY_PREFIXES))
+    sources = [File(path.relative_to(folder).as_posix(), path) for path in paths if path.suffix == ".py"]
     if not sources:
-        raise DataError(f"data.files: is empty, and Python's own sources are not in {folder}")
+        raise DataError("data.files", f"it is empty, and the sources of the standard library are not in {folder}")
     return [file for file in sources if file.path.stat().st_size]
 
 
-def _named(files: str, key: str) -> list[File]:
-    found = {}  # by resolved path: a file that is named twice must not fall on both sides
+def _list_files(files: str, key: str) -> list[File]:
+    listed = {}  # by resolved path: a file that is named twice must not be on both sides
     for item in (Path(name.strip()).expanduser() for name in files.split(",") if name.strip()):
-        root, paths = _find(item, key)
-        for path in (path for path in paths if path.resolve() not in found):
+        root, paths = _expand(item, key)
+        for path in (path for path in paths if path.resolve() not in listed):
             if path == item and not path.stat().st_size:
-                raise DataError(f"{key}: {path} is empty")
+                raise DataError(key, f"{path} is empty")
             if path == item or holds_records(path) or _is_text(path):
-                found[path.resolve()] = File(path.relative_to(root).as_posix(), path)
-    if not found:
-        raise DataError(f"{key}: no text in {files}: only empty files and files with zero bytes")
-    return list(found.values())
+                listed[path.resolve()] = File(path.relative_to(root).as_posix(), path)
+    if not listed:
+        raise DataError(key, f"no text in {files}: all files are empty or contain zero bytes")
+    return list(listed.values())
 
 
 def _is_text(path: Path) -> bool:
-    """Whether a file is not empty and has no zero bytes."""
+    """Whether a file is not empty and contains no zero bytes."""
     empty = True
     for chunk in read_chunks(path):
         if b"\0" in chunk:
@@ -169,30 +172,30 @@ def _is_text(path: Path) -> bool:
     return not empty
 
 
-def _find(item: Path, key: str) -> tuple[Path, list[Path]]:
-    """What one item stands for: the folder that names are relative to, and its files."""
+def _expand(item: Path, key: str) -> tuple[Path, list[Path]]:
+    """Expands a file, folder or glob to the folder that names are relative to, and its files."""
     if item.is_file():
         return item.parent, [item]
     if item.is_dir():
-        root, found = item, _walk(item, lambda name: name.startswith("."))
+        root, paths = item, _walk(item, lambda name: name.startswith("."))
     else:
         root = Path(*takewhile(lambda part: not glob.has_magic(part), item.parts))
         if root == item:
-            raise DataError(f"{key}: no such file or folder: {item}")
+            raise DataError(key, f"no such file or folder: {item}")
         matches = map(Path, glob.glob(str(item), recursive=True))
-        found = sorted(filter(Path.is_file, matches), key=Path.as_posix)
-    if not found:
-        raise DataError(f"{key}: no file {'in' if root == item else 'matches'} {item}")
-    return root, found
+        paths = sorted(filter(Path.is_file, matches), key=Path.as_posix)
+    if not paths:
+        raise DataError(key, f"no file {'in' if root == item else 'matches'} {item}")
+    return root, paths
 
 
 def _walk(folder: Path, skip: Callable[[str], bool]) -> list[Path]:
-    """The files below `folder`, sorted by relative name, without the files and folders that `skip` names."""
-    found = []
+    """Files below `folder`, sorted by relative name, without the files and folders whose names `skip` matches."""
+    paths: list[Path] = []
     for parent, folders, names in os.walk(folder):
         folders[:] = [name for name in folders if not skip(name)]
-        found += [Path(parent, name) for name in names if not skip(name)]
-    return sorted(filter(Path.is_file, found), key=lambda path: path.relative_to(folder).as_posix())
+        paths += [Path(parent, name) for name in names if not skip(name)]
+    return sorted(filter(Path.is_file, paths), key=lambda path: path.relative_to(folder).as_posix())
 
 
 def _split(files: list[File], characters: bool) -> tuple[list[File], list[File]]:
@@ -201,7 +204,7 @@ def _split(files: list[File], characters: bool) -> tuple[list[File], list[File]]
         packed = file.path.suffix in COMPRESSED
         size = sum(map(len, read_chunks(file.path))) if packed else file.path.stat().st_size
         cut = size - max(1, size // HELD_OUT)
-        if characters:  # a byte that continues a character of UTF-8 starts with the bits 10
+        if characters:  # a continuation byte of UTF-8 starts with the bits 10
             after = b"".join(read_chunks(file.path, cut, cut + 4))
             cut += next((i for i, byte in enumerate(after) if byte & 0xC0 != 0x80), 0)
         return [dataclasses.replace(file, stop=cut)], [dataclasses.replace(file, start=cut, stop=size)]

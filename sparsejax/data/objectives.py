@@ -1,4 +1,4 @@
-"""What is to be predicted: the next token, hidden tokens, or what follows a prefix."""
+"""Objectives: next-token prediction, masked tokens, and prediction after a prefix."""
 
 from __future__ import annotations
 
@@ -10,25 +10,26 @@ from sparsejax.data.tokenizers import Tokenizer
 
 
 def apply_objective(config: DataConfig, tokenizer: Tokenizer, batch: Batch, seed: int, numbers: np.ndarray) -> Batch:
-    """A batch of text under `config.objective`.
+    """Applies `config.objective` to a batch of text.
 
     Args:
-      config: Says which one.
-      tokenizer: What the tokens mean.
+      config: The configuration.
+      tokenizer: The tokenizer of the text.
       batch: Inputs, targets (the next tokens) and weights [b, t].
-      seed: For the draws.
-      numbers: int64 [b], which rows of the run these are. A row is a function of its tokens, `seed` and its number.
+      seed: Seed of the masks.
+      numbers: Number of each row within the run, int64 [b]. A masked row is a function of its tokens, `seed` and its
+        number.
     """
     if config.objective == "masked":
-        return _hide(config.mask, tokenizer, batch, seed, numbers)
+        return _mask(config.mask, tokenizer, batch, seed, numbers)
     if config.objective == "prefix":
-        # The last token of the prefix is the first to predict one outside of it.
+        # The last token of the prefix predicts the first token after it.
         after = np.arange(batch["weights"].shape[1]) >= config.prefix - 1
-        return batch | {"weights": batch["weights"] * after.astype(np.float32)}
+        return {**batch, "weights": batch["weights"] * after.astype(np.float32)}
     return batch
 
 
-def _hide(config: MaskConfig, tokenizer: Tokenizer, batch: Batch, seed: int, numbers: np.ndarray) -> Batch:
+def _mask(config: MaskConfig, tokenizer: Tokenizer, batch: Batch, seed: int, numbers: np.ndarray) -> Batch:
     tokens = batch["inputs"]
     inputs, weights = tokens.copy(), np.zeros_like(batch["weights"])
     for row, number in enumerate(numbers):
@@ -38,14 +39,14 @@ def _hide(config: MaskConfig, tokenizer: Tokenizer, batch: Batch, seed: int, num
         )
         chosen = choose(config, tokens[row], allowed, tokenizer, random)
         weights[row, chosen] = 1
-        hidden, swapped = (round(len(chosen) * share) for share in (config.masked, config.masked + config.random))
-        inputs[row, chosen[:hidden]] = tokenizer.mask
-        inputs[row, chosen[hidden:swapped]] = _draw(tokenizer, swapped - hidden, random)
-    return batch | {"inputs": inputs, "targets": tokens, "weights": weights}
+        masked, changed = (round(len(chosen) * share) for share in (config.masked, config.masked + config.random))
+        inputs[row, chosen[:masked]] = tokenizer.mask
+        inputs[row, chosen[masked:changed]] = _draw(tokenizer, changed - masked, random)
+    return {**batch, "inputs": inputs, "targets": tokens, "weights": weights}
 
 
 def _draw(tokenizer: Tokenizer, count: int, random: np.random.Generator) -> np.ndarray:
-    """Tokens of the vocabulary, the mask left out."""
+    """Random tokens other than the mask."""
     inside = tokenizer.mask < tokenizer.size
     drawn = random.integers(0, tokenizer.size - inside, count)
     return drawn + (drawn >= tokenizer.mask) * inside
@@ -54,36 +55,40 @@ def _draw(tokenizer: Tokenizer, count: int, random: np.random.Generator) -> np.n
 def choose(
     config: MaskConfig, tokens: np.ndarray, allowed: np.ndarray, tokenizer: Tokenizer, random: np.random.Generator
 ) -> np.ndarray:
-    """Which tokens of a row are to be found again, in random order: `share` of those allowed, rounded, at least one.
+    """Chooses the tokens of a row to predict: `share` of the allowed ones, rounded, and at least one.
 
-    Words are taken in random order, each if it still fits: the count is met unless nothing that is left fits. Spans
-    have geometric lengths of mean `span`, at most `longest`, and start anywhere that is free; the last is cut to
-    meet the count.
+    Words are chosen in random order, as long as they fit into the count; the count is met unless no remaining word
+    fits. Spans have geometric lengths of mean `span` and at most `longest`, and start at any free position; the last
+    span is cut to meet the count.
 
     Args:
-      config: The share and the unit.
+      config: Share and unit.
       tokens: Integers [t].
-      allowed: bool [t].
-      tokenizer: Says where words start.
-      random: Where draws come from.
+      allowed: Tokens that may be chosen, bool [t].
+      tokenizer: Defines where words start.
+      random: Random number generator.
+
+    Returns:
+      Positions in random order, int64 [n].
     """
-    places = np.flatnonzero(allowed)
-    count = min(len(places), max(1, round(config.share * len(places))))
+    positions = np.flatnonzero(allowed)
+    count = min(len(positions), max(1, round(config.share * len(positions))))
     if config.unit == "token" or not count:
-        return random.choice(places, count, replace=False)
-    chosen = (_choose_words if config.unit == "word" else _choose_spans)(
-        config, tokens, allowed, count, tokenizer, random
-    )
+        return random.choice(positions, count, replace=False)
+    if config.unit == "word":
+        chosen = _choose_words(tokenizer.starts(tokens), allowed, count, random)
+    else:
+        chosen = _choose_spans(config, allowed, count, random)
     return random.permutation(np.flatnonzero(chosen))
 
 
-def _choose_words(config, tokens, allowed, count, tokenizer, random) -> np.ndarray:
-    # A word that a separator or padding breaks is two words.
-    starts = tokenizer.starts(tokens) | ~allowed | ~np.concatenate([[False], allowed[:-1]])
+def _choose_words(starts: np.ndarray, allowed: np.ndarray, count: int, random: np.random.Generator) -> np.ndarray:
+    # A word interrupted by a separator or padding is two words.
+    starts = starts | ~allowed | ~np.concatenate([[False], allowed[:-1]])
     starts[0] = True
     first = np.flatnonzero(starts)
-    stop = np.append(first[1:], len(tokens))
-    chosen = np.zeros(len(tokens), bool)
+    stop = np.append(first[1:], len(starts))
+    chosen = np.zeros(len(starts), bool)
     for word in random.permutation(np.flatnonzero(allowed[first])):
         if stop[word] - first[word] <= count:
             chosen[first[word] : stop[word]] = True
@@ -93,16 +98,16 @@ def _choose_words(config, tokens, allowed, count, tokenizer, random) -> np.ndarr
     return chosen
 
 
-def _choose_spans(config, tokens, allowed, count, tokenizer, random) -> np.ndarray:
-    chosen = np.zeros(len(tokens), bool)
-    for place in random.permutation(np.flatnonzero(allowed)):
-        if chosen[place]:
+def _choose_spans(config: MaskConfig, allowed: np.ndarray, count: int, random: np.random.Generator) -> np.ndarray:
+    chosen = np.zeros(len(allowed), bool)
+    for start in random.permutation(np.flatnonzero(allowed)):
+        if chosen[start]:
             continue
-        stop = place + min(random.geometric(1 / config.span), config.longest, count)
-        free = allowed[place:stop] & ~chosen[place:stop]
-        stop = place + (len(free) if free.all() else int(np.argmin(free)))
-        chosen[place:stop] = True
-        count -= stop - place
+        stop = start + min(random.geometric(1 / config.span), config.longest, count)
+        free = allowed[start:stop] & ~chosen[start:stop]
+        stop = start + (len(free) if free.all() else int(np.argmin(free)))
+        chosen[start:stop] = True
+        count -= stop - start
         if not count:
             break
     return chosen

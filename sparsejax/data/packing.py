@@ -1,40 +1,40 @@
-"""Documents into windows of one length, without cutting those that fit."""
+"""Packing of documents into rows of one length."""
 
 from __future__ import annotations
 
 import numpy as np
 
 
-def pack(sizes: np.ndarray, room: int) -> np.ndarray:
-    """Best-fit decreasing: the largest first, each into the fullest row that still has room for it.
+def pack(sizes: np.ndarray, capacity: int) -> np.ndarray:
+    """Best-fit decreasing: places the largest item first, each in the fullest row that can still hold it.
 
     Args:
-      sizes: int64 [p], each from 1 to `room`.
-      room: Of a row.
+      sizes: int64 [p], each from 1 to `capacity`.
+      capacity: Tokens per row.
 
     Returns:
-      int64 [p], the row of each. Rows are numbered in the order of their first pieces.
+      The row of each item, int64 [p]. Rows are numbered in the order of their first items.
     """
     rows = np.empty(len(sizes), np.int64)
-    full = np.flatnonzero(sizes == room)
+    full = np.flatnonzero(sizes == capacity)
     rows[full] = np.arange(len(full))
     count = len(full)
     order = np.argsort(-sizes, kind="stable")[len(full) :]
-    open_rows = [[] for _ in range(room + 1)]  # by the room that they have left
-    rooms = 0  # bit i: there is a row with room i
-    for piece, size in zip(order.tolist(), sizes[order].tolist(), strict=True):
-        fitting = rooms >> size << size
+    open_rows: list[list[int]] = [[] for _ in range(capacity + 1)]  # by free capacity
+    open_mask = 0  # bit i is set if a row with free capacity i exists
+    for item, size in zip(order.tolist(), sizes[order].tolist(), strict=True):
+        fitting = open_mask >> size << size
         if fitting:
-            left = (fitting & -fitting).bit_length() - 1
-            row = open_rows[left].pop()
-            if not open_rows[left]:
-                rooms ^= 1 << left
+            free = (fitting & -fitting).bit_length() - 1
+            row = open_rows[free].pop()
+            if not open_rows[free]:
+                open_mask ^= 1 << free
         else:
-            left, row, count = room, count, count + 1
-        rows[piece] = row
-        if left > size:
-            open_rows[left - size].append(row)
-            rooms |= 1 << (left - size)
+            free, row, count = capacity, count, count + 1
+        rows[item] = row
+        if free > size:
+            open_rows[free - size].append(row)
+            open_mask |= 1 << (free - size)
     return _number_by_first(rows)
 
 

@@ -1,9 +1,8 @@
-"""Tokenizers: bytes, the 27 characters of text8, byte-pair encodings, and those of files."""
+"""Tokenizers: bytes, the 27 characters of text8, trained byte-pair encodings, and tokenizer files."""
 
 from __future__ import annotations
 
 import hashlib
-import os
 import string
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -12,23 +11,24 @@ from typing import Protocol
 import numpy as np
 
 from sparsejax.data.errors import DataError
-from sparsejax.data.formats import Document, require
+from sparsejax.data.formats import Document, import_package
+from sparsejax.workdir import replace_file
 
-PART = 1 << 22  # bytes that are encoded at once; a longer document is cut at the end of a line
+PART = 1 << 22  # bytes per call of a tokenizer; a longer document is cut at the end of a line
 END_NAMES = ("<|endoftext|>", "</s>", "<eos>", "<|end_of_text|>", "<|im_end|>", "[SEP]")
 MASK_NAMES = ("[MASK]", "<mask>")
 CHARACTERS = " " + string.ascii_lowercase
 
 
 class Tokenizer(Protocol):
-    """Text to ids and back.
+    """A mapping between text and token ids.
 
     Attributes:
-      name: As in `data.tokenizer`.
-      size: Ids are below it.
-      separator: The id that stands between documents, None if the vocabulary has none for it.
-      spelled: Whether the separator is itself a byte of text, and counts as one.
-      mask: The id that hides a token; `size` if the vocabulary has none, so that a model needs one id more.
+      name: The value of `data.tokenizer`.
+      size: Vocabulary size.
+      separator: Id between documents; None if the vocabulary has no such token.
+      spelled: Whether the separator is itself a byte of text and counts as one.
+      mask: Id of the mask token; `size` if the vocabulary has none, in which case a model needs one more id.
       digest: 16 hex digits that change with the vocabulary.
     """
 
@@ -40,31 +40,35 @@ class Tokenizer(Protocol):
     digest: str
 
     def encode(self, text: bytes) -> np.ndarray:
-        """The ids of a text: integers [n]."""
+        """Token ids of a text, integers [n]."""
+        ...
 
     def decode(self, tokens: np.ndarray) -> str:
-        """The text of ids [n], for people to read."""
+        """Readable text of ids [n]."""
+        ...
 
     def starts(self, tokens: np.ndarray) -> np.ndarray:
-        """Where a word starts: bool [n]. Every byte between words is a word of its own."""
+        """Whether each token starts a word, bool [n]. A byte between words is a word."""
+        ...
 
 
 def vocabulary(tokenizer: Tokenizer, masked: bool) -> int:
-    """How many ids a model needs."""
+    """Vocabulary size that a model needs."""
     return max(tokenizer.size, tokenizer.mask + 1) if masked else tokenizer.size
 
 
 class Bytes:
-    """Every byte is a token; takes any file."""
+    """The identity: every byte is a token."""
 
-    name, size, separator, spelled, mask, digest = "bytes", 256, 0, True, 256, "bytes"
+    separator: int | None = 0
+    name, size, spelled, mask, digest = "bytes", 256, True, 256, "bytes"
 
     def encode(self, text: bytes) -> np.ndarray:
-        """The bytes themselves, uint8 [n]."""
+        """The bytes as uint8 [n]."""
         return np.frombuffer(text, np.uint8)
 
     def decode(self, tokens: np.ndarray) -> str:
-        """The text of ids [n]; the mask is shown as a box."""
+        """Text of ids [n]; the mask token is shown as a box."""
         parts = np.split(tokens, np.flatnonzero(np.diff(tokens == self.mask)) + 1)
         return "".join(
             "▢" * len(part) if part.size and part[0] == self.mask else bytes(part.tolist()).decode(errors="replace")
@@ -72,7 +76,7 @@ class Bytes:
         )
 
     def starts(self, tokens: np.ndarray) -> np.ndarray:
-        """True [n] but within a run of letters, digits and bytes above 127."""
+        """False inside a run of letters, digits and bytes above 127, else True; bool [n]."""
         letter = _LETTERS[np.minimum(tokens, 255)]
         return ~(letter & np.concatenate([[False], letter[:-1]]))
 
@@ -81,24 +85,25 @@ _LETTERS = np.array([chr(byte).isalnum() if byte < 128 else True for byte in ran
 
 
 class Characters:
-    """The 27 characters of text8: a space and the letters from a to z. A space stands between documents."""
+    """The 27 characters of text8, a space and the letters a to z; the separator is a space."""
 
-    name, size, separator, spelled, mask, digest = "chars", 27, 0, True, 27, "chars"
+    separator: int | None = 0
+    name, size, spelled, mask, digest = "chars", 27, True, 27, "chars"
 
     def encode(self, text: bytes) -> np.ndarray:
-        """uint8 [n], a space being 0."""
+        """Ids uint8 [n]; a space is 0."""
         codes = _CODES[np.frombuffer(text, np.uint8)]
         if (codes == 255).any():
             other = bytes(text[np.argmax(codes == 255) :][:1])
-            raise DataError(f"{other!r} is not one of the 27 characters of text8, a space and a to z")
+            raise DataError(None, f"{other!r} is not one of the 27 characters of text8, a space and a to z")
         return codes
 
     def decode(self, tokens: np.ndarray) -> str:
-        """The text of ids [n]; the mask is shown as a box."""
+        """Text of ids [n]; the mask token is shown as a box."""
         return "".join((CHARACTERS + "▢")[token] for token in tokens)
 
     def starts(self, tokens: np.ndarray) -> np.ndarray:
-        """True [n] but within a run of letters."""
+        """False inside a run of letters, else True; bool [n]."""
         return ~((tokens > 0) & np.concatenate([[False], tokens[:-1] > 0]))
 
 
@@ -107,28 +112,30 @@ _CODES[np.frombuffer(CHARACTERS.encode(), np.uint8)] = np.arange(27)
 
 
 class _Subwords:
-    """What tokenizers of subwords have in common: text must be UTF-8, and long texts are encoded in parts."""
+    """Base of subword tokenizers: the text must be UTF-8, and long texts are encoded in parts."""
 
     spelled = False
 
-    def __init__(self, name: str, pieces: list[str], data: bytes):
-        self.name, self.size = name, len(pieces)
-        ids = {piece: number for number, piece in enumerate(pieces)}
+    def __init__(self, name: str, subwords: list[str], data: bytes):
+        self.name, self.size = name, len(subwords)
+        ids = {subword: number for number, subword in enumerate(subwords)}
         self.separator = next((ids[end] for end in END_NAMES if end in ids), None)
         self.mask = next((ids[mask] for mask in MASK_NAMES if mask in ids), self.size)
         self.digest = hashlib.sha256(data).hexdigest()[:16]
-        continues = any(piece.startswith("##") for piece in pieces)
-        self._starts = np.array(
-            [not piece.startswith("##") if continues else piece[:1] in ("▁", "Ġ", "Ċ", "<", "[") for piece in pieces]
-        )
+        if any(subword.startswith("##") for subword in subwords):  # WordPiece marks continuations
+            self._starts = np.array([not subword.startswith("##") for subword in subwords])
+        else:  # byte-level BPE and SentencePiece mark starts
+            self._starts = np.array([subword[:1] in ("▁", "Ġ", "Ċ", "<", "[") for subword in subwords])
 
     def encode(self, text: bytes) -> np.ndarray:
         try:
-            whole = text.decode()
+            decoded = text.decode()
         except UnicodeDecodeError as error:
-            raise DataError(f"byte {error.start} is not UTF-8; data.tokenizer = 'bytes' takes any bytes") from None
+            raise DataError(
+                None, f"byte {error.start} is not UTF-8; data.tokenizer = 'bytes' accepts any bytes"
+            ) from None
         dtype = np.min_scalar_type(self.size - 1)
-        parts = [np.asarray(self._encode(part), dtype) for part in _cut(whole)]
+        parts = [np.asarray(self._encode(part), dtype) for part in _split_lines(decoded)]
         return np.concatenate(parts) if parts else np.zeros(0, dtype)
 
     def decode(self, tokens: np.ndarray) -> str:
@@ -148,14 +155,14 @@ class _Subwords:
 
 
 class HuggingFace(_Subwords):
-    """A tokenizer of the library `tokenizers`, from its JSON."""
+    """A tokenizer of the library `tokenizers`, from the content of its JSON file."""
 
     def __init__(self, name: str, data: bytes):
-        tokenizers = require("tokenizers", f"data.tokenizer = {name!r} is a tokenizer of Hugging Face")
+        tokenizers = import_package("tokenizers", "data.tokenizer", f"{name} is a Hugging Face tokenizer")
         try:
             self._model = tokenizers.Tokenizer.from_str(data.decode())
-        except Exception as error:  # the library raises nothing more particular
-            raise DataError(f"data.tokenizer: {name} is no JSON of the library tokenizers: {error}") from error
+        except Exception as error:  # the library raises nothing more specific
+            raise DataError("data.tokenizer", f"{name} is not a JSON file of the library tokenizers") from error
         self._model.no_truncation()
         self._model.no_padding()
         size = self._model.get_vocab_size(with_added_tokens=True)
@@ -169,16 +176,16 @@ class HuggingFace(_Subwords):
 
 
 class SentencePiece(_Subwords):
-    """A SentencePiece model, from its file."""
+    """A SentencePiece model, from the content of its file."""
 
     def __init__(self, name: str, data: bytes):
-        sentencepiece = require("sentencepiece", f"data.tokenizer = {name!r} is a SentencePiece model")
+        sentencepiece = import_package("sentencepiece", "data.tokenizer", f"{name} is a SentencePiece model")
         try:
             self._model = sentencepiece.SentencePieceProcessor(model_proto=data)
-        except Exception as error:  # the library raises nothing more particular
-            raise DataError(f"data.tokenizer: {name} is no SentencePiece model: {error}") from error
-        pieces = [self._model.id_to_piece(number) for number in range(self._model.get_piece_size())]
-        super().__init__(name, pieces, data)
+        except Exception as error:  # the library raises nothing more specific
+            raise DataError("data.tokenizer", f"{name} is not a SentencePiece model") from error
+        subwords = [self._model.id_to_piece(number) for number in range(self._model.get_piece_size())]
+        super().__init__(name, subwords, data)
 
     def _encode(self, text: str) -> list[int]:
         return self._model.encode(text)
@@ -188,38 +195,39 @@ class SentencePiece(_Subwords):
 
 
 def load_tokenizer(name: str, training: Iterable[Document], digest: str, cache: Path) -> Tokenizer:
-    """The tokenizer that `data.tokenizer` names.
+    """Loads or trains the tokenizer that `data.tokenizer` names.
 
     Args:
       name: "bytes", "chars", "bpe:SIZE", or a file: JSON of the library `tokenizers`, or a SentencePiece model.
-      training: What "bpe:SIZE" is trained on, unless the cache has it.
-      digest: Of that text.
-      cache: The folder that trained tokenizers are kept in.
+      training: Text on which "bpe:SIZE" is trained unless it is in the cache.
+      digest: Digest of that text.
+      cache: Folder of trained tokenizers.
 
     Raises:
-      DataError: No such tokenizer, or a package is not installed.
+      DataError: The tokenizer does not exist, or its package is not installed.
     """
     if name in ("bytes", "chars"):
         return Bytes() if name == "bytes" else Characters()
     kind, _, size = name.partition(":")
     if kind == "bpe" and size:
         if not size.isdecimal() or int(size) < 258:
-            raise DataError(f"data.tokenizer: {name}: a size of at least 258, for 256 bytes and two special tokens")
-        place = cache / f"bpe-{size}-{digest}.json"
-        if not place.exists():
-            _train(place, int(size), training)
-        return HuggingFace(name, place.read_bytes())
+            raise DataError(
+                "data.tokenizer", f"{name}: the size must be at least 258, for 256 bytes and two special tokens"
+            )
+        path = cache / f"bpe-{size}-{digest}.json"
+        if not path.exists():
+            _train(path, int(size), training)
+        return HuggingFace(name, path.read_bytes())
     try:
         data = Path(name).expanduser().read_bytes()
     except OSError as error:
-        kinds = "bytes, chars, bpe:SIZE or a file"
-        raise DataError(f"data.tokenizer: {name}: {error.strerror} (known: {kinds})") from error
+        raise DataError("data.tokenizer", f"{name}: {error.strerror}; give bytes, chars, bpe:SIZE or a file") from error
     return (HuggingFace if data.lstrip()[:1] == b"{" else SentencePiece)(name, data)
 
 
-def _train(place: Path, size: int, training: Iterable[Document]) -> None:
-    """Trains a byte-level byte-pair encoding (arXiv:1508.07909) and keeps it."""
-    require("tokenizers", f"data.tokenizer = 'bpe:{size}' is trained by tokenizers")
+def _train(path: Path, size: int, training: Iterable[Document]) -> None:
+    """Trains a byte-level byte-pair encoding (arXiv:1508.07909) and writes it."""
+    import_package("tokenizers", "data.tokenizer", f"bpe:{size} is trained with Hugging Face tokenizers")
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
     model = Tokenizer(models.BPE())
@@ -232,18 +240,20 @@ def _train(place: Path, size: int, training: Iterable[Document]) -> None:
         show_progress=False,
     )
     model.train_from_iterator(_texts(training), trainer)
-    write_whole(place, model.to_str().encode())
+    path.parent.mkdir(parents=True, exist_ok=True)
+    replace_file(path, model.to_str().encode())
 
 
 def _texts(documents: Iterable[Document]) -> Iterator[str]:
     for document in documents:
         try:
-            yield from _cut(bytes(document.text).decode())
+            yield from _split_lines(bytes(document.text).decode())
         except UnicodeDecodeError as error:
-            raise DataError(f"data.files: {document.name}: byte {error.start} is not UTF-8") from None
+            raise DataError("data.files", f"{document.name}: byte {error.start} is not UTF-8") from None
 
 
-def _cut(text: str) -> Iterator[str]:
+def _split_lines(text: str) -> Iterator[str]:
+    """Parts of at most `PART` characters that end at the end of a line if possible."""
     start = 0
     while start < len(text):
         stop = start + PART
@@ -251,11 +261,3 @@ def _cut(text: str) -> Iterator[str]:
             stop = text.rfind("\n", start, stop) + 1 or stop
         yield text[start:stop]
         start = stop
-
-
-def write_whole(place: Path, data: bytes) -> None:
-    """Writes a file in one step: a reader sees all of it or nothing."""
-    place.parent.mkdir(parents=True, exist_ok=True)
-    part = place.with_name(f"{place.name}.{os.getpid()}.part")
-    part.write_bytes(data)
-    part.replace(place)

@@ -1,4 +1,4 @@
-"""Windows cover the text; training batches resume and shard exactly; validation scores every byte once."""
+"""Windows cover the text, training batches resume and shard exactly, validation scores every byte once."""
 
 import subprocess
 import sys
@@ -11,16 +11,17 @@ import pytest
 
 from sparsejax.data import DataError, train_batches, validation_batches
 from sparsejax.data.batches import Windows
+from tests.messages import rejects
 
 LENGTH, BATCH = 8, 6
-TEXT = np.random.default_rng(0).integers(0, 256, 200, dtype=np.uint8)  # 24 windows, 4 batches an epoch
+TEXT = np.random.default_rng(0).integers(0, 256, 200, dtype=np.uint8)  # 24 windows, 4 batches per epoch
 UNEVEN = TEXT[: 23 * LENGTH + 1]  # 23 windows: epochs end inside batches
 
 
 def starts(batches, text=TEXT):
-    """Where in the text each row begins, found by its bytes."""
-    where = {text[i : i + LENGTH].tobytes(): i for i in range(len(text))}
-    return [[where[row.astype(np.uint8).tobytes()] for row in batch["inputs"]] for batch in batches]
+    """Offset of each row in the text, by its bytes."""
+    offsets = {text[i : i + LENGTH].tobytes(): i for i in range(len(text))}
+    return [[offsets[row.astype(np.uint8).tobytes()] for row in batch["inputs"]] for batch in batches]
 
 
 def assert_same(left, right):
@@ -51,7 +52,7 @@ def test_a_training_batch():
 
 
 @pytest.mark.parametrize("text", [TEXT, UNEVEN])
-def test_every_epoch_holds_every_window_once_in_a_new_order(text):
+def test_every_epoch_is_a_new_permutation_of_the_windows(text):
     count = len(Windows(text, LENGTH))
     rows = np.concatenate(starts(islice(train_batches(text, LENGTH, BATCH, seed=3), 12), text))
     epochs = [rows[i : i + count] for i in range(0, len(rows) - count + 1, count)]
@@ -60,9 +61,9 @@ def test_every_epoch_holds_every_window_once_in_a_new_order(text):
 
 
 def test_batches_are_a_function_of_seed_and_step():
-    first, again, other = (list(islice(train_batches(TEXT, LENGTH, BATCH, seed), 9)) for seed in (0, 0, 1))
-    assert_same(first, again)
-    # Nor is one seed's second epoch another seed's first.
+    first, repeated, other = (list(islice(train_batches(TEXT, LENGTH, BATCH, seed), 9)) for seed in (0, 0, 1))
+    assert_same(first, repeated)
+    # The second epoch of a seed is not the first epoch of another seed.
     epochs = [np.concatenate(starts(run[i : i + 4])).tolist() for run in (first, other) for i in (0, 4)]
     assert all(a != b for i, a in enumerate(epochs) for b in epochs[:i])
 
@@ -72,12 +73,12 @@ def test_resuming_continues_across_epochs(steps):
     running = train_batches(UNEVEN, LENGTH, BATCH, seed=5)
     list(islice(running, steps))
     state = running.get_state()
-    rest = list(islice(running, 8))
+    expected = list(islice(running, 8))
     fresh = train_batches(UNEVEN, LENGTH, BATCH, seed=5)
     fresh.set_state(state)
-    assert_same(list(islice(fresh, 8)), rest)
+    assert_same(list(islice(fresh, 8)), expected)
     running.set_state(state)
-    assert_same(list(islice(running, 8)), rest)
+    assert_same(list(islice(running, 8)), expected)
 
 
 def test_orbax_saves_and_restores_the_iterator(tmp_path):
@@ -145,9 +146,9 @@ def test_validation_can_be_read_again():
     assert_same(list(validation_batches(TEXT, LENGTH, 5)), list(validation_batches(TEXT, LENGTH, 5)))
 
 
-def test_a_limit_spreads_windows_over_the_text():
+def test_limit_spreads_windows_over_the_text():
     batches = list(validation_batches(TEXT, LENGTH, 2, limit=3))
-    assert np.concatenate(starts(batches)).tolist() == [0, 32, 64, 96, 128, 160]  # of 25 windows every fourth
+    assert np.concatenate(starts(batches)).tolist() == [0, 32, 64, 96, 128, 160]  # every fourth of 25 windows
     assert_same(batches, list(validation_batches(TEXT, LENGTH, 2, limit=3)))
     everything = list(validation_batches(TEXT, LENGTH, 2))
     for limit in (0, 13, 99):
@@ -156,17 +157,12 @@ def test_a_limit_spreads_windows_over_the_text():
     assert len(set(scored)) == 24
 
 
-def test_errors_name_the_key_and_the_sizes():
-    def complaint(build, *args, **kwargs):
-        with pytest.raises(DataError) as caught:
-            build(*args, **kwargs)
-        return str(caught.value)
-
-    needs = "data.length: a window of 8 needs 9 bytes, the {} text has 8"
-    assert complaint(train_batches, TEXT[:8], 8, 1, 0) == needs.format("training")
-    assert complaint(validation_batches, TEXT[:8], 8, 1) == needs.format("validation")
-    assert complaint(train_batches, TEXT, 0, 1, 0) == "data.length: 0 is not a window's length"
-    assert (
-        complaint(train_batches, TEXT, 8, 6, 0, process_count=4)
-        == "train.batch: 6 rows cannot be shared equally by 4 processes"
-    )
+def test_invalid_sizes():
+    with rejects(DataError, "data.length"):
+        train_batches(TEXT[:8], 8, 1, 0)
+    with rejects(DataError, "data.length"):
+        validation_batches(TEXT[:8], 8, 1)
+    with rejects(DataError, "data.length"):
+        train_batches(TEXT, 0, 1, 0)
+    with rejects(DataError, "train.batch"):
+        train_batches(TEXT, 8, 6, 0, process_count=4)

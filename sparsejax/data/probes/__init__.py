@@ -1,9 +1,9 @@
-"""Probes: generated tasks that ask for one ability each, with the papers and outcomes that they are known by.
+"""Probes: synthetic tasks that test one ability each, with their source papers and published results.
 
     probe = PROBES["mqar"](length=128, pairs=8)
     probe.example(seed=0, index=5)  # inputs, targets, weights: always the same
 
-An example is a pure function of its seed and number; `example.Probe` says what one holds.
+An example is a pure function of its seed and index; `Probe.example` describes its arrays.
 """
 
 from sparsejax.data.probes.copying import Duplication, SelectiveCopying
@@ -15,7 +15,7 @@ from sparsejax.data.probes.needle import KeyValue, Passkey, grid
 from sparsejax.data.probes.recall import InductionHeads, Mqar
 from sparsejax.data.probes.state_tracking import StateTracking
 
-# By the value of data.task.
+# Values of `data.task` -> the class whose fields are the section `data.probe`.
 PROBES: dict[str, type[Probe]] = {
     "mqar": Mqar,
     "induction_heads": InductionHeads,

@@ -1,4 +1,4 @@
-"""Documents from the user's files, byte by byte, to be classified or compared."""
+"""Byte-level classification and comparison of documents from local files."""
 
 import functools
 import itertools
@@ -8,32 +8,33 @@ from pathlib import Path
 import numpy as np
 
 from sparsejax.data.errors import DataError
-from sparsejax.data.probes.example import Example, Probe, ask_at_end, pick, require
+from sparsejax.data.probes.example import Example, Probe, final_example, pick, require
+from sparsejax.errors import InputError
 
-PADDING, SEPARATOR = 256, 257  # behind the bytes
+PADDING, SEPARATOR = 256, 257  # tokens after the bytes
 
 
 @dataclass(frozen=True)
 class TextClassification(Probe):
-    """Of which class is a document? Bytes, up to `length` of them; the class is asked for at the last one.
+    """The class of a document, predicted at its last byte.
 
-    Byte-level text classification of Long Range Arena (arXiv:2011.04006), section 2.2.2, which takes the IMDb reviews:
-    files=aclImdb/train, validation_files=aclImdb/test. A folder has one folder for each class, with a document in each
-    file (hidden ones do not count). What is behind the first `length` bytes of a document is cut off.
+    Byte-level text classification of Long Range Arena (arXiv:2011.04006), section 2.2.2, which uses the IMDb reviews:
+    files=aclImdb/train, validation_files=aclImdb/test. A folder has one subfolder per class, with one document per
+    file; hidden files are ignored. Documents are truncated to `length` bytes.
 
-    Outcome (4,096 bytes, 2 classes): Transformer 64.3 %, BigBird 64.0 %, local attention 53.0 %; S4 86.8 %
+    Published results (4,096 bytes, 2 classes): Transformer 64.3 %, BigBird 64.0 %, local attention 53.0 %; S4 86.8 %
     (arXiv:2111.00396).
     """
 
-    files: str = ""  # a folder of folders
-    validation_files: str = ""  # another
-    classes: tuple[str, ...] = ("neg", "pos")  # the folders' names, from class 0 on
-    length: int = 4096
+    files: str = ""  # folder of training documents
+    validation_files: str = ""  # folder of validation documents
+    classes: tuple[str, ...] = ("neg", "pos")  # subfolders, in the order of the class numbers
+    length: int = 4096  # bytes
 
     def __post_init__(self):
         require(self, length=1)
         if not 2 <= len(self.classes) <= 256 or len(set(self.classes)) < len(self.classes):
-            raise ValueError(f"classes must be 2 to 256 different names, got {', '.join(self.classes)}")
+            raise InputError("classes", f"{', '.join(self.classes)}: expected 2 to 256 distinct names")
 
     @property
     def vocab(self) -> int:
@@ -50,40 +51,45 @@ class TextClassification(Probe):
         path, label = documents[number]
         text = path.read_bytes()[: self.length]
         if not text:
-            raise DataError(f"data.probe.{key}: {path} is empty")
-        return ask_at_end(np.frombuffer(text, np.uint8), label, self.length, PADDING)
+            raise DataError(f"data.probe.{key}", f"{path} is empty")
+        return final_example(np.frombuffer(text, np.uint8), label, self.length, PADDING)
 
 
 @functools.cache
 def _list_documents(key: str, folder: str, classes: tuple[str, ...]) -> list[tuple[Path, int]]:
-    """The files of each class, sorted by name, with the class."""
+    """Files and their classes, by class and name."""
+    known = ", ".join(classes)
+    if not folder:
+        raise DataError(f"data.probe.{key}", f"missing; give a folder with the subfolders {known}")
     documents = []
     for label, name in enumerate(classes):
-        place = Path(folder).expanduser() / name
-        if not folder or not place.is_dir():
-            raise DataError(f"data.probe.{key}: needs a folder with folders {', '.join(classes)}; no folder {place}")
-        paths = sorted(path for path in place.iterdir() if path.is_file() and not path.name.startswith("."))
+        subfolder = Path(folder).expanduser() / name
+        if not subfolder.is_dir():
+            raise DataError(f"data.probe.{key}", f"no folder {subfolder}; give a folder with the subfolders {known}")
+        paths = sorted(path for path in subfolder.iterdir() if path.is_file() and not path.name.startswith("."))
         if not paths:
-            raise DataError(f"data.probe.{key}: no file in {place}")
+            raise DataError(f"data.probe.{key}", f"no file in {subfolder}")
         documents += [(path, label) for path in paths]
     return documents
 
 
 @dataclass(frozen=True)
 class TextRetrieval(Probe):
-    """Do two documents belong together (1) or not (0)? Bytes of both, a mark between them.
+    """Whether two documents are related (1) or not (0), predicted at the last byte of their concatenation.
 
-    Byte-level document retrieval of Long Range Arena (arXiv:2011.04006), section 2.2.3, which takes pairs of papers
-    that cite one another. Files are tables with tabs: a line has the label first (0 or 1, or as 0.0 and 1.0) and the
-    two texts last, whatever is between them. There each document is encoded for itself and the classifier sees both
-    codes; here one sequence holds both, so that any model can be asked. Each text is cut to (length - 1) // 2 bytes.
+    Byte-level document retrieval of Long Range Arena (arXiv:2011.04006), section 2.2.3, which uses pairs of papers
+    that cite one another. Files are tab-separated tables whose first column is the label (0, 1, 0.0 or 1.0) and whose
+    last two columns are the texts. LRA encodes the documents separately and classifies both encodings; here one
+    sequence holds both documents and a separator, so any model can be evaluated. Each text is truncated to
+    (length - 1) // 2 bytes.
 
-    Outcome (2 x 4,000 bytes): Transformer 57.5 %, BigBird 59.3 %, local attention 53.4 %; S4 90.9 % (arXiv:2111.00396).
+    Published results (2 x 4,000 bytes): Transformer 57.5 %, BigBird 59.3 %, local attention 53.4 %; S4 90.9 %
+    (arXiv:2111.00396).
     """
 
-    files: str = ""  # a table
-    validation_files: str = ""  # another
-    length: int = 8001  # of both texts and the mark
+    files: str = ""  # table of training pairs
+    validation_files: str = ""  # table of validation pairs
+    length: int = 8001  # both texts and the separator
 
     def __post_init__(self):
         require(self, length=3)
@@ -103,29 +109,29 @@ class TextRetrieval(Probe):
         number = index % (len(ends) - 1) if validation else pick(len(ends) - 1, seed, index)
         with Path(path).expanduser().open("rb") as file:
             file.seek(ends[number])
-            label, first, second = _split_line(f"data.probe.{key}: {path}: line {number + 1}", file.readline())
+            label, *texts = _split_line(f"data.probe.{key}", f"{path}: line {number + 1}", file.readline())
         half = (self.length - 1) // 2
-        first, second = (np.frombuffer(text[:half], np.uint8) for text in (first, second))
-        return ask_at_end(np.concatenate([first, [SEPARATOR], second]), label, self.length, PADDING)
+        first, second = (np.frombuffer(text[:half], np.uint8) for text in texts)
+        return final_example(np.concatenate([first, [SEPARATOR], second]), label, self.length, PADDING)
 
 
 @functools.cache
 def _find_lines(key: str, path: str) -> np.ndarray:
-    """Where each line of a file starts, and the last ends: int64 [lines + 1]."""
+    """Offset of each line of a file, and of its end: int64 [lines + 1]."""
     if not path:
-        raise DataError(f"data.probe.{key}: needs a table: label, tab, text, tab, text")
+        raise DataError(f"data.probe.{key}", "missing; give a tab-separated table of label, text and text")
     try:
         with Path(path).expanduser().open("rb") as file:
             starts = np.fromiter(itertools.accumulate(map(len, file), initial=0), np.int64)
     except OSError as error:
-        raise DataError(f"data.probe.{key}: cannot read {path}: {error.strerror}") from error
+        raise DataError(f"data.probe.{key}", f"{path}: {error.strerror}") from error
     if len(starts) == 1:
-        raise DataError(f"data.probe.{key}: {path} is empty")
+        raise DataError(f"data.probe.{key}", f"{path} is empty")
     return starts
 
 
-def _split_line(place: str, line: bytes) -> tuple[int, bytes, bytes]:
-    label, *others = line.rstrip(b"\r\n").split(b"\t")
-    if len(others) < 2 or label not in (b"0", b"1", b"0.0", b"1.0") or not (others[-2] and others[-1]):
-        raise DataError(f"{place}: expected a label 0 or 1, a tab, and two texts with a tab between them")
-    return int(float(label)), others[-2], others[-1]
+def _split_line(argument: str, location: str, line: bytes) -> tuple[int, bytes, bytes]:
+    label, *columns = line.rstrip(b"\r\n").split(b"\t")
+    if len(columns) < 2 or label not in (b"0", b"1", b"0.0", b"1.0") or not (columns[-2] and columns[-1]):
+        raise DataError(argument, f"{location}: expected a label 0 or 1 and two texts, separated by tabs")
+    return int(float(label)), columns[-2], columns[-1]

@@ -1,11 +1,12 @@
-"""Needles: one thing to be found in a long input, at a depth that can be set."""
+"""Needles: retrieval of one item from a long input, at a random or fixed depth."""
 
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 
 import numpy as np
 
-from sparsejax.data.probes.example import Example, Probe, ask_again, choose, open_stream, require
+from sparsejax.data.probes.example import Example, Probe, choose, open_stream, recall_example, require
+from sparsejax.errors import InputError
 
 DIGITS = 10
 HEX = 16
@@ -13,33 +14,34 @@ HEX = 16
 
 @dataclass(frozen=True)
 class Passkey(Probe):
-    """Numbers hidden in a haystack, each behind a name; at the end one of the names is asked for.
+    """Numbers hidden in a haystack, each after a name; the end repeats one of the names, whose number is the target.
 
         filler .. name 4 7 1 1 3 filler .. filler ASK name
         answers                                       4 7 1 1 3
 
-    Passkey retrieval (arXiv:2305.16300): one needle in a sentence said over and over. With `needles` above 1 and a
-    random haystack, the multi-key needles of RULER (arXiv:2404.06654). Tokens are digits, then names, then filler,
-    then ASK. `grid` sets lengths and depths.
+    Passkey retrieval (arXiv:2305.16300): one needle in a repeated sentence. With `needles` above 1 and a random
+    haystack, this is the multi-key needle task of RULER (arXiv:2404.06654). Tokens are digits, then names, then
+    filler, then ASK. `grid` varies lengths and depths.
 
-    Outcome: models with full attention find it anywhere within the length they were trained at and soon fail beyond;
-    those with a fixed state or a window fail at depths out of their reach; more needles make it harder.
+    Published results: models with full attention retrieve at any depth within their training length and fail soon
+    beyond it; models with a window or a fixed-size state fail outside of their receptive field; more needles are
+    harder.
     """
 
-    length: int = 1024  # haystack, needles and question together
-    needles: int = 1  # each with another name; all but one only distract
-    digits: int = 5  # of a number
+    length: int = 1024  # haystack, needles and question
+    needles: int = 1  # with distinct names; all but one are distractors
+    digits: int = 5  # per number
     names: int = 64
-    fillers: int = 32  # different tokens of the haystack
-    haystack: str = "repeat"  # "repeat": all fillers in order, over and over; "random"
-    depth: float | None = None  # the share of the haystack before the needle asked for, 0 to 1; None: random
+    fillers: int = 32  # distinct tokens of the haystack
+    haystack: str = "repeat"  # "repeat" cycles through the fillers, "random" draws them
+    depth: float | None = None  # share of the haystack before the target needle, 0 to 1; None is random
 
     def __post_init__(self):
         require(self, needles=1, digits=1, names=self.needles, fillers=1)
         require(self, length=(1 + self.needles) * (1 + self.digits))
         choose(self, "haystack", "repeat", "random")
         if self.depth is not None and not 0 <= self.depth <= 1:
-            raise ValueError(f"depth must be between 0 and 1, got {self.depth}")
+            raise InputError("depth", f"{self.depth} is not between 0 and 1")
 
     @property
     def vocab(self) -> int:
@@ -47,14 +49,14 @@ class Passkey(Probe):
 
     @property
     def hay(self) -> int:
-        """Tokens of filler."""
+        """Number of filler tokens."""
         return self.length - (1 + self.needles) * (1 + self.digits)
 
     def example(self, seed: int, index: int, validation: bool = False) -> Example:
         rng, count = open_stream(seed, index, validation), self.needles
         needles = rng.integers(DIGITS, size=(count, 1 + self.digits))
         needles[:, 0] = DIGITS + rng.choice(self.names, count, replace=False)
-        depths = rng.integers(self.hay + 1, size=count)  # tokens of filler before each
+        depths = rng.integers(self.hay + 1, size=count)  # filler tokens before each needle
         if self.depth is not None:
             depths[0] = round(self.depth * self.hay)
         order = np.argsort(depths, kind="stable")
@@ -67,39 +69,40 @@ class Passkey(Probe):
         inputs = np.concatenate([context, [self.vocab - 1], needles[0, :-1]])
         digits = np.arange(self.digits)
         source = depths[0] + np.flatnonzero(order == 0)[0] * (1 + self.digits) + 1
-        return ask_again(inputs, self.length - self.digits + digits, source + digits)
+        return recall_example(inputs, self.length - self.digits + digits, source + digits)
 
 
 def grid(probe: Passkey, lengths: Iterable[int], depths: Iterable[float]) -> dict[tuple[int, float], Passkey]:
-    """The probe at each length and depth, for a picture of what is found where."""
+    """The probe at each length and depth, for a retrieval heatmap."""
     depths = tuple(depths)
     return {(n, depth): replace(probe, length=n, depth=depth) for n in lengths for depth in depths}
 
 
 @dataclass(frozen=True)
 class KeyValue(Probe):
-    """Key-value retrieval: pairs of random hexadecimal numbers, then one of the keys, whose value is asked for.
+    """Key-value retrieval: pairs of random hexadecimal numbers, then one of the keys, whose value is the target.
 
         KEY k1 VALUE v1 KEY k2 VALUE v2 KEY k1 VALUE
         answers                                      v1
 
-    Lost in the Middle (arXiv:2307.03172), section 3: 75, 140 or 300 pairs of 32 digits each, as JSON. Here a mark
-    stands where JSON has punctuation. Tokens are 16 digits, then KEY, then VALUE.
+    Lost in the Middle (arXiv:2307.03172), section 3: 75, 140 or 300 pairs of 32 digits each, as JSON. Here one token
+    replaces the punctuation of JSON. Tokens are 16 digits, then KEY, then VALUE.
 
-    Outcome: language models do best with the pair first or last and worst in the middle, a U over `asked`. As
-    accuracy by distance shows the same curve, one run with `asked` at random gives it whole.
+    Published results: language models are most accurate for the first and last pairs and least accurate in the middle,
+    a U-shaped curve over `asked`. Accuracy by distance shows the same curve, so one run with a random `asked` measures
+    all of it.
     """
 
     pairs: int = 75
-    digits: int = 32  # of a key and of a value
-    asked: int | None = None  # which pair, from 0 on; None: random
+    digits: int = 32  # per key and per value
+    asked: int | None = None  # index of the queried pair, from 0; None is random
 
     def __post_init__(self):
         require(self, pairs=1, digits=1)
         if HEX**self.digits < self.pairs:
-            raise ValueError(f"pairs must be at most 16 ** digits, as keys differ, got {self.pairs}")
+            raise InputError("pairs", f"{self.pairs} is above 16 ** digits = {HEX**self.digits}, the number of keys")
         if self.asked is not None and not 0 <= self.asked < self.pairs:
-            raise ValueError(f"asked must be from 0 to {self.pairs - 1}, got {self.asked}")
+            raise InputError("asked", f"{self.asked} is not between 0 and pairs - 1 = {self.pairs - 1}")
 
     @property
     def vocab(self) -> int:
@@ -111,14 +114,14 @@ class KeyValue(Probe):
 
     def example(self, seed: int, index: int, validation: bool = False) -> Example:
         rng, width = open_stream(seed, index, validation), self.digits
-        drawn: dict[bytes, None] = {}  # keys in the order drawn, each once
+        drawn: dict[bytes, None] = {}  # an ordered set of keys
         while len(drawn) < self.pairs:
             drawn |= dict.fromkeys(map(bytes, rng.integers(HEX, size=(self.pairs, width), dtype=np.uint8)))
         keys = np.frombuffer(b"".join([*drawn][: self.pairs]), np.uint8).reshape(self.pairs, width)
         asked = int(rng.integers(self.pairs)) if self.asked is None else self.asked
         values = rng.integers(HEX, size=(self.pairs, width))
         key, value = np.full((self.pairs, 1), HEX), np.full((self.pairs, 1), HEX + 1)
-        rows = np.concatenate([key, keys, value, values], axis=1)
-        inputs = np.concatenate([rows.ravel(), rows[asked, :-1]])
+        pairs = np.concatenate([key, keys, value, values], axis=1)
+        inputs = np.concatenate([pairs.ravel(), pairs[asked, :-1]])
         digits = np.arange(width)
-        return ask_again(inputs, self.length - width + digits, asked * rows.shape[1] + width + 2 + digits)
+        return recall_example(inputs, self.length - width + digits, asked * pairs.shape[1] + width + 2 + digits)

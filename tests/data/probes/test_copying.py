@@ -1,4 +1,4 @@
-"""Copying: what was read is said again, in order."""
+"""Copying: the targets repeat the input in order."""
 
 import numpy as np
 
@@ -7,28 +7,28 @@ from sparsejax.data.probes import Duplication, SelectiveCopying
 
 def test_selective_copying_answers_are_the_data_in_order():
     probe = SelectiveCopying(length=40, tokens=6, vocab=9)
-    places, data = np.zeros(34), np.zeros(9)
+    positions, symbols = np.zeros(34), np.zeros(9)
     for index in range(2000):
         example = probe.example(0, index)
         inputs = example["inputs"].tolist()
-        said = [token for token in inputs[:34] if token]
-        assert len(said) == 6
+        data = [token for token in inputs[:34] if token]
+        assert len(data) == 6
         assert inputs[34:] == [8] * 6
-        assert example["targets"].tolist() == [0] * 34 + said
+        assert example["targets"].tolist() == [0] * 34 + data
         assert example["weights"].tolist() == [0] * 34 + [1] * 6
-        places += np.array(inputs[:34]) > 0
-        data += np.bincount(said, minlength=9)
-    assert abs(places / 2000 - 6 / 34).max() < 0.04
-    assert abs(data[1:8] / 12000 - 1 / 7).max() < 0.015
-    assert data[0] == data[8] == 0
+        positions += np.array(inputs[:34]) > 0
+        symbols += np.bincount(data, minlength=9)
+    assert abs(positions / 2000 - 6 / 34).max() < 0.04
+    assert abs(symbols[1:8] / 12000 - 1 / 7).max() < 0.015
+    assert symbols[0] == symbols[8] == 0
 
 
-def test_selective_copying_can_be_full_of_data():
+def test_selective_copying_without_noise():
     example = SelectiveCopying(length=10, tokens=5).example(0, 0)
     np.testing.assert_array_equal(example["inputs"][:5], example["targets"][5:])
 
 
-def test_duplication_is_one_word_twice():
+def test_duplication_repeats_the_word():
     probe = Duplication(length=64, vocab=5)
     words = []
     for index in range(200):

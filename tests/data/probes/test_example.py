@@ -1,6 +1,7 @@
-"""What holds of every probe: the same example for the same number, another for any other, and sizes that are said."""
+"""Properties of every probe: examples are functions of seed and index, and have the stated shapes."""
 
 import hashlib
+import itertools
 import os
 import subprocess
 import sys
@@ -10,10 +11,12 @@ import numpy as np
 import pytest
 
 from sparsejax.data.probes import PROBES
-from sparsejax.data.probes.example import ask, ask_again, ask_at_end, open_stream, pick
+from sparsejax.data.probes.example import build_example, final_example, open_stream, pick, recall_example
+from sparsejax.errors import InputError
+from tests.messages import rejects
 
-FROM_A_FIXED_SET = {"digits", "text_classification", "text_retrieval"}
-GENERATED = {name: kind() for name, kind in PROBES.items() if name not in FROM_A_FIXED_SET}
+FIXED_SETS = {"digits", "text_classification", "text_retrieval"}
+GENERATED = {name: kind() for name, kind in PROBES.items() if name not in FIXED_SETS}
 SMALLEST = {
     "mqar": {"length": 4, "pairs": 1, "vocab": 4},
     "induction_heads": {"length": 3, "vocab": 2},
@@ -25,7 +28,7 @@ SMALLEST = {
     "pathfinder": {"side": 9, "dashes": 1, "dash": 1, "gap": 0, "distractors": 0, "margin": 1},
     "state_tracking": {"length": 1, "symbols": 2},
 }
-BAD = [
+INVALID = [
     ("mqar", {"pairs": 0}, "pairs"),
     ("mqar", {"length": 14}, "length"),
     ("mqar", {"length": 65}, "length"),
@@ -58,7 +61,7 @@ BAD = [
 ]
 
 
-def raw(example):
+def to_bytes(example):
     return b"".join(example[key].tobytes() for key in sorted(example))
 
 
@@ -77,43 +80,44 @@ def assert_is_example(example, probe):
         assert not example[key][~scored].any()
 
 
-def assert_answers_are_repeated(example):
-    for place in np.flatnonzero(example["weights"]):
-        source = place + 1 - example["distance"][place]
-        assert 0 <= source <= place
-        assert example["inputs"][source] == example["targets"][place]
+def assert_answers_are_copied(example):
+    for position in np.flatnonzero(example["weights"]):
+        source = position + 1 - example["distance"][position]
+        assert 0 <= source <= position
+        assert example["inputs"][source] == example["targets"][position]
 
 
 @pytest.mark.parametrize("name", GENERATED)
-def test_examples_have_their_form(name):
+def test_arrays_of_an_example(name):
     for index in range(20):
         example = GENERATED[name].example(3, index)
         assert_is_example(example, GENERATED[name])
         if "distance" in example:
-            assert_answers_are_repeated(example)
+            assert_answers_are_copied(example)
 
 
 @pytest.mark.parametrize("name", GENERATED)
-def test_generated_probes_have_no_end(name):
+def test_generated_probes_are_endless(name):
     assert GENERATED[name].held_out is None
     assert_is_example(GENERATED[name].example(2**64 - 1, 2**64 - 1, True), GENERATED[name])
 
 
 @pytest.mark.parametrize("name", GENERATED)
 def test_an_example_is_a_function_of_its_arguments(name):
-    first = [raw(GENERATED[name].example(5, index)) for index in range(8)]
-    again = [raw(PROBES[name]().example(5, index)) for index in reversed(range(8))]
+    first = [to_bytes(GENERATED[name].example(5, index)) for index in range(8)]
+    again = [to_bytes(PROBES[name]().example(5, index)) for index in reversed(range(8))]
     assert first == again[::-1]
 
 
 @pytest.mark.parametrize("name", GENERATED)
-def test_seeds_numbers_and_sides_give_different_examples(name):
+def test_seeds_indices_and_sides_give_different_examples(name):
     probe = GENERATED[name]
-    seen = [raw(probe.example(*at)) for at in [(s, i, v) for s in (0, 1, 2) for i in range(30) for v in (False, True)]]
-    assert len(set(seen)) == len(seen)
+    arguments = itertools.product((0, 1, 2), range(30), (False, True))
+    examples = [to_bytes(probe.example(seed, index, validation)) for seed, index, validation in arguments]
+    assert len(set(examples)) == len(examples)
 
 
-def test_another_process_finds_the_same_examples():
+def test_another_process_generates_the_same_examples():
     program = (
         "import hashlib; from sparsejax.data.probes import PROBES\n"
         f"probes = [PROBES[name]() for name in {list(GENERATED)}]\n"
@@ -121,9 +125,9 @@ def test_another_process_finds_the_same_examples():
         "print(hashlib.sha256(b''.join(array.tobytes() for array in arrays)).hexdigest())"
     )
     env = os.environ | {"PYTHONHASHSEED": "1", "PYTHONPATH": os.getcwd()}
-    found = subprocess.run([sys.executable, "-c", program], env=env, capture_output=True, text=True, check=True).stdout
-    here = b"".join(raw(probe.example(7, 11)) for probe in GENERATED.values())
-    assert found.strip() == hashlib.sha256(here).hexdigest()
+    child = subprocess.run([sys.executable, "-c", program], env=env, capture_output=True, text=True, check=True)
+    expected = b"".join(to_bytes(probe.example(7, 11)) for probe in GENERATED.values())
+    assert child.stdout.strip() == hashlib.sha256(expected).hexdigest()
 
 
 @pytest.mark.parametrize("name", SMALLEST)
@@ -133,31 +137,36 @@ def test_smallest_sizes(name):
         assert_is_example(probe.example(0, index), probe)
 
 
-@pytest.mark.parametrize(("name", "fields", "named"), BAD)
-def test_bad_sizes_are_named(name, fields, named):
-    with pytest.raises(ValueError, match=rf"^{named} must be [^\n]+$"):
+@pytest.mark.parametrize(
+    ("name", "fields", "argument"),
+    INVALID,
+    ids=[f"{name}-{'-'.join(fields)}-{i}" for i, (name, fields, _) in enumerate(INVALID)],
+)
+def test_invalid_fields(name, fields, argument):
+    with rejects(InputError, argument) as caught:
         PROBES[name](**fields)
+    assert caught.value.argument == argument
 
 
-def test_probes_cannot_be_changed():
+def test_probes_are_immutable():
     with pytest.raises(FrozenInstanceError):
         GENERATED["mqar"].length = 8
 
 
-@pytest.mark.parametrize("at", [(-1, 0), (0, -1), (2**64, 0)])
-def test_numbers_out_of_range_are_refused(at):
-    with pytest.raises(ValueError, match="at least 0 and below"):
-        open_stream(*at)
+@pytest.mark.parametrize(("seed", "index", "argument"), [(-1, 0, "seed"), (0, -1, "index"), (2**64, 0, "seed")])
+def test_seeds_and_indices_out_of_range(seed, index, argument):
+    with rejects(InputError, argument):
+        open_stream(seed, index)
 
 
-def test_streams_that_look_alike_differ():
+def test_similar_streams_differ():
     # As a list of 32-bit words some of these would be the same seed.
-    places = [(0, 1), (1, 0), (1 << 32, 0), (0, 1 << 32), (1, 1 << 32), (1 << 32, 1)]
-    drawn = {int(open_stream(*at, side).integers(2**63)) for at in places for side in (False, True)}
-    assert len(drawn) == 2 * len(places)
+    keys = [(0, 1), (1, 0), (1 << 32, 0), (0, 1 << 32), (1, 1 << 32), (1 << 32, 1)]
+    drawn = {int(open_stream(*key, side).integers(2**63)) for key in keys for side in (False, True)}
+    assert len(drawn) == 2 * len(keys)
 
 
-def test_pick_visits_all_once_an_epoch():
+def test_pick_visits_every_element_once_per_epoch():
     epochs = [[pick(7, 3, 7 * epoch + i) for i in range(7)] for epoch in range(20)]
     assert all(sorted(epoch) == list(range(7)) for epoch in epochs)
     assert len(set(map(tuple, epochs))) > 15
@@ -165,14 +174,14 @@ def test_pick_visits_all_once_an_epoch():
     assert pick(1, 0, 9) == 0
 
 
-def test_ask_puts_answers_at_places():
-    example = ask(np.array([5, 6, 7, 8]), np.array([3, 1]), np.array([9, 4]))
+def test_constructors_of_examples():
+    example = build_example(np.array([5, 6, 7, 8]), np.array([3, 1]), np.array([9, 4]))
     assert example["targets"].tolist() == [0, 4, 0, 9]
     assert example["weights"].tolist() == [0, 1, 0, 1]
-    example = ask_again(np.array([5, 6, 5, 8]), np.array([2]), np.array([1]))
+    example = recall_example(np.array([5, 6, 5, 8]), np.array([2]), np.array([1]))
     assert example["targets"].tolist() == [0, 0, 6, 0]
     assert example["distance"].tolist() == [0, 0, 2, 0]
-    example = ask_at_end(np.array([5, 6]), 3, length=4, padding=9)
+    example = final_example(np.array([5, 6]), 3, length=4, padding=9)
     assert example["inputs"].tolist() == [5, 6, 9, 9]
     assert example["targets"].tolist() == [0, 3, 0, 0]
     assert example["weights"].tolist() == [0, 1, 0, 0]

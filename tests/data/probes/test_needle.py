@@ -1,4 +1,4 @@
-"""Needles: found again by a plain search."""
+"""Needles: located by a plain search."""
 
 import numpy as np
 import pytest
@@ -14,7 +14,7 @@ from sparsejax.data.probes import KeyValue, Passkey, grid
         Passkey(length=36, needles=5, digits=5, depth=0.3),
     ],
 )
-def test_passkey_answer_is_the_number_behind_the_name(probe):
+def test_passkey_answer_is_the_number_after_the_name(probe):
     for index in range(100):
         example = probe.example(0, index)
         inputs = example["inputs"].tolist()
@@ -43,12 +43,12 @@ def test_passkey_depth_is_the_filler_before_it(depth, before):
         assert np.flatnonzero(inputs[:-6] < 74)[0] == before
 
 
-def test_passkey_depths_are_even_at_random():
-    places = [np.flatnonzero(Passkey(length=23).example(0, i)["inputs"] < 74)[0] for i in range(3000)]
-    assert abs(np.bincount(places, minlength=12) / 3000 - 1 / 12).max() < 0.02
+def test_passkey_random_depths_are_uniform():
+    depths = [np.flatnonzero(Passkey(length=23).example(0, i)["inputs"] < 74)[0] for i in range(3000)]
+    assert abs(np.bincount(depths, minlength=12) / 3000 - 1 / 12).max() < 0.02
 
 
-def test_passkey_question_is_of_any_needle():
+def test_passkey_queries_every_needle_equally():
     ranks = []
     for index in range(2000):
         inputs = Passkey(length=60, needles=4, names=4).example(0, index)["inputs"]
@@ -68,13 +68,13 @@ def test_key_value_answer_is_the_value_of_the_key(probe):
     for index in range(60):
         example = probe.example(0, index)
         text = "".join("0123456789abcdef K:"[token + (token > 15)] for token in example["inputs"])
-        *rows, question = text.split("K")[1:]
-        pairs = dict(row.split(":") for row in rows)
+        *context, question = text.split("K")[1:]
+        pairs = dict(pair.split(":") for pair in context)
         assert len(pairs) == probe.pairs
-        key, given = question.split(":")
+        key, prefix = question.split(":")
         targets = "".join("0123456789abcdef"[token] for token in example["targets"][example["weights"] == 1])
         assert targets == pairs[key]
-        assert given == pairs[key][:-1]
+        assert prefix == pairs[key][:-1]
         assert not example["weights"][: -probe.digits].any()
         asked.append(list(pairs).index(key))
     assert set(asked) == {3} if probe.asked else len(set(asked)) > 10

@@ -1,4 +1,4 @@
-"""Recall: the pair is looked up again, and the gaps follow their law."""
+"""Recall: pairs are looked up independently, and gaps follow their power law."""
 
 import numpy as np
 import pytest
@@ -12,12 +12,12 @@ def test_mqar_answers_are_the_values_of_the_keys(probe):
     for index in range(50):
         example = probe.example(1, index)
         inputs = example["inputs"].tolist()
-        context, rest = inputs[: 2 * probe.pairs], inputs[2 * probe.pairs :]
+        context, queries = inputs[: 2 * probe.pairs], inputs[2 * probe.pairs :]
         pairs = dict(zip(context[::2], context[1::2], strict=True))
         assert len(pairs) == len(set(pairs.values())) == probe.pairs
         assert all(0 < key < half <= value < probe.vocab for key, value in pairs.items())
-        assert sorted(token for token in rest if token) == sorted(pairs)
-        assert not any(rest[1::2])
+        assert sorted(token for token in queries if token) == sorted(pairs)
+        assert not any(queries[1::2])
         for i, token in enumerate(inputs):
             query = token != 0 and i >= 2 * probe.pairs
             assert example["weights"][i] == query
@@ -52,26 +52,26 @@ def test_mqar_gaps_of_the_second_key_are_drawn_without_replacement():
     assert (np.square(counts - 8000 * joint)[seen] / (8000 * joint[seen])).sum() < 43.8  # 19 degrees: p = 0.001
 
 
-def test_mqar_gaps_are_those_of_numpys_weighted_draws():
+def test_mqar_gaps_equal_the_weighted_draws_of_numpy():
     rng, law = np.random.default_rng(0), np.arange(1, 29) ** (0.01 - 1)
     drawn = [2 * rng.choice(28, 4, replace=False, p=law / law.sum()) + 8 - 2 * np.arange(4) for _ in range(3000)]
-    found = [(d := Mqar().example(0, index)["distance"])[d > 0] for index in range(3000)]
-    for near in (9, 17, 33):
-        expected, actual = (np.mean(np.concatenate(distances) < near) for distances in (drawn, found))
-        assert abs(expected - actual) < 0.02
-    assert np.mean(np.concatenate(found) <= 16) > 0.55  # so much of the task a window of 16 solves
+    actual = [(d := Mqar().example(0, index)["distance"])[d > 0] for index in range(3000)]
+    for bound in (9, 17, 33):
+        expected_share, share = (np.mean(np.concatenate(distances) < bound) for distances in (drawn, actual))
+        assert abs(expected_share - share) < 0.02
+    assert np.mean(np.concatenate(actual) <= 16) > 0.55  # the share of queries that a window of 16 solves
 
 
 def test_mqar_random_non_queries_fill_the_blanks_only():
     plain, filled = Mqar(vocab=128), Mqar(vocab=128, random_non_queries=True)
     blanks = []
     for index in range(200):
-        one, other = plain.example(2, index), filled.example(2, index)
-        kept = one["inputs"] != 0
-        np.testing.assert_array_equal(one["inputs"][kept], other["inputs"][kept])
+        blank, random = plain.example(2, index), filled.example(2, index)
+        kept = blank["inputs"] != 0
+        np.testing.assert_array_equal(blank["inputs"][kept], random["inputs"][kept])
         for key in ("targets", "weights", "distance"):
-            np.testing.assert_array_equal(one[key], other[key])
-        blanks.append(other["inputs"][~kept])
+            np.testing.assert_array_equal(blank[key], random[key])
+        blanks.append(random["inputs"][~kept])
     blanks = np.concatenate(blanks)
     assert set(blanks.tolist()) == set(range(128))
     assert abs(blanks.mean() - 63.5) < 1.5
@@ -79,16 +79,16 @@ def test_mqar_random_non_queries_fill_the_blanks_only():
 
 def test_induction_heads_answer_follows_the_trigger():
     probe = InductionHeads(length=40)
-    places = np.zeros(40, int)
+    counts = np.zeros(40, int)
     for index in range(2000):
         example = probe.example(0, index)
         inputs = example["inputs"].tolist()
-        place = inputs.index(15)
+        trigger = inputs.index(15)
         assert inputs.count(15) == 2
         assert inputs[-1] == 15
-        assert example["targets"][-1] == inputs[place + 1]
+        assert example["targets"][-1] == inputs[trigger + 1]
         assert example["weights"].sum() == 1
-        assert example["distance"][-1] == 39 - place
-        places[place] += 1
-    assert (places[:38] > 20).all()
-    assert not places[38:].any()
+        assert example["distance"][-1] == 39 - trigger
+        counts[trigger] += 1
+    assert (counts[:38] > 20).all()
+    assert not counts[38:].any()

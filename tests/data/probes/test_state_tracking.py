@@ -1,4 +1,4 @@
-"""State tracking: the moves are made one by one on things that are really moved."""
+"""State tracking: permutations are applied one by one to a list of symbols."""
 
 import itertools
 
@@ -9,7 +9,7 @@ from sparsejax.data.probes import StateTracking
 
 
 def parity_of(permutation):
-    """1 for an odd one, by undoing it swap by swap."""
+    """1 if the permutation is odd, by sorting it with swaps."""
     order, swaps = list(permutation), 0
     for i in range(len(order)):
         while order[i] != i:
@@ -21,7 +21,7 @@ def parity_of(permutation):
 
 def elements(group, symbols):
     if group == "cyclic":
-        return [tuple((i + turn) % symbols for i in range(symbols)) for turn in range(symbols)]
+        return [tuple((i + shift) % symbols for i in range(symbols)) for shift in range(symbols)]
     return [p for p in itertools.permutations(range(symbols)) if group == "symmetric" or not parity_of(p)]
 
 
@@ -29,16 +29,16 @@ def elements(group, symbols):
     ("group", "symbols", "order"),
     [("symmetric", 5, 120), ("symmetric", 3, 6), ("alternating", 5, 60), ("alternating", 3, 3), ("cyclic", 60, 60)],
 )
-def test_states_are_where_the_moves_lead(group, symbols, order):
+def test_states_are_products(group, symbols, order):
     probe = StateTracking(length=40, group=group, symbols=symbols)
-    moves = elements(group, symbols)
-    assert probe.vocab == len(moves) == order
+    permutations = elements(group, symbols)
+    assert probe.vocab == len(permutations) == order
     for index in range(20):
         example = probe.example(0, index)
-        things = list(range(symbols))  # where each thing is
+        slots = list(range(symbols))  # slot of each symbol
         for token, state in zip(example["inputs"], example["targets"], strict=True):
-            things = [moves[token][place] for place in things]
-            assert moves[state] == tuple(things)
+            slots = [permutations[token][slot] for slot in slots]
+            assert permutations[state] == tuple(slots)
         assert example["weights"].all()
 
 
@@ -50,16 +50,16 @@ def test_two_symbols_are_parity(group):
     assert probe.vocab == 2
 
 
-def test_the_last_token_alone_can_be_scored():
+def test_last_only_scores_the_last_token():
     probe, all_scored = StateTracking(last_only=True), StateTracking()
     for index in range(5):
-        one, other = probe.example(0, index), all_scored.example(0, index)
-        assert one["weights"].tolist() == [0] * 63 + [1]
-        assert one["targets"][-1] == other["targets"][-1]
-        np.testing.assert_array_equal(one["inputs"], other["inputs"])
+        example, reference = probe.example(0, index), all_scored.example(0, index)
+        assert example["weights"].tolist() == [0] * 63 + [1]
+        assert example["targets"][-1] == reference["targets"][-1]
+        np.testing.assert_array_equal(example["inputs"], reference["inputs"])
 
 
-def test_moves_and_states_are_even():
+def test_inputs_and_states_are_uniform():
     examples = [StateTracking(length=200).example(0, index) for index in range(100)]
     for key in ("inputs", "targets"):
         counts = np.bincount(np.concatenate([example[key] for example in examples]), minlength=120)

@@ -1,4 +1,4 @@
-"""Every probe is a task of any configuration by override alone, and its batches go on where they were left."""
+"""Every probe is a task that an override selects, and its batches resume exactly."""
 
 import numpy as np
 import pytest
@@ -12,25 +12,25 @@ from tests.data.probes.test_example import GENERATED
 @pytest.mark.parametrize("name", PROBES)
 def test_a_probe_is_a_task(name):
     probe = PROBES[name]()
-    overrides = [f"data.task={name}", f"data.length={probe.length}", f"model.vocab={max(probe.vocab, 256)}"]
+    overrides = {"data.task": name, "data.length": probe.length, "model.vocab": max(probe.vocab, 256)}
     assert config.check(config.load("configs/quickstart.py", overrides)).data.probe == probe
 
 
 @pytest.mark.parametrize("name", GENERATED)
-def test_batches_go_on_where_they_were_left(name):
+def test_batches_resume(name):
     probe = GENERATED[name]
-    overrides = [f"data.task={name}", f"data.length={probe.length}", f"model.vocab={max(probe.vocab, 256)}"]
+    overrides = {"data.task": name, "data.length": probe.length, "model.vocab": max(probe.vocab, 256)}
     dataset = load_dataset(config.check(config.load("configs/quickstart.py", overrides)).data)
     batches = dataset.train_batches(2, seed=4)
     for _ in range(3):
         next(batches)
     state, expected = batches.get_state(), next(batches)
-    again = dataset.train_batches(2, seed=4)
-    again.set_state(state)
-    found = next(again)
-    assert set(found) == set(expected)
+    fresh = dataset.train_batches(2, seed=4)
+    fresh.set_state(state)
+    resumed = next(fresh)
+    assert set(resumed) == set(expected)
     for key in expected:
-        np.testing.assert_array_equal(found[key], expected[key])
-        np.testing.assert_array_equal(found[key][1], probe.example(4, 7)[key])
+        np.testing.assert_array_equal(resumed[key], expected[key])
+        np.testing.assert_array_equal(resumed[key][1], probe.example(4, 7)[key])
     for i, batch in zip(range(2), dataset.validation_batches(2), strict=False):
         np.testing.assert_array_equal(batch["inputs"][0], probe.example(0, 2 * i, True)["inputs"])
