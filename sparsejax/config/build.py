@@ -74,7 +74,7 @@ def _complete(annotation: Any, value: Any, kind: Any = None) -> Any:
         return value
     if typing.get_origin(annotation) is dict:
         return {key: _complete(typing.get_args(annotation)[1], item) for key, item in value.items()}
-    if not dataclasses.is_dataclass(annotation):
+    if not _is_section(annotation):
         return value
     fields, hints = _fields(annotation), _hints(annotation)
     value = value | {name: _default(field) for name, field in fields.items() if name not in value and _optional(field)}
@@ -91,7 +91,7 @@ def _build(annotation: Any, value: Any, path: str, kind: Any = None) -> Any:
         return None
     if annotation in UNIONS:
         return _build_member(annotation, value, path, kind)
-    if dataclasses.is_dataclass(annotation):
+    if _is_section(annotation):
         return _build_section(annotation, value, path)
     if typing.get_origin(annotation) is dict:
         _expect("a section", isinstance(value, dict), path, value)
@@ -159,6 +159,10 @@ def _split_none(annotation: Any) -> tuple[Any, bool]:
     return functools.reduce(operator.or_, members), len(members) < len(typing.get_args(annotation))
 
 
+def _is_section(annotation: Any) -> bool:
+    return dataclasses.is_dataclass(annotation)
+
+
 def _is_kind(union: Any, kind: Any) -> bool:
     return isinstance(kind, str) and kind in UNIONS[union]
 
@@ -184,5 +188,5 @@ def _optional(field: dataclasses.Field) -> bool:
 
 def _default(field: dataclasses.Field) -> Any:
     """The default of a field, a section as a dict."""
-    default = field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
-    return dataclasses.asdict(default) if dataclasses.is_dataclass(default) else default
+    default: Any = field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
+    return dataclasses.asdict(default) if _is_section(default) else default

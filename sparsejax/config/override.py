@@ -10,6 +10,7 @@ from ml_collections import ConfigDict
 
 from sparsejax.config.build import KIND_KEYS, ConfigError, build, complete, copy_sections, unknown_key
 from sparsejax.config.schema import EVALUATION_KEYS, PHASE_KEYS, Config
+from sparsejax.errors import argument_path
 from sparsejax.overrides import flatten, read_value
 
 # Sections that an override can add by any name, and the keys in them that hold overrides themselves.
@@ -31,15 +32,14 @@ def override(config: ConfigDict, overrides: Mapping[str, Any], allowed: Sequence
     # The kind of a section decides which keys the section has.
     for key in sorted(overrides, key=lambda key: key not in KIND_KEYS):
         _set_value(config, key, overrides[key])
-        if allowed is not None and not any(
-            key == name or (name[-1] == "." and key.startswith(name)) for name in allowed
-        ):
+        if allowed is not None and not any(_matches(key, name) for name in allowed):
             names = ", ".join(f"{name}*" if name.endswith(".") else name for name in allowed)
             raise ConfigError(key, f"cannot be set here, only {names}")
 
 
-def _is_below(key: str, prefix: str) -> bool:
-    return prefix.endswith(".") and key.startswith(prefix)
+def _matches(key: str, name: str) -> bool:
+    """Whether `key` is `name`, or starts with it if it ends in a dot."""
+    return key == name or (name.endswith(".") and key.startswith(name))
 
 
 def _set_value(config: ConfigDict, key: str, value: Any) -> None:
@@ -65,10 +65,8 @@ def _set_open(config: ConfigDict, key: str, value: Any) -> None:
     nested = NESTED_OVERRIDE.fullmatch(key)
     current = None
     if nested:
-        try:
+        with argument_path(key[: nested.start(1) - 1]):
             target, target_name = _look_up(config, nested[1])
-        except ConfigError as error:
-            raise error.within(key[: nested.start(1) - 1]) from None
         current = target[target_name]
     section = config
     for depth, part in enumerate(path):
@@ -82,16 +80,15 @@ def _set_open(config: ConfigDict, key: str, value: Any) -> None:
 
 def _look_up(config: ConfigDict, key: str) -> tuple[ConfigDict, str]:
     """Returns the section that holds a key, and the key's name there."""
-    *path, name = key.split(".")
-    section = config
-    for depth, part in enumerate([*path, name]):
+    section, path = config, key.split(".")
+    for depth, name in enumerate(path):
         if not isinstance(section, ConfigDict):
             raise ConfigError(".".join(path[:depth]), "is a value, not a section")
-        if part not in section:
-            raise unknown_key(".".join([*path, name][: depth + 1]), part, list(section.keys()))
-        if depth < len(path):
-            section = section[part]
-    return section, name
+        if name not in section:
+            raise unknown_key(".".join(path[: depth + 1]), name, list(section.keys()))
+        if depth < len(path) - 1:
+            section = section[name]
+    return section, path[-1]
 
 
 def _replace(section: ConfigDict, name: str, value: Any) -> None:
@@ -122,7 +119,7 @@ def check_phase(config: ConfigDict, name: str) -> Config:
       ConfigError: As `check`, below the key of the phase; or the phase sets a key that phases cannot set.
     """
     key = f"train.phases.{name}.set"
-    return _check_below(key, _override_below(key, config, config.train.phases[name].get("set", {}), PHASE_KEYS))
+    return _build_below(key, _override_below(key, config, config.train.phases[name].get("set", {}), PHASE_KEYS))
 
 
 def check_evaluation(config: ConfigDict, name: str) -> Config:
@@ -135,21 +132,17 @@ def check_evaluation(config: ConfigDict, name: str) -> Config:
     if config.train.get("phases"):
         last, phase = max(config.train.phases.items(), key=lambda item: item[1].start)
         changed = _override_below(f"train.phases.{last}.set", config, phase.get("set", {}), PHASE_KEYS)
-    return _check_below(key, _override_below(key, changed, config.eval.also[name], EVALUATION_KEYS))
+    return _build_below(key, _override_below(key, changed, config.eval.also[name], EVALUATION_KEYS))
 
 
 def _override_below(key: str, config: ConfigDict, section: ConfigDict, allowed: Sequence[str]) -> ConfigDict:
     """Returns a copy of `config` with the overrides in `section`, which is at `key`."""
     changed = ConfigDict(copy_sections(config.to_dict()))
-    try:
+    with argument_path(key):
         override(changed, flatten(section.to_dict()), allowed)
-    except ConfigError as error:
-        raise error.within(key) from error
     return changed
 
 
-def _check_below(key: str, changed: ConfigDict) -> Config:
-    try:
+def _build_below(key: str, changed: ConfigDict) -> Config:
+    with argument_path(key):
         return build(Config, changed.to_dict())
-    except ConfigError as error:
-        raise error.within(key) from error

@@ -8,9 +8,11 @@ from __future__ import annotations
 
 import dataclasses
 
-from sparsejax import patterns, schedule
+from sparsejax import patterns
+from sparsejax import schedule as schedules
 from sparsejax.data.config import DataConfig
-from sparsejax.errors import InputError, require_at_least, require_choice
+from sparsejax.data.probes import Probe
+from sparsejax.errors import InputError, argument_path, require_at_least, require_choice
 from sparsejax.layers import ACTIVATIONS, LayerConfig, MixerConfig, NormConfig, SharedConfig
 from sparsejax.overrides import Overrides
 
@@ -103,7 +105,7 @@ class ModelConfig:
             raise InputError("embedding.axial.widths", f"{list(axial.widths)} do not add up to width = {self.width}")
         if not self.layers:
             raise InputError("layers", "has no layer")
-        schedule.check(self.schedule, self.layers)
+        schedules.check(self.schedule, self.layers)
         for name, layer in self.layers.items():
             if layer.side is not None and layer.side.shared not in self.shared:
                 raise InputError(f"layers.{name}.side.shared", f"shared has no block {layer.side.shared!r}")
@@ -114,12 +116,13 @@ class ModelConfig:
             self._check_causal(f"shared.{name}", block.mixer)
 
     def _check_causal(self, section: str, mixer: MixerConfig | None) -> None:
-        ahead = mixer.connectivity.lookahead() if self.causal and mixer is not None else 0
+        if mixer is None or not self.causal:
+            return
+        ahead = mixer.connectivity.lookahead()
         if ahead > 0:
             raise InputError(
-                f"{section}.mixer.pattern",
-                f"{str(mixer.connectivity)!r} attends to {ahead} later positions, but model.causal is true; write"
-                " 'causal & ...'",
+                f"{section}.mixer",
+                f"{str(mixer.connectivity)!r} reads {ahead} positions ahead, but causal is true; write 'causal & ...'",
             )
 
     def check(self, length: int) -> None:
@@ -129,21 +132,21 @@ class ModelConfig:
           InputError: names the key, such as `layers.local.mixer.pattern`.
         """
         for name, layer in self.layers.items():
-            if hasattr(layer.mixer, "pattern"):
-                try:
-                    patterns.parse(layer.mixer.pattern, length)
-                except patterns.PatternError as error:
-                    raise InputError(f"layers.{name}.mixer.pattern", str(error)) from None
+            with argument_path(f"layers.{name}"):
+                layer.check(length)
+        for name, block in self.shared.items():
+            with argument_path(f"shared.{name}"):
+                block.check(length)
 
     @property
     def names(self) -> tuple[str, ...]:
         """Layer names in the order of the schedule."""
-        return schedule.parse(self.schedule)
+        return schedules.parse(self.schedule)
 
     @property
-    def fold(self) -> schedule.Fold:
+    def fold(self) -> schedules.Fold:
         """The layers that are scanned and those that are unrolled."""
-        return schedule.fold(self.names) if self.scan else schedule.Fold(self.names, (), 0, ())
+        return schedules.fold(self.names) if self.scan else schedules.Fold(self.names, (), 0, ())
 
     @property
     def connectivity(self) -> list[tuple[str, patterns.Pattern]]:
@@ -330,16 +333,14 @@ class Config:
         if self.eval.stride > self.data.length:
             raise InputError("eval.stride", f"{self.eval.stride} is above data.length = {self.data.length}")
         if self.data.probe is not None:
-            self._check_probe()
+            self._check_probe(self.data.probe)
         else:
             self._check_objective()
-        try:
+        with argument_path("model"):
             self.model.check(self.data.length)
-        except InputError as error:
-            raise error.within("model") from None
 
-    def _check_probe(self) -> None:
-        data, probe = self.data, self.data.probe
+    def _check_probe(self, probe: Probe) -> None:
+        data = self.data
         if probe.length != data.length:
             raise InputError("data.length", f"{data.length} is not data.probe.length = {probe.length}")
         if probe.vocab > self.model.vocab:
