@@ -1,1 +1,1 @@
-"""Attention over tile lists in Pallas kernels, for TPUs and for Hopper GPUs."""
+"""Attention over tile lists in Pallas kernels for TPUs and for Hopper GPUs."""

@@ -1,9 +1,14 @@
-"""What a block of threads computes of a row of tiles: the output, or the gradients of its queries or of its keys."""
+"""What a thread block computes for a row of tiles: the output, or the gradients of its queries, or of its keys.
+
+Equations are those of FlashAttention-2 (arXiv:2307.08691); `flash` lists the names.
+"""
+
+# ruff: noqa: E741  # l is the row sum of FlashAttention
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import jax.numpy as jnp
 from jax import lax
@@ -11,216 +16,233 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array
 
-from sparsejax.ops.kernels.flash import LOG2E, LOWEST, bound_scores, score_unit
+from sparsejax.ops.kernels.flash import LOG2E, M_INIT, score_unit, unit_scores
 from sparsejax.ops.kernels.gpu_block import (
-    HALF,
-    SIDE,
-    VECTORS,
+    TILE_SIDE,
+    WARPGROUP_ROWS,
     Block,
-    Call,
-    along_rows,
-    await_turn,
-    contract,
-    contract_both,
-    contract_each,
-    fill,
-    offer_turn,
-    release_own,
-    settle,
-    split,
+    Launch,
+    Operand,
+    Product,
+    RowVectors,
+    Sink,
+    accumulate_products,
+    broadcast_rows,
+    full,
+    materialize,
+    multiply,
+    multiply_overlapped,
+    ping_pong_arrive,
+    ping_pong_sync,
+    ping_pong_wait,
+    release_stationary,
+    split_limbs,
     store,
-    take_turns,
 )
 from sparsejax.ops.softmax import MASKED
 
 
 def compute_output(block: Block) -> None:
-    """A row of queries: the output, and the log-sum-exp of its scores."""
-    call, refs = block.call, block.refs
-    unit, layout, shape = score_unit(call.spec), plgpu.Layout.WGMMA, (HALF, call.columns)
-    plgpu.barrier_wait(refs["loaded_own"].at[block.own_slot])
-    head, first_k, first_v = block.own_head(), call.plane("k"), call.plane("v")
-    sink = [refs[name][head] for name in ("sink", "sink_top", "sink_total")] if "sink" in refs else None
-    top = fill((HALF,), LOWEST if sink is None else sink[1], layout.reduce(1))
-    total = fill((HALF,), 0.0 if sink is None else sink[2], layout.reduce(1))
-    acc = fill((HALF, call.width), 0.0, layout)
+    """Computes the output of a row of queries and the log-sum-exp of its scores (Algorithm 1)."""
+    launch, inputs, shared = block.launch, block.inputs, block.shared
+    unit, layout, shape = score_unit(launch.config), plgpu.Layout.WGMMA, (WARPGROUP_ROWS, launch.columns)
+    plgpu.barrier_wait(shared.stationary_loaded.at[block.stationary_slot])
+    head, k_plane, v_plane = block.row_head(), launch.plane(Operand.K), launch.plane(Operand.V)
+    sink = None if inputs.sink is None else Sink(*(ref[head] for ref in inputs.sink))
+    m = full((WARPGROUP_ROWS,), M_INIT if sink is None else sink.m, layout.reduce(1))
+    l = full((WARPGROUP_ROWS,), 0.0 if sink is None else sink.l, layout.reduce(1))
+    acc = full((WARPGROUP_ROWS, launch.width), 0.0, layout)
     block.wait_first(0)
-    pl.when(block.group == 1)(lambda: take_turns(block))
+    pl.when(block.warpgroup == 1)(lambda: ping_pong_sync(block))
 
     def step(i, carry, partial):
-        acc, top, total = carry
-        own = [block.own("q", piece, again=call.pieces > 1) for piece in range(call.pieces)]
-        scores = contract(block, None, own, i, first_k, True, ready=1, meanwhile=lambda: take_turns(block))
-        scores = _bound(call, scores)
-        scores = _mask(block, i, partial, scores, MASKED)
-        now = jnp.maximum(top, scores.max(axis=1))
-        terms = _power(call, scores, along_rows(now, shape))
-        fade = jnp.exp2((top - now) * (unit * LOG2E))
-        acc = acc * along_rows(fade, acc.shape)
-        total = fade * total + terms.sum(axis=1)
-        acc, total, now, *terms = settle(block, acc, total, now, *split(block, terms))
-        offer_turn(block)
-        block.wait(i, first_v)
-        await_turn(block)
-        acc = contract(block, acc, terms, i, first_v, False, ready=1, meanwhile=lambda: block.wait_first(i + 1))
-        return acc, now, total
+        acc, m_prev, l = carry
+        q = [block.stationary(Operand.Q, limb, reload=launch.limbs > 1) for limb in range(launch.limbs)]
+        qk = multiply(block, None, q, i, k_plane, True, ready=1, meanwhile=lambda: ping_pong_sync(block))
+        s = _mask(block, i, partial, _unit_scores(launch, qk), MASKED)  # line 8
+        m = jnp.maximum(m_prev, s.max(axis=1))  # line 9
+        p = _exp_difference(launch, s, broadcast_rows(m, shape))
+        alpha = jnp.exp2((m_prev - m) * (unit * LOG2E))
+        acc = acc * broadcast_rows(alpha, acc.shape)
+        l = alpha * l + p.sum(axis=1)
+        acc, l, m, *p = materialize(block, acc, l, m, *split_limbs(block, p))
+        ping_pong_arrive(block)
+        block.wait(i, v_plane)
+        ping_pong_wait(block)
+        acc = multiply(block, acc, p, i, v_plane, False, ready=1, meanwhile=lambda: block.wait_first(i + 1))  # line 10
+        return acc, m, l
 
-    acc, top, total = block.loop(step, (acc, top, total))
-    pl.when(block.group == 0)(lambda: take_turns(block))
-    live = total > 0
-    safe = jnp.where(live, total, 1.0)
-    lse = jnp.where(live, top * unit + jnp.log(safe), -jnp.inf)
-    if sink is not None:  # alone in its row, to the last bit
-        lse = jnp.where((top == sink[1]) & (total == 1), fill((HALF,), sink[0], layout.reduce(1)), lse)
-    refs["rows_lse"].at[block.group][...] = lse
-    store(block, "q", acc * along_rows(1 / safe, acc.shape), "out")
-    to = refs["out_lse"].at[block.b, block.member, block.rows]
-    plgpu.copy_smem_to_gmem(refs["rows_lse"].at[block.group], to)
-    release_own(block)
+    acc, m, l = block.for_each_step(step, (acc, m, l))
+    pl.when(block.warpgroup == 0)(lambda: ping_pong_sync(block))
+    live = l > 0
+    safe = jnp.where(live, l, 1.0)
+    lse = jnp.where(live, m * unit + jnp.log(safe), -jnp.inf)  # line 13
+    if sink is not None:  # in a row without keys the lse is the sink itself, to the last bit
+        lse = jnp.where((m == sink.m) & (l == 1), full((WARPGROUP_ROWS,), sink.logit, layout.reduce(1)), lse)
+    staging = shared.lse.at[block.warpgroup]
+    staging[...] = lse
+    store(block, acc * broadcast_rows(1 / safe, acc.shape), Operand.Q, block.memory.outputs.out)  # line 12
+    plgpu.copy_smem_to_gmem(staging, block.memory.outputs.lse.at[block.b, block.local_head, block.output_rows])
+    release_stationary(block)
 
 
-def compute_d_queries(block: Block) -> None:
-    """A row of queries: their gradients."""
-    call, refs, layout = block.call, block.refs, plgpu.Layout.WGMMA
-    plgpu.barrier_wait(refs["loaded_own"].at[block.own_slot])
-    at = block.b, block.own_head(), pl.ds(block.first_row, HALF)
-    lse, slope = (
-        functools.partial(
-            along_rows,
-            plgpu.load(refs[f"all_{name}"].at[at], layout=layout.reduce(1), optimized=False),
-            (HALF, call.columns),
+def compute_dq(block: Block) -> None:
+    """Computes dq of a row of queries (Algorithm 2, line 15, with the loops exchanged)."""
+    launch, layout = block.launch, plgpu.Layout.WGMMA
+    plgpu.barrier_wait(block.shared.stationary_loaded.at[block.stationary_slot])
+    at = block.b, block.row_head(), pl.ds(block.first_row, WARPGROUP_ROWS)
+    vectors = RowVectors(
+        *(
+            functools.partial(
+                broadcast_rows,
+                plgpu.load(vector.at[at], layout=layout.reduce(1), optimized=False),
+                (WARPGROUP_ROWS, launch.columns),
+            )
+            for vector in block.inputs.vectors
         )
-        for name in VECTORS
     )
-    keep = ["k"] if call.pieces == 1 else []
-    if call.pieces == 1:
+    keep = [Operand.K] if launch.limbs == 1 else []
+    if launch.limbs == 1:
         block.wait_first(0)
 
-    def step(i, acc, partial):
-        weigh = functools.partial(_weigh, block, i, partial, lse=lse)
-        _, d_scores = _differentiate(block, i, weigh, slope, keep)
-        return contract_each(block, i, acc, {"q": d_scores}, {"q": call.plane("k", last=True)})
+    def step(i, dq, partial):
+        _, ds = _differentiate(block, i, partial, vectors, keep)
+        (dq,) = accumulate_products(block, i, [Product(dq, ds, launch.plane(Operand.K, last=True))])
+        return dq
 
-    acc = block.loop(step, {"q": fill((HALF, call.width), 0.0, layout)})
-    store(block, "q", acc["q"] * call.spec.scale, "out_q")
-    release_own(block)
+    dq = block.for_each_step(step, full((WARPGROUP_ROWS, launch.width), 0.0, layout))
+    store(block, dq * launch.config.scale, Operand.Q, block.memory.outputs.dq)
+    release_stationary(block)
 
 
-def compute_d_keys_values(block: Block) -> None:
-    """A row of keys: their gradients and those of their values, or only one of these as the call has outputs for."""
-    call, refs, layout = block.call, block.refs, plgpu.Layout.WGMMA
-    wanted = [name for name in "kv" if f"out_{name}" in refs]
-    plgpu.barrier_wait(refs["loaded_own"].at[block.own_slot])
-    keep = [name for name, again in (("q", call.pieces == 1), ("d_out", "v" in wanted)) if again]
-    if "k" in wanted and call.pieces == 1:
+def compute_dkv(block: Block) -> None:
+    """Computes dk, dv or both of a row of keys, as the kernel has outputs (Algorithm 2, lines 12 and 16)."""
+    launch, outputs, shared, layout = block.launch, block.memory.outputs, block.shared, plgpu.Layout.WGMMA
+    plgpu.barrier_wait(shared.stationary_loaded.at[block.stationary_slot])
+    with_dk, with_dv = outputs.dk is not None, outputs.dv is not None
+    keep = [Operand.Q] if launch.limbs == 1 else []
+    keep += [Operand.DO] if with_dv else []
+    if with_dk and launch.limbs == 1:
         block.wait_first(0)
 
-    def step(i, sums, partial):
-        nth = block.vectors_slot(i)
+    def step(i, carry, partial):
+        dk, dv = carry
+        slot = block.vectors_slot(i)
 
-        def spread(name):  # only when it is needed: it takes registers
-            vector = plgpu.load(refs[name].at[nth], layout=layout.reduce(0))
-            return lax.broadcast_in_dim(vector, (HALF, call.columns), [1])
+        def broadcast(ref):  # not before it is needed: it takes registers
+            vector = plgpu.load(ref.at[slot], layout=layout.reduce(0))
+            return lax.broadcast_in_dim(vector, (WARPGROUP_ROWS, launch.columns), [1])
 
-        plgpu.barrier_wait(refs["loaded_vectors"].at[nth])
-        weigh = functools.partial(_weigh, block, i, partial, lse=functools.partial(spread, "lse"))
-        if "k" in sums:
-            weights, d_scores = _differentiate(block, i, weigh, functools.partial(spread, "slope"), keep)
-            factors = {"v": weights, "k": d_scores}
-            found = contract_each(block, i, sums, factors, {"v": call.plane("d_out"), "k": call.plane("q", last=True)})
+        plgpu.barrier_wait(shared.vectors_loaded.at[slot])
+        vectors = RowVectors(*(functools.partial(broadcast, ref) for ref in shared.vectors))
+        if with_dk:
+            p, ds = _differentiate(block, i, partial, vectors, keep)
+            products = [Product(dk, ds, launch.plane(Operand.Q, last=True))]
+            products += [Product(dv, p, launch.plane(Operand.DO))] if with_dv else []
+            dk, *rest = accumulate_products(block, i, products)
+            dv = rest[0] if with_dv else None
         else:
-            own = [block.own("k", piece, again=True) for piece in range(call.pieces)]
-            weights, _ = weigh(contract(block, None, own, i, call.plane("q"), True))
-            found = {"v": contract(block, sums["v"], split(block, weights), i, call.plane("d_out"), False)}
-        plgpu.barrier_arrive(refs["used_vectors"].at[nth])
-        return found
+            k = [block.stationary(Operand.K, limb, reload=True) for limb in range(launch.limbs)]
+            kq = multiply(block, None, k, i, launch.plane(Operand.Q), True)
+            p, _ = _probabilities(block, i, partial, vectors, kq)
+            dv = multiply(block, dv, split_limbs(block, p), i, launch.plane(Operand.DO), False)
+        plgpu.barrier_arrive(shared.vectors_consumed.at[slot])
+        return dk, dv
 
-    sums = block.loop(step, {name: fill((HALF, call.width), 0.0, layout) for name in wanted})
-    block = block.again()
-    for name in wanted:
-        store(block, name, sums[name] * call.spec.scale if name == "k" else sums[name], f"out_{name}")
-    release_own(block)
-
-
-# Scores, their masks and weights.
-
-
-def _bound(call: Call, products: Array) -> Array:
-    """`bound_scores`, of 16 bits without the machine's tanh, which is either long or has 11 bits."""
-    spec = call.spec
-    if spec.softcap is None or call.pieces > 1:
-        return bound_scores(spec, products)
-    grown = jnp.exp2(products * (2 * LOG2E * spec.scale / spec.softcap))
-    return 1 - 2 * lax.square(lax.rsqrt(1 + grown))  # tanh x = 1 - 2 / (1 + exp 2x)
+    zeros = [full((WARPGROUP_ROWS, launch.width), 0.0, layout) if wanted else None for wanted in (with_dk, with_dv)]
+    dk, dv = block.for_each_step(step, tuple(zeros))
+    block = block.reload()
+    if with_dk:
+        store(block, dk * launch.config.scale, Operand.K, outputs.dk)
+    if with_dv:
+        store(block, dv, Operand.V, outputs.dv)
+    release_stationary(block)
 
 
-def _power(call: Call, scores: Array, less: Array) -> Array:
-    """The exponential of a difference of scores in their unit."""
-    factor = score_unit(call.spec) * LOG2E
-    if call.pieces > 1:
-        return jnp.exp2((scores - less) * factor)  # exact until it is rounded
-    return jnp.exp2(scores * factor - less * factor)  # one instruction for each score: exact enough for 16 bits
+# Scores, masks and probabilities of a step.
 
 
-def _weigh(block: Block, step, partial, products: Array, lse: Callable[[], Array]) -> tuple[Array, Array]:
-    """Weights of a step as factors of products, and their derivatives by q·k. `lse`: [rows, columns]."""
-    call = block.call
-    scores = _bound(call, products)
-    weights = _power(call, scores, lse())
-    weights = _mask(block, step, partial, weights, 0.0)  # not the scores: fewer registers are in use by now
-    slopes = weights if call.spec.softcap is None else weights * (1 - scores * scores)
-    return weights.astype(call.dtype) if call.pieces == 1 else weights, slopes
+def _unit_scores(launch: Launch, qk: Array) -> Array:
+    """`unit_scores`. In 16 bits, without the tanh of the device, which is either slow or accurate to 11 bits."""
+    config = launch.config
+    if config.softcap is None or launch.limbs > 1:
+        return unit_scores(config, qk)
+    exp_2x = jnp.exp2(qk * (2 * LOG2E * config.scale / config.softcap))
+    return 1 - 2 * lax.square(lax.rsqrt(1 + exp_2x))  # tanh x = 1 - 2 / (1 + exp 2x)
 
 
-def _differentiate(
-    block: Block, step, weigh: Callable, slope: Callable[[], Array], keep: Sequence[str]
-) -> tuple[Array, Array]:
-    """Weights, which `weigh` finds from products q·k, and the gradients of these. `keep`: what is needed again."""
-    (weights, slopes), products = contract_both(block, step, weigh, keep)
-    return weights, slopes * (products + slope())
+def _exp_difference(launch: Launch, s: Array, offset: Array) -> Array:
+    """exp(s - offset), of scores in units of `score_unit`."""
+    factor = score_unit(launch.config) * LOG2E
+    if launch.limbs > 1:
+        return jnp.exp2((s - offset) * factor)  # the difference is exact
+    return jnp.exp2(s * factor - offset * factor)  # one instruction per score; accurate enough for 16 bits
 
 
-def _mask(block: Block, step, partial, x: Array, other: float) -> Array:
-    """What counts of a step's scores or weights; `other` for what does not, which only partial tiles have."""
+def _probabilities(block: Block, step, partial, vectors: RowVectors, qk: Array) -> tuple[Array, Array]:
+    """Returns p as a factor of products, and p * dtanh, from the products q·k of a step (Algorithm 2, lines 10, 11).
+
+    `vectors`: functions that broadcast lse and delta over the scores.
+    """
+    launch = block.launch
+    s = _unit_scores(launch, qk)
+    p = _exp_difference(launch, s, vectors.lse())
+    p = _mask(block, step, partial, p, 0.0)  # p instead of s: fewer registers are live by now
+    dtanh = None if launch.config.softcap is None else 1 - s * s
+    return p.astype(launch.dtype) if launch.limbs == 1 else p, p if dtanh is None else p * dtanh
+
+
+def _differentiate(block: Block, step, partial, vectors: RowVectors, keep: Sequence[Operand]) -> tuple[Array, Array]:
+    """Returns p and the gradient of q·k up to the scale (Algorithm 2, lines 10, 11, 13 and 14)."""
+    transform = functools.partial(_probabilities, block, step, partial, vectors)
+    (p, p_dtanh), dp = multiply_overlapped(block, step, transform, keep)
+    return p, p_dtanh * (dp - vectors.delta())
+
+
+def _mask(block: Block, step, partial, x: Array, masked: float) -> Array:
+    """Replaces scores or probabilities of pairs that are not allowed, which only partial tiles have."""
     if isinstance(partial, bool):
-        return _mask_partial(block, step, x, other) if partial else x
-    return lax.cond(partial, lambda: _mask_partial(block, step, x, other), lambda: x)
+        return _mask_partial(block, step, x, masked) if partial else x
+    return lax.cond(partial, lambda: _mask_partial(block, step, x, masked), lambda: x)
 
 
-def _mask_partial(block: Block, step, x: Array, other: float) -> Array:
-    call, refs, shape, layout = block.call, block.refs, x.shape, plgpu.Layout.WGMMA
-    spec, start = call.spec, block.first_column(step)
+def _mask_partial(block: Block, step, x: Array, masked: float) -> Array:
+    launch, inputs, shape, layout = block.launch, block.inputs, x.shape, plgpu.Layout.WGMMA
+    config, start = launch.config, block.first_column(step)
     row = plgpu.broadcasted_iota(jnp.int32, shape, 0, layout=layout)
-    column = plgpu.load(refs["count"].at[pl.ds(0, shape[1])], layout=layout.reduce(0), optimized=False)
+    column = plgpu.load(inputs.iota.at[pl.ds(0, shape[1])], layout=layout.reduce(0), optimized=False)
     column = lax.broadcast_in_dim(column, shape, [1])
-    if "bits" in refs:
-        allowed = _unpack(block, step, column)
+    if inputs.bits is not None:
+        allowed = _unpack_mask(block, step, column)
     else:
         positions = block.first_row + row, start + column
-        q, k = reversed(positions) if call.by_column else positions
-        allowed = spec.pattern.allows(q, k, spec.t, spec.s)
-        allowed = allowed & (k < spec.s) if spec.s % SIDE else allowed
-    if "row_ids" not in refs:
-        return jnp.where(allowed, x, other)
-    ids = [
-        plgpu.load(refs[name].at[block.b, pl.ds(first, size)], layout=layout.reduce(1 - axis), optimized=False)
-        for axis, (name, first, size) in enumerate(
-            (("row_ids", block.first_row, HALF), ("column_ids", start, call.columns))
+        q, k = reversed(positions) if launch.by_column else positions
+        allowed = config.pattern.allows(q, k, config.t, config.s)
+        allowed = allowed & (k < config.s) if config.s % TILE_SIDE else allowed
+    if inputs.row_ids is None:
+        return jnp.where(allowed, x, masked)
+    row_ids, column_ids = (
+        lax.broadcast_in_dim(
+            plgpu.load(ids.at[block.b, pl.ds(first, size)], layout=layout.reduce(1 - axis), optimized=False),
+            shape,
+            [axis],
         )
-    ]
-    allowed = allowed & (lax.broadcast_in_dim(ids[0], shape, [0]) == lax.broadcast_in_dim(ids[1], shape, [1]))
-    return jnp.where(allowed, x, other)
+        for axis, (ids, first, size) in enumerate(
+            ((inputs.row_ids, block.first_row, WARPGROUP_ROWS), (inputs.column_ids, start, launch.columns))
+        )
+    )
+    return jnp.where(allowed & (row_ids == column_ids), x, masked)
 
 
-def _unpack(block: Block, step, column: Array) -> Array:
-    """A step's part of the mask of its tile; see `pack_bits`."""
-    call, refs = block.call, block.refs
-    mask = refs["masks"][block.entry(step)]
-    first = lax.rem(step, jnp.int32(call.splits)) * (call.columns // 32)
-    rows = pl.ds(block.half * HALF, HALF)
+def _unpack_mask(block: Block, step, column: Array) -> Array:
+    """The part of a tile's mask that a step needs, packed by `pack_masks`."""
+    launch, inputs = block.launch, block.inputs
+    mask = inputs.table.masks[block.entry(step)]
+    first = lax.rem(step, jnp.int32(launch.splits)) * (launch.columns // 32)
+    rows = pl.ds(block.half * WARPGROUP_ROWS, WARPGROUP_ROWS)
     word = None
-    for i in range(call.columns // 32):
-        words = plgpu.load(refs["bits"].at[mask, first + i, rows], layout=plgpu.Layout.WGMMA.reduce(1), optimized=False)
-        words = along_rows(words, column.shape)
+    for i in range(launch.columns // 32):
+        ref = inputs.bits.at[mask, first + i, rows]
+        words = broadcast_rows(plgpu.load(ref, layout=plgpu.Layout.WGMMA.reduce(1), optimized=False), column.shape)
         word = words if word is None else jnp.where(column >= 32 * i, words, word)
     return lax.shift_right_logical(word, column & 31) & 1 != 0

@@ -1,4 +1,4 @@
-"""Tile lists: layouts as arrays that a kernel walks tile by tile, known beforehand or computed from data."""
+"""Tile lists: layouts as arrays that a kernel traverses tile by tile, static or computed from data."""
 
 from __future__ import annotations
 
@@ -12,49 +12,53 @@ import numpy as np
 from jaxtyping import Array, Bool, Int
 
 from sparsejax.patterns import Pattern, TileLayout
-from sparsejax.patterns.pattern import array_module
-from sparsejax.patterns.tiles import group_tiles, tile_masks
+from sparsejax.patterns.base import array_module
+from sparsejax.patterns.layout import group_tiles, tile_masks
 
-EMPTY, PARTIAL, FULL = 0, 1, 2  # nothing to do; some pairs are allowed; all are
+EMPTY, PARTIAL, FULL = 0, 1, 2  # kind of a tile: no pair is allowed; some are; all are
 
 
 class TileLists(NamedTuple):
-    """Lists of tiles, each sorted by row: of a row first the full ones, then the partial ones.
+    """Lists of tiles. Each is sorted by row; within a row, full tiles come before partial ones.
 
-    Rows are query tiles and columns key tiles, or the other way round in the lists for dk and dv. Every row has an
-    entry, an empty one if it has no live tile, so that its output is written.
+    Rows are query tiles and columns are key tiles; in the lists for dk and dv it is the other way round. A row without
+    live tiles has one empty entry, so that its output is written.
     """
 
-    rows: Int[Array, "lists n"]
-    columns: Int[Array, "lists n"]
-    kinds: Int[Array, "lists n"]
-    heads: Int[Array, "lists n"]  # for dk and dv: which of the query heads that share the key/value head
-    masks: Int[Array, "lists n"]  # of a partial tile, which of the distinct masks is its own; 0 where none is kept
+    rows: Int[Array | np.ndarray, "lists n"]
+    columns: Int[Array | np.ndarray, "lists n"]
+    kinds: Int[Array | np.ndarray, "lists n"]
+    heads: Int[Array | np.ndarray, "lists n"]  # for dk and dv: index of the query head within its group; else 0
+    masks: Int[Array | np.ndarray, "lists n"]  # index of a partial tile's mask among the distinct ones; else 0
 
 
 @dataclasses.dataclass(frozen=True)
-class Part:
-    """What one kernel call computes: these heads, these rows of tiles. Heads are key/value heads for dk and dv."""
+class KernelSlice:
+    """The heads and the range of tile rows that one kernel launch computes. For dk and dv, key/value heads."""
 
     heads: tuple[int, ...]
     start: int
     stop: int
 
+    @property
+    def rows(self) -> int:
+        return self.stop - self.start
 
-class Walk(NamedTuple):
-    """The lists of one call. `which` says which list a head of the part uses, for all sequences or for each."""
 
-    which: Int[Array, "#b heads"]
+class TileSchedule(NamedTuple):
+    """The lists of one kernel launch. `list_ids` selects the list of each head, per sequence or for all of them."""
+
+    list_ids: Int[Array | np.ndarray, "#b heads"]
     lists: TileLists
 
 
 class Plan(NamedTuple):
-    """All calls that make up one attention: for the output and dq by rows, for dk and dv by columns."""
+    """All kernel launches of one attention."""
 
-    rows: tuple[tuple[Part, Walk], ...]
-    columns: tuple[tuple[Part, Walk], ...]
-    bits: np.ndarray | None  # bool [distinct, queries, keys] of partial tiles; None: the pattern's own formula serves
-    kept: tuple[tuple[int, int], ...] = ()  # or where (query tile, key tile) each distinct mask can be computed, once
+    rows: tuple[tuple[KernelSlice, TileSchedule], ...]  # for the output and dq
+    columns: tuple[tuple[KernelSlice, TileSchedule], ...]  # for dk and dv
+    bits: Bool[np.ndarray, "distinct queries keys"] | None  # masks of partial tiles; None: kernels evaluate the pattern
+    cached_masks: tuple[tuple[int, int], ...] = ()  # a (query tile, key tile) per distinct mask; () if there are many
 
 
 def plan_pattern(
@@ -63,201 +67,206 @@ def plan_pattern(
     s: int,
     tile: tuple[int, int],
     heads: tuple[int, int],
-    formula: bool,
-    most: int | None,
-    most_kept: int,
+    evaluated: bool,
+    max_entries: int | None,
+    max_cached_masks: int,
 ) -> Plan:
-    """The calls for a pattern.
+    """Plans the kernel launches for a pattern.
 
     Args:
-      pattern: whose layout it is.
-      t: number of queries.
-      s: number of keys.
-      tile: queries and keys of a tile.
-      heads: number of query heads and of key/value heads.
-      formula: whether the kernel evaluates the pattern in partial tiles, which all heads must share then; if not,
-        it looks masks up.
-      most: how many entries one call can have, over all its lists.
-      most_kept: how many distinct masks a kernel can compute once and keep, where it evaluates the pattern.
+      pattern: The pattern.
+      t: Number of queries.
+      s: Number of keys.
+      tile: Queries and keys per tile.
+      heads: Number of query heads and of key/value heads.
+      evaluated: Whether kernels evaluate the pattern in partial tiles, which requires one pattern for all heads.
+        Otherwise they look masks up.
+      max_entries: Maximum number of entries of one launch, over all its lists; None for no limit.
+      max_cached_masks: Number of distinct masks that a kernel can cache if it evaluates the pattern.
     """
     h, g = heads
     layouts = [pattern.for_head(i).layout(t, s, tile) for i in range(h)]
     distinct = list({id(layout): layout for layout in layouts}.values())
-    of_head = [next(i for i, one in enumerate(distinct) if one is layout) for layout in layouts]
-    patterns = {i: pattern.for_head(head) for head, i in enumerate(of_head)}
-    bits, kept, masks = None, (), [np.zeros(len(one.columns), np.int32) for one in distinct]
-    if not formula:
-        bits, masks = collect_masks([(patterns[i], one) for i, one in enumerate(distinct)])
+    layout_of_head = [next(i for i, other in enumerate(distinct) if other is layout) for layout in layouts]
+    patterns = {i: pattern.for_head(head) for head, i in enumerate(layout_of_head)}
+    bits, cached, masks = None, (), [np.zeros(len(layout.columns), np.int32) for layout in distinct]
+    if not evaluated:
+        bits, masks = collect_masks([(patterns[i], layout) for i, layout in enumerate(distinct)])
     elif len(distinct) == 1:
-        kept, masks[0] = _place_masks(pattern.for_head(0), distinct[0], most_kept)
-    entries = [_by_row(layout, mask) for layout, mask in zip(distinct, masks, strict=True)]
-    grid, share = distinct[0].grid, h // g
-    shared = [tuple(of_head[i * share : (i + 1) * share]) for i in range(g)]
-    merged = {group: _by_column([entries[i] for i in group], grid.columns) for group in shared}
+        cached, masks[0] = _choose_cached_masks(pattern.for_head(0), distinct[0], max_cached_masks)
+    entries = [_list_by_row(layout, mask) for layout, mask in zip(distinct, masks, strict=True)]
+    grid, group_size = distinct[0].grid, h // g
+    groups = [tuple(layout_of_head[i * group_size : (i + 1) * group_size]) for i in range(g)]
+    merged = {group: _list_by_column([entries[i] for i in group], grid.columns) for group in groups}
     return Plan(
-        _group_calls(of_head, dict(enumerate(entries)), grid.rows, most),
-        _group_calls(shared, merged, grid.columns, most),
+        _group_launches(layout_of_head, dict(enumerate(entries)), grid.rows, max_entries),
+        _group_launches(groups, merged, grid.columns, max_entries),
         bits,
-        kept,
+        cached,
     )
 
 
 def _group_masks(pattern: Pattern, layout: TileLayout) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """The partial tiles, of each group with the same mask one of them, and the group of each; indices, int64."""
+    """Groups partial tiles by mask: indices of partial tiles, one representative per group, and each tile's group."""
     partial = np.flatnonzero(_tile_kinds(layout) == PARTIAL)
-    first, same = group_tiles(pattern, layout.grid, layout.rows[partial], layout.columns[partial])
-    return partial, partial[first], same
+    first, groups = group_tiles(pattern, layout.grid, layout.rows[partial], layout.columns[partial])
+    return partial, partial[first], groups
 
 
-def _place_masks(pattern: Pattern, layout: TileLayout, most: int) -> tuple[tuple[tuple[int, int], ...], np.ndarray]:
-    """A place of each distinct mask, and which of them each tile has; none if there are too many."""
+def _choose_cached_masks(
+    pattern: Pattern, layout: TileLayout, max_masks: int
+) -> tuple[tuple[tuple[int, int], ...], np.ndarray]:
+    """A representative (query tile, key tile) per distinct mask, and each tile's mask; () if there are too many."""
     masks = np.zeros(len(layout.columns), np.int32)
-    partial, first, same = _group_masks(pattern, layout)
-    if len(first) > most:
+    partial, first, groups = _group_masks(pattern, layout)
+    if len(first) > max_masks:
         return (), masks
-    masks[partial] = same
+    masks[partial] = groups
     return tuple(zip(layout.rows[first].tolist(), layout.columns[first].tolist(), strict=True)), masks
 
 
 def _tile_kinds(layout: TileLayout) -> np.ndarray:
-    """Of the live tiles. One at the end of keys that no tile divides is never full: what is beyond is masked there."""
+    """Kinds of the live tiles. A tile that extends past the last key is never full: its mask excludes the padding."""
     grid = layout.grid
     ragged = (layout.columns == grid.columns - 1) & (grid.s % grid.tile[1] != 0)
     return np.where(layout.full & ~ragged, FULL, PARTIAL)
 
 
-def _group_calls(of_head: Sequence, entries: dict, rows: int, most: int | None) -> tuple[tuple[Part, Walk], ...]:
-    """Heads whose lists are equally long share a call; calls with too many entries are cut between rows."""
+def _group_launches(
+    key_of_head: Sequence, entries: dict, rows: int, max_entries: int | None
+) -> tuple[tuple[KernelSlice, TileSchedule], ...]:
+    """Heads with lists of equal length share a launch. A launch with too many entries is split between rows."""
     groups: dict[int, list[int]] = {}
-    for head, key in enumerate(of_head):
+    for head, key in enumerate(key_of_head):
         groups.setdefault(entries[key].rows.shape[1], []).append(head)
-    calls = []
+    launches = []
     for heads in groups.values():
-        keys = list(dict.fromkeys(of_head[head] for head in heads))
-        which = np.array([[keys.index(of_head[head]) for head in heads]], np.int32)
+        keys = list(dict.fromkeys(key_of_head[head] for head in heads))
+        list_ids = np.array([[keys.index(key_of_head[head]) for head in heads]], np.int32)
         lists = TileLists(*(np.concatenate(arrays) for arrays in zip(*(entries[key] for key in keys), strict=True)))
-        for start, stop in _cut_rows(lists.rows, rows, most):
-            calls.append((Part(tuple(heads), start, stop), Walk(which, _take_rows(lists, start, stop))))
-    return tuple(calls)
+        for start, stop in _split_rows(lists.rows, rows, max_entries):
+            schedule = TileSchedule(list_ids, _select_rows(lists, start, stop))
+            launches.append((KernelSlice(tuple(heads), start, stop), schedule))
+    return tuple(launches)
 
 
-def _cut_rows(row: np.ndarray, rows: int, most: int | None) -> list[tuple[int, int]]:
-    """Ranges of rows with at most `most` entries each, over all lists; a row is never cut."""
-    if most is None or row.size <= most:
+def _split_rows(row: np.ndarray, rows: int, max_entries: int | None) -> list[tuple[int, int]]:
+    """Ranges of rows with at most `max_entries` entries each, over all lists. A single row is never split."""
+    if max_entries is None or row.size <= max_entries:
         return [(0, rows)]
     before = np.concatenate([[0], np.cumsum(np.bincount(row.ravel(), minlength=rows))])
-    cuts = [0]
-    while cuts[-1] < rows:
-        stop = int(np.searchsorted(before, before[cuts[-1]] + most, side="right")) - 1
-        cuts.append(max(stop, cuts[-1] + 1))
-    return list(itertools.pairwise(cuts))
+    bounds = [0]
+    while bounds[-1] < rows:
+        stop = int(np.searchsorted(before, before[bounds[-1]] + max_entries, side="right")) - 1
+        bounds.append(max(stop, bounds[-1] + 1))
+    return list(itertools.pairwise(bounds))
 
 
-def _take_rows(lists: TileLists, start: int, stop: int) -> TileLists:
-    """The entries between two rows. Lists that have fewer there than others get empty ones, at their last row."""
+def _select_rows(lists: TileLists, start: int, stop: int) -> TileLists:
+    """The entries of a range of rows. Shorter lists are padded with empty entries in their last row."""
     inside = (lists.rows >= start) & (lists.rows < stop)
     counts = inside.sum(axis=1)
-    slot = np.minimum(np.arange(counts.max()), counts[:, None] - 1) + (lists.rows < start).sum(axis=1, keepdims=True)
-    part = TileLists(*(np.take_along_axis(x, slot, axis=1) for x in lists))
-    more = np.arange(counts.max()) >= counts[:, None]
-    return part._replace(rows=part.rows - start, kinds=np.where(more, EMPTY, part.kinds))
+    index = np.minimum(np.arange(counts.max()), counts[:, None] - 1) + (lists.rows < start).sum(axis=1, keepdims=True)
+    selected = TileLists(*(np.take_along_axis(x, index, axis=1) for x in lists))
+    padding = np.arange(counts.max()) >= counts[:, None]
+    return selected._replace(rows=selected.rows - start, kinds=np.where(padding, EMPTY, selected.kinds))
 
 
-def _by_row(layout: TileLayout, masks: np.ndarray) -> TileLists:
-    """One list."""
-    none = np.zeros_like(layout.columns)
-    return _fill_rows(layout.grid.rows, TileLists(layout.rows, layout.columns, _tile_kinds(layout), none, masks))
+def _list_by_row(layout: TileLayout, masks: np.ndarray) -> TileLists:
+    zeros = np.zeros_like(layout.columns)
+    return _fill_rows(layout.grid.rows, TileLists(layout.rows, layout.columns, _tile_kinds(layout), zeros, masks))
 
 
-def _by_column(lists: Sequence[TileLists], columns: int) -> TileLists:
-    """The lists of the query heads that share a key/value head as one, sorted by key tile."""
-    live = [TileLists(*(x[0][one.kinds[0] != EMPTY] for x in one)) for one in lists]
-    heads = np.concatenate([np.full(len(one.rows), i) for i, one in enumerate(live)])
+def _list_by_column(lists: Sequence[TileLists], columns: int) -> TileLists:
+    """Merges the lists of the query heads of one group into one list, sorted by key tile."""
+    live = [TileLists(*(x[0][entries.kinds[0] != EMPTY] for x in entries)) for entries in lists]
+    heads = np.concatenate([np.full(len(entries.rows), i) for i, entries in enumerate(live)])
     joined = TileLists(*(np.concatenate(x) for x in zip(*live, strict=True)))
     return _fill_rows(columns, joined._replace(rows=joined.columns, columns=joined.rows, heads=heads))
 
 
 def _fill_rows(rows: int, entries: TileLists) -> TileLists:
-    """Entries [n] as one sorted list, with an empty one for each row that has none."""
+    """Entries [n] as one sorted list [1, n'] in which each row without entries has an empty one."""
     missing = np.setdiff1d(np.arange(rows), entries.rows)
-    more = TileLists(missing, *(np.zeros_like(missing),) * 4)
-    return sort_lists(TileLists(*(np.concatenate(x)[None].astype(np.int32) for x in zip(entries, more, strict=True))))
+    empty = TileLists(missing, *(np.zeros_like(missing),) * 4)
+    return sort_lists(TileLists(*(np.concatenate(x)[None].astype(np.int32) for x in zip(entries, empty, strict=True))))
 
 
 def sort_lists(lists: TileLists) -> TileLists:
-    """By row; of a row the fuller kinds first; of these by head and column."""
+    """Sorts each list by row; within a row, full tiles first; within a kind, by head and column."""
     xp = array_module(*lists)
     order = xp.lexsort((lists.columns, lists.heads, -lists.kinds, lists.rows), axis=-1)
     return TileLists(*(xp.take_along_axis(x, order, axis=-1) for x in lists))
 
 
 def collect_masks(layouts: Sequence[tuple[Pattern, TileLayout]]) -> tuple[np.ndarray, list[np.ndarray]]:
-    """The distinct masks of partial tiles, each once.
+    """The distinct masks of partial tiles.
 
     Returns:
-      bool [distinct, queries, keys]; and for each layout which of them each of its tiles has, int32 [live], 0 for a
-      full tile that needs none.
+      The masks, bool [distinct, queries, keys]; and per layout the index of each live tile's mask, int32 [live], which
+      is 0 for a full tile.
     """
     seen: dict[bytes, int] = {}
-    found = []
+    indices = []
     for pattern, layout in layouts:
         index = np.zeros(len(layout.columns), np.int32)
-        partial, first, same = _group_masks(pattern, layout)
+        partial, first, groups = _group_masks(pattern, layout)
         numbers = np.zeros(len(first), np.int32)
         for i, tile in enumerate(first):
             (mask,) = tile_masks(pattern, layout.grid, layout.rows[tile : tile + 1], layout.columns[tile : tile + 1])
             numbers[i] = seen.setdefault(np.packbits(mask).tobytes(), len(seen))
-        index[partial] = numbers[same]
-        found.append(index)
+        index[partial] = numbers[groups]
+        indices.append(index)
     size = layouts[0][1].grid.tile
     packed = [np.frombuffer(mask, np.uint8) for mask in seen] or [np.zeros(size[0] * size[1] // 8, np.uint8)]
-    return np.unpackbits(np.stack(packed), axis=1).reshape(-1, *size).astype(bool), found
+    return np.unpackbits(np.stack(packed), axis=1).reshape(-1, *size).astype(bool), indices
 
 
 def pack_words(masks: Bool[np.ndarray, "distinct n m"]) -> Int[np.ndarray, "distinct n/32 m"]:
-    """Masks as bits: bit i of a word is of the i-th of its 32 rows."""
+    """Packs 32 consecutive rows of each mask into one word, the first row in the lowest bit."""
     groups = masks.reshape(len(masks), -1, 32, masks.shape[-1]).astype(np.uint32)
     return (groups << np.arange(32, dtype=np.uint32)[:, None]).sum(axis=2, dtype=np.uint32).view(np.int32)
 
 
 def plan_selection(
-    columns: Int[Array, "#b h rows k"], pattern: Pattern, t: int, s: int, tile: tuple[int, int], g: int
+    columns: Int[Array | np.ndarray, "#b h rows k"], pattern: Pattern, t: int, s: int, tile: tuple[int, int], g: int
 ) -> Plan:
-    """The calls for tiles that the data select; of these, what a pattern without heads allows.
+    """Plans the kernel launches for selected tiles, intersected with a pattern.
 
     Args:
-      columns: for each query tile of each query head its key tiles, none twice; -1 for none. For all sequences, or
-        for each.
-      pattern: evaluated by the kernel in the tiles that it does not fill.
-      t: number of queries.
-      s: number of keys.
-      tile: queries and keys of a tile.
-      g: number of key/value heads.
+      columns: Distinct key tiles of each query tile of each query head, per sequence or for all of them; -1 for none.
+      pattern: One pattern for all heads, which kernels evaluate in tiles that it does not fill.
+      t: Number of queries.
+      s: Number of keys.
+      tile: Queries and keys per tile.
+      g: Number of key/value heads.
     """
     layout = pattern.layout(t, s, tile)
     (b, h, rows, _), keys = columns.shape, layout.grid.columns
-    states = np.full((rows, keys), EMPTY, np.int32)
-    states[layout.rows, layout.columns] = _tile_kinds(layout)
+    kind_of_tile = np.full((rows, keys), EMPTY, np.int32)
+    kind_of_tile[layout.rows, layout.columns] = _tile_kinds(layout)
     row = jnp.broadcast_to(jnp.arange(rows)[:, None], columns.shape)
     head = jnp.broadcast_to((jnp.arange(h) % (h // g))[:, None, None], columns.shape)
-    kinds = jnp.where(columns < 0, EMPTY, jnp.asarray(states)[row, columns])
-    columns, none = jnp.maximum(columns, 0), jnp.zeros_like(columns)
-    by_row = TileLists(*(x.reshape(b * h, -1) for x in (row, columns, kinds, none, none)))
-    by_column = TileLists(*(x.reshape(b * g, -1) for x in (columns, row, kinds, head, none)))
-    empty = jnp.broadcast_to(jnp.arange(keys, dtype=columns.dtype), (b * g, keys))  # one for each key tile
-    more = TileLists(empty, *(jnp.zeros_like(empty),) * 4)
-    by_column = TileLists(*(jnp.concatenate(x, axis=1) for x in zip(by_column, more, strict=True)))
-    which = [jnp.arange(b * n).reshape(b, n) for n in (h, g)]
+    kinds = jnp.where(columns < 0, EMPTY, jnp.asarray(kind_of_tile)[row, columns])
+    columns, zeros = jnp.maximum(columns, 0), jnp.zeros_like(columns)
+    by_row = TileLists(*(x.reshape(b * h, -1) for x in (row, columns, kinds, zeros, zeros)))
+    by_column = TileLists(*(x.reshape(b * g, -1) for x in (columns, row, kinds, head, zeros)))
+    every_key = jnp.broadcast_to(jnp.arange(keys, dtype=columns.dtype), (b * g, keys))
+    empty = TileLists(every_key, *(jnp.zeros_like(every_key),) * 4)
+    by_column = TileLists(*(jnp.concatenate(x, axis=1) for x in zip(by_column, empty, strict=True)))
+    list_ids = [jnp.arange(b * n).reshape(b, n) for n in (h, g)]
     return Plan(
-        ((Part(tuple(range(h)), 0, rows), Walk(which[0], sort_lists(by_row))),),
-        ((Part(tuple(range(g)), 0, keys), Walk(which[1], sort_lists(by_column))),),
+        ((KernelSlice(tuple(range(h)), 0, rows), TileSchedule(list_ids[0], sort_lists(by_row))),),
+        ((KernelSlice(tuple(range(g)), 0, keys), TileSchedule(list_ids[1], sort_lists(by_column))),),
         None,
     )
 
 
-def mark_ends(rows: Int[Array, "lists n"]) -> tuple[Array, Array]:
-    """Which entries are the first and which the last of their row, bool [lists, n] each."""
+def mark_ends(
+    rows: Int[Array | np.ndarray, "lists n"],
+) -> tuple[Bool[Array | np.ndarray, "lists n"], Bool[Array | np.ndarray, "lists n"]]:
+    """Marks the first and the last entry of each row."""
     xp = array_module(rows)
-    turn = rows[:, 1:] != rows[:, :-1]
+    change = rows[:, 1:] != rows[:, :-1]
     edge = xp.ones((rows.shape[0], 1), bool)
-    return xp.concatenate([edge, turn], axis=1), xp.concatenate([turn, edge], axis=1)
+    return xp.concatenate([edge, change], axis=1), xp.concatenate([change, edge], axis=1)

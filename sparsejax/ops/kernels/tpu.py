@@ -1,7 +1,7 @@
-"""Attention over tile lists on TPUs: Mosaic kernels that visit the live tiles and no others.
+"""Attention over tile lists on TPUs: Mosaic kernels that visit live tiles only.
 
-The grid has a step for each entry of the lists; they are in scalar memory, a word each, and say which blocks of the
-arrays a step reads (`PrefetchScalarGridSpec`).
+The grid has one step per list entry. Entries are packed into one 32-bit word each and prefetched into scalar memory
+(`PrefetchScalarGridSpec`), where the index maps read which blocks of the arrays a step needs.
 """
 
 from __future__ import annotations
@@ -9,8 +9,8 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -20,22 +20,22 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array, Float, Int
 
+from sparsejax.errors import InputError
 from sparsejax.ops.call import AttentionCall
 from sparsejax.ops.kernels import flash
-from sparsejax.ops.kernels.flash import LOG2E, LOWEST, Back, Backend, Inputs, Spec, bound_scores, score_unit
-from sparsejax.ops.kernels.lists import FULL, PARTIAL, Part, TileLists, Walk, mark_ends, pack_words
+from sparsejax.ops.kernels.flash import LOG2E, M_INIT, Backend, Inputs, KernelConfig, Residuals, score_unit, unit_scores
+from sparsejax.ops.kernels.lists import FULL, PARTIAL, KernelSlice, TileLists, TileSchedule, mark_ends, pack_words
 from sparsejax.ops.kernels.mesh import device_kind, run_on_mesh
 from sparsejax.ops.softmax import MASKED
 from sparsejax.patterns import Pattern
 
 LANES = 128
-SIDES = (128, 256, 512)  # of tiles
-# A step costs about as much as so many pairs, beside its own: 0.35 us, where a tile of 512 x 512 takes 1.3 us (v5e).
-# Modelled, not measured.
-STEP_PAIRS = 70_000
-MOST_WORDS = 2**17  # of lists in one call, with the indices of masks: half of the 1 MiB of scalar memory
-MOST_KEPT = 4  # masks: a MiB each in vector memory, at the largest tile
-NN, NT, TN = ((((x,), (y,)), ((), ())) for x, y in ((1, 0), (1, 1), (0, 0)))  # of products; T: transposed
+TILE_SIDES = (128, 256, 512)
+# Fixed cost of a grid step, in pairs: 0.35 us, where a tile of 512 x 512 takes 1.3 us (v5e). Modelled, not measured.
+STEP_COST = 70_000
+MAX_ENTRIES = 2**17  # per launch, mask indices included: half of the 1 MiB of scalar memory
+MAX_CACHED_MASKS = 4  # 1 MiB of vector memory each, for the largest tile
+NN, NT, TN = ((((x,), (y,)), ((), ())) for x, y in ((1, 0), (1, 1), (0, 0)))  # dot dimensions; T: transposed operand
 
 
 def unsupported_reason(call: AttentionCall) -> str | None:
@@ -43,47 +43,51 @@ def unsupported_reason(call: AttentionCall) -> str | None:
     kind = None if call.interpret else device_kind()
     reasons = (
         (
-            not call.interpret and not _serves(kind),
-            f"it needs a TPU v5e or newer, or interpret=True; here is {kind}",
+            not call.interpret and not _is_supported(kind),
+            f"device kind {kind!r} is not a TPU v5e or newer; interpret=True runs anywhere",
         ),
-        (call.dtype != jnp.float32, f"it computes in float32, asked is {call.dtype}"),
+        (call.dtype != jnp.float32, f"kernels compute in float32, not in {call.dtype}"),
     )
     return next((reason for applies, reason in reasons if applies), None) or flash.unsupported_reason(call)
 
 
 def run(
-    call: AttentionCall, tile: tuple[int, int] | None = None, selected: Int[Array, "#b h rows k"] | None = None
+    call: AttentionCall,
+    tile: tuple[int, int] | None = None,
+    selected: Int[Array | np.ndarray, "#b h rows k"] | None = None,
 ) -> tuple[Float[Array, "b t h e"], Float[Array, "b t h"]]:
-    """Output in the dtype of q, log-sum-exp in float32.
+    """Returns the output in the dtype of q, and the log-sum-exp in float32.
 
     Args:
-      call: what is asked.
-      tile: queries and keys of a tile, multiples of 128; the best by `choose_tile` if not given.
-      selected: as in `flash.attend_lists`; needs `tile`.
+      call: The call to compute.
+      tile: Queries and keys per tile, multiples of 128; defaults to `choose_tile`.
+      selected: As in `flash.attend_lists`; requires `tile`.
     """
     if selected is not None:
-        return _run_here(call, tile, selected)
-    return run_on_mesh(functools.partial(_run_here, tile=tile, selected=None), call)
+        return _run_locally(call, tile, selected)
+    return run_on_mesh(functools.partial(_run_locally, tile=tile, selected=None), call)
 
 
-def _run_here(call: AttentionCall, tile: tuple[int, int] | None, selected: Array | None) -> tuple[Array, Array]:
+def _run_locally(
+    call: AttentionCall, tile: tuple[int, int] | None, selected: Array | np.ndarray | None
+) -> tuple[Array, Array]:
     tile = tile or choose_tile(call.pattern, call.q.shape[1], call.k.shape[1])
     if call.q.dtype != jnp.float16:
         return flash.attend_lists(BACKEND, call, tile, selected)
-    wide = {name: getattr(call, name).astype(jnp.float32) for name in "qkv"}  # the machine has no float16
+    wide = {name: getattr(call, name).astype(jnp.float32) for name in "qkv"}  # TPUs have no float16
     out, lse = flash.attend_lists(BACKEND, dataclasses.replace(call, **wide), tile, selected)
     return out.astype(jnp.float16), lse
 
 
 def choose_tile(pattern: Pattern, t: int, s: int) -> tuple[int, int]:
-    """The square that a model of the machine finds the fastest for t queries and s keys: few steps, few dead pairs."""
-    longest = max(SIDES[0], 2 ** math.ceil(math.log2(max(t, s, 1))))
-    cost = {n: pattern.tiles(t, s, (n, n))[0] * (n * n + STEP_PAIRS) for n in SIDES if n <= longest}
+    """The square tile of least modelled cost: small tiles cover fewer dead pairs, large tiles take fewer steps."""
+    longest = max(TILE_SIDES[0], 2 ** math.ceil(math.log2(max(t, s, 1))))
+    cost = {n: pattern.tiles(t, s, (n, n))[0] * (n * n + STEP_COST) for n in TILE_SIDES if n <= longest}
     best = min(cost, key=cost.get)
     return best, best
 
 
-def _serves(kind: str) -> bool:
+def _is_supported(kind: str) -> bool:
     return kind.startswith("TPU") and not kind.startswith(("TPU v2", "TPU v3", "TPU v4"))
 
 
@@ -91,180 +95,216 @@ def _serves(kind: str) -> bool:
 
 
 @dataclasses.dataclass(frozen=True)
-class Word:
-    """How an entry of a list is packed, from the low bits: kind 2, first 1, last 1, mask, head, column, row."""
+class PackedEntry:
+    """Bit layout of a list entry, from the lowest bits: kind (2), first (1), last (1), mask, head, column, row."""
 
-    mask: int  # bits
-    head: int
-    column: int
+    mask_bits: int
+    head_bits: int
+    column_bits: int
 
     @classmethod
-    def of(cls, spec: Spec, rows: int, columns: int) -> Word:
-        """For so many rows and columns.
+    def build(cls, config: KernelConfig, rows: int, columns: int) -> PackedEntry:
+        """The layout for lists of `rows` x `columns` tiles.
 
         Raises:
-          ValueError: they do not fit.
+          InputError: An entry does not fit into 32 bits.
         """
-        mask, head, row, column = (max(n - 1, 0).bit_length() for n in (len(spec.kept), spec.share, rows, columns))
+        sizes = len(config.cached_masks), config.group_size, columns, rows
+        mask, head, column, row = (max(n - 1, 0).bit_length() for n in sizes)
         if 4 + mask + head + column + row > 32:
-            raise ValueError(
-                f"attend: tpu: {rows} x {columns} tiles of {spec.tile} do not fit into a word: larger tiles"
-            )
+            problem = f"{rows} x {columns} tiles of {config.tile} do not fit into 32-bit list entries; use larger tiles"
+            raise InputError("tile", problem)
         return cls(mask, head, column)
 
-    def pack(self, lists: TileLists) -> Array:
+    def pack(self, lists: TileLists) -> Array | np.ndarray:
         first, last = mark_ends(lists.rows)
-        word = (lists.rows << self.column | lists.columns) << self.head | lists.heads
-        word = word << self.mask | lists.masks if self.mask else word
-        return word << 4 | last * 8 | first * 4 | lists.kinds
+        packed = (lists.rows << self.column_bits | lists.columns) << self.head_bits | lists.heads
+        packed = packed << self.mask_bits | lists.masks if self.mask_bits else packed
+        return packed << 4 | last * 8 | first * 4 | lists.kinds
 
-    def row(self, word):
-        return lax.shift_right_logical(word, 4 + self.mask + self.head + self.column)
+    def row(self, packed):
+        return lax.shift_right_logical(packed, 4 + self.mask_bits + self.head_bits + self.column_bits)
 
-    def column_of(self, word):
-        return lax.shift_right_logical(word, 4 + self.mask + self.head) & (1 << self.column) - 1
+    def column(self, packed):
+        return lax.shift_right_logical(packed, 4 + self.mask_bits + self.head_bits) & (1 << self.column_bits) - 1
 
-    def head_of(self, word):
-        return lax.shift_right_logical(word, 4 + self.mask) & (1 << self.head) - 1
+    def head(self, packed):
+        return lax.shift_right_logical(packed, 4 + self.mask_bits) & (1 << self.head_bits) - 1
 
-    def mask_of(self, word):
-        return lax.shift_right_logical(word, 4) & (1 << self.mask) - 1
+    def mask(self, packed):
+        return lax.shift_right_logical(packed, 4) & (1 << self.mask_bits) - 1
 
 
 @dataclasses.dataclass(frozen=True)
-class Steps:
-    """The steps of one call's grid: sequences x heads of the part x entries of the longest list."""
+class Grid:
+    """The grid of one launch: sequences x heads of the slice x entries of the longest list."""
 
-    spec: Spec
-    part: Part
-    word: Word
+    config: KernelConfig
+    kernel_slice: KernelSlice
+    layout: PackedEntry
     entries: int
-    own_lists: bool  # each sequence has lists of its own
+    lists_per_sequence: bool
     by_column: bool  # rows of the lists are key tiles: for dk and dv
-    tiles: tuple[int, int]  # of queries and of keys, in all
+    tiles: tuple[int, int]  # number of query tiles and of key tiles
 
     @classmethod
-    def of(cls, spec: Spec, part: Part, walk: Walk, inputs: Inputs, by_column: bool) -> Steps:
-        tiles = inputs.q.shape[2] // spec.tile[0], inputs.k.shape[2] // spec.tile[1]
-        word = Word.of(spec, part.stop - part.start, tiles[0] if by_column else tiles[1])
-        return cls(spec, part, word, walk.lists.rows.shape[1], walk.which.shape[0] > 1, by_column, tiles)
+    def build(
+        cls, config: KernelConfig, kernel_slice: KernelSlice, schedule: TileSchedule, inputs: Inputs, by_column: bool
+    ) -> Grid:
+        tiles = inputs.q.shape[2] // config.tile[0], inputs.k.shape[2] // config.tile[1]
+        layout = PackedEntry.build(config, kernel_slice.rows, tiles[0] if by_column else tiles[1])
+        entries, per_sequence = schedule.lists.rows.shape[1], schedule.list_ids.shape[0] > 1
+        return cls(config, kernel_slice, layout, entries, per_sequence, by_column, tiles)
 
-    def scalars(self, walk: Walk, inputs: Inputs) -> tuple[Array, ...]:
-        """What the grid reads from scalar memory, int32 [n] each; see `Place`."""
+    def scalars(self, schedule: TileSchedule, inputs: Inputs) -> tuple[Array, ...]:
+        """The arrays in scalar memory, int32 [n] each, in the order in which `step` takes them."""
         ranges = np.zeros(1)
         if inputs.segments is not None:
-            ends = flash.segment_ranges(inputs.segments, self.spec.tile)
+            ends = flash.segment_ranges(inputs.segments, self.config.tile)
             ranges = jnp.concatenate([x.ravel() for pair in ends for x in pair])
-        found = self.word.pack(walk.lists), walk.which, np.array(self.part.heads)
-        masks = np.zeros(1) if inputs.bits is None else walk.lists.masks
-        return tuple(jnp.asarray(x, jnp.int32).ravel() for x in (*found, masks, ranges))
+        masks = np.zeros(1) if inputs.bits is None else schedule.lists.masks
+        heads = np.array(self.kernel_slice.heads)
+        arrays = self.layout.pack(schedule.lists), schedule.list_ids, heads, masks, ranges
+        return tuple(jnp.asarray(x, jnp.int32).ravel() for x in arrays)
 
-    def place(self, b: Any, member: Any, entry: Any, *scalars: Any) -> Place:
-        words, which, heads, masks, ranges = scalars
-        slot = which[b * len(self.part.heads) + member if self.own_lists else member] * self.entries + entry
-        word = words[slot]
-        row, column = self.part.start + self.word.row(word), self.word.column_of(word)
-        head, tiles = heads[member], (column, row) if self.by_column else (row, column)
-        head = head * self.spec.share + self.word.head_of(word) if self.by_column else head
-        return Place(self, b, member, entry, head, *tiles, word, slot, masks, ranges)
+    def step(self, b, local_head, entry, lists, list_ids, heads, masks, ranges) -> GridStep:
+        """The step at one point of the grid. The last five arguments are refs in scalar memory."""
+        list_id = list_ids[b * len(self.kernel_slice.heads) + local_head if self.lists_per_sequence else local_head]
+        index = list_id * self.entries + entry
+        packed = lists[index]
+        row, column = self.kernel_slice.start + self.layout.row(packed), self.layout.column(packed)
+        head, tiles = heads[local_head], (column, row) if self.by_column else (row, column)
+        head = head * self.config.group_size + self.layout.head(packed) if self.by_column else head
+        return GridStep(self, b, local_head, entry, head, *tiles, packed, index, masks, ranges)
 
-    def block(self, shape: tuple[int | None, ...], index: Callable[[Place], tuple]) -> pl.BlockSpec:
-        return pl.BlockSpec(shape, lambda *ids: index(self.place(*ids)))
+    def block(self, shape: tuple[int | None, ...], index: Callable[[GridStep], tuple]) -> pl.BlockSpec:
+        return pl.BlockSpec(shape, lambda *ids: index(self.step(*ids)))
 
 
 @dataclasses.dataclass(frozen=True)
-class Place:
-    """Where a step is: sequence, member of the part, entry of its list, query head, tile of queries and of keys."""
+class GridStep:
+    """One step of the grid.
 
-    steps: Steps
+    Attributes:
+      grid: The grid.
+      b: The sequence.
+      local_head: Index of the head in the slice.
+      entry: Index of the entry in its list.
+      head: The query head.
+      q_tile: The tile of queries.
+      k_tile: The tile of keys.
+      packed: The packed entry.
+      index: Index of the entry among those of all lists.
+      masks: Ref of the entries' mask indices.
+      ranges: Ref of the segment ranges of tiles: smallest and largest ids of query tiles, then those of key tiles.
+    """
+
+    grid: Grid
     b: Any
-    member: Any
+    local_head: Any
     entry: Any
     head: Any
     q_tile: Any
     k_tile: Any
-    word: Any
-    slot: Any
+    packed: Any
+    index: Any
     masks: Any
     ranges: Any
 
     @property
     def kind(self):
-        return self.word & 3
+        return self.packed & 3
 
     @property
     def first(self):
-        return (self.word & 4) != 0
+        return (self.packed & 4) != 0
 
     @property
     def last(self):
-        return (self.word & 8) != 0
+        return (self.packed & 8) != 0
 
-    def meets(self):
-        """Whether the ranges of the tile's segment ids have an id in common."""
-        (rows, columns), sequences = self.steps.tiles, self.ranges.shape[0] // 2 // sum(self.steps.tiles)
+    def segments_overlap(self):
+        """Whether the ranges of segment ids of the tile's queries and keys overlap."""
+        (rows, columns), sequences = self.grid.tiles, self.ranges.shape[0] // 2 // sum(self.grid.tiles)
         q, k = self.b * rows + self.q_tile, 2 * sequences * rows + self.b * columns + self.k_tile
         low, high = self.ranges[q], self.ranges[sequences * rows + q]
         return (low <= self.ranges[sequences * columns + k]) & (self.ranges[k] <= high)
 
 
-# What every kernel does with a tile. The scores of one are [queries, keys] in the forward pass and [keys, queries] in
-# the backward passes (`turned`), so that what there is of each query is a row and of each key never needed.
+# What every kernel does with a tile. Its scores are [queries, keys] in the forward pass and [keys, queries] in the
+# backward passes (`transposed`), so that lse and delta are needed as rows and never as columns.
 
 
-def _scores(spec: Spec, q: Array, k: Array, turned: bool) -> Array:
-    return bound_scores(spec, _dot(k, q, NT) if turned else _dot(q, k, NT))
+class Refs(NamedTuple):
+    """What a kernel reads: the blocks of its inputs at a step, and its scratch. None for what it does not have."""
+
+    q: Any
+    k: Any
+    v: Any
+    sink: Any = None
+    do: Any = None
+    lse: Any = None
+    delta: Any = None
+    q_ids: Any = None
+    k_ids: Any = None
+    bits: Any = None
+    cached_masks: Any = None
 
 
-def _mask(place: Place, refs: dict, scores: Array, partial: bool, turned: bool) -> Array:
-    """The scores that count; MASKED for the others."""
+def _scores(config: KernelConfig, q: Array, k: Array, transposed: bool) -> Array:
+    """Algorithm 1, line 8; Algorithm 2, line 10."""
+    return unit_scores(config, _dot(k, q, NT) if transposed else _dot(q, k, NT))
+
+
+def _mask(step: GridStep, refs: Refs, s: Array, partial: bool, transposed: bool) -> Array:
+    """Sets the scores of pairs that are not allowed to MASKED."""
     allowed = []
-    if partial and "bits" in refs:
-        allowed.append(_unpack(refs["bits"][...], scores.shape))
-    elif partial and "kept" in refs:
-        scores = scores + refs["kept"][place.steps.word.mask_of(place.word)]
+    if partial and refs.bits is not None:
+        allowed.append(_unpack_mask(refs.bits[...], s.shape))
+    elif partial and refs.cached_masks is not None:
+        s = s + refs.cached_masks[step.grid.layout.mask(step.packed)]
     elif partial:
-        allowed.append(_evaluate(place.steps.spec, place.q_tile, place.k_tile, turned))
-    if "q_ids" in refs:
-        q, k = refs["q_ids"][...], refs["k_ids"][...]
-        allowed.append(q == k.T if turned else k == q.T)
-    return jnp.where(functools.reduce(jnp.logical_and, allowed), scores, MASKED) if allowed else scores
+        allowed.append(_evaluate_pattern(step.grid.config, step.q_tile, step.k_tile, transposed))
+    if refs.q_ids is not None:
+        q, k = refs.q_ids[...], refs.k_ids[...]
+        allowed.append(q == k.T if transposed else k == q.T)
+    return jnp.where(functools.reduce(jnp.logical_and, allowed), s, MASKED) if allowed else s
 
 
-def _keep_masks(place: Place, refs: dict, turned: bool) -> None:
-    """What is added to the scores of partial tiles, computed once for all of a head's: 0 or MASKED."""
-    if "kept" not in refs:
+def _cache_masks(step: GridStep, refs: Refs, transposed: bool) -> None:
+    """Computes the distinct masks at the first step of a head, as terms of the scores: 0 or MASKED."""
+    if refs.cached_masks is None:
         return
-    spec = place.steps.spec
+    config = step.grid.config
 
-    @pl.when(place.entry == 0)
+    @pl.when(step.entry == 0)
     def compute():
-        for i, tiles in enumerate(spec.kept):
-            refs["kept"][i] = jnp.where(_evaluate(spec, *tiles, turned), 0.0, MASKED)
+        for i, tiles in enumerate(config.cached_masks):
+            refs.cached_masks[i] = jnp.where(_evaluate_pattern(config, *tiles, transposed), 0.0, MASKED)
 
 
-def _evaluate(spec: Spec, q_tile: Any, k_tile: Any, turned: bool) -> Array:
-    """The pattern's formula in a tile."""
-    (height, width), (q_axis, k_axis) = spec.tile, (1, 0) if turned else (0, 1)
-    q = q_tile * height + lax.broadcasted_iota(jnp.int32, _along(height, q_axis), q_axis)
-    k = k_tile * width + lax.broadcasted_iota(jnp.int32, _along(width, k_axis), k_axis)
-    allowed = spec.pattern.allows(q, k, spec.t, spec.s)
-    return allowed & (k < spec.s) if spec.s % width else allowed
+def _evaluate_pattern(config: KernelConfig, q_tile: Any, k_tile: Any, transposed: bool) -> Array:
+    """The mask of a tile by the pattern's formula."""
+    (height, width), (q_axis, k_axis) = config.tile, (1, 0) if transposed else (0, 1)
+    q = q_tile * height + lax.broadcasted_iota(jnp.int32, _along_axis(height, q_axis), q_axis)
+    k = k_tile * width + lax.broadcasted_iota(jnp.int32, _along_axis(width, k_axis), k_axis)
+    allowed = config.pattern.allows(q, k, config.t, config.s)
+    return allowed & (k < config.s) if config.s % width else allowed
 
 
-def _along(size: int, axis: int) -> tuple[int, int]:
+def _along_axis(size: int, axis: int) -> tuple[int, int]:
     return (size, 1) if axis == 0 else (1, size)
 
 
-def _unpack(words: Array, shape: tuple[int, int]) -> Array:
-    """What `pack_words` made of a mask of this shape."""
-    spread = jnp.repeat(words, 32, axis=0)
+def _unpack_mask(words: Array, shape: tuple[int, int]) -> Array:
+    """Inverse of `pack_words` for one mask."""
+    repeated = jnp.repeat(words, 32, axis=0)
     bit = lax.broadcasted_iota(jnp.int32, shape, 0) & 31
-    return lax.shift_right_logical(spread, bit) & 1 != 0
+    return lax.shift_right_logical(repeated, bit) & 1 != 0
 
 
-def pack_bits(masks: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Masks [distinct, queries, keys] as `_unpack` reads them: for the forward and for the backward passes."""
+def pack_masks(masks: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Packs masks [distinct, queries, keys] for the forward pass and, transposed, for the backward passes."""
     return pack_words(masks), pack_words(masks.swapaxes(1, 2))
 
 
@@ -273,217 +313,262 @@ def _dot(x: Array, y: Array, dims) -> Array:
     return lax.dot_general(x, y, dims, precision=precision, preferred_element_type=jnp.float32)
 
 
-def _spread(x: Array, size: int) -> Array:
-    """[rows, 128], each row one number, as [rows, size]."""
+def _broadcast_lanes(x: Array, size: int) -> Array:
+    """Widens [rows, 128], constant within a row, to [rows, size]."""
     return jnp.tile(x, (1, size // LANES)) if size % LANES == 0 else x[:, :size]
 
 
-def _visit(place: Place, refs: dict, step: Callable[[bool], None]) -> None:
-    """A live tile: with a mask of the pattern, or without."""
-    live = place.meets() if "q_ids" in refs else True
-    pl.when((place.kind == FULL) & live)(lambda: step(False))
-    pl.when((place.kind == PARTIAL) & live)(lambda: step(True))
+def _visit_tile(step: GridStep, refs: Refs, accumulate: Callable[[bool], None]) -> None:
+    """Calls `accumulate(partial)` if the tile is live."""
+    live = step.segments_overlap() if refs.q_ids is not None else True
+    pl.when((step.kind == FULL) & live)(lambda: accumulate(False))
+    pl.when((step.kind == PARTIAL) & live)(lambda: accumulate(True))
 
 
-# The kernels. `refs` are the blocks of the inputs by name.
+# The kernels. Outputs and accumulators are refs.
 
 
-def _forward_kernel(place: Place, refs: dict, out, lse, top, total, acc):
-    spec = place.steps.spec
-    unit = score_unit(spec)
-    _keep_masks(place, refs, turned=False)
+def _forward_kernel(step: GridStep, refs: Refs, out, lse, m_ref, l_ref, acc):
+    """FlashAttention-2, Algorithm 1; m and l are replicated along the lanes."""
+    unit = score_unit(step.grid.config)
+    _cache_masks(step, refs, transposed=False)
 
-    @pl.when(place.first)
-    def start():
-        sink = refs["sink"][place.head] / unit if "sink" in refs else None
-        low = jnp.full(top.shape, LOWEST, jnp.float32)
-        top[...] = low if sink is None else jnp.maximum(low, sink)
-        total[...] = jnp.zeros_like(total) if sink is None else jnp.exp2((sink - top[...]) * (unit * LOG2E))
+    @pl.when(step.first)
+    def initialize():  # line 5, with the sink as the first score
+        sink = None if refs.sink is None else refs.sink[step.head] / unit
+        low = jnp.full(m_ref.shape, M_INIT, jnp.float32)
+        m_ref[...] = low if sink is None else jnp.maximum(low, sink)
+        l_ref[...] = jnp.zeros_like(l_ref) if sink is None else jnp.exp2((sink - m_ref[...]) * (unit * LOG2E))
         acc[...] = jnp.zeros_like(acc)
 
-    def step(partial):
-        scores = _scores(spec, refs["q"][...], refs["k"][...], turned=False)
-        scores = _mask(place, refs, scores, partial, turned=False)
-        before = top[...]
-        now = jnp.maximum(before, scores.max(axis=1, keepdims=True))
-        terms = jnp.exp2((scores - _spread(now, scores.shape[1])) * (unit * LOG2E))
-        fade = jnp.exp2((before - now) * (unit * LOG2E))
-        top[...] = now
-        total[...] = fade * total[...] + terms.sum(axis=1, keepdims=True)
-        value = refs["v"][...]
-        acc[...] = acc[...] * _spread(fade, acc.shape[1]) + _dot(terms.astype(value.dtype), value, NN)
+    def accumulate(partial):  # lines 8 to 10
+        s = _scores(step.grid.config, refs.q[...], refs.k[...], transposed=False)
+        s = _mask(step, refs, s, partial, transposed=False)
+        m_prev = m_ref[...]
+        m = jnp.maximum(m_prev, s.max(axis=1, keepdims=True))
+        p = jnp.exp2((s - _broadcast_lanes(m, s.shape[1])) * (unit * LOG2E))
+        alpha = jnp.exp2((m_prev - m) * (unit * LOG2E))
+        m_ref[...] = m
+        l_ref[...] = alpha * l_ref[...] + p.sum(axis=1, keepdims=True)
+        v = refs.v[...]
+        acc[...] = acc[...] * _broadcast_lanes(alpha, acc.shape[1]) + _dot(p.astype(v.dtype), v, NN)
 
-    _visit(place, refs, step)
+    _visit_tile(step, refs, accumulate)
 
-    @pl.when(place.last)
-    def finish():
-        live = total[...] > 0
-        safe = jnp.where(live, total[...], 1.0)
-        out[...] = (acc[...] * _spread(1 / safe, acc.shape[1])).astype(out.dtype)
-        found = jnp.where(live, top[...] * unit + jnp.log(safe), -jnp.inf)
-        if "sink" in refs:  # alone in its row, to the last bit
-            sink = refs["sink"][place.head]
-            found = jnp.where((top[...] == sink / unit) & (total[...] == 1), sink, found)
-        lse[...] = found[:, :1].T
-
-
-def _differentiate(place: Place, refs: dict, partial: bool) -> tuple[Array, Array]:
-    """Weights of a tile, and the gradient of q·k, [keys, queries] each."""
-    spec = place.steps.spec
-    scores = _scores(spec, refs["q"][...], refs["k"][...], turned=True)
-    bend = None if spec.softcap is None else 1 - scores * scores
-    scores = _mask(place, refs, scores, partial, turned=True)
-    weights = jnp.exp2((scores - refs["lse"][...] / score_unit(spec)) * (score_unit(spec) * LOG2E))
-    d_scores = weights * (_dot(refs["v"][...], refs["d_out"][...], NT) + refs["slope"][...])
-    return weights, d_scores if bend is None else d_scores * bend
+    @pl.when(step.last)
+    def finalize():  # lines 12 and 13
+        live = l_ref[...] > 0
+        safe = jnp.where(live, l_ref[...], 1.0)
+        out[...] = (acc[...] * _broadcast_lanes(1 / safe, acc.shape[1])).astype(out.dtype)
+        row_lse = jnp.where(live, m_ref[...] * unit + jnp.log(safe), -jnp.inf)
+        if refs.sink is not None:  # in a row without keys the lse is the sink itself, to the last bit
+            sink = refs.sink[step.head]
+            row_lse = jnp.where((m_ref[...] == sink / unit) & (l_ref[...] == 1), sink, row_lse)
+        lse[...] = row_lse[:, :1].T
 
 
-def _d_queries_kernel(place: Place, refs: dict, d_q, acc):
-    _keep_masks(place, refs, turned=True)
+def _differentiate(step: GridStep, refs: Refs, partial: bool) -> tuple[Array, Array]:
+    """Returns p and the gradient of q·k up to the scale, [keys, queries] (Algorithm 2, lines 10, 11, 13 and 14)."""
+    config = step.grid.config
+    s = _scores(config, refs.q[...], refs.k[...], transposed=True)
+    dtanh = None if config.softcap is None else 1 - s * s
+    s = _mask(step, refs, s, partial, transposed=True)
+    p = jnp.exp2((s - refs.lse[...] / score_unit(config)) * (score_unit(config) * LOG2E))
+    ds = p * (_dot(refs.v[...], refs.do[...], NT) - refs.delta[...])
+    return p, ds if dtanh is None else ds * dtanh
 
-    @pl.when(place.first)
-    def start():
+
+def _dq_kernel(step: GridStep, refs: Refs, dq, acc):
+    """FlashAttention-2, Algorithm 2, line 15, with the loops exchanged: one row of query tiles at a time."""
+    _cache_masks(step, refs, transposed=True)
+
+    @pl.when(step.first)
+    def initialize():
         acc[...] = jnp.zeros_like(acc)
 
-    def step(partial):
-        _, d_scores = _differentiate(place, refs, partial)
-        key = refs["k"][...]
-        acc[...] += _dot(d_scores.astype(key.dtype), key, TN)
+    def accumulate(partial):
+        _, ds = _differentiate(step, refs, partial)
+        k = refs.k[...]
+        acc[...] += _dot(ds.astype(k.dtype), k, TN)
 
-    _visit(place, refs, step)
+    _visit_tile(step, refs, accumulate)
 
-    @pl.when(place.last)
-    def finish():
-        d_q[...] = (acc[...] * place.steps.spec.scale).astype(d_q.dtype)
-
-
-def _d_keys_values_kernel(place: Place, refs: dict, d_k, d_v, acc_k, acc_v):
-    _keep_masks(place, refs, turned=True)
-
-    @pl.when(place.first)
-    def start():
-        acc_k[...], acc_v[...] = jnp.zeros_like(acc_k), jnp.zeros_like(acc_v)
-
-    def step(partial):
-        weights, d_scores = _differentiate(place, refs, partial)
-        query, d_out = refs["q"][...], refs["d_out"][...]
-        acc_v[...] += _dot(weights.astype(d_out.dtype), d_out, NN)
-        acc_k[...] += _dot(d_scores.astype(query.dtype), query, NN)
-
-    _visit(place, refs, step)
-
-    @pl.when(place.last)
-    def finish():
-        d_k[...] = (acc_k[...] * place.steps.spec.scale).astype(d_k.dtype)
-        d_v[...] = acc_v[...].astype(d_v.dtype)
+    @pl.when(step.last)
+    def finalize():
+        dq[...] = (acc[...] * step.grid.config.scale).astype(dq.dtype)
 
 
-# The calls.
+def _dkv_kernel(step: GridStep, refs: Refs, dk, dv, dk_acc, dv_acc):
+    """FlashAttention-2, Algorithm 2, lines 12 and 16."""
+    _cache_masks(step, refs, transposed=True)
+
+    @pl.when(step.first)
+    def initialize():
+        dk_acc[...], dv_acc[...] = jnp.zeros_like(dk_acc), jnp.zeros_like(dv_acc)
+
+    def accumulate(partial):
+        p, ds = _differentiate(step, refs, partial)
+        q, do = refs.q[...], refs.do[...]
+        dv_acc[...] += _dot(p.astype(do.dtype), do, NN)
+        dk_acc[...] += _dot(ds.astype(q.dtype), q, NN)
+
+    _visit_tile(step, refs, accumulate)
+
+    @pl.when(step.last)
+    def finalize():
+        dk[...] = (dk_acc[...] * step.grid.config.scale).astype(dk.dtype)
+        dv[...] = dv_acc[...].astype(dv.dtype)
 
 
-def _forward(spec: Spec, part: Part, walk: Walk, inputs: Inputs) -> tuple[Array, Array]:
-    steps, (height, _), e = Steps.of(spec, part, walk, inputs, by_column=False), spec.tile, inputs.v.shape[-1]
-    b, rows = inputs.q.shape[0], (part.stop - part.start) * height
+# The launches.
+
+
+class Operand(NamedTuple):
+    """An input, and the block of it that a step reads."""
+
+    array: Array
+    block: pl.BlockSpec
+
+
+class Output(NamedTuple):
+    """An output, and the block of it that a step writes."""
+
+    shape: tuple[int, ...]
+    dtype: Any
+    block: pl.BlockSpec
+
+
+def _forward(
+    config: KernelConfig, kernel_slice: KernelSlice, schedule: TileSchedule, inputs: Inputs
+) -> tuple[Array, Array]:
+    grid = Grid.build(config, kernel_slice, schedule, inputs, by_column=False)
+    (height, _), (b, _, _, e) = config.tile, inputs.v.shape
+    heads, rows = len(kernel_slice.heads), kernel_slice.rows * height
     outputs = [
-        ((b, len(part.heads), rows, e), inputs.q.dtype, steps.block((None, None, height, e), _own_row)),
-        ((b, len(part.heads), 1, rows), jnp.float32, steps.block((None, None, 1, height), _own_column)),
+        Output((b, heads, rows, e), inputs.q.dtype, grid.block((None, None, height, e), _row_block)),
+        Output((b, heads, 1, rows), jnp.float32, grid.block((None, None, 1, height), _lse_block)),
     ]
     scratch = [(height, LANES), (height, LANES), (height, e)]
-    out, lse = _call(_forward_kernel, "attend_forward", steps, walk, inputs, None, outputs, scratch)
+    out, lse = _launch(_forward_kernel, "attend_forward", grid, schedule, inputs, None, outputs, scratch)
     return out, lse[:, :, 0]
 
 
-def _d_queries(spec: Spec, part: Part, walk: Walk, inputs: Inputs, back: Back) -> Array:
-    steps, (height, _), (b, _, _, d) = Steps.of(spec, part, walk, inputs, by_column=False), spec.tile, inputs.q.shape
-    shape = b, len(part.heads), (part.stop - part.start) * height, d
-    outputs = [(shape, inputs.q.dtype, steps.block((None, None, height, d), _own_row))]
-    (d_q,) = _call(_d_queries_kernel, "attend_d_queries", steps, walk, inputs, back, outputs, [(height, d)])
-    return d_q
+def _dq(
+    config: KernelConfig, kernel_slice: KernelSlice, schedule: TileSchedule, inputs: Inputs, residuals: Residuals
+) -> Array:
+    grid = Grid.build(config, kernel_slice, schedule, inputs, by_column=False)
+    (height, _), (b, _, _, d) = config.tile, inputs.q.shape
+    shape = b, len(kernel_slice.heads), kernel_slice.rows * height, d
+    outputs = [Output(shape, inputs.q.dtype, grid.block((None, None, height, d), _row_block))]
+    (dq,) = _launch(_dq_kernel, "attend_dq", grid, schedule, inputs, residuals, outputs, [(height, d)])
+    return dq
 
 
-def _d_keys_values(spec: Spec, part: Part, walk: Walk, inputs: Inputs, back: Back) -> tuple[Array, Array]:
-    steps, (_, width), b = Steps.of(spec, part, walk, inputs, by_column=True), spec.tile, inputs.k.shape[0]
-    widths, rows = (inputs.k.shape[-1], inputs.v.shape[-1]), (part.stop - part.start) * width
+def _dkv(
+    config: KernelConfig, kernel_slice: KernelSlice, schedule: TileSchedule, inputs: Inputs, residuals: Residuals
+) -> tuple[Array, Array]:
+    grid = Grid.build(config, kernel_slice, schedule, inputs, by_column=True)
+    (_, width), b, widths = config.tile, inputs.k.shape[0], (inputs.k.shape[-1], inputs.v.shape[-1])
+    heads, rows = len(kernel_slice.heads), kernel_slice.rows * width
     outputs = [
-        ((b, len(part.heads), rows, n), inputs.k.dtype, steps.block((None, None, width, n), _own_row)) for n in widths
+        Output((b, heads, rows, n), inputs.k.dtype, grid.block((None, None, width, n), _row_block)) for n in widths
     ]
     scratch = [(width, n) for n in widths]
-    return _call(_d_keys_values_kernel, "attend_d_keys_values", steps, walk, inputs, back, outputs, scratch)
+    dk, dv = _launch(_dkv_kernel, "attend_dkv", grid, schedule, inputs, residuals, outputs, scratch)
+    return dk, dv
 
 
-def _own_row(place: Place) -> tuple:
-    """The block of an output of a part, positions before the width."""
-    row = place.k_tile if place.steps.by_column else place.q_tile
-    return place.b, place.member, row - place.steps.part.start, 0
+def _row_block(step: GridStep) -> tuple:
+    """Block of an output [b, heads, rows, width] of a slice."""
+    row = step.k_tile if step.grid.by_column else step.q_tile
+    return step.b, step.local_head, row - step.grid.kernel_slice.start, 0
 
 
-def _own_column(place: Place) -> tuple:
-    return place.b, place.member, 0, place.q_tile - place.steps.part.start
+def _lse_block(step: GridStep) -> tuple:
+    return step.b, step.local_head, 0, step.q_tile - step.grid.kernel_slice.start
 
 
-def _call(kernel, name: str, steps: Steps, walk: Walk, inputs: Inputs, back: Back | None, outputs, scratch):
-    """One kernel over all steps. Outputs are (shape, dtype, block); scratch is float32 of these shapes."""
-    blocks = _blocks(steps, inputs, back)
-    scalars = steps.scalars(walk, inputs)
-    if kept := len(steps.spec.kept):
-        scratch = [(kept, *steps.spec.tile[:: 1 if back is None else -1]), *scratch]
+def _launch(
+    kernel: Callable,
+    name: str,
+    grid: Grid,
+    schedule: TileSchedule,
+    inputs: Inputs,
+    residuals: Residuals | None,
+    outputs: Sequence[Output],
+    scratch: Sequence[tuple[int, ...]],
+) -> Sequence[Array]:
+    """Runs a kernel over the grid. `scratch`: shapes of its float32 accumulators."""
+    operands = _operands(grid, inputs, residuals)
+    names = [name for name, operand in operands._asdict().items() if operand is not None]
+    present = [getattr(operands, name) for name in names]
+    scalars = grid.scalars(schedule, inputs)
+    if cached := len(grid.config.cached_masks):
+        names.append("cached_masks")
+        scratch = [(cached, *grid.config.tile[:: 1 if residuals is None else -1]), *scratch]
 
     def body(*refs):
-        place = steps.place(*(pl.program_id(i) for i in range(3)), *refs[: len(scalars)])
-        named, rest = refs[len(scalars) :][: len(blocks)], refs[len(scalars) + len(blocks) :]
-        named = dict(zip(blocks, named, strict=True))
-        if kept:
-            outs, (masks, *own) = rest[: len(outputs)], rest[len(outputs) :]
-            named, rest = named | {"kept": masks}, (*outs, *own)
-        kernel(place, named, *rest)
+        step = grid.step(*(pl.program_id(i) for i in range(3)), *refs[: len(scalars)])
+        blocks, refs = refs[len(scalars) :][: len(present)], refs[len(scalars) + len(present) :]
+        outs, masks, accumulators = refs[: len(outputs)], (), refs[len(outputs) :]
+        if cached:
+            masks, accumulators = accumulators[:1], accumulators[1:]
+        kernel(step, Refs(**dict(zip(names, (*blocks, *masks), strict=True))), *outs, *accumulators)
 
     return pl.pallas_call(
         body,
         grid_spec=pltpu.PrefetchScalarGridSpec(
             num_scalar_prefetch=len(scalars),
-            grid=(inputs.q.shape[0], len(steps.part.heads), steps.entries),
-            in_specs=[block for _, block in blocks.values()],
-            out_specs=[block for *_, block in outputs],
+            grid=(inputs.q.shape[0], len(grid.kernel_slice.heads), grid.entries),
+            in_specs=[operand.block for operand in present],
+            out_specs=[output.block for output in outputs],
             scratch_shapes=[pltpu.VMEM(shape, jnp.float32) for shape in scratch],
         ),
-        out_shape=[_shape_like(inputs.q, shape, dtype) for shape, dtype, _ in outputs],
+        out_shape=[_shape_like(inputs.q, output.shape, output.dtype) for output in outputs],
         compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel", "parallel", "arbitrary")),
-        interpret=steps.spec.interpret,
+        interpret=grid.config.interpret,
         name=name,
-    )(*scalars, *(array for array, _ in blocks.values()))
+    )(*scalars, *(operand.array for operand in present))
 
 
-def _blocks(steps: Steps, inputs: Inputs, back: Back | None) -> dict[str, tuple[Array, pl.BlockSpec]]:
-    """The inputs that a kernel reads, and which block of each in a step."""
-    (height, width), share = steps.spec.tile, steps.spec.share
-
-    def queries(x):
-        return x, steps.block((None, None, height, x.shape[-1]), lambda at: (at.b, at.head, at.q_tile, 0))
-
-    def keys(x):
-        return x, steps.block((None, None, width, x.shape[-1]), lambda at: (at.b, at.head // share, at.k_tile, 0))
+def _operands(grid: Grid, inputs: Inputs, residuals: Residuals | None) -> Refs:
+    """The inputs of a kernel as `Operand`s."""
+    (height, width), group_size = grid.config.tile, grid.config.group_size
 
     def of_queries(x):
-        return x[:, :, None], steps.block((None, None, 1, height), lambda at: (at.b, at.head, 0, at.q_tile))
+        block = grid.block((None, None, height, x.shape[-1]), lambda step: (step.b, step.head, step.q_tile, 0))
+        return Operand(x, block)
 
-    found = {"q": queries(inputs.q), "k": keys(inputs.k), "v": keys(inputs.v)}
-    if back is None and inputs.sink is not None:
-        found["sink"] = inputs.sink, pl.BlockSpec(memory_space=pltpu.SMEM)
-    if back is not None:
-        found |= {"d_out": queries(back.d_out), "lse": of_queries(back.lse), "slope": of_queries(back.slope)}
+    def of_keys(x):
+        shape = None, None, width, x.shape[-1]
+        return Operand(x, grid.block(shape, lambda step: (step.b, step.head // group_size, step.k_tile, 0)))
+
+    def row_vector(x):
+        block = grid.block((None, None, 1, height), lambda step: (step.b, step.head, 0, step.q_tile))
+        return Operand(x[:, :, None], block)
+
+    refs = Refs(of_queries(inputs.q), of_keys(inputs.k), of_keys(inputs.v))
+    if residuals is None and inputs.sink is not None:
+        refs = refs._replace(sink=Operand(inputs.sink, pl.BlockSpec(memory_space=pltpu.SMEM)))
+    if residuals is not None:
+        do, lse, delta = residuals
+        refs = refs._replace(do=of_queries(do), lse=row_vector(lse), delta=row_vector(delta))
     if inputs.segments is not None:
         q_ids, k_ids = (x[:, None] for x in inputs.segments)
-        found["q_ids"] = q_ids, steps.block((None, 1, height), lambda at: (at.b, 0, at.q_tile))
-        found["k_ids"] = k_ids, steps.block((None, 1, width), lambda at: (at.b, 0, at.k_tile))
+        refs = refs._replace(
+            q_ids=Operand(q_ids, grid.block((None, 1, height), lambda step: (step.b, 0, step.q_tile))),
+            k_ids=Operand(k_ids, grid.block((None, 1, width), lambda step: (step.b, 0, step.k_tile))),
+        )
     if inputs.bits is not None:
-        bits = inputs.bits[0 if back is None else 1]
-        found["bits"] = bits, steps.block((None, *bits.shape[1:]), lambda at: (at.masks[at.slot], 0, 0))
-    return found
+        bits = inputs.bits[0 if residuals is None else 1]
+        block = grid.block((None, *bits.shape[1:]), lambda step: (step.masks[step.index], 0, 0))
+        refs = refs._replace(bits=Operand(bits, block))
+    return refs
 
 
 def _shape_like(x: Array, shape: tuple[int, ...], dtype) -> jax.ShapeDtypeStruct:
-    """Inside `shard_map` an output varies over the axes that the inputs vary over."""
+    """Inside `shard_map`, an output varies over the mesh axes over which `x` varies."""
     return jax.ShapeDtypeStruct(shape, dtype, manual_axis_type=jax.typeof(x).manual_axis_type)
 
 
-BACKEND = Backend(_forward, _d_queries, _d_keys_values, pack_bits, most=MOST_WORDS, most_kept=MOST_KEPT)
+BACKEND = Backend(_forward, _dq, _dkv, pack_masks, max_entries=MAX_ENTRIES, max_cached_masks=MAX_CACHED_MASKS)

@@ -1,4 +1,4 @@
-"""Tile lists say what the layouts say, however they are merged, cut or computed."""
+"""Tile lists agree with the masks of their patterns, however they are merged, split or computed."""
 
 import jax
 import jax.numpy as jnp
@@ -14,133 +14,134 @@ from tests.patterns.strategies import patterns_with_heads, shared_patterns
 TILE = (16, 8)
 
 
-def states_of(calls, heads: int, shape: tuple[int, int], sequence: int = 0, share: int = 1) -> np.ndarray:
-    """What the calls say of each head's tiles, int8 [heads * share, rows, columns]; nothing is said twice."""
-    found = np.full((heads * share, *shape), -1)
+def tile_kinds(launches, heads: int, shape: tuple[int, int], sequence: int = 0, group_size: int = 1) -> np.ndarray:
+    """The kind of each tile of each head [heads * group_size, rows, columns]; no tile is listed twice."""
+    kinds = np.full((heads * group_size, *shape), -1)
     written = np.zeros((heads, shape[0]), int)
-    for part, (which, lists) in calls:
+    for part, (list_ids, lists) in launches:
         lists = TileLists(*map(np.asarray, lists))
         first, last = mark_ends(lists.rows)
-        own = np.asarray(which)[sequence if len(which) > 1 else 0]
-        for head, index in zip(part.heads, own, strict=True):
-            row, column, kind, other, _ = (x[index] for x in lists)
+        ids = np.asarray(list_ids)[sequence if len(list_ids) > 1 else 0]
+        for head, index in zip(part.heads, ids, strict=True):
+            row, column, kind, member, _ = (x[index] for x in lists)
             assert (np.diff(row) >= 0).all()
-            np.testing.assert_array_equal(np.unique(row), np.arange(part.stop - part.start))
-            assert (row[first[index]] == np.arange(part.stop - part.start)).all()
-            assert (row[last[index]] == np.arange(part.stop - part.start)).all()
+            np.testing.assert_array_equal(np.unique(row), np.arange(part.rows))
+            assert (row[first[index]] == np.arange(part.rows)).all()
+            assert (row[last[index]] == np.arange(part.rows)).all()
             written[head, part.start : part.stop] += 1
             live = kind != EMPTY
-            place = head * share + other[live], part.start + row[live], column[live]
-            assert (found[place] == -1).all()
-            found[place] = kind[live]
+            tiles = head * group_size + member[live], part.start + row[live], column[live]
+            assert (kinds[tiles] == -1).all()
+            kinds[tiles] = kind[live]
     assert (written == 1).all()
-    return np.where(found < 0, EMPTY, found)
+    return np.where(kinds < 0, EMPTY, kinds)
 
 
-def expected_states(pattern, t: int, s: int, heads: int) -> np.ndarray:
-    """From the masks themselves; what lies beyond the keys is no allowed pair."""
+def expected_kinds(pattern, t: int, s: int, heads: int) -> np.ndarray:
+    """The same from the dense masks; pairs with keys past the end are not allowed."""
     rows, columns = -(-t // TILE[0]), -(-s // TILE[1])
-    found = np.zeros((heads, rows, columns), int)
+    kinds = np.zeros((heads, rows, columns), int)
     for head in range(heads):
         mask = np.zeros((rows * TILE[0], columns * TILE[1]), bool)
         mask[:t, :s] = pattern.for_head(head).dense(t, s)
-        mask[t:] = mask[:t].all(axis=0) if t == 1 else mask[t - 1 : t]  # queries beyond the end count for nothing
         for row in range(rows):
-            stop = min(t, (row + 1) * TILE[0])
+            stop = min(t, (row + 1) * TILE[0])  # queries past the end do not count
             for column in range(columns):
-                part = mask[row * TILE[0] : stop, column * TILE[1] : (column + 1) * TILE[1]]
-                found[head, row, column] = FULL if part.all() else PARTIAL if part.any() else EMPTY
-    return found
+                tile = mask[row * TILE[0] : stop, column * TILE[1] : (column + 1) * TILE[1]]
+                kinds[head, row, column] = FULL if tile.all() else PARTIAL if tile.any() else EMPTY
+    return kinds
 
 
 @settings(max_examples=60)
 @given(
     pattern=shared_patterns(longest=90) | patterns_with_heads(4, longest=90),
     lengths=st.sampled_from([(1, 1), (64, 64), (61, 90), (90, 61)]),
-    most=st.sampled_from([None, 40, 7]),
+    max_entries=st.sampled_from([None, 40, 7]),
     g=st.sampled_from([1, 2, 4]),
 )
-def test_lists_say_what_the_masks_say(pattern, lengths, most, g):
+def test_lists_agree_with_masks(pattern, lengths, max_entries, g):
     t, s = lengths
-    expected = expected_states(pattern, t, s, 4)
+    expected = expected_kinds(pattern, t, s, 4)
     rows, columns = expected.shape[1:]
-    plan = plan_pattern(pattern, t, s, TILE, (4, g), formula=False, most=most, most_kept=4)
-    np.testing.assert_array_equal(states_of(plan.rows, 4, (rows, columns)), expected)
-    found = states_of(plan.columns, g, (columns, rows), share=4 // g)
-    np.testing.assert_array_equal(found.swapaxes(1, 2), expected)
+    plan = plan_pattern(pattern, t, s, TILE, (4, g), evaluated=False, max_entries=max_entries, max_cached_masks=4)
+    np.testing.assert_array_equal(tile_kinds(plan.rows, 4, (rows, columns)), expected)
+    by_column = tile_kinds(plan.columns, g, (columns, rows), group_size=4 // g)
+    np.testing.assert_array_equal(by_column.swapaxes(1, 2), expected)
     check_masks(plan, pattern, t, s)
 
 
 def check_masks(plan, pattern, t, s):
-    """Each partial tile has its own bits."""
-    for part, (which, lists) in plan.rows:
-        for head, index in zip(part.heads, which[0], strict=True):
-            one = pattern.for_head(head)
+    """Compares the mask of each partial tile with the pattern."""
+    for part, (list_ids, lists) in plan.rows:
+        for head, index in zip(part.heads, list_ids[0], strict=True):
+            allows = pattern.for_head(head).allows
             for row, column, kind, _, mask in zip(*(x[index] for x in lists), strict=True):
                 if kind == PARTIAL:
                     q = (part.start + row) * TILE[0] + np.arange(TILE[0])[:, None]
                     k = column * TILE[1] + np.arange(TILE[1])
                     inside = (q < t) & (k < s)
-                    wanted = np.where(inside, one.allows(np.minimum(q, t - 1), np.minimum(k, s - 1), t, s), False)
-                    np.testing.assert_array_equal(plan.bits[mask], wanted)
+                    expected = np.where(inside, allows(np.minimum(q, t - 1), np.minimum(k, s - 1), t, s), False)
+                    np.testing.assert_array_equal(plan.bits[mask], expected)
 
 
-def test_a_step_for_each_live_tile_and_no_more():
+def test_one_entry_per_live_tile():
     pattern = parse("per_head(causal, causal, window(20), window(20))")
-    plan = plan_pattern(pattern, 128, 128, (16, 16), (4, 2), formula=False, most=None, most_kept=4)
-    steps = {part.heads: walk.lists.rows.shape[1] for part, walk in plan.rows}
+    plan = plan_pattern(pattern, 128, 128, (16, 16), (4, 2), evaluated=False, max_entries=None, max_cached_masks=4)
+    steps = {part.heads: schedule.lists.rows.shape[1] for part, schedule in plan.rows}
     assert steps == {(0, 1): 36, (2, 3): 8 + 7 + 6}
     assert sum(len(part.heads) * steps[part.heads] for part, _ in plan.rows) == pattern.tiles(128, 128, (16, 16))[0]
-    assert sum(len(part.heads) * walk.lists.rows.shape[1] for part, walk in plan.columns) == 2 * 36 + 2 * 21
+    assert sum(len(part.heads) * schedule.lists.rows.shape[1] for part, schedule in plan.columns) == 2 * 36 + 2 * 21
 
 
-def test_calls_have_at_most_so_many_entries():
-    plan = plan_pattern(parse("causal"), 1024, 1024, (16, 16), (1, 1), formula=True, most=200, most_kept=4)
+def test_launches_are_split_at_the_maximum_of_entries():
+    plan = plan_pattern(
+        parse("causal"), 1024, 1024, (16, 16), (1, 1), evaluated=True, max_entries=200, max_cached_masks=4
+    )
     assert len(plan.rows) > 1
-    for calls in (plan.rows, plan.columns):
-        assert all(walk.lists.rows.size <= 200 for _, walk in calls)
-        assert [part.start for part, _ in calls[1:]] == [part.stop for part, _ in calls[:-1]]
+    for launches in (plan.rows, plan.columns):
+        assert all(schedule.lists.rows.size <= 200 for _, schedule in launches)
+        assert [part.start for part, _ in launches[1:]] == [part.stop for part, _ in launches[:-1]]
 
 
 @pytest.mark.parametrize("b", [1, 2])
 @pytest.mark.parametrize("pattern", ["full", "causal & window(40)"])
-def test_selections_are_cut_by_the_pattern(pattern, b):
+def test_selections_are_intersected_with_the_pattern(pattern, b):
     (t, s), pattern, g = (61, 90), parse(pattern), 2
     rows, columns = -(-t // TILE[0]), -(-s // TILE[1])
     random = np.random.default_rng(b)
-    chosen = random.permuted(np.broadcast_to(np.arange(columns), (b, 4, rows, columns)), axis=-1)[..., :5]
-    chosen = np.where(random.random(chosen.shape) < 0.3, -1, chosen)
-    chosen[:, 1, 2] = -1  # a row without any
+    selected = random.permuted(np.broadcast_to(np.arange(columns), (b, 4, rows, columns)), axis=-1)[..., :5]
+    selected = np.where(random.random(selected.shape) < 0.3, -1, selected)
+    selected[:, 1, 2] = -1  # a row without tiles
 
-    def plan(chosen):
-        found = plan_selection(chosen, pattern, t, s, TILE, g)
-        return [[walk for _, walk in calls] for calls in (found.rows, found.columns)]
+    def schedules(selected):
+        plan = plan_selection(selected, pattern, t, s, TILE, g)
+        return [[schedule for _, schedule in launches] for launches in (plan.rows, plan.columns)]
 
-    parts = plan_selection(jnp.asarray(chosen), pattern, t, s, TILE, g)
+    plan = plan_selection(jnp.asarray(selected), pattern, t, s, TILE, g)
     by_row, by_column = (
-        [(part, walk) for (part, _), walk in zip(calls, walks, strict=True)]
-        for calls, walks in zip((parts.rows, parts.columns), jax.jit(plan)(chosen), strict=True)
+        [(part, schedule) for (part, _), schedule in zip(launches, traced, strict=True)]
+        for launches, traced in zip((plan.rows, plan.columns), jax.jit(schedules)(selected), strict=True)
     )
     for sequence in range(b):
         picked = np.zeros((4, rows, columns + 1), bool)
-        np.put_along_axis(picked, chosen[sequence], True, axis=-1)
-        expected = np.where(picked[..., :-1], expected_states(pattern, t, s, 4), EMPTY)
-        np.testing.assert_array_equal(states_of(by_row, 4, (rows, columns), sequence), expected)
-        found = states_of(by_column, g, (columns, rows), sequence, share=2)
-        np.testing.assert_array_equal(found.swapaxes(1, 2), expected)
+        np.put_along_axis(picked, selected[sequence], True, axis=-1)
+        expected = np.where(picked[..., :-1], expected_kinds(pattern, t, s, 4), EMPTY)
+        np.testing.assert_array_equal(tile_kinds(by_row, 4, (rows, columns), sequence), expected)
+        kinds = tile_kinds(by_column, g, (columns, rows), sequence, group_size=2)
+        np.testing.assert_array_equal(kinds.swapaxes(1, 2), expected)
 
 
 @settings(max_examples=40)
 @given(shared_patterns(longest=90), st.sampled_from([(64, 64), (61, 90), (90, 61)]))
-def test_kept_masks_are_those_of_the_tiles(pattern, lengths):
-    plan = plan_pattern(pattern, *lengths, TILE, (2, 1), formula=True, most=None, most_kept=4)
-    masks = [evaluate(pattern, *place, *lengths) for place in plan.kept]
-    for part, (_, lists) in plan.rows if plan.kept else ():
+def test_cached_masks_are_those_of_the_tiles(pattern, lengths):
+    plan = plan_pattern(pattern, *lengths, TILE, (2, 1), evaluated=True, max_entries=None, max_cached_masks=4)
+    masks = [evaluate(pattern, *tile, *lengths) for tile in plan.cached_masks]
+    for part, (_, lists) in plan.rows if plan.cached_masks else ():
         for row, column, kind, _, mask in zip(*(x[0] for x in lists), strict=True):
             if kind == PARTIAL:
                 stop = min(TILE[0], lengths[0] - (part.start + row) * TILE[0])
-                wanted = evaluate(pattern, part.start + row, column, *lengths)
-                np.testing.assert_array_equal(masks[mask][:stop], wanted[:stop])
+                expected = evaluate(pattern, part.start + row, column, *lengths)
+                np.testing.assert_array_equal(masks[mask][:stop], expected[:stop])
 
 
 def evaluate(pattern, row: int, column: int, t: int, s: int) -> np.ndarray:

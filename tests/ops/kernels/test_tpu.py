@@ -1,4 +1,4 @@
-"""What the kernels for TPUs have that the suite of all implementations does not ask for."""
+"""The TPU kernels, beyond what the suite of all implementations covers."""
 
 import dataclasses
 import os
@@ -9,85 +9,94 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
+from sparsejax.errors import InputError
 from sparsejax.ops import attend
 from sparsejax.ops.call import AttentionCall
 from sparsejax.ops.kernels import tpu
 from sparsejax.patterns import parse
+from tests.messages import check_message, rejects
 from tests.tolerances import assert_close
 
 
-def make_call(pattern: str, t: int, heads: tuple[int, int] = (2, 1), interpret=True, width: int = 8) -> AttentionCall:
+def make_call(
+    pattern: str, t: int, heads: tuple[int, int] = (2, 1), width: int = 8, b: int = 2, dtype="float32"
+) -> AttentionCall:
     random = np.random.default_rng(t)
-    q, k, v = (jnp.asarray(random.standard_normal((2, t, n, width), np.float32)) for n in (heads[0], *heads[1:] * 2))
-    return AttentionCall(q, k, v, parse(pattern), width**-0.5, None, None, None, interpret)
+    q, k, v = (jnp.asarray(random.standard_normal((b, t, n, width)), dtype) for n in (heads[0], *heads[1:] * 2))
+    return AttentionCall(q, k, v, parse(pattern), width**-0.5, None, None, None, True)
 
 
 def differentiate(run, call: AttentionCall) -> tuple[jax.Array, ...]:
-    """Output, log-sum-exp, and gradients for q, k and v of a sum that weighs all of them differently."""
+    """Output, log-sum-exp, and the gradients of q, k and v for a loss in which all entries differ in weight."""
 
-    def forward(q, k, v):
+    def loss(q, k, v):
         out, lse = run(dataclasses.replace(call, q=q, k=k, v=v))
         finite = jnp.where(jnp.isfinite(lse), lse, 0.0)
         return jnp.sin(out).sum() + (finite**2).sum(), (out, lse)
 
-    (_, results), gradients = jax.value_and_grad(forward, (0, 1, 2), has_aux=True)(call.q, call.k, call.v)
+    (_, results), gradients = jax.value_and_grad(loss, (0, 1, 2), has_aux=True)(call.q, call.k, call.v)
     return *results, *gradients
 
 
 def attend_densely(call: AttentionCall, mask: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Under any mask [b, h, t, s]."""
-    share = call.q.shape[2] // call.k.shape[2]
-    k, v = (jnp.repeat(x, share, axis=2) for x in (call.k, call.v))
-    scores = jnp.where(mask, jnp.einsum("bthd,bshd->bhts", call.q, k, precision="highest") * call.scale, -jnp.inf)
-    lse = jax.nn.logsumexp(scores, axis=-1, where=mask)
-    weights = jnp.where(mask, jnp.exp(scores - jnp.where(jnp.isfinite(lse), lse, 0.0)[..., None]), 0.0)
-    return jnp.einsum("bhts,bshd->bthd", weights, v, precision="highest"), jnp.moveaxis(lse, 1, 2)
+    """Attention under a dense mask, broadcast to [b, h, t, s]."""
+    group_size = call.q.shape[2] // call.k.shape[2]
+    k, v = (jnp.repeat(x, group_size, axis=2) for x in (call.k, call.v))
+    scores = jnp.einsum("bthd,bshd->bhts", call.q, k, precision="highest") * call.scale
+    scores = jnp.where(mask, scores, -jnp.inf)
+    lse = jax.nn.logsumexp(scores, axis=-1, where=jnp.broadcast_to(mask, scores.shape))
+    p = jnp.where(mask, jnp.exp(scores - jnp.where(jnp.isfinite(lse), lse, 0.0)[..., None]), 0.0)
+    return jnp.einsum("bhts,bshd->bthd", p, v, precision="highest"), jnp.moveaxis(lse, 1, 2)
 
 
-def check_same(found, expected):
-    for name, one, other in zip(("out", "lse", "q", "k", "v"), found, expected, strict=True):
-        assert_close(name, one, other, "float32")
+def assert_agrees(run, call: AttentionCall, mask=None):
+    """Compares values and gradients with dense attention in float32."""
+    mask = jnp.asarray(call.pattern.dense(call.q.shape[1]) if mask is None else mask)
+    compute = jax.jit(lambda q, k, v: differentiate(run, dataclasses.replace(call, q=q, k=k, v=v)))
+    wide = dataclasses.replace(call, **{name: getattr(call, name).astype(jnp.float32) for name in "qkv"})
+    expected = differentiate(lambda call: attend_densely(call, mask), wide)
+    for name, x, y in zip(("out", "lse", "dq", "dk", "dv"), compute(call.q, call.k, call.v), expected, strict=True):
+        assert_close(name, x, y, "float32" if name == "lse" else str(call.q.dtype))
 
 
-def test_lists_too_long_for_scalar_memory_are_cut(monkeypatch):
+def selection_mask(call: AttentionCall, selected: np.ndarray) -> np.ndarray:
+    """The dense mask of selected tiles of 128 x 128, intersected with the pattern."""
+    t, rows = call.q.shape[1], selected.shape[2]
+    picked = (selected[..., None] == np.arange(rows)).any(axis=-2)
+    return picked.repeat(128, axis=2).repeat(128, axis=3)[:, :, :t, :t] & call.pattern.dense(t)
+
+
+def test_lists_too_long_for_scalar_memory_are_split(monkeypatch):
     call = make_call("causal", 391, (2, 2))
     whole = differentiate(tpu.run, call)
-    monkeypatch.setattr(tpu, "BACKEND", dataclasses.replace(tpu.BACKEND, most=3))
-    cut = differentiate(tpu.run, call)
-    for one, other in zip(cut, whole, strict=True):
-        np.testing.assert_array_equal(one, other)
+    monkeypatch.setattr(tpu, "BACKEND", dataclasses.replace(tpu.BACKEND, max_entries=3))
+    for x, y in zip(differentiate(tpu.run, call), whole, strict=True):
+        np.testing.assert_array_equal(x, y)
 
 
 @pytest.mark.parametrize("pattern", ["full", "causal"])
-def test_tiles_that_the_data_select(pattern):
+def test_selected_tiles(pattern):
     call, rows = make_call(pattern, 300, (4, 2)), 3
     random = np.random.default_rng(0)
-    chosen = random.permuted(np.broadcast_to(np.arange(rows), (2, 4, rows, rows)), axis=-1)[..., :2].copy()
-    chosen[:, 1, 2] = -1
-    picked = (chosen[..., None] == np.arange(rows)).any(axis=-2)
-    mask = picked.repeat(128, axis=2).repeat(128, axis=3)[:, :, :300, :300] & call.pattern.dense(300)
-
-    @jax.jit
-    def compute(chosen):
-        return differentiate(lambda call: tpu.run(call, (128, 128), chosen), call)
-
-    check_same(compute(chosen), differentiate(lambda call: attend_densely(call, jnp.asarray(mask)), call))
+    selected = random.permuted(np.broadcast_to(np.arange(rows), (2, 4, rows, rows)), axis=-1)[..., :2].copy()
+    selected[:, 1, 2] = -1
+    mask = selection_mask(call, selected)
+    assert_agrees(lambda call: tpu.run(call, (128, 128), jnp.asarray(selected)), call, mask)
 
 
 @pytest.mark.parametrize("tile", [(128, 256), (256, 128)])
 def test_tiles_that_are_not_square(tile):
-    call = make_call("causal & window(100) | globals(2)", 300)
-    mask = jnp.broadcast_to(jnp.asarray(call.pattern.dense(300)), (2, 2, 300, 300))
-    found = differentiate(lambda call: tpu.run(call, tile), call)
-    check_same(found, differentiate(lambda call: attend_densely(call, mask), call))
+    assert_agrees(lambda call: tpu.run(call, tile), make_call("causal & window(100) | globals(2)", 300))
 
 
-def test_no_races():
-    call = make_call("causal & window(100)", 256, interpret=pltpu.InterpretParams(detect_races=True))
-    mask = jnp.broadcast_to(jnp.asarray(call.pattern.dense(256)), (2, 2, 256, 256))
-    check_same(differentiate(tpu.run, call), differentiate(lambda call: attend_densely(call, mask), call))
+def test_no_races(monkeypatch):
+    pallas_call = pl.pallas_call
+    detect = {"interpret": pltpu.InterpretParams(detect_races=True)}
+    monkeypatch.setattr(pl, "pallas_call", lambda *args, **options: pallas_call(*args, **options | detect))
+    assert_agrees(tpu.run, make_call("causal & window(100)", 256))
     from jax._src.pallas.mosaic.interpret import interpret_pallas_call
 
     assert not interpret_pallas_call.races.races_found
@@ -97,35 +106,36 @@ SHARDED = """
 import re, jax, numpy as np
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from sparsejax.ops import attend
+from sparsejax.ops.kernels.mesh import HEAD_AXIS
 from sparsejax.patterns import parse
 
-mesh = jax.make_mesh((2, 2, 2), ("data", "fsdp", "tensor"), axis_types=(AxisType.Auto,) * 3)
-spread = NamedSharding(mesh, PartitionSpec(("data", "fsdp"), None, "tensor", None))
+mesh = jax.make_mesh((2, 2, 2), ("data", "fsdp", HEAD_AXIS), axis_types=(AxisType.Auto,) * 3)
+sharding = NamedSharding(mesh, PartitionSpec(("data", "fsdp"), None, HEAD_AXIS, None))
 random = np.random.default_rng(0)
 arrays = [random.standard_normal((4, 130, heads, 8), np.float32) for heads in (4, 2, 2, 4)]
 ids = np.sort(random.integers(0, 3, (4, 130)))
 sink = random.standard_normal(4, np.float32)
 pattern = parse("causal & window(20)")
 
-def gradients(impl, sink, q, k, v, d_out):
+def gradients(impl, sink, q, k, v, do):
     options = dict(impl=impl, interpret=impl == "tpu", segment_ids=ids)
     out, backward = jax.vjp(lambda sink, *x: attend(*x, pattern, sink_logits=sink, **options), sink, q, k, v)
-    return out, *backward(d_out)
+    return out, *backward(do)
 
 expected = jax.jit(lambda *x: gradients("dense", *x))(sink, *arrays)
 with jax.set_mesh(mesh):
-    shardings = [NamedSharding(mesh, PartitionSpec("tensor")), *[spread] * 4]
+    shardings = [NamedSharding(mesh, PartitionSpec(HEAD_AXIS)), *[sharding] * 4]
     step = jax.jit(lambda *x: gradients("tpu", *x), in_shardings=shardings)
     compiled = step.lower(sink, *arrays).compile()
-    found = compiled(*(jax.device_put(x, place) for x, place in zip((sink, *arrays), shardings)))
-moved = re.findall(r"all-gather[a-z-]*\\(", compiled.as_text())
-assert not moved, moved
-for one, other in zip(found, expected, strict=True):
-    np.testing.assert_allclose(one, other, rtol=1e-4, atol=1e-5)
+    results = compiled(*(jax.device_put(x, y) for x, y in zip((sink, *arrays), shardings)))
+gathers = re.findall(r"all-gather[a-z-]*\\(", compiled.as_text())
+assert not gathers, gathers
+for x, y in zip(results, expected, strict=True):
+    np.testing.assert_allclose(x, y, rtol=1e-4, atol=1e-5)
 """
 
 
-def test_each_device_of_a_mesh_computes_its_own_sequences_and_heads():
+def test_each_device_of_a_mesh_computes_its_sequences_and_heads():
     devices = {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": "--xla_force_host_platform_device_count=8"}
     run = subprocess.run([sys.executable, "-c", SHARDED], env=os.environ | devices, capture_output=True)
     assert run.returncode == 0, run.stderr.decode()
@@ -141,37 +151,33 @@ def test_each_device_of_a_mesh_computes_its_own_sequences_and_heads():
         ("chunk(128)", 8192, 256),
     ],
 )
-def test_tiles_as_large_as_pay(pattern, t, tile):
+def test_tiles_are_as_large_as_pays(pattern, t, tile):
     assert tpu.choose_tile(parse(pattern), t, t) == (tile, tile)
 
 
-def test_too_many_tiles_for_a_word():
-    call = jax.eval_shape(lambda: jnp.zeros((1, 2**21, 16, 8)))
-    with pytest.raises(ValueError, match=r"tpu: 16384 x 16384 tiles of \(128, 128\) do not fit into a word: larger"):
-        jax.eval_shape(
-            lambda q: tpu.run(
-                AttentionCall(q, q[:, :, :1], q[:, :, :1], parse("window(3)"), 1.0, None, None, None, True), (128, 128)
-            ),
-            call,
-        )
+def test_too_many_tiles_for_a_list_entry():
+    q = jax.ShapeDtypeStruct((1, 2**21, 16, 8), jnp.float32)
+    call = make_call("window(3)", 9)
+    with rejects(InputError, "tile"):
+        jax.eval_shape(lambda q: tpu.run(dataclasses.replace(call, q=q, k=q[:, :, :1], v=q[:, :, :1]), (128, 128)), q)
 
 
 @pytest.mark.parametrize(
-    ("change", "reason"),
+    "change",
     [
-        ({"interpret": False}, "it needs a TPU v5e or newer, or interpret=True; here is cpu"),
-        ({"alibi_slopes": jnp.zeros(2)}, "no ALiBi"),
-        ({"pattern": parse("multiset(causal, sink(2))")}, "no keys that count more than once"),
-        ({"q": jnp.zeros((1, 9, 2, 300)), "k": jnp.zeros((1, 9, 1, 300))}, "heads of at most 256, got 300"),
+        pytest.param({"interpret": False}, id="device"),
+        pytest.param({"alibi_slopes": jnp.zeros(2)}, id="alibi"),
+        pytest.param({"pattern": parse("multiset(causal, sink(2))")}, id="multiplicity"),
+        pytest.param({"q": jnp.zeros((2, 9, 2, 300)), "k": jnp.zeros((2, 9, 1, 300))}, id="width"),
     ],
 )
-def test_refusals(change, reason):
-    assert tpu.unsupported_reason(make_call("causal", 9)) is None
-    shape = {"v": jnp.zeros((1, 9, 1, 8))} if "q" in change else {}
-    assert tpu.unsupported_reason(dataclasses.replace(make_call("causal", 9), **change, **shape)) == reason
+def test_unsupported_calls(change):
+    call = make_call("causal", 9)
+    assert tpu.unsupported_reason(call) is None
+    check_message(tpu.unsupported_reason(dataclasses.replace(call, **change)))
 
 
-def test_auto_takes_them_where_they_serve():
+def test_auto_selects_the_kernels_if_they_serve_the_call():
     call = make_call("causal", 100)
-    found = attend(call.q, call.k, call.v, call.pattern, interpret=True)
-    assert_close("out", found, attend(call.q, call.k, call.v, call.pattern, impl="dense"), "float32")
+    out = attend(call.q, call.k, call.v, call.pattern, interpret=True)
+    assert_close("out", out, attend(call.q, call.k, call.v, call.pattern, impl="dense"), "float32")
