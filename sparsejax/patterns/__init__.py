@@ -1,8 +1,11 @@
-"""Patterns: who may look at whom, said once. NumPy only; nothing here imports the rest of the package."""
+"""Patterns: which keys each query attends to, defined once. Requires NumPy only."""
 
 from sparsejax.patterns import receptive_field, recipes
-from sparsejax.patterns.lint import lint_schedule
-from sparsejax.patterns.drawing import Panel, draw_mask, draw_pattern, name_numbers
+from sparsejax.patterns.algebra import And, Minus, Multiset, Or, PerHead, Shift, per_head
+from sparsejax.patterns.base import FOREVER, Pattern, PatternError
+from sparsejax.patterns.drawing import Panel, draw_mask, draw_pattern, format_numbers
+from sparsejax.patterns.kv_cache import plan_cache
+from sparsejax.patterns.layout import TileGrid, TileLayout, from_ranges
 from sparsejax.patterns.library import (
     NAMES,
     Causal,
@@ -17,28 +20,16 @@ from sparsejax.patterns.library import (
     Sink,
     Strided,
     Window,
-    from_ranges,
 )
-from sparsejax.patterns.base import (
-    FOREVER,
-    And,
-    Minus,
-    Multiset,
-    Or,
-    Pattern,
-    PatternError,
-    PerHead,
-    Shift,
-    per_head,
-)
-from sparsejax.patterns.kv_cache import plan_cache
+from sparsejax.patterns.lint import lint_schedule
+from sparsejax.patterns.recipes import RECIPES
 from sparsejax.patterns.text import parse
 from sparsejax.patterns.tiled import BigBirdRandom, Random, Tiles
-from sparsejax.patterns.layout import TileGrid, TileLayout
 
 __all__ = [
     "FOREVER",
     "NAMES",
+    "RECIPES",
     "And",
     "BigBirdRandom",
     "Causal",
@@ -65,14 +56,14 @@ __all__ = [
     "TileLayout",
     "Tiles",
     "Window",
-    "lint_schedule",
-    "plan_cache",
     "draw_mask",
     "draw_pattern",
+    "format_numbers",
     "from_ranges",
-    "name_numbers",
+    "lint_schedule",
     "parse",
     "per_head",
+    "plan_cache",
     "receptive_field",
     "recipes",
 ]

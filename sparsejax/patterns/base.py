@@ -1,8 +1,7 @@
-"""What a pattern is, and how patterns combine: `&`, `|`, `-`, `shift` and `per_head`.
+"""The base class of all patterns.
 
-A pattern says which keys each query may look at. It is a small frozen value, written once; the mask, the
-tile layout, the pair count, the decode cache and the text form are all derived from it. A new pattern is one
-subclass in `library.py` that states `allows` and `bounds`, and `last_query` and `lookahead` if it has any.
+A pattern defines which keys each query may attend to. It is a small frozen value, written once; the mask, the tile
+layout, the pair count, the receptive field, the decode cache and the text form are derived from it.
 """
 
 from __future__ import annotations
@@ -11,463 +10,248 @@ import dataclasses
 import functools
 import hashlib
 import math
-import operator
+from collections.abc import Callable
 from types import ModuleType
-from typing import Any, ClassVar
+from typing import Any, ClassVar, TypeAlias
 
 import numpy as np
 
-from sparsejax.patterns.layout import Bounds, TileGrid, TileLayout, build_layout, count_pairs, list_pairs
+from sparsejax.errors import InputError
+from sparsejax.patterns.layout import TileGrid, TileLayout, build_layout, count_pairs, list_edges
+from sparsejax.patterns.spans import Bounds
 
 FOREVER = np.iinfo(np.int64).max
-FARTHEST = 2**30  # sums of two positions stay within the int32 of a compiled program, where overflow is silent
+MAX_POSITION = 2**30  # the sum of two positions fits the int32 of a compiled program, where overflow is silent
+
+Positions: TypeAlias = Any  # integers: int, np.ndarray or jax.Array, also traced
+Mask: TypeAlias = Any  # booleans of the broadcast shape of the positions, in their array library
+Counts: TypeAlias = Any  # integers of that shape
+Edges: TypeAlias = tuple[np.ndarray, np.ndarray]
 
 
-class PatternError(ValueError):
-    """A pattern that cannot be: a bad argument, a bad combination, or text that does not parse."""
+class PatternError(InputError):
+    """An invalid pattern: a bad argument, patterns that do not combine, or text that does not parse."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Pattern:
-    """Who may look at whom. Subclasses are frozen dataclasses whose fields are the arguments of the text form.
+    """Which keys each query attends to.
 
-    Positions count from 0, for queries and keys alike; lengths `t` (queries) and `s` (keys) are in tokens.
+    Positions count from 0 for queries and for keys; the lengths `t` (queries) and `s` (keys) are in tokens.
+
+    A new pattern is a frozen dataclass whose fields are the arguments of its text form. It defines:
+      * `name`: its name in the text form; `NAMES[name] = cls` registers it.
+      * `allows`: the mask.
+      * `bounds`: the tiles that it touches and fills; `from_ranges` covers patterns whose rows are intervals.
+      * `signature`, optional: what distinguishes its tiles. The default examines every undecided tile; a pattern that
+        repeats itself returns less, and then equal tiles are examined once.
+      * `last_query`, optional: until when a key must be cached. By default keys are cached forever.
+      * `lookahead`, optional: how far past its own position a query attends. By default without limit.
+      * `check`, optional: what does not fit a sequence length.
+      * `check_pattern` of `sparsejax.patterns.testing` compares all of these with the mask.
     """
 
     name: ClassVar[str]
+    operators: ClassVar[dict[str, Callable[..., Pattern]]] = {}  # by sign; defined in algebra.py
 
-    # What each pattern states of itself.
+    # The definition of a pattern.
 
-    def allows(self, q: Any, k: Any, t: int | None = None, s: int | None = None) -> Any:
-        """Whether query position `q` may look at key position `k`.
+    def allows(self, q: Positions, k: Positions, t: int | None = None, s: int | None = None) -> Mask:
+        """Whether query position `q` attends to key position `k`.
 
         Args:
-          q: integer positions, NumPy or jax.numpy (traced ones too), broadcastable with `k`.
-          k: integer positions.
-          t: number of queries; needed only by patterns that count from the end.
-          s: number of keys; likewise.
+          q: Integer positions, NumPy or jax.numpy (also traced), broadcastable with `k`.
+          k: Integer positions.
+          t: Number of queries. Required only by patterns that count from the end.
+          s: Number of keys. Required only by patterns that count from the end or depend on the number of keys.
 
         Returns:
-          Booleans of the broadcast shape; a pattern with heads puts a leading axis `h` before it.
+          Booleans of the broadcast shape, with a leading axis `h` if the pattern differs between heads.
         """
         raise NotImplementedError
 
-    def counts(self, q: Any, k: Any, t: int | None = None, s: int | None = None) -> Any:
-        """How often query `q` has key `k` among its keys: `allows` as integers, or more inside of `multiset`."""
+    def counts(self, q: Positions, k: Positions, t: int | None = None, s: int | None = None) -> Counts:
+        """Multiplicity of key `k` among the keys of query `q`: 0 or 1, or more inside `multiset`."""
         return self.allows(q, k, t, s) * 1
 
     def bounds(self, grid: TileGrid) -> Bounds:
-        """Which tiles of the grid hold an allowed pair (live) and which hold only allowed pairs (full)."""
+        """The live tiles of the grid (with some allowed pair) and the full tiles (with only allowed pairs)."""
         raise NotImplementedError
 
     def signature(self, grid: TileGrid, q0: np.ndarray, k0: np.ndarray) -> list[np.ndarray]:
-        """Integers that fix what a tile of the grid holds, given its first query and key, each [n].
+        """Integers that determine the pairs of a tile.
 
-        Two tiles with equal signatures hold the same pairs, so that each is examined once. The positions
-        themselves always serve; a pattern that repeats itself returns less.
+        Tiles of equal shape with equal signatures must hold the same pairs, relative to their first query and key.
+
+        Args:
+          grid: The tiles.
+          q0: First query of each tile, int64 [n].
+          k0: First key of each tile, int64 [n].
+
+        Returns:
+          Arrays int64 [n]. The positions themselves are always valid.
         """
         return [q0, k0]
 
     def last_query(self, k: np.ndarray) -> np.ndarray:
-        """The last query that may look at key `k` (int64 [n]); infinity is `patterns.FOREVER`.
+        """The last query that attends to key `k`, int64 [n], or `FOREVER`.
 
-        An upper bound is allowed: it only makes a decode cache larger.
+        The result may be an upper bound, which only enlarges the decode cache.
         """
         return np.full_like(k, FOREVER)
 
     def lookahead(self) -> float:
-        """How many positions past its own a query may see at most (an upper bound, `math.inf` if unbounded)."""
+        """Upper bound on `k - q` over all allowed pairs; `math.inf` without a limit."""
         return math.inf
 
     def check(self, t: int, s: int) -> None:
-        """Raises PatternError if the pattern means something that `t` queries and `s` keys do not have."""
+        """Raises PatternError if the pattern refers to positions that `t` queries and `s` keys do not have."""
 
-    # What follows from it.
+    # Derived views.
 
     @property
     def heads(self) -> int | None:
-        """Number of heads the pattern distinguishes, or None when all heads share it."""
+        """Number of heads that the pattern distinguishes; None if all heads share it."""
         return None
 
     @property
     def repeats(self) -> bool:
-        """Whether a key may count more than once in the softmax, see `multiset`."""
+        """Whether a key can count more than once in the softmax; see `multiset`."""
         return False
 
     def for_head(self, index: int) -> Pattern:
         """The pattern of one head."""
         return self
 
+    def by_head(self) -> tuple[Pattern, ...]:
+        """The pattern of each head; of length 1 if all heads share it."""
+        return (self,) if self.heads is None else tuple(self.for_head(i) for i in range(self.heads))
+
     def dense(self, t: int, s: int | None = None) -> np.ndarray:
-        """The mask as np.bool_ [t, s]; [h, t, s] for a pattern with heads. The oracle: for small inputs."""
+        """The mask as bool [t, s], or [h, t, s] with heads. The oracle, for small inputs."""
         s = t if s is None else s
         return np.asarray(self.allows(np.arange(t)[:, None], np.arange(s)[None, :], t, s))
 
     def layout(
         self, t: int, s: int | None = None, tile: tuple[int, int] = (128, 128)
     ) -> TileLayout | tuple[TileLayout, ...]:
-        """The live tiles, exactly, in time and memory proportional to their number.
+        """The live tiles, exact, in time and memory proportional to their number.
 
         Args:
-          t: number of queries.
-          s: number of keys, `t` if not given.
-          tile: queries and keys of a tile.
+          t: Number of queries.
+          s: Number of keys; defaults to `t`.
+          tile: Queries and keys of a tile.
 
         Returns:
-          A TileLayout; for a pattern with heads a tuple of one for each head (equal heads share theirs).
+          A TileLayout, or one per head if the pattern differs between heads (equal heads share theirs).
 
         Raises:
-          PatternError: a length below 0 or a tile size below 1.
+          PatternError: A length is negative or a tile is empty.
         """
-        s = t if s is None else s
-        if t < 0 or s < 0 or min(tile) < 1:
-            raise PatternError(f"layout needs lengths >= 0 and tiles >= 1, got t={t}, s={s}, tile={tile}")
-        if self.heads is None:
-            return build_layout(self, t, s, tuple(tile))
-        return tuple(build_layout(self.for_head(i), t, s, tuple(tile)) for i in range(self.heads))
+        layouts = self.layouts(t, s, tile)
+        return layouts[0] if self.heads is None else layouts
+
+    def layouts(self, t: int, s: int | None = None, tile: tuple[int, int] = (128, 128)) -> tuple[TileLayout, ...]:
+        """`layout` as a tuple, of length 1 if all heads share the pattern."""
+        s = _check_lengths(t, s)
+        if min(tile) < 1:
+            raise PatternError("tile", f"{tuple(tile)} contains a size below 1")
+        return tuple(build_layout(pattern, t, s, (tile[0], tile[1])) for pattern in self.by_head())
 
     def pairs(self, t: int, s: int | None = None) -> int:
-        """The exact number of allowed (query, key) pairs, summed over the heads the pattern distinguishes."""
-        s = t if s is None else s
-        if self.heads is not None:
-            return sum(self.for_head(i).pairs(t, s) for i in range(self.heads))
-        return _count_pairs(self, t, s)
+        """The exact number of allowed (query, key) pairs, summed over the heads that the pattern distinguishes."""
+        s = _check_lengths(t, s)
+        return sum(count_pairs(pattern, t, s) for pattern in self.by_head())
 
-    def edges(
-        self, t: int, s: int | None = None
-    ) -> tuple[np.ndarray, np.ndarray] | tuple[tuple[np.ndarray, np.ndarray], ...]:
-        """The allowed (query, key) pairs themselves, in time proportional to the live tiles.
+    def edges(self, t: int, s: int | None = None) -> Edges | tuple[Edges, ...]:
+        """The allowed (query, key) pairs, in time proportional to the live tiles.
 
-        A pair that counts more than once, see `multiset`, is listed as often.
+        A pair is listed as often as it counts; see `multiset`.
 
         Args:
-          t: number of queries.
-          s: number of keys, `t` if not given.
+          t: Number of queries.
+          s: Number of keys; defaults to `t`.
 
         Returns:
-          Queries and keys, int32 [pairs] each, sorted by query and then by key; for a pattern with heads a tuple
-          of such a pair for each head (equal heads share theirs).
+          Queries and keys, int32 [pairs] each, sorted by query and then by key, or one such pair of arrays per head
+          if the pattern differs between heads (equal heads share theirs).
 
         Raises:
-          PatternError: a length below 0.
+          PatternError: A length is negative.
         """
-        build = functools.cache(lambda pattern: _list_edges(pattern, t, t if s is None else s))
-        if self.heads is None:
-            return build(self)
-        return tuple(build(self.for_head(i)) for i in range(self.heads))
+        s = _check_lengths(t, s)
+        build = functools.cache(lambda pattern: list_edges(pattern, t, s))
+        edges = tuple(build(pattern) for pattern in self.by_head())
+        return edges[0] if self.heads is None else edges
 
     def tiles(self, t: int, s: int | None = None, tile: tuple[int, int] = (128, 128)) -> tuple[int, int]:
-        """How many tiles are live, and how many there are, summed over the heads the pattern distinguishes."""
-        layouts = self.layout(t, s, tile)
-        layouts = (layouts,) if self.heads is None else layouts
-        return sum(len(one.columns) for one in layouts), sum(one.grid.rows * one.grid.columns for one in layouts)
+        """Number of live tiles and of all tiles, summed over the heads that the pattern distinguishes."""
+        layouts = self.layouts(t, s, tile)
+        return sum(len(x.columns) for x in layouts), sum(x.grid.rows * x.grid.columns for x in layouts)
 
     @property
     def digest(self) -> str:
-        """A short stable name of the pattern: 12 hexadecimal digits of its text form's SHA-256."""
+        """A short stable identifier: the first 12 hexadecimal digits of the SHA-256 of the text form."""
         return hashlib.sha256(str(self).encode()).hexdigest()[:12]
 
+    def _combine(self, sign: str, other: object) -> Pattern:
+        return self.operators[sign](self, other) if isinstance(other, Pattern) else NotImplemented
+
     def __and__(self, other: Pattern) -> Pattern:
-        return And.of(self, other) if isinstance(other, Pattern) else NotImplemented
+        return self._combine("&", other)
 
     def __or__(self, other: Pattern) -> Pattern:
-        return Or.of(self, other) if isinstance(other, Pattern) else NotImplemented
+        return self._combine("|", other)
 
     def __sub__(self, other: Pattern) -> Pattern:
-        return Minus.of(self, other) if isinstance(other, Pattern) else NotImplemented
+        return self._combine("-", other)
 
     def __str__(self) -> str:
-        shown, skipped = [], False
+        arguments, skipped = [], False
         for field in dataclasses.fields(self):
             value = getattr(self, field.name)
             if value == field.default:
                 skipped = True
             else:
-                shown.append(f"{field.name}=" * (skipped or field.kw_only) + _show(value))
-        return f"{self.name}({', '.join(shown)})" if dataclasses.fields(self) else self.name
+                arguments.append(f"{field.name}=" * (skipped or field.kw_only is True) + _format(value))
+        return f"{self.name}({', '.join(arguments)})" if dataclasses.fields(self) else self.name
 
 
-@functools.lru_cache(maxsize=256)
-def _count_pairs(pattern: Pattern, t: int, s: int) -> int:
-    """Of a pattern that is the same for all heads; kept, as each trace of `attend` asks again."""
-    layout = pattern.layout(t, s)
-    tiles = layout.rows.astype(np.int64) * layout.grid.columns + layout.columns
-    partial, _ = count_pairs(pattern, layout.grid, tiles[~layout.full])
-    height = np.minimum(layout.grid.tile[0], t - layout.rows * layout.grid.tile[0])
-    width = np.minimum(layout.grid.tile[1], s - layout.columns * layout.grid.tile[1])
-    return int(partial.sum()) + int((height.astype(np.int64) * width)[layout.full].sum())
+def require(pattern: Pattern, **minimums: int) -> None:
+    """Checks that fields of a pattern are integers between their minimum and 2**30."""
+    for field, minimum in minimums.items():
+        require_integer(f"{pattern.name}.{field}", getattr(pattern, field), minimum)
 
 
-def _list_edges(pattern: Pattern, t: int, s: int) -> tuple[np.ndarray, np.ndarray]:
-    queries, keys = list_pairs(pattern, pattern.layout(t, s))
-    if not pattern.repeats:
-        return queries, keys
-    counts = pattern.counts(queries, keys, t, s)
-    return np.repeat(queries, counts), np.repeat(keys, counts)
+def require_integer(argument: str, value: object, minimum: int) -> None:
+    """Checks that a value is an integer between `minimum` and 2**30, beyond which int32 positions overflow.
 
-
-def require(pattern: Pattern, **least: int) -> None:
-    """Checks that fields of a pattern are integers, not less than given and not beyond what int32 can add up."""
-    for field, low in least.items():
-        value = getattr(pattern, field)
-        if isinstance(value, bool) or not isinstance(value, int) or value < low:
-            raise PatternError(f"{pattern.name}: {field} must be an integer >= {low}, got {value!r}")
-        if value > FARTHEST:
-            raise PatternError(f"{pattern.name}: {field} must be at most 2**30, got {value}")
-
-
-def _show(value: Any) -> str:
-    return f"[{', '.join(map(_show, value))}]" if isinstance(value, tuple) else str(value)
-
-
-@dataclasses.dataclass(frozen=True)
-class _Combination(Pattern):
-    """Several patterns joined; nested joins of the same kind are flattened, so that equal texts are equal values."""
-
-    terms: tuple[Pattern, ...]
-
-    @classmethod
-    def of(cls, *terms: Pattern) -> Pattern:
-        """The terms joined; PatternError if they are for different numbers of heads."""
-        _common_heads(terms)
-        return cls(tuple(part for term in terms for part in (term.terms if type(term) is cls else (term,))))
-
-    @property
-    def heads(self) -> int | None:
-        return next((term.heads for term in self.terms if term.heads is not None), None)
-
-    @property
-    def repeats(self) -> bool:
-        return any(term.repeats for term in self.terms)
-
-    def for_head(self, index: int) -> Pattern:
-        return self if self.heads is None else type(self).of(*(term.for_head(index) for term in self.terms))
-
-    def check(self, t, s):
-        for term in self.terms:
-            term.check(t, s)
-
-    def signature(self, grid, q0, k0):
-        return [part for term in self.terms for part in term.signature(grid, q0, k0)]
-
-
-def _common_heads(terms: tuple[Pattern, ...]) -> None:
-    heads = {term.heads for term in terms} - {None}
-    if len(heads) > 1:
-        raise PatternError(f"patterns for {' and '.join(map(str, sorted(heads)))} heads do not combine")
-
-
-class And(_Combination):
-    """What all terms allow."""
-
-    name: ClassVar[str] = "and"
-
-    def allows(self, q, k, t=None, s=None):
-        return functools.reduce(operator.and_, (term.allows(q, k, t, s) for term in self.terms))
-
-    def counts(self, q, k, t=None, s=None):
-        return functools.reduce(operator.mul, (term.counts(q, k, t, s) for term in self.terms))
-
-    def bounds(self, grid):
-        return functools.reduce(operator.and_, (term.bounds(grid) for term in self.terms))
-
-    def last_query(self, k):
-        return functools.reduce(np.minimum, (term.last_query(k) for term in self.terms))
-
-    def lookahead(self):
-        return min(term.lookahead() for term in self.terms)
-
-    def __str__(self):
-        return " & ".join(f"({term})" if type(term) is Or else str(term) for term in self.terms)
-
-
-class Or(_Combination):
-    """What any term allows."""
-
-    name: ClassVar[str] = "or"
-
-    def allows(self, q, k, t=None, s=None):
-        return functools.reduce(operator.or_, (term.allows(q, k, t, s) for term in self.terms))
-
-    def counts(self, q, k, t=None, s=None):
-        largest = array_module(q, k).maximum
-        return functools.reduce(largest, (term.counts(q, k, t, s) for term in self.terms))
-
-    def bounds(self, grid):
-        return functools.reduce(operator.or_, (term.bounds(grid) for term in self.terms))
-
-    def last_query(self, k):
-        return functools.reduce(np.maximum, (term.last_query(k) for term in self.terms))
-
-    def lookahead(self):
-        return max(term.lookahead() for term in self.terms)
-
-    def __str__(self):
-        return " | ".join(f"({term})" if isinstance(term, And) else str(term) for term in self.terms)
-
-
-class Multiset(Or):
-    """What any term allows, as often as terms allow it: a key that m terms allow counts m times in the softmax.
-
-    The released BigBird code lists tiles and does not look whether it has listed one already.
+    Raises:
+      PatternError: The value is not; the message names `argument`.
     """
-
-    name: ClassVar[str] = "multiset"
-
-    @property
-    def repeats(self):
-        return True
-
-    def counts(self, q, k, t=None, s=None):
-        return functools.reduce(operator.add, (term.counts(q, k, t, s) for term in self.terms))
-
-    def __str__(self):
-        return f"multiset({', '.join(map(str, self.terms))})"
+    if isinstance(value, bool) or not isinstance(value, int) or value < minimum:
+        raise PatternError(
+            argument, f"{value if isinstance(value, Pattern) else repr(value)} is not an integer >= {minimum}"
+        )
+    if value > MAX_POSITION:
+        raise PatternError(argument, f"{value} exceeds 2**30")
 
 
-class Minus(_Combination):
-    """What the first term allows and none of the others does."""
-
-    name: ClassVar[str] = "minus"
-
-    @classmethod
-    def of(cls, *terms):
-        # Only the first term may be flattened: a - (b - c) is something else than a - b - c.
-        first = terms[0].terms if type(terms[0]) is cls else terms[:1]
-        _common_heads(terms)
-        return cls((*first, *terms[1:]))
-
-    def allows(self, q, k, t=None, s=None):
-        masks = [term.allows(q, k, t, s) for term in self.terms]
-        return masks[0] & (functools.reduce(operator.or_, masks[1:]) ^ True)  # ~ would be wrong for a plain bool
-
-    def counts(self, q, k, t=None, s=None):
-        return self.terms[0].counts(q, k, t, s) * self.allows(q, k, t, s)
-
-    def bounds(self, grid):
-        first, *others = (term.bounds(grid) for term in self.terms)
-        return first & ~functools.reduce(operator.or_, others)
-
-    def last_query(self, k):
-        return self.terms[0].last_query(k)
-
-    def lookahead(self):
-        return self.terms[0].lookahead()
-
-    def __str__(self):
-        first, *others = self.terms
-        shown = [f"({first})" if type(first) in (And, Or) else str(first)]
-        shown += [f"({term})" if type(term) in (And, Or, Minus) else str(term) for term in others]
-        return " - ".join(shown)
-
-
-@dataclasses.dataclass(frozen=True)
-class Shift(Pattern):
-    """A pattern moved `by` keys back: query q looks at key k where the pattern lets it look at k + `by`.
-
-    `shift(causal, 1)` is strictly causal. Keys that would come from outside of the sequence are not there.
-    """
-
-    name: ClassVar[str] = "shift"
-    pattern: Pattern
-    by: int
-
-    def __post_init__(self):
-        if not isinstance(self.pattern, Pattern):
-            raise PatternError(f"shift: pattern must be a pattern, got {self.pattern!r}")
-        require(self, by=-FARTHEST)
-
-    @property
-    def heads(self):
-        return self.pattern.heads
-
-    @property
-    def repeats(self):
-        return self.pattern.repeats
-
-    def for_head(self, index):
-        return Shift(self.pattern.for_head(index), self.by)
-
-    def check(self, t, s):
-        self.pattern.check(t, s)
-
-    def allows(self, q, k, t=None, s=None):
-        return self.pattern.allows(q, k + self.by, t, s) & self._is_there(k + self.by, s)
-
-    def counts(self, q, k, t=None, s=None):
-        return self.pattern.counts(q, k + self.by, t, s) * self._is_there(k + self.by, s)
-
-    def _is_there(self, moved, s):
-        if s is None and self.by > 0:
-            raise PatternError(f"{self}: which keys there are depends on their number s")
-        return (moved >= 0) if self.by <= 0 else (moved < s)
-
-    def bounds(self, grid):
-        return self.pattern.bounds(grid.move(self.by))
-
-    def signature(self, grid, q0, k0):
-        moved = grid.move(self.by)
-        first, stop = moved.keys
-        # How much of the tile lies before the first key and after the last.
-        outside = [np.minimum(k0 + self.by - first, 0), np.maximum(k0 + self.by + grid.tile[1] - stop, 0)]
-        return self.pattern.signature(moved, q0, k0 + self.by) + outside
-
-    def last_query(self, k):
-        moved = k + self.by
-        return np.where(moved < 0, -1, self.pattern.last_query(np.maximum(moved, 0)))
-
-    def lookahead(self):
-        return self.pattern.lookahead() - self.by
-
-
-@dataclasses.dataclass(frozen=True)
-class PerHead(Pattern):
-    """A pattern of its own for each query head, in order: `per_head(window(31), window(255))`."""
-
-    name: ClassVar[str] = "per_head"
-    patterns: tuple[Pattern, ...]
-
-    def __post_init__(self):
-        if not self.patterns or any(p.heads is not None for p in self.patterns):
-            raise PatternError("per_head takes one or more patterns that are not per_head themselves")
-
-    @property
-    def heads(self) -> int:
-        return len(self.patterns)
-
-    def for_head(self, index: int) -> Pattern:
-        return self.patterns[index]
-
-    def check(self, t, s):
-        for pattern in self.patterns:
-            pattern.check(t, s)
-
-    @property
-    def repeats(self):
-        return any(pattern.repeats for pattern in self.patterns)
-
-    def allows(self, q, k, t=None, s=None):
-        return array_module(q, k).stack([p.allows(q, k, t, s) for p in self.patterns])
-
-    def counts(self, q, k, t=None, s=None):
-        return array_module(q, k).stack([p.counts(q, k, t, s) for p in self.patterns])
-
-    def last_query(self, k):
-        return functools.reduce(np.maximum, (p.last_query(k) for p in self.patterns))
-
-    def lookahead(self):
-        return max((p.lookahead() for p in self.patterns), default=-math.inf)
-
-    def __str__(self):
-        return f"per_head({', '.join(map(str, self.patterns))})"
-
-
-def per_head(*patterns: Pattern) -> PerHead:
-    """One pattern for each query head."""
-    return PerHead(tuple(patterns))
-
-
-def array_module(*arrays: Any) -> ModuleType:
-    """NumPy, or the array module (jax.numpy) that one of the arrays belongs to."""
+def array_module(*arrays: Positions) -> ModuleType:
+    """The array library of the arrays: NumPy, or jax.numpy if one of them belongs to it."""
     modules = [a.__array_namespace__() for a in arrays if hasattr(a, "__array_namespace__")]
     return next((m for m in modules if m is not np), np)
+
+
+def _check_lengths(t: int, s: int | None) -> int:
+    """The number of keys, which defaults to that of the queries."""
+    for argument, length in (("t", t), ("s", t if s is None else s)):
+        if length < 0:
+            raise PatternError(argument, f"{length} is negative")
+    return t if s is None else s
+
+
+def _format(value: object) -> str:
+    if isinstance(value, tuple):
+        return f"[{', '.join(map(_format, value))}]"
+    return repr(value) if isinstance(value, str) else str(value)

@@ -1,4 +1,4 @@
-"""What a decoder must keep: the cache slots of a pattern, derived from who may still look at a key."""
+"""The KV-cache slots of a pattern, derived from the last query that attends to each key."""
 
 from __future__ import annotations
 
@@ -8,18 +8,18 @@ from sparsejax.patterns.base import FOREVER, Pattern
 
 
 def plan_cache(pattern: Pattern, length: int) -> tuple[np.ndarray, int]:
-    """The cache slot of every key position, and how many slots there are.
+    """The cache slot of every key position, and the number of slots.
 
-    Keys that some query arbitrarily far ahead may look at (sinks, globals, everything under `causal`) are
-    pinned, each in a slot of its own. The others share a ring just long enough that a key is overwritten only
-    after the last query that may look at it.
+    Keys to which queries arbitrarily far ahead attend (sinks, globals, everything under `causal`) are pinned, each in
+    its own slot. The others share a ring just long enough that a key is overwritten only after the last query that
+    attends to it.
 
     Args:
-      pattern: any pattern; with heads, one slot table serves all of them.
-      length: number of positions that will be decoded, prompt included.
+      pattern: Any pattern. With heads, one slot table serves all of them.
+      length: Number of positions to decode, including the prompt.
 
     Returns:
-      int32 [length] slots, and the number of slots.
+      The slots, int32 [length], and the number of slots.
     """
     keys = np.arange(length, dtype=np.int64)
     last = pattern.last_query(keys)

@@ -1,6 +1,6 @@
-"""Advice on a schedule before it runs: what its patterns cannot do over a sequence of a given length.
+"""Warnings about a schedule before it runs: what its patterns cannot do over a sequence of a given length.
 
-Everything is found out from what the patterns say of themselves, so that a new pattern is advised on like the others.
+All warnings are derived from the methods of the patterns, so that they cover new patterns too.
 """
 
 from __future__ import annotations
@@ -11,133 +11,126 @@ from collections.abc import Iterator, Sequence
 
 import numpy as np
 
-from sparsejax.patterns.drawing import name_ranges
-from sparsejax.patterns.library import FARTHEST, FOREVER
-from sparsejax.patterns.base import Pattern
-from sparsejax.patterns.receptive_field import MOST_LAYERS, layers_to_cover, sizes, looks_ahead, limit
+from sparsejax.patterns import receptive_field
+from sparsejax.patterns.base import FOREVER, MAX_POSITION, Pattern
+from sparsejax.patterns.drawing import format_ranges
 
-PROBES = 64  # positions that a token must see, and be seen from, to be looked at as a global one
+PROBES = 64  # positions that a global token must attend to and be attended to from
 
-Named = Sequence[tuple[str, Pattern]]
+Layers = Sequence[tuple[str, Pattern]]
 
 
-def lint_schedule(layers: Named, n: int) -> list[str]:
-    """Warnings about a schedule, one line each, that name the layers they are about.
+def lint_schedule(layers: Layers, n: int) -> list[str]:
+    """Warnings about a schedule, one line each, naming the layers.
 
     Args:
-      layers: name and pattern of each layer, in order; numbered from 0.
-      n: tokens of a sequence.
+      layers: Name and pattern of each layer in order; numbered from 0.
+      n: Sequence length in tokens.
     """
     if n < 1 or not layers:
         return []
-    return [*_short_reach(layers, n), *_late_layers(layers, n), *_causal_globals(layers, n), *_dense_layers(layers, n)]
+    return [
+        *_short_receptive_field(layers, n),
+        *_redundant_layers(layers, n),
+        *_causal_globals(layers, n),
+        *_dense_layers(layers, n),
+    ]
 
 
-def _short_reach(layers: Named, n: int) -> Iterator[str]:
-    """A position that does not see all it may, and whether more layers like these would help."""
+def _short_receptive_field(layers: Layers, n: int) -> Iterator[str]:
+    """A position that does not receive all inputs that it could, and whether more such layers would help."""
     stack = [pattern for _, pattern in layers]
-    ahead = looks_ahead(stack)
-    # The last position has the longest way to go; but it can be a token of its own kind, as an ordinary one is not.
+    ahead = receptive_field.looks_ahead(stack)
+    # The last position has the longest way to go, but it may be special (a global token), unlike one in the middle.
     possible = {position: n if ahead else position + 1 for position in sorted({n // 2, n - 1})}
-    sizes = {position: int(sizes(stack, n, position)[-1]) for position in possible}
-    position = max(possible, key=lambda place: (possible[place] - sizes[place], place))
+    sizes = {position: int(receptive_field.sizes(stack, n, position)[-1]) for position in possible}
+    position = max(possible, key=lambda p: (possible[p] - sizes[p], p))
     if sizes[position] == possible[position]:
         return
-    reached, settled = limit(stack, n, position)
-    every, size = _name_layers(layers, range(len(layers))), int(reached.sum())
+    reached, settled = receptive_field.limit(stack, n, position)
+    names, size = _name_layers(layers, range(len(layers))), int(reached.sum())
     if size == possible[position]:
-        needed = layers_to_cover(stack, n, position)
-        remedy = f"it takes {needed:,} layers of this schedule"
+        depth = receptive_field.layers_to_cover(stack, n, position)
+        remedy = f"{depth:,} layers of this schedule would reach all"
     elif not settled:
-        remedy = f"{MOST_LAYERS:,} layers of this schedule are too few"
+        remedy = f"{receptive_field.MAX_LAYERS:,} layers of this schedule would not reach all"
     else:
-        remedy = "and at no depth more" if size == sizes[position] else f"and at any depth {size:,}"
-    yield (
-        f"{every}: position {position:,} is reached by {sizes[position]:,} of the {possible[position]:,} inputs that it"
-        f" could see; {remedy}"
-    )
+        remedy = "more layers add nothing" if size == sizes[position] else f"more layers reach at most {size:,}"
+    yield f"{names}: position {position:,} receives {sizes[position]:,} of {possible[position]:,} inputs; {remedy}"
     if settled and size < possible[position]:
-        yield from _closed_set(every, np.flatnonzero(reached), position)
+        yield from _closed_set(names, np.flatnonzero(reached), position)
 
 
-def _closed_set(every: str, reached: np.ndarray, position: int) -> Iterator[str]:
-    """What the set (int [n], ascending) looks like that a position never gets out of."""
+def _closed_set(names: str, reached: np.ndarray, position: int) -> Iterator[str]:
+    """The structure of the set of positions (int [n], ascending) that a position never leaves."""
     stride = math.gcd(*(reached - position).tolist())
     if stride > 1:
-        yield (
-            f"{every}: position {position:,} is only ever reached from multiples of {stride} away:"
-            " positions of different residues never mix"
-        )
+        yield f"{names}: position {position:,} only receives inputs at multiples of {stride}; residues never mix"
     elif len(reached) == reached[-1] - reached[0] + 1:
-        yield f"{every}: none ever leaves its chunk, for position {position:,} tokens {reached[0]:,} to {reached[-1]:,}"
+        yield (
+            f"{names}: no layer crosses chunk boundaries; position {position:,} only receives tokens"
+            f" {reached[0]:,} to {reached[-1]:,}"
+        )
 
 
-def _late_layers(layers: Named, n: int) -> Iterator[str]:
-    """Last layers that show the last position nothing new.
+def _redundant_layers(layers: Layers, n: int) -> Iterator[str]:
+    """Final layers that add nothing to the receptive field of the last position.
 
-    In a schedule with a layer that sees everything by itself this is no news: there the others are for something else.
+    Schedules with a layer that attends to everything are exempt: there the other layers serve another purpose.
     """
     stack = [pattern for _, pattern in layers]
-    if any(sizes([pattern], n)[-1] == n for pattern in set(stack)):
+    if any(receptive_field.sizes([pattern], n)[-1] == n for pattern in set(stack)):
         return
-    sizes = sizes(stack, n)
+    sizes = receptive_field.sizes(stack, n)
     first = int(np.flatnonzero(sizes == sizes[-1])[0])
     if first < len(layers):
-        seen = "all" if sizes[-1] == n else "the same"
-        late = _name_layers(layers, range(first, len(layers)))
-        yield f"{late}: nothing new is seen: {seen} {sizes[-1]:,} inputs reach the last position without"
+        size = f"all {n:,}" if sizes[-1] == n else f"{sizes[-1]:,}"
+        names = _name_layers(layers, range(first, len(layers)))
+        yield f"{names}: adds nothing to the receptive field of the last position, which is {size} inputs without"
 
 
-def _causal_globals(layers: Named, n: int) -> Iterator[str]:
-    """Global tokens in a layer that looks at the past only: they cannot carry what comes after them."""
-    for pattern, numbers in _each(layers):
-        count = sum(_count_globals(part, n) for head in _heads(pattern) for part in set(_parts(head)))
-        if count and not looks_ahead([pattern]):
-            yield (
-                f"{_name_layers(layers, numbers)}: global tokens in a causal layer see only what is before them:"
-                " they relay nothing of the rest"
-            )
+def _causal_globals(layers: Layers, n: int) -> Iterator[str]:
+    """Global tokens in a causal layer: they carry nothing of what comes after them."""
+    for pattern, numbers in _distinct(layers):
+        terms = {term for head in pattern.by_head() for term in _terms(head)}
+        if any(_has_globals(term, n) for term in terms) and not receptive_field.looks_ahead([pattern]):
+            yield f"{_name_layers(layers, numbers)}: causal global tokens relay nothing of what follows them"
 
 
-def _count_globals(pattern: Pattern, n: int) -> int:
-    """How many global tokens the pattern is made of: they see all and all see them, and it has no other pairs."""
-    places = np.arange(n)
+def _has_globals(pattern: Pattern, n: int) -> bool:
+    """Whether the pattern consists of global tokens: they attend to all, all attend to them, and nothing else."""
+    positions = np.arange(n)
     probes = np.unique(np.linspace(0, n - 1, PROBES, dtype=np.int64))
-    sees = pattern.allows(places[:, None], probes[None], n, n).all(axis=1)
-    seen = pattern.allows(probes[:, None], places[None], n, n).all(axis=0)
-    count = int((sees & seen).sum())
-    return count if 0 < count < n and pattern.pairs(n) == n * n - (n - count) ** 2 else 0
+    queries = pattern.allows(positions[:, None], probes[None], n, n).all(axis=1)
+    keys = pattern.allows(probes[:, None], positions[None], n, n).all(axis=0)
+    count = int((queries & keys).sum())
+    return 0 < count < n and pattern.pairs(n) == n * n - (n - count) ** 2
 
 
-def _dense_layers(layers: Named, n: int) -> Iterator[str]:
-    """Patterns that leave keys out in a longer sequence, but not in this one."""
-    for pattern, numbers in _each(layers):
-        for head in dict.fromkeys(_heads(pattern)):
-            dense = n * n if looks_ahead([head]) else n * (n + 1) // 2
-            # No pattern has a number this large, so that such a key is forgotten unless all keys are kept.
-            forgets = head.last_query(np.array([2 * FARTHEST])) < FOREVER
+def _dense_layers(layers: Layers, n: int) -> Iterator[str]:
+    """Patterns that leave out keys of longer sequences but none of this length."""
+    for pattern, numbers in _distinct(layers):
+        for head in dict.fromkeys(pattern.by_head()):
+            dense = n * n if receptive_field.looks_ahead([head]) else n * (n + 1) // 2
+            # No argument of a pattern is this large, so that only a pattern that keeps all keys keeps this one.
+            forgets = head.last_query(np.array([2 * MAX_POSITION])) < FOREVER
             if n > 1 and forgets and head.pairs(n) == dense:
-                yield f"{_name_layers(layers, numbers)}: {head} leaves nothing out of {n:,} tokens: it is dense"
+                yield f"{_name_layers(layers, numbers)}: {head} is dense over {n:,} tokens"
 
 
-def _each(layers: Named) -> Iterator[tuple[Pattern, list[int]]]:
+def _distinct(layers: Layers) -> Iterator[tuple[Pattern, list[int]]]:
     """Each distinct pattern with the numbers of its layers."""
     for pattern in dict.fromkeys(pattern for _, pattern in layers):
         yield pattern, [number for number, (_, other) in enumerate(layers) if other == pattern]
 
 
-def _heads(pattern: Pattern) -> list[Pattern]:
-    return [pattern] if pattern.heads is None else [pattern.for_head(i) for i in range(pattern.heads)]
-
-
-def _parts(pattern: Pattern) -> Iterator[Pattern]:
+def _terms(pattern: Pattern) -> Iterator[Pattern]:
     """The named patterns that an expression joins."""
     terms = getattr(pattern, "terms", None)
-    yield from [pattern] if terms is None else itertools.chain.from_iterable(_parts(term) for term in terms)
+    yield from [pattern] if terms is None else itertools.chain.from_iterable(_terms(term) for term in terms)
 
 
-def _name_layers(layers: Named, numbers: Sequence[int]) -> str:
+def _name_layers(layers: Layers, numbers: Sequence[int]) -> str:
     """`layer 3 (local)`, or `layers 0-2, 4 (local, full)`."""
-    shown = ", ".join(name_ranges(list(numbers)))
     names = ", ".join(dict.fromkeys(layers[number][0] for number in numbers))
-    return f"{'layer' if len(numbers) == 1 else 'layers'} {shown} ({names})"
+    return f"layer{'s' * (len(numbers) > 1)} {', '.join(format_ranges(list(numbers)))} ({names})"

@@ -1,26 +1,35 @@
-"""The text form: `parse("causal & (window(255) | sink(4))")`; `str(pattern)` is its inverse.
+"""The text form: `parse("causal & (window(255) | sink(4))")`. `str(pattern)` is its inverse.
 
 union        = intersection ("|" intersection)*
 intersection = difference ("&" difference)*
 difference   = atom ("-" atom)*
 atom         = "(" union ")" | name [ "(" [argument ("," argument)*] ")" ]
-argument     = [name "="] (integer | "[" integer ("," integer)* "]" | union)
+argument     = [name "="] (integer | "[" [value ("," value)*] "]" | word | union)
+
+A name is a pattern of `library.NAMES`, a recipe of `recipes.RECIPES`, `per_head` or `multiset`. A recipe stands for the
+expression that it returns. A word is the value of a recipe's argument whose default is a string, `true` or `false`.
 """
 
 from __future__ import annotations
 
-import dataclasses
 import difflib
+import inspect
 import re
-from typing import Any
+from collections.abc import Callable, Collection, Iterator
+from typing import Any, NamedTuple
 
+from sparsejax.patterns.algebra import Multiset, PerHead, per_head
+from sparsejax.patterns.base import Pattern, PatternError
 from sparsejax.patterns.library import NAMES
-from sparsejax.patterns.base import And, Minus, Multiset, Or, Pattern, PatternError, PerHead, per_head
+from sparsejax.patterns.recipes import RECIPES
 
-DEEPEST = 100  # parentheses inside parentheses; far more than any pattern needs, far fewer than Python's stack holds
-LONGEST = 10_000  # characters
+MAX_DEPTH = 100  # nested parentheses: far more than a pattern needs, far fewer than Python's stack holds
+MAX_LENGTH = 10_000  # characters
 SHOWN = 120  # characters of a text in an error
-JOINED = {PerHead.name: per_head, Multiset.name: Multiset.of}  # words that take any number of patterns
+JOINS: dict[str, Callable[..., Pattern]] = {
+    PerHead.name: per_head,
+    Multiset.name: Multiset.of,
+}  # any number of patterns
 TOKEN = re.compile(r"\s*(?:(?P<name>[A-Za-z_]\w*)|(?P<integer>-?\d+)|(?P<sign>[()\[\],=&|-]))")
 
 
@@ -28,155 +37,193 @@ def parse(text: str | Pattern, t: int | None = None, s: int | None = None) -> Pa
     """The pattern that a text describes.
 
     Args:
-      text: see above. A pattern is taken as it is, however long its text would be.
-      t: number of queries it is meant for. If given, what does not fit into it (ids past the end, more random
-        tiles than there are) is an error too.
-      s: number of keys, `t` if not given.
+      text: See the grammar above. A pattern is returned unchanged.
+      t: Number of queries. If set, a pattern that does not fit it (ids past the end, more random tiles than exist) is
+        an error too.
+      s: Number of keys; defaults to `t`.
 
     Raises:
-      PatternError: one line with the text, the column (from 1) and, for an unknown word, the nearest known one.
+      PatternError: One line with the text, the column (from 1) and, for an unknown name, the nearest known name.
     """
+    lengths = None if t is None else (t, t if s is None else s)
     if isinstance(text, Pattern):
-        if t is not None:
-            text.check(t, t if s is None else s)
+        if lengths:
+            text.check(*lengths)
         return text
-    return _Parser(text, None if t is None else (t, t if s is None else s)).parse()
+    return _Parser(text, lengths).parse()
+
+
+class _Token(NamedTuple):
+    kind: str | None  # name, integer, sign or end
+    text: str
+    at: int  # offset in the text
+
+
+class _Argument(NamedTuple):
+    name: str | None
+    value: Any
+    at: int
 
 
 class _Parser:
     def __init__(self, text: str, lengths: tuple[int, int] | None):
         self.text, self.lengths = text, lengths
-        if len(text) >= LONGEST:
-            raise self.error(f"{len(text):,} characters; fewer than {LONGEST:,} are read", LONGEST - 1)
-        self.tokens = list(self._split())
-        self.next = 0
+        if len(text) >= MAX_LENGTH:
+            raise self.error(f"{len(text):,} characters exceed the limit of {MAX_LENGTH - 1:,}", MAX_LENGTH - 1)
+        self.tokens = list(self.split())
+        self.index = 0
         self.depth = 0
 
-    def _split(self):
+    def split(self) -> Iterator[_Token]:
         at, end = 0, len(self.text.rstrip())
         while at < end:
             match = TOKEN.match(self.text, at)
             if not match:
                 at += len(self.text[at:]) - len(self.text[at:].lstrip())
                 raise self.error(f"unexpected {self.text[at]!r}", at)
-            yield match.lastgroup, match[match.lastgroup], match.start(match.lastgroup)
+            kind = str(match.lastgroup)
+            yield _Token(kind, match[kind], match.start(kind))
             at = match.end()
-        yield "end", "", end
+        yield _Token("end", "", end)
 
-    def error(self, problem: str, at: int | None = None) -> PatternError:
-        at = self.tokens[self.next][2] if at is None else at
+    @property
+    def token(self) -> _Token:
+        return self.tokens[self.index]
+
+    def error(self, problem: object, at: int | None = None) -> PatternError:
+        at = self.token.at if at is None else at
         shown, start = self.text, max(0, at - SHOWN // 2)
         if len(shown) > SHOWN:
             shown = "..." * (start > 0) + shown[start : start + SHOWN] + "..." * (start + SHOWN < len(shown))
-        return PatternError(f"pattern {shown!r}: column {at + 1}: {problem}")
+        return PatternError("pattern", f"{shown!r}: column {at + 1}: {problem}")
 
-    def unknown(self, kind: str, word: str, known: list[str], at: int) -> PatternError:
+    def unknown(self, kind: str, word: str, known: Collection[str], at: int) -> PatternError:
         near = difflib.get_close_matches(word, known, n=1, cutoff=0)
-        return self.error(f"unknown {kind} {word!r}, did you mean {near[0]!r}?", at)
+        return self.error(f"unknown {kind} {word!r}" + (f"; did you mean {near[0]!r}?" if near else ""), at)
 
-    def take(self, value: str) -> bool:
-        found = self.tokens[self.next][1] == value
-        self.next += found
-        return found
+    def take(self, text: str) -> bool:
+        matches = self.token.text == text
+        self.index += matches
+        return matches
 
     def parse(self) -> Pattern:
         pattern = self.union()
-        if self.tokens[self.next][0] != "end":
-            raise self.error(f"expected '&', '|', '-' or the end, found {self.tokens[self.next][1]!r}")
+        if self.token.kind != "end":
+            raise self.error(f"expected '&', '|', '-' or the end, found {self.token.text!r}")
         return pattern
 
     def union(self) -> Pattern:
         self.depth += 1
-        if self.depth > DEEPEST:
-            raise self.error(f"more than {DEEPEST} patterns inside one another")
-        pattern = self.joined("|", self.intersection, Or)
+        if self.depth > MAX_DEPTH:
+            raise self.error(f"more than {MAX_DEPTH} nested patterns")
+        pattern = self.joined("|", self.intersection)
         self.depth -= 1
         return pattern
 
     def intersection(self) -> Pattern:
-        return self.joined("&", self.difference, And)
+        return self.joined("&", self.difference)
 
     def difference(self) -> Pattern:
-        return self.joined("-", self.atom, Minus)
+        return self.joined("-", self.atom)
 
-    def joined(self, sign: str, part: Any, combination: type[And] | type[Or] | type[Minus]) -> Pattern:
-        at = self.tokens[self.next][2]
-        terms = [part()]
+    def joined(self, sign: str, term: Callable[[], Pattern]) -> Pattern:
+        at = self.token.at
+        terms = [term()]
         while self.take(sign):
-            terms.append(part())
+            terms.append(term())
+        return terms[0] if len(terms) == 1 else self.call(Pattern.operators[sign], at, *terms)
+
+    def call(self, build: Callable[..., Pattern], at: int, *values: Any, **named: Any) -> Pattern:
+        """Builds a pattern and checks it against the lengths; an error names the column of the pattern."""
         try:
-            return terms[0] if len(terms) == 1 else combination.of(*terms)
+            pattern = build(*values, **named)
+            if self.lengths:
+                pattern.check(*self.lengths)
         except PatternError as error:
-            raise self.error(str(error), at) from None
+            raise self.error(error, at) from None
+        return pattern
 
     def atom(self) -> Pattern:
-        kind, word, at = self.tokens[self.next]
+        kind, word, at = self.token
         if self.take("("):
             pattern = self.union()
             if not self.take(")"):
-                raise self.error(f"expected ')' for the parenthesis opened at column {at + 1}")
+                raise self.error(f"expected ')' for the parenthesis at column {at + 1}")
             return pattern
         if kind != "name":
             raise self.error(f"expected a pattern, found {word or 'the end'!r}")
-        if word not in NAMES and word not in JOINED:
-            raise self.unknown("pattern", word, [*NAMES, *JOINED], at)
-        self.next += 1
-        arguments = self.arguments() if self.tokens[self.next][1] == "(" else []
-        try:
-            pattern = self.build(word, arguments, at)
-            if self.lengths:
-                pattern.check(*self.lengths)
-            return pattern
-        except PatternError as error:
-            raise error if str(error).startswith("pattern ") else self.error(str(error), at) from None
+        self.index += 1
+        if word in JOINS:
+            arguments = self.arguments({})
+            for argument in arguments:
+                if argument.name or not isinstance(argument.value, Pattern):
+                    raise self.error(f"{word} takes patterns only", argument.at)
+            return self.call(JOINS[word], at, *(argument.value for argument in arguments))
+        build = NAMES.get(word) or RECIPES.get(word)
+        if build is None:
+            raise self.unknown("pattern", word, [*NAMES, *RECIPES, *JOINS], at)
+        parameters = inspect.signature(build).parameters
+        return self.call(build, at, **self.bind(word, parameters, self.arguments(parameters), at))
 
-    def arguments(self) -> list[tuple[str | None, Any, int]]:
-        opened = self.tokens[self.next][2]
-        self.next += 1
-        found = []
+    def arguments(self, parameters: Any) -> list[_Argument]:
+        """The arguments in parentheses, if there are any."""
+        opened = self.token.at
+        arguments: list[_Argument] = []
+        if not self.take("("):
+            return arguments
         while not self.take(")"):
-            if found and not self.take(","):
-                raise self.error(f"expected ',' or ')' for the parenthesis opened at column {opened + 1}")
-            _, word, at = self.tokens[self.next]
-            named = self.tokens[self.next][0] == "name" and self.tokens[self.next + 1][1] == "="
-            self.next += 2 * named
-            found.append((word if named else None, self.value(), at))
-        return found
+            if arguments and not self.take(","):
+                raise self.error(f"expected ',' or ')' for the parenthesis at column {opened + 1}")
+            _, word, at = self.token
+            named = self.token.kind == "name" and self.tokens[self.index + 1].text == "="
+            self.index += 2 * named
+            name = word if named else next(iter(list(parameters)[len(arguments) :]), None)
+            default = parameters[name].default if name in parameters else None
+            arguments.append(_Argument(word if named else None, self.value(default), at))
+        return arguments
 
-    def value(self) -> Any:
-        kind, word, _ = self.tokens[self.next]
+    def value(self, default: object = None) -> Any:
+        """An integer, a list, a pattern, or a word where the default value is a word."""
+        kind, word, _ = self.token
+        if isinstance(default, bool):
+            if word not in ("true", "false"):
+                raise self.error(f"expected true or false, found {word or 'the end'!r}")
+            self.index += 1
+            return word == "true"
         if kind == "integer":
             if len(word) > 20:
                 raise self.error(f"a number of {len(word)} digits")
-            self.next += 1
+            self.index += 1
             return int(word)
         if self.take("["):
-            values = []
+            values: list[Any] = []
+            self.depth += 1
+            if self.depth > MAX_DEPTH:
+                raise self.error(f"more than {MAX_DEPTH} nested patterns")
             while not self.take("]"):
                 if values and not self.take(","):
                     raise self.error("expected ',' or ']'")
                 values.append(self.value())
+            self.depth -= 1
             return tuple(values)
+        if kind == "name" and isinstance(default, str):
+            self.index += 1
+            return word
         return self.union()
 
-    def build(self, word: str, arguments: list[tuple[str | None, Any, int]], at: int) -> Pattern:
-        if word in JOINED:
-            for name, value, where in arguments:
-                if name or not isinstance(value, Pattern):
-                    raise self.error(f"{word} takes patterns only", where)
-            return JOINED[word](*(value for _, value, _ in arguments))
-        fields = {field.name: field for field in dataclasses.fields(NAMES[word])}
+    def bind(self, word: str, parameters: Any, arguments: list[_Argument], at: int) -> dict[str, Any]:
+        """The arguments by the name of their parameter."""
         values: dict[str, Any] = {}
         for index, (name, value, where) in enumerate(arguments):
-            if name is None and index >= len(fields):
-                raise self.error(f"{word} takes at most {len(fields)} arguments", where)
-            name = list(fields)[index] if name is None else name
-            if name not in fields:
-                raise self.unknown(f"argument of {word}", name, list(fields) or [word], where)
+            if name is None and index >= len(parameters):
+                raise self.error(f"{word} takes at most {len(parameters)} arguments", where)
+            name = list(parameters)[index] if name is None else name
+            if name not in parameters:
+                raise self.unknown(f"argument of {word}", name, list(parameters), where)
             if name in values:
                 raise self.error(f"{word} got {name} twice", where)
             values[name] = value
-        missing = [n for n, f in fields.items() if n not in values and f.default is dataclasses.MISSING]
+        missing = [name for name, p in parameters.items() if name not in values and p.default is p.empty]
         if missing:
-            raise self.error(f"{word} needs {' and '.join(missing)}", at)
-        return NAMES[word](**values)
+            raise self.error(f"{word} requires {' and '.join(missing)}", at)
+        return values

@@ -1,7 +1,7 @@
-"""Patterns made of whole tiles: listed one by one, or drawn at random.
+"""Patterns made of whole tiles, listed explicitly or drawn at random.
 
-A draw is a pure function of (seed, layer, head, query tile): it is computed wherever it is needed, in NumPy and
-inside kernels alike, and is the same in every step and after every restart.
+A draw is a pure function of (seed, layer, head, query tile). NumPy and kernels compute it alike, and it is the same in
+every step and after every restart.
 """
 
 from __future__ import annotations
@@ -13,49 +13,50 @@ from typing import Any, ClassVar
 
 import numpy as np
 
-from sparsejax.patterns.base import FOREVER, Pattern, PatternError, array_module, require
-from sparsejax.patterns.layout import Bounds, merge_intervals, overlaps
+from sparsejax.patterns.base import FOREVER, Mask, Pattern, PatternError, Positions, array_module, require
+from sparsejax.patterns.layout import TileGrid
+from sparsejax.patterns.spans import Bounds, cover, merge_intervals
 
 
 class _Tiled(Pattern):
-    """A pattern that is a list of key tiles for each query tile: `_lists`, and `allows` that agrees with it."""
+    """A pattern given by the key tiles of each query tile: `_lists`, with which `allows` must agree."""
 
     def _lists(self, t: int, s: int) -> tuple[tuple[int, int], np.ndarray]:
-        """Height and width of its tiles in tokens; key tiles of each query tile, int [rows, n], -1 for none."""
+        """Height and width of a tile in tokens, and the key tiles of each query tile, int [rows, n], padded with -1."""
         raise NotImplementedError
 
-    def bounds(self, grid):
+    def bounds(self, grid: TileGrid) -> Bounds:
         (height, width), lists = self._lists(grid.t, grid.s)
         first, last = grid.row_bounds()
         low, high = first // height, np.minimum(last // height, len(lists) - 1)
-        listed = np.maximum(high - low + 1, 0)  # how many of its own rows a row of the grid crosses
+        listed = np.maximum(high - low + 1, 0)  # number of rows of the pattern that a row of the grid crosses
         row = np.repeat(np.arange(grid.rows), listed)
-        own = np.arange(len(row)) - np.repeat(np.cumsum(listed) - listed, listed) + low[row]
-        columns = lists[own]
+        crossed = np.arange(len(row)) - np.repeat(np.cumsum(listed) - listed, listed) + low[row]
+        columns = lists[crossed]
         row, start = np.repeat(row, lists.shape[1]), columns.ravel().astype(np.int64) * width
         keep = start >= 0
         keys = _RowIntervals(row[keep], start[keep], start[keep] + width)
-        # What all queries of a row see is listed in as many own rows as it crosses.
+        # A key to which all queries of a grid row attend is listed in every row that the grid row crosses.
         whole = np.where(last // height < len(lists), listed, 0)
         return Bounds.exact(grid.touched(*keys.covered(np.minimum(listed, 1))), grid.filled(*keys.covered(whole)))
 
 
 @dataclasses.dataclass(frozen=True)
 class _RowIntervals:
-    """Intervals of keys `[start, stop)` in rows, all int64 [n]."""
+    """Intervals of keys `[start, stop)` by row, int64 [n] each."""
 
     row: np.ndarray
     start: np.ndarray
     stop: np.ndarray
 
     def covered(self, depth: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Starts, stops and rows of what at least `depth[row]` of a row's intervals cover, int64 [n]; 0 skips a row."""
-        length = self.stop.max(initial=0) + 1  # of a row, laid end to end with a gap between
+        """Starts, stops and rows of the keys that at least `depth[row]` intervals cover; depth 0 skips a row."""
+        length = self.stop.max(initial=0) + 1  # of a row; rows are laid end to end with gaps between them
         edges = [np.zeros((0, 2), np.int64)]
-        for one in np.unique(depth[depth > 0]).tolist():
-            mine = depth[self.row] == one
-            shift = self.row[mine] * length
-            edges.append(overlaps(self.start[mine] + shift, self.stop[mine] + shift, one))
+        for level in np.unique(depth[depth > 0]).tolist():
+            selected = depth[self.row] == level
+            shift = self.row[selected] * length
+            edges.append(cover(self.start[selected] + shift, self.stop[selected] + shift, level))
         start, stop = np.concatenate(edges).T
         rows = start // length
         return start - rows * length, stop - rows * length, rows
@@ -63,41 +64,39 @@ class _RowIntervals:
 
 @dataclasses.dataclass(frozen=True)
 class Tiles(_Tiled):
-    """Any layout: `rows[i]` lists the key tiles, from 0, that query tile i looks at.
+    """Any layout: `rows[i]` lists the key tiles, counted from 0, to which query tile i attends.
 
-    A tile has `tile` tokens a side; if not given, queries and keys are each cut into as many tiles as there are
-    rows, the last of them perhaps smaller.
+    Tiles have `tile` by `tile` tokens. By default queries and keys are each cut into as many tiles as there are rows;
+    the last tile may be smaller.
     """
 
     name: ClassVar[str] = "tiles"
     rows: tuple[tuple[int, ...], ...]
     tile: int | None = dataclasses.field(default=None, kw_only=True)
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         rows = self.rows
         if not isinstance(rows, list | tuple) or not rows or not all(isinstance(row, list | tuple) for row in rows):
-            raise PatternError(f"tiles: rows must be lists of key tiles, one for each query tile, got {rows!r}")
+            raise PatternError("tiles.rows", f"{rows!r} is not a list of key tiles per query tile")
         if not all(isinstance(i, int) and not isinstance(i, bool) and i >= 0 for row in rows for i in row):
-            raise PatternError("tiles: key tiles must be integers >= 0")
+            raise PatternError("tiles.rows", "contains a key tile that is not an integer >= 0")
         object.__setattr__(self, "rows", tuple(tuple(sorted(set(row))) for row in rows))
-        worst = max((i for row in self.rows for i in row), default=0)
         if self.tile is not None:
             require(self, tile=1)
-        elif worst >= len(rows):
-            raise PatternError(f"tiles: key tile {worst} of {len(rows)}; the first is 0")
+        elif self._last_column() >= len(rows):
+            raise PatternError("tiles.rows", f"key tile {self._last_column()} exceeds the last, {len(rows) - 1}")
 
-    def check(self, t, s):
-        if self.tile is not None:
-            width = -(-s // self.tile)
-            worst = max((i for row in self.rows for i in row), default=0)
-            if worst >= width or len(self.rows) > -(-t // self.tile):
-                raise PatternError(f"tiles: tiles of {self.tile} that lie outside of a sequence of {min(t, s)}")
+    def check(self, t: int, s: int) -> None:
+        if self.tile is None:
+            return
+        if self._last_column() >= -(-s // self.tile) or len(self.rows) > -(-t // self.tile):
+            raise PatternError("tiles.rows", f"a tile of {self.tile} is outside a sequence of {min(t, s)} tokens")
 
-    def allows(self, q, k, t=None, s=None):
+    def allows(self, q: Positions, k: Positions, t: int | None = None, s: int | None = None) -> Mask:
         height, width = self._sides(t, s)
         return _is_listed(q // height, k // width, self.rows)
 
-    def last_query(self, k):
+    def last_query(self, k: np.ndarray) -> np.ndarray:
         if self.tile is None:
             return np.full_like(k, FOREVER)
         rows = {column: row for row, columns in enumerate(self.rows) for column in columns}
@@ -105,24 +104,36 @@ class Tiles(_Tiled):
         row = np.append(last, -1)[np.minimum(k // self.tile, len(last))]
         return np.where(row < 0, -1, (row + 1) * self.tile - 1)
 
+    def _last_column(self) -> int:
+        return max((i for row in self.rows for i in row), default=0)
+
     def _sides(self, t: int | None, s: int | None) -> tuple[int, int]:
         if self.tile is not None:
             return self.tile, self.tile
         if t is None or s is None:
-            raise PatternError("tiles: without `tile`, how large one is depends on the lengths t and s")
+            raise PatternError("t, s", "required by tiles without tile=, whose size depends on the lengths")
         return max(1, -(-t // len(self.rows))), max(1, -(-s // len(self.rows)))
 
-    def _lists(self, t, s):
+    def _lists(self, t: int, s: int) -> tuple[tuple[int, int], np.ndarray]:
         return self._sides(t, s), _pad(self.rows)
 
 
 @dataclasses.dataclass(frozen=True)
 class Random(_Tiled):
-    """Each query tile looks at `r` key tiles, drawn uniformly without replacement (BigBird, arXiv:2007.14062).
+    """Each query tile attends to `r` key tiles, drawn uniformly without replacement (BigBird, arXiv:2007.14062).
 
-    `reach`: only key tiles at most so many tokens from the query tile, start to start. `apart`: only those at least
-    so many tiles from it (1: not itself; 2: nor its neighbours). `ends`: not the first and last so many tiles. A
-    row with fewer than `r` to draw from takes them all. Without `reach`, the draw depends on the number of keys.
+    A query tile with fewer than `r` candidates attends to all of them. Without `reach`, the draw depends on the number
+    of keys.
+
+    Attributes:
+      r: Key tiles per query tile.
+      tile: Tokens of a tile.
+      seed: Seed of the draw.
+      reach: Largest distance in tokens between the starts of the query tile and a candidate.
+      apart: Smallest distance in tiles of a candidate (1 excludes the query tile, 2 also its neighbours).
+      ends: Number of tiles at either end of the sequence that are no candidates.
+      layer: Layer of the draw; draws of different layers differ.
+      head: Head of the draw; draws of different heads differ.
     """
 
     name: ClassVar[str] = "random"
@@ -135,45 +146,45 @@ class Random(_Tiled):
     layer: int = dataclasses.field(default=0, kw_only=True)
     head: int = dataclasses.field(default=0, kw_only=True)
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         require(self, r=1, tile=1, seed=0, apart=0, ends=0, layer=0, head=0)
         if self.reach is not None:
             require(self, reach=0)
 
-    def check(self, t, s):
+    def check(self, t: int, s: int) -> None:
         columns = -(-s // self.tile) - 2 * self.ends
         columns = columns if self.reach is None else min(columns, 2 * (self.reach // self.tile) + 1)
         most = columns - max(2 * self.apart - 1, 0)
         if self.r > most:
-            raise PatternError(f"random: {self.r} tiles of {self.tile} do not fit: {max(most, 0)} to draw from")
+            raise PatternError("random.r", f"{self.r} exceeds the {max(most, 0)} candidate tiles of {self.tile} tokens")
 
-    def allows(self, q, k, t=None, s=None):
+    def allows(self, q: Positions, k: Positions, t: int | None = None, s: int | None = None) -> Mask:
         if s is None:
-            raise PatternError(f"{self}: what is drawn depends on the number of keys s")
+            raise PatternError("s", f"required by {self}, whose draw depends on the number of keys")
         row, column = q // self.tile, k // self.tile
         return functools.reduce(operator.or_, (column == drawn for drawn in self._draw(row, s)))
 
-    def last_query(self, k):
+    def last_query(self, k: np.ndarray) -> np.ndarray:
         if self.reach is None:
             return np.full_like(k, FOREVER)
         return (k // self.tile + self.reach // self.tile + 1) * self.tile - 1
 
-    def lookahead(self):
+    def lookahead(self) -> float:
         return super().lookahead() if self.reach is None else (self.reach // self.tile + 1) * self.tile - 1
 
-    def _lists(self, t, s):
+    def _lists(self, t: int, s: int) -> tuple[tuple[int, int], np.ndarray]:
         rows = np.arange(-(-t // self.tile))
         return (self.tile, self.tile), np.stack(self._draw(rows, s), axis=-1)
 
     def _draw(self, row: Any, s: int) -> list[Any]:
-        """The `r` key tiles of query tiles `row`: integers of the same shape, -1 for none (Floyd's algorithm)."""
+        """The `r` key tiles of query tiles `row` by Floyd's algorithm: integers of the same shape, -1 for no tile."""
         xp = array_module(row)
         far = FOREVER if self.reach is None else self.reach // self.tile
         far = min(far, -(-s // self.tile))
         low, stop = xp.maximum(row - far, self.ends), xp.minimum(row + far + 1, -(-s // self.tile) - self.ends)
         gap, gap_stop = (xp.clip(row + side, low, xp.maximum(stop, low)) for side in (1 - self.apart, self.apart))
         gap_size = xp.maximum(gap_stop - gap, 0)
-        count = stop - low - gap_size  # to draw from
+        count = stop - low - gap_size  # candidates
         drawn: list[Any] = []
         for i in range(self.r):
             top = count - self.r + i
@@ -187,7 +198,7 @@ class Random(_Tiled):
         return [xp.where(i < count, column, -1) for i, column in enumerate(columns)]
 
     def _number(self, xp: Any, row: Any, i: int) -> Any:
-        """A random uint32 for each row: a counter, keyed and mixed (the finaliser of MurmurHash3)."""
+        """A random uint32 per row: a keyed counter, mixed by the finalizer of MurmurHash3."""
         key = np.random.SeedSequence([self.seed, self.layer, self.head]).generate_state(1)[0]
         with np.errstate(over="ignore"):
             x = (xp.asarray(row) * self.r + i).astype(np.uint32) + key
@@ -198,13 +209,21 @@ class Random(_Tiled):
 
 @dataclasses.dataclass(frozen=True)
 class BigBirdRandom(_Tiled):
-    """The random tiles that the released BigBird models were trained with, head `head` of `among` drawn together.
+    """The random tiles with which the released BigBird models were trained.
 
-    The released code draws them with NumPy's legacy generator, seeded with the number of the layer. Where the
-    sequence has 1,024, 3,072 or 4,096 tokens it draws only from the first 1,024, for `longest` tokens, and cuts
-    the plan; for other lengths it draws from the first `2 r + 5` tiles if there are more. The first and the last
-    row have none, as they are global. In evaluation the released code does not draw: every row has tile 0 `r`
-    times, see `recipes.bigbird`. Matches transformers 5.23 (`modeling_big_bird.py`, training mode).
+    The released code draws them with NumPy's legacy generator, seeded with the number of the layer. For sequences of
+    1,024, 3,072 or 4,096 tokens it draws from the first 1,024 tokens, for `longest` tokens, and truncates the plan; for
+    other lengths it draws from the first `2 r + 5` tiles if there are more. The first and the last row are global and
+    have no random tiles. In evaluation the released code does not draw: every row has tile 0 `r` times; see
+    `recipes.bigbird`. Matches transformers 5.23 (`modeling_big_bird.py`, training mode).
+
+    Attributes:
+      r: Key tiles per query tile.
+      tile: Tokens of a tile.
+      seed: Seed of the draw: the number of the layer.
+      head: Head among the `among` heads that are drawn together.
+      among: Number of heads that are drawn together.
+      longest: Longest sequence of the model, in tokens.
     """
 
     name: ClassVar[str] = "bigbird_random"
@@ -215,22 +234,21 @@ class BigBirdRandom(_Tiled):
     among: int = dataclasses.field(default=1, kw_only=True)
     longest: int = dataclasses.field(default=4096, kw_only=True)
 
-    def __post_init__(self):
-        require(self, r=1, tile=1, seed=0, head=0, among=self.head + 1, longest=1)
-        if self.seed >= 2**32:
-            raise PatternError(f"{self.name}: seed must be below 2**32, got {self.seed}")
+    def __post_init__(self) -> None:
+        require(self, r=1, tile=1, seed=0, head=0, longest=1)
+        require(self, among=self.head + 1)
 
-    def check(self, t, s):
-        if min(t, s) <= (2 * self.r + 5) * self.tile:
-            most = (2 * self.r + 5) * self.tile
-            raise PatternError(f"{self.name}: the released models look at everything up to {most} tokens")
+    def check(self, t: int, s: int) -> None:
+        dense = (2 * self.r + 5) * self.tile
+        if min(t, s) <= dense:
+            raise PatternError("bigbird_random", f"the released models use full attention up to {dense} tokens")
 
-    def allows(self, q, k, t=None, s=None):
+    def allows(self, q: Positions, k: Positions, t: int | None = None, s: int | None = None) -> Mask:
         if s is None:
-            raise PatternError(f"{self}: what is drawn depends on the number of keys s")
+            raise PatternError("s", f"required by {self}, whose draw depends on the number of keys")
         return _is_listed(q // self.tile, k // self.tile, self._plan(s))
 
-    def _lists(self, t, s):
+    def _lists(self, t: int, s: int) -> tuple[tuple[int, int], np.ndarray]:
         return (self.tile, self.tile), _pad(self._plan(s))
 
     def _plan(self, s: int) -> tuple[tuple[int, ...], ...]:
@@ -243,11 +261,11 @@ class BigBirdRandom(_Tiled):
 def released_plan(
     length: int, tile: int, r: int, heads: int, seed: int, longest: int
 ) -> tuple[tuple[tuple[int, ...], ...], ...]:
-    """For each head, for each query tile but the first and the last, the key tiles that BigBird's code draws."""
+    """The key tiles that the code of BigBird draws, per head and per query tile except the first and the last."""
     rng = np.random.RandomState(seed)
     tiles = length // tile
     if length in (1024, 3072, 4096):
-        # Later rows are drawn and cut, because each head goes on from where the one before left the generator.
+        # Rows beyond the sequence are drawn and dropped: each head continues with the previous head's generator.
         drawn = [
             [_draw_early(rng, i, longest // tile, tile, r) for i in range(1, longest // tile - 1)] for _ in range(heads)
         ]
@@ -261,7 +279,7 @@ def released_plan(
 
 
 def _draw_early(rng: np.random.RandomState, row: int, tiles: int, tile: int, r: int) -> tuple[int, ...]:
-    """One row drawn from the first 1,024 tokens (all, if the tiles are large) without its neighbourhood."""
+    """Draws one row from the first 1,024 tokens (from all tokens if tiles are large), excluding its neighbourhood."""
     last = 1024 // tile - 1 if 2 * tile < 1024 else tiles - 1
     middle = np.arange(1, tiles - 1)
     if row <= 2:
@@ -276,39 +294,38 @@ def _draw_early(rng: np.random.RandomState, row: int, tiles: int, tile: int, r: 
 
 
 def _stages(tiles: int, r: int) -> list[tuple[range, range, int]]:
-    """Which rows draw how many tiles from which, in the order in which the generator is asked."""
+    """Rows, candidate key tiles and number of draws, in the order in which the generator is used."""
     if tiles > 2 * r + 5:
         near = 2 * r + 5
         return [(range(1, near), range(near), r), (range(near, tiles), range(near), r)]
     if tiles > r + 5:
-        near, few, rest = r + 5, r // 2, r - r // 2
+        near, few, many = r + 5, r // 2, r - r // 2
         late = range(near, tiles)
         first = [(range(1, near), range(near), few)] if few else []
         cross = [(late, range(near), few)] if few else []
-        return [*first, (range(1, near), late, rest), *cross, (late, late, rest)]
+        return [*first, (range(1, near), late, many), *cross, (late, late, many)]
     return [(range(1, tiles), range(tiles), r)]
 
 
 def _draw_apart(rng: np.random.RandomState, row: int, keys: range, count: int) -> list[int]:
-    """`count` of the key tiles, none next to the row's own and none at an end."""
-    out = {row - 1, row, row + 1, 0, keys.stop - 1}
-    out |= {keys.stop - 2} if row == 1 else set()
-    out |= {1} if row == keys.stop - 2 else set()
-    return [i for i in rng.permutation(np.arange(keys.start, keys.stop)).tolist() if i not in out][:count]
+    """Draws `count` of the key tiles, excluding the neighbourhood of the row and the ends."""
+    excluded = {row - 1, row, row + 1, 0, keys.stop - 1}
+    excluded |= {keys.stop - 2} if row == 1 else set()
+    excluded |= {1} if row == keys.stop - 2 else set()
+    return [i for i in rng.permutation(np.arange(keys.start, keys.stop)).tolist() if i not in excluded][:count]
 
 
 def _is_listed(row: Any, column: Any, lists: tuple[tuple[int, ...], ...]) -> Any:
-    """Whether `column` is in `lists[row]`; without a table, so that it can be used inside a kernel."""
-    found = (row < 0) & (column < 0)  # False, in the broadcast shape
+    """Whether `column` is in `lists[row]`. Uses no lookup table, so that kernels can evaluate it."""
+    mask = (row < 0) & (column < 0)  # all False, in the broadcast shape
     for i, columns in enumerate(lists):
         starts, stops = merge_intervals(np.array(columns, np.int64), np.array(columns, np.int64) + 1)
-        here = row == i
         for start, stop in zip(starts.tolist(), stops.tolist(), strict=True):
-            found = found | (here & (column >= start) & (column < stop))
-    return found
+            mask = mask | ((row == i) & (column >= start) & (column < stop))
+    return mask
 
 
 def _pad(lists: tuple[tuple[int, ...], ...]) -> np.ndarray:
-    """Lists as one array, int64 [rows, longest], filled up with -1."""
+    """Lists as one array, int64 [rows, longest], padded with -1."""
     longest = max(map(len, lists), default=0)
     return np.array([[*row, *[-1] * (longest - len(row))] for row in lists], np.int64).reshape(len(lists), longest)
