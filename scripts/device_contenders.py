@@ -1,10 +1,10 @@
-"""Our attention on several CPU devices, for `measure_cpu_attention.py`: a process of its own, as JAX fixes their number
-when it starts (`XLA_FLAGS=--xla_force_host_platform_device_count=N`).
+"""sparsejax attention on several CPU devices, for `measure_cpu_attention.py`.
 
-It answers one request for each line of standard input (JSON), with one line (JSON):
+A process of its own, as JAX fixes the number of devices at start (`XLA_FLAGS=--xla_force_host_platform_device_count=N`).
+It answers one request per line of standard input (JSON) with one line (JSON):
 
-    {"do": "attend", "pattern": TEXT, "length": N, "save": FILE or null}     seconds of one forward and backward
-    {"do": "memory", "pattern": TEXT, "length": N}                           temporary MiB of all devices together
+    {"do": "attend", "pattern": TEXT, "length": N, "save": FILE or null}     seconds of one forward and backward pass
+    {"do": "memory", "pattern": TEXT, "length": N}                           temporary MiB, summed over the devices
 """
 
 from __future__ import annotations
@@ -26,38 +26,38 @@ from sparsejax.ops import attend
 
 @functools.cache
 def compile_attention(text: str, length: int) -> tuple[Callable, list[jax.Array]]:
-    """Attention with its gradients, and its inputs, whose heads are spread over all devices."""
+    """Compiles attention with its gradients; returns it with its inputs, whose heads are sharded over the devices."""
     pattern = patterns.parse(text)
 
-    def differentiate(q, k, v, d_out):
+    def differentiate(q, k, v, do):
         out, backward = jax.vjp(lambda q, k, v: attend(q, k, v, pattern, impl="gather"), q, k, v)
-        return out, *backward(d_out)
+        return out, *backward(do)
 
     mesh = jax.make_mesh((jax.device_count(),), ("heads",), axis_types=(AxisType.Auto,))
-    place = NamedSharding(mesh, PartitionSpec(None, None, "heads", None))
-    arrays = [jax.device_put(x, place) for x in draw_arrays(length)]
-    return jax.jit(differentiate, out_shardings=place).lower(*arrays).compile(), arrays
+    sharding = NamedSharding(mesh, PartitionSpec(None, None, "heads", None))
+    arrays = [jax.device_put(x, sharding) for x in draw_arrays(length)]
+    return jax.jit(differentiate, out_shardings=sharding).lower(*arrays).compile(), arrays
 
 
 def time_attention(pattern: str, length: int, save: str | None) -> dict:
-    """Seconds of one forward and backward pass; writes output and gradients to `save` if given."""
+    """Seconds of one forward and backward pass. Writes the output and the gradients to `save` unless it is None."""
     compiled, arrays = compile_attention(pattern, length)
     start = time.perf_counter()
-    found = jax.block_until_ready(compiled(*arrays))
+    results = jax.block_until_ready(compiled(*arrays))
     seconds = time.perf_counter() - start
     if save:
-        np.savez(save, *(np.asarray(x) for x in found))
+        np.savez(save, *(np.asarray(x) for x in results))
     return {"seconds": seconds}
 
 
 def report_memory(pattern: str, length: int) -> dict:
-    """What the compiler says, of one device times their number."""
+    """Temporary memory per device by the compiler, times the number of devices."""
     compiled, _ = compile_attention(pattern, length)
     return {"mib": jax.device_count() * compiled.memory_analysis().temp_size_in_bytes / 2**20}
 
 
 def main() -> None:
-    """Answers until standard input ends."""
+    """Answers requests until standard input ends."""
     actions = {"attend": time_attention, "memory": report_memory}
     for line in sys.stdin:
         request = json.loads(line)

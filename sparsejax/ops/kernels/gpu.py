@@ -74,7 +74,7 @@ def unsupported_reason(call: AttentionCall) -> str | None:
     reasons = (
         (
             not call.interpret and not HOPPER.search(kind or ""),
-            f"device kind {kind!r} is not a Hopper GPU; interpret=True runs anywhere",
+            f"device kind {kind!r} is not a Hopper GPU; interpret=True interprets the kernels",
         ),
         (
             not call.interpret and version < (0, 11),

@@ -44,7 +44,7 @@ def unsupported_reason(call: AttentionCall) -> str | None:
     reasons = (
         (
             not call.interpret and not _is_supported(kind),
-            f"device kind {kind!r} is not a TPU v5e or newer; interpret=True runs anywhere",
+            f"device kind {kind!r} is not a TPU v5e or newer; interpret=True interprets the kernels",
         ),
         (call.dtype != jnp.float32, f"kernels compute in float32, not in {call.dtype}"),
     )

@@ -1,4 +1,4 @@
-"""The compilers of TPUs and of Hopper GPUs take the kernels; scripts/compile_check.py has the whole matrix."""
+"""The kernels compile for TPUs and Hopper GPUs; scripts/compile_check.py has the whole matrix."""
 
 import jax
 import pytest
@@ -7,8 +7,8 @@ from scripts import compile_check
 
 
 def skip_unless_installed(target: str):
-    if not compile_check.find_place(target).is_dir():
-        pytest.skip(f"no compiler is here; `scripts/compile_check.py {target} --install` fetches it")
+    if not compile_check.compiler_folder(target).is_dir():
+        pytest.skip(f"no compiler; `scripts/compile_check.py {target} --install` installs it")
 
 
 def test_forward_and_backward_compile_for_v5e():
@@ -18,11 +18,11 @@ def test_forward_and_backward_compile_for_v5e():
     assert row["case"] == "causal & window(1023): 8192, heads 8:2 of 128, bfloat16"
 
 
-@pytest.mark.skipif(jax.__version_info__ < (0, 11), reason="the kernels for GPUs need jax 0.11")
+@pytest.mark.skipif(jax.__version_info__ < (0, 11), reason="the GPU kernels need jax 0.11")
 def test_forward_and_backward_compile_for_hopper():
     skip_unless_installed("gpu")
     rows = compile_check.run_part("hopper", "0", target="gpu")
-    assert [row["kernel"] for row in rows] == ["attend_d_keys_values", "attend_d_queries", "attend_forward"]
+    assert [row["kernel"] for row in rows] == ["attend_dkv", "attend_dq", "attend_forward"]
     for row, tensor_cycles in zip(rows, (1024, 768, 1024), strict=True):
         assert row["error"] is None
         assert (row["spilled"], row["serialized"]) == (0, 0)
