@@ -11,34 +11,36 @@ import re
 from collections.abc import Collection, Sequence
 from typing import NamedTuple
 
+from sparsejax.errors import InputError
+
 TOKEN = re.compile(r"\s*(?:(?P<repeat>\d+)x\(|(?P<close>\))|(?P<name>[A-Za-z_]\w*))")
 
 
-class ScheduleError(ValueError):
-    """A schedule that does not parse, or names a layer that is not defined."""
+class ScheduleError(InputError):
+    """A schedule that does not parse or names an undefined layer."""
 
 
 def parse(text: str) -> tuple[str, ...]:
-    """The layer names in order, repeats written out.
+    """The layer names in order, with repeats expanded.
 
     Raises:
       ScheduleError: one line with the text and the column (from 1).
     """
-    stack: list[tuple[list[str], int, int]] = [([], 1, 0)]  # names so far, how often, where it opened
+    stack: list[tuple[list[str], int, int]] = [([], 1, 0)]  # names, repeats, offset
     at, end = 0, len(text.rstrip())
     while at < end:
         match = TOKEN.match(text, at)
         if not match:
             at = end - len(text[at:end].lstrip())
-            raise _error(text, at, f"expected a layer name, a repeat like '3x(' or ')', found {text[at]!r}")
+            raise _error(text, at, f"expected a layer name, a repeat such as '3x(' or ')', found {text[at]!r}")
         if match["repeat"]:
             if int(match["repeat"]) < 1:
-                raise _error(text, match.start("repeat"), "a repeat must be at least 1")
+                raise _error(text, match.start("repeat"), "the number of repeats is less than 1")
             stack.append(([], int(match["repeat"]), match.start("repeat")))
         elif match["name"]:
             stack[-1][0].append(match["name"])
         elif len(stack) == 1:
-            raise _error(text, match.start("close"), "')' closes nothing")
+            raise _error(text, match.start("close"), "unmatched ')'")
         else:
             names, count, opened = stack.pop()
             if not names:
@@ -46,30 +48,30 @@ def parse(text: str) -> tuple[str, ...]:
             stack[-1][0].extend(names * count)
         at = match.end()
     if len(stack) > 1:
-        raise _error(text, stack[-1][2], "the parenthesis opened here is never closed")
+        raise _error(text, stack[-1][2], "unmatched parenthesis")
     if not stack[0][0]:
-        raise ScheduleError(f"schedule {text!r}: no layers")
+        raise ScheduleError("schedule", f"{text!r} contains no layers")
     return tuple(stack[0][0])
 
 
 def check(text: str, defined: Collection[str]) -> tuple[str, ...]:
-    """Parses a schedule whose layers must all be defined.
+    """Parses a schedule and checks that all of its layers are defined.
 
     Raises:
-      ScheduleError: does not parse, or names an undefined layer: with the nearest defined one.
+      ScheduleError: The text does not parse or names an undefined layer; the message suggests the nearest defined name.
     """
     names = parse(text)
     for name in names:
         if name not in defined:
             near = difflib.get_close_matches(name, defined, n=1, cutoff=0)
-            hint = f", did you mean {near[0]!r}?" if near else ""
-            at = re.search(rf"\b{name}\b", text).start()
+            hint = f"; did you mean {near[0]!r}?" if near else ""
+            at = next(match.start() for match in re.finditer(r"\b[A-Za-z_]\w*", text) if match[0] == name)
             raise _error(text, at, f"layer {name!r} is not defined{hint}")
     return names
 
 
 class Fold(NamedTuple):
-    """A schedule as `before + period * repeats + after`: the period is scanned, the rest unrolled."""
+    """A schedule as `before + period * repeats + after`. The period is scanned; the other layers are unrolled."""
 
     before: tuple[str, ...]
     period: tuple[str, ...]
@@ -78,7 +80,7 @@ class Fold(NamedTuple):
 
 
 def fold(names: tuple[str, ...]) -> Fold:
-    """The fold with the fewest layers to compile; without a repetition everything is in `before`."""
+    """The fold with the fewest layers to compile. Without a repetition all layers are in `before`."""
     n = len(names)
     best = Fold(names, (), 0, ())
     for width in range(1, n // 2 + 1):
@@ -95,7 +97,7 @@ def fold(names: tuple[str, ...]) -> Fold:
 
 
 def write(names: Sequence[str]) -> str:
-    """A short text that parses to these names: repetitions are folded."""
+    """A short text that parses to these names, with repetitions folded."""
     before, period, repeats, after = fold(tuple(names))
     if not repeats:
         return " ".join(names)
@@ -104,4 +106,4 @@ def write(names: Sequence[str]) -> str:
 
 
 def _error(text: str, at: int, problem: str) -> ScheduleError:
-    return ScheduleError(f"schedule {text!r}: column {at + 1}: {problem}")
+    return ScheduleError("schedule", f"{text!r}: column {at + 1}: {problem}")

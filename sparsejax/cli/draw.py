@@ -47,7 +47,11 @@ def _read_config(options: argparse.Namespace) -> tuple[list[tuple[str, patterns.
     if options.patterns:
         raise InputError("config", "cannot be combined with patterns")
     config = configs.check(configs.load(options.config, options.overrides["config"]))
-    named = config.model.connectivity if options.receptive_field else draw.name_layers(config.model)
+    model = config.model
+    mixers = [model.layers[name].mixer for name in model.names]
+    kinds = ["feed-forward" if mixer is None else mixer.summary.split()[0] for mixer in mixers]
+    titled = draw.title_layers((name, kind, p) for (name, p), kind in zip(model.connectivity, kinds, strict=True))
+    named = model.connectivity if options.receptive_field else titled
     return named, config.data.length if options.length is None else options.length
 
 
