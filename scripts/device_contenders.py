@@ -1,7 +1,8 @@
 """sparsejax attention on several CPU devices, for `measure_cpu_attention.py`.
 
-A process of its own, as JAX fixes the number of devices at start (`XLA_FLAGS=--xla_force_host_platform_device_count=N`).
-It answers one request per line of standard input (JSON) with one line (JSON):
+A separate process, as JAX fixes the number of devices when it starts
+(`XLA_FLAGS=--xla_force_host_platform_device_count=N`). It answers one request per line of standard input (JSON) with
+one line (JSON):
 
     {"do": "attend", "pattern": TEXT, "length": N, "save": FILE or null}     seconds of one forward and backward pass
     {"do": "memory", "pattern": TEXT, "length": N}                           temporary MiB, summed over the devices

@@ -1,15 +1,15 @@
-"""Kernels for Hopper GPUs on a real one: first whether they are right, then how fast, beside cuDNN and FlexAttention.
+"""Checks and times the kernels on a Hopper GPU, next to cuDNN and FlexAttention.
 
     python scripts/gpu_bench.py --out benchmarks/NAME.json --table benchmarks/NAME.md
     python scripts/gpu_bench.py --rehearse --minutes 60     # the same on a CPU, tiny and interpreted
 
-One call, within `--minutes` (9), without a network; jax 0.11 or newer with CUDA, and PyTorch for FlexAttention
-(`--torch`: another Python that has it). The work is done by other processes, which are stopped when they do not answer
-and started again with what comes next, so that a kernel that hangs costs one row. Rows are written as they come.
+One run takes at most `--minutes` (9) and no network. It needs jax 0.11 with CUDA, and PyTorch for FlexAttention
+(`--torch`: a different Python that has it). Worker processes do the work. A worker that does not answer is stopped and
+replaced by one that starts with the next case, so a kernel that hangs costs one row. Rows are written as they arrive.
 
-Times are medians of 21 samples, each of as many calls one after another as take 10 ms; the backward pass is timed
-alone, from what the forward pass kept. FLOPs are those of whole live tiles: 4 d per pair forward, 10 d backward,
-however often a backward pass computes its scores. Exits with 1 if a result is wrong, with 2 where there is no GPU.
+Times are medians of 21 samples; a sample is 10 ms of consecutive calls. The backward pass is timed alone, from the
+residuals of the forward pass. FLOPs are those of whole live tiles: 4 d per pair forward, 10 d backward, however often a
+backward pass computes its scores. The exit code is 1 if a result is wrong, and 2 if there is no GPU.
 """
 
 from __future__ import annotations
@@ -41,23 +41,24 @@ from tests.tolerances import TOLERANCE  # noqa: E402
 
 TILE = 128
 SAMPLES, SAMPLE_MS = 21, 10.0
-PATIENCE = 60.0  # seconds for a row, compilation included
-SHARES = {"check": 0.3, "time": 0.7, "flex": 1.0}  # of the minutes, by when each part has to end
+PATIENCE = 60.0  # seconds per row, including compilation
+SHARES = {"check": 0.3, "time": 0.7, "flex": 1.0}  # fraction of the minutes after which each part ends
 FIELDS = ("name", "driver_version", "clocks.sm", "clocks.mem", "clocks.max.sm", "power.draw", "temperature.gpu")
 DENSE, CAUSAL, WINDOW = "full", "causal", "causal & window(1023)"
-LONG_ROWS = "causal & window(5119)"  # 34.6 tiles a row at 16,384
+PASSES = "forward", "backward"
+LONG_ROWS = "causal & window(5119)"  # 34.6 tiles per row at 16,384 tokens
 
 
 @dataclasses.dataclass(frozen=True)
 class Case:
-    """Attention to be measured: [1, t, heads, width], bfloat16 unless said otherwise."""
+    """An attention to measure: [1, t, heads, width], bfloat16 by default."""
 
     pattern: str
     t: int = 16_384
     heads: tuple[int, int] = (16, 16)
     width: int = 128
     dtype: str = "bfloat16"
-    options: bool = False  # softcap, sink logits, segments; for checks
+    options: bool = False  # softcap, sink logits, segments; only for checks
 
     def __str__(self):
         heads = f"{self.heads[0]}" if self.heads[0] == self.heads[1] else f"{self.heads[0]}:{self.heads[1]}"
@@ -85,7 +86,7 @@ SHAPES = (
     *(Case(pattern, heads=(32, 8)) for pattern in (WINDOW, "window(256, 256) | globals(128)", DENSE)),
 )
 TIMED = (*(Case(pattern) for pattern in MASKS), *SHAPES)
-FLEX = tuple(case for case in TIMED if case.t <= 16_384)  # its block mask is made from the whole mask
+FLEX = tuple(case for case in TIMED if case.t <= 16_384)  # its block mask is built from the dense mask
 CHECKED = (
     Case(WINDOW, 2048, (4, 4)),
     Case(CAUSAL, 1000, (4, 2)),
@@ -104,29 +105,29 @@ CHECKED = (
 
 
 def main() -> int:
-    """All parts; the record and the table are written after each row."""
+    """Runs all parts; writes the record and the table after each row."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, help="write what was measured as JSON")
-    parser.add_argument("--table", type=Path, help="write it as Markdown")
-    parser.add_argument("--minutes", type=float, default=9.0, help="what is not done by then is left out")
-    parser.add_argument("--only", default="", help="cases with this text in their pattern")
-    parser.add_argument("--torch", default=sys.executable, help="the Python that has PyTorch")
-    parser.add_argument("--rehearse", action="store_true", help="on the CPU, tiny and interpreted")
-    parser.add_argument("--part", choices=SHARES, help=argparse.SUPPRESS)  # the work itself, in a process of its own
+    parser.add_argument("--out", type=Path, help="write the record as JSON")
+    parser.add_argument("--table", type=Path, help="write the record as a Markdown table")
+    parser.add_argument("--minutes", type=float, default=9.0, help="time limit; later cases are skipped")
+    parser.add_argument("--only", default="", help="run only cases whose pattern contains this text")
+    parser.add_argument("--torch", default=sys.executable, help="Python interpreter with PyTorch")
+    parser.add_argument("--rehearse", action="store_true", help="run tiny cases on the CPU, interpreted")
+    parser.add_argument("--part", choices=SHARES, help=argparse.SUPPRESS)  # run as a worker
     parser.add_argument("--skip", type=int, default=0, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.part:
         return work(options)
-    from rich.console import Console  # a Python that has PyTorch need not have it
+    from rich.console import Console  # not a dependency of workers
     from rich.markdown import Markdown
 
     gpu = describe_gpu()
     if gpu is None and not options.rehearse:
-        print("gpu_bench: nvidia-smi finds no GPU here; nothing was measured", file=sys.stderr)
+        print("gpu_bench: nvidia-smi reports no GPU; use --rehearse to run on the CPU", file=sys.stderr)
         return 2
     started = time.monotonic()
-    about = {"date": datetime.date.today().isoformat(), "rehearsal": options.rehearse, "versions": list_versions()}
-    record = about | {"python": platform.python_version(), "gpu": {"before": gpu}} | {part: [] for part in SHARES}
+    record = {"date": datetime.date.today().isoformat(), "rehearsal": options.rehearse, "versions": list_versions()}
+    record |= {"python": platform.python_version(), "gpu": {"before": gpu}} | {part: [] for part in SHARES}
     for part, share in SHARES.items():
         for row in run_part(part, options, started + 60 * options.minutes * share):
             record[part].append(row)
@@ -140,7 +141,7 @@ def main() -> int:
 
 
 def list_cases(part: str, options: argparse.Namespace) -> list[Case]:
-    """Those of a part; in a rehearsal much smaller ones."""
+    """Cases of a part; much smaller ones in a rehearsal."""
     cases = {"check": CHECKED, "time": TIMED, "flex": FLEX}[part]
     cases = [case for case in cases if options.only in case.pattern]
     if not options.rehearse:
@@ -151,34 +152,34 @@ def list_cases(part: str, options: argparse.Namespace) -> list[Case]:
 
 
 def list_versions() -> dict[str, str]:
-    """Of what is installed beside this script."""
-    known = {each.metadata["Name"].lower(): each.version for each in importlib.metadata.distributions()}
-    wanted = ("jax", "jaxlib", "jax-cuda13-plugin", "nvidia-cudnn-cu13", "torch", "triton")
-    return {name: known[name] for name in wanted if name in known}
+    """Versions of the installed packages that matter."""
+    installed = {package.metadata["Name"].lower(): package.version for package in importlib.metadata.distributions()}
+    names = ("jax", "jaxlib", "jax-cuda13-plugin", "nvidia-cudnn-cu13", "torch", "triton")
+    return {name: installed[name] for name in names if name in installed}
 
 
 def describe_gpu() -> dict[str, str] | None:
-    """Name, driver, clocks, power and temperature now."""
+    """Current name, driver, clocks, power and temperature of the GPU; None if there is none."""
     command = ["nvidia-smi", f"--query-gpu={','.join(FIELDS)}", "--format=csv,noheader"]
     try:
-        found = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+        output = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     except (OSError, subprocess.CalledProcessError):
         return None
-    return dict(zip(FIELDS, found.splitlines()[0].split(", "), strict=True))
+    return dict(zip(FIELDS, output.splitlines()[0].split(", "), strict=True))
 
 
 def save(record: dict, options: argparse.Namespace) -> None:
-    """As far as it has come."""
+    """Writes the record and its table."""
     for path, text in ((options.out, json.dumps(record, indent=1) + "\n"), (options.table, write_table(record))):
         if path:
             path.write_text(text)
 
 
-# Processes that work, and the one that watches them.
+# Workers, and their supervisor.
 
 
 def run_part(part: str, options: argparse.Namespace, end: float) -> Iterator[dict]:
-    """A row for each case; a process that fails or hangs is followed by one that begins with the next case."""
+    """One row per case. A worker that fails or hangs is followed by one that starts with the next case."""
     cases, done = list_cases(part, options), 0
     while done < len(cases):
         for line in read_lines(part, options, done, end):
@@ -187,12 +188,12 @@ def run_part(part: str, options: argparse.Namespace, end: float) -> Iterator[dic
             if line["error"]:
                 break
         if time.monotonic() >= end:
-            yield from (describe(case) | {"error": "not reached in time"} for case in cases[done:])
+            yield from (describe(case) | {"error": "skipped: out of time"} for case in cases[done:])
             return
 
 
 def read_lines(part: str, options: argparse.Namespace, skip: int, end: float) -> Iterator[dict]:
-    """What one process says; at last an error unless it did everything."""
+    """The rows of one worker, with an error at the end unless it finished."""
     python = options.torch if part == "flex" else sys.executable
     command = [python, __file__, "--part", part, "--skip", str(skip), "--only", options.only]
     environment = os.environ | {"PYTHONUNBUFFERED": "1", "XLA_PYTHON_CLIENT_PREALLOCATE": "false"}
@@ -200,22 +201,22 @@ def read_lines(part: str, options: argparse.Namespace, skip: int, end: float) ->
         command, environment = [*command, "--rehearse"], environment | {"JAX_PLATFORMS": "cpu", "NPROC": "8"}
     patience = PATIENCE * (10 if options.rehearse else 1)
     process = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    said: queue.Queue[str] = queue.Queue()
+    lines: queue.Queue[str] = queue.Queue()
     errors: list[str] = []
-    readers = [threading.Thread(target=listen, args=(process.stdout, said))]
+    readers = [threading.Thread(target=listen, args=(process.stdout, lines))]
     readers.append(threading.Thread(target=lambda: errors.extend(process.stderr)))
     for reader in readers:
         reader.start()
     try:
         while True:
-            line = said.get(timeout=max(min(patience, end - time.monotonic()), 0.1))
+            line = lines.get(timeout=max(min(patience, end - time.monotonic()), 0.1))
             if not line:
                 break
             yield json.loads(line)
         code = process.wait()
-        readers[1].join()  # all that it said
+        readers[1].join()  # until all errors are read
         if code:
-            yield {"error": (errors or ["it ended without a word"])[-1].strip()[:300]}
+            yield {"error": (errors or [f"exit code {code} without a message"])[-1].strip()[:300]}
     except queue.Empty:
         if time.monotonic() < end:
             yield {"error": f"no answer for {patience:.0f} s"}
@@ -226,41 +227,41 @@ def read_lines(part: str, options: argparse.Namespace, skip: int, end: float) ->
             reader.join()
 
 
-def listen(stream: Iterable[str], said: queue.Queue[str]) -> None:
-    """Passes lines on as they come, and an empty one after the last."""
+def listen(stream: Iterable[str], lines: queue.Queue[str]) -> None:
+    """Forwards lines as they arrive, and an empty one after the last."""
     for line in stream:
-        said.put(line)
-    said.put("")
+        lines.put(line)
+    lines.put("")
 
 
 def work(options: argparse.Namespace) -> int:
-    """One part, a line of JSON for each case; ends after an error, as a GPU may be of no use after one."""
+    """Runs one part and prints one line of JSON per case. Stops after an error, which may leave the GPU unusable."""
     measure = {"check": check, "time": time_jax, "flex": time_flex}[options.part]
     for case in list_cases(options.part, options)[options.skip :]:
         try:
-            found = measure(case, options.rehearse) | {"error": None}
-        except Exception as error:  # whatever went wrong belongs into the record
-            found = {"error": f"{type(error).__name__}: {str(error).strip()[:300]}"}
-        print(json.dumps(found))
-        if found["error"]:
+            row = measure(case, options.rehearse) | {"error": None}
+        except Exception as error:  # any error belongs in the record
+            row = {"error": f"{type(error).__name__}: {str(error).strip()[:300]}"}
+        print(json.dumps(row))
+        if row["error"]:
             return 0
     return 0
 
 
 def describe(case: Case) -> dict:
-    """The case, with what its layout says."""
+    """The fields of a case, with the size of its layout."""
     layout = parse(case.pattern).layout(case.t, tile=(TILE, TILE))
-    tiles = [len(one.columns) for one in (layout if isinstance(layout, tuple) else (layout,))]
+    tiles = [len(head.columns) for head in (layout if isinstance(layout, tuple) else (layout,))]
     rows = -(-case.t // TILE)
     mean = sum(tiles) / len(tiles)
     return dataclasses.asdict(case) | {"tiles_per_row": mean / rows, "density": mean / rows**2}
 
 
-# What is measured.
+# Measurements.
 
 
 def check(case: Case, rehearse: bool) -> dict:
-    """The largest error of output, log-sum-exp and gradients, relative to the largest entry of each in float64."""
+    """Largest errors of output, log-sum-exp and gradients, relative to the largest entry of each in float64."""
     import jax
     import jax.numpy as jnp
     import numpy as np
@@ -270,41 +271,41 @@ def check(case: Case, rehearse: bool) -> dict:
     pattern, arrays = parse(case.pattern), draw(case)
     random = np.random.default_rng(1)
     sink, ids = random.normal(size=case.heads[0]), np.sort(random.integers(0, 3, (1, case.t)))
-    d_out = jnp.asarray(random.normal(size=arrays[0].shape), case.dtype)
-    d_lse = random.normal(size=arrays[0].shape[:3])
+    do = jnp.asarray(random.normal(size=arrays[0].shape), case.dtype)
+    dlse = random.normal(size=arrays[0].shape[:3])
 
     def differentiate(impl: str, dtype: str, interpret: bool = False):
         def forward(q, k, v):
-            more = {"softcap": 20.0, "sink_logits": jnp.asarray(sink, wide), "segment_ids": jnp.asarray(ids)}
-            own = {"impl": impl, "interpret": interpret} | (more if case.options else {})
-            return attend(q, k, v, pattern, **own, return_lse=True)
+            extra = {"softcap": 20.0, "sink_logits": jnp.asarray(sink, wide), "segment_ids": jnp.asarray(ids)}
+            options = {"impl": impl, "interpret": interpret} | (extra if case.options else {})
+            return attend(q, k, v, pattern, **options, return_lse=True)
 
         @jax.jit
-        def compute(q, k, v, d_out, d_lse):
+        def compute(q, k, v, do, dlse):
             (out, lse), pull = jax.vjp(forward, q, k, v)
-            return out, lse, *pull((d_out, d_lse))
+            return out, lse, *pull((do, dlse))
 
         wide = jnp.promote_types(dtype, "float32")
-        return compute(*(jnp.asarray(x, dtype) for x in (*arrays, d_out)), jnp.asarray(d_lse, wide))
+        return compute(*(jnp.asarray(x, dtype) for x in (*arrays, do)), jnp.asarray(dlse, wide))
 
-    found = differentiate("gpu", case.dtype, rehearse)
+    results = differentiate("gpu", case.dtype, rehearse)
     with jax.enable_x64(True):
         expected = differentiate("dense", "float64")
     errors = {}
-    for name, ours, theirs in zip(("out", "lse", "dq", "dk", "dv"), found, expected, strict=True):
+    for name, ours, theirs in zip(("out", "lse", "dq", "dk", "dv"), results, expected, strict=True):
         ours, theirs = np.asarray(ours, np.float64), np.asarray(theirs, np.float64)
         finite = np.isfinite(theirs)
         if not (np.isfinite(ours) == finite).all():
-            raise ArithmeticError(f"{name}: infinite or not a number where it should not be")
+            raise ArithmeticError(f"{name}: not finite where float64 is finite, or the reverse")
         errors[name] = float(abs(ours - theirs)[finite].max() / max(1.0, abs(theirs[finite]).max()))
     worst = max(errors, key=errors.get)
     if not errors[worst] <= TOLERANCE[case.dtype]:
-        raise ArithmeticError(f"{worst} is wrong by {errors[worst]:.1e}")
+        raise ArithmeticError(f"{worst}: error {errors[worst]:.1e} exceeds {TOLERANCE[case.dtype]:.1e}")
     return {"errors": errors}
 
 
 def draw(case: Case) -> list:
-    """q, k and v of JAX."""
+    """Draws q, k and v."""
     import jax.numpy as jnp
     import numpy as np
 
@@ -314,14 +315,14 @@ def draw(case: Case) -> list:
 
 
 def time_jax(case: Case, rehearse: bool) -> dict:
-    """Ours, and cuDNN where it has the mask."""
+    """Times the kernels, and cuDNN if it supports the mask."""
     from sparsejax.ops import ImplementationError, attend
 
     pattern, arrays, times = parse(case.pattern), draw(case), {}
     for impl in ("gpu", "cudnn"):
         try:
-            own = {"impl": impl, "interpret": rehearse and impl == "gpu"}
-            times[impl] = time_passes(lambda *x, own=own: attend(*x, pattern, **own), arrays)
+            options = {"impl": impl, "interpret": rehearse and impl == "gpu"}
+            times[impl] = time_passes(lambda *x, options=options: attend(*x, pattern, **options), arrays)
         except ImplementationError:
             if impl == "gpu":
                 raise
@@ -329,12 +330,12 @@ def time_jax(case: Case, rehearse: bool) -> dict:
 
 
 def time_passes(function: Callable, arrays: list) -> dict[str, float]:
-    """Milliseconds of a function of JAX, forward and backward."""
+    """Milliseconds of the forward and the backward pass of a JAX function."""
     import jax
 
     forward = jax.jit(function).lower(*arrays).compile()
     out, pull = jax.jit(lambda *x: jax.vjp(function, *x))(*arrays)
-    backward = jax.jit(lambda pull, d_out: pull(d_out))
+    backward = jax.jit(lambda pull, do: pull(do))
     jax.block_until_ready(backward(pull, out))
     return {
         "forward": sample(lambda: forward(*arrays), jax.block_until_ready),
@@ -343,7 +344,7 @@ def time_passes(function: Callable, arrays: list) -> dict[str, float]:
 
 
 def sample(call: Callable, wait: Callable) -> float:
-    """The median of milliseconds of a call; one sample where calls take longer than a second."""
+    """Median milliseconds per call; a single sample if a call takes longer than a second."""
 
     def measure(calls: int) -> float:
         started = time.perf_counter()
@@ -360,7 +361,7 @@ def sample(call: Callable, wait: Callable) -> float:
 
 
 def time_flex(case: Case, rehearse: bool) -> dict:
-    """FlexAttention of PyTorch under the same mask."""
+    """Times FlexAttention of PyTorch under the same mask."""
     import torch
     from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
@@ -369,7 +370,7 @@ def time_flex(case: Case, rehearse: bool) -> dict:
     small, position = dataclasses.replace(case, t=384), torch.arange(384, device=device)
     same = write_mask(small, torch, device)(None, None, position[:, None], position)
     if (same.cpu().numpy() != parse(case.pattern).dense(384)).any():
-        raise ArithmeticError("its mask is another one")
+        raise ArithmeticError("the mask of FlexAttention differs from the pattern")
     allows = write_mask(case, torch, device)
     mask = create_block_mask(allows, None, None, case.t, case.t, device=device, BLOCK_SIZE=TILE)
     shapes = [(1, heads, case.t, case.width) for heads in (case.heads[0], *case.heads[1:] * 2)]
@@ -383,22 +384,22 @@ def time_flex(case: Case, rehearse: bool) -> dict:
     out = forward()
 
     def backward():
-        return torch.autograd.grad(out, (q, k, v), d_out, retain_graph=True)
+        return torch.autograd.grad(out, (q, k, v), do, retain_graph=True)
 
     def wait(_):
         if not rehearse:
             torch.cuda.synchronize()
 
-    d_out = torch.randn_like(out)
+    do = torch.randn_like(out)
     with torch.no_grad():
         times = {"forward": sample(forward, wait)}
-    if not rehearse:  # it has no backward pass on a CPU
+    if not rehearse:  # FlexAttention has no backward pass on a CPU
         times["backward"] = sample(backward, wait)
     return {"times": {"flex": times}}
 
 
 def write_mask(case: Case, torch, device: str) -> Callable:
-    """The pattern as FlexAttention has it: the same formula, but a table of what is drawn at random."""
+    """The pattern as a mask function of FlexAttention: its formula, with random tiles looked up in a table."""
     t = case.t
 
     def write(pattern):
@@ -418,97 +419,99 @@ def write_mask(case: Case, torch, device: str) -> Callable:
     return lambda b, h, q, k: allows(q, k)
 
 
-# What comes of it.
+# Results.
 
 
 def find_times(record: dict, pattern: str, **case) -> dict[str, dict]:
-    """The times of a case by contender; without what failed."""
-    wanted = dataclasses.asdict(Case(pattern, **case))
-    rows = [row for part in ("time", "flex") for row in record[part] if wanted.items() <= row.items()]
+    """The times of a case per contender, without those that failed."""
+    fields = dataclasses.asdict(Case(pattern, **case))
+    rows = [row for part in ("time", "flex") for row in record[part] if fields.items() <= row.items()]
     return {name: times for row in rows for name, times in row.get("times", {}).items()}
 
 
 def rate(row: dict, milliseconds: float, backward: bool) -> float:
-    """TFLOP/s over live tiles."""
+    """TFLOP/s of whole live tiles."""
     pairs = row["tiles_per_row"] * math.ceil(row["t"] / TILE) * TILE**2 * row["heads"][0]
     return (10 if backward else 4) * row["width"] * pairs / milliseconds / 1e9
 
 
-def judge(record: dict) -> Iterator[tuple[str, float | None, float, float]]:
-    """What is aimed at: its name, what was found, the least and the wanted. None: not measured."""
+def compare_with_goals(record: dict) -> Iterator[tuple[str, float | None, float, float]]:
+    """Per goal: its name, the measured value or None, the minimum and the target."""
     rows = {row["pattern"]: row for row in reversed(record["time"]) if Case(row["pattern"]).t == row["t"]}
-    for pattern, what, goals in (
+    for pattern, name, goals in (
         (WINDOW, "window 1024", (450, 520, 370, 410)),
         (LONG_ROWS, "34 tiles", (580, 630, 430, 470)),
     ):
         times = find_times(record, pattern).get("gpu", {})
-        for i, one in enumerate(("forward", "backward")):
-            found = rate(rows[pattern], times[one], i == 1) if one in times else None
-            yield f"{one}, {what} (TFLOP/s)", found, *goals[2 * i : 2 * i + 2]
-    for one in ("forward", "backward"):
-        yield f"{one}, FlexAttention / ours, least of all masks", least(record, "flex", one), 1.2, 1.4
+        for i, direction in enumerate(PASSES):
+            value = rate(rows[pattern], times[direction], i == 1) if direction in times else None
+            yield f"{direction}, {name} (TFLOP/s)", value, *goals[2 * i : 2 * i + 2]
+    for direction in PASSES:
+        value = least_ratio(record, "flex", direction)
+        yield f"{direction}, FlexAttention / sparsejax, minimum over masks", value, 1.2, 1.4
     window, dense = find_times(record, WINDOW).get("gpu"), find_times(record, DENSE).get("cudnn")
-    found = sum(dense.values()) / sum(window.values()) if window and dense else None
-    yield "both passes, dense cuDNN / window 1024", found, 6.0, 9.0
-    for one in ("forward", "backward"):
-        yield f"{one}, dense cuDNN / ours, least of density <= 0.5", least(record, "cudnn", one), 1.0, 1.0
+    value = sum(dense.values()) / sum(window.values()) if window and dense else None
+    yield "both passes, dense cuDNN / window 1024", value, 6.0, 9.0
+    for direction in PASSES:
+        value = least_ratio(record, "cudnn", direction)
+        yield f"{direction}, dense cuDNN / sparsejax, minimum over density <= 0.5", value, 1.0, 1.0
 
 
-def least(record: dict, other: str, one: str) -> float | None:
-    """The least ratio to our time of FlexAttention under the same mask, or of dense cuDNN where half is left out."""
+def least_ratio(record: dict, contender: str, direction: str) -> float | None:
+    """The least ratio to our time: of FlexAttention under the same mask, or of dense cuDNN at density <= 0.5."""
     ratios = []
     for row in record["time"]:
         same = {name: row[name] for name in ("t", "heads", "width")}
-        ours = row.get("times", {}).get("gpu", {}).get(one)
-        pattern = DENSE if other == "cudnn" else row["pattern"]
-        theirs = find_times(record, pattern, **same).get(other, {}).get(one)
-        if ours and theirs and (other != "cudnn" or row["density"] <= 0.5):
+        ours = row.get("times", {}).get("gpu", {}).get(direction)
+        pattern = DENSE if contender == "cudnn" else row["pattern"]
+        theirs = find_times(record, pattern, **same).get(contender, {}).get(direction)
+        if ours and theirs and (contender != "cudnn" or row["density"] <= 0.5):
             ratios.append(theirs / ours)
     return min(ratios, default=None)
 
 
 def summarize(row: dict) -> str:
-    """A row in a line."""
+    """A row as one line of text."""
     case = Case(**{field.name: row[field.name] for field in dataclasses.fields(Case)})
     if row["error"]:
         return f"{case}: {row['error']}"
     if "errors" in row:
         return f"{case}: " + ", ".join(f"{name} {error:.1e}" for name, error in row["errors"].items())
     times = "; ".join(
-        f"{name} {' + '.join(f'{ms:.3f}' for ms in each.values())} ms" for name, each in row["times"].items()
+        f"{name} {' + '.join(f'{ms:.3f}' for ms in passes.values())} ms" for name, passes in row["times"].items()
     )
     return f"{case}: {times}"
 
 
 def write_table(record: dict) -> str:
-    """What was found, in Markdown."""
-    gpu = (record["gpu"]["before"] or {}).get("name", "no GPU: a rehearsal, whose times mean nothing")
+    """The record in Markdown."""
+    gpu = (record["gpu"]["before"] or {}).get("name", "no GPU: a rehearsal, whose times are meaningless")
     versions = ", ".join(f"{name} {version}" for name, version in record["versions"].items())
     lines = [
         f"{gpu}, {record['date']}; {versions}",
         "",
-        "| goal | found | at least | wanted |",
+        "| goal | measured | minimum | target |",
         "| --- | ---: | ---: | ---: |",
     ]
-    for name, found, low, high in judge(record):
-        lines.append(f"| {name} | {'not measured' if found is None else f'{found:.3g}'} | {low} | {high} |")
+    for name, value, low, high in compare_with_goals(record):
+        lines.append(f"| {name} | {'not measured' if value is None else f'{value:.3g}'} | {low} | {high} |")
     names = "gpu", "cudnn", "flex"
     lines += [
         "",
-        f"| ms forward + backward | tiles a row | {' | '.join(names)} | ours, TFLOP/s |",
+        f"| ms forward + backward | tiles per row | {' | '.join(names)} | sparsejax, TFLOP/s |",
         "| --- " + "| ---: " * 5 + "|",
     ]
     for row in record["time"]:
         case = {field.name: row[field.name] for field in dataclasses.fields(Case)}
         times = find_times(record, **case)
         cells = [" + ".join(f"{ms:.3f}" for ms in times[name].values()) if name in times else "" for name in names]
-        rates = [f"{rate(row, ms, one == 'backward'):.0f}" for one, ms in times.get("gpu", {}).items()]
-        what = str(Case(**case)).replace("|", "\\|") + (f" ({row['error']})" if row["error"] else "")
-        lines.append(f"| {what} | {row['tiles_per_row']:.1f} | {' | '.join(cells)} | {' + '.join(rates)} |")
-    lines += ["", "| right? largest error | |", "| --- | --- |"]
+        rates = [f"{rate(row, ms, direction == 'backward'):.0f}" for direction, ms in times.get("gpu", {}).items()]
+        label = str(Case(**case)).replace("|", "\\|") + (f" ({row['error']})" if row["error"] else "")
+        lines.append(f"| {label} | {row['tiles_per_row']:.1f} | {' | '.join(cells)} | {' + '.join(rates)} |")
+    lines += ["", "| check | largest error |", "| --- | --- |"]
     for row in record["check"]:
-        case, found = summarize(row).rsplit(": ", 1)
-        lines.append(f"| {case.replace('|', chr(92) + '|')} | {found} |")
+        case, errors = summarize(row).rsplit(": ", 1)
+        lines.append(f"| {case.replace('|', chr(92) + '|')} | {errors} |")
     return "\n".join(lines) + "\n"
 
 

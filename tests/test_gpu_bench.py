@@ -1,4 +1,4 @@
-"""The benchmark of the kernels for GPUs, as far as it can be tried without one."""
+"""The benchmark of the GPU kernels, without a GPU."""
 
 import argparse
 import time
@@ -6,6 +6,7 @@ import time
 import pytest
 
 from scripts import gpu_bench
+from tests.messages import check_message
 
 WORKER = """#!/usr/bin/env python3
 import json, sys, time
@@ -19,10 +20,10 @@ for number in range(skip, {cases}):
 
 @pytest.fixture
 def run(tmp_path, monkeypatch):
-    """Rows of a part of four cases, done by a worker that has trouble with the second."""
+    """Runs a part of four cases with a worker that fails at the second."""
     cases = [gpu_bench.Case(gpu_bench.WINDOW, 1024 * n) for n in (1, 2, 3, 4)]
     monkeypatch.setattr(gpu_bench, "FLEX", cases)
-    monkeypatch.setattr(gpu_bench, "PATIENCE", 8.0)
+    monkeypatch.setattr(gpu_bench, "PATIENCE", 5.0)
 
     def start(trouble: str, seconds: float = 60.0) -> list[dict]:
         worker = tmp_path / "worker"
@@ -36,24 +37,27 @@ def run(tmp_path, monkeypatch):
 
 def test_a_case_that_crashes_costs_one_row(run):
     rows = run("sys.exit('CUDA error: an illegal memory access')")
-    assert [row["error"] for row in rows] == [None, "CUDA error: an illegal memory access", None, None]
+    assert [bool(row["error"]) for row in rows] == [False, True, False, False]
+    check_message(rows[1]["error"])
     assert [row["t"] for row in rows] == [1024, 2048, 3072, 4096]
 
 
 def test_a_case_that_hangs_costs_one_row(run):
     rows = run("time.sleep(600)")
-    assert [row["error"] for row in rows] == [None, "no answer for 8 s", None, None]
+    assert [bool(row["error"]) for row in rows] == [False, True, False, False]
+    check_message(rows[1]["error"])
 
 
-def test_the_end_comes_in_time(run):
+def test_the_time_limit_holds(run):
     started = time.monotonic()
-    rows = run("time.sleep(600)", seconds=6.0)  # before PATIENCE ends
+    rows = run("time.sleep(600)", seconds=3.0)  # before PATIENCE ends
     assert time.monotonic() - started < 60
-    assert [row["error"] for row in rows] == [None] + ["not reached in time"] * 3
+    assert rows[0]["error"] is None
+    (error,) = {row["error"] for row in rows[1:]}
+    check_message(error)
 
 
-def test_what_is_left_out_and_what_is_aimed_at():
-    """Figures from times that are easy to check."""
+def test_ratios_and_goals():
     record = {part: [] for part in gpu_bench.SHARES}
     for case in gpu_bench.TIMED:
         times = {"gpu": {"forward": 1.0, "backward": 2.5}}
@@ -64,15 +68,15 @@ def test_what_is_left_out_and_what_is_aimed_at():
     record["flex"].append(
         gpu_bench.describe(flex) | {"error": None, "times": {"flex": {"forward": 1.5, "backward": 2.0}}}
     )
-    found = {name: value for name, value, *_ in gpu_bench.judge(record)}
-    # 8.71875 tiles in each of 128 rows of 16 heads, 4 * 128 operations for each pair of a tile
+    values = {name: value for name, value, *_ in gpu_bench.compare_with_goals(record)}
+    # 8.71875 tiles per row, 128 rows, 16 heads, 4 * 128 operations per pair of a tile
     flops = 8.71875 * 128 * 128**2 * 16 * 4 * 128
-    assert found["forward, window 1024 (TFLOP/s)"] == pytest.approx(flops / 1e-3 / 1e12)
-    assert found["backward, window 1024 (TFLOP/s)"] == pytest.approx(flops / 1e-3 / 1e12)
-    assert found["forward, FlexAttention / ours, least of all masks"] == 1.5
-    assert found["backward, FlexAttention / ours, least of all masks"] == 0.8
-    assert found["both passes, dense cuDNN / window 1024"] == 7.0
-    assert found["forward, dense cuDNN / ours, least of density <= 0.5"] == 7.0
+    assert values["forward, window 1024 (TFLOP/s)"] == pytest.approx(flops / 1e-3 / 1e12)
+    assert values["backward, window 1024 (TFLOP/s)"] == pytest.approx(flops / 1e-3 / 1e12)
+    assert values["forward, FlexAttention / sparsejax, minimum over masks"] == 1.5
+    assert values["backward, FlexAttention / sparsejax, minimum over masks"] == 0.8
+    assert values["both passes, dense cuDNN / window 1024"] == 7.0
+    assert values["forward, dense cuDNN / sparsejax, minimum over density <= 0.5"] == 7.0
     record |= {"gpu": {"before": None}, "date": "2026-01-01", "versions": {}}
     assert "| causal & window(511), 16,384 x 16 heads of 128 | 4.9 | 1.000 + 2.500 |  | 1.500 + 2.000 |" in (
         gpu_bench.write_table(record)
@@ -85,5 +89,5 @@ def test_without_a_gpu_nothing_is_measured(monkeypatch, capsys, tmp_path):
     monkeypatch.setattr("sys.argv", ["gpu_bench.py", "--out", str(out)])
     monkeypatch.setattr(gpu_bench, "describe_gpu", lambda: None)
     assert gpu_bench.main() == 2
-    assert capsys.readouterr().err == "gpu_bench: nvidia-smi finds no GPU here; nothing was measured\n"
+    check_message(capsys.readouterr().err.removesuffix("\n"))
     assert not out.exists()
