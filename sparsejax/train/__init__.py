@@ -1,22 +1,23 @@
-"""Training: the loop, the step, the state, checkpoints and what a run writes down."""
+"""Training: the loop, the step, the state, checkpoints and the records of a run."""
 
-from sparsejax.train.checkpoint import CheckpointError, Checkpoints, list_steps, read_arrays
-from sparsejax.train.evaluate import Answers, Evaluation, evaluate, summarize
-from sparsejax.train.loop import BadLoss, Interrupted, find_change, train
+from sparsejax.signals import Interrupted
+from sparsejax.train.checkpoint import CheckpointError, Checkpoints, list_steps, read_arrays, read_iterator
+from sparsejax.train.evaluate import Accuracy, Evaluation, evaluate, summarize
+from sparsejax.train.loop import LossDiverged, train
 from sparsejax.train.optimizer import build_optimizer, build_schedule
-from sparsejax.train.phases import Phase, plan_phases
+from sparsejax.train.phases import EvaluationSetting, Phase, plan_evaluations, plan_phases
+from sparsejax.train.start import find_change
 from sparsejax.train.state import TrainState, init_state, state_shapes
 from sparsejax.train.step import build_evaluation, build_step
-from sparsejax.train.writers import RESULT, read_rows, write_json
 
 __all__ = [
-    "RESULT",
-    "Answers",
-    "BadLoss",
+    "Accuracy",
     "CheckpointError",
     "Checkpoints",
     "Evaluation",
+    "EvaluationSetting",
     "Interrupted",
+    "LossDiverged",
     "Phase",
     "TrainState",
     "build_evaluation",
@@ -27,11 +28,11 @@ __all__ = [
     "find_change",
     "init_state",
     "list_steps",
+    "plan_evaluations",
     "plan_phases",
     "read_arrays",
-    "read_rows",
+    "read_iterator",
     "state_shapes",
     "summarize",
     "train",
-    "write_json",
 ]

@@ -1,4 +1,4 @@
-"""Checkpoints: state, data iterator and metadata saved as one step, whole or not at all (Orbax)."""
+"""Checkpoints: state, data iterator and metadata, saved as one step by Orbax, completely or not at all."""
 
 from __future__ import annotations
 
@@ -15,44 +15,43 @@ import grain
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
+from jaxtyping import Array
 from orbax.checkpoint.checkpoint_managers import AnyPreservationPolicy, BestN, LatestN
 
 from sparsejax.config import CheckpointConfig
+from sparsejax.errors import InputError
+from sparsejax.metrics import EVAL_LOSS, direction
 from sparsejax.train.state import TrainState
 
-METRIC = "eval/loss"
-# Free space asked for before a save: the files are a little larger than the arrays, and many are small.
-ROOM = 1.2
-MARGIN = 2**20
+RANKED_BY = EVAL_LOSS
+BEST = direction(RANKED_BY)
+# A save needs this multiple of the size of the arrays, plus a margin for many small files.
+SIZE_FACTOR = 1.2
+SIZE_MARGIN = 2**20  # bytes
 
 
-class CheckpointError(ValueError):
-    """A checkpoint that cannot be read, or does not fit the configuration."""
+class CheckpointError(InputError):
+    """A checkpoint that cannot be written or read, or does not fit the configuration."""
 
 
 class Checkpoints:
-    """The checkpoints of one run, in `folder`, each with `meta`; a context manager that waits for the last save."""
+    """The checkpoints of a run in `folder`, each with `meta`; a context manager that waits for the last save."""
 
     def __init__(self, folder: Path, config: CheckpointConfig, meta: dict[str, Any]):
         self.folder, self.meta = folder, meta
-        keep = AnyPreservationPolicy(
-            [
-                LatestN(config.keep_last),
-                BestN(
-                    get_metric_fn=_rank,
-                    reverse=True,
-                    n=config.keep_best,
-                    keep_checkpoints_without_metrics=False,
-                ),
-            ]
+        best = BestN(
+            get_metric_fn=_rank, reverse=BEST == "min", n=config.keep_best, keep_checkpoints_without_metrics=False
         )
-        # best_fn: without it the metrics are not written, and a resumed run would delete the best checkpoint.
         options = ocp.CheckpointManagerOptions(
-            preservation_policy=keep, best_fn=_rank, best_mode="min", cleanup_tmp_directories=True
+            preservation_policy=AnyPreservationPolicy([LatestN(config.keep_last), best]),
+            # Without best_fn Orbax does not write the metrics, and a resumed run would delete the best checkpoint.
+            best_fn=_rank,
+            best_mode=BEST,
+            cleanup_tmp_directories=True,
         )
         handlers = {
             "state": ocp.StandardCheckpointHandler(),
-            # Batches are a function of the step, so one state serves every process, however many there are.
+            # Batches are a function of the step, so one iterator state serves any number of processes.
             "data": ocp.JsonCheckpointHandler(),
             "meta": ocp.JsonCheckpointHandler(),
         }
@@ -63,97 +62,109 @@ class Checkpoints:
         return self
 
     def __exit__(self, *exception: object) -> None:
-        with _full_disk_named(self.folder):
+        with _report_full_disk(self.folder):
             self._manager.close()
 
     @property
     def latest(self) -> int | None:
-        """The newest whole checkpoint's step."""
+        """Step of the newest complete checkpoint."""
         return self._manager.latest_step()
 
-    def save(self, state: TrainState, iterator: grain.DatasetIterator, loss: float | None) -> None:
-        """Starts saving in the background; at most one save runs at a time. `loss` ranks it for keep_best.
+    def save(self, state: TrainState[Array], iterator: grain.DatasetIterator, loss: float | None) -> None:
+        """Starts a save in the background, after the previous one has finished.
+
+        Args:
+          state: The state; its buffers may be donated at once.
+          iterator: The data iterator.
+          loss: Evaluation loss, by which `keep_best` ranks checkpoints; None leaves the checkpoint out of the ranking.
 
         Raises:
-          CheckpointError: the disk has too little room for another checkpoint.
+          CheckpointError: The disk is full.
         """
-        step, state = int(state.step), _savable(state)
+        step, arrays = int(state.step), _to_arrays(state)
         if step in self._manager.all_steps():
             return
         args = ocp.args.Composite(
-            state=ocp.args.StandardSave(state),
+            state=ocp.args.StandardSave(arrays),
             data=ocp.args.JsonSave(dict(iterator.get_state())),
             meta=ocp.args.JsonSave(self.meta),
         )
-        with _full_disk_named(self.folder):
+        with _report_full_disk(self.folder):
             self._manager.wait_until_finished()
-            _require_room(self.folder, sum(leaf.nbytes for leaf in jax.tree.leaves(state)))
-            self._manager.save(step, args=args, metrics=None if loss is None else {METRIC: loss})
+            _require_space(self.folder, sum(leaf.nbytes for leaf in jax.tree.leaves(arrays)))
+            self._manager.save(step, args=args, metrics=None if loss is None else {RANKED_BY: loss})
 
-    def restore(self, shapes: TrainState, iterator: grain.DatasetIterator) -> TrainState:
-        """The newest state, placed by the shardings of `shapes`; sets `iterator` to where it was.
+    def restore(self, shapes: TrainState[jax.ShapeDtypeStruct], iterator: grain.DatasetIterator) -> TrainState[Array]:
+        """Restores the newest state with the shardings of `shapes`, and the position of `iterator`.
 
         Raises:
-          CheckpointError: the files are damaged, the state does not fit `shapes` (with the first parameter that
-            differs), or it was trained on another text.
+          CheckpointError: The checkpoint is damaged, does not fit `shapes`, or was trained on another text.
         """
         step = self.latest
-        place = self.folder / str(step)
-        wanted = _savable(shapes)
+        path = self.folder / str(step)
+        expected = _to_arrays(shapes)
         try:
             saved = self._manager.item_metadata(step)["state"].tree
-            problem = _first_difference(saved, wanted)
+            difference = _find_difference(saved, expected)
             meta = self._manager.restore(step, args=ocp.args.Composite(meta=ocp.args.JsonRestore()))["meta"]
-            text, now = meta["corpus"], self.meta["corpus"]
+            corpus = meta["corpus"]
         except Exception as error:
-            raise CheckpointError(_damaged(place, error)) from error
-        if problem:
-            raise CheckpointError(f"checkpoint {place} does not fit this configuration: {problem}")
-        if text != now:
+            raise _damaged(path, error) from error
+        if difference:
+            raise CheckpointError(path, f"does not fit the configuration: {difference}")
+        if corpus != self.meta["corpus"]:
             raise CheckpointError(
-                f"data.files: not the text that checkpoint {place} was trained on: its digest was {text}, is {now}"
+                "data.files",
+                f"the text has the digest {self.meta['corpus']}, but {path} was trained on a text with the digest"
+                f" {corpus}",
             )
         try:
-            found = self._manager.restore(
+            items = self._manager.restore(
                 step,
-                args=ocp.args.Composite(state=ocp.args.StandardRestore(wanted), data=ocp.args.JsonRestore()),
+                args=ocp.args.Composite(state=ocp.args.StandardRestore(expected), data=ocp.args.JsonRestore()),
             )
-            iterator.set_state(found["data"])
+            iterator.set_state(items["data"])
         except Exception as error:
-            raise CheckpointError(_damaged(place, error)) from error
-        return _restored(found["state"])
+            raise _damaged(path, error) from error
+        return _from_arrays(items["state"])
 
 
 def list_steps(folder: Path) -> list[int]:
-    """Steps of the whole checkpoints in a `checkpoints` folder, in order."""
+    """Returns the steps of the complete checkpoints in a folder of checkpoints, in order."""
     return sorted(int(path.name) for path in folder.glob("*") if path.name.isdigit())
 
 
 def read_arrays(folder: Path, step: int) -> dict[str, np.ndarray]:
-    """All arrays of a checkpoint by path, such as `parameters.embedding`; each has the shape it was saved with."""
+    """Reads all arrays of a checkpoint by path, such as `parameters.embedding`."""
     with ocp.StandardCheckpointer() as checkpointer:
         tree = checkpointer.restore((folder / str(step) / "state").absolute())
-    return {_path(path): np.asarray(leaf) for path, leaf in jax.tree.leaves_with_path(tree)}
+    return {_join(path): np.asarray(leaf) for path, leaf in jax.tree.leaves_with_path(tree)}
+
+
+def read_iterator(folder: Path, step: int) -> dict[str, Any]:
+    """Reads the state of the data iterator of a checkpoint."""
+    return json.loads((folder / str(step) / "data" / "metadata").read_text())
 
 
 def _require_readable_metrics(folder: Path) -> None:
-    """Orbax reads those of all checkpoints when it opens them, and does not say which it could not read."""
+    """Checks the metrics of all checkpoints, which Orbax reads at start without naming the one that fails."""
     for file in folder.glob("*/metrics/metrics"):
-        place = file.parents[1]
+        path = file.parents[1]
         try:
-            if place.name.isdigit():
+            if path.name.isdigit():
                 _rank(json.loads(file.read_text()))
         except (OSError, ValueError, KeyError, TypeError) as error:
-            raise CheckpointError(_damaged(place, error)) from error
+            raise _damaged(path, error) from error
 
 
 def _rank(metrics: dict[str, float]) -> float:
-    """Lower is better; a loss that is not finite is the worst."""
-    return metrics[METRIC] if math.isfinite(metrics[METRIC]) else math.inf
+    """Returns the metric that ranks checkpoints; a value that is not finite is the worst."""
+    value = metrics[RANKED_BY]
+    return value if math.isfinite(value) else math.inf if BEST == "min" else -math.inf
 
 
-def _savable(state: TrainState) -> dict[str, Any]:
-    """The state as plain nested dicts of arrays: keys as their data, optax's tuples by position."""
+def _to_arrays(state: TrainState[Any]) -> dict[str, Any]:
+    """Returns the state as nested dicts of arrays, with the data of the PRNG key, as Orbax saves them."""
     key = state.key
     if isinstance(key, jax.ShapeDtypeStruct):
         data = jax.eval_shape(jax.random.key_data, key)
@@ -170,53 +181,53 @@ def _savable(state: TrainState) -> dict[str, Any]:
     }
 
 
-def _restored(saved: dict[str, Any]) -> TrainState:
-    return TrainState(**{**saved, "key": jax.random.wrap_key_data(saved["key"])})
+def _from_arrays(arrays: dict[str, Any]) -> TrainState[Array]:
+    return TrainState(**{**arrays, "key": jax.random.wrap_key_data(arrays["key"])})
 
 
-def _first_difference(saved: Any, wanted: Any) -> str | None:
-    """The first array, by path, that only one side has or whose shape or dtype differs."""
+def _find_difference(saved: Any, expected: Any) -> str | None:
+    """Describes the first array that only one side has or whose shape or dtype differs."""
     old, new = (
-        {_path(path): (tuple(leaf.shape), np.dtype(leaf.dtype)) for path, leaf in jax.tree.leaves_with_path(tree)}
-        for tree in (saved, wanted)
+        {_join(path): (tuple(leaf.shape), np.dtype(leaf.dtype)) for path, leaf in jax.tree.leaves_with_path(tree)}
+        for tree in (saved, expected)
     )
     for path in [*new, *old]:
         if path not in old or path not in new:
             return f"{path} is only in the {'configuration' if path in new else 'checkpoint'}"
         if old[path] != new[path]:
-            shown = (f"{dtype.name}{list(shape)}" for shape, dtype in (old[path], new[path]))
-            return f"{path} is {next(shown)} in the checkpoint and {next(shown)} in the configuration"
+            was, now = (f"{dtype.name}{list(shape)}" for shape, dtype in (old[path], new[path]))
+            return f"{path} is {was} in the checkpoint and {now} in the configuration"
     return None
 
 
-def _path(path: tuple) -> str:
+def _join(path: tuple[Any, ...]) -> str:
     names = (str(getattr(p, "key", getattr(p, "name", getattr(p, "idx", p)))) for p in path)
     return ".".join(names)
 
 
-def _damaged(place: Path, error: Exception) -> str:
-    cause = str(error).strip().splitlines()[0][:200] if str(error).strip() else ""
-    return (
-        f"checkpoint {place} is damaged ({type(error).__name__}: {cause}); delete that folder to go on from"
-        " the one before it"
-    )
+def _damaged(path: Path, error: Exception) -> CheckpointError:
+    lines = str(error).strip().splitlines()
+    cause = lines[0][:200] if lines else ""
+    problem = f"damaged checkpoint ({type(error).__name__}: {cause})"
+    return CheckpointError(path, f"{problem}; delete the folder to resume from the previous checkpoint")
 
 
-def _require_room(folder: Path, size: int) -> None:
-    needed, free = ROOM * size + MARGIN, shutil.disk_usage(folder).free
+def _require_space(folder: Path, size: int) -> None:
+    needed, free = SIZE_FACTOR * size + SIZE_MARGIN, shutil.disk_usage(folder).free
     if free < needed:
         raise CheckpointError(
-            f"no space left on the workdir's disk: a checkpoint needs {needed / 2**20:.1f} MiB, {folder} has"
-            f" {free / 2**20:.1f} MiB free"
+            folder,
+            f"no space left on the disk of the workdir: a checkpoint needs {needed / 2**20:.1f} MiB,"
+            f" {free / 2**20:.1f} MiB is free",
         )
 
 
 @contextlib.contextmanager
-def _full_disk_named(folder: Path) -> Iterator[None]:
-    """Says a full disk in one line, whatever library runs into it, and in whichever thread."""
+def _report_full_disk(folder: Path) -> Iterator[None]:
+    """Turns the errors of a full disk, which any library and any thread can raise, into a CheckpointError."""
     try:
         yield
     except Exception as error:
         if "No space left" in str(error) or getattr(error, "errno", None) == errno.ENOSPC:
-            raise CheckpointError(f"no space left on the workdir's disk: saving to {folder} failed") from error
+            raise CheckpointError(folder, "no space left on the disk of the workdir") from error
         raise

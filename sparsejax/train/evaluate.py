@@ -1,4 +1,4 @@
-"""Evaluation: loss in nats and bits per byte, and loss by position."""
+"""Evaluation: loss in nats and in bits per byte, by position, and accuracy."""
 
 from __future__ import annotations
 
@@ -7,9 +7,35 @@ import math
 from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
+import jax
 import numpy as np
 
+from sparsejax import metrics
 from sparsejax.data import Dataset
+from sparsejax.train.step import DeviceBatch, EvaluationSums
+
+
+class Accuracy(NamedTuple):
+    """How often a scored token is the first choice of the model.
+
+    Attributes:
+      tokens: Fraction of the scored tokens.
+      exact_match: Fraction of the rows whose scored tokens are all correct.
+      by_distance: Weights of correct and of scored tokens by distance of the answer [2, t + 1].
+    """
+
+    tokens: float
+    exact_match: float
+    by_distance: np.ndarray
+
+    def distance_bins(self) -> list[tuple[int, int, float]]:
+        """Returns the accuracy at distances `[start, stop)`, in bins that double, without empty bins."""
+        correct, scored = self.by_distance
+        bins = [
+            (start, stop, correct[start:stop].sum(), scored[start:stop].sum())
+            for start, stop in _double(len(correct), 1)
+        ]
+        return [(start, stop, float(hits / total)) for start, stop, hits, total in bins if total]
 
 
 class Evaluation(NamedTuple):
@@ -17,107 +43,90 @@ class Evaluation(NamedTuple):
 
     Attributes:
       loss: Mean over the scored tokens, in nats.
-      by_position: The same at each position of a document [t].
+      by_position: Mean at each position of a document [t].
       tokens: Number of scored tokens.
-      scored: Number of them at each position [t].
-      answers: How many of them the model would have chosen, if that was counted.
+      scored: Number of scored tokens at each position [t].
+      accuracy: None if it was not scored.
     """
 
     loss: float
     by_position: np.ndarray
     tokens: int
-    scored: np.ndarray | None = None
-    answers: Answers | None = None
+    scored: np.ndarray
+    accuracy: Accuracy | None = None
 
     @property
     def bits(self) -> float:
-        """The loss in bits for each token."""
+        """Loss in bits per token."""
         return self.loss / math.log(2)
 
     def position_bins(self) -> list[tuple[int, int, float]]:
-        """Mean bits per token at positions `[start, stop)`, in bins that double: shows what context is used.
+        """Returns the bits per token at positions `[start, stop)`, in bins that double, without empty bins.
 
-        A bin without a scored token is left out.
+        The curve shows how much context the model uses.
         """
         bins = []
         for start, stop in _double(len(self.by_position)):
-            values = self.by_position[start:stop]
-            values = values if self.scored is None else values[self.scored[start:stop] > 0]
+            values = self.by_position[start:stop][self.scored[start:stop] > 0]
             if len(values):
                 bins.append((start, stop, float(values.mean()) / math.log(2)))
         return bins
 
 
-class Answers(NamedTuple):
-    """How many scored tokens are the model's first choice.
-
-    Attributes:
-      accuracy: Of all scored tokens.
-      exact: Share of the rows whose scored tokens are all right.
-      by_distance: Weights of the right and of all scored tokens, by how far back the answer stands [2, t + 1].
-    """
-
-    accuracy: float
-    exact: float
-    by_distance: np.ndarray
-
-    def distance_bins(self) -> list[tuple[int, int, float]]:
-        """Accuracy at distances `[start, stop)`, in bins that double; distances that do not occur are left out."""
-        right, scored = self.by_distance
-        bins = [
-            (start, stop, right[start:stop].sum(), scored[start:stop].sum()) for start, stop in _double(len(right), 1)
-        ]
-        return [(start, stop, float(good / all_)) for start, stop, good, all_ in bins if all_]
-
-
 def _double(stop: int, start: int = 0) -> list[tuple[int, int]]:
-    """Bins from `start` to `stop` whose edges are 8, 16, 32, ..."""
+    """Returns bins from `start` to `stop` with edges 8, 16, 32, ..."""
     edges = [start, *(2**i for i in range(3, stop.bit_length())), stop]
-    return list(itertools.pairwise(sorted({e for e in edges if e <= stop})))
+    return list(itertools.pairwise(sorted({edge for edge in edges if edge <= stop})))
 
 
-def evaluate(run: Callable[[Any, Any], tuple[Any, ...]], parameters: Any, batches: Iterable[Any]) -> Evaluation:
-    """Adds up `run(parameters, batch)`, the sums of `build_evaluation`, over the batches."""
-    sums = None
+def evaluate(
+    run: Callable[[dict[str, Any], DeviceBatch], EvaluationSums],
+    parameters: dict[str, Any],
+    batches: Iterable[DeviceBatch],
+) -> Evaluation:
+    """Sums `run(parameters, batch)`, a function of `build_evaluation`, over the batches in float64."""
+    sums: EvaluationSums | None = None
     for batch in batches:
-        found = [np.asarray(one, np.float64) for one in run(parameters, batch)]
-        sums = found if sums is None else [a + b for a, b in zip(sums, found, strict=True)]
-    losses, weights, *counted = sums
-    total = weights.sum()
-    answers = None
-    if counted:
-        right, (exact, rows), by_distance = counted
-        answers = Answers(float(right.sum() / total), float(exact / rows), by_distance)
-    return Evaluation(float(losses.sum() / total), losses / np.maximum(weights, 1), int(total), weights, answers)
+        batch_sums = jax.tree.map(lambda leaf: np.asarray(leaf, np.float64), run(parameters, batch))
+        sums = batch_sums if sums is None else jax.tree.map(np.add, sums, batch_sums)
+    assert sums is not None, "no batches"
+    total, accuracy = sums.weights.sum(), None
+    if sums.accuracy is not None:
+        correct, (exact, rows), by_distance = sums.accuracy
+        accuracy = Accuracy(float(correct.sum() / total), float(exact / rows), np.asarray(by_distance))
+    by_position, weights = np.asarray(sums.losses / np.maximum(sums.weights, 1)), np.asarray(sums.weights)
+    return Evaluation(float(sums.losses.sum() / total), by_position, int(total), weights, accuracy)
 
 
 def summarize(evaluation: Evaluation, dataset: Dataset) -> dict[str, float]:
-    """The metrics of an evaluation, by name.
+    """Returns the metrics of an evaluation by name.
 
-    Where every token of a text is predicted, bits are for each byte (and for each character, if tokens are not bytes):
-    those of all tokens over the bytes that they stand for. Else they are for each scored token, and do not compare.
+    If every token of a text is predicted, bits are per byte, and also per character if tokens are not bytes: the bits
+    of all tokens divided by the bytes or characters that the tokens stand for. Otherwise bits are per scored token,
+    and do not compare between tokenizers.
     """
-    metrics = {"eval/loss": evaluation.loss}
+    summary = {metrics.EVAL_LOSS: evaluation.loss}
     scale = dataset.tokens_per_byte
     if scale is None:
-        metrics["eval/bits_per_token"] = evaluation.bits
+        summary[metrics.BITS_PER_TOKEN] = evaluation.bits
     else:
-        metrics["eval/bits_per_byte"] = evaluation.bits * scale
-        if dataset.config.tokenizer != "bytes":
-            metrics["eval/bits_per_character"] = evaluation.bits * dataset.tokens_per_character
-    metrics |= {f"eval/bits_at_{start}": bits * (scale or 1) for start, _, bits in evaluation.position_bins()}
-    if evaluation.answers is not None:
-        metrics |= {"eval/accuracy": evaluation.answers.accuracy, "eval/exact_match": evaluation.answers.exact}
-        distances = evaluation.answers.distance_bins()
-        metrics |= {f"eval/accuracy_at_distance_{start}": accuracy for start, _, accuracy in distances}
-    return metrics
+        summary[metrics.BITS_PER_BYTE] = evaluation.bits * scale
+        if dataset.config.tokenizer != "bytes" and dataset.tokens_per_character is not None:
+            summary[metrics.BITS_PER_CHARACTER] = evaluation.bits * dataset.tokens_per_character
+    summary |= {f"{metrics.BITS_AT}{start}": bits * (scale or 1) for start, _, bits in evaluation.position_bins()}
+    if evaluation.accuracy is not None:
+        summary[metrics.ACCURACY] = evaluation.accuracy.tokens
+        summary[metrics.EXACT_MATCH] = evaluation.accuracy.exact_match
+        bins = evaluation.accuracy.distance_bins()
+        summary |= {f"{metrics.ACCURACY_AT_DISTANCE}{start}": accuracy for start, _, accuracy in bins}
+    return summary
 
 
-def describe(metrics: dict[str, float]) -> str:
-    """The main one of the metrics of `summarize`, in words."""
-    if "eval/accuracy" in metrics:
-        exact = f"accuracy {metrics['eval/accuracy']:.4f}, of whole examples {metrics['eval/exact_match']:.4f}"
-        return f"{exact}, {metrics['eval/bits_per_token']:.4f} bits/token"
-    character = metrics.get("eval/bits_per_character")
-    more = "" if character is None else f", {character:.4f} bits/character"
-    return f"{metrics['eval/bits_per_byte']:.4f} bits/byte{more}"
+def describe(summary: dict[str, float]) -> str:
+    """Formats the main metrics of `summarize`."""
+    if metrics.ACCURACY in summary:
+        accuracy, exact_match = summary[metrics.ACCURACY], summary[metrics.EXACT_MATCH]
+        bits = summary[metrics.BITS_PER_TOKEN]
+        return f"accuracy {accuracy:.4f}, exact match {exact_match:.4f}, {bits:.4f} bits/token"
+    names = {metrics.BITS_PER_BYTE: "bits/byte", metrics.BITS_PER_CHARACTER: "bits/character"}
+    return ", ".join(f"{summary[name]:.4f} {unit}" for name, unit in names.items() if name in summary)

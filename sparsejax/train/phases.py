@@ -1,8 +1,10 @@
-"""Phases: stretches of a run, each with settings of its own (staged training, arXiv:2004.05150, section 4.2)."""
+"""Phases and evaluation settings: the configurations of a run (staged training, arXiv:2004.05150, section 4.2)."""
 
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
+from typing import Any
 
 import jax
 import numpy as np
@@ -11,21 +13,42 @@ from ml_collections import ConfigDict
 from sparsejax import config as configs
 from sparsejax.config import BASE_PHASE, Config, ConfigError
 from sparsejax.model import Functional
+from sparsejax.overrides import Overrides
+
+
+@dataclasses.dataclass(frozen=True)
+class EvaluationSetting:
+    """An evaluation of `eval.also`: the configuration of the last phase with overrides.
+
+    Attributes:
+      name: Key in `eval.also`.
+      config: The configuration.
+      overrides: The overrides.
+    """
+
+    name: str
+    config: Config
+    overrides: Overrides
+
+    @property
+    def key(self) -> str:
+        """Key of the overrides in the configuration of the run."""
+        return f"eval.also.{self.name}"
 
 
 @dataclasses.dataclass(frozen=True)
 class Phase:
-    """The steps from `start` to `stop` of a run, under one configuration; a run without phases is one, without a name.
+    """The steps from `start` to `stop` of a run, under one configuration. A run without phases is one unnamed phase.
 
     Attributes:
-      number: From 1; 0 of an evaluation of `eval.also`.
+      number: From 1.
       name: None if the run has no phases.
-      start: Steps of the run before it.
-      stop: Steps of the run up to its end.
-      config: The run's configuration with what the phase sets, but for `optimizer.warmup`: it is always that of the
-        first phase.
-      restart: If the phase warms up another time, from which step on and over how many.
-      given: What it sets.
+      start: Number of steps before the phase.
+      stop: Number of steps up to its end.
+      config: The configuration of the run with the overrides of the phase, except for `optimizer.warmup`, which is
+        always that of the first phase.
+      restart: First step and length of a second warm-up; None without one.
+      overrides: The overrides.
     """
 
     number: int
@@ -34,77 +57,76 @@ class Phase:
     stop: int
     config: Config
     restart: tuple[int, int] | None = None
-    given: tuple[str, ...] = ()
+    overrides: Overrides = dataclasses.field(default_factory=dict)
 
     @property
     def seed(self) -> int:
-        """What its batches are drawn with: every phase has an order of its own, the first that of a run without any."""
+        """Seed of the training batches. The first phase uses that of the run, so that phases do not change it."""
         seed = self.config.train.seed
         return seed if self.number == 1 else int(np.random.SeedSequence([seed, self.number]).generate_state(1)[0])
 
     @property
-    def place(self) -> str:
-        """Where the configuration says what it sets, to begin a message with; empty if it sets nothing."""
-        if not self.given:
-            return ""
-        return f"train.phases.{self.name}.set: " if self.number else f"eval.also.{self.name}: "
+    def key(self) -> str:
+        """Key of the overrides in the configuration of the run; empty without overrides."""
+        return f"train.phases.{self.name}.set" if self.overrides else ""
 
 
 def plan_phases(settings: ConfigDict) -> list[Phase]:
-    """The phases of a run, in order.
+    """Returns the phases of a run, in order.
 
-    The rate is the run's schedule, over all its steps, at the peak of the phase. The warm-up of the run is that of its
-    first phase; a later one that sets `optimizer.warmup` begins with another.
+    The learning rate follows the schedule of the whole run, with the peak of the phase. The first phase sets the
+    warm-up of the run; a later phase that sets `optimizer.warmup` warms up again.
 
     Raises:
-      ConfigError: as `config.check`; or the parameters of the phases have not the same shapes.
+      ConfigError: As `config.check`, or a phase changes the shapes of the parameters.
     """
-    whole = configs.check(settings)
-    if not whole.train.phases:
-        return [Phase(1, None, 0, whole.train.steps, whole)]
-    named = sorted((phase.start, name) for name, phase in whole.train.phases.items())
-    named = named if named[0][0] == 0 else [(0, None), *named]
-    stops = [*(start for start, _ in named[1:]), whole.train.steps]
+    base = configs.check(settings)
+    if not base.train.phases:
+        return [Phase(1, None, 0, base.train.steps, base)]
+    starts = sorted((phase.start, name) for name, phase in base.train.phases.items())
+    if starts[0][0] > 0:
+        starts.insert(0, (0, BASE_PHASE))
+    stops = [*(start for start, _ in starts[1:]), base.train.steps]
     phases: list[Phase] = []
-    for number, ((start, name), stop) in enumerate(zip(named, stops, strict=True), 1):
-        config = whole if name is None else configs.check_phase(settings, name)
-        given, restart = () if name is None else whole.train.phases[name].set, None
+    for number, ((start, name), stop) in enumerate(zip(starts, stops, strict=True), 1):
+        config = base if name == BASE_PHASE else configs.check_phase(settings, name)
+        overrides = {} if name == BASE_PHASE else base.train.phases[name].set
+        restart = None
         if phases:
-            warmup = config.optimizer.warmup if any(text.startswith("optimizer.warmup=") for text in given) else 0
+            warmup = config.optimizer.warmup if "optimizer.warmup" in overrides else 0
             restart = (start, warmup) if warmup else None
             optimizer = dataclasses.replace(config.optimizer, warmup=phases[0].config.optimizer.warmup)
             config = dataclasses.replace(config, optimizer=optimizer)
-        phases.append(Phase(number, name or BASE_PHASE, start, stop, config, restart, given))
-    _require_same_parameters(whole, phases)
+        phases.append(Phase(number, name, start, stop, config, restart, overrides))
+    _require_same_parameters(base, phases)
     return phases
 
 
-def plan_evaluations(settings: ConfigDict) -> list[Phase]:
-    """What `eval.also` says: phases at the end of the run that have no steps.
+def plan_evaluations(settings: ConfigDict) -> list[EvaluationSetting]:
+    """Returns the evaluations of `eval.also`.
 
     Raises:
-      ConfigError: as `plan_phases`.
+      ConfigError: As `plan_phases`.
     """
-    whole = configs.check(settings)
-    stop = whole.train.steps
-    found = [
-        Phase(0, name, stop, stop, configs.check_also(settings, name), None, given)
-        for name, given in whole.eval.also.items()
+    base = configs.check(settings)
+    evaluations = [
+        EvaluationSetting(name, configs.check_evaluation(settings, name), overrides)
+        for name, overrides in base.eval.also.items()
     ]
-    _require_same_parameters(whole, found)
-    return found
+    _require_same_parameters(base, evaluations)
+    return evaluations
 
 
-def _require_same_parameters(whole: Config, phases: list[Phase]) -> None:
-    # Held against the configuration itself and not against one another: then the phase that changes them is named.
-    setting = [phase for phase in phases if phase.given]
-    expected = _describe_parameters(whole) if setting else {}
-    for phase in setting:
-        changed = configs.difference(expected, _describe_parameters(phase.config))
-        if changed:
-            raise ConfigError(f"{phase.place}changes the model's parameters: {changed}")
+def _require_same_parameters(base: Config, settings: Sequence[Phase | EvaluationSetting]) -> None:
+    # The reference is the base configuration, not another phase, so that the error names the phase at fault.
+    changed = [setting for setting in settings if setting.overrides]
+    expected = _describe_parameters(base) if changed else {}
+    for setting in changed:
+        change = configs.difference(expected, _describe_parameters(setting.config))
+        if change:
+            raise ConfigError(setting.key, f"changes the shapes of the parameters: {change}")
 
 
-def _describe_parameters(config: Config) -> dict:
+def _describe_parameters(config: Config) -> dict[str, Any]:
     shapes = Functional(config.model).shapes
     return jax.tree.map(lambda leaf: f"{leaf.dtype.name}{list(leaf.shape)}", shapes)

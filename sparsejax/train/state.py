@@ -1,69 +1,86 @@
-"""The state of a run, and where on the mesh each part of it lives."""
+"""The state of a run, and where on the mesh each part of it is placed."""
 
 from __future__ import annotations
 
 import dataclasses
-from typing import Any
+from collections.abc import Callable
+from typing import Any, Generic, TypeVar
 
 import jax
 import jax.numpy as jnp
 import optax
-from jax.sharding import Mesh
-from jaxtyping import Array, Float, Int, Key
+from jax.sharding import Mesh, NamedSharding
+from jaxtyping import Array, Key
 
 from sparsejax import sharding
 from sparsejax.model import Functional
 
+Leaf = TypeVar("Leaf")
+
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
-class TrainState:
-    """All that a step reads and writes; with the data iterator's state it determines the rest of the run."""
+class TrainState(Generic[Leaf]):
+    """Everything that a step reads and writes. With the state of the data iterator it determines the rest of the run.
 
-    step: Int[Array, ""]  # batches seen
-    skipped: Int[Array, ""]  # updates not made, because the loss was bad
-    loss_mean: Float[Array, ""]  # running mean of the loss, in nats
-    key: Key[Array, ""]  # for whatever is drawn; step i draws from fold_in(key, i)
-    parameters: Any
+    The leaves are arrays, or their shapes or shardings.
+
+    Attributes:
+      step: Number of batches seen, int32.
+      skipped: Number of updates that were skipped because the loss diverged, int32.
+      loss_mean: Running mean of the loss in nats, float32.
+      key: PRNG key; step i draws from `fold_in(key, i)`.
+      parameters: Parameters of the model, a nested dict.
+      optimizer: State of the optimizer.
+    """
+
+    step: Leaf
+    skipped: Leaf
+    loss_mean: Leaf
+    key: Leaf
+    parameters: dict[str, Any]
     optimizer: Any
 
 
-def init_state(model: Functional, optimizer: optax.GradientTransformation, seed: int, mesh: Mesh) -> TrainState:
-    """A fresh state, made where it will live."""
-    build = _builder(model, optimizer)
-    placed = jax.jit(build, out_shardings=_shardings(model, optimizer, mesh))
-    return placed(jax.random.key(seed))
+def init_state(model: Functional, optimizer: optax.GradientTransformation, seed: int, mesh: Mesh) -> TrainState[Array]:
+    """Initializes a state on the mesh, without a copy elsewhere."""
+    init = jax.jit(_build_init(model, optimizer), out_shardings=_shardings(model, optimizer, mesh))
+    return init(jax.random.key(seed))
 
 
-def state_shapes(model: Functional, optimizer: optax.GradientTransformation, mesh: Mesh) -> TrainState:
-    """The state as shapes with shardings: what a checkpoint is restored into."""
-    shapes = jax.eval_shape(_builder(model, optimizer), jax.random.key(0))
+def state_shapes(
+    model: Functional, optimizer: optax.GradientTransformation, mesh: Mesh
+) -> TrainState[jax.ShapeDtypeStruct]:
+    """Returns the shapes, dtypes and shardings into which a checkpoint is restored."""
+    shapes = jax.eval_shape(_build_init(model, optimizer), jax.random.key(0))
     return jax.tree.map(
-        lambda x, place: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place),
+        lambda leaf, placement: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=placement),
         shapes,
         _shardings(model, optimizer, mesh),
     )
 
 
-def _builder(model: Functional, optimizer: optax.GradientTransformation):
-    def build(key: Array) -> TrainState:
-        init, draws = jax.random.split(key)
-        parameters = model.init(init)
+def _build_init(
+    model: Functional, optimizer: optax.GradientTransformation
+) -> Callable[[Key[Array, ""]], TrainState[Array]]:
+    def init(key: Key[Array, ""]) -> TrainState[Array]:
+        parameter_key, step_key = jax.random.split(key)
+        parameters = model.init(parameter_key)
         zero = jnp.zeros((), jnp.int32)
-        return TrainState(zero, zero, jnp.zeros(()), draws, parameters, optimizer.init(parameters))
+        return TrainState(zero, zero, jnp.zeros(()), step_key, parameters, optimizer.init(parameters))
 
-    return build
+    return init
 
 
-def _shardings(model: Functional, optimizer: optax.GradientTransformation, mesh: Mesh) -> TrainState:
-    everywhere = sharding.replicated(mesh)
+def _shardings(model: Functional, optimizer: optax.GradientTransformation, mesh: Mesh) -> TrainState[NamedSharding]:
+    replicated = sharding.replicated(mesh)
     parameters = sharding.parameter_shardings(mesh, model.shapes, model.axes)
     moments = optax.tree.map_params(
         optimizer,
-        lambda _, place: place,
+        lambda _, placement: placement,
         jax.eval_shape(optimizer.init, model.shapes),
         parameters,
-        # optax's counters too: left alone they would sit on one device and not restore.
-        transform_non_params=lambda _: everywhere,
+        # Counters of optax need a placement too: on a single device they would not restore.
+        transform_non_params=lambda _: replicated,
     )
-    return TrainState(everywhere, everywhere, everywhere, everywhere, parameters, moments)
+    return TrainState(replicated, replicated, replicated, replicated, parameters, moments)

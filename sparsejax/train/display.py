@@ -1,0 +1,81 @@
+"""The text that training prints, besides its progress."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+from jaxtyping import Array
+from rich.console import Console
+from rich.table import Table
+
+from sparsejax import patterns
+from sparsejax.data import Dataset
+from sparsejax.decode import generate
+from sparsejax.overrides import write_overrides
+from sparsejax.train.evaluate import Evaluation, describe, summarize
+from sparsejax.train.runtime import Evaluator, PhaseRuntime
+from sparsejax.train.state import TrainState
+
+PROMPT_LENGTH = 64  # tokens of validation text
+
+
+def print_lines(console: Console, *lines: str) -> None:
+    """Prints lines as they are, neither wrapped nor highlighted."""
+    console.print(*lines, sep="\n", highlight=False, markup=False, soft_wrap=True)
+
+
+def print_plan(runtimes: Sequence[PhaseRuntime], evaluators: Sequence[Evaluator], mesh: Mesh, console: Console) -> None:
+    """Prints the data, the model, the mesh, the phases and warnings about them."""
+    model = runtimes[0].model
+    lines = [
+        *runtimes[0].dataset.describe(),
+        f"model: {model.size:,} parameters, {len(model.config.names)} layers: {model.config.schedule}",
+        f"mesh: {' x '.join(f'{name} {n}' for name, n in mesh.shape.items())} on {mesh.devices.flat[0].device_kind}",
+    ]
+    for runtime in runtimes:
+        phase, config, prefix = runtime.phase, runtime.config, ""
+        if phase.name is not None:
+            overrides = ", ".join(write_overrides(phase.overrides)) or "no overrides"
+            lines.append(f"phase {phase.name}: steps {phase.start + 1:,} to {phase.stop:,}: {overrides}")
+            prefix = f"phase {phase.name}: "
+        warnings = patterns.lint_schedule(config.model.connectivity, config.data.length)
+        lines += [f"warning: {prefix}{warning}" for warning in warnings]
+    for evaluator in evaluators:
+        overrides = ", ".join(write_overrides(evaluator.setting.overrides)) or "no overrides"
+        lines.append(f"evaluation {evaluator.setting.name}: {overrides}")
+    print_lines(console, *lines)
+
+
+def print_evaluation(evaluation: Evaluation, dataset: Dataset, console: Console) -> None:
+    """Prints the loss by position, the accuracy by distance and the main metrics of an evaluation."""
+    scale = dataset.tokens_per_byte
+    table = Table("position", "bits/token" if scale is None else "bits/byte", title="validation loss by position")
+    for start, stop, bits in evaluation.position_bins():
+        table.add_row(f"{start}-{stop - 1}", f"{bits * (scale or 1):.3f}")
+    console.print(table)
+    accuracy = evaluation.accuracy
+    if accuracy is not None and accuracy.by_distance[:, 1:].any():
+        table = Table("distance", "accuracy", title="accuracy by distance of the answer")
+        for start, stop, fraction in accuracy.distance_bins():
+            table.add_row(f"{start}-{stop - 1}", f"{fraction:.4f}")
+        console.print(table)
+    unit = "bytes" if dataset.config.tokenizer == "bytes" and dataset.corpus is not None else "tokens"
+    summary = describe(summarize(evaluation, dataset))
+    console.print(f"validation: {summary} over {evaluation.tokens:,} {unit}", highlight=False)
+
+
+def print_sample(runtime: PhaseRuntime, state: TrainState[Array], console: Console) -> None:
+    """Prints a continuation of the first validation text, if the configuration asks for one and the data has text."""
+    dataset, length = runtime.dataset, runtime.config.eval.sample
+    if not length or dataset.corpus is None or dataset.tokenizer is None or not dataset.is_generative:
+        return
+    prompt = jnp.asarray(dataset.corpus.validation[:PROMPT_LENGTH], jnp.int32)[None]
+    key = jax.random.fold_in(state.key, state.step)
+    sample = jax.jit(lambda parameters, key: generate(runtime.model.bind(parameters), prompt, length, key))
+    tokens = sample(state.parameters, key)
+    given, continuation = (dataset.tokenizer.decode(np.asarray(part)[0]) for part in (prompt, tokens))
+    print_lines(console, "sample, as PROMPT|CONTINUATION:", f"{given}|{continuation}")

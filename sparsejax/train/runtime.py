@@ -1,0 +1,127 @@
+"""Phases and evaluation settings bound to the mesh: models, data and compiled functions."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import grain
+import jax
+from jax.sharding import Mesh
+from jaxtyping import Array
+
+from sparsejax import data, sharding
+from sparsejax.config import ConfigError
+from sparsejax.data.dataset import Sharing
+from sparsejax.model import Functional
+from sparsejax.train.evaluate import Evaluation, evaluate
+from sparsejax.train.optimizer import build_optimizer, build_schedule
+from sparsejax.train.phases import EvaluationSetting, Phase
+from sparsejax.train.state import TrainState
+from sparsejax.train.step import DeviceBatch, Metrics, build_evaluation, build_step
+
+
+class Evaluator:
+    """The model and the validation data of a setting, with a compiled evaluation."""
+
+    def __init__(self, setting: EvaluationSetting | Phase, dataset: data.Dataset, mesh: Mesh):
+        self.setting, self.config, self.dataset, self._mesh = setting, setting.config, dataset, mesh
+        self.model = Functional(self.config.model)
+        self._evaluate = build_evaluation(self.model, mesh, dataset.scores_accuracy)
+
+    def evaluate(self, state: TrainState[Array], limit: int) -> Evaluation:
+        """Evaluates on at most `limit` validation batches; 0 is no limit."""
+        rows = self.config.eval.batch
+        batches = self.dataset.validation_batches(rows, limit=limit, **share_rows(self._mesh, rows))
+        with jax.set_mesh(self._mesh):  # kernels are sharded over it
+            return evaluate(self._evaluate, state.parameters, (place_batch(batch, self._mesh) for batch in batches))
+
+
+class PhaseRuntime(Evaluator):
+    """A phase of a run of `steps` steps: an evaluator that also has training data and a compiled step."""
+
+    def __init__(self, phase: Phase, steps: int, dataset: data.Dataset, mesh: Mesh):
+        super().__init__(phase, dataset, mesh)
+        self.phase = phase
+        rate = self.config.optimizer, steps, phase.restart
+        self.optimizer = build_optimizer(*rate, decay=self.model.decay)
+        self._step = build_step(self.model, self.optimizer, build_schedule(*rate), self.config.train, mesh)
+
+    def train_batches(self) -> grain.DatasetIterator:
+        """Iterates over this process's share of the training batches, from the first of the phase."""
+        rows = self.config.train.batch
+        return self.dataset.train_batches(rows, self.phase.seed, **share_rows(self._mesh, rows))
+
+    def step(self, state: TrainState[Array], batch: data.Batch) -> tuple[TrainState[Array], Metrics]:
+        """Takes a training step; donates the buffers of `state`."""
+        with jax.set_mesh(self._mesh):
+            return self._step(state, place_batch(batch, self._mesh))
+
+    def evaluates_after(self, step: int) -> bool:
+        """Whether an evaluation follows `step`."""
+        return step == self.phase.stop or step % self.config.eval.every == 0
+
+    def saves_after(self, step: int) -> bool:
+        """Whether a checkpoint follows `step`."""
+        return step == self.phase.stop or step % self.config.checkpoint.every == 0
+
+    def is_due(self, step: int) -> bool:
+        """Whether an evaluation or a checkpoint follows `step`."""
+        return self.evaluates_after(step) or self.saves_after(step)
+
+
+def set_up(
+    phases: Sequence[Phase], evaluations: Sequence[EvaluationSetting], mesh: Mesh
+) -> tuple[list[PhaseRuntime], list[Evaluator]]:
+    """Binds phases and evaluation settings to the mesh. They share one text, which is read once.
+
+    Raises:
+      ConfigError, DataError: A setting does not fit the mesh, the text or the model.
+    """
+    settings: list[Phase | EvaluationSetting] = [*phases, *evaluations]
+    for setting in settings:
+        _require_even_batches(setting, mesh)
+    datasets: list[data.Dataset] = []
+    for setting in settings:
+        corpus = datasets[-1].corpus if datasets else None
+        datasets.append(data.load_dataset(setting.config.data, setting.config.eval.stride, corpus))
+        _require_vocabulary(setting, datasets[-1])
+    steps = phases[-1].stop
+    return (
+        [PhaseRuntime(phase, steps, dataset, mesh) for phase, dataset in zip(phases, datasets, strict=False)],
+        [Evaluator(*pair, mesh) for pair in zip(evaluations, datasets[len(phases) :], strict=True)],
+    )
+
+
+def _require_even_batches(setting: Phase | EvaluationSetting, mesh: Mesh) -> None:
+    shards, train = sharding.batch_shards(mesh), setting.config.train
+    for key, count, unit in (
+        ("train.batch", train.batch // train.accumulate, "rows per microbatch"),
+        ("eval.batch", setting.config.eval.batch, "rows"),
+    ):
+        if count % shards:
+            raise _invalid(setting, key, f"{count} {unit} are not divisible over {shards} devices")
+
+
+def _require_vocabulary(setting: Phase | EvaluationSetting, dataset: data.Dataset) -> None:
+    config = setting.config
+    if config.model.vocab < dataset.vocab:
+        source = config.data.task if dataset.corpus is None else f"data.tokenizer = {config.data.tokenizer!r}"
+        source += f" with data.objective = {config.data.objective!r}" if config.data.objective != "causal" else ""
+        raise _invalid(setting, "model.vocab", f"{config.model.vocab} is too small; {source} needs {dataset.vocab}")
+
+
+def _invalid(setting: Phase | EvaluationSetting, key: str, problem: str) -> ConfigError:
+    error = ConfigError(key, problem)
+    return error.within(setting.key) if setting.key else error
+
+
+def share_rows(mesh: Mesh, rows: int) -> Sharing:
+    """The share of this process in global batches of `rows` rows."""
+    index, count = sharding.local_rows(mesh, rows)
+    return Sharing(process_index=index, process_count=count)
+
+
+def place_batch(batch: data.Batch, mesh: Mesh) -> DeviceBatch:
+    """Places a global batch on the mesh, given this process's share of its rows."""
+    placement = sharding.batch_sharding(mesh)
+    return jax.tree.map(lambda rows: jax.make_array_from_process_local_data(placement, rows), batch)
