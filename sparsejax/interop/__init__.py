@@ -1,1 +1,1 @@
-"""Checkpoints and configurations of other projects, both ways."""
+"""Conversion of checkpoints and configurations from and to other projects."""

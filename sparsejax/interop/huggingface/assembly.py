@@ -1,4 +1,4 @@
-"""From the tensors of a checkpoint to a model's parameters, and back."""
+"""Conversion of the tensors of a checkpoint to the parameters of a model, and back."""
 
 from __future__ import annotations
 
@@ -11,117 +11,126 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding
 
-from sparsejax.interop.huggingface.checkpoint import Checkpoint, CheckpointError
-from sparsejax.interop.huggingface.tensors import Piece
+from sparsejax.interop.huggingface.checkpoint import Checkpoint
+from sparsejax.interop.huggingface.errors import ConversionError
+from sparsejax.interop.huggingface.tensors import TensorMap
 from sparsejax.interop.huggingface.translation import Translation
 from sparsejax.model import Functional
 from sparsejax.schedule import Fold
 from sparsejax.sharding import parameter_shardings
 
 Path = tuple[str | int, ...]
-# What float32, in which models compute, can hold exactly.
+# Dtypes that convert exactly to float32, in which models compute.
 PARAMETER_DTYPES = tuple(np.dtype(name) for name in ("float32", "float16", jnp.bfloat16))
 
 
 def assemble(
     checkpoint: Checkpoint, translation: Translation, mesh: Mesh | None
 ) -> tuple[dict[str, Any], dict[str, np.dtype], dict[str, np.ndarray]]:
-    """Parameters as nested dicts of float32 arrays, how each tensor was stored, and the tensors that are not used.
+    """Loads the parameters of a model.
 
-    One parameter is read at a time (of a scanned layer: all turns of the period), placed, and forgotten here.
+    Parameters are loaded and placed one at a time; those of a scanned layer, for all repetitions of the period.
+
+    Returns:
+      The parameters as nested dicts of float32 arrays, the dtype in which each tensor is stored, and unused tensors.
 
     Raises:
-      CheckpointError: a tensor is missing, unknown or of another shape.
+      ConversionError: A tensor is missing, unknown, or of another shape.
     """
     model, fold = Functional(translation.model), translation.model.fold
     shapes = _flatten(model.shapes)
     shardings = None if mesh is None else _flatten(parameter_shardings(mesh, model.shapes, model.axes))
     unused = {name: checkpoint.read(name) for name in _check_names(checkpoint, translation)}
     dtypes: dict[str, np.dtype] = {}
-    waiting: dict[Path, dict[int | None, np.ndarray]] = {}
-    done: dict[Path, jax.Array] = {}
-    # Pieces of one parameter in all turns of the period come one after the other.
-    for piece in sorted(translation.pieces, key=lambda piece: str(_locate(fold, piece.ours[0])[0])):
-        arrays = _read(checkpoint, piece, dtypes)
-        for path, array in zip(piece.ours, arrays, strict=True):
-            key, turn = _locate(fold, path)
-            _check_shape(checkpoint, piece, path, array, shapes, key, turn)
-            turns = waiting.setdefault(key, {})
-            turns[turn] = array
-            if turn is None or len(turns) == fold.repeats:
-                whole = array if turn is None else np.stack([turns[i] for i in range(fold.repeats)])
-                done[key] = _put(whole, None if shardings is None else shardings[key])
-                del waiting[key]
-    missing = [".".join(map(str, key)) for key in shapes if key not in done]
+    incomplete: dict[Path, dict[int | None, np.ndarray]] = {}
+    parameters: dict[Path, jax.Array] = {}
+    # Sorting makes the maps of one parameter in all repetitions of the period adjacent.
+    for tensor_map in sorted(translation.tensor_maps, key=lambda entry: str(_locate(fold, entry.parameters[0])[0])):
+        arrays = _load(checkpoint, tensor_map, dtypes)
+        for name, array in zip(tensor_map.parameters, arrays, strict=True):
+            path, repetition = _locate(fold, name)
+            if path not in shapes:
+                raise AssertionError(f"{tensor_map.tensors[0]} is mapped to {name}, which the model does not have")
+            shape = shapes[path].shape if repetition is None else shapes[path].shape[1:]
+            _check_shape(checkpoint, tensor_map, array.shape, shape)
+            repetitions = incomplete.setdefault(path, {})
+            repetitions[repetition] = array
+            if repetition is None or len(repetitions) == fold.repeats:
+                if repetition is not None:
+                    array = np.stack([repetitions[i] for i in range(fold.repeats)])
+                parameters[path] = _put(array, None if shardings is None else shardings[path])
+                del incomplete[path]
+    missing = [".".join(map(str, path)) for path in shapes if path not in parameters]
     if missing:
         raise AssertionError(f"no tensor is mapped to the parameter {missing[0]}")
-    return _nest(model.shapes, done), dtypes, unused
+    return _nest(model.shapes, parameters), dtypes, unused
 
 
-def disassemble(pieces: Sequence[Piece], parameters: dict[str, Any], fold: Fold) -> dict[str, np.ndarray]:
-    """Tensors by name, of parameters or of anything shaped like them."""
-    held = {key: np.asarray(leaf) for key, leaf in _flatten(parameters).items()}
-    tensors = {}
-    for piece in pieces:
+def disassemble(tensor_maps: Sequence[TensorMap], parameters: dict[str, Any], fold: Fold) -> dict[str, np.ndarray]:
+    """Converts parameters, or any tree of the same structure, to tensors by name."""
+    leaves = {path: np.asarray(leaf) for path, leaf in _flatten(parameters).items()}
+    tensors: dict[str, np.ndarray] = {}
+    for tensor_map in tensor_maps:
         arrays = []
-        for path in piece.ours:
-            key, turn = _locate(fold, path)
-            arrays.append(held[key] if turn is None else held[key][turn])
-        tensors |= dict(zip(piece.theirs, piece.write(arrays), strict=True))
+        for name in tensor_map.parameters:
+            path, repetition = _locate(fold, name)
+            arrays.append(leaves[path] if repetition is None else leaves[path][repetition])
+        tensors |= dict(zip(tensor_map.tensors, tensor_map.store(arrays), strict=True))
     return tensors
 
 
-def _locate(fold: Fold, path: str) -> tuple[Path, int | None]:
-    """Where a parameter of the unrolled model is: its keys, and which turn of the period, None if it is not in it."""
-    room, *rest = (int(part) if part.isdigit() else part for part in path.split("."))
-    if room != "layers":
-        return (room, *rest), None
-    number, *rest = rest
-    start, width = len(fold.before), len(fold.period)
-    if number < start:
-        return ("before", number, *rest), None
-    if number < start + width * fold.repeats:
-        turn, place = divmod(number - start, width)
-        return ("period", place, *rest), turn
-    return ("after", number - start - width * fold.repeats, *rest), None
+def _locate(fold: Fold, name: str) -> tuple[Path, int | None]:
+    """Returns the path of a parameter of the unrolled model, and its repetition of the period, if it is in it."""
+    root, *path = (int(key) if key.isdigit() else key for key in name.split("."))
+    if root != "layers":
+        return (root, *path), None
+    layer, *path = path
+    assert isinstance(layer, int)
+    start, period = len(fold.before), len(fold.period)
+    if layer < start:
+        return ("before", layer, *path), None
+    if layer < start + period * fold.repeats:
+        repetition, offset = divmod(layer - start, period)
+        return ("period", offset, *path), repetition
+    return ("after", layer - start - period * fold.repeats, *path), None
 
 
-def _read(checkpoint: Checkpoint, piece: Piece, dtypes: dict[str, np.dtype]) -> list[np.ndarray]:
-    arrays = [checkpoint.read(name) for name in piece.theirs]
-    for name, array in zip(piece.theirs, arrays, strict=True):
+def _load(checkpoint: Checkpoint, tensor_map: TensorMap, dtypes: dict[str, np.dtype]) -> list[np.ndarray]:
+    arrays = [checkpoint.read(name) for name in tensor_map.tensors]
+    for name, array in zip(tensor_map.tensors, arrays, strict=True):
         if array.dtype not in PARAMETER_DTYPES:
-            only = ", ".join(map(str, PARAMETER_DTYPES))
-            raise CheckpointError(f"{checkpoint.folder}: tensor {name}: {array.dtype} is not supported; only {only}")
+            supported = ", ".join(map(str, PARAMETER_DTYPES))
+            raise checkpoint.error(name, f"dtype {array.dtype} is not supported; use one of {supported}")
         dtypes[name] = array.dtype
     try:
-        return piece.read([array.astype(np.float32) for array in arrays])
-    except (ValueError, IndexError, TypeError) as error:  # TypeError: a number has no length
-        shapes = ", ".join(f"{name} {list(array.shape)}" for name, array in zip(piece.theirs, arrays, strict=True))
-        raise CheckpointError(f"{checkpoint.folder}: wrong shape: {shapes}: {error}") from error
+        return tensor_map.load([array.astype(np.float32) for array in arrays])
+    except (ValueError, IndexError, TypeError) as error:  # TypeError: a scalar has no length
+        raise _shape_error(checkpoint, tensor_map, "cannot be converted") from error
 
 
 def _check_names(checkpoint: Checkpoint, translation: Translation) -> list[str]:
-    """Refuses tensors that are missing or unknown; gives those that the family has no use for."""
-    known = {name for piece in translation.pieces for name in piece.theirs}
-    held = set(checkpoint.names)
-    for name in sorted(known - held):
-        raise CheckpointError(f"{checkpoint.folder}: no tensor {name}")
-    unused = sorted(held - known)
+    """Rejects missing and unknown tensors; returns those that the family does not use."""
+    known = {name for tensor_map in translation.tensor_maps for name in tensor_map.tensors}
+    stored = set(checkpoint.names)
+    for name in sorted(known - stored):
+        raise checkpoint.error(name, "missing")
+    unused = sorted(stored - known)
     for name in unused:
         if not any(re.fullmatch(pattern, name) for pattern in translation.unused):
-            raise CheckpointError(f"{checkpoint.folder}: tensor {name}: has no place in the model of config.json")
+            raise checkpoint.error(name, "unknown tensor, which the model of config.json does not have")
     return unused
 
 
-def _check_shape(checkpoint, piece: Piece, path: str, array: np.ndarray, shapes, key: Path, turn: int | None) -> None:
-    if key not in shapes:
-        raise AssertionError(f"{piece.theirs[0]} is mapped to {path}, which the model does not have")
-    expected = shapes[key].shape if turn is None else shapes[key].shape[1:]
-    if array.shape != expected:
-        names = ", ".join(f"{name} {list(checkpoint.shape(name))}" for name in piece.theirs[:3])
-        raise CheckpointError(
-            f"{checkpoint.folder}: wrong shape: {names}: makes {list(array.shape)}, not {list(expected)}"
-        )
+def _check_shape(
+    checkpoint: Checkpoint, tensor_map: TensorMap, shape: tuple[int, ...], expected: tuple[int, ...]
+) -> None:
+    if shape != expected:
+        raise _shape_error(checkpoint, tensor_map, f"gives a parameter of shape {list(shape)}, not {list(expected)}")
+
+
+def _shape_error(checkpoint: Checkpoint, tensor_map: TensorMap, problem: str) -> ConversionError:
+    shapes = ", ".join(f"{name} {list(checkpoint.shape(name))}" for name in tensor_map.tensors[:3])
+    return ConversionError(f"{checkpoint.folder}: {shapes}", f"wrong shape: {problem}")
 
 
 def _put(array: np.ndarray, sharding: NamedSharding | None) -> jax.Array:
@@ -131,8 +140,8 @@ def _put(array: np.ndarray, sharding: NamedSharding | None) -> jax.Array:
 
 def _flatten(tree: Any) -> dict[Path, Any]:
     leaves, _ = jax.tree.flatten_with_path(tree)
-    return {tuple(part.key for part in path): leaf for path, leaf in leaves}
+    return {tuple(entry.key for entry in path): leaf for path, leaf in leaves}
 
 
 def _nest(tree: Any, leaves: dict[Path, Any]) -> Any:
-    return jax.tree.map_with_path(lambda path, _: leaves[tuple(part.key for part in path)], tree)
+    return jax.tree.map_with_path(lambda path, _: leaves[tuple(entry.key for entry in path)], tree)

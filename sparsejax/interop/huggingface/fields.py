@@ -1,15 +1,15 @@
-"""The keys of a config.json: each is read, or refused by name."""
+"""The keys of a config.json."""
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
-from sparsejax.interop.huggingface.checkpoint import CheckpointError
+from sparsejax.interop.huggingface.errors import ConversionError
 
 _REQUIRED = object()
 
-# Of no account for what a model computes: how it was trained or is to be sampled from, and who wrote the file. Dropout
-# acts in training alone.
+# Keys that do not affect the computation of a trained model: initialization, dropout, generation and metadata.
 INERT = frozenset(
     """
     architectures attention_dropout attention_probs_dropout_prob attn_implementation auto_map bos_token_id
@@ -18,27 +18,34 @@ INERT = frozenset(
     initializer_range keys_to_ignore_at_inference label2id mask_token_id max_position_embeddings mlp_dropout model_type
     name_or_path _name_or_path  output_attentions output_hidden_states output_router_logits pad_token_id
     num_logits_to_keep problem_type return_dict router_aux_loss_coef router_jitter_noise sep_token_id
-    task_specific_params tokenizer_class
-    torch_dtype torchscript transformers_version unk_token_id use_cache use_mamba_kernels
-    """.split()  # noqa: SIM905 (thirty lines otherwise)
+    task_specific_params tokenizer_class torch_dtype torchscript transformers_version unk_token_id use_cache
+    use_mamba_kernels
+    """.split()  # noqa: SIM905 (a list would take fifty lines)
 )
 
 
 class Fields:
-    """A config.json, read key by key. `finish` refuses what nobody has asked for."""
+    """A config.json read key by key; `finish` rejects the keys that were not read.
 
-    def __init__(self, values: dict[str, Any], place: str):
-        self.values, self.place = values, place
-        self._seen: set[str] = set()
+    Attributes:
+      values: The keys and values.
+      path: The file, for errors.
+    """
+
+    def __init__(self, values: dict[str, Any], path: str):
+        self.values, self.path = values, path
+        self._known: set[str] = set()
 
     def take(self, key: str, default: Any = _REQUIRED) -> Any:
-        """The value of a key; without a default it has to be there. An infinite number may be written as an object.
+        """Returns the value of a key; the key is required if there is no default.
+
+        Non-finite numbers may be written as {"__float__": "Infinity"}.
 
         Raises:
-          CheckpointError: it is missing, or not of the kind that the default is of.
+          ConversionError: The key is missing, or its value differs in type from a bool or number default.
         """
-        self._seen.add(key)
-        value = _plain(self.values.get(key))
+        self._known.add(key)
+        value = _decode(self.values.get(key))
         if default is _REQUIRED:
             if value is None:
                 raise self.error(key, "missing")
@@ -48,42 +55,46 @@ class Fields:
         if isinstance(default, bool):
             self._expect(key, value, "true or false", bool)
         elif isinstance(default, int | float):
-            self._expect(key, value, "a number", int, float, list)  # a list has one for each layer
+            self._expect(key, value, "a number", int, float, list)  # a list has a number per layer
         return value
 
     def choose(self, key: str, options: dict[Any, Any], default: Any = _REQUIRED) -> Any:
-        """What `options` has for the value of a key; another value is refused."""
+        """Returns the entry of `options` for the value of a key, and rejects other values."""
         value = self.take(key, default)
         if isinstance(value, list | dict) or value not in options:
-            raise self.error(key, f"{value!r} is not supported; only {', '.join(map(repr, options))}")
+            raise self.unsupported(key, value, options)
         return options[value]
 
     def require(self, key: str, *values: Any) -> None:
-        """Refuses a key that is there with another value than these."""
+        """Rejects a key that is present with a value other than these."""
         if key in self.values:
             self.choose(key, dict.fromkeys(values), None)
 
     def ignore(self, *keys: str) -> None:
-        """Notes keys that are of no account for what the model computes."""
-        self._seen.update(keys)
+        """Accepts any value of keys that do not affect the computation."""
+        self._known.update(keys)
 
-    def _expect(self, key: str, value: Any, what: str, *kinds: type) -> None:
-        """Null is for whoever reads it."""
-        if value is not None and not (isinstance(value, kinds) and (bool in kinds or not isinstance(value, bool))):
-            raise self.error(key, f"expected {what}, got {value!r}")
+    def _expect(self, key: str, value: Any, expected: str, *types: type) -> None:
+        """Rejects values of other types; null is left to the caller."""
+        if value is not None and not (isinstance(value, types) and (bool in types or not isinstance(value, bool))):
+            raise self.error(key, f"{value!r}: expected {expected}")
 
-    def error(self, key: str, message: str) -> CheckpointError:
-        """An error about a key."""
-        return CheckpointError(f"{self.place}: {key}: {message}")
+    def error(self, key: str, problem: str) -> ConversionError:
+        """Returns an error about a key."""
+        return ConversionError(f"{self.path}: {key}", problem)
+
+    def unsupported(self, key: str, value: Any, options: Iterable[Any]) -> ConversionError:
+        """Returns an error about a value that is none of the supported ones."""
+        return self.error(key, f"{value!r} is not supported; supported: {', '.join(map(str, options))}")
 
     def finish(self) -> None:
-        """Refuses keys that nobody has read, unless they are null or `INERT`."""
+        """Rejects keys that were not read, unless they are null or in `INERT`."""
         for key, value in self.values.items():
-            if key not in self._seen and key not in INERT and value is not None:
-                raise self.error(key, "unknown key, so the model cannot be loaded exactly")
+            if key not in self._known and key not in INERT and value is not None:
+                raise self.error(key, "unknown key, so the model cannot be converted exactly")
 
 
-def _plain(value: Any) -> Any:
+def _decode(value: Any) -> Any:
     if isinstance(value, dict) and set(value) == {"__float__"}:
         return float(value["__float__"])
-    return [_plain(item) for item in value] if isinstance(value, list) else value
+    return [_decode(item) for item in value] if isinstance(value, list) else value

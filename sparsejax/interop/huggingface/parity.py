@@ -1,4 +1,4 @@
-"""How near a loaded model comes to what was recorded elsewhere: logits, loss, gradients."""
+"""Comparison of loaded models with recorded logits, losses and gradients of transformers."""
 
 from __future__ import annotations
 
@@ -14,44 +14,46 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
+from numpy.typing import ArrayLike
 
 from sparsejax.interop.huggingface.pretrained import Parameters, Pretrained, load
 
-# Largest difference of logits, streams and the loss, by `model_type`; of a gradient's norm, relative to it.
-# Reformer's own float32 rounds scores of -1e5 to 1/128, so its first tokens carry noise.
+# Absolute tolerances of logits, streams and losses by `model_type`, and the relative tolerance of gradient norms.
+# Reformer rounds scores of -1e5 to multiples of 1/128 in float32, so its first tokens are noisy.
 TOLERANCES = collections.defaultdict(lambda: 5e-4, {"jamba": 1e-3, "qwen3_next": 1e-3, "reformer": 2e-2})
 GRADIENTS = 2e-3
-# A gradient this small beside the largest of the model is compared with that one: it is mostly rounding.
-SMALL = 1e-3
+# Gradients whose norm is below this fraction of the largest are mostly rounding, and are compared with that fraction.
+NOISE_FLOOR = 1e-3
 
 
 @dataclasses.dataclass(frozen=True)
 class Record:
-    """What was recorded beside a checkpoint: `inputs.npz`, `outputs.npz` and `meta.json`."""
+    """Recorded inputs and outputs of a checkpoint: `inputs.npz`, `outputs.npz` and `meta.json`."""
 
     folder: Path
     inputs: dict[str, np.ndarray]
     outputs: dict[str, np.ndarray]
-    notes: dict[str, Any]
+    meta: dict[str, Any]
 
     @property
     def masks(self) -> dict[str, np.ndarray]:
-        """What the model was called with beside the token ids."""
+        """Masks with which the model was called."""
         return {key: self.inputs[key] for key in ("attention_mask", "global_attention_mask") if key in self.inputs}
 
     @property
-    def shown(self) -> Bool[np.ndarray, "b t"]:
-        """The positions whose outputs mean something."""
-        return real(self.inputs["input_ids"], **self.masks)
+    def valid(self) -> Bool[np.ndarray, "b t"]:
+        """Positions whose outputs are defined."""
+        return valid_positions(self.inputs["input_ids"], **self.masks)
 
     def load(self) -> Pretrained:
-        """The model, with the random numbers that the other one drew."""
-        rotations = self.inputs.get("lsh_random_rotations")
-        return load(self.folder, **({} if rotations is None else {"lsh_rotations": rotations}))
+        """Loads the model with the recorded random numbers."""
+        if "lsh_random_rotations" in self.inputs:
+            return load(self.folder, lsh_rotations=self.inputs["lsh_random_rotations"])
+        return load(self.folder)
 
 
 def read_record(folder: str | Path) -> Record:
-    """The record of a folder."""
+    """Reads the record of a folder."""
     folder = Path(folder)
     inputs, outputs = (dict(np.load(folder / f"{part}.npz")) for part in ("inputs", "outputs"))
     return Record(folder, inputs, outputs, json.loads((folder / "meta.json").read_text()))
@@ -60,55 +62,59 @@ def read_record(folder: str | Path) -> Record:
 def measure(
     model: Pretrained, input_ids: Int[Array, "b t"], labels: Int[Array, "b t"], **masks: Int[Array, "b t"]
 ) -> tuple[Float[Array, "b t v"], float, dict[str, np.ndarray]]:
-    """Logits; the mean cross entropy of each position with its label, where nothing is masked; its gradient by tensor.
+    """Returns logits, the mean cross entropy over positions that are not masked, and its gradient by tensor.
 
     Args:
-      model: a loaded model.
-      input_ids: token ids.
-      labels: of the same positions, not of the next ones.
-      **masks: what else the model is called with.
+      model: The model.
+      input_ids: Token ids.
+      labels: Target of each position; not shifted.
+      **masks: Other arguments of the model.
     """
-    shown = real(input_ids, **masks)
+    valid = valid_positions(input_ids, **masks)
 
     def run(parameters: Parameters) -> tuple[Array, Array]:
         logits = model.logits(parameters, input_ids, **masks)
         losses = -jnp.take_along_axis(jax.nn.log_softmax(logits), jnp.asarray(labels)[..., None], axis=-1)[..., 0]
-        return jnp.where(shown, losses, 0).sum() / shown.sum(), logits
+        return jnp.where(valid, losses, 0).sum() / valid.sum(), logits
 
     (loss, logits), gradient = jax.value_and_grad(run, has_aux=True)(model.parameters)
     return logits, float(loss), model.tensors(gradient)
 
 
-def real(input_ids: Int[Array, "b t"], attention_mask: Int[Array, "b t"] | None = None, **_) -> Bool[Array, "b t"]:
-    """The positions whose outputs mean something."""
+def valid_positions(
+    input_ids: ArrayLike, attention_mask: ArrayLike | None = None, **_: ArrayLike
+) -> Bool[np.ndarray, "b t"]:
+    """Returns the positions whose outputs are defined."""
     return np.ones(np.shape(input_ids), bool) if attention_mask is None else np.asarray(attention_mask, bool)
 
 
-def largest_difference(found: Array, expected: Array) -> float:
-    """The largest absolute difference; infinite if something is no number."""
-    error = float(np.abs(np.asarray(found, np.float64) - np.asarray(expected, np.float64)).max(initial=0.0))
+def max_difference(actual: ArrayLike, expected: ArrayLike) -> float:
+    """Returns the maximum absolute difference; infinite if a value is not finite."""
+    error = float(np.abs(np.asarray(actual, np.float64) - np.asarray(expected, np.float64)).max(initial=0.0))
     return error if np.isfinite(error) else np.inf
 
 
-def compare_gradients(found: Mapping[str, np.ndarray], expected: Mapping[str, np.ndarray]) -> dict[str, float]:
-    """For each expected tensor the norm of the difference, relative to its own norm."""
+def compare_gradients(actual: Mapping[str, np.ndarray], expected: Mapping[str, np.ndarray]) -> dict[str, float]:
+    """Returns the norm of the difference per expected tensor, relative to its norm."""
     norms = {name: float(np.linalg.norm(tensor)) for name, tensor in expected.items()}
-    apart = {name: float(np.linalg.norm(found[name] - tensor)) for name, tensor in expected.items()}
-    return _relative(apart, norms)
+    differences = {name: float(np.linalg.norm(actual[name] - tensor)) for name, tensor in expected.items()}
+    return _relative(differences, norms)
 
 
-def compare_norms(found: Mapping[str, np.ndarray], expected: Mapping[str, float]) -> dict[str, float]:
-    """For each norm of a gradient by the parameter of transformers' module the difference, relative to it.
+def compare_norms(actual: Mapping[str, np.ndarray], expected: Mapping[str, float]) -> dict[str, float]:
+    """Returns the relative difference of gradient norms per parameter of the module of transformers.
 
-    `found` are tensors of a checkpoint, which may be parts of such a parameter.
+    Args:
+      actual: Gradients by tensor of the checkpoint; a parameter may consist of several tensors.
+      expected: Norms by parameter.
     """
     squares: dict[str, float] = collections.defaultdict(float)
-    for name, tensor in found.items():
+    for name, tensor in actual.items():
         squares[_name_in_module(name, expected)] += float((tensor.astype(np.float64) ** 2).sum())
     return _relative({name: abs(squares[name] ** 0.5 - norm) for name, norm in expected.items()}, expected)
 
 
-# Parameters of transformers' modules that are several tensors of a checkpoint, or are called otherwise there.
+# Tensors of a checkpoint -> parameters of the modules of transformers, where names differ or tensors are merged.
 IN_MODULES = [
     (r"^backbone\.", "model."),
     (r"\.block_sparse_moe\.", ".mlp."),
@@ -124,12 +130,12 @@ def _name_in_module(name: str, known: Mapping[str, float]) -> str:
         return name
     for pattern, text in IN_MODULES:
         name = re.sub(pattern, text, name)
-    up = r"\.experts\.\d+\.up_proj\.weight"  # one parameter with the gate, where experts are gated
+    up = r"\.experts\.\d+\.up_proj\.weight"  # merged with the gate if experts are gated
     joint = re.sub(up, ".experts.gate_up_proj", name)
     return joint if joint in known else re.sub(up, ".experts.up_proj", name)
 
 
-def _relative(apart: Mapping[str, float], norms: Mapping[str, float]) -> dict[str, float]:
-    floor = SMALL * max(norms.values(), default=0.0) or 1.0
-    errors = {name: apart[name] / (norm + floor) for name, norm in norms.items()}
+def _relative(differences: Mapping[str, float], norms: Mapping[str, float]) -> dict[str, float]:
+    floor = NOISE_FLOOR * max(norms.values(), default=0.0) or 1.0
+    errors = {name: differences[name] / (norm + floor) for name, norm in norms.items()}
     return {name: error if np.isfinite(error) else np.inf for name, error in errors.items()}

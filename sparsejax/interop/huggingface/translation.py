@@ -1,4 +1,4 @@
-"""What a family makes of a config.json, and what families share."""
+"""The result of translating a config.json, and helpers that families share."""
 
 from __future__ import annotations
 
@@ -11,191 +11,136 @@ import numpy as np
 from sparsejax import schedule
 from sparsejax.config import ModelConfig
 from sparsejax.interop.huggingface.fields import Fields
-from sparsejax.interop.huggingface.tensors import Piece, linear, same, stack, transposed
-from sparsejax.layers import LayerConfig, NormConfig, RopeConfig, RopeScaling, yarn_growth
+from sparsejax.interop.huggingface.tensors import TensorMap
+from sparsejax.layers import AttentionConfig, FeedForwardConfig, LayerConfig, MixerConfig, NormConfig, RopeConfig
 
 
 @dataclasses.dataclass(frozen=True)
 class Translation:
-    """A model in the words of this project.
+    """A foreign model as a model of this project.
 
     Attributes:
-      model: the configuration.
-      pieces: which tensors hold which parameters.
-      keywords: what the model can be called with besides `input_ids`.
-      unused: regular expressions of tensors that the model does not use, such as buffers that follow from the rest.
-      at_length: for sequences of a length: the configuration, where it depends on it, and the multiple to which they
-        are padded. The parameters are the same.
-      rotations: what LSH attention hashes with, float [h, d, hashes, buckets / 2].
+      model: The configuration.
+      tensor_maps: Maps between tensors and parameters.
+      keywords: Arguments of the model besides `input_ids`.
+      unused: Regular expressions of tensors that the model does not use, such as derived buffers.
+      at_length: For models whose configuration depends on the sequence length: returns the configuration for a length,
+        and the multiple to which sequences are padded. The parameters are the same for all lengths.
+      rotations: Hash rotations of LSH attention, float [h, d, hashes, buckets / 2].
     """
 
     model: ModelConfig
-    pieces: Sequence[Piece]
+    tensor_maps: Sequence[TensorMap]
     keywords: frozenset[str] = frozenset({"attention_mask"})
     unused: tuple[str, ...] = ()
     at_length: Callable[[int], tuple[ModelConfig, int]] | None = None
     rotations: np.ndarray | None = None
 
 
-def name_layers(layers: Sequence[tuple[str, LayerConfig]]) -> dict[str, object]:
-    """`schedule` and `layers` of a model, from a name and a configuration for each layer in order.
-
-    Layers of one name that are not equal get numbers: `local`, `local_2`, ...
-    """
-    named: dict[str, LayerConfig] = {}
-    names = []
-    for name, config in layers:
-        variants = [key for key in named if key.rpartition("_")[0] == name or key == name]
-        found = next((key for key in variants if named[key] == config), None)
-        if found is None:
-            found = name if not variants else f"{name}_{len(variants) + 1}"
-            named[found] = config
-        names.append(found)
-    return {"schedule": schedule.write(names), "layers": named}
-
-
 def build_model(
     fields: Fields,
     width: int,
     layers: Sequence[tuple[str, LayerConfig]],
-    norm: NormConfig,
+    norm: NormConfig | None,
     *,
     tied: bool,
-    **more: Any,
+    **settings: Any,
 ) -> ModelConfig:
-    """The configuration of a model that computes in float32.
+    """Builds the configuration of a model that computes in float32.
 
     Args:
-      fields: the file, for its `vocab_size`.
-      width: of the stream.
-      layers: a name and a configuration for each layer in order, see `name_layers`.
-      norm: before the head.
-      tied: whether the head is the embedding's transpose.
-      **more: other fields of `ModelConfig`.
+      fields: The config.json, for its `vocab_size`.
+      width: Width of the residual stream.
+      layers: Name and configuration of each layer; see `name_layers`.
+      norm: Norm before the head.
+      tied: Whether the head is the transposed embedding.
+      **settings: Other fields of `ModelConfig`.
     """
-    ends = {"vocab": fields.take("vocab_size"), "norm": norm, "tied": tied}
-    return ModelConfig(width=width, **name_layers(layers), **ends, dtype="float32", scan=True, **more)
+    names, configs = name_layers(layers)
+    return ModelConfig(
+        vocab=fields.take("vocab_size"),
+        width=width,
+        schedule=schedule.write(names),
+        layers=configs,
+        norm=norm,
+        tied=tied,
+        dtype="float32",
+        scan=True,
+        **settings,
+    )
 
 
-def read_rope(
-    fields: Fields, base: float = 10_000.0, fraction: float | None = None, default: dict[str, Any] | None = None
-) -> RopeConfig:
-    """Rotary positions of a config.json.
+def name_layers(layers: Sequence[tuple[str, LayerConfig]]) -> tuple[list[str], dict[str, LayerConfig]]:
+    """Returns the name of each layer, and the configurations by name.
 
-    Today's files have `rope_parameters`, older ones `rope_theta`, `rope_scaling` and `partial_rotary_factor`.
+    Layers with equal names but different configurations are numbered: `local`, `local_2`, ...
+    """
+    configs: dict[str, LayerConfig] = {}
+    names = []
+    for name, config in layers:
+        variants = [key for key in configs if key.rpartition("_")[0] == name or key == name]
+        unique = next((key for key in variants if configs[key] == config), None)
+        if unique is None:
+            unique = name if not variants else f"{name}_{len(variants) + 1}"
+            configs[unique] = config
+        names.append(unique)
+    return names, configs
+
+
+def pre_norm_layer(
+    mixer: MixerConfig | None, mlp: FeedForwardConfig | None, norm: NormConfig, **settings: Any
+) -> LayerConfig:
+    """Configuration of a layer with norms before its branches; `settings` are other fields of `LayerConfig`."""
+    return LayerConfig(mixer=mixer, mlp=mlp, norm=norm, norm_position="pre", remat=False, **settings)
+
+
+def read_attention(
+    fields: Fields,
+    width: int,
+    rope: RopeConfig | None,
+    *,
+    heads: int | None = None,
+    kv_heads: int | None = 8,
+    head_width: int | None = None,
+    pattern: str = "causal",
+    qk_norm: NormConfig | None = None,
+    **settings: Any,
+) -> AttentionConfig:
+    """Reads the sizes of attention under the keys of most families.
 
     Args:
-      fields: the file.
-      base: if the file has none.
-      fraction: of the head that turns, if the file does not say; None: whole heads do, whatever the file says.
-      default: `rope_parameters` of a file that has none.
-
-    Raises:
-      CheckpointError: a kind of scaling that is not supported, or a key of it that is missing or not known.
+      fields: The config.json.
+      width: Width of the residual stream; heads share it if neither `head_dim` nor `head_width` is set.
+      rope: Rotary positions.
+      heads: Default of `num_attention_heads`; None requires the key.
+      kv_heads: Default of `num_key_value_heads`; null stands for the number of heads.
+      head_width: Default of `head_dim`.
+      pattern: Keys that a query attends to.
+      qk_norm: Norm of queries and keys.
+      **settings: Other fields of `AttentionConfig`.
     """
-    older = {key: fields.take(key, None) for key in ("rope_theta", "partial_rotary_factor")}
-    chosen = find_rope(fields) or default or {}
-    return _make_rope(fields, {"rope_theta": base} | _drop_null(older) | chosen, fraction)
+    count = fields.take("num_attention_heads") if heads is None else fields.take("num_attention_heads", heads)
+    return AttentionConfig(
+        pattern=pattern,
+        heads=count,
+        kv_heads=fields.take("num_key_value_heads", kv_heads) or count,
+        head_width=fields.take("head_dim", head_width) or width // count,
+        rope=rope,
+        qk_norm=qk_norm,
+        impl="auto",
+        **settings,
+    )
 
 
-def find_rope(fields: Fields) -> dict[str, Any]:
-    """What a config.json says of rotary positions; older files call it `rope_scaling`."""
-    given = [fields.take(key, None) for key in ("rope_scaling", "rope_parameters")]
-    return next((values for values in given if values), {})
-
-
-def read_ropes(fields: Fields, bases: dict[str, tuple[str, float]], scaled: Sequence[str]) -> dict[str, RopeConfig]:
-    """Rotary positions of a config.json where each kind of layer has its own.
-
-    Args:
-      fields: the file: `rope_parameters` with an entry for each kind, or older keys.
-      bases: kinds of layers -> the key of older files that has the base, and the base of a file that has none.
-      scaled: the kinds that `rope_scaling` of older files is for.
-
-    Raises:
-      CheckpointError: as `read_rope`; or `rope_parameters` are not by kind.
-    """
-    given, scaling = (fields.take(key, None) or {} for key in ("rope_parameters", "rope_scaling"))
-    for kind in given:
-        if kind not in bases:
-            raise fields.error(f"rope_parameters.{kind}", f"expected an entry for each of {', '.join(bases)}")
-    ropes = {}
-    for kind, (key, base) in bases.items():
-        older = fields.take(key, None)
-        values = {"rope_theta": base if older is None else older} | (given.get(kind) or {})
-        values |= scaling if kind in scaled else {}
-        if not values.pop("truncate", True):
-            raise fields.error(f"rope_parameters.{kind}.truncate", "only true has an effect where kinds have their own")
-        ropes[kind] = _make_rope(fields, values, None)
-    return ropes
-
-
-def _make_rope(fields: Fields, values: dict[str, Any], fraction: float | None) -> RopeConfig:
-    base, turned = values.pop("rope_theta"), values.pop("partial_rotary_factor", None)
-    if fraction is None and turned not in (None, 1):
-        raise fields.error("partial_rotary_factor", f"{turned!r} is not supported; whole heads turn in this family")
-    older = values.pop("type", None)
-    name = values.pop("rope_type", None) or older or "default"
-    if name not in ROPE_TYPES:
-        raise fields.error("rope_type", f"{name!r} is not supported; only {', '.join(ROPE_TYPES)}")
-    if name in ("yarn", "llama3") and values.get("original_max_position_embeddings") is None:
-        values["original_max_position_embeddings"] = fields.take("max_position_embeddings", None)
-    known, values = ROPE_TYPES[name], _drop_null(values)
-    for key in values:
-        if key not in known and not (key == "original_max_position_embeddings" and name in ("default", "linear")):
-            raise fields.error(f"rope_parameters.{key}", f"not known for rope_type {name!r}")
-    for key in ("factor", "original_max_position_embeddings", "low_freq_factor", "high_freq_factor"):
-        if key in known and key not in values:
-            raise fields.error(f"rope_parameters.{key}", f"missing for rope_type {name!r}")
-    scaling = None
-    if name != "default":
-        renamed = {known[key]: value for key, value in values.items() if key in known}
-        grow = _yarn_factor(renamed.pop("mscale", None), renamed.pop("mscale_all_dim", None), renamed)
-        scaling = RopeScaling(kind=name, **(renamed | grow))
-    return RopeConfig(base=float(base), fraction=float(turned or fraction or 1), scaling=scaling)
-
-
-def _drop_null(values: dict[str, Any]) -> dict[str, Any]:
-    return {key: value for key, value in values.items() if value is not None}
-
-
-# rope_type -> what its keys are called here.
-ROPE_TYPES = {
-    "default": {},
-    "linear": {"factor": "factor"},
-    "yarn": {
-        "factor": "factor",
-        "original_max_position_embeddings": "original_length",
-        "beta_fast": "fast",
-        "beta_slow": "slow",
-        "attention_factor": "attention_factor",
-        "truncate": "truncate",
-        "mscale": "mscale",
-        "mscale_all_dim": "mscale_all_dim",
-    },
-    "llama3": {
-        "factor": "factor",
-        "original_max_position_embeddings": "original_length",
-        "high_freq_factor": "fast",
-        "low_freq_factor": "slow",
-    },
-}
-
-
-def _yarn_factor(mscale: float | None, mscale_all: float | None, given: dict) -> dict[str, float]:
-    """The factor on queries and keys that DeepSeek's two numbers make (arXiv:2405.04434)."""
-    if given.get("attention_factor") is not None or not (mscale and mscale_all):
-        return {}
-    factor = given["factor"]
-    return {"attention_factor": yarn_growth(factor, mscale) / yarn_growth(factor, mscale_all)}
-
-
-def read_window(fields: Fields, key: str = "sliding_window", default: int | None = None) -> str:
-    """A causal window of so many keys, the query's own included; no window if it is null."""
+def read_window(
+    fields: Fields, default: int | None = None, key: str = "sliding_window", recipe: str = "mistral"
+) -> str:
+    """Reads a window as its number of keys, the query's position included, for a recipe; null stands for no window."""
     width = fields.take(key, default)
-    return "causal" if width is None else f"causal & window({width - 1})"
+    return "causal" if width is None else f"{recipe}({width})"
 
 
+# Activations of transformers -> those of this project.
 ACTIVATIONS = {
     "silu": "silu",
     "swish": "silu",
@@ -206,58 +151,12 @@ ACTIVATIONS = {
     "relu": "relu",
     "relu2": "relu2",
 }
-
-
-def pieces_of_attention(theirs: str, ours: str, bias: bool = False, out_bias: bool = False) -> list[Piece]:
-    """The four projections by the names that most families give them."""
-    return [
-        *(piece for name in ("q", "k", "v") for piece in linear(f"{theirs}.{name}_proj", f"{ours}.{LONG[name]}", bias)),
-        *linear(f"{theirs}.o_proj", f"{ours}.out", out_bias),
-    ]
-
-
-LONG = {"q": "query", "k": "key", "v": "value"}
-
-
-def pieces_of_gated_mlp(theirs: str, ours: str, bias: bool = False) -> list[Piece]:
-    """Gate, up and down."""
-    return [piece for n in ("gate", "up", "down") for piece in linear(f"{theirs}.{n}_proj", f"{ours}.{n}", bias)]
-
-
-def pieces_of_norms(theirs: str, ours: str, second: str = "post_attention_layernorm") -> list[Piece]:
-    """The norms before a layer's mixer and, called `second`, before its feed-forward part."""
-    return [
-        same(f"{theirs}.input_layernorm.weight", f"{ours}.mixer_residual.before.scale"),
-        same(f"{theirs}.{second}.weight", f"{ours}.mlp_residual.before.scale"),
-    ]
-
-
-def pieces_of_experts(
-    theirs: str, ours: str, count: int, names: Sequence[str | None] = ("gate_proj", "up_proj", "down_proj")
-) -> list[Piece]:
-    """Linear maps of `count` experts: what theirs are called as gate (None: there is none), up and down."""
-    return [
-        stack([f"{theirs}.{i}.{name}.weight" for i in range(count)], f"{ours}.{part}")
-        for name, part in zip(names, ("gate", "up", "down"), strict=True)
-        if name is not None
-    ]
-
-
-def pieces_of_ends(tied: bool, embedding: str = "model.embed_tokens", norm: str = "model.norm") -> list[Piece]:
-    """Embedding, last norm, and a head of its own if it is not tied."""
-    ends = [same(f"{embedding}.weight", "embedding.tokens"), same(f"{norm}.weight", "norm.scale")]
-    return ends if tied else [*ends, transposed("lm_head.weight", "head.weight")]
-
-
-def tied_head(tied: bool) -> tuple[str, ...]:
-    """Tensors that are not used: a tied head is stored by some, and is the embedding again."""
-    return (r"lm_head\.weight",) if tied else ()
-
+SILU = {"silu": "silu", "swish": "silu"}  # for families whose mixers use the activation too
 
 # Entries of `layer_types` -> names in a schedule.
 LAYER_NAMES = {"sliding_attention": "local", "full_attention": "full", "linear_attention": "linear"}
 
-OLDER_LAYER_TYPES = {
+LEGACY_LAYER_TYPES = {
     "attention": "full_attention",
     "mamba": "linear_attention",
     "deepseek_sparse_attention": "indexed_attention",
@@ -270,11 +169,11 @@ def read_layer_types(
     key: str = "layer_types",
     allowed: Sequence[str] = ("sliding_attention", "full_attention"),
 ) -> list[str]:
-    """The kind of each layer, or the family's own order where the file has none."""
-    kinds = [OLDER_LAYER_TYPES.get(kind, kind) for kind in fields.take(key, None) or default]
-    for kind in kinds:
-        if kind not in allowed:
-            raise fields.error(key, f"{kind!r} is not supported; only {', '.join(allowed)}")
-    if len(kinds) != len(default):
-        raise fields.error(key, f"{len(kinds)} entries for {len(default)} layers")
-    return kinds
+    """Reads the type of each layer; defaults to the order of the family."""
+    types = [LEGACY_LAYER_TYPES.get(name, name) for name in fields.take(key, None) or default]
+    for name in types:
+        if name not in allowed:
+            raise fields.unsupported(key, name, allowed)
+    if len(types) != len(default):
+        raise fields.error(key, f"{len(types)} entries for {len(default)} layers")
+    return types

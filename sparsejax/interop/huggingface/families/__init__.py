@@ -1,4 +1,6 @@
-"""One file for each family of models: from its config.json to a `ModelConfig` and the map of its tensors."""
+"""Model families: modules that translate a config.json and map its tensors."""
+
+from collections.abc import Callable
 
 from sparsejax.interop.huggingface.families import (
     bamba,
@@ -19,9 +21,10 @@ from sparsejax.interop.huggingface.families import (
     reformer,
     zamba2,
 )
+from sparsejax.interop.huggingface.translation import Translation
 
-# A new family is one file and one line here: `model_type` of its config.json -> translate(fields).
-FAMILIES = {
+# `model_type` of a config.json -> its translation.
+FAMILIES: dict[str, Callable[..., Translation]] = {
     "bamba": bamba.translate,
     "big_bird": bigbird.translate,
     "deepseek_v32": deepseek.translate,

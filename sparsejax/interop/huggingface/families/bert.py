@@ -1,6 +1,7 @@
-"""Encoders on the plan of BERT (arXiv:1810.04805): what Longformer and BigBird have in common.
+"""BERT-like encoders (arXiv:1810.04805): the common part of Longformer and BigBird.
 
-Learned positions, norms after each branch, biases everywhere, and a head of a linear map, an activation and a norm.
+They have learned positions, norms after each branch, biases in all linear layers, and a head that consists of a linear
+layer, an activation and a norm.
 """
 
 from __future__ import annotations
@@ -8,16 +9,17 @@ from __future__ import annotations
 import dataclasses
 import re
 from collections.abc import Sequence
+from typing import Any
 
 from sparsejax.config import EmbeddingConfig, HeadConfig, ModelConfig
 from sparsejax.interop.huggingface.fields import Fields
-from sparsejax.interop.huggingface.tensors import Piece, linear, same, transposed
+from sparsejax.interop.huggingface.tensors import TensorMap, identity, linear, norm, transposed
 from sparsejax.interop.huggingface.translation import ACTIVATIONS, build_model
 from sparsejax.layers import AttentionConfig, LayerConfig, MlpConfig, NormConfig
 from sparsejax.patterns import Pattern
 
 PROJECTIONS = ("query", "key", "value")
-GLOBAL = tuple(f"{name}_global" for name in PROJECTIONS)
+GLOBAL_PROJECTIONS = tuple(f"{name}_global" for name in PROJECTIONS)
 
 
 def build_encoder(
@@ -26,78 +28,90 @@ def build_encoder(
     bias: bool = True,
     global_projections: bool = False,
     head_activation: str | None = None,
-    **embedding: float | int | None,
+    **embedding: Any,
 ) -> ModelConfig:
-    """The model: one pattern for each layer; `embedding` are fields of `EmbeddingConfig`."""
+    """Builds the model from a pattern per layer.
+
+    Args:
+      fields: The config.json.
+      patterns: Pattern of each layer.
+      bias: Whether the projections of queries, keys and values have biases.
+      global_projections: Whether global tokens have separate projections.
+      head_activation: Activation of the head; defaults to `hidden_act`.
+      **embedding: Other fields of `EmbeddingConfig`.
+    """
     width, heads = fields.take("hidden_size", 768), fields.take("num_attention_heads", 12)
-    norm = NormConfig("layer", fields.take("layer_norm_eps", 1e-12))
+    layer_norm = NormConfig(kind="layer", eps=fields.take("layer_norm_eps", 1e-12))
     mixer = AttentionConfig(
         pattern="full",
         heads=heads,
         kv_heads=heads,
         head_width=width // heads,
         rope=None,
-        qk_norm=NormConfig("none", 1e-6),
+        qk_norm=None,
         impl="auto",
         bias=bias,
         out_bias=True,
         global_projections=global_projections,
     )
     activation = fields.choose("hidden_act", ACTIVATIONS, "gelu")
-    mlp = MlpConfig("plain", fields.take("intermediate_size", 3072), activation, bias=True)
-    layers = [
-        ("sparse", LayerConfig(dataclasses.replace(mixer, pattern=pattern), mlp, norm, "post", remat=False))
-        for pattern in patterns
-    ]
+    mlp = MlpConfig(kind="plain", width=fields.take("intermediate_size", 3072), activation=activation, bias=True)
+    layer = LayerConfig(mixer=mixer, mlp=mlp, norm=layer_norm, norm_position="post", remat=False)
+    layers = [("sparse", with_pattern(layer, pattern)) for pattern in patterns]
     return build_model(
         fields,
         width,
         layers,
-        NormConfig("none", 1e-6),
+        None,
         tied=fields.take("tie_word_embeddings", True),
         causal=False,
         embedding=EmbeddingConfig(
             types=fields.take("type_vocab_size", 2),
             positions=fields.take("max_position_embeddings"),
-            norm=norm,
+            norm=layer_norm,
             **embedding,
         ),
-        head=HeadConfig(activation=head_activation or activation, norm=norm, bias=True),
+        head=HeadConfig(activation=head_activation or activation, norm=layer_norm, bias=True),
     )
 
 
-def pieces_of_encoder(prefix: str, model: ModelConfig, projections: dict[str, bool]) -> list[Piece]:
-    """Embeddings and layers under `prefix`; `projections` by name, and whether they have a bias."""
+def with_pattern(layer: LayerConfig, pattern: str | Pattern) -> LayerConfig:
+    """Returns an attention layer with another pattern."""
+    assert isinstance(layer.mixer, AttentionConfig)
+    return dataclasses.replace(layer, mixer=dataclasses.replace(layer.mixer, pattern=pattern))
+
+
+def encoder_tensors(prefix: str, model: ModelConfig, projections: dict[str, bool]) -> list[TensorMap]:
+    """Embeddings and layers under `prefix`; `projections` states by name whether they have biases."""
     tables = {"word_embeddings": "tokens", "position_embeddings": "positions", "token_type_embeddings": "types"}
-    pieces = [same(f"{prefix}.embeddings.{a}.weight", f"embedding.{b}") for a, b in tables.items()]
-    pieces += pieces_of_norm(f"{prefix}.embeddings.LayerNorm", "embedding.norm")
+    maps = [identity(f"{prefix}.embeddings.{a}.weight", f"embedding.{b}") for a, b in tables.items()]
+    maps += norm(f"{prefix}.embeddings.LayerNorm", "embedding.norm", bias=True)
     for i in range(len(model.names)):
-        theirs, ours = f"{prefix}.encoder.layer.{i}", f"layers.{i}"
+        source, target = f"{prefix}.encoder.layer.{i}", f"layers.{i}"
         for name, bias in projections.items():
-            pieces += linear(f"{theirs}.attention.self.{name}", f"{ours}.mixer.{name}", bias)
-        pieces += [
-            *linear(f"{theirs}.attention.output.dense", f"{ours}.mixer.out", bias=True),
-            *pieces_of_norm(f"{theirs}.attention.output.LayerNorm", f"{ours}.mixer_residual.after"),
-            *linear(f"{theirs}.intermediate.dense", f"{ours}.mlp.up", bias=True),
-            *linear(f"{theirs}.output.dense", f"{ours}.mlp.down", bias=True),
-            *pieces_of_norm(f"{theirs}.output.LayerNorm", f"{ours}.mlp_residual.after"),
+            maps += linear(f"{source}.attention.self.{name}", f"{target}.mixer.{name}", bias)
+        maps += [
+            *linear(f"{source}.attention.output.dense", f"{target}.mixer.out", bias=True),
+            *norm(f"{source}.attention.output.LayerNorm", f"{target}.mixer_residual.after", bias=True),
+            *linear(f"{source}.intermediate.dense", f"{target}.mlp.up", bias=True),
+            *linear(f"{source}.output.dense", f"{target}.mlp.down", bias=True),
+            *norm(f"{source}.output.LayerNorm", f"{target}.mlp_residual.after", bias=True),
         ]
-    return pieces
+    return maps
 
 
-def pieces_of_head(head: str, dense: str, norm: str, tied: bool) -> tuple[list[Piece], tuple[str, ...]]:
-    """The head of a masked language model, and what of it is not used.
+def head_tensors(head: str, dense: str, norm_name: str, tied: bool) -> tuple[list[TensorMap], tuple[str, ...]]:
+    """The head of a masked language model, and patterns of its unused tensors.
 
-    The bias is stored twice. With a tied head the decoder's is the other one again, else it alone counts.
+    The bias is stored twice; that of the decoder is a copy if the head is tied, and replaces the other one otherwise.
     """
     decoder, bias = f"{head}.decoder", f"{head}.bias"
-    pieces = [*linear(f"{head}.{dense}", "head.linear", bias=True), *pieces_of_norm(f"{head}.{norm}", "head.norm")]
+    maps = [
+        *linear(f"{head}.{dense}", "head.linear", bias=True),
+        *norm(f"{head}.{norm_name}", "head.norm", bias=True),
+    ]
     if tied:
-        return [*pieces, same(bias, "head.bias")], tuple(re.escape(f"{decoder}.{name}") for name in ("weight", "bias"))
-    pieces += [transposed(f"{decoder}.weight", "head.weight"), same(f"{decoder}.bias", "head.bias")]
-    return pieces, (re.escape(bias),)
-
-
-def pieces_of_norm(theirs: str, ours: str) -> list[Piece]:
-    """A LayerNorm."""
-    return [same(f"{theirs}.weight", f"{ours}.scale"), same(f"{theirs}.bias", f"{ours}.bias")]
+        copies = tuple(re.escape(f"{decoder}.{name}") for name in ("weight", "bias"))
+        return [*maps, identity(bias, "head.bias")], copies
+    maps += [transposed(f"{decoder}.weight", "head.weight"), identity(f"{decoder}.bias", "head.bias")]
+    return maps, (re.escape(bias),)

@@ -1,69 +1,59 @@
-"""DeepSeek-V3.2: latent attention whose keys an indexer selects, and experts behind a few dense layers.
+"""DeepSeek-V3.2: latent attention with keys selected by an indexer, and experts after a few dense layers.
 
-arXiv:2405.04434 (the attention), arXiv:2412.19437 (the experts), arXiv:2512.02556 (the indexer).
+Latent attention is defined in arXiv:2405.04434, the experts in arXiv:2412.19437, the indexer in arXiv:2512.02556.
 """
 
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 
+from sparsejax.interop.huggingface import tensors
 from sparsejax.interop.huggingface.fields import Fields
-from sparsejax.interop.huggingface.tensors import Piece, linear, same, transposed
+from sparsejax.interop.huggingface.rope import read_rope, read_rope_parameters
+from sparsejax.interop.huggingface.tensors import TensorMap, identity, linear, linears, norm, transposed
 from sparsejax.interop.huggingface.translation import (
     ACTIVATIONS,
     Translation,
     build_model,
-    find_rope,
-    pieces_of_ends,
-    pieces_of_experts,
-    pieces_of_gated_mlp,
-    pieces_of_norms,
+    pre_norm_layer,
     read_layer_types,
-    read_rope,
-    tied_head,
 )
-from sparsejax.layers import (
-    ExpertsConfig,
-    IndexerConfig,
-    LatentConfig,
-    LayerConfig,
-    MlpConfig,
-    NormConfig,
-    yarn_growth,
-)
+from sparsejax.layers import ExpertsConfig, IndexerConfig, LatentConfig, MlpConfig, NormConfig, yarn_growth
 
-LATENT_NORM_EPS = INDEX_NORM_EPS = 1e-6  # whatever `rms_norm_eps` is
+LATENT_NORM_EPS = INDEX_NORM_EPS = 1e-6  # for any `rms_norm_eps`
 
 
 def translate(fields: Fields) -> Translation:
-    """From the keys of a `DeepseekV32Config`."""
+    """Translates a `DeepseekV32Config`."""
     fields.ignore("head_dim", "qk_head_dim", "mlp_bias", "pretraining_tp", "num_nextn_predict_layers", "ep_size")
     width, depth = fields.take("hidden_size", 7168), fields.take("num_hidden_layers", 61)
     read_layer_types(fields, ["indexed_attention"] * depth, allowed=("indexed_attention",))
-    norm = NormConfig("rms", fields.take("rms_norm_eps", 1e-6))
+    layer_norm = NormConfig(kind="rms", eps=fields.take("rms_norm_eps", 1e-6))
     mixer = _read_attention(fields)
     activation = fields.choose("hidden_act", ACTIVATIONS, "silu")
-    mlp = MlpConfig("gated", fields.take("intermediate_size", 18432), activation)
+    mlp = MlpConfig(kind="gated", width=fields.take("intermediate_size", 18432), activation=activation)
     experts = _read_experts(fields, activation)
-    kinds = read_mlp_types(fields, depth, dense=3)
-    layers = [
-        (kind, LayerConfig(mixer, mlp if kind == "dense" else experts, norm, "pre", remat=False)) for kind in kinds
-    ]
+    layers = {
+        "dense": pre_norm_layer(mixer, mlp, layer_norm),
+        "experts": pre_norm_layer(mixer, experts, layer_norm),
+    }
+    names = read_mlp_types(fields, depth, dense=3)
     tied = fields.take("tie_word_embeddings", False)
-    model = build_model(fields, width, layers, norm, tied=tied)
-    pieces = pieces_of_ends(tied)
-    for i, kind in enumerate(kinds):
-        theirs, ours = f"model.layers.{i}", f"layers.{i}"
-        pieces += [
-            *pieces_of_norms(theirs, ours),
-            *pieces_of_latent(f"{theirs}.self_attn", f"{ours}.mixer", mixer),
-            *_pieces_of_indexer(f"{theirs}.self_attn.indexer", f"{ours}.mixer.indexer"),
+    model = build_model(fields, width, [(name, layers[name]) for name in names], layer_norm, tied=tied)
+    maps = tensors.embedding_and_head(tied)
+    for i, name in enumerate(names):
+        source, target = f"model.layers.{i}", f"layers.{i}"
+        maps += [
+            *tensors.pre_norms(source, target),
+            *latent_tensors(f"{source}.self_attn", f"{target}.mixer", mixer),
+            *_indexer_tensors(f"{source}.self_attn.indexer", f"{target}.mixer.indexer"),
         ]
-        if kind == "dense":
-            pieces += pieces_of_gated_mlp(f"{theirs}.mlp", f"{ours}.mlp")
+        if name == "dense":
+            maps += tensors.gated_mlp(f"{source}.mlp", f"{target}.mlp")
         else:
-            pieces += pieces_of_routed_experts(f"{theirs}.mlp", f"{ours}.mlp", experts)
-    return Translation(model, pieces, unused=tied_head(tied))
+            maps += routed_experts_tensors(f"{source}.mlp", f"{target}.mlp", experts)
+    return Translation(model, maps, unused=tensors.tied_head(tied))
 
 
 def _read_attention(fields: Fields) -> LatentConfig:
@@ -86,24 +76,25 @@ def _read_attention(fields: Fields) -> LatentConfig:
             norm_eps=INDEX_NORM_EPS,
         ),
     )
-    require_heads(fields, config.heads)
+    require_kv_heads(fields, config.heads)
     width = config.nope_width + config.rope_width
     return dataclasses.replace(config, scale=width**-0.5 * _read_scale_factor(fields))
 
 
-def require_heads(fields: Fields, heads: int) -> None:
-    """Refuses heads of keys and values that are not as many as those of queries: all are expanded from one latent."""
-    if fields.take("num_key_value_heads", None) not in (None, heads):
-        raise fields.error("num_key_value_heads", f"only {heads} is supported, as many as num_attention_heads")
+def require_kv_heads(fields: Fields, heads: int) -> None:
+    """Rejects grouped keys and values: latent attention expands as many as there are query heads."""
+    kv_heads = fields.take("num_key_value_heads", None)
+    if kv_heads not in (None, heads):
+        raise fields.error("num_key_value_heads", f"{kv_heads} differs from num_attention_heads = {heads}")
 
 
 def _read_scale_factor(fields: Fields) -> float:
-    """What YaRN's `mscale_all_dim` multiplies scores by."""
-    rope = find_rope(fields)
-    every, kind = rope.get("mscale_all_dim"), rope.get("rope_type") or rope.get("type") or "default"
-    if kind == "default" or not every or rope["factor"] <= 1:
+    """Factor on attention scores that YaRN's `mscale_all_dim` adds."""
+    rope = read_rope_parameters(fields)
+    mscale, name = rope.get("mscale_all_dim"), rope.get("rope_type") or rope.get("type") or "default"
+    if name == "default" or not mscale or rope["factor"] <= 1:
         return 1.0
-    return yarn_growth(rope["factor"], every) ** 2
+    return yarn_growth(rope["factor"], mscale) ** 2
 
 
 def _read_experts(fields: Fields, activation: str) -> ExpertsConfig:
@@ -127,48 +118,50 @@ def _read_experts(fields: Fields, activation: str) -> ExpertsConfig:
 
 
 def read_mlp_types(fields: Fields, depth: int, dense: int) -> list[str]:
-    """Whether the feed-forward part of each layer is "dense", as the first `dense` are by default, or "experts"."""
+    """Reads whether the feed-forward part of each layer is "dense" or "experts"; the first `dense` are by default."""
     first = min(fields.take("first_k_dense_replace", dense), depth)
-    given = read_layer_types(
+    types = read_layer_types(
         fields, ["dense"] * first + ["sparse"] * (depth - first), "mlp_layer_types", allowed=("dense", "sparse")
     )
-    return ["dense" if kind == "dense" else "experts" for kind in given]
+    return ["dense" if name == "dense" else "experts" for name in types]
 
 
-def pieces_of_latent(theirs: str, ours: str, config: LatentConfig) -> list[Piece]:
-    """Latent attention without its indexer."""
+def latent_tensors(source: str, target: str, config: LatentConfig) -> list[TensorMap]:
+    """Latent attention without an indexer."""
     if config.query_rank is None:
-        pieces = linear(f"{theirs}.q_proj", f"{ours}.query")
+        queries = linear(f"{source}.q_proj", f"{target}.query")
     else:
-        pieces = [
-            *linear(f"{theirs}.q_a_proj", f"{ours}.query_latent", config.bias),
-            same(f"{theirs}.q_a_layernorm.weight", f"{ours}.query_norm.scale"),
-            *linear(f"{theirs}.q_b_proj", f"{ours}.query"),
+        queries = [
+            *linear(f"{source}.q_a_proj", f"{target}.query_latent", config.bias),
+            *norm(f"{source}.q_a_layernorm", f"{target}.query_norm"),
+            *linear(f"{source}.q_b_proj", f"{target}.query"),
         ]
     return [
-        *pieces,
-        *linear(f"{theirs}.kv_a_proj_with_mqa", f"{ours}.latent", config.bias),
-        same(f"{theirs}.kv_a_layernorm.weight", f"{ours}.latent_norm.scale"),
-        *linear(f"{theirs}.kv_b_proj", f"{ours}.expand"),
-        *linear(f"{theirs}.o_proj", f"{ours}.out", config.bias),
+        *queries,
+        *linear(f"{source}.kv_a_proj_with_mqa", f"{target}.latent", config.bias),
+        *norm(f"{source}.kv_a_layernorm", f"{target}.latent_norm"),
+        *linear(f"{source}.kv_b_proj", f"{target}.expand"),
+        *linear(f"{source}.o_proj", f"{target}.out", config.bias),
     ]
 
 
-def _pieces_of_indexer(theirs: str, ours: str) -> list[Piece]:
+def _indexer_tensors(source: str, target: str) -> list[TensorMap]:
     return [
-        *linear(f"{theirs}.wq_b", f"{ours}.queries"),
-        *linear(f"{theirs}.wk", f"{ours}.keys"),
-        same(f"{theirs}.k_norm.weight", f"{ours}.key_norm.scale"),
-        same(f"{theirs}.k_norm.bias", f"{ours}.key_norm.bias"),
-        *linear(f"{theirs}.weights_proj", f"{ours}.weights"),
+        *linears(source, target, {"wq_b": "queries", "wk": "keys", "weights_proj": "weights"}),
+        *norm(f"{source}.k_norm", f"{target}.key_norm", bias=True),
     ]
 
 
-def pieces_of_routed_experts(theirs: str, ours: str, config: ExpertsConfig, **names) -> list[Piece]:
-    """Experts that a router with a bias for the choice selects, and one that serves every token."""
+def routed_experts_tensors(
+    source: str,
+    target: str,
+    config: ExpertsConfig,
+    names: Sequence[str | None] = ("gate_proj", "up_proj", "down_proj"),
+) -> list[TensorMap]:
+    """Experts with a selection bias, and a shared expert; `names` as in `tensors.experts`."""
     return [
-        transposed(f"{theirs}.gate.weight", f"{ours}.router.weight"),
-        same(f"{theirs}.gate.e_score_correction_bias", f"{ours}.selection_bias"),
-        *pieces_of_experts(f"{theirs}.experts", ours, config.experts, **names),
-        *(pieces_of_gated_mlp(f"{theirs}.shared_experts", f"{ours}.shared") if config.shared_width else []),
+        transposed(f"{source}.gate.weight", f"{target}.router.weight"),
+        identity(f"{source}.gate.e_score_correction_bias", f"{target}.selection_bias"),
+        *tensors.experts(f"{source}.experts", target, config.experts, names),
+        *(tensors.gated_mlp(f"{source}.shared_experts", f"{target}.shared") if config.shared_width else []),
     ]

@@ -1,69 +1,55 @@
-"""gpt-oss (arXiv:2508.10925): windows and full attention in turn, sink logits, YaRN, clamped experts with biases."""
+"""gpt-oss (arXiv:2508.10925): alternating windows and full attention with sink logits, and clamped, biased experts."""
 
 from __future__ import annotations
 
 import dataclasses
 
+from sparsejax.interop.huggingface import tensors
 from sparsejax.interop.huggingface.fields import Fields
-from sparsejax.interop.huggingface.tensors import Piece, interleaved, linear, same
+from sparsejax.interop.huggingface.rope import read_rope
+from sparsejax.interop.huggingface.tensors import TensorMap, identity, interleaved, linear
 from sparsejax.interop.huggingface.translation import (
     LAYER_NAMES,
     Translation,
     build_model,
-    pieces_of_attention,
-    pieces_of_ends,
-    pieces_of_norms,
+    pre_norm_layer,
+    read_attention,
     read_layer_types,
-    read_rope,
     read_window,
-    tied_head,
 )
-from sparsejax.layers import AttentionConfig, ExpertsConfig, LayerConfig, NormConfig
+from sparsejax.layers import ExpertsConfig, NormConfig
 
-# The rotary positions of a config.json that does not mention any.
+# Default of `rope_parameters`.
 ROPE = {"rope_type": "yarn", "factor": 32.0, "original_max_position_embeddings": 4096, "truncate": False}
 
 
 def translate(fields: Fields) -> Translation:
-    """From the keys of a `GptOssConfig`."""
-    fields.ignore("experts_per_token", "initial_context_length")  # older names, beside the others
+    """Translates a `GptOssConfig`."""
+    fields.ignore("experts_per_token", "initial_context_length")  # older names, beside the current ones
     width, depth = fields.take("hidden_size"), fields.take("num_hidden_layers")
-    kinds = read_layer_types(fields, ["full_attention" if i % 2 else "sliding_attention" for i in range(depth)])
-    norm = NormConfig("rms", fields.take("rms_norm_eps", 1e-5))
-    patterns = {"sliding_attention": read_window(fields, default=128), "full_attention": "causal"}
-    attention, experts = _read_attention(fields, width), _read_experts(fields)
-    layers = []
-    for kind in kinds:
-        mixer = dataclasses.replace(attention, pattern=patterns[kind])
-        layers.append((LAYER_NAMES[kind], LayerConfig(mixer, experts, norm, "pre", remat=False)))
+    types = read_layer_types(fields, ["full_attention" if i % 2 else "sliding_attention" for i in range(depth)])
+    norm = NormConfig(kind="rms", eps=fields.take("rms_norm_eps", 1e-5))
+    patterns = {"sliding_attention": read_window(fields, 128), "full_attention": "causal"}
+    rope, bias = read_rope(fields, base=150_000.0, default=ROPE), fields.take("attention_bias", True)
+    attention = read_attention(fields, width, rope, heads=64, head_width=64, sinks=True, bias=bias, out_bias=bias)
+    experts = _read_experts(fields)
+    layers = {
+        layer_type: pre_norm_layer(dataclasses.replace(attention, pattern=pattern), experts, norm)
+        for layer_type, pattern in patterns.items()
+    }
     tied = fields.take("tie_word_embeddings", False)
-    model = build_model(fields, width, layers, norm, tied=tied)
-    pieces = pieces_of_ends(tied)
+    named = [(LAYER_NAMES[layer_type], layers[layer_type]) for layer_type in types]
+    model = build_model(fields, width, named, norm, tied=tied)
+    maps = tensors.embedding_and_head(tied)
     for i in range(depth):
-        theirs, ours = f"model.layers.{i}", f"layers.{i}"
-        pieces += [
-            *pieces_of_norms(theirs, ours),
-            *pieces_of_attention(f"{theirs}.self_attn", f"{ours}.mixer", attention.bias, attention.bias),
-            same(f"{theirs}.self_attn.sinks", f"{ours}.mixer.sinks"),
-            *_pieces_of_experts(f"{theirs}.mlp", f"{ours}.mlp"),
+        source, target = f"model.layers.{i}", f"layers.{i}"
+        maps += [
+            *tensors.pre_norms(source, target),
+            *tensors.attention(f"{source}.self_attn", f"{target}.mixer", bias, bias),
+            identity(f"{source}.self_attn.sinks", f"{target}.mixer.sinks"),
+            *_experts_tensors(f"{source}.mlp", f"{target}.mlp"),
         ]
-    return Translation(model, pieces, unused=tied_head(tied))
-
-
-def _read_attention(fields: Fields, width: int) -> AttentionConfig:
-    heads, bias = fields.take("num_attention_heads", 64), fields.take("attention_bias", True)
-    return AttentionConfig(
-        pattern="causal",
-        heads=heads,
-        kv_heads=fields.take("num_key_value_heads", 8) or heads,
-        head_width=fields.take("head_dim", 64) or width // heads,
-        rope=read_rope(fields, base=150_000.0, default=ROPE),
-        qk_norm=NormConfig("none", 1e-6),
-        impl="auto",
-        sinks=True,
-        bias=bias,
-        out_bias=bias,
-    )
+    return Translation(model, maps, unused=tensors.tied_head(tied))
 
 
 def _read_experts(fields: Fields) -> ExpertsConfig:
@@ -81,13 +67,13 @@ def _read_experts(fields: Fields) -> ExpertsConfig:
     )
 
 
-def _pieces_of_experts(theirs: str, ours: str) -> list[Piece]:
-    """All experts in one tensor, rows are inputs; columns of gate and up take turns."""
-    experts = f"{theirs}.experts"
+def _experts_tensors(source: str, target: str) -> list[TensorMap]:
+    """All experts in one tensor with input rows; its columns alternate between gate and up."""
+    experts = f"{source}.experts"
     return [
-        *linear(f"{theirs}.router", f"{ours}.router", bias=True),
-        interleaved(f"{experts}.gate_up_proj", [f"{ours}.gate", f"{ours}.up"]),
-        interleaved(f"{experts}.gate_up_proj_bias", [f"{ours}.gate_bias", f"{ours}.up_bias"]),
-        same(f"{experts}.down_proj", f"{ours}.down"),
-        same(f"{experts}.down_proj_bias", f"{ours}.down_bias"),
+        *linear(f"{source}.router", f"{target}.router", bias=True),
+        interleaved(f"{experts}.gate_up_proj", [f"{target}.gate", f"{target}.up"]),
+        interleaved(f"{experts}.gate_up_proj_bias", [f"{target}.gate_bias", f"{target}.up_bias"]),
+        identity(f"{experts}.down_proj", f"{target}.down"),
+        identity(f"{experts}.down_proj_bias", f"{target}.down_bias"),
     ]

@@ -1,71 +1,70 @@
-"""Kimi Linear (arXiv:2510.26692): delta rule with a decay for each channel, latent attention without positions."""
+"""Kimi Linear (arXiv:2510.26692): delta rule with a decay per channel, and latent attention without positions."""
 
 from __future__ import annotations
 
+from typing import Any
+
+from sparsejax.interop.huggingface import tensors
 from sparsejax.interop.huggingface.families.deepseek import (
     LATENT_NORM_EPS,
-    pieces_of_latent,
-    pieces_of_routed_experts,
+    latent_tensors,
     read_mlp_types,
-    require_heads,
+    require_kv_heads,
+    routed_experts_tensors,
 )
 from sparsejax.interop.huggingface.fields import Fields
-from sparsejax.interop.huggingface.tensors import Piece, linear, reshaped, same, split_conv
+from sparsejax.interop.huggingface.tensors import TensorMap, identity, linears, norm, reshaped, split_conv
 from sparsejax.interop.huggingface.translation import (
-    ACTIVATIONS,
     LAYER_NAMES,
+    SILU,
     Translation,
     build_model,
-    pieces_of_ends,
-    pieces_of_gated_mlp,
-    pieces_of_norms,
+    pre_norm_layer,
     read_layer_types,
 )
-from sparsejax.layers import DeltaConfig, ExpertsConfig, LatentConfig, LayerConfig, MlpConfig, NormConfig
+from sparsejax.layers import DeltaConfig, ExpertsConfig, LatentConfig, MlpConfig, NormConfig
 
 
 def translate(fields: Fields) -> Translation:
-    """From the keys of a `KimiLinearConfig`; newer files name some of them otherwise."""
-    # Nothing turns, so it does not matter how; layers that predict more than one token ahead are left out.
+    """Translates a `KimiLinearConfig`; newer files rename some of its keys."""
+    # Rotary keys have no effect, and multi-token prediction is not part of a forward pass.
     fields.ignore("head_dim", "qk_head_dim", "rope_theta", "rope_parameters", "model_max_length", "pretraining_tp")
     fields.ignore("num_nextn_predict_layers", "use_grouped_topk")
     fields.require("mla_use_nope", True)
     width, depth = fields.take("hidden_size", 2304), fields.take("num_hidden_layers", 27)
-    older = fields.take("linear_attn_config", None) or {}
-    kinds = read_layer_types(fields, _default_kinds(older, depth), allowed=("full_attention", "linear_attention"))
-    norm = NormConfig("rms", fields.take("rms_norm_eps", 1e-5))
-    activation = fields.choose("hidden_act", {"silu": ACTIVATIONS["silu"]}, "silu")  # the mixers' too
-    mixers = {"full_attention": _read_attention(fields), "linear_attention": _read_delta(fields, older, norm.eps)}
-    mlp = MlpConfig("gated", fields.take("intermediate_size", 9216), activation)
+    legacy = fields.take("linear_attn_config", None) or {}
+    types = read_layer_types(fields, _default_types(legacy, depth), allowed=("full_attention", "linear_attention"))
+    layer_norm = NormConfig(kind="rms", eps=fields.take("rms_norm_eps", 1e-5))
+    activation = fields.choose("hidden_act", SILU, "silu")
+    attention, delta = _read_attention(fields), _read_delta(fields, legacy, layer_norm.eps)
+    mlp = MlpConfig(kind="gated", width=fields.take("intermediate_size", 9216), activation=activation)
     experts = _read_experts(fields, activation)
-    parts = read_mlp_types(fields, depth, dense=1)
-    layers = [
-        (
-            LAYER_NAMES[kind] if part == "dense" else f"{LAYER_NAMES[kind]}_experts",
-            LayerConfig(mixers[kind], mlp if part == "dense" else experts, norm, "pre", remat=False),
-        )
-        for kind, part in zip(kinds, parts, strict=True)
-    ]
-    fields.ignore("tie_word_embeddings")  # the reference ties nothing, whatever it says
-    model = build_model(fields, width, layers, norm, tied=False)
-    pieces = pieces_of_ends(tied=False)
-    for i, (kind, part) in enumerate(zip(kinds, parts, strict=True)):
-        theirs, ours = f"model.layers.{i}", f"layers.{i}"
-        feed = f"{theirs}.block_sparse_moe"
-        pieces += pieces_of_norms(theirs, ours)
-        if kind == "full_attention":
-            pieces += pieces_of_latent(f"{theirs}.self_attn", f"{ours}.mixer", mixers[kind])
+    is_full = [layer_type == "full_attention" for layer_type in types]
+    is_routed = [name == "experts" for name in read_mlp_types(fields, depth, dense=1)]
+    layers = []
+    for layer_type, full, routed in zip(types, is_full, is_routed, strict=True):
+        name = LAYER_NAMES[layer_type] + ("_experts" if routed else "")
+        layers.append((name, pre_norm_layer(attention if full else delta, experts if routed else mlp, layer_norm)))
+    fields.ignore("tie_word_embeddings")  # the reference never ties the head
+    model = build_model(fields, width, layers, layer_norm, tied=False)
+    maps = tensors.embedding_and_head(tied=False)
+    for i, (full, routed) in enumerate(zip(is_full, is_routed, strict=True)):
+        source, target = f"model.layers.{i}", f"layers.{i}"
+        maps += tensors.pre_norms(source, target)
+        if full:
+            maps += latent_tensors(f"{source}.self_attn", f"{target}.mixer", attention)
         else:
-            pieces += _pieces_of_delta(f"{theirs}.self_attn", f"{ours}.mixer", mixers[kind])
-        if part == "dense":
-            pieces += pieces_of_gated_mlp(feed, f"{ours}.mlp")
+            maps += _delta_tensors(f"{source}.self_attn", f"{target}.mixer", delta)
+        feed_forward = f"{source}.block_sparse_moe"
+        if routed:
+            maps += routed_experts_tensors(feed_forward, f"{target}.mlp", experts, names=("w1", "w3", "w2"))
         else:
-            pieces += pieces_of_routed_experts(feed, f"{ours}.mlp", experts, names=("w1", "w3", "w2"))
-    return Translation(model, pieces)
+            maps += tensors.gated_mlp(feed_forward, f"{target}.mlp")
+    return Translation(model, maps)
 
 
-def _default_kinds(older: dict, depth: int) -> list[str]:
-    full = older.get("full_attn_layers")
+def _default_types(legacy: dict[str, Any], depth: int) -> list[str]:
+    full = legacy.get("full_attn_layers")
     if full is not None:  # counted from 1
         return ["full_attention" if i + 1 in full else "linear_attention" for i in range(depth)]
     return ["full_attention" if i and i % 4 == 0 else "linear_attention" for i in range(depth)]
@@ -73,7 +72,7 @@ def _default_kinds(older: dict, depth: int) -> list[str]:
 
 def _read_attention(fields: Fields) -> LatentConfig:
     heads = fields.take("num_attention_heads", 32)
-    require_heads(fields, heads)
+    require_kv_heads(fields, heads)
     return LatentConfig(
         pattern="causal",
         heads=heads,
@@ -89,12 +88,19 @@ def _read_attention(fields: Fields) -> LatentConfig:
     )
 
 
-def _read_delta(fields: Fields, older: dict, eps: float) -> DeltaConfig:
-    heads = older.get("num_heads", fields.take("linear_num_heads", 32))
-    head_width = older.get("head_dim", fields.take("linear_head_dim", 128))
-    conv = older.get("short_conv_kernel_size", fields.take("linear_conv_kernel_dim", 4))
+def _read_delta(fields: Fields, legacy: dict[str, Any], eps: float) -> DeltaConfig:
+    heads = legacy.get("num_heads", fields.take("linear_num_heads", 32))
+    head_width = legacy.get("head_dim", fields.take("linear_head_dim", 128))
     return DeltaConfig(
-        heads, heads, head_width, head_width, conv, eps, channel_decay=True, rank=head_width, gate="sigmoid"
+        heads=heads,
+        key_heads=heads,
+        key_width=head_width,
+        value_width=head_width,
+        conv=legacy.get("short_conv_kernel_size", fields.take("linear_conv_kernel_dim", 4)),
+        norm_eps=eps,
+        channel_decay=True,
+        rank=head_width,
+        gate="sigmoid",
     )
 
 
@@ -103,9 +109,9 @@ def _read_experts(fields: Fields, activation: str) -> ExpertsConfig:
     fields.require("moe_layer_freq", 1)
     inner = fields.take("moe_intermediate_size", 1024)
 
-    def take(name: str, other: str, default: int):
-        value = fields.take(name, None)
-        return fields.take(other, default) if value is None else value
+    def take(key: str, newer: str, default: Any) -> Any:
+        value = fields.take(key, None)
+        return fields.take(newer, default) if value is None else value
 
     return ExpertsConfig(
         experts=take("num_experts", "num_local_experts", 256),
@@ -122,19 +128,20 @@ def _read_experts(fields: Fields, activation: str) -> ExpertsConfig:
     )
 
 
-def _pieces_of_delta(theirs: str, ours: str, config: DeltaConfig) -> list[Piece]:
-    """Decay and gate are each made by two maps; the decay's logarithm is stored with axes to broadcast over."""
+def _delta_tensors(source: str, target: str, config: DeltaConfig) -> list[TensorMap]:
+    """Delta rule; decay and gate are low-rank, and the logarithm of the decay is stored with broadcast axes."""
+    names = {"q": "query", "k": "key", "v": "value", "o": "out", "b": "beta"}
+    names |= {"f_a": "decay_low", "f_b": "decay", "g_a": "gate_low", "g_b": "gate"}
     inner, heads = config.heads * config.key_width, config.heads
-    maps = {"f_a": "decay_low", "f_b": "decay", "g_a": "gate_low", "g_b": "gate", "b": "beta"}
-    maps |= {"q": "query", "k": "key", "v": "value", "o": "out"}
+    convs = [
+        part
+        for short in ("q", "k", "v")
+        for part in split_conv(f"{source}.{short}_conv1d", [f"{target}.conv_{names[short]}"], [inner], bias=False)
+    ]
     return [
-        *(piece for a, b in maps.items() for piece in linear(f"{theirs}.{a}_proj", f"{ours}.{b}")),
-        *(
-            piece
-            for a in ("q", "k", "v")
-            for piece in split_conv(f"{theirs}.{a}_conv1d", [f"{ours}.conv_{maps[a]}"], [inner], bias=False)
-        ),
-        reshaped(f"{theirs}.A_log", f"{ours}.log_decay", (1, 1, heads, 1), (heads,)),
-        same(f"{theirs}.dt_bias", f"{ours}.dt_bias"),
-        same(f"{theirs}.o_norm.weight", f"{ours}.norm.scale"),
+        *linears(source, target, {f"{short}_proj": name for short, name in names.items()}),
+        *convs,
+        reshaped(f"{source}.A_log", f"{target}.log_decay", (1, 1, heads, 1), (heads,)),
+        identity(f"{source}.dt_bias", f"{target}.dt_bias"),
+        *norm(f"{source}.o_norm", f"{target}.norm"),
     ]

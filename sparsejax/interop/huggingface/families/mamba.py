@@ -1,33 +1,36 @@
-"""Mamba (arXiv:2312.00752) and Mamba-2 (arXiv:2405.21060), and the parts that hybrids take from them."""
+"""Mamba (arXiv:2312.00752) and Mamba-2 (arXiv:2405.21060), and their mixers in hybrid models."""
 
 from __future__ import annotations
 
 import math
+from typing import Any
 
 from sparsejax.interop.huggingface.fields import Fields
-from sparsejax.interop.huggingface.tensors import Piece, linear, same, split_conv, split_linear, transposed
-from sparsejax.interop.huggingface.translation import (
-    Translation,
-    build_model,
+from sparsejax.interop.huggingface.tensors import (
+    TensorMap,
+    identity,
+    linear,
+    norm,
+    split_conv,
+    split_linear,
     tied_head,
+    transposed,
 )
-from sparsejax.layers import LayerConfig, Mamba2Config, MambaConfig, NormConfig
+from sparsejax.interop.huggingface.translation import Translation, build_model, pre_norm_layer
+from sparsejax.layers import Mamba2Config, MambaConfig, NormConfig
 
-# How step sizes start, and how the reference computes: nothing of it changes what a loaded model gives.
-STARTS = (
+# Initial step sizes and implementation choices, which do not affect a trained model.
+IGNORED = (
     "time_step_init_scheme time_step_scale time_step_min time_step_max time_step_floor rescale_prenorm_residual"
     " residual_in_fp32 use_mambapy use_associative_scan time_step_rank expand chunk_size intermediate_size"
-    # What the files of the first implementation have besides.
+    # Keys of the original implementation's files.
     " d_model d_inner n_layer ssm_cfg fused_add_norm pad_vocab_size_multiple norm_before_gate"
 )
 
 
 def translate(fields: Fields) -> Translation:
-    """From the keys of a `MambaConfig`."""
-    fields.ignore(*STARTS.split())
-    fields.require("hidden_act", "silu")
-    fields.require("rms_norm", True)
-    width = fields.take("hidden_size", 768)
+    """Translates a `MambaConfig`."""
+    width = _read_width(fields, 768)
     rank = fields.take("time_step_rank", "auto")
     mixer = MambaConfig(
         inner=fields.take("intermediate_size", None) or int(fields.take("expand", 2) * width),
@@ -43,12 +46,8 @@ def translate(fields: Fields) -> Translation:
 
 
 def translate_2(fields: Fields) -> Translation:
-    """From the keys of a `Mamba2Config`."""
-    fields.ignore(*STARTS.split())
-    fields.require("hidden_act", "silu")
-    fields.require("rms_norm", True)
-    width = fields.take("hidden_size", 4096)
-    groups, eps = fields.take("n_groups", 8), fields.take("layer_norm_epsilon", 1e-5)
+    """Translates a `Mamba2Config`."""
+    width, groups, bias = _read_width(fields, 4096), fields.take("n_groups", 8), fields.take("use_bias", False)
     mixer = Mamba2Config(
         heads=fields.take("num_heads", 128),
         head_width=fields.take("head_dim", 64),
@@ -57,69 +56,84 @@ def translate_2(fields: Fields) -> Translation:
         conv=fields.take("conv_kernel", 4),
         dt_min=1e-3,
         dt_max=0.1,
-        norm_eps=eps,
+        norm_eps=fields.take("layer_norm_epsilon", 1e-5),
         norm_groups=groups,
-        bias=fields.take("use_bias", False),
-        out_bias=fields.take("use_bias", False),
+        bias=bias,
+        out_bias=bias,
         conv_bias=fields.take("use_conv_bias", True),
         **read_limits(fields),
     )
-    if mixer.inner != int(fields.take("expand", 2) * width):
-        raise fields.error("num_heads", f"{mixer.heads} heads of {mixer.head_width} are not expand * hidden_size")
+    if mixer.inner != (inner := int(fields.take("expand", 2) * width)):
+        raise fields.error("num_heads", f"{mixer.heads} heads of width {mixer.head_width} are not {inner} channels")
     return _translate(fields, mixer, width, tied=False)
+
+
+def _read_width(fields: Fields, default: int) -> int:
+    fields.ignore(*IGNORED.split())
+    fields.require("hidden_act", "silu")
+    fields.require("rms_norm", True)
+    return fields.take("hidden_size", default)
 
 
 def _translate(fields: Fields, mixer: MambaConfig | Mamba2Config, width: int, tied: bool) -> Translation:
     depth, tied = fields.take("num_hidden_layers"), fields.take("tie_word_embeddings", tied)
-    norm = NormConfig("rms", fields.take("layer_norm_epsilon", 1e-5))
-    model = build_model(
-        fields, width, [("ssm", LayerConfig(mixer, None, norm, "pre", remat=False))] * depth, norm, tied=tied
-    )
-    pieces = [same("backbone.embeddings.weight", "embedding.tokens"), same("backbone.norm_f.weight", "norm.scale")]
-    pieces += [] if tied else [transposed("lm_head.weight", "head.weight")]
-    pieces_of_mixer = pieces_of_mamba if isinstance(mixer, MambaConfig) else pieces_of_mamba2
+    layer_norm = NormConfig(kind="rms", eps=fields.take("layer_norm_epsilon", 1e-5))
+    layers = [("ssm", pre_norm_layer(mixer, None, layer_norm))] * depth
+    model = build_model(fields, width, layers, layer_norm, tied=tied)
+    maps = backbone_tensors(tied)
     for i in range(depth):
-        theirs, ours = f"backbone.layers.{i}", f"layers.{i}"
-        pieces.append(same(f"{theirs}.norm.weight", f"{ours}.mixer_residual.before.scale"))
-        pieces += pieces_of_mixer(f"{theirs}.mixer", f"{ours}.mixer", mixer)
-    return Translation(model, pieces, unused=tied_head(tied))
+        source, target = f"backbone.layers.{i}", f"layers.{i}"
+        maps += norm(f"{source}.norm", f"{target}.mixer_residual.before")
+        if isinstance(mixer, MambaConfig):
+            maps += mamba_tensors(f"{source}.mixer", f"{target}.mixer", mixer)
+        else:
+            maps += mamba2_tensors(f"{source}.mixer", f"{target}.mixer", mixer)
+    return Translation(model, maps, unused=tied_head(tied))
 
 
-def read_limits(fields: Fields, key: str = "time_step_limit") -> dict[str, float | None]:
-    """Bounds on step sizes, as fields of `Mamba2Config`; an infinite one is none."""
-    low, high = fields.take(key, None) or (0.0, math.inf)
+def backbone_tensors(tied: bool) -> list[TensorMap]:
+    """The embedding, the last norm, and the head unless it is tied, under the names of Mamba."""
+    maps = [identity("backbone.embeddings.weight", "embedding.tokens"), *norm("backbone.norm_f", "norm")]
+    return maps if tied else [*maps, transposed("lm_head.weight", "head.weight")]
+
+
+def read_limits(fields: Fields) -> dict[str, Any]:
+    """Reads the bounds of step sizes as fields of `Mamba2Config`; an infinite bound is None."""
+    low, high = fields.take("time_step_limit", None) or (0.0, math.inf)
     return {"dt_floor": float(low), "dt_ceiling": None if math.isinf(high) else float(high)}
 
 
-def pieces_of_mamba(theirs: str, ours: str, config: MambaConfig) -> list[Piece]:
+def mamba_tensors(source: str, target: str, config: MambaConfig) -> list[TensorMap]:
     """A Mamba mixer."""
     d = config.inner
-    pieces = [
-        *split_linear(f"{theirs}.in_proj", [f"{ours}.input", f"{ours}.gate"], [d, d], config.bias),
-        *split_conv(f"{theirs}.conv1d", [f"{ours}.conv"], [d], config.conv_bias),
-        *linear(f"{theirs}.x_proj", f"{ours}.select"),
-        *linear(f"{theirs}.dt_proj", f"{ours}.dt"),
-        same(f"{theirs}.dt_proj.bias", f"{ours}.dt_bias"),
-        same(f"{theirs}.A_log", f"{ours}.log_decay"),
-        same(f"{theirs}.D", f"{ours}.skip"),
-        *linear(f"{theirs}.out_proj", f"{ours}.out", config.bias),
+    maps = [
+        *split_linear(f"{source}.in_proj", [f"{target}.input", f"{target}.gate"], [d, d], config.bias),
+        *split_conv(f"{source}.conv1d", [f"{target}.conv"], [d], config.conv_bias),
+        *linear(f"{source}.x_proj", f"{target}.select"),
+        *linear(f"{source}.dt_proj", f"{target}.dt"),
+        identity(f"{source}.dt_proj.bias", f"{target}.dt_bias"),
+        *_ssm_tensors(source, target),
+        *linear(f"{source}.out_proj", f"{target}.out", config.bias),
     ]
     if config.norm_eps is not None:
         names = ("dt_layernorm", "dt_norm"), ("b_layernorm", "B_norm"), ("c_layernorm", "C_norm")
-        pieces += [same(f"{theirs}.{a}.weight", f"{ours}.{b}.scale") for a, b in names]
-    return pieces
+        maps += [part for a, b in names for part in norm(f"{source}.{a}", f"{target}.{b}")]
+    return maps
 
 
-def pieces_of_mamba2(theirs: str, ours: str, config: Mamba2Config) -> list[Piece]:
-    """A Mamba-2 mixer: gate, x, B, C and step sizes come from one linear map, x, B and C go through one convolution."""
+def mamba2_tensors(source: str, target: str, config: Mamba2Config) -> list[TensorMap]:
+    """A Mamba-2 mixer: one linear layer gives the gate, x, B, C and step sizes; one convolution covers x, B and C."""
     d, select = config.inner, 2 * config.groups * config.state
-    parts = [f"{ours}.{name}" for name in ("gate", "input", "select", "dt")]
+    projections = [f"{target}.{name}" for name in ("gate", "input", "select", "dt")]
     return [
-        *split_linear(f"{theirs}.in_proj", parts, [d, d, select, config.heads], config.bias),
-        *split_conv(f"{theirs}.conv1d", [f"{ours}.conv", f"{ours}.conv_select"], [d, select], config.conv_bias),
-        same(f"{theirs}.dt_bias", f"{ours}.dt_bias"),
-        same(f"{theirs}.A_log", f"{ours}.log_decay"),
-        same(f"{theirs}.D", f"{ours}.skip"),
-        *([] if config.norm_eps is None else [same(f"{theirs}.norm.weight", f"{ours}.norm.scale")]),
-        *linear(f"{theirs}.out_proj", f"{ours}.out", config.out_bias),
+        *split_linear(f"{source}.in_proj", projections, [d, d, select, config.heads], config.bias),
+        *split_conv(f"{source}.conv1d", [f"{target}.conv", f"{target}.conv_select"], [d, select], config.conv_bias),
+        identity(f"{source}.dt_bias", f"{target}.dt_bias"),
+        *_ssm_tensors(source, target),
+        *([] if config.norm_eps is None else norm(f"{source}.norm", f"{target}.norm")),
+        *linear(f"{source}.out_proj", f"{target}.out", config.out_bias),
     ]
+
+
+def _ssm_tensors(source: str, target: str) -> list[TensorMap]:
+    return [identity(f"{source}.A_log", f"{target}.log_decay"), identity(f"{source}.D", f"{target}.skip")]

@@ -1,22 +1,23 @@
-"""Nemotron-H (arXiv:2504.03624): every layer is one of Mamba-2, attention without positions, an MLP, or experts."""
+"""Nemotron-H (arXiv:2504.03624): layers of Mamba-2, attention without positions, MLPs or experts, one branch each."""
 
 from __future__ import annotations
 
-from sparsejax.interop.huggingface.families.mamba import pieces_of_mamba2
+from sparsejax.interop.huggingface import tensors
+from sparsejax.interop.huggingface.families.mamba import backbone_tensors, mamba2_tensors
 from sparsejax.interop.huggingface.fields import Fields
-from sparsejax.interop.huggingface.tensors import Piece, linear, same, transposed
+from sparsejax.interop.huggingface.tensors import TensorMap, identity, linear, linears
 from sparsejax.interop.huggingface.translation import (
     ACTIVATIONS,
     Translation,
     build_model,
-    pieces_of_attention,
-    pieces_of_experts,
+    pre_norm_layer,
+    read_attention,
 )
-from sparsejax.layers import AttentionConfig, ExpertsConfig, LayerConfig, Mamba2Config, MlpConfig, NormConfig
+from sparsejax.layers import ExpertsConfig, Mamba2Config, MlpConfig, NormConfig
 
-# Kinds of layers, by their letter in older files and by their names in newer ones -> names in a schedule.
+# Layer types, letters in older files and names in newer ones -> names in a schedule.
 LETTERS = {"M": "ssm", "*": "full", "-": "mlp", "E": "experts"}
-KINDS = {
+TYPES = {
     "linear_attention": "ssm",
     "mamba": "ssm",
     "full_attention": "full",
@@ -24,8 +25,7 @@ KINDS = {
     "mlp": "mlp",
     "moe": "experts",
 }
-# How step sizes start and what is computed how; other names of other keys; layers that predict more than one token
-# ahead, which a forward pass leaves out.
+# Initial step sizes, implementation choices, redundant keys, and multi-token prediction, which a forward pass omits.
 IGNORED = """
     chunk_size time_step_max time_step_floor time_step_limit time_step_rank rescale_prenorm_residual residual_in_fp32
     mamba_ssm_cache_dtype moe_shared_expert_overlap mtp_layers_block_type mtp_hybrid_override_pattern
@@ -34,52 +34,57 @@ IGNORED = """
 
 
 def translate(fields: Fields) -> Translation:
-    """From the keys of a `NemotronHConfig`."""
+    """Translates a `NemotronHConfig`."""
     fields.ignore(*IGNORED.split())
     fields.require("mamba_hidden_act", "silu")
-    width, kinds = fields.take("hidden_size", 4096), _read_kinds(fields)
-    norm = NormConfig("rms", fields.take("layer_norm_epsilon", 1e-5))
+    width, names = fields.take("hidden_size", 4096), _read_types(fields)
+    norm = NormConfig(kind="rms", eps=fields.take("layer_norm_epsilon", 1e-5))
     activation = fields.choose("mlp_hidden_act", ACTIVATIONS, "relu2")
     inner, bias = fields.take("intermediate_size", 21504), fields.take("mlp_bias", False)
-    parts = {
-        "ssm": _read_mamba(fields, norm.eps),
-        "full": _read_attention(fields),
-        "mlp": MlpConfig("plain", inner, activation, bias=bias),
-        "experts": _read_experts(fields, activation, inner, bias),
+    mamba, experts = _read_mamba2(fields, norm.eps), _read_experts(fields, activation, inner, bias)
+    fields.ignore("attention_bias")  # the reference never has biases
+    attention = read_attention(fields, width, None, heads=32, head_width=128)
+    fields.require("attention_head_dim", attention.head_width)
+    mlp = MlpConfig(kind="plain", width=inner, activation=activation, bias=bias)
+    layers = {
+        "ssm": pre_norm_layer(mamba, None, norm),
+        "full": pre_norm_layer(attention, None, norm),
+        "mlp": pre_norm_layer(None, mlp, norm),
+        "experts": pre_norm_layer(None, experts, norm),
     }
-    layers = [
-        (kind, LayerConfig(parts[kind], None, norm, "pre", remat=False))
-        if kind in ("ssm", "full")
-        else (kind, LayerConfig(None, parts[kind], norm, "pre", remat=False))
-        for kind in kinds
-    ]
-    fields.ignore("tie_word_embeddings")  # the reference ties nothing, whatever it says
-    model = build_model(fields, width, layers, norm, tied=False)
-    pieces = [
-        same("backbone.embeddings.weight", "embedding.tokens"),
-        same("backbone.norm_f.weight", "norm.scale"),
-        transposed("lm_head.weight", "head.weight"),
-    ]
-    for i, kind in enumerate(kinds):
-        pieces += _pieces_of_layer(f"backbone.layers.{i}", f"layers.{i}", kind, parts[kind])
-    return Translation(model, pieces, unused=(r"mtp\..*",))
+    fields.ignore("tie_word_embeddings")  # the reference never ties the head
+    model = build_model(fields, width, [(name, layers[name]) for name in names], norm, tied=False)
+    maps = backbone_tensors(tied=False)
+    for i, name in enumerate(names):
+        source, target = f"backbone.layers.{i}", f"layers.{i}"
+        residual = "mixer_residual" if name in ("ssm", "full") else "mlp_residual"
+        maps += tensors.norm(f"{source}.norm", f"{target}.{residual}.before")
+        if name == "ssm":
+            maps += mamba2_tensors(f"{source}.mixer", f"{target}.mixer", mamba)
+        elif name == "full":
+            maps += tensors.attention(f"{source}.mixer", f"{target}.mixer")
+        elif name == "mlp":
+            maps += _mlp_tensors(f"{source}.mixer", f"{target}.mlp", bias)
+        else:
+            maps += _experts_tensors(f"{source}.mixer", f"{target}.mlp", experts)
+    return Translation(model, maps, unused=(r"mtp\..*",))
 
 
-def _read_kinds(fields: Fields) -> list[str]:
+def _read_types(fields: Fields) -> list[str]:
     letters, names = fields.take("hybrid_override_pattern", None), fields.take("layers_block_type", None)
     if names is not None:
-        given, known, key = names, KINDS, "layers_block_type"
+        types, known, key = names, TYPES, "layers_block_type"
     elif letters is not None:
-        given, known, key = letters, LETTERS, "hybrid_override_pattern"
+        types, known, key = letters, LETTERS, "hybrid_override_pattern"
     else:
         raise fields.error("layers_block_type", "missing")
-    for kind in given:
-        if kind not in known:
-            raise fields.error(key, f"{kind!r} is not supported; only {', '.join(known)}")
-    return [known[kind] for kind in given]
+    for layer_type in types:
+        if layer_type not in known:
+            raise fields.unsupported(key, layer_type, known)
+    return [known[layer_type] for layer_type in types]
 
 
-def _read_mamba(fields: Fields, eps: float) -> Mamba2Config:
+def _read_mamba2(fields: Fields, eps: float) -> Mamba2Config:
     groups, bias = fields.take("n_groups", 8), fields.take("use_bias", False)
     return Mamba2Config(
         heads=fields.take("mamba_num_heads", 128),
@@ -91,26 +96,10 @@ def _read_mamba(fields: Fields, eps: float) -> Mamba2Config:
         dt_max=0.1,
         norm_eps=eps,
         norm_groups=groups,
-        dt_floor=fields.take("time_step_min", 1e-3),  # of every step size, not only as they start
+        dt_floor=fields.take("time_step_min", 1e-3),  # a bound of all step sizes, not only of initial ones
         bias=bias,
         out_bias=bias,
         conv_bias=fields.take("use_conv_bias", True),
-    )
-
-
-def _read_attention(fields: Fields) -> AttentionConfig:
-    fields.ignore("attention_bias")  # the reference has none, whatever it says
-    heads = fields.take("num_attention_heads", 32)
-    head_width = fields.take("head_dim", 128)
-    fields.require("attention_head_dim", head_width)
-    return AttentionConfig(
-        pattern="causal",
-        heads=heads,
-        kv_heads=fields.take("num_key_value_heads", 8) or heads,
-        head_width=head_width,
-        rope=None,
-        qk_norm=NormConfig("none", 1e-6),
-        impl="auto",
     )
 
 
@@ -133,26 +122,18 @@ def _read_experts(fields: Fields, activation: str, inner: int, bias: bool) -> Ex
     )
 
 
-def _pieces_of_layer(theirs: str, ours: str, kind: str, part) -> list[Piece]:
-    mixer, residual = f"{theirs}.mixer", "mixer_residual" if kind in ("ssm", "full") else "mlp_residual"
-    pieces = [same(f"{theirs}.norm.weight", f"{ours}.{residual}.before.scale")]
-    if kind == "ssm":
-        return pieces + pieces_of_mamba2(mixer, f"{ours}.mixer", part)
-    if kind == "full":
-        return pieces + pieces_of_attention(mixer, f"{ours}.mixer")
-    if kind == "mlp":
-        return pieces + _pieces_of_mlp(mixer, f"{ours}.mlp", part.bias)
-    pieces += [
-        transposed(f"{mixer}.gate.weight", f"{ours}.mlp.router.weight"),
-        same(f"{mixer}.gate.e_score_correction_bias", f"{ours}.mlp.selection_bias"),
-        *pieces_of_experts(f"{mixer}.experts", f"{ours}.mlp", part.experts, names=(None, "up_proj", "down_proj")),
-        *_pieces_of_mlp(f"{mixer}.shared_experts", f"{ours}.mlp.shared", part.shared_bias),
+def _experts_tensors(source: str, target: str, config: ExpertsConfig) -> list[TensorMap]:
+    maps = [
+        *linear(f"{source}.gate", f"{target}.router"),
+        identity(f"{source}.gate.e_score_correction_bias", f"{target}.selection_bias"),
+        *tensors.experts(f"{source}.experts", target, config.experts, names=(None, "up_proj", "down_proj")),
+        *_mlp_tensors(f"{source}.shared_experts", f"{target}.shared", config.shared_bias),
     ]
-    if part.latent is not None:
-        pieces += linear(f"{mixer}.fc1_latent_proj", f"{ours}.mlp.enter", part.shared_bias)
-        pieces += linear(f"{mixer}.fc2_latent_proj", f"{ours}.mlp.leave", part.shared_bias)
-    return pieces
+    if config.latent is not None:
+        maps += linear(f"{source}.fc1_latent_proj", f"{target}.enter", config.shared_bias)
+        maps += linear(f"{source}.fc2_latent_proj", f"{target}.leave", config.shared_bias)
+    return maps
 
 
-def _pieces_of_mlp(theirs: str, ours: str, bias: bool) -> list[Piece]:
-    return [piece for n in ("up", "down") for piece in linear(f"{theirs}.{n}_proj", f"{ours}.{n}", bias)]
+def _mlp_tensors(source: str, target: str, bias: bool) -> list[TensorMap]:
+    return linears(source, target, {"up_proj": "up", "down_proj": "down"}, bias)

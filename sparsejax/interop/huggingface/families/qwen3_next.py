@@ -1,74 +1,70 @@
-"""Qwen3-Next: gated delta rule, gated attention in every fourth layer, experts beside one that serves every token."""
+"""Qwen3-Next: gated delta rule, gated attention in every fourth layer, and experts with a shared expert."""
 
 from __future__ import annotations
 
+from sparsejax.interop.huggingface import tensors
 from sparsejax.interop.huggingface.fields import Fields
-from sparsejax.interop.huggingface.tensors import Piece, linear, same, split_conv, split_groups, transposed
+from sparsejax.interop.huggingface.rope import read_rope
+from sparsejax.interop.huggingface.tensors import TensorMap, identity, linear, linears, norm, split_conv, split_groups
 from sparsejax.interop.huggingface.translation import (
-    ACTIVATIONS,
     LAYER_NAMES,
+    SILU,
     Translation,
     build_model,
-    pieces_of_ends,
-    pieces_of_experts,
-    pieces_of_gated_mlp,
-    pieces_of_norms,
+    pre_norm_layer,
+    read_attention,
     read_layer_types,
-    read_rope,
-    tied_head,
 )
-from sparsejax.layers import AttentionConfig, DeltaConfig, ExpertsConfig, LayerConfig, MlpConfig, NormConfig
+from sparsejax.layers import AttentionConfig, DeltaConfig, ExpertsConfig, MlpConfig, NormConfig
 
 
 def translate(fields: Fields) -> Translation:
-    """From the keys of a `Qwen3NextConfig`."""
+    """Translates a `Qwen3NextConfig`."""
     width, depth = fields.take("hidden_size", 2048), fields.take("num_hidden_layers", 48)
-    every = fields.take("full_attention_interval", None) or 4
-    kinds = read_layer_types(
+    period = fields.take("full_attention_interval", None) or 4
+    types = read_layer_types(
         fields,
-        ["linear_attention" if (i + 1) % every else "full_attention" for i in range(depth)],
+        ["linear_attention" if (i + 1) % period else "full_attention" for i in range(depth)],
         allowed=("full_attention", "linear_attention"),
     )
-    norm = NormConfig("rms", fields.take("rms_norm_eps", 1e-6), offset=True)
-    mixers = {"full_attention": _read_attention(fields, norm), "linear_attention": _read_delta(fields, norm.eps)}
-    activation = fields.choose("hidden_act", {"silu": ACTIVATIONS["silu"]}, "silu")  # the mixers' too
-    mlp = MlpConfig("gated", fields.take("intermediate_size", 5632), activation)
+    layer_norm = NormConfig(kind="rms", eps=fields.take("rms_norm_eps", 1e-6), offset=True)
+    attention, delta = _read_attention(fields, width, layer_norm), _read_delta(fields, layer_norm.eps)
+    activation = fields.choose("hidden_act", SILU, "silu")
+    mlp = MlpConfig(kind="gated", width=fields.take("intermediate_size", 5632), activation=activation)
     experts = _read_experts(fields, activation)
-    routed = _read_routed(fields, depth)
-    layers = [
-        (
-            f"{LAYER_NAMES[kind]}_experts" if route else LAYER_NAMES[kind],
-            LayerConfig(mixers[kind], experts if route else mlp, norm, "pre", remat=False),
-        )
-        for kind, route in zip(kinds, routed, strict=True)
-    ]
+    is_full = [layer_type == "full_attention" for layer_type in types]
+    is_routed = _read_routed(fields, depth)
+    layers = []
+    for layer_type, full, routed in zip(types, is_full, is_routed, strict=True):
+        name = LAYER_NAMES[layer_type] + ("_experts" if routed else "")
+        layers.append((name, pre_norm_layer(attention if full else delta, experts if routed else mlp, layer_norm)))
     tied = fields.take("tie_word_embeddings", False)
-    model = build_model(fields, width, layers, norm, tied=tied)
-    pieces = pieces_of_ends(tied)
-    for i, (kind, route) in enumerate(zip(kinds, routed, strict=True)):
-        theirs, ours = f"model.layers.{i}", f"layers.{i}"
-        pieces += pieces_of_norms(theirs, ours)
-        if kind == "full_attention":
-            pieces += _pieces_of_attention(f"{theirs}.self_attn", f"{ours}.mixer", mixers[kind])
+    model = build_model(fields, width, layers, layer_norm, tied=tied)
+    maps = tensors.embedding_and_head(tied)
+    for i, (full, routed) in enumerate(zip(is_full, is_routed, strict=True)):
+        source, target = f"model.layers.{i}", f"layers.{i}"
+        maps += tensors.pre_norms(source, target)
+        if full:
+            maps += _attention_tensors(f"{source}.self_attn", f"{target}.mixer", attention)
         else:
-            pieces += _pieces_of_delta(f"{theirs}.linear_attn", f"{ours}.mixer", mixers[kind])
-        if route:
-            pieces += _pieces_of_experts(f"{theirs}.mlp", f"{ours}.mlp", experts)
+            maps += _delta_tensors(f"{source}.linear_attn", f"{target}.mixer", delta)
+        if routed:
+            maps += _experts_tensors(f"{source}.mlp", f"{target}.mlp", experts)
         else:
-            pieces += pieces_of_gated_mlp(f"{theirs}.mlp", f"{ours}.mlp")
-    return Translation(model, pieces, unused=(*tied_head(tied), r"mtp\..*"))
+            maps += tensors.gated_mlp(f"{source}.mlp", f"{target}.mlp")
+    return Translation(model, maps, unused=(*tensors.tied_head(tied), r"mtp\..*"))
 
 
-def _read_attention(fields: Fields, norm: NormConfig) -> AttentionConfig:
-    heads, bias = fields.take("num_attention_heads", 16), fields.take("attention_bias", False)
-    return AttentionConfig(
-        pattern="causal",
-        heads=heads,
-        kv_heads=fields.take("num_key_value_heads", 2) or heads,
-        head_width=fields.take("head_dim", 256),
-        rope=read_rope(fields, fraction=0.25),
-        qk_norm=norm,
-        impl="auto",
+def _read_attention(fields: Fields, width: int, qk_norm: NormConfig) -> AttentionConfig:
+    bias = fields.take("attention_bias", False)
+    return read_attention(
+        fields,
+        width,
+        read_rope(fields, fraction=0.25),
+        heads=16,
+        kv_heads=2,
+        head_width=256,
+        qk_norm=qk_norm,
         gate=True,
         bias=bias,
         out_bias=bias,
@@ -99,53 +95,53 @@ def _read_experts(fields: Fields, activation: str) -> ExpertsConfig:
 
 
 def _read_routed(fields: Fields, depth: int) -> list[bool]:
-    """Whether each layer has experts."""
-    plain, step = fields.take("mlp_only_layers", None) or [], fields.take("decoder_sparse_step", 1)
-    return [i not in plain and (i + 1) % step == 0 for i in range(depth)]
+    """Reads whether each layer has experts."""
+    dense, step = fields.take("mlp_only_layers", None) or [], fields.take("decoder_sparse_step", 1)
+    return [i not in dense and (i + 1) % step == 0 for i in range(depth)]
 
 
-def _pieces_of_attention(theirs: str, ours: str, config: AttentionConfig) -> list[Piece]:
-    """Every head has its query and its gate in a row."""
-    both, sizes = [f"{ours}.query", f"{ours}.gate"], [config.head_width] * 2
-    pieces = [split_groups(f"{theirs}.q_proj.weight", [f"{n}.weight" for n in both], config.heads, sizes)]
-    if config.bias:
-        pieces.append(split_groups(f"{theirs}.q_proj.bias", [f"{n}.bias" for n in both], config.heads, sizes))
+def _attention_tensors(source: str, target: str, config: AttentionConfig) -> list[TensorMap]:
+    """Attention whose queries and gates are stored together, by head."""
+    names, sizes = [f"{target}.query", f"{target}.gate"], [config.head_width] * 2
+    maps = [
+        split_groups(f"{source}.q_proj.{part}", [f"{name}.{part}" for name in names], config.heads, sizes)
+        for part in (("weight", "bias") if config.bias else ("weight",))
+    ]
     return [
-        *pieces,
-        *linear(f"{theirs}.k_proj", f"{ours}.key", config.bias),
-        *linear(f"{theirs}.v_proj", f"{ours}.value", config.bias),
-        *linear(f"{theirs}.o_proj", f"{ours}.out", config.out_bias),
-        same(f"{theirs}.q_norm.weight", f"{ours}.query_norm.scale"),
-        same(f"{theirs}.k_norm.weight", f"{ours}.key_norm.scale"),
+        *maps,
+        *linears(source, target, {"k_proj": "key", "v_proj": "value"}, config.bias),
+        *linear(f"{source}.o_proj", f"{target}.out", config.out_bias),
+        *norm(f"{source}.q_norm", f"{target}.query_norm"),
+        *norm(f"{source}.k_norm", f"{target}.key_norm"),
     ]
 
 
-def _pieces_of_delta(theirs: str, ours: str, config: DeltaConfig) -> list[Piece]:
-    """Every key head has its query, its key, and values and gates of the heads that share it, in a row."""
-    share = config.heads // config.key_heads
-    wide, values = [f"{ours}.{n}.weight" for n in ("query", "key", "value", "gate")], share * config.value_width
-    thin = [f"{ours}.{n}.weight" for n in ("beta", "decay")]
+def _delta_tensors(source: str, target: str, config: DeltaConfig) -> list[TensorMap]:
+    """Delta rule whose query, key, values and gates are stored together, by key head."""
+    share = config.heads // config.key_heads  # value heads per key head
+    projections = [f"{target}.{name}.weight" for name in ("query", "key", "value", "gate")]
+    sizes = [config.key_width] * 2 + [share * config.value_width] * 2
+    rates = [f"{target}.{name}.weight" for name in ("beta", "decay")]
     keys = config.key_heads * config.key_width
     return [
-        split_groups(f"{theirs}.in_proj_qkvz.weight", wide, config.key_heads, [config.key_width] * 2 + [values] * 2),
-        split_groups(f"{theirs}.in_proj_ba.weight", thin, config.key_heads, [share] * 2),
+        split_groups(f"{source}.in_proj_qkvz.weight", projections, config.key_heads, sizes),
+        split_groups(f"{source}.in_proj_ba.weight", rates, config.key_heads, [share] * 2),
         *split_conv(
-            f"{theirs}.conv1d",
-            [f"{ours}.conv_{n}" for n in ("query", "key", "value")],
+            f"{source}.conv1d",
+            [f"{target}.conv_{name}" for name in ("query", "key", "value")],
             [keys, keys, config.heads * config.value_width],
             bias=False,
         ),
-        same(f"{theirs}.A_log", f"{ours}.log_decay"),
-        same(f"{theirs}.dt_bias", f"{ours}.dt_bias"),
-        same(f"{theirs}.norm.weight", f"{ours}.norm.scale"),
-        *linear(f"{theirs}.out_proj", f"{ours}.out"),
+        identity(f"{source}.A_log", f"{target}.log_decay"),
+        identity(f"{source}.dt_bias", f"{target}.dt_bias"),
+        *norm(f"{source}.norm", f"{target}.norm"),
+        *linear(f"{source}.out_proj", f"{target}.out"),
     ]
 
 
-def _pieces_of_experts(theirs: str, ours: str, config: ExpertsConfig) -> list[Piece]:
+def _experts_tensors(source: str, target: str, config: ExpertsConfig) -> list[TensorMap]:
     return [
-        transposed(f"{theirs}.gate.weight", f"{ours}.router.weight"),
-        *pieces_of_experts(f"{theirs}.experts", ours, config.experts),
-        *pieces_of_gated_mlp(f"{theirs}.shared_expert", f"{ours}.shared"),
-        *linear(f"{theirs}.shared_expert_gate", f"{ours}.shared_gate"),
+        *linears(source, target, {"gate": "router", "shared_expert_gate": "shared_gate"}),
+        *tensors.experts(f"{source}.experts", target, config.experts),
+        *tensors.gated_mlp(f"{source}.shared_expert", f"{target}.shared"),
     ]

@@ -1,96 +1,75 @@
-"""Zamba2 (arXiv:2411.15242): Mamba-2 layers, some of which also read a transformer block that they share."""
+"""Zamba2 (arXiv:2411.15242): Mamba-2 layers, some of which add the output of a shared transformer block."""
 
 from __future__ import annotations
 
-from sparsejax.interop.huggingface.families.mamba import pieces_of_mamba2
+from sparsejax.interop.huggingface import tensors
+from sparsejax.interop.huggingface.families.mamba import mamba2_tensors
 from sparsejax.interop.huggingface.fields import Fields
-from sparsejax.interop.huggingface.tensors import Piece, linear, same, split, split_linear, transposed
-from sparsejax.interop.huggingface.translation import (
-    ACTIVATIONS,
-    Translation,
-    build_model,
-    pieces_of_attention,
-    pieces_of_ends,
-    read_rope,
-    tied_head,
-)
-from sparsejax.layers import (
-    AttentionConfig,
-    LayerConfig,
-    Mamba2Config,
-    MlpConfig,
-    NormConfig,
-    SharedConfig,
-    SideConfig,
-)
+from sparsejax.interop.huggingface.rope import read_rope
+from sparsejax.interop.huggingface.tensors import QKV, TensorMap, linear, norm, split, split_linear, transposed
+from sparsejax.interop.huggingface.translation import ACTIVATIONS, Translation, build_model, pre_norm_layer
+from sparsejax.layers import AttentionConfig, Mamba2Config, MlpConfig, NormConfig, SharedConfig, SideConfig
 
-GATED_NORM_EPS = 1e-5  # whatever `rms_norm_eps` is
+GATED_NORM_EPS = 1e-5  # for any `rms_norm_eps`
+TYPES = ("mamba", "linear_attention", "hybrid")
+DEFAULT_TYPES = "m mmmmmh mmmmmh mmmmmh mmmmmh mmmmmh mmmmmh mmmmmh mmmmh mmmh mm"  # m: "mamba", h: "hybrid"
 
 
 def translate(fields: Fields) -> Translation:
-    """From the keys of a `Zamba2Config`."""
+    """Translates a `Zamba2Config`."""
     fields.ignore("chunk_size", "time_step_max", "time_step_floor", "use_mem_eff_path", "num_query_groups")
     fields.ignore("kv_channels", "attention_hidden_size", "hybrid_layer_ids", "num_hidden_layers", "mamba_headdim")
-    fields.ignore("use_conv_bias")  # there is one, whatever it says
+    fields.ignore("use_conv_bias")  # the reference always has biases
     fields.require("use_long_context", False)
-    width, kinds = fields.take("hidden_size", 2560), _read_kinds(fields)
-    norm = NormConfig("rms", fields.take("rms_norm_eps", 1e-5))
-    mixer, block = _read_mixer(fields, width), _read_block(fields, width, norm)
+    width, types = fields.take("hidden_size", 2560), _read_types(fields)
+    layer_norm = NormConfig(kind="rms", eps=fields.take("rms_norm_eps", 1e-5))
+    mixer, mlp = _read_mamba2(fields, width), _read_mlp(fields, width)
+    block = SharedConfig(mixer=_read_attention(fields, width), mlp=mlp, norm=layer_norm)
     tied, rank = fields.take("tie_word_embeddings", True), fields.take("adapter_rank", 128)
     mixer_rank = rank if fields.take("use_shared_attention_adapter", False) else None
-    hybrids = [i for i, kind in enumerate(kinds) if kind == "hybrid"]
-    # The reference ties blocks as it ties embeddings: without that, each layer has a block of its own.
+    hybrids = [i for i, layer_type in enumerate(types) if layer_type == "hybrid"]
+    # The reference shares blocks only if it ties embeddings; otherwise every hybrid layer has a separate block.
     blocks = fields.take("num_mem_blocks", 1)
     blocks = min(blocks, len(hybrids)) if tied else len(hybrids)
     layers = []
-    for i in range(len(kinds)):
-        side, name = None, "ssm"
+    for i in range(len(types)):
+        name, side = "ssm", None
         if i in hybrids:
-            name = f"hybrid_{hybrids.index(i) % blocks}"
-            side = SideConfig(f"block_{hybrids.index(i) % blocks}", mixer_rank=mixer_rank, mlp_rank=rank)
-        layers.append((name, LayerConfig(mixer, None, norm, "pre", remat=False, side=side)))
-    model = build_model(
-        fields,
-        width,
-        layers,
-        norm,
-        tied=tied,
-        shared={f"block_{i}": block for i in range(blocks)},
-    )
-    pieces = pieces_of_ends(tied, norm="model.final_layernorm")
-    for i in range(len(kinds)):
-        ours = f"layers.{i}"
-        theirs = f"model.layers.{i}.mamba_decoder" if i in hybrids else f"model.layers.{i}"
-        pieces.append(same(f"{theirs}.input_layernorm.weight", f"{ours}.mixer_residual.before.scale"))
-        pieces += pieces_of_mamba2(f"{theirs}.mamba", f"{ours}.mixer", mixer)
-    bias = block.mlp.bias
+            number = hybrids.index(i) % blocks
+            name, side = f"hybrid_{number}", SideConfig(shared=f"block_{number}", mixer_rank=mixer_rank, mlp_rank=rank)
+        layers.append((name, pre_norm_layer(mixer, None, layer_norm, side=side)))
+    shared = {f"block_{number}": block for number in range(blocks)}
+    model = build_model(fields, width, layers, layer_norm, tied=tied, shared=shared)
+    maps = tensors.embedding_and_head(tied, norm="model.final_layernorm")
+    for i in range(len(types)):
+        source = f"model.layers.{i}.mamba_decoder" if i in hybrids else f"model.layers.{i}"
+        maps += norm(f"{source}.input_layernorm", f"layers.{i}.mixer_residual.before")
+        maps += mamba2_tensors(f"{source}.mamba", f"layers.{i}.mixer", mixer)
     for number, i in enumerate(hybrids):
-        # The weights of a block, and the adapters to it of all layers, are stored with the first that uses it.
-        theirs = f"model.layers.{hybrids[number % blocks]}.shared_transformer"
+        # A block and the adapters of all its layers are stored with the first layer that uses it.
+        source = f"model.layers.{hybrids[number % blocks]}.shared_transformer"
         if number < blocks:
-            pieces += _pieces_of_block(theirs, f"shared.block_{number}", block.mlp.width, bias)
-        pieces += linear(f"model.layers.{i}.linear", f"layers.{i}.side.out")
-        pieces += _pieces_of_adapters(
-            theirs, f"layers.{i}.side.adapters", number, block.mlp.width, with_mixer=mixer_rank is not None
-        )
-    # Of the layers that a block is not shared with.
-    others = r"model\.layers\.\d+\.shared_transformer\..*_adapter_list\.\d+\..*"
-    return Translation(model, pieces, unused=tied_head(True) if tied else (others,))
+            maps += _block_tensors(source, f"shared.block_{number}", mlp)
+        maps += linear(f"model.layers.{i}.linear", f"layers.{i}.side.out")
+        adapters = f"layers.{i}.side.adapters"
+        maps += _adapter_tensors(source, adapters, number, mlp.width, with_mixer=mixer_rank is not None)
+    # Adapters of layers that do not use the block.
+    foreign = r"model\.layers\.\d+\.shared_transformer\..*_adapter_list\.\d+\..*"
+    return Translation(model, maps, unused=tensors.tied_head(True) if tied else (foreign,))
 
 
-def _read_kinds(fields: Fields) -> list[str]:
-    kinds = fields.take("layers_block_type", None)
-    if kinds is None:
-        kinds = ["mamba"] + (["mamba"] * 5 + ["hybrid"]) * 7 + ["mamba"] * 4 + ["hybrid"] + ["mamba"] * 3 + ["hybrid"]
-        kinds += ["mamba"] * 2
-    for kind in kinds:
-        if kind not in ("mamba", "linear_attention", "hybrid"):
-            raise fields.error("layers_block_type", f"{kind!r} is not supported; only mamba, linear_attention, hybrid")
-    return kinds
+def _read_types(fields: Fields) -> list[str]:
+    default = [{"m": "mamba", "h": "hybrid"}[letter] for letter in DEFAULT_TYPES.replace(" ", "")]
+    types = fields.take("layers_block_type", None)
+    for layer_type in types or ():
+        if layer_type not in TYPES:
+            raise fields.unsupported("layers_block_type", layer_type, TYPES)
+    return default if types is None else types
 
 
-def _read_mixer(fields: Fields, width: int) -> Mamba2Config:
+def _read_mamba2(fields: Fields, width: int) -> Mamba2Config:
     heads, groups = fields.take("n_mamba_heads", 8), fields.take("mamba_ngroups", 1)
+    bias = fields.take("add_bias_linear", False)
     return Mamba2Config(
         heads=heads,
         head_width=int(fields.take("mamba_expand", 2) * width) // heads,
@@ -101,52 +80,57 @@ def _read_mixer(fields: Fields, width: int) -> Mamba2Config:
         dt_max=0.1,
         norm_eps=GATED_NORM_EPS,
         norm_groups=groups,
-        dt_floor=fields.take("time_step_min", 1e-3),  # of every step size, not only as they start
-        bias=fields.take("add_bias_linear", False),
-        out_bias=fields.take("add_bias_linear", False),
+        dt_floor=fields.take("time_step_min", 1e-3),  # a bound of all step sizes, not only of initial ones
+        bias=bias,
+        out_bias=bias,
         conv_bias=True,
     )
 
 
-def _read_block(fields: Fields, width: int, norm: NormConfig) -> SharedConfig:
+def _read_attention(fields: Fields, width: int) -> AttentionConfig:
     heads = fields.take("num_attention_heads", 32)
     head_width = fields.take("attention_head_dim", None) or 2 * width // heads
     rope = read_rope(fields)
-    mixer = AttentionConfig(
+    return AttentionConfig(
         pattern="causal",
         heads=heads,
         kv_heads=fields.take("num_key_value_heads", None) or heads,
         head_width=head_width,
         rope=rope if fields.take("use_mem_rope", False) else None,
-        qk_norm=NormConfig("none", 1e-6),
+        qk_norm=None,
         impl="auto",
         scale=(head_width / 2) ** -0.5,
     )
-    activation = fields.choose("hidden_act", ACTIVATIONS, "gelu")
-    inner = fields.take("intermediate_size", None) or 4 * width
-    return SharedConfig(mixer, MlpConfig("gated", inner, activation, bias=fields.take("add_bias_linear", False)), norm)
 
 
-def _pieces_of_block(theirs: str, ours: str, inner: int, bias: bool) -> list[Piece]:
+def _read_mlp(fields: Fields, width: int) -> MlpConfig:
+    return MlpConfig(
+        kind="gated",
+        width=fields.take("intermediate_size", None) or 4 * width,
+        activation=fields.choose("hidden_act", ACTIVATIONS, "gelu"),
+        bias=fields.take("add_bias_linear", False),
+    )
+
+
+def _block_tensors(source: str, target: str, mlp: MlpConfig) -> list[TensorMap]:
+    gate_up = [f"{target}.mlp.gate", f"{target}.mlp.up"]
     return [
-        same(f"{theirs}.input_layernorm.weight", f"{ours}.mixer_norm.scale"),
-        same(f"{theirs}.pre_ff_layernorm.weight", f"{ours}.mlp_norm.scale"),
-        *pieces_of_attention(f"{theirs}.self_attn", f"{ours}.mixer"),
-        *split_linear(
-            f"{theirs}.feed_forward.gate_up_proj", [f"{ours}.mlp.{name}" for name in ("gate", "up")], [inner] * 2, bias
-        ),
-        *linear(f"{theirs}.feed_forward.down_proj", f"{ours}.mlp.down", bias),
+        *norm(f"{source}.input_layernorm", f"{target}.mixer_norm"),
+        *norm(f"{source}.pre_ff_layernorm", f"{target}.mlp_norm"),
+        *tensors.attention(f"{source}.self_attn", f"{target}.mixer"),
+        *split_linear(f"{source}.feed_forward.gate_up_proj", gate_up, [mlp.width] * 2, mlp.bias),
+        *linear(f"{source}.feed_forward.down_proj", f"{target}.mlp.down", mlp.bias),
     ]
 
 
-def _pieces_of_adapters(theirs: str, ours: str, number: int, inner: int, *, with_mixer: bool) -> list[Piece]:
-    mlp = f"{theirs}.feed_forward.gate_up_proj_adapter_list.{number}"
-    up = [f"{ours}.mlp.up.0", f"{ours}.mlp.up.1"]
-    pieces = [transposed(f"{mlp}.0.weight", f"{ours}.mlp.down"), split(f"{mlp}.1.weight", up, [inner] * 2)]
-    for short, name in (("q", "query"), ("k", "key"), ("v", "value")) if with_mixer else ():
-        adapter = f"{theirs}.self_attn.linear_{short}_adapter_list.{number}"
-        pieces += [
-            transposed(f"{adapter}.0.weight", f"{ours}.{name}.down"),
-            transposed(f"{adapter}.1.weight", f"{ours}.{name}.up.0"),
+def _adapter_tensors(source: str, target: str, number: int, inner: int, *, with_mixer: bool) -> list[TensorMap]:
+    mlp = f"{source}.feed_forward.gate_up_proj_adapter_list.{number}"
+    gate_up = [f"{target}.mlp.up.0", f"{target}.mlp.up.1"]
+    maps = [transposed(f"{mlp}.0.weight", f"{target}.mlp.down"), split(f"{mlp}.1.weight", gate_up, [inner] * 2)]
+    for short, name in QKV.items() if with_mixer else ():
+        adapter = f"{source}.self_attn.linear_{short}_adapter_list.{number}"
+        maps += [
+            transposed(f"{adapter}.0.weight", f"{target}.{name}.down"),
+            transposed(f"{adapter}.1.weight", f"{target}.{name}.up.0"),
         ]
-    return pieces
+    return maps
