@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# Installs sparsejax into .venv with the tested versions; does nothing when that was done already.
-# PYTHON chooses the interpreter (python3 by default); VENV the folder (.venv).
+# Installs sparsejax into .venv with the tested versions, unless that has been done.
+# PYTHON sets the interpreter (python3 by default), VENV the folder (.venv).
 set -euo pipefail
 cd "$(dirname "$0")/.."
 python=${PYTHON:-python3}

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Installs, then trains the quickstart; run it again and it goes on from where it was stopped.
+# Installs, then trains the quickstart. Run it again to resume.
 # Arguments are passed on: scripts/run.sh --config.train.steps=100
 set -euo pipefail
 cd "$(dirname "$0")/.."

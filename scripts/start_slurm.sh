@@ -1,11 +1,11 @@
 #!/bin/sh
-# Starts a real Slurm of one machine, this one, for tests. Needs root and Debian's packages:
+# Starts a single-machine Slurm for tests. Needs root and these Debian packages:
 #     apt-get install -y --no-install-recommends slurm-wlm munge
 #
-#     scripts/start_slurm.sh FOLDER          starts it; `export SLURM_CONF=FOLDER/slurm.conf` makes it yours
-#     scripts/start_slurm.sh FOLDER --stop   stops it again
+#     scripts/start_slurm.sh FOLDER          starts it; use it with `export SLURM_CONF=FOLDER/slurm.conf`
+#     scripts/start_slurm.sh FOLDER --stop   stops it
 #
-# It listens on 127.0.0.1 alone, and keeps its state, logs and process ids in FOLDER.
+# It listens on 127.0.0.1 only and keeps its state, logs and process ids in FOLDER.
 set -eu
 folder=$(mkdir -p "$1" && cd "$1" && pwd)
 export SLURM_CONF="$folder/slurm.conf"
@@ -50,7 +50,7 @@ $(slurmd -C | head -n 1) NodeAddr=127.0.0.1 State=UNKNOWN
 PartitionName=main Nodes=$host Default=YES MaxTime=INFINITE State=UP
 END
 
-# A munged that runs already serves as well.
+# A running munged is used as it is.
 if ! munge -n > /dev/null 2>&1; then
     mkdir -p /run/munge
     chown munge: /run/munge

@@ -1,10 +1,19 @@
 #!/usr/bin/env bash
-# Installs, checks the style, then runs the tests, in as many processes as there are cores, four at most. Arguments go to
-# pytest; `-n 0` runs everything in one process.
+# Installs, checks style and types, then runs the tests in one process per core, at most four.
+#
+#     scripts/test.sh                        the default tier
+#     scripts/test.sh --quick                the tests marked quick, without the check of types: two minutes
+#     scripts/test.sh --refresh-messages     rewrites tests/golden/messages.txt
+#     scripts/test.sh -m nightly             another tier; all other arguments go to pytest (-n 0: one process)
 set -euo pipefail
 cd "$(dirname "$0")/.."
 scripts/install.sh
-venv=${VENV:-.venv}
-"$venv/bin/ruff" check .
-"$venv/bin/ruff" format --check .
-exec "$venv/bin/python" -m pytest --numprocesses=auto --maxprocesses=4 --dist=loadfile "$@"
+bin=${VENV:-.venv}/bin
+"$bin/ruff" check --quiet .
+"$bin/ruff" format --check --quiet .
+if [ "${1-}" = --quick ]; then
+  set -- -m quick "${@:2}"
+else
+  "$bin/mypy"
+fi
+exec "$bin/python" -m pytest --numprocesses=auto --maxprocesses=4 --dist=loadfile --durations=20 "$@"

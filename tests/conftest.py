@@ -1,4 +1,5 @@
 import os
+import tempfile
 
 from jaxtyping import install_import_hook
 
@@ -7,6 +8,13 @@ CHECKED = ["ops", "layers", "embedding", "model", "train"]
 if os.environ.get("SPARSEJAX_CHECK_TYPES"):
     install_import_hook([f"sparsejax.{name}" for name in CHECKED], "beartype.beartype")
 
+# Most of the time of a test is compilation, of which LLVM's optimizations are a third. The nightly run keeps them.
+if "xla_backend_optimization_level" not in os.environ.get("XLA_FLAGS", ""):
+    os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_backend_optimization_level=0".strip()
+
+# No test reads or writes the record of `sparsejax doctor` in the user's cache.
+os.environ["SPARSEJAX_CACHE_DIR"] = tempfile.mkdtemp(prefix="sparsejax-cache-")
+
 import jax
 import pytest
 from hypothesis import settings
@@ -14,7 +22,7 @@ from ml_collections import ConfigDict
 
 from tests import messages
 
-# The same examples on every machine and in every run; how long one of them takes is not what they test.
+# The same examples on every machine and in every run; the time of an example is not under test.
 settings.register_profile("reproducible", derandomize=True, deadline=None, max_examples=50)
 settings.load_profile("reproducible")
 
@@ -28,17 +36,21 @@ def pytest_configure(config):
         os.environ[messages.REFRESH] = "1"
 
 
-# Threads of XLA, which reads this when it starts: to interpret kernels for GPUs takes more than small machines have.
-# Older versions cannot interpret them.
+# XLA reads its number of threads when it starts. Interpreting kernels for GPUs takes more threads than small machines
+# have cores; older versions cannot interpret them.
 if jax.__version_info__ >= (0, 12):
     os.environ.setdefault("NPROC", "8")
 
 
 @pytest.fixture(scope="session", autouse=True)
 def _compile_once(tmp_path_factory):
-    """Many tests run the same few programs; what takes long to compile is compiled once in a session."""
-    jax.config.update("jax_compilation_cache_dir", str(tmp_path_factory.mktemp("compiled")))
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
+    """Compiles each program once per session: the workers and the processes that tests start share a cache."""
+    shared = tmp_path_factory.getbasetemp()
+    shared = shared.parent if "PYTEST_XDIST_WORKER" in os.environ else shared
+    os.environ["JAX_COMPILATION_CACHE_DIR"] = folder = str(shared / "compiled")
+    os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.3"
+    jax.config.update("jax_compilation_cache_dir", folder)
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.3)
 
 
 @pytest.fixture
