@@ -5,14 +5,20 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
+import operator
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import jax
 from flax import nnx
 
-from sparsejax.config import ModelConfig
+from sparsejax.config import Config, ModelConfig
 from sparsejax.layers import Cache, Experts, Layer, attention_cost
 from sparsejax.model import Model
 from sparsejax.patterns import Pattern, plan_cache
+
+if TYPE_CHECKING:
+    from sparsejax.train import Phase
 
 TRAINING = 3  # FLOPs of forward and backward pass per FLOP of the forward pass (arXiv:2001.08361)
 FLOAT32 = 4  # bytes
@@ -91,6 +97,29 @@ def account_model(config: ModelConfig, length: int) -> tuple[list[Account], Acco
     outside = _count_parameters(model) - sum(account.parameters for account in accounts.values())
     ends = Account(length, parameters=outside, active_parameters=outside, flops=2.0 * config.width * config.vocab)
     return [accounts[name] for name in config.names], ends
+
+
+class AccountCache:
+    """Accounts of whole models over a sequence of `data.length` tokens. Each model is counted once."""
+
+    def __init__(self) -> None:
+        self._accounts: dict[str, Account] = {}
+
+    def __call__(self, config: Config) -> Account:
+        """Returns the account of a configuration's model."""
+        key = repr((config.model, config.data.length))
+        if key not in self._accounts:
+            layers, ends = account_model(config.model, config.data.length)
+            self._accounts[key] = functools.reduce(operator.add, layers, ends)
+        return self._accounts[key]
+
+    def training_flops(self, phases: Sequence[Phase], steps: int) -> float:
+        """FLOPs of the first `steps` steps of a run."""
+        flops = 0.0
+        for phase in phases:
+            length = min(max(steps - phase.start, 0), phase.stop - phase.start)
+            flops += length * phase.config.train.batch * phase.config.data.length * self(phase.config).training_flops
+        return flops
 
 
 def _account_layer(layer: Layer, length: int) -> Account:

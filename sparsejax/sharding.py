@@ -86,7 +86,8 @@ def batch_shards(mesh: Mesh) -> int:
 
 def local_rows(mesh: Mesh, rows: int) -> tuple[int, int]:
     """Index and number of the equal ranges of a batch's `rows` of which this process reads one."""
-    ranges = [index[0] for index in batch_sharding(mesh).addressable_devices_indices_map((rows,)).values()]
+    indices = batch_sharding(mesh).addressable_devices_indices_map((rows,)).values()
+    ranges = [index[0] for index in indices if index is not None]
     start = min(span.start or 0 for span in ranges)
     stop = max(rows if span.stop is None else span.stop for span in ranges)
     return start // (stop - start), rows // (stop - start)

@@ -38,12 +38,12 @@ CONFIG = ModelConfig(
     width=WIDTH,
     schedule="2x(ssm local) full",
     layers={
-        "ssm": BARE(MambaConfig(inner=12, state=3, conv=4, dt_rank=2, dt_min=1e-2, dt_max=0.5)),
+        "ssm": BARE(mixer=MambaConfig(inner=12, state=3, conv=4, dt_rank=2, dt_min=1e-2, dt_max=0.5)),
         "local": BARE(
-            dataclasses.replace(ATTENTION, pattern="causal & (window(3) | sink(2))"),
+            mixer=dataclasses.replace(ATTENTION, pattern="causal & (window(3) | sink(2))"),
             mlp=MlpConfig(kind="plain", width=10, activation="gelu_tanh"),
         ),
-        "full": BARE(ATTENTION),
+        "full": BARE(mixer=ATTENTION),
     },
     norm=NORM,
     tied=True,
@@ -77,7 +77,7 @@ def differentiate(config: ModelConfig, parameters: dict):
         logits = Functional(config).bind(parameters)(TOKENS)
         return -jax.nn.log_softmax(logits)[:, :, 3].mean(), logits
 
-    (value, logits), gradient = jax.jit(jax.value_and_grad(loss, has_aux=True))(parameters)
+    (value, logits), gradient = reference.fast_jit(jax.value_and_grad(loss, has_aux=True))(parameters)
     return value, logits, gradient
 
 
@@ -110,7 +110,7 @@ def drop(config: ModelConfig, parameters: dict, seed: int):
         logits, _ = Functional(config).bind(parameters).forward(TOKENS, context)
         return -jax.nn.log_softmax(logits)[:, :, 3].mean(), logits
 
-    return jax.jit(jax.grad(loss, has_aux=True))(parameters)[::-1]
+    return reference.fast_jit(jax.grad(loss, has_aux=True))(parameters)[::-1]
 
 
 def test_dropout_draws_the_same_in_scanned_unrolled_and_recomputed_layers(parameters):
@@ -161,7 +161,7 @@ def test_an_untied_post_norm_model_without_a_period_whose_logits_depend_on_the_p
         logits = Functional(config).bind(held | {"embedding": {"tokens": embedding}})(tokens)
         return (logits[0] * mix).sum(-1), logits
 
-    jacobian, logits = jax.jit(jax.jacrev(run, has_aux=True))(held["embedding"]["tokens"])
+    jacobian, logits = reference.fast_jit(jax.jacrev(run, has_aux=True))(held["embedding"]["tokens"])
     assert_close("logits", logits, reference.model(config, jax.tree.map(np.float64, held), tokens), "float32")
     np.testing.assert_array_equal((jacobian[:, :LENGTH] != 0).any(-1), np.tri(LENGTH, dtype=bool))
 
@@ -190,14 +190,14 @@ def test_the_cache_is_what_the_layers_keep():
     assert sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(cache)) == 2 * (ssm + local) + full
 
 
-def test_place_is_applied_to_the_stream_between_layers():
+def test_constrain_is_applied_to_the_stream_between_layers():
     seen = []
 
-    def place(x):
+    def constrain(x):
         seen.append(x.shape)
         return x
 
-    jax.eval_shape(lambda p: Functional(CONFIG).bind(p).forward(TOKENS, place=place), Functional(CONFIG).shapes)
+    jax.eval_shape(lambda p: Functional(CONFIG).bind(p).forward(TOKENS, constrain=constrain), Functional(CONFIG).shapes)
     assert seen == [(BATCH, LENGTH, WIDTH)] * 4  # the embedding, the period's two, full
 
 
@@ -246,7 +246,7 @@ def test_the_number_of_parameters_by_hand():
 @pytest.fixture(scope="module")
 def queries():
     """Fresh query projections of all layers of a small model with a period, as a function of the key."""
-    config = change(schedule="2x(one two) one", layers={"one": BARE(ATTENTION), "two": BARE(ATTENTION)})
+    config = change(schedule="2x(one two) one", layers={"one": BARE(mixer=ATTENTION), "two": BARE(mixer=ATTENTION)})
 
     def init(key):
         layers = reference.layer_weights(config, Functional(config).init(key))

@@ -9,15 +9,18 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import pytest
+from flax import nnx
 
 from sparsejax import config as configs
 from sparsejax import data, sharding
 from sparsejax.account import account_model
 from sparsejax.interop import huggingface
 from sparsejax.layers import AttentionConfig, ExpertsConfig, LatentConfig, LightningConfig, MambaConfig
-from sparsejax.model import Functional
+from sparsejax.model import Functional, Model
 from sparsejax.overrides import parse_overrides
 from sparsejax.train import build_optimizer, build_schedule, build_step, init_state
+from tests.layers import test_shared
+from tests.messages import rejects
 
 FOLDER = Path(__file__).parent.parent / "configs"
 K256 = 262_144
@@ -404,8 +407,8 @@ def test_bigbird_is_an_encoder_with_tiles_or_tokens_that_are_global():
     assert account(itc, 1024).parameters == account(etc, 1024).parameters
 
 
-def test_an_argument_that_is_none_is_refused(name):
-    with pytest.raises(configs.ConfigError, match="the argument must be tiny or nothing, got 'small'"):
+def test_rejects_an_unknown_argument(name):
+    with rejects(configs.ConfigError, f"configs/{name}.py"):
         load(f"{name}:small")
 
 
@@ -425,6 +428,77 @@ def test_tiny_forms_are_small_and_keep_the_schedule(name):
     logits = jax.eval_shape(lambda p: functions.bind(p)(tokens), functions.shapes)
     # One id more is the mask.
     assert logits.shape == (1, tiny.data.length, 256 if tiny.model.causal else 257)
+
+
+# Whether weight decay applies, by module and attribute: to the matrices of linear maps and to nothing else.
+DECAY = {
+    "Linear.weight": True,
+    "BlockLinear.weight": True,
+    "Relative.weight": True,
+    "Adapter.down": True,
+    "Adapter.up": True,
+    "Experts.gate": True,
+    "Experts.up": True,
+    "Experts.down": True,
+    "Head.weight": True,
+    "Linear.bias": False,
+    "BlockLinear.bias": False,
+    "Experts.gate_bias": False,
+    "Experts.up_bias": False,
+    "Experts.down_bias": False,
+    "Experts.selection_bias": False,
+    "Head.bias": False,
+    "Relative.content": False,
+    "Relative.position": False,
+    "Attention.sinks": False,
+    "Embedding.tokens": False,
+    "Embedding.types": False,
+    "Embedding.positions": False,
+    "Embedding.axial": False,
+    "Norm.scale": False,
+    "Norm.bias": False,
+    "GatedNorm.scale": False,
+    "ShortConv.weight": False,
+    "ShortConv.bias": False,
+    "Mamba.dt_bias": False,
+    "Mamba.log_decay": False,
+    "Mamba.skip": False,
+    "Mamba2.dt_bias": False,
+    "Mamba2.log_decay": False,
+    "Mamba2.skip": False,
+    "Delta.dt_bias": False,
+    "Delta.log_decay": False,
+    "RgLru.decay": False,
+}
+
+
+def read_decay(model: nnx.Module) -> set[tuple[str, bool]]:
+    """`Module.attribute` of every parameter of a model, and whether it is decayed."""
+    nodes = dict(nnx.iter_graph(model))
+    found = set()
+    for path, node in nodes.items():
+        if isinstance(node, nnx.Param):
+            depth = max(i for i in range(len(path)) if type(nodes[path[:i]]).__module__.startswith("sparsejax."))
+            found.add((f"{type(nodes[path[:depth]]).__name__}.{path[depth]}", node.decay))
+    return found
+
+
+def test_weight_decay_applies_to_the_matrices_of_linear_maps(name):
+    config = load(f"{name}:tiny").model
+    found = read_decay(nnx.eval_shape(lambda: Model(config, nnx.Rngs(0))))
+    assert found <= set(DECAY.items())
+    assert {"Linear.weight", "Norm.scale", "Embedding.tokens"} <= {attribute for attribute, _ in found}
+    functional = Functional(config)
+    matrices = jax.tree.map(lambda leaf, decay: decay and len(leaf.shape) < 2, functional.shapes, functional.decay)
+    assert not any(jax.tree.leaves(matrices))
+
+
+def test_weight_decay_of_parameters_that_no_preset_has():
+    embedding = configs.EmbeddingConfig(axial=configs.AxialConfig(shape=(3, 4), widths=(2, 4)))
+    config = dataclasses.replace(test_shared.CONFIG, embedding=embedding)
+    found = read_decay(nnx.eval_shape(lambda: Model(config, nnx.Rngs(0))))
+    assert found <= set(DECAY.items())
+    assert {"Adapter.down", "Adapter.up", "Embedding.axial"} <= {attribute for attribute, _ in found}
 
 
 @pytest.mark.parametrize("name", ["mistral_7b", "gpt_oss_20b"])

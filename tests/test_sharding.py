@@ -4,11 +4,11 @@ import json
 import math
 
 import jax
-import pytest
 from jax.sharding import AbstractMesh, PartitionSpec
 
 from sparsejax import sharding
 from sparsejax.config import ConfigError, ShardingConfig
+from tests.messages import rejects
 from tests.train import runs
 
 SHOW_SHARDS = """
@@ -51,5 +51,5 @@ def test_axes_that_do_not_divide_are_replicated():
 
 def test_the_mesh_is_made_of_all_devices():
     assert dict(sharding.make_mesh(ShardingConfig(-1, 1, 1)).shape) == {"data": 1, "fsdp": 1, "tensor": 1}
-    with pytest.raises(ConfigError, match="data 2 x fsdp 1 x tensor 1 does not make up the 1 devices"):
+    with rejects(ConfigError, "sharding"):
         sharding.make_mesh(ShardingConfig(2, 1, 1))

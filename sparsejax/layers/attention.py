@@ -89,9 +89,9 @@ class Attention(nnx.Module):
 
         self.query, self.key, self.value = project(h), project(g), project(g)
         self.gate = project(h) if config.gate else None
-        wide = config.global_projections
-        self.query_global = project(h) if wide else None
-        self.key_global, self.value_global = (project(g), project(g)) if wide else (None, None)
+        self.query_global = project(h) if config.global_projections else None
+        self.key_global = project(g) if config.global_projections else None
+        self.value_global = project(g) if config.global_projections else None
         axes, scale = ("heads", "width"), output_scale(stream)
         self.out = Linear(h, stream.width, axes, dtype=dtype, rngs=rngs, bias=config.out_bias, scale=scale)
         self.query_norm = make_norm(config.qk_norm, d, rngs, axis=None)
@@ -111,7 +111,7 @@ class Attention(nnx.Module):
         if context.extras.globals is None:
             y = self._attend(q, k, v, self.pattern, context.tokens.attend_segments, positions)
         else:
-            y = self._attend_with_globals(x, q, k, v, context)
+            y = self._attend_with_globals(x, q, k, v, context.extras.globals, context.tokens.attend_segments)
         return self._project_out(x, y)
 
     def init_cache(self, batch: int, length: int) -> Cache:
@@ -199,34 +199,36 @@ class Attention(nnx.Module):
             alibi_slopes=self._slopes, segment_ids=segments, return_lse=return_lse,
         )  # fmt: skip
 
-    def _attend_with_globals(self, x: Array, q: Array, k: Array, v: Array, context: Context) -> Array:
+    def _attend_with_globals(
+        self, x: Array, q: Array, k: Array, v: Array, positions: Array, segments: tuple[Array, Array] | None
+    ) -> Array:
         """Every query attends to the global keys, once, and to the other keys of the pattern; globals attend to all.
 
         Time and memory are those of the pattern, plus one key and one query per global.
         """
         if self.pattern.lookahead() == 0 or self.sinks is not None or self.config.alibi or self.relative is not None:
             raise InputError("globals", "they need a bidirectional pattern without sinks, alibi or relative")
-        (b, t), positions = x.shape[:2], jnp.arange(x.shape[1])
-        queries, keys = context.tokens.attend_segments or (jnp.zeros((b, t), jnp.int32),) * 2
-        real = context.extras.globals >= 0
-        globals_at = jnp.where(real, context.extras.globals, t)  # t is out of range: writes to it are dropped
+        (b, t), everywhere, full = x.shape[:2], jnp.arange(x.shape[1]), patterns.Full()
+        queries, keys = segments or (jnp.zeros((b, t), jnp.int32),) * 2
+        real = positions >= 0
+        at = jnp.where(real, positions, t)  # t is out of range: writes to it are dropped
 
         def pick(x: Array) -> Array:
-            index = jnp.minimum(globals_at, t - 1).reshape(*globals_at.shape, *[1] * (x.ndim - 2))
+            index = jnp.minimum(at, t - 1).reshape(*at.shape, *[1] * (x.ndim - 2))
             return jnp.take_along_axis(x, index, axis=1)
 
-        marked = jnp.zeros((b, t), bool).at[jnp.arange(b)[:, None], globals_at].set(True, mode="drop")
-        segments = queries, jnp.where(marked, MASKED_SEGMENT, keys)
-        near = self._attend(q, k, v, self.pattern, segments, positions, return_lse=True)
-        segments, full = (queries, jnp.where(real, pick(keys), MASKED_SEGMENT)), patterns.Full()
-        far = self._attend(q, pick(k), pick(v), full, segments, positions, globals_at, return_lse=True)
-        y, _ = merge_lse([near, far])
+        marked = jnp.zeros((b, t), bool).at[jnp.arange(b)[:, None], at].set(True, mode="drop")
+        local_keys = jnp.where(marked, MASKED_SEGMENT, keys)
+        local = self._attend(q, k, v, self.pattern, (queries, local_keys), everywhere, return_lse=True)
+        global_keys = jnp.where(real, pick(keys), MASKED_SEGMENT)
+        distant = self._attend(q, pick(k), pick(v), full, (queries, global_keys), everywhere, at, return_lse=True)
+        y, _ = merge_lse([local, distant])
         maps = (self.query_global, self.key_global, self.value_global)
-        maps = maps if self.config.global_projections else (self.query, self.key, self.value)
-        q, k, v = (self._split_heads(linear(inputs)) for linear, inputs in zip(maps, (pick(x), x, x), strict=True))
-        q, k = self._encode_positions(q, k, jnp.minimum(globals_at, t - 1), positions)
-        outputs = self._attend(q, k, v, full, (pick(queries), keys), globals_at, positions)
-        return y.at[jnp.arange(b)[:, None], globals_at].set(outputs, mode="drop")
+        inputs = zip(maps, (self.query, self.key, self.value), (pick(x), x, x), strict=True)
+        q, k, v = (self._split_heads((linear or shared)(features)) for linear, shared, features in inputs)
+        q, k = self._encode_positions(q, k, jnp.minimum(at, t - 1), everywhere)
+        outputs = self._attend(q, k, v, full, (pick(queries), keys), at, everywhere)
+        return y.at[jnp.arange(b)[:, None], at].set(outputs, mode="drop")
 
     def _project_out(self, x: Array, y: Array) -> Array:
         y = y.reshape(*x.shape[:-1], -1)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import cast
 
 import jax.numpy as jnp
 from flax import nnx
@@ -125,7 +126,7 @@ class Latent(nnx.Module):
         k_pe = jnp.broadcast_to(k_pe[:, :, None], (*k_nope.shape[:3], k_pe.shape[-1]))
         k, segments = jnp.concatenate([k_nope, k_pe], axis=-1), context.tokens.attend_segments
         if self.indexer is None:
-            y = attend(q, k, v, self.pattern, impl=config.impl, scale=self._scale, segment_ids=segments)
+            y = cast(Array, attend(q, k, v, self.pattern, impl=config.impl, scale=self._scale, segment_ids=segments))
         else:
             index = *self.indexer.query_and_weights(x, q_latent, positions), self.indexer.key(x, positions)
             keys = select_keys(*index, self.indexer.top_k, self.pattern, segments)

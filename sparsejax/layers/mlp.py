@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+from collections.abc import Callable
 
 import jax
 from flax import nnx
@@ -14,7 +15,7 @@ from sparsejax.layers.context import EMPTY, Context
 from sparsejax.layers.protocols import Losses
 from sparsejax.layers.stream import Linear, Stream, output_scale
 
-ACTIVATIONS = {
+ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
     "silu": jax.nn.silu,
     "gelu": functools.partial(jax.nn.gelu, approximate=False),
     "gelu_tanh": jax.nn.gelu,

@@ -97,7 +97,7 @@ def parse_pattern(text: str, heads: int, length: int | None = None) -> patterns.
     try:
         pattern = patterns.parse(text, length)
     except patterns.PatternError as error:
-        raise InputError("pattern", str(error)) from error
+        raise InputError("pattern", error.problem) from error
     if pattern.heads not in (None, heads):
         raise InputError("pattern", f"{str(text)!r} describes {pattern.heads} heads, but heads = {heads}")
     return pattern

@@ -94,7 +94,7 @@ class RgLru(nnx.Module):
         tokens = context.tokens
         x = tokens.zero_padding(x)
         u = tokens.zero_padding(self.conv(tokens.zero_padding(self.input(x)), tokens))
-        first = first_tokens(tokens, x.shape[:2])
+        first = first_tokens(tokens, (x.shape[0], x.shape[1]))
         y, _ = linear_scan(*self._gate_input(u, first), starts=first)
         return self._project_out(x, y)
 

@@ -122,6 +122,7 @@ class Side(nnx.Module):
         return nnx.eval_shape(lambda: Shared(self._block, self._stream, nnx.Rngs(0)))
 
     def _inputs(self, x: Array, context: Context) -> Array:
+        assert context.extras.embeddings is not None  # set by Model
         return jnp.concatenate([x, context.extras.embeddings], axis=-1)
 
     def _adapt(self, context: Context) -> Shared:

@@ -10,9 +10,11 @@ from flax import nnx
 
 from sparsejax.config import ModelConfig
 from sparsejax.config import build as build_config
+from sparsejax.errors import InputError
 from sparsejax.layers import Context, Experts, ExpertsConfig, FeedForwardConfig, LayerConfig, NormConfig, Stream, Tokens
 from sparsejax.model import Functional
 from tests.layers import reference
+from tests.messages import rejects
 from tests.ops.test_experts import choose, softmax
 from tests.tolerances import assert_close
 
@@ -139,7 +141,7 @@ def test_a_model_of_experts_adds_up_their_losses_and_has_gradients_scanned_or_no
             logits, losses = model.bind(parameters).forward(tokens)
             return logits.sum() + losses["balance"], losses["balance"]
 
-        (value, balance), gradient = jax.jit(jax.value_and_grad(total, has_aux=True))(parameters)
+        (value, balance), gradient = reference.fast_jit(jax.value_and_grad(total, has_aux=True))(parameters)
         found.append((value, balance, parameters, gradient["embedding"]["tokens"]))
     (scanned, first, _, one), (unrolled, second, _, other) = found
     assert 0.3 <= float(first) < 0.3 * 4  # 3 layers; 8 experts of which 2 serve a token
@@ -167,7 +169,7 @@ def test_the_selection_bias_is_not_trained():
         y, losses = nnx.merge(graph, parameters)(X)
         return (y**2).sum() + losses["balance"]
 
-    gradient = nnx.to_pure_dict(jax.jit(jax.grad(total))(parameters))
+    gradient = nnx.to_pure_dict(reference.fast_jit(jax.grad(total))(parameters))
     assert not np.any(gradient.pop("selection_bias"))
     assert all(np.abs(leaf).max() > 0 for leaf in jax.tree.leaves(gradient))
 
@@ -180,22 +182,22 @@ def test_is_a_kind_of_feed_forward_part():
 
 
 @pytest.mark.parametrize(
-    ("change", "message"),
+    ("change", "argument"),
     [
-        ({"top_k": 0}, "must be at least 1"),
-        ({"top_k": 9}, "top_k = 9 of 8 experts"),
-        ({"groups": 4, "top_k": 3}, "top_k = 3 of 2 experts"),
-        ({"groups": 3}, "top_groups = 1 of groups = 3 of experts = 8"),
-        ({"top_groups": 2}, "top_groups = 2 of groups = 1"),
-        ({"router": "hash"}, "router must be one of softmax, sigmoid, got 'hash'"),
-        ({"activation": "tanh"}, "activation must be one of silu"),
-        ({"limit": 7.0, "gated": False}, "limit must be above 0 and is for gated experts, got 7.0"),
-        ({"alpha": 1.7, "activation": "relu"}, "alpha is of silu, activation is 'relu'"),
-        ({"shared_gate": True}, "shared_width = 0 with shared_gate = True"),
-        ({"latent": 0}, "latent must be at least 1, got 0"),
-        ({"balance_weight": -1.0}, "balance_weight and router_z_weight must be at least 0"),
+        ({"top_k": 0}, "top_k"),
+        ({"top_k": 9}, "top_k"),
+        ({"groups": 4, "top_k": 3}, "top_k"),
+        ({"groups": 3}, "experts"),
+        ({"top_groups": 2}, "top_groups"),
+        ({"router": "hash"}, "router"),
+        ({"activation": "tanh"}, "activation"),
+        ({"limit": 7.0, "gated": False}, "limit"),
+        ({"alpha": 1.7, "activation": "relu"}, "alpha"),
+        ({"shared_gate": True}, "shared_gate"),
+        ({"latent": 0}, "latent"),
+        ({"balance_weight": -1.0}, "balance_weight"),
     ],
 )
-def test_refuses(change, message):
-    with pytest.raises(ValueError, match=message):
+def test_rejects(change, argument):
+    with rejects(InputError, argument):
         dataclasses.replace(CONFIG, **change)

@@ -5,8 +5,10 @@ import numpy as np
 import pytest
 from flax import nnx
 
+from sparsejax.errors import InputError
 from sparsejax.layers import Context, Extras, Lightning, LightningConfig, Stream, Tokens
 from tests.layers import reference
+from tests.messages import rejects
 from tests.tolerances import assert_close
 
 WIDTH, DEPTH, CHUNK = 6, 5, 8
@@ -61,6 +63,6 @@ def test_padding_on_the_left_changes_nothing():
     assert_close("lightning", found, expected(module, x[:, 7:], 0), "float32")
 
 
-def test_sizes_below_one_are_refused():
-    with pytest.raises(ValueError, match="at least 1"):
+def test_rejects_sizes_below_one():
+    with rejects(InputError, "heads"):
         LightningConfig(heads=0, head_width=4)

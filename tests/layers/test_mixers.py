@@ -69,7 +69,13 @@ def attention(pattern: str, impl: str = "auto") -> AttentionConfig:
 OPTIONS = {
     "sinks, softcap, gate, biases": dataclasses.replace(
         attention("causal & (window(4) | sink(1))"),
-        scale=0.4, softcap=1.5, sinks=True, gate=True, bias=True, out_bias=True, qk_norm=NormConfig(kind="rms", eps=1e-6),
+        scale=0.4,
+        softcap=1.5,
+        sinks=True,
+        gate=True,
+        bias=True,
+        out_bias=True,
+        qk_norm=NormConfig(kind="rms", eps=1e-6),
     ),
     "alibi": dataclasses.replace(
         attention("per_head(causal, window(2), causal, causal)"), alibi=True, rope=None, sinks=True
@@ -77,9 +83,15 @@ OPTIONS = {
     "relative": dataclasses.replace(attention("causal & window(5)"), relative=6, bias=True, rope=None),
     "rope": dataclasses.replace(
         attention("causal & window(7)"),
-        head_width=8, rope=RopeConfig(base=50.0, fraction=0.75, interleaved=True, scaling=RopeScaling(kind="yarn", factor=4.0, original_length=6, fast=2.0, slow=0.5)),
+        head_width=8,
+        rope=RopeConfig(
+            base=50.0,
+            fraction=0.75,
+            interleaved=True,
+            scaling=RopeScaling(kind="yarn", factor=4.0, original_length=6, fast=2.0, slow=0.5),
+        ),
     ),
-}  # fmt: skip
+}
 MIXED = {
     "parallel": {
         "parallel": ParallelConfig(
@@ -91,14 +103,19 @@ MIXED = {
     },
     "latent": {
         "latent": LatentConfig(
-            *("causal & (window(5) | sink(2))", 2, 5, 4, 3, 2, 5, RopeConfig(base=50.0), 1e-6, "auto")
-        ),
-        "latent with an indexer": LatentConfig(
-            *("causal", 2, 5, 4, 3, 2, 5, RopeConfig(base=50.0), 1e-6, "auto"),
-            indexer=IndexerConfig(heads=2, width=4, top_k=40),
+            pattern="causal & (window(5) | sink(2))",
+            heads=2,
+            query_rank=5,
+            kv_rank=4,
+            nope_width=3,
+            rope_width=2,
+            value_width=5,
+            rope=RopeConfig(base=50.0),
+            norm_eps=1e-6,
+            impl="auto",
         ),
     },
-    # One chunk holds all tokens: of more, a step is what a call over the tokens so far gives, see test_lsh.
+    # A chunk holds all tokens: of more, a step is what a call over the tokens so far gives, see test_lsh.
     "lsh": {"lsh": LshConfig(heads=2, head_width=3, chunk=40, buckets=(4,), hashes=2, causal=True, seed=0)},
     "lightning": {"lightning": LightningConfig(heads=3, head_width=4, chunk=16)},
     "conv": {"conv": ConvConfig(conv=3, bias=True)},
@@ -137,18 +154,41 @@ MIXED = {
             multipliers=(0.8, 1.1, 0.6, 1.3, 0.9),
         ),
         "mamba2 normed before the gate": Mamba2Config(
-            *(2, 4, 3, 2, 2, 1e-2, 0.5, 1e-5), norm_before_gate=True, dt_ceiling=0.3
+            heads=2,
+            head_width=4,
+            state=3,
+            groups=2,
+            conv=2,
+            dt_min=1e-2,
+            dt_max=0.5,
+            norm_eps=1e-5,
+            norm_before_gate=True,
+            dt_ceiling=0.3,
         ),
     },
     "delta": {
         "delta": DeltaConfig(heads=4, key_heads=2, key_width=3, value_width=2, conv=4, norm_eps=1e-5, chunk=16),
         "delta by channel": DeltaConfig(
-            *(2, 2, 4, 3, 3, 1e-5), channel_decay=True, rank=2, gate="sigmoid", dt_min=1e-2, dt_max=0.5, chunk=16
+            heads=2,
+            key_heads=2,
+            key_width=4,
+            value_width=3,
+            conv=3,
+            norm_eps=1e-5,
+            channel_decay=True,
+            rank=2,
+            gate="sigmoid",
+            dt_min=1e-2,
+            dt_max=0.5,
+            chunk=16,
         ),
     },
     "rglru": {"rglru": RgLruConfig(inner=8, heads=2, conv=4, power=0.2)},
     "attention": {pattern: attention(pattern) for pattern in PATTERNS} | OPTIONS,
 }
+MIXED["latent"]["latent with an indexer"] = dataclasses.replace(
+    MIXED["latent"]["latent"], pattern="causal", indexer=IndexerConfig(heads=2, width=4, top_k=40)
+)
 EVERY = pytest.mark.parametrize("config", [pytest.param(c, id=i) for kind in MIXED.values() for i, c in kind.items()])
 
 
@@ -196,7 +236,7 @@ def test_every_mixer_and_every_pattern_is_here():
 def test_steps_equal_the_call_and_only_the_past_that_is_allowed_has_any_influence(config):
     length = LENGTH if isinstance(config, AttentionConfig) else 40  # more than a chunk of a scan
     module, x = build(config), make_x(length)
-    y, steps, found = jax.jit(lambda x: (module(x), decode(module, x, length), influence(module, x)))(x)
+    y, steps, found = reference.fast_jit(lambda x: (module(x), decode(module, x, length), influence(module, x)))(x)
     assert_close("steps", steps, y, "float32")
     found, expected = np.array(found), allowed(config, length)
     if isinstance(config, LshConfig):  # the second token looks at the first alone: by a weight of 1, but for rounding
@@ -207,7 +247,7 @@ def test_steps_equal_the_call_and_only_the_past_that_is_allowed_has_any_influenc
 def test_tiles_let_only_the_past_that_is_allowed_have_any_influence():
     config = attention("causal & (window(4) | globals([70, 3]) | chunk(16))", "gather")
     module, x = build(config), make_x(150)  # three tiles, the last not whole
-    np.testing.assert_array_equal(jax.jit(lambda x: influence(module, x))(x), allowed(config, 150))
+    np.testing.assert_array_equal(reference.fast_jit(lambda x: influence(module, x))(x), allowed(config, 150))
 
 
 def test_a_sequence_may_be_shorter_than_its_cache():

@@ -5,8 +5,10 @@ import numpy as np
 import pytest
 from flax import nnx
 
+from sparsejax.errors import InputError
 from sparsejax.layers import Mlp, MlpConfig, Stream
 from tests.layers import reference
+from tests.messages import rejects
 from tests.tolerances import assert_close
 
 X = np.random.default_rng(0).normal(size=(2, 5, 6)).astype(np.float32)
@@ -40,13 +42,13 @@ def test_bfloat16():
 
 
 @pytest.mark.parametrize(
-    ("kind", "width", "activation", "message"),
+    ("kind", "width", "activation", "argument"),
     [
-        ("glu", 4, "silu", "kind must be one of gated, plain, got 'glu'"),
-        ("plain", 4, "tanh", "activation must be one of silu, gelu, gelu_tanh, relu, relu2, got 'tanh'"),
-        ("gated", 0, "silu", "width must be at least 1, got 0"),
+        ("glu", 4, "silu", "kind"),
+        ("plain", 4, "tanh", "activation"),
+        ("gated", 0, "silu", "width"),
     ],
 )
-def test_refuses(kind, width, activation, message):
-    with pytest.raises(ValueError, match=message):
+def test_rejects(kind, width, activation, argument):
+    with rejects(InputError, argument):
         MlpConfig(kind=kind, width=width, activation=activation)

@@ -6,8 +6,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from sparsejax.errors import InputError
 from sparsejax.layers.rotary import RopeConfig, RopeScaling, rotate
 from tests.layers import reference
+from tests.messages import rejects
 from tests.tolerances import assert_close
 
 RANDOM = np.random.default_rng(0)
@@ -81,27 +83,27 @@ def test_yarn_turns_fast_pairs_as_before_and_slow_pairs_by_less():
     assert grow == pytest.approx(1.2772588722239782)  # 0.1 ln 16 + 1
 
 
+def test_rejects_rope_of_no_base_and_no_pairs():
+    with rejects(InputError, "base"):
+        RopeConfig(base=1.0)
+    with rejects(InputError, "fraction"):
+        RopeConfig(base=10.0, fraction=0.0)
+    with rejects(InputError, "rope.fraction"):
+        RopeConfig(base=10.0, fraction=0.25).width(12)
+
+
 @pytest.mark.parametrize(
-    ("build", "message"),
+    ("options", "argument"),
     [
-        (lambda: RopeConfig(base=1.0), "base must be above 1, got 1.0"),
-        (lambda: RopeConfig(base=10.0, fraction=0.0), "fraction must be above 0 and at most 1, got 0.0"),
-        (lambda: RopeConfig(base=10.0, fraction=0.25).width(12), "0.25 of head_width = 12 is 3"),
-        (
-            lambda: RopeScaling(kind="longrope", factor=2.0),
-            "kind must be one of linear, ntk, yarn, llama3, got 'longrope'",
-        ),
-        (lambda: RopeScaling(kind="linear", factor=0.5), "factor must be at least 1, got 0.5"),
-        (lambda: RopeScaling(kind="yarn", factor=2.0), "yarn needs original_length"),
-        (
-            lambda: RopeScaling(kind="llama3", factor=2.0, original_length=100, fast=1.0),
-            "fast must be above slow, got 1.0 and 1.0",
-        ),
+        ({"kind": "longrope", "factor": 2.0}, "kind"),
+        ({"kind": "linear", "factor": 0.5}, "factor"),
+        ({"kind": "yarn", "factor": 2.0}, "original_length"),
+        ({"kind": "llama3", "factor": 2.0, "original_length": 100, "fast": 1.0}, "fast"),
     ],
 )
-def test_refuses(build, message):
-    with pytest.raises(ValueError, match=message):
-        build()
+def test_rejects_scalings(options, argument):
+    with rejects(InputError, argument):
+        RopeScaling(**options)
 
 
 def test_position_zero_stays():

@@ -6,13 +6,23 @@ import math
 import jax
 import jax.numpy as jnp
 import numpy as np
-import pytest
 
 from sparsejax.config import ModelConfig
-from sparsejax.layers import LayerConfig, MlpConfig, NormConfig, RopeConfig, SharedConfig, SideConfig
+from sparsejax.errors import InputError
+from sparsejax.layers import (
+    BranchConfig,
+    LayerConfig,
+    MlpConfig,
+    NormConfig,
+    ParallelConfig,
+    RopeConfig,
+    SharedConfig,
+    SideConfig,
+)
 from sparsejax.model import Functional
 from tests.layers import reference
 from tests.layers.test_mixers import MIXED, attention, decode
+from tests.messages import rejects
 from tests.tolerances import assert_close
 
 NORM = NormConfig(kind="rms", eps=1e-6)
@@ -94,19 +104,22 @@ def test_every_layer_adds_to_the_gradient_of_what_it_shares():
     assert all(np.abs(leaf).max() > 0 for leaf in jax.tree.leaves(gradient["period"]))
 
 
-def test_what_cannot_be_is_refused():
+def test_rejects_an_unknown_block_a_side_without_a_mixer_and_a_block_that_looks_ahead():
     layers = CONFIG.layers | {"a": dataclasses.replace(SSM, side=SideConfig(shared="three"))}
-    with pytest.raises(ValueError, match=r"layers.a.side.shared: no block 'three' in shared"):
+    with rejects(InputError, "layers.a.side.shared"):
         dataclasses.replace(CONFIG, layers=layers)
-    with pytest.raises(ValueError, match="mixer is None"):
-        LayerConfig(
-            mixer=None,
-            mlp=MlpConfig(kind="plain", width=3, activation="relu"),
-            norm=NORM,
-            norm_position="pre",
-            remat=False,
-            side=SideConfig(shared="one"),
-        )
+    with rejects(InputError, "side"):
+        dataclasses.replace(SSM, mixer=None, mlp=BLOCK.mlp, side=SideConfig(shared="one"))
     ahead = dataclasses.replace(BLOCK, mixer=dataclasses.replace(BLOCK.mixer, pattern="full"))
-    with pytest.raises(ValueError, match=r"shared.two.mixer.pattern: 'full' sees"):
+    with rejects(InputError, "shared.two.mixer"):
         dataclasses.replace(CONFIG, shared=CONFIG.shared | {"two": ahead})
+
+
+def test_a_pattern_of_a_branch_or_a_block_must_fit_the_length():
+    outside = attention("causal & (window(1) | globals([999]))")
+    with rejects(InputError, "mixer.pattern"):
+        dataclasses.replace(BLOCK, mixer=outside).check(256)
+    parallel = ParallelConfig(branches={"ssm": BranchConfig(mixer=SSM.mixer), "global": BranchConfig(mixer=outside)})
+    with rejects(InputError, "mixer.branches.global.mixer.pattern"):
+        dataclasses.replace(SSM, mixer=parallel).check(256)
+    dataclasses.replace(SSM, mixer=parallel).check(1000)
