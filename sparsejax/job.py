@@ -1,201 +1,132 @@
-"""A run's command as a job: it is started by submitit, works alone on its workdir, and can be asked to save.
+"""A run's command as the callable of a submitit job. It works alone on its workdir and can be asked to save.
 
-The standard library is all that this file imports: a job waits for a process that has the rest, and starts in no time.
+This module imports neither NumPy nor JAX: a job only waits for the process of its run, and starts at once.
 """
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
-import fcntl
 import os
 import platform
 import signal
 import subprocess
 import threading
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-INTERRUPTED = 75  # the exit code of a run that was asked to stop and has saved
-PATIENCE = 2.0  # seconds; who looks whether a lock is held holds it for an instant
+import filelock
+
+from sparsejax.signals import INTERRUPTED
+from sparsejax.workdir import JobFiles
+
+LOCK_TIMEOUT = 2.0  # seconds; a process that checks a lock holds it for an instant
+PREEMPTION = {signal.SIGUSR1, signal.SIGUSR2}  # signals that a cluster sends to the run as well, and that would end it
+
+
+class _RunEnded(Exception):
+    """The run ended by itself when it was asked to save."""
 
 
 @dataclasses.dataclass
 class Job:
-    """What runs a command to its end, as submitit's callable, and what others see of it.
+    """Runs a command to its end; returns the exit code (negative: a signal), or None if another process works on it.
 
     Attributes:
-      command: The command line of the run.
-      place: Its files: `place`.log, what the run prints; .exit, its exit code; .lock, held while it runs, with its
-        process and machine.
-      result: The file that a run leaves when it has ended; with it nothing is left to do.
-      cores: The cores that it may use; all, if none are named.
-      environment: Variables that are set for the run, or taken away (None).
-      apart: Whether the run is out of reach of the terminal's signals.
+      command: Command line of the run.
+      files: Files of the job.
+      result: The file that the run leaves when it has ended. If it exists, nothing is left to do.
+      cores: Cores that the run may use; all by default.
+      environment: Variables to set; None unsets a variable.
+      new_session: Whether the terminal's signals do not reach the run.
     """
 
     command: list[str]
-    place: Path
+    files: JobFiles
     result: Path
     cores: tuple[int, ...] = ()
     environment: dict[str, str | None] = dataclasses.field(default_factory=dict)
-    apart: bool = False
+    new_session: bool = False
 
-    def __post_init__(self):
-        self._child: subprocess.Popen | None = None
+    def __post_init__(self) -> None:
+        self._process: subprocess.Popen[bytes] | None = None
         self._code: int | None = None
 
-    @property
-    def log(self) -> Path:
-        """What the run has printed, in all its attempts."""
-        return self.place.with_suffix(".log")
-
     def __call__(self) -> int | None:
-        """Runs the command unless it is done, or another process is at it (None); returns the exit code."""
-        self.place.parent.mkdir(parents=True, exist_ok=True)
-        with self.place.with_suffix(".lock").open("a+") as lock:
-            if not _take(lock.fileno(), PATIENCE):
-                print(f"{lock.name} is held: another process is at work on this run")
-                return None
-            lock.truncate(0)
-            if self.result.exists():
-                return 0
-            self.forget()  # a cluster may have queued it again
-            with self.log.open("ab") as log:
-                self._start(log.fileno(), lock.fileno())
-            lock.write(f"{self._child.pid} {platform.node()}\n")
-            lock.flush()
-            code = self._wait()
-            self._record(code)
-            lock.truncate(0)
-        return code
+        self.files.path.parent.mkdir(parents=True, exist_ok=True)
+        descriptors: list[int] = []
+        try:
+            with filelock.FileLock(self.files.lock, timeout=LOCK_TIMEOUT, on_acquired=descriptors.append):
+                if self.result.exists():
+                    return 0
+                self._start(descriptors[-1])
+                try:
+                    return self._wait()
+                finally:
+                    self._wait()  # whatever a signal handler raises, the lock is held until the run has ended
+                    self.files.lock.write_text("")
+        except filelock.Timeout:
+            print(f"{self.files.lock} is held: another process works on this run")
+            return None
+        except _RunEnded:
+            return self._code
 
     def checkpoint(self) -> Any:
-        """Asks the run to save and stop; returns what submitit queues again, or None if there is nothing to go on with.
-
-        Submitit calls this in a signal handler, when the job is about to be preempted or out of time.
-        """
+        """Asks the run to save and stop; returns what submitit, which calls this in a signal handler, queues again."""
         from submitit.helpers import DelayedSubmission
 
-        if self._child is not None:
-            self._child.send_signal(signal.SIGTERM)
-            code = self._wait()
-            if not was_asked(code):
-                self._record(code)
-                return None
+        if self._process is not None:
+            self._process.send_signal(signal.SIGTERM)
+            if not was_asked(self._wait()):
+                raise _RunEnded
         return DelayedSubmission(dataclasses.replace(self))
 
-    def held(self) -> bool:
-        """Whether a process is at work on this run, the job or what it started."""
-        try:
-            with self.place.with_suffix(".lock").open("a") as lock:
-                return not _take(lock.fileno())
-        except FileNotFoundError:
-            return False
-
-    def forget(self) -> None:
-        """Forgets how the last attempt ended, as another is launched."""
-        self.place.with_suffix(".exit").unlink(missing_ok=True)
-
-    def exit_code(self) -> int | None:
-        """How the last attempt ended, below 0: by which signal; None if there was none, or nobody saw its end."""
-        with contextlib.suppress(FileNotFoundError, ValueError):
-            return int(self.place.with_suffix(".exit").read_text())
-        return None
-
-    def began(self) -> bool:
-        """Whether the run is running, on whatever machine."""
-        return self._running() is not None
-
-    def process(self) -> int | None:
-        """The id of the run's process while it is running; None if it runs on another machine."""
-        process, machine = self._running() or (None, platform.node())
-        return process if machine == platform.node() else None
-
-    def _running(self) -> tuple[int, str] | None:
-        with contextlib.suppress(FileNotFoundError, ValueError):
-            process, machine = self.place.with_suffix(".lock").read_text().split()
-            return int(process), machine
-        return None
-
-    def last_lines(self, count: int) -> list[str]:
-        """The end of the log."""
-        return read_tail(self.log)[-count:]
-
-    def _start(self, log: int, lock: int) -> None:
-        environment = {k: v for k, v in {**os.environ, **self.environment}.items() if v is not None}
-        # The lock goes to the run as well: should this process be killed, it is held until the run has ended.
-        self._child = subprocess.Popen(
-            self.command,
-            env=environment,
-            stdin=subprocess.DEVNULL,
-            stdout=log,
-            stderr=subprocess.STDOUT,
-            pass_fds=[lock],
-            preexec_fn=self._prepare,
-            start_new_session=self.apart,
-        )
-        threading.Thread(target=self._watch, daemon=True).start()
-
-    def _prepare(self) -> None:
-        """In the new process: its cores and signals. A cluster sends USR2 to it too, which would end it."""
+    def _start(self, lock: int) -> None:
+        environment = {name: value for name, value in {**os.environ, **self.environment}.items() if value is not None}
         if self.cores:
-            os.sched_setaffinity(0, self.cores)
-        for number in (signal.SIGINT, signal.SIGHUP):
-            signal.signal(number, signal.SIG_DFL)
-        for number in (signal.SIGUSR1, signal.SIGUSR2):
-            signal.signal(number, signal.SIG_IGN)
+            os.sched_setaffinity(0, self.cores)  # the run inherits it, and the blocked signals
+        signal.pthread_sigmask(signal.SIG_BLOCK, PREEMPTION)
+        with self.files.log.open("ab") as log:
+            # The run holds the lock as well: if this process is killed, the lock is held until the run has ended.
+            self._process = subprocess.Popen(
+                self.command,
+                env=environment,
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                pass_fds=[lock],
+                start_new_session=self.new_session,
+            )
+        threading.Thread(target=self._watch, args=[self._process], daemon=True).start()
+        self.files.lock.write_text(f"{self._process.pid} {platform.node()}\n")
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, PREEMPTION)
 
-    def _watch(self) -> None:
-        self._code = self._child.wait()
+    def _watch(self, process: subprocess.Popen[bytes]) -> None:
+        self._code = process.wait()
 
     def _wait(self) -> int:
-        # Without a lock, such as Popen's: `checkpoint` comes here in a signal handler, amid `__call__`'s own wait.
+        # Popen.wait takes a lock, and `checkpoint` gets here in a signal handler in the middle of `__call__`'s wait.
         while self._code is None:
             time.sleep(0.02)
         return self._code
 
-    def _record(self, code: int) -> None:
-        part = self.place.with_suffix(".exit.part")
-        part.write_text(f"{code}\n")
-        os.replace(part, self.place.with_suffix(".exit"))
-
 
 def was_asked(code: int | None) -> bool:
-    """Whether a run ended so because it was asked to; before it can save, SIGTERM ends it at once."""
+    """Whether a run with this exit code was asked to stop; before it can save, SIGTERM ends it at once."""
     return code in (INTERRUPTED, -signal.SIGTERM)
 
 
-def read_tail(path: Path, size: int = 1 << 14) -> list[str]:
-    """The last whole lines of a file that may be growing, as many as so many bytes hold; none if there is no file."""
+def is_held(lock: Path) -> bool:
+    """Whether any process holds a lock."""
     try:
-        with path.open("rb") as file:
-            start = max(0, file.seek(0, os.SEEK_END) - size)
-            file.seek(start)
-            text = file.read().decode(errors="replace")
-    except FileNotFoundError:
-        return []
-    return text.splitlines()[bool(start) :]
+        if lock.exists():
+            filelock.FileLock(lock).acquire(blocking=False).lock.release()
+    except filelock.Timeout:
+        return True
+    return False
 
 
-@contextlib.contextmanager
-def hold(path: Path) -> Iterator[bool]:
-    """Holds the lock of a file, if nobody does; yields whether it is held here."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("a") as lock:
-        yield _take(lock.fileno())
-
-
-def _take(descriptor: int, patience: float = 0.0) -> bool:
-    """Whether the lock of an open file could be taken; it is given back as the file is closed by all who have it."""
-    until = time.monotonic() + patience
-    while True:
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            return True
-        except BlockingIOError:
-            if time.monotonic() >= until:
-                return False
-            time.sleep(0.05)
+def read_process(files: JobFiles) -> tuple[int, str] | None:
+    """Returns process id and host of a job's run while it is running."""
+    content = files.lock.read_text().split() if is_held(files.lock) else []
+    return (int(content[0]), content[1]) if len(content) == 2 else None

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Literal
 
 TRAIN, EVAL = "train/", "eval/"  # prefixes: of a training step, of an evaluation
@@ -47,3 +47,17 @@ def direction(name: str) -> Direction | None:
 def finite_or_none(metrics: Mapping[str, float]) -> dict[str, float | None]:
     """Metrics as JSON, which has neither infinities nor NaN: those become None."""
     return {name: value if math.isfinite(value) else None for name, value in metrics.items()}
+
+
+def pareto_front(points: Sequence[tuple[float, ...]], directions: Sequence[Direction]) -> list[int]:
+    """Indices of the points that no other dominates, sorted by the last coordinate, best first.
+
+    A point dominates another if it is as good in every coordinate and better in one. Of equal points the first counts.
+    """
+    signs = [1 if direction == "min" else -1 for direction in directions]
+    losses = [tuple(sign * value for sign, value in zip(signs, point, strict=True)) for point in points]
+    front: dict[tuple[float, ...], int] = {}
+    for i, loss in enumerate(losses):
+        if not any(other != loss and all(a <= b for a, b in zip(other, loss, strict=True)) for other in losses):
+            front.setdefault(loss, i)
+    return [front[loss] for loss in sorted(front, key=lambda loss: loss[::-1])]

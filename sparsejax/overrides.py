@@ -14,6 +14,7 @@ from typing import Any
 from sparsejax.errors import InputError
 
 Overrides = dict[str, Any]
+SEED = "train.seed"  # runs that differ only in it are repetitions of one configuration
 
 LITERALS = {"true": True, "false": False, "none": None}  # in any case, besides the literals of Python
 
@@ -71,3 +72,16 @@ def flatten(section: Mapping[str, Any], prefix: str = "") -> Overrides:
         nested = flatten(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {f"{prefix}{key}": value}
         overrides |= nested
     return overrides
+
+
+def shorten_keys(keys: Iterable[str]) -> dict[str, str]:
+    """Maps each key to its shortest suffix of whole parts that is a suffix of no other key."""
+    suffixes = {key: [key.split(".", skip)[-1] for skip in range(key.count("."), -1, -1)] for key in keys}
+    others = {key: {end for other in suffixes if other != key for end in suffixes[other]} for key in suffixes}
+    return {key: next((end for end in suffixes[key] if end not in others[key]), key) for key in suffixes}
+
+
+def describe_overrides(overrides: Mapping[str, Any], names: Mapping[str, str] | None = None) -> str:
+    """Overrides as a label, such as "width=64, steps=100"; `names` defaults to the shortened keys."""
+    names = shorten_keys(overrides) if names is None else names
+    return ", ".join(f"{names[key]}={write_value(value)}" for key, value in overrides.items())

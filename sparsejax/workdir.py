@@ -94,6 +94,16 @@ class SweepFolder:
         return self.path / "search.json"
 
     @property
+    def study(self) -> Path:
+        """The journal of Optuna's study of a search."""
+        return self.path / "study.journal"
+
+    @property
+    def trials(self) -> Path:
+        """The trials of a search, as a table."""
+        return self.path / "trials.csv"
+
+    @property
     def runs(self) -> Path:
         """The folder of the workdirs."""
         return self.path / "runs"

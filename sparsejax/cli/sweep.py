@@ -16,7 +16,7 @@ from sparsejax.sweep import (
     SAMPLERS,
     RunsFailed,
     Search,
-    build_engine,
+    build_executor,
     read_match,
     read_objectives,
     read_search,
@@ -78,10 +78,10 @@ def _sweep(options: argparse.Namespace, slurm: dict[str, Any] | None, console: C
         console,
         jobs=options.jobs,
         slurm=slurm,
-        dry=options.print,
+        print_only=options.print,
         retry=options.retry,
-        steps=options.max_steps,
-        hours=options.max_hours,
+        max_steps=options.max_steps,
+        max_hours=options.max_hours,
         match=None if options.match is None else read_match(options.match),
     )
 
@@ -97,13 +97,13 @@ def _search(options: argparse.Namespace, slurm: dict[str, Any] | None, console: 
         draw=read_search(options.search),
         objectives=read_objectives(options.objective or "eval/loss"),
         trials=options.trials,
-        given=options.overrides["config"],
+        common=options.overrides["config"],
         match=None if options.match is None else read_match(options.match),
         sampler=options.sampler or SAMPLERS[0],
         seed=options.seed or 0,
-        steps=options.max_steps,
+        max_steps=options.max_steps,
     )
     folder = Path(options.workdir)
-    engine = build_engine(folder, options.jobs, slurm)
-    for file in run_search(search, folder, engine, console, options.max_hours):
+    executor = build_executor(folder, options.jobs, slurm)
+    for file in run_search(search, folder, executor, console, options.max_hours):
         console.print(f"wrote {file}", highlight=False, markup=False, soft_wrap=True)

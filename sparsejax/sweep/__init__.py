@@ -1,28 +1,22 @@
-"""Sweeps: many runs of one config, planned, launched and found again."""
+"""Sweeps and searches: many runs of one configuration, planned, launched and resumed."""
 
-from sparsejax.sweep.axes import Overrides, SweepError, align, chain, grid, product, seeds
-from sparsejax.sweep.engines import build_engine
-from sparsejax.sweep.launch import RunsFailed, launch, sweep
-from sparsejax.sweep.match import QUANTITIES, Match, Matched, match_runs, read_match
-from sparsejax.sweep.pieces import place_layers, repeat_period, suggest_period, suggest_placement
-from sparsejax.sweep.record import RECORD, read_record
+from sparsejax.sweep.executors import build_executor
+from sparsejax.sweep.grid import SweepError, align, chain, grid, product, seeds
+from sparsejax.sweep.layer_placement import place_layers, repeat_period, suggest_period, suggest_placement
+from sparsejax.sweep.match import QUANTITIES, match_runs, read_match
 from sparsejax.sweep.runs import Run, limit_steps, plan_runs, read_sweep, show_command
-from sparsejax.sweep.search import SAMPLERS, Search, read_objectives, read_search
-from sparsejax.sweep.trials import run_search
+from sparsejax.sweep.search import SAMPLERS, Search, read_objectives, read_search, run_search
+from sparsejax.sweep.supervisor import RunsFailed, launch, sweep
 
 __all__ = [
     "QUANTITIES",
-    "RECORD",
     "SAMPLERS",
-    "Match",
-    "Matched",
-    "Overrides",
     "Run",
     "RunsFailed",
     "Search",
     "SweepError",
     "align",
-    "build_engine",
+    "build_executor",
     "chain",
     "grid",
     "launch",
@@ -33,7 +27,6 @@ __all__ = [
     "product",
     "read_match",
     "read_objectives",
-    "read_record",
     "read_search",
     "read_sweep",
     "repeat_period",

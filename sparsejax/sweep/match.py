@@ -1,7 +1,7 @@
-"""Runs matched by a budget: the account counts what they take, and one of their settings is turned until it fits.
+"""Runs of equal cost: one setting of each run is adjusted until its account meets a budget.
 
-A budget is `QUANTITY:TARGET`, or `QUANTITY:TARGET:KEY` where KEY is what is turned: a whole number, or a text with `{}`
-in it, such as a pattern "causal & window({})", where the number is put. The quantity must rise with it.
+A budget is `QUANTITY:TARGET`, or `QUANTITY:TARGET:KEY`, where KEY is the setting to adjust: an integer, or a text with
+`{}` in place of an integer, such as a pattern "causal & window({})". The quantity must increase with the integer.
 """
 
 from __future__ import annotations
@@ -17,48 +17,37 @@ from ml_collections import ConfigDict
 
 from sparsejax import config as configs
 from sparsejax import schedule
-from sparsejax.account import Account, account_model
-from sparsejax.config import Config, ConfigError
-from sparsejax.sweep.axes import LABEL, SEED, Overrides, SweepError
-from sparsejax.sweep.runs import Run, describe_runs, write_settings, write_value
+from sparsejax.account import AccountCache
+from sparsejax.config import ConfigError
+from sparsejax.overrides import SEED, Overrides, write_overrides, write_value
+from sparsejax.sweep.grid import SweepError
+from sparsejax.sweep.runs import LABEL, Run, name_runs
 from sparsejax.train import Phase
 
-Count = Callable[[Config], Account]  # the account of a config's model over one sequence of `data.length` tokens
-
-
-def count_training_flops(phases: Sequence[Phase], count: Count, steps: int) -> float:
-    """FLOPs of the first steps of a run, phase by phase."""
-    flops = 0.0
-    for phase in phases:
-        own = min(max(steps - phase.start, 0), phase.stop - phase.start)
-        flops += own * phase.config.train.batch * phase.config.data.length * count(phase.config).training_flops
-    return flops
-
-
-# What a run takes; of a model that phases change, what it takes as the last phase has it.
-QUANTITIES: dict[str, Callable[[Sequence[Phase], Count], float]] = {
-    "flops": lambda phases, count: count_training_flops(phases, count, phases[-1].stop),  # of the whole training
-    "flops_per_token": lambda phases, count: count(phases[-1].config).flops,  # forward
-    "parameters": lambda phases, count: count(phases[-1].config).parameters,
-    "active_parameters": lambda phases, count: count(phases[-1].config).active_parameters,
-    "kv": lambda phases, count: count(phases[-1].config).cache_bytes,  # to decode one sequence
+# The cost of a run. A model that phases change counts as in the last phase.
+QUANTITIES: dict[str, Callable[[Sequence[Phase], AccountCache], float]] = {
+    "flops": lambda phases, accounts: accounts.training_flops(phases, phases[-1].stop),  # of the whole training
+    "flops_per_token": lambda phases, accounts: accounts(phases[-1].config).flops,  # forward
+    "parameters": lambda phases, accounts: accounts(phases[-1].config).parameters,
+    "active_parameters": lambda phases, accounts: accounts(phases[-1].config).active_parameters,
+    "kv": lambda phases, accounts: accounts(phases[-1].config).cache_bytes,  # to decode one sequence
 }
-WIDTHS = "feed-forward widths"  # of all layers, by one factor
-TURNED = {"flops": "train.steps", "parameters": WIDTHS, "active_parameters": WIDTHS}  # where no key is given
-MULTIPLE = 8  # of feed-forward widths
-FIRST = "first"  # as a target: what the first run takes as it is
-HOLE = "{}"  # where a text is turned
-REACH = 0.05  # how far off, as a share of the target, a run may stay
+MLP_WIDTHS = "MLP widths"  # of all layers, by a common factor
+DEFAULT_KEYS = {"flops": "train.steps", "parameters": MLP_WIDTHS, "active_parameters": MLP_WIDTHS}
+MULTIPLE = 8  # of MLP widths
+FIRST = "first"  # as a target: the cost of the first run
+PLACEHOLDER = "{}"
+TOLERANCE = 0.05  # largest relative deviation from the target
 
 
 @dataclasses.dataclass(frozen=True)
 class Match:
-    """What all runs are to take the same of.
+    """A budget.
 
     Attributes:
-      quantity: One of QUANTITIES.
-      target: How much; None for what the first run takes.
-      key: What is turned; None for the feed-forward widths.
+      quantity: A key of QUANTITIES.
+      target: The common cost; None for the cost of the first run.
+      key: The setting to adjust; None for the MLP widths.
     """
 
     quantity: str
@@ -67,193 +56,177 @@ class Match:
 
 
 class Matched(NamedTuple):
-    """A run that was matched.
+    """A run that meets a budget.
 
     Attributes:
-      overrides: Its own and what was turned; its label is what it would be without.
-      turned: What was turned, alone.
-      reached: What it takes.
-      target: What it was to take.
-      quantity: Of what.
+      overrides: Overrides of the run, with the adjusted ones and the label that it has without them.
+      adjusted: The adjusted overrides.
+      cost: The cost with them.
+      target: The target.
+      quantity: The quantity.
     """
 
     overrides: Overrides
-    turned: Overrides
-    reached: float
+    adjusted: Overrides
+    cost: float
     target: float
     quantity: str
 
     @property
-    def off(self) -> float:
-        """How far off it stays, as a share of the target."""
-        return self.reached / self.target - 1
+    def deviation(self) -> float:
+        """Relative deviation from the target."""
+        return self.cost / self.target - 1
 
     def __str__(self) -> str:
-        how_far = f"{100 * self.off:+.2f} % off" if self.off else "exactly"
-        return f"{self.overrides[LABEL]}: {self.reached:.5g} {self.quantity}, {how_far}, with {_write(self.turned)}"
+        deviation = f" ({100 * self.deviation:+.2f} %)" if self.deviation else ""
+        return f"{self.overrides[LABEL]}: {self.quantity} = {self.cost:.5g}{deviation} with {_write(self.adjusted)}"
 
 
 def read_match(text: str) -> Match:
-    """Reads `QUANTITY:TARGET[:KEY]`; the target is a number, or `first`.
-
-    Raises:
-      SweepError: it cannot be read.
-    """
-    quantity, _, rest = text.partition(":")
-    target, _, key = rest.partition(":")
+    """Parses `QUANTITY:TARGET[:KEY]`, where the target is a number or `first`."""
+    quantity, _, budget = text.partition(":")
+    target, _, key = budget.partition(":")
     if quantity not in QUANTITIES:
-        raise SweepError(f"--match: QUANTITY:TARGET[:KEY], of {', '.join(QUANTITIES)}, got {text!r}")
-    if not key and quantity not in TURNED:
-        raise SweepError(f"--match: {quantity} needs a key that is turned: {quantity}:TARGET:KEY")
+        raise SweepError("match", f"write QUANTITY:TARGET[:KEY] with one of {', '.join(QUANTITIES)}, got {text!r}")
+    if not key and quantity not in DEFAULT_KEYS:
+        raise SweepError("match", f"{quantity} needs a key to adjust: {quantity}:TARGET:KEY")
     try:
         number = None if target == FIRST else float(target)
     except ValueError:
         number = math.nan
     if number is not None and not (math.isfinite(number) and number > 0):
-        raise SweepError(f"--match: the target is a number above 0, or {FIRST}, got {target!r}")
-    key = key or TURNED[quantity]
-    return Match(quantity, number, None if key == WIDTHS else key)
+        raise SweepError("match", f"the target must be a number above 0 or {FIRST!r}, got {target!r}")
+    key = key or DEFAULT_KEYS[quantity]
+    return Match(quantity, number, None if key == MLP_WIDTHS else key)
 
 
-def match_runs(config: str, sweep: Iterable[Overrides], match: Match, given: Overrides | None = None) -> list[Matched]:
-    """Each run of a sweep turned until it takes what the budget says, as nearly as a whole number allows.
+def match_runs(config: str, sweep: Iterable[Overrides], match: Match, common: Overrides | None = None) -> list[Matched]:
+    """Adjusts each run of a sweep to a budget, as closely as an integer allows.
 
     Args:
-      config: the config's place, `FILE` or `FILE:ARGUMENT`.
-      sweep: the overrides of each run.
-      match: the budget.
-      given: overrides of all runs, which a run may set anew.
+      config: Configuration, `FILE` or `FILE:ARGUMENT`.
+      sweep: Overrides per run.
+      match: The budget.
+      common: Overrides of all runs; those of a run take precedence.
 
     Raises:
-      SweepError: a run that stays more than 5 % off, or one that its config refuses.
-      ConfigError: no such config or key.
+      SweepError: A run stays more than 5 % off, or its configuration is invalid.
+      ConfigError: There is no such file or key.
     """
-    sweep, given, count = list(sweep), given or {}, remember_accounts()
+    sweep, common, accounts = list(sweep), common or {}, AccountCache()
 
-    def take(overrides: Overrides) -> float:
-        return QUANTITIES[match.quantity](_make_run(config, overrides).phases, count)
+    def cost(overrides: Overrides) -> float:
+        return QUANTITIES[match.quantity](_make_run(config, overrides).phases, accounts)
 
-    names, labels = describe_runs(sweep), describe_runs(sweep, {SEED})
-    if match.target is None and sweep:
+    names, labels = name_runs(sweep), name_runs(sweep, {SEED})
+    target = match.target
+    if target is None:
         try:
-            match = dataclasses.replace(match, target=take({**given, **sweep[0]}))
+            target = cost({**common, **sweep[0]})
         except ConfigError as error:
-            raise SweepError(f"--match: {FIRST}: {names[0]}: {error}") from None
-    found = []
-    for one, name, label in zip(sweep, names, labels, strict=True):
-        turned, reached = _match_run(_make_run(config, {**given, **one}), name, match, take)
-        overrides = {**one, LABEL: one.get(LABEL, label), **turned}
-        found.append(Matched(overrides, turned, reached, match.target, match.quantity))
-    return found
-
-
-def remember_accounts() -> Count:
-    """A function that gives the account of a config's model over `data.length` tokens, and counts each model once."""
-    known: dict[str, Account] = {}
-
-    def count(config: Config) -> Account:
-        key = repr((config.model, config.data.length))
-        if key not in known:
-            layers, rest = account_model(config.model, config.data.length)
-            known[key] = functools.reduce(operator.add, layers, rest)
-        return known[key]
-
-    return count
+            raise SweepError("match", f"{FIRST}: {names[0]}: {error}") from None
+    matched = []
+    for overrides, name, label in zip(sweep, names, labels, strict=True):
+        adjusted, reached = _match_run(_make_run(config, {**common, **overrides}), name, match, target, cost)
+        complete = {**overrides, LABEL: overrides.get(LABEL, label), **adjusted}
+        matched.append(Matched(complete, adjusted, reached, target, match.quantity))
+    return matched
 
 
 class _Knob(NamedTuple):
-    """The whole number, of at least 1, that a run is turned by: where it stands, and the overrides that set it."""
+    """An integer of at least 1 to adjust: its first value, and the overrides that set it."""
 
     start: int
-    turn: Callable[[int], Overrides]
+    apply: Callable[[int], Overrides]
 
 
 def _make_run(config: str, overrides: Overrides) -> Run:
     return Run(config, tuple(sorted((key, value) for key, value in overrides.items() if key != LABEL)), "")
 
 
-def _match_run(run: Run, name: str, match: Match, take: Callable[[Overrides], float]) -> tuple[Overrides, float]:
-    """What is turned of a run, and what it takes then."""
-    knob = _widths(run.settings, name) if match.key is None else _key(run.settings, match.key, name)
+def _match_run(
+    run: Run, name: str, match: Match, target: float, cost: Callable[[Overrides], float]
+) -> tuple[Overrides, float]:
+    """The adjusted overrides of a run, and its cost with them."""
+    knob = _widths_knob(run.settings, name) if match.key is None else _key_knob(run.settings, match.key, name)
 
     @functools.cache
     def value(number: int) -> float:
-        turned = knob.turn(number)
+        adjusted = knob.apply(number)
         try:
-            return take({**dict(run.overrides), **turned})
+            return cost({**dict(run.overrides), **adjusted})
         except ConfigError as error:
-            raise SweepError(f"--match: {name}: with {_write(turned)}: {error}") from None
+            raise SweepError("match", f"{name}: with {_write(adjusted)}: {error}") from None
 
-    number = find_nearest(value, knob.start, match.target)
-    turned, reached = knob.turn(number), value(number)
-    if abs(reached / match.target - 1) > REACH:
-        raise SweepError(
-            f"--match: {name}: cannot take {match.target:.5g} {match.quantity}; the nearest is {reached:.5g}, with"
-            f" {_write(turned)}"
-        )
-    return turned, reached
+    number = find_nearest(value, knob.start, target)
+    adjusted, reached = knob.apply(number), value(number)
+    if abs(reached / target - 1) > TOLERANCE:
+        problem = f"{name}: cannot reach {match.quantity} = {target:.5g}; the nearest is {reached:.5g}"
+        raise SweepError("match", f"{problem} with {_write(adjusted)}")
+    return adjusted, reached
 
 
-def _write(turned: Overrides) -> str:
-    return ", ".join(write_settings(turned.items()))
+def _write(overrides: Overrides) -> str:
+    return ", ".join(write_overrides(overrides))
 
 
-def _widths(settings: ConfigDict, name: str) -> _Knob:
-    """All feed-forward widths of the schedule's layers by one factor; the number is the widest, in multiples."""
-    layers, widths = settings.model.layers, {}
+def _widths_knob(settings: ConfigDict, name: str) -> _Knob:
+    """All MLP widths of the schedule's layers, by a common factor; the integer is the largest width over MULTIPLE."""
+    layers = settings.model.layers
+    widths: dict[str, int] = {}
     for layer in dict.fromkeys(schedule.parse(settings.model.schedule)):
         mlp = layers[layer].mlp or {}
         widths |= {f"model.layers.{layer}.mlp.{key}": mlp[key] for key in ("width", "shared_width") if mlp.get(key)}
     if not widths:
-        raise SweepError(f"--match: {name}: no layer has a feed-forward part; name a KEY to turn")
-    widest = max(widths.values())
+        raise SweepError("match", f"{name}: no layer has an MLP; name a key to adjust")
+    largest = max(widths.values())
     return _Knob(
-        max(1, round(widest / MULTIPLE)),
-        lambda number: {key: MULTIPLE * max(1, round(number * width / widest)) for key, width in widths.items()},
+        max(1, round(largest / MULTIPLE)),
+        lambda number: {key: MULTIPLE * max(1, round(number * width / largest)) for key, width in widths.items()},
     )
 
 
-def _key(settings: ConfigDict, key: str, name: str) -> _Knob:
-    """A key that is a whole number, or a text with a hole."""
-    configs.override(ConfigDict(settings.to_dict()), key, "0")  # complains of a key that is none
+def _key_knob(settings: ConfigDict, key: str, name: str) -> _Knob:
+    """A key that holds an integer, or a text with a placeholder."""
+    configs.override(ConfigDict(settings.to_dict()), {key: "0"})  # rejects an unknown key
     value: Any = functools.reduce(operator.getitem, key.split("."), settings)
     if type(value) is int:
         return _Knob(max(1, value), lambda number: {key: number})
-    if isinstance(value, str) and HOLE in value:
-        return _Knob(1, lambda number: {key: value.replace(HOLE, str(number))})
-    raise SweepError(
-        f"--match: {name}: {key}: is {write_value(value)!r}; only a whole number, or a text with {HOLE}, can be turned"
-    )
+    if isinstance(value, str) and PLACEHOLDER in value:
+        return _Knob(1, lambda number: {key: value.replace(PLACEHOLDER, str(number))})
+    problem = f"{key} is {write_value(value)!r}; only an integer or a text with {PLACEHOLDER} can be adjusted"
+    raise SweepError("match", f"{name}: {problem}")
 
 
 def find_nearest(value: Callable[[int], float], start: int, target: float) -> int:
-    """The whole number, of at least 1, at which a rising `value` is nearest to the target; the first of several.
+    """Returns the integer, at least 1, at which an increasing function is nearest to the target; the first of several.
 
-    Where `value` no longer rises, that is the last number considered. Each step takes the middle of what is left, or
-    where a straight line between its ends hits the target, in turn: `value` takes its time, and is often straight.
+    Beyond a plateau the search does not look further. After the target is bracketed, steps alternate between the secant
+    and the middle of the bracket, because `value` is expensive and often linear.
 
     Raises:
-      SweepError: it falls.
+      SweepError: The function decreases.
     """
     low = high = start
     while value(high) < target:
         low, high = high, 2 * high
-        _require_rise(value, low, high)
+        _require_increase(value, low, high)
         if value(high) == value(low):
             high = low
             break
     while low > 1 and value(low) > target:
         low, high = low // 2, low
-        _require_rise(value, low, high)
-    straight = True
+        _require_increase(value, low, high)
+    secant = True
     while high - low > 1 and value(low) < target:
-        share = (target - value(low)) / (value(high) - value(low)) if straight else 0.5
+        share = (target - value(low)) / (value(high) - value(low)) if secant else 0.5
         middle = min(max(low + int(share * (high - low)), low + 1), high - 1)
         low, high = (middle, high) if value(middle) < target else (low, middle)
-        straight = not straight
+        secant = not secant
     return min((low, high), key=lambda number: abs(value(number) - target))
 
 
-def _require_rise(value: Callable[[int], float], low: int, high: int) -> None:
+def _require_increase(value: Callable[[int], float], low: int, high: int) -> None:
     if value(high) < value(low):
-        raise SweepError(f"--match: the quantity falls from {value(low):.5g} to {value(high):.5g} as the key rises")
+        problem = f"the quantity falls from {value(low):.5g} to {value(high):.5g} while the key increases"
+        raise SweepError("match", problem)

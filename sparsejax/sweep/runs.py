@@ -1,4 +1,4 @@
-"""From a sweep to its runs: each one ordinary command line, checked before any of them starts."""
+"""The runs of a sweep: each is one ordinary command line, checked before the first run starts."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import hashlib
 import json
 import shlex
 import sys
-from collections.abc import Iterable, Mapping, Sequence, Set
+from collections.abc import Callable, Collection, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,18 +16,22 @@ from ml_collections import ConfigDict
 
 from sparsejax import config as configs
 from sparsejax.config import Config, ConfigError
-from sparsejax.sweep.axes import LABEL, SEED, Overrides, SweepError, parse
-from sparsejax.train import RESULT, Phase, plan_phases
+from sparsejax.overrides import SEED, Overrides, describe_overrides, shorten_keys, write_overrides, write_value
+from sparsejax.sweep.grid import SweepError, parse
+from sparsejax.train import Phase, find_change, plan_phases
+from sparsejax.workdir import SweepFolder, Workdir, write_json
+
+LABEL = "label"  # the key of a run's name
 
 
 @dataclasses.dataclass(frozen=True)
 class Run:
-    """One run of a sweep.
+    """A run of a sweep.
 
     Attributes:
-      config: The config's place, `FILE` or `FILE:ARGUMENT`.
+      config: Configuration, `FILE` or `FILE:ARGUMENT`.
       overrides: Key and value of each override, sorted by key.
-      label: What tables call it: the same for all seeds.
+      label: Name of the run in tables, the same for all seeds.
     """
 
     config: str
@@ -36,137 +40,143 @@ class Run:
 
     @property
     def name(self) -> str:
-        """12 hexadecimal digits that name the overrides: the workdir's name."""
+        """Name of the workdir: 12 hexadecimal digits of the hash of the overrides."""
         text = json.dumps([[key, write_value(value)] for key, value in self.overrides])
         return hashlib.sha256(text.encode()).hexdigest()[:12]
 
     @property
     def seed(self) -> int:
-        """`train.seed`: repeats of the same settings differ in it."""
+        """`train.seed`, in which repetitions of one configuration differ."""
         return self.checked.train.seed
 
     @functools.cached_property
     def settings(self) -> ConfigDict:
         """The resolved configuration."""
-        return configs.load(self.config, write_settings(self.overrides))
+        return configs.load(self.config, dict(self.overrides))
 
     @functools.cached_property
     def checked(self) -> Config:
-        """The same, as the program reads it.
-
-        Raises:
-          ConfigError: it cannot be used.
-        """
+        """The resolved configuration as dataclasses; raises ConfigError if it is invalid."""
         return configs.check(self.settings)
 
     @functools.cached_property
     def phases(self) -> list[Phase]:
-        """The stretches of its training."""
+        """The phases of training."""
         return plan_phases(self.settings)
 
-    def workdir(self, folder: Path) -> Path:
-        """Where a sweep that lives in `folder` has this run."""
-        return folder / "runs" / self.name
+    def workdir(self, folder: Path) -> Workdir:
+        """The workdir of the run in the sweep in `folder`."""
+        return SweepFolder(folder).workdir(self.name)
 
     def command(self, folder: Path) -> list[str]:
-        """The command line that trains it, or goes on with it."""
-        given = [f"--config.{text}" for text in write_settings(self.overrides)]
-        train = [sys.executable, "-m", "sparsejax", "train"]
-        return [*train, f"--config={self.config}", *given, f"--workdir={self.workdir(folder)}"]
+        """The command line that trains or resumes the run."""
+        train = [sys.executable, "-m", "sparsejax", "train", f"--config={self.config}"]
+        overrides = [f"--config.{text}" for text in write_overrides(dict(self.overrides))]
+        return [*train, *overrides, f"--workdir={self.workdir(folder).path}"]
 
     def finished(self, folder: Path) -> bool:
-        """Whether its last step was evaluated and written down."""
-        return (self.workdir(folder) / RESULT).exists()
-
-
-def write_value(value: Any) -> str:
-    """A value as the command line takes it."""
-    return value if isinstance(value, str) else repr(value)
-
-
-def write_settings(overrides: Iterable[tuple[str, Any]]) -> list[str]:
-    """Overrides as the command line takes them, but for the `--config.` before each."""
-    return [f"{key}={write_value(value)}" for key, value in overrides]
+        """Whether the run has reached its last step and its result is recorded."""
+        return self.workdir(folder).result.exists()
 
 
 def show_command(command: Iterable[str]) -> str:
-    """A command as one types it; the interpreter by its name alone."""
-    first, *rest = command
-    return shlex.join([Path(first).name, *rest])
+    """A command line as typed in a shell, with the name of the interpreter only."""
+    program, *arguments = command
+    return shlex.join([Path(program).name, *arguments])
 
 
-def read_sweep(place: str) -> list[Overrides]:
-    """The runs of `FILE.py`, whose function is `sweep`, of `FILE.py:NAME`, or of a text of axes.
+def read_sweep(source: str) -> list[Overrides]:
+    """Reads the runs of `FILE.py` (its function `sweep`), of `FILE.py:NAME`, or of a text of axes.
 
     Raises:
-      SweepError: no such file or function, an error inside it, or a text that cannot be read.
+      SweepError: There is no such file or function, it fails, or the text is invalid.
     """
-    path, _, name = place.partition(":")
+    path, _, name = source.partition(":")
     if not path.endswith(".py"):
-        return parse(place)
-    if not Path(path).is_file():
-        raise SweepError(f"--sweep: no file {path!r}")
-    name = name or "sweep"
+        return parse(source)
+    define = read_function("sweep", path, name or "sweep")
     try:
-        define = getattr(configs.run_file(path), name, None)
-        found = None if define is None else list(define())
+        runs = list(define())
     except Exception as error:
-        raise SweepError(f"--sweep: {path}: {type(error).__name__}: {error}") from error
-    if found is None:
-        raise SweepError(f"--sweep: {path} has no function {name}()")
-    if not found or not all(isinstance(one, dict) for one in found):
-        raise SweepError(f"--sweep: {path}: {name}() must give dicts of overrides, at least one")
-    return found
+        raise SweepError("sweep", f"{path}: {type(error).__name__}: {error}") from error
+    if not runs or not all(isinstance(overrides, dict) for overrides in runs):
+        raise SweepError("sweep", f"{path}: {define.__name__}() must return at least one dict of overrides")
+    return runs
 
 
-def plan_runs(config: str, sweep: Iterable[Overrides], given: Overrides | None = None) -> list[Run]:
-    """Every run of a sweep, each checked; `given` are overrides of all of them, which a run may set anew.
+def read_function(argument: str, path: str, name: str) -> Callable[..., Any]:
+    """Returns a function of a Python file; raises SweepError about `argument` if there is none."""
+    if not path.endswith(".py") or not Path(path).is_file():
+        raise SweepError(argument, f"no Python file {path!r}")
+    try:
+        function = getattr(configs.run_file(path), name, None)
+    except Exception as error:
+        raise SweepError(argument, f"{path}: {type(error).__name__}: {error}") from error
+    if not callable(function):
+        raise SweepError(argument, f"{path} has no function {name}")
+    return function
 
-    A run that comes twice is one run.
+
+def plan_runs(config: str, sweep: Iterable[Overrides], common: Overrides | None = None) -> list[Run]:
+    """Returns the runs of a sweep, each checked and each once.
+
+    Args:
+      config: Configuration, `FILE` or `FILE:ARGUMENT`.
+      sweep: Overrides per run.
+      common: Overrides of all runs; those of a run take precedence.
 
     Raises:
-      SweepError: a run that its config refuses, named by its overrides; or one run under two labels.
+      SweepError: The configuration of a run is invalid, or one run has two labels.
     """
     runs: dict[str, Run] = {}
     sweep = list(sweep)
-    for one, name, words in zip(sweep, describe_runs(sweep), describe_runs(sweep, {SEED}), strict=True):
-        overrides = {**(given or {}), **one}
+    for specific, name, words in zip(sweep, name_runs(sweep), name_runs(sweep, {SEED}), strict=True):
+        overrides = {**(common or {}), **specific}
         label = str(overrides.pop(LABEL, words))
         run = Run(config, tuple(sorted(overrides.items())), label)
         try:
             run.checked  # noqa: B018
         except ConfigError as error:
-            raise SweepError(f"{name}: {error}") from None
-        if runs.setdefault(run.name, run).label != run.label:
-            raise SweepError(f"{run.label}: is the same run as {runs[run.name].label}")
+            raise SweepError(name, str(error)) from None
+        if runs.setdefault(run.name, run).label != label:
+            raise SweepError(label, f"is the same run as {runs[run.name].label}")
     return list(runs.values())
 
 
-def limit_steps(runs: Iterable[Run], most: int | None) -> None:
-    """Refuses runs of more than `most` steps.
+def name_runs(sweep: Sequence[Overrides], excluded: Collection[str] = ()) -> list[str]:
+    """Describes the overrides of each run, without the excluded keys."""
+    names = shorten_keys({key for overrides in sweep for key in overrides} - {LABEL})
+    kept = [{key: run[key] for key in sorted(run) if key in names and key not in excluded} for run in sweep]
+    return [describe_overrides(overrides, names) or "config" for overrides in kept]
 
-    Raises:
-      SweepError: names the first one.
-    """
+
+def limit_steps(runs: Iterable[Run], max_steps: int | None) -> None:
+    """Raises SweepError for the first run of more than `max_steps` steps."""
     for run in runs:
-        if most is not None and run.checked.train.steps > most:
-            raise SweepError(f"{run.label}: train.steps is {run.checked.train.steps}, more than --max-steps={most}")
+        if max_steps is not None and run.checked.train.steps > max_steps:
+            raise SweepError("max_steps", f"{run.label} has train.steps = {run.checked.train.steps} > {max_steps}")
 
 
-def describe_runs(sweep: Sequence[Overrides], without: Set[str] = frozenset()) -> list[str]:
-    """The overrides of each run in words; what `plan_runs` calls a run without a label is said without its seed."""
-    words = shorten({key for one in sweep for key in one} - {LABEL})
-    kept = [{key: one[key] for key in sorted(one) if key in words and key not in without} for one in sweep]
-    return [write_overrides(one, words) or "config" for one in kept]
+def check_record(folder: Path, config: str, runs: Iterable[Run]) -> None:
+    """Raises SweepError if the folder belongs to another configuration, or a run was started with other settings."""
+    recorded = SweepFolder(folder).read()["config"]
+    if recorded is not None and _resolve(recorded) != _resolve(config):
+        raise SweepError("workdir", f"{folder} is a sweep of {recorded}, not of {config}")
+    for run in runs:
+        workdir = run.workdir(folder).path
+        if change := find_change(workdir, run.settings):
+            raise SweepError(run.label, f"{workdir} was started with another configuration: {change}")
 
 
-def write_overrides(overrides: Mapping[str, Any], words: Mapping[str, str]) -> str:
-    """Overrides as people read them, each key by its word."""
-    return ", ".join(f"{words[key]}={write_value(value)}" for key, value in overrides.items())
+def write_record(folder: Path, config: str, sweep: str, runs: Iterable[Run]) -> None:
+    """Adds runs to the record of a folder. The last label of a run counts."""
+    record = SweepFolder(folder).read()
+    added = {run.name: {"label": run.label, "seed": run.seed, "overrides": dict(run.overrides)} for run in runs}
+    sweeps = record["sweeps"] + [sweep] * (sweep not in record["sweeps"])
+    folder.mkdir(parents=True, exist_ok=True)
+    write_json(SweepFolder(folder).record, {"config": config, "sweeps": sweeps, "runs": record["runs"] | added})
 
 
-def shorten(keys: Iterable[str]) -> dict[str, str]:
-    """The end of each key that is long enough to tell it from the others."""
-    ends = {key: [key.split(".", skip)[-1] for skip in range(key.count("."), -1, -1)] for key in keys}
-    others = {key: [end for other in ends if other != key for end in ends[other]] for key in ends}
-    return {key: next((end for end in ends[key] if end not in others[key]), key) for key in ends}
+def _resolve(config: str) -> tuple[Path, str]:
+    path, _, argument = config.partition(":")
+    return Path(path).resolve(), argument
