@@ -11,12 +11,13 @@ Each verb is a module of this package, which is imported when the verb is chosen
 
 from __future__ import annotations
 
+import argparse
 import errno
 import importlib
 import logging
 import sys
-import types
 from collections.abc import Sequence
+from typing import Any
 
 from sparsejax.cli.arguments import Parser, split_overrides
 from sparsejax.cli.exit_codes import INTERRUPTED, LOSS_DIVERGED, RUNS_FAILED, USAGE_ERROR
@@ -38,26 +39,32 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Runs a verb and returns the exit code."""
     _silence_libraries()
     arguments = sys.argv[1:] if arguments is None else arguments
-    verb = importlib.import_module(f"sparsejax.cli.{arguments[0]}") if arguments and arguments[0] in VERBS else None
-    parser, verb_parser = _build_parsers(verb)
+    verb, parser = None, _build_parser()
+    if arguments and arguments[0] in VERBS:
+        verb = importlib.import_module(f"sparsejax.cli.{arguments[0]}")
+        purpose = VERBS[arguments[0]]
+        description = f"{purpose[0].upper()}{purpose[1:]}."
+        parser = Parser(prog=f"sparsejax {arguments[0]}", description=description, allow_abbrev=False)
+        verb.add_arguments(parser)
     try:
-        return _run(verb, parser, arguments)
+        if verb is None:
+            parser.parse_args(arguments)  # prints the help and exits, or raises
+            parser.error("the verb must come first")
+        return _run(verb, parser, arguments[1:])
     except InputError as error:
-        return _fail(verb_parser.render(error), USAGE_ERROR)
+        return _fail(parser.render(error), USAGE_ERROR)
     except OSError as error:
         full = error.errno in (errno.ENOSPC, errno.EDQUOT)
         problem = "no space left on the disk of the workdir" if full else str(error.strerror or error)
-        return _fail(verb_parser.render(InputError(error.filename or "workdir", problem)), USAGE_ERROR)
+        return _fail(parser.render(InputError(error.filename or "workdir", problem)), USAGE_ERROR)
     except KeyboardInterrupt:
         return _fail("stopped by SIGINT", INTERRUPTED)
 
 
-def _run(verb: types.ModuleType | None, parser: Parser, arguments: Sequence[str]) -> int:
-    others, overrides = split_overrides(arguments, verb.OVERRIDES if verb else ())
-    options = parser.parse_args(others)  # exits after --help, and raises without a verb
-    assert verb is not None
-    options.overrides = overrides
-    from rich.console import Console  # slow
+def _run(verb: Any, parser: Parser, arguments: Sequence[str]) -> int:
+    others, overrides = split_overrides(arguments, verb.OVERRIDES)
+    options = parser.parse_args(others, argparse.Namespace(overrides=overrides))
+    from rich.console import Console  # slow, and --help does not need it
 
     try:
         verb.run(options, Console(width=None if sys.stdout.isatty() else PLAIN_WIDTH))
@@ -66,17 +73,12 @@ def _run(verb: types.ModuleType | None, parser: Parser, arguments: Sequence[str]
     return 0
 
 
-def _build_parsers(verb: types.ModuleType | None) -> tuple[Parser, Parser]:
-    """The parser of the program, and that of the verb, the only one that has its arguments."""
+def _build_parser() -> Parser:
     parser = Parser(prog="sparsejax", description="Sparse and hybrid sequence models in JAX.")
-    verbs = parser.add_subparsers(dest="verb", required=True, metavar="VERB")
+    verbs = parser.add_subparsers(required=True, metavar="VERB")
     for name, purpose in VERBS.items():
-        verbs.add_parser(name, help=purpose, description=purpose, allow_abbrev=False)
-    if verb is None:
-        return parser, parser
-    verb_parser = verbs.choices[verb.__name__.rpartition(".")[2]]
-    verb.add_arguments(verb_parser)
-    return parser, verb_parser
+        verbs.add_parser(name, help=purpose)
+    return parser
 
 
 def _silence_libraries() -> None:

@@ -41,7 +41,7 @@ class ConfigError(InputError):
 def unknown_key(key: str, name: str, known: list[str]) -> ConfigError:
     """The error about a key whose last part `name` is none of the known names."""
     nearest = difflib.get_close_matches(name, known, n=1, cutoff=0)
-    return ConfigError(key, f"unknown key{f', did you mean {nearest[0]!r}?' if nearest else ''}")
+    return ConfigError(key, f"unknown key{f'; did you mean {nearest[0]!r}?' if nearest else ''}")
 
 
 def copy_sections(value: Any) -> Any:
@@ -111,12 +111,13 @@ def _build(annotation: Any, value: Any, path: str, kind: Any = None) -> Any:
 
 def _build_member(union: Any, value: Any, path: str, kind: Any) -> Any:
     if kind is not None:  # of a sibling, which its own section checks
-        _expect(f"none, {kind!r} has no keys", _is_kind(union, kind), path, value)
+        if not _is_kind(union, kind):
+            raise ConfigError(path, f"expected none, since {kind!r} has no keys of its own")
         return _build_section(UNIONS[union][kind], value, path)
     _expect("a section", isinstance(value, dict), path, value)
     kind = value.get("kind")
     if not _is_kind(union, kind):
-        raise ConfigError(f"{path}.kind", f"must be one of {', '.join(UNIONS[union])}, got {kind!r}")
+        raise ConfigError(f"{path}.kind", f"{kind!r} is not one of {', '.join(UNIONS[union])}")
     schema = UNIONS[union][kind]
     if "kind" not in _fields(schema):  # a class that serves several kinds has a field for it
         value = {name: item for name, item in value.items() if name != "kind"}

@@ -43,7 +43,7 @@ def load(source: str, overrides: Mapping[str, Any] | None = None) -> ConfigDict:
     # A dict that a file uses twice is one ConfigDict in two sections; copies keep an override of one from the other.
     config = ConfigDict(complete(copy_sections(config.to_dict())))
     override(config, overrides or {})
-    return config
+    return ConfigDict(complete(config.to_dict()))  # overrides can add a phase
 
 
 def run_file(path: str) -> types.ModuleType:

@@ -118,8 +118,7 @@ def check_phase(config: ConfigDict, name: str) -> Config:
     Raises:
       ConfigError: As `check`, below the key of the phase; or the phase sets a key that phases cannot set.
     """
-    key = f"train.phases.{name}.set"
-    return _build_below(key, _override_below(key, config, config.train.phases[name].get("set", {}), PHASE_KEYS))
+    return _build_below(f"train.phases.{name}.set", _apply_phase(config, name))
 
 
 def check_evaluation(config: ConfigDict, name: str) -> Config:
@@ -128,14 +127,18 @@ def check_evaluation(config: ConfigDict, name: str) -> Config:
     Raises:
       ConfigError: As `check_phase`.
     """
-    changed, key = config, f"eval.also.{name}"
-    if config.train.get("phases"):
-        last, phase = max(config.train.phases.items(), key=lambda item: item[1].start)
-        changed = _override_below(f"train.phases.{last}.set", config, phase.get("set", {}), PHASE_KEYS)
-    return _build_below(key, _override_below(key, changed, config.eval.also[name], EVALUATION_KEYS))
+    key, phases = f"eval.also.{name}", config.train.get("phases", {})
+    last = max(phases, key=lambda phase: phases[phase].start, default=None)
+    changed = config if last is None else _apply_phase(config, last)
+    return _build_below(key, _apply_section(changed, key, config.eval.also[name], EVALUATION_KEYS))
 
 
-def _override_below(key: str, config: ConfigDict, section: ConfigDict, allowed: Sequence[str]) -> ConfigDict:
+def _apply_phase(config: ConfigDict, name: str) -> ConfigDict:
+    section = config.train.phases[name].get("set", ConfigDict())
+    return _apply_section(config, f"train.phases.{name}.set", section, PHASE_KEYS)
+
+
+def _apply_section(config: ConfigDict, key: str, section: ConfigDict, allowed: Sequence[str]) -> ConfigDict:
     """Returns a copy of `config` with the overrides in `section`, which is at `key`."""
     changed = ConfigDict(copy_sections(config.to_dict()))
     with argument_path(key):

@@ -118,11 +118,10 @@ class ModelConfig:
     def _check_causal(self, section: str, mixer: MixerConfig | None) -> None:
         if mixer is None or not self.causal:
             return
-        ahead = mixer.connectivity.lookahead()
-        if ahead > 0:
+        if mixer.connectivity.lookahead() > 0:
             raise InputError(
                 f"{section}.mixer",
-                f"{str(mixer.connectivity)!r} reads {ahead} positions ahead, but causal is true; write 'causal & ...'",
+                f"{str(mixer.connectivity)!r} reads from later positions, but causal is true; write 'causal & ...'",
             )
 
     def check(self, length: int) -> None:
