@@ -1,14 +1,14 @@
 """Runs that train nothing, to be quick, and a wait that ends."""
 
 import dataclasses
+import functools
 import time
 from pathlib import Path
 
 from sparsejax.sweep import plan_runs
+from sparsejax.workdir import Workdir
 
 RECIPE = Path(__file__).parents[1] / "train" / "recipe.py"
-
-
 LIMIT = 120.0  # seconds that anything may take
 
 
@@ -19,31 +19,27 @@ def wait_for(condition):
         time.sleep(0.02)
 
 
+@functools.cache
+def checked():
+    return plan_runs(str(RECIPE), [{}])[0].checked
+
+
 @dataclasses.dataclass(frozen=True)
 class Command:
-    """Stands for a run: any shell command; it is done if it leaves `result.json`."""
+    """Stands for a run: any shell command. It is done if it leaves a result, as DONE does."""
 
     name: str
     script: str
 
     label, seed = property(lambda self: self.name), 0
+    checked = property(lambda self: checked())
 
     def workdir(self, folder):
-        return folder / "runs" / self.name
+        return Workdir(folder / "runs" / self.name)
 
     def command(self, folder):
-        return [
-            "sh",
-            "-c",
-            self.script.replace("DONE", f"mkdir -p {self.workdir(folder)}; touch {self.result(folder)}"),
-        ]
-
-    def result(self, folder):
-        return self.workdir(folder) / "result.json"
+        workdir = self.workdir(folder)
+        return ["sh", "-c", self.script.replace("DONE", f"mkdir -p {workdir.path}; touch {workdir.result}")]
 
     def finished(self, folder):
-        return self.result(folder).exists()
-
-    @property
-    def checked(self):
-        return plan_runs(str(RECIPE), [{}])[0].checked
+        return self.workdir(folder).result.exists()

@@ -18,7 +18,8 @@ from sparsejax.account import account_model
 from sparsejax.cli import USAGE_ERROR, main
 from sparsejax.sweep import Search, SweepError, read_match, read_objectives, read_search, run_search, suggest_period
 from sparsejax.sweep import trials as trials_of
-from sparsejax.train import RESULT, Interrupted, read_rows
+from sparsejax.train import Interrupted
+from sparsejax.workdir import SweepFolder, read_rows
 from tests.train import runs
 
 pytest.importorskip("optuna", reason="needs the extra search")
@@ -104,7 +105,7 @@ def test_the_best_schedule_is_found(tmp_path):
     (best,) = csv.DictReader((tmp_path / "best.csv").open())
     assert float(best["eval/loss"]) == pytest.approx(loss(BEST * 2, STEPS))
     assert len(rows) == 30
-    finished = [name for name in engine.launched if (tmp_path / "runs" / name / RESULT).exists()]
+    finished = [name for name in engine.launched if SweepFolder(tmp_path).workdir(name).result.exists()]
     assert len(finished) == len(set(finished))  # what was drawn again was not run again
     assert len(set(engine.launched)) <= 9 < 30
     assert "sparsejax train" in printed
@@ -133,7 +134,7 @@ def test_the_front_of_a_whole_space(tmp_path):
     points = {}
     for period in itertools.product(NAMES, repeat=2):
         text = schedule.write(period * 2)
-        config = configs.load(CONFIG, [f"model.schedule={text}"])
+        config = configs.load(CONFIG, {"model.schedule": text})
         layers, _ = account_model(configs.check(config).model, config.data.length)
         points[text] = loss(period * 2, STEPS), sum(layer.cache_bytes for layer in layers)
     assert {row["model.schedule"] for row in rows} == set(points)
@@ -263,7 +264,7 @@ def test_trials_of_equal_flops(tmp_path):
     steps = []
     run(make(trials=4, match=read_match("flops:1e9"), sampler="random"), tmp_path, Played(happen=playing))
     for row in csv.DictReader((tmp_path / "trials.csv").open()):
-        config = configs.check(configs.load(CONFIG, [f"{key}={row[key]}" for key in ("model.schedule", "train.steps")]))
+        config = configs.check(configs.load(CONFIG, {key: str(row[key]) for key in ("model.schedule", "train.steps")}))
         layers, rest = account_model(config.model, 32)
         each = 4 * 32 * sum(part.training_flops for part in (*layers, rest))
         assert config.train.steps * each == pytest.approx(1e9, rel=0.01)
@@ -370,7 +371,7 @@ def test_a_search_by_real_runs(tmp_path, monkeypatch):
     rows = list(csv.DictReader((folder / "trials.csv").open()))
     assert [row["state"] for row in rows] == ["complete"] * 4
     for row in rows:
-        result = json.loads((folder / "runs" / row["run"] / RESULT).read_text())
+        result = json.loads(SweepFolder(folder).workdir(row["run"]).result.read_text())
         assert float(row["eval/loss"]) == result["eval/loss"]
     assert f"wrote {folder / 'front-1.py'}" in said.getvalue()
     front = configs.load(str(folder / "front-1.py"))

@@ -10,11 +10,11 @@ from pathlib import Path
 
 import pytest
 from rich.console import Console
+from sparsejax.sweep.board import Board, read_progress
+from sparsejax.sweep.engines import Slurm, build_job
 
 from sparsejax.cli import INTERRUPTED
 from sparsejax.sweep import RunsFailed, SweepError, launch, plan_runs
-from sparsejax.sweep.board import Board, read_progress
-from sparsejax.sweep.engines import Slurm, build_job
 from sparsejax.train import Interrupted
 from tests.sweep.commands import Command, wait_for
 from tests.train import runs

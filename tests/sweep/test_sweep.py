@@ -7,7 +7,7 @@ import pytest
 
 from sparsejax.cli import main
 from sparsejax.sweep import read_record
-from sparsejax.train import RESULT
+from sparsejax.workdir import SweepFolder
 
 RECIPE = Path(__file__).parents[1] / "train" / "recipe.py"
 
@@ -28,7 +28,7 @@ def finish(folder, runs):
     """As if all runs of a sweep had ended."""
     for name in runs:
         (folder / "runs" / name).mkdir(parents=True)
-        (folder / "runs" / name / RESULT).write_text("{}")
+        SweepFolder(folder).workdir(name).result.write_text("{}")
 
 
 def test_print_starts_nothing(sweep, tmp_path):
@@ -91,7 +91,7 @@ def test_a_config_that_has_changed_since(sweep, tmp_path):
     settings = {"sharding": {"data": 8, "fsdp": 1, "tensor": 1}}
     from sparsejax import config as configs
 
-    recorded = configs.load(str(config), ["train.seed=0"]).to_dict()
+    recorded = configs.load(str(config), {"train.seed": 0}).to_dict()
     (workdir / "config.json").write_text(json.dumps(recorded | settings))
     assert sweep("seed=[0]", "--print", config=config)[0] == 0  # other devices are no other run
     config.write_text(RECIPE.read_text().replace('"batch": 4', '"batch": 2', 1))

@@ -4,10 +4,10 @@ import csv
 import random
 
 import pytest
+from sparsejax.sweep.front import COMPLETE, FAILED, PRUNED, Objective, Outcome, find_best, write_config, write_outcomes
 
 from sparsejax import config as configs
 from sparsejax.sweep import plan_runs
-from sparsejax.sweep.front import COMPLETE, FAILED, PRUNED, Objective, Outcome, find_best, write_config, write_outcomes
 from tests.train.runs import RECIPE
 
 LOSS, BYTES = Objective("eval/loss", most=False), Objective("kv", most=False)
