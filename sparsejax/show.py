@@ -1,4 +1,4 @@
-"""What a configuration builds, layer by layer, what it costs and how far it sees; the table of methods."""
+"""Descriptions: the layers of a model with their costs and receptive field, its data, and the growth of methods."""
 
 from __future__ import annotations
 
@@ -11,21 +11,22 @@ from rich.table import Table
 
 from sparsejax import complexity, patterns
 from sparsejax.account import Account, account_model
-from sparsejax.config import Config, ConfigError, ModelConfig
+from sparsejax.config import Config, ModelConfig
 from sparsejax.data import load_dataset, preview
+from sparsejax.errors import InputError
 from sparsejax.layers import LayerConfig
 
 
 def show(model: ModelConfig, length: int, console: Console) -> None:
-    """Prints one row for each layer of the schedule, with what it costs; then the schedule's reach and warnings.
+    """Prints a row per layer of the schedule with its costs, then the receptive field and warnings.
 
     Args:
-      model: the configuration.
-      length: tokens of a sequence.
-      console: where to print.
+      model: The model.
+      length: Tokens per sequence.
+      console: Where to print.
 
     Raises:
-      ConfigError: a length below 1.
+      InputError: The length is below 1.
     """
     _require_length(length)
     layers, outside = account_model(model, length)
@@ -44,13 +45,13 @@ def show(model: ModelConfig, length: int, console: Console) -> None:
     console.print(table)
     _print(
         console,
-        *(["active: parameters that serve one token, all but the experts that it did not choose"] if sparse else []),
-        "pairs: (query, key) pairs scored, all heads, one sequence; FLOPs: forward, averaged over the sequence;"
-        " cache: to decode one sequence of this length; live tiles: of all tiles of 128 x 128",
+        *(["active: parameters used by a token, without the experts that it does not select"] if sparse else []),
+        "pairs: scored (query, key) pairs of one sequence, all heads; FLOPs: forward, averaged over the sequence;"
+        " cache: to decode one sequence of this length; live tiles: fraction of all 128 x 128 tiles",
         f"one sequence: {total.sequence_flops:,.0f} FLOPs forward, {length * total.training_flops:,.0f} in training;"
-        f" {total.score_bytes:,} bytes of scores if all are kept, in float32",
-        describe_reach(model.sees, length),
-        *(f"warning: {warning}" for warning in patterns.advise(model.sees, length)),
+        f" {total.score_bytes:,} bytes of scores in float32, if all are kept",
+        describe_receptive_field(model.connectivity, length),
+        *(f"warning: {warning}" for warning in patterns.lint_schedule(model.connectivity, length)),
     )
 
 
@@ -58,12 +59,12 @@ def show_complexity(length: int | None, measured: bool, console: Console) -> Non
     """Prints how the cost of each method grows with the length.
 
     Args:
-      length: tokens of a sequence, for the exact pairs; 131,072 if None.
-      measured: also measure time and memory on this machine (minutes), and print the exponents.
-      console: where to print.
+      length: Tokens per sequence at which pairs are counted; defaults to 131,072.
+      measured: Whether to measure time and memory on this machine, for minutes, and print their exponents.
+      console: Where to print.
 
     Raises:
-      ConfigError: a length below 1.
+      InputError: The length is below 1.
     """
     length = complexity.TABLE_LENGTH if length is None else length
     _require_length(length)
@@ -77,21 +78,21 @@ def show_complexity(length: int | None, measured: bool, console: Console) -> Non
     console.print(table)
     _print(
         console,
-        "pairs: one head, counted from the pattern; of dense causal: over the pairs of dense causal attention",
+        "pairs: of one head, counted from the pattern; of dense causal: relative to dense causal attention",
         *(["time, memory: forward and backward pass of one head, fitted on this machine"] if measured else []),
     )
 
 
 def show_data(config: Config, examples: int, console: Console) -> None:
-    """Prints what went into the data of a configuration and what came out, and its first training rows.
+    """Prints the counts of the data of a configuration and its first training rows.
 
     Args:
-      config: the configuration.
-      examples: how many rows.
-      console: where to print.
+      config: The configuration.
+      examples: Number of rows.
+      console: Where to print.
 
     Raises:
-      DataError: the data cannot be read.
+      DataError: The data cannot be read.
     """
     dataset = load_dataset(config.data, config.eval.stride)
     _print(console, *dataset.describe())
@@ -101,26 +102,28 @@ def show_data(config: Config, examples: int, console: Console) -> None:
     _print(console, *preview(dataset, config.train.seed, examples))
 
 
-def describe_reach(layers: list[tuple[str, patterns.Pattern]], length: int) -> str:
-    """How many inputs the last position sees after each layer, in one line; layers of equal growth are taken together.
+def describe_receptive_field(layers: list[tuple[str, patterns.Pattern]], length: int) -> str:
+    """Describes in one line how the receptive field of the last position grows; equal growth is summarized.
 
     Args:
-      layers: name and pattern of each layer, in order.
-      length: tokens of a sequence.
+      layers: Name and pattern of each layer, in order.
+      length: Tokens per sequence.
     """
-    sizes = patterns.grow([pattern for _, pattern in layers], length).tolist()
+    sizes = patterns.receptive_field.sizes([pattern for _, pattern in layers], length).tolist()
     growth = [after - before for before, after in itertools.pairwise(sizes)]
-    parts = []
-    for more, run in itertools.groupby(range(len(growth)), key=growth.__getitem__):
+    stretches = []
+    for gain, run in itertools.groupby(range(len(growth)), key=growth.__getitem__):
         *others, last = run
-        gain = f"+{more:,} a layer to " if others else ""
-        parts.append(f"{gain}{sizes[last + 1]:,} after layer {last}" if more else f"no more up to layer {last}")
-    return f"reach of the last position, of {length:,} inputs: {'; '.join(parts)}"
+        if gain:
+            stretches.append(f"{f'+{gain:,} per layer to ' if others else ''}{sizes[last + 1]:,} after layer {last}")
+        else:
+            stretches.append(f"unchanged up to layer {last}")
+    return f"receptive field of the last position, of {length:,} inputs: {'; '.join(stretches)}"
 
 
 def _require_length(length: int) -> None:
     if length < 1:
-        raise ConfigError(f"--length: must be at least 1, got {length}")
+        raise InputError("length", f"{length} is below 1")
 
 
 def _numbers(account: Account, active: bool) -> tuple[str, ...]:
@@ -133,8 +136,8 @@ def _numbers(account: Account, active: bool) -> tuple[str, ...]:
 def _describe(layer: LayerConfig) -> tuple[str, str]:
     if layer.mixer is None:
         return "-", "-"
-    beside = "" if layer.side is None else f" + {layer.side.shared}"
-    return f"{layer.mixer.summary}{beside}", getattr(layer.mixer, "pattern", "-")
+    side = "" if layer.side is None else f" + {layer.side.shared}"
+    return f"{layer.mixer.summary}{side}", getattr(layer.mixer, "pattern", "-")
 
 
 def _print(console: Console, *lines: str) -> None:
