@@ -1,4 +1,4 @@
-"""Searches whose answer is known: most of them over runs that are played, one over real ones."""
+"""Searches whose answer is known: most of them over simulated runs, one over real ones."""
 
 import contextlib
 import csv
@@ -16,17 +16,19 @@ from sparsejax import config as configs
 from sparsejax import schedule
 from sparsejax.account import account_model
 from sparsejax.cli import USAGE_ERROR, main
+from sparsejax.signals import Interrupted
 from sparsejax.sweep import Search, SweepError, read_match, read_objectives, read_search, run_search, suggest_period
-from sparsejax.sweep import trials as trials_of
-from sparsejax.train import Interrupted
-from sparsejax.workdir import SweepFolder, read_rows
+from sparsejax.sweep.executors import Executor
+from sparsejax.sweep.supervisor import Supervisor
+from sparsejax.workdir import SweepFolder, read_json, read_rows
+from tests.messages import check_message, rejects
 from tests.train import runs
 
 pytest.importorskip("optuna", reason="needs the extra search")
 
 CONFIG = str(runs.RECIPE)
 NAMES = ("ssm", "local", "full")
-BEST = ("full", "ssm")  # what the played runs like best
+BEST = ("full", "ssm")  # the best schedule of simulated runs
 STEPS, EVERY = 20, 5
 
 
@@ -35,33 +37,33 @@ def draw(trial):
 
 
 def loss(names, step):
-    """Of a played run: lower for each layer that is as in BEST, and with every step; no two schedules have the same."""
+    """Of a simulated run: falls with every layer as in BEST and with every step; different for all schedules."""
     wrong = sum(name != best for name, best in zip(names, itertools.cycle(BEST), strict=False))
     return 1 + wrong + sum(NAMES.index(name) * 0.01 * 3**-place for place, name in enumerate(names)) + 1 / step
 
 
-class Played:
-    """An engine whose runs come one evaluation further whenever one looks, unless `happen` gives an exit code."""
+class Simulated(Executor):
+    """Its runs advance by one evaluation per look, unless `event` returns an exit code."""
 
-    rest, stays = 0.0, False
+    poll_interval, detached = 0.0, False
 
-    def __init__(self, jobs=1, happen=lambda attempt, step: None):
-        self.jobs, self.happen, self.launched = jobs, happen, []
+    def __init__(self, jobs=1, event=lambda attempt, step: None):
+        self.jobs, self.event, self.launched, self.codes = jobs, event, [], {}
 
     def launch(self, waiting, live):
         chosen = list(waiting[: self.jobs - len(live)])
         for attempt in chosen:
-            attempt.told = False
-            attempt.job.forget()
+            attempt.asked = False
+            self.codes.pop(attempt.run.name, None)
             self.launched.append(attempt.run.name)
         return chosen
 
     def ended(self, attempt):
         metrics = attempt.job.result.with_name("metrics.jsonl")
         metrics.parent.mkdir(parents=True, exist_ok=True)
-        attempt.job.place.parent.mkdir(parents=True, exist_ok=True)
+        attempt.job.files.path.parent.mkdir(parents=True, exist_ok=True)
         step = EVERY + max((row["step"] for row in read_rows(metrics)), default=0)
-        code = 75 if attempt.told else self.happen(attempt, step)
+        code = 75 if attempt.asked else self.event(attempt, step)
         if code is None:
             value = loss(attempt.run.checked.model.names, step)
             with metrics.open("a") as file:
@@ -70,14 +72,17 @@ class Played:
                 return False
             attempt.job.result.write_text(json.dumps({"step": step, "eval/loss": value}))
             code = 0
-        attempt.job.place.with_suffix(".exit").write_text(f"{code}\n")
+        self.codes[attempt.run.name] = code
         return True
 
-    def began(self, attempt):
+    def started(self, attempt):
         return True
 
     def stop(self, attempt):
-        attempt.told = True
+        attempt.asked = True
+
+    def exit_code(self, attempt):
+        return self.codes.get(attempt.run.name)
 
     def find(self, attempt):
         return False
@@ -87,10 +92,10 @@ def make(objective="eval/loss", trials=20, **options):
     return Search(CONFIG, draw, read_objectives(objective), trials, **options)
 
 
-def run(search, folder, engine=None):
+def run(search, folder, executor=None):
     """The rows of trials.csv, and what was printed."""
     console = Console(file=io.StringIO(), width=300)
-    run_search(search, folder, engine or Played(), console)
+    run_search(search, folder, executor or Simulated(), console)
     return list(csv.DictReader((folder / "trials.csv").open())), console.file.getvalue()
 
 
@@ -99,21 +104,21 @@ def names_of(row):
 
 
 def test_the_best_schedule_is_found(tmp_path):
-    engine = Played()
-    rows, printed = run(make(trials=30), tmp_path, engine)
+    executor = Simulated()
+    rows, printed = run(make(trials=30), tmp_path, executor)
     assert configs.load(str(tmp_path / "best.py")).model.schedule == "2x(full ssm)"
     (best,) = csv.DictReader((tmp_path / "best.csv").open())
     assert float(best["eval/loss"]) == pytest.approx(loss(BEST * 2, STEPS))
     assert len(rows) == 30
-    finished = [name for name in engine.launched if SweepFolder(tmp_path).workdir(name).result.exists()]
-    assert len(finished) == len(set(finished))  # what was drawn again was not run again
-    assert len(set(engine.launched)) <= 9 < 30
+    finished = [name for name in executor.launched if SweepFolder(tmp_path).workdir(name).result.exists()]
+    assert len(finished) == len(set(finished))  # no run is repeated
+    assert len(set(executor.launched)) <= 9 < 30
     assert "sparsejax train" in printed
     assert "--config.model.schedule='2x(full ssm)'" in printed or "'--config.model.schedule=2x(full ssm)'" in printed
 
 
 def test_successive_halving(tmp_path):
-    """Against the rule itself: whoever is not among the best third of those that came to a rung stops there."""
+    """The rule: a trial that is not among the best third of those that reached a rung stops there."""
     rows, _ = run(make(sampler="random", trials=25), tmp_path)
     reached = {5: [], 15: []}  # rungs: the first evaluation, and three times as far
     for row in rows:
@@ -161,13 +166,13 @@ def test_equal_seeds_make_equal_searches(sampler, trials, tmp_path):
 
 
 class Killed(BaseException):
-    """As if by kill -9: nothing is done on the way out."""
+    """Simulates kill -9: nothing runs on the way out."""
 
 
 @pytest.mark.parametrize("jobs", [1, 3])
 def test_a_killed_search_loses_nothing(jobs, tmp_path, monkeypatch):
     search = make(trials=12)
-    whole, _ = run(search, tmp_path / "whole", Played(jobs))
+    whole, _ = run(search, tmp_path / "whole", Simulated(jobs))
     folder, looks, deaths = tmp_path / "killed", itertools.count(), 0
 
     def die(attempt, step):
@@ -175,15 +180,15 @@ def test_a_killed_search_loses_nothing(jobs, tmp_path, monkeypatch):
             raise Killed
 
     with monkeypatch.context() as patch:
-        patch.setattr(trials_of._Trials, "_stop", lambda self: None)
+        patch.setattr(Supervisor, "stop_all", lambda self: None)
         for _ in range(30):
             try:
-                rows, _ = run(search, folder, Played(jobs, die))
+                rows, _ = run(search, folder, Simulated(jobs, die))
                 break
             except Killed:
                 deaths += 1
                 with (folder / "study.journal").open("a") as file:
-                    file.write('{"op_code":')  # it died as it wrote, and held the lock
+                    file.write('{"op_code":')  # it died while it wrote, and held the lock
                 (folder / "study.journal.lock").symlink_to(folder / "study.journal")
     assert deaths > 3
     assert [row["trial"] for row in rows] == [str(number) for number in range(12)]
@@ -193,59 +198,59 @@ def test_a_killed_search_loses_nothing(jobs, tmp_path, monkeypatch):
         assert (folder / "best.py").read_bytes() == (tmp_path / "whole" / "best.py").read_bytes()
 
 
-def test_more_trials_are_added_to_those_there_are(tmp_path):
+def test_a_search_can_be_extended(tmp_path):
     first, _ = run(make(trials=5), tmp_path)
-    engine = Played()
-    assert run(make(trials=5), tmp_path, engine)[0] == first
-    assert engine.launched == []
+    executor = Simulated()
+    assert run(make(trials=5), tmp_path, executor)[0] == first
+    assert executor.launched == []
     more, _ = run(make(trials=8), tmp_path)
     assert (more[:5], len(more)) == (first, 8)
 
 
-def test_a_run_that_fails_is_told_with_its_log(tmp_path):
+def test_a_failed_run_is_reported_with_its_log(tmp_path):
     def fail(attempt, step):
         if attempt.run.checked.model.names[0] == "ssm":
-            attempt.job.log.write_text("first\nout of memory\n")
+            attempt.job.files.log.write_text("first\nout of memory\n")
             return 1
         return None
 
-    rows, printed = run(make(sampler="random"), tmp_path, Played(happen=fail))
+    rows, printed = run(make(sampler="random"), tmp_path, Simulated(event=fail))
     assert {row["state"] for row in rows if names_of(row)[0] == "ssm"} == {"failed"}
     assert {row["state"] for row in rows if names_of(row)[0] != "ssm"} <= {"complete", "pruned"}
-    assert "failed: exit code 1" in printed
+    assert "exit code 1" in printed
     assert "    out of memory" in printed
-    with pytest.raises(SweepError, match="no trial was completed"):
-        run(make(trials=2), tmp_path / "other", Played(happen=lambda attempt, step: 1))
+    with rejects(SweepError, "search"):
+        run(make(trials=2), tmp_path / "other", Simulated(event=lambda attempt, step: 1))
 
 
-def test_a_run_that_others_stop_goes_on(tmp_path):
+def test_a_run_that_others_stop_resumes(tmp_path):
     stops = iter([75, None, -15])
-    engine = Played(happen=lambda attempt, step: next(stops, None))
-    (row,), _ = run(make(trials=1), tmp_path, engine)
-    assert (row["state"], len(engine.launched)) == ("complete", 3)
+    executor = Simulated(event=lambda attempt, step: next(stops, None))
+    (row,), _ = run(make(trials=1), tmp_path, executor)
+    assert (row["state"], len(executor.launched)) == ("complete", 3)
 
 
 def test_a_search_that_is_asked_to_stop_asks_its_runs(tmp_path):
-    told = []
+    asked = []
 
-    class Asked(Played):
+    class Asked(Simulated):
         def stop(self, attempt):
-            told.append(attempt.run.name)
+            asked.append(attempt.run.name)
             super().stop(attempt)
 
     def ask(attempt, step):
-        if step == 10 and not told:
+        if step == 10 and not asked:
             os.kill(os.getpid(), signal.SIGTERM)
 
-    with pytest.raises(Interrupted, match=r"stopped by SIGTERM: .* the same command goes on"):
-        run(make(trials=4), tmp_path, Asked(happen=ask))
-    assert len(told) == 1
+    with rejects(Interrupted, "SIGTERM"):
+        run(make(trials=4), tmp_path, Asked(event=ask))
+    assert len(asked) == 1
     assert [row["state"] for row in run(make(trials=4), tmp_path)[0]] == [
         row["state"] for row in run(make(trials=4), tmp_path / "whole")[0]
     ]
 
 
-def test_trials_that_search_leaves_out(tmp_path):
+def test_trials_that_search_skips(tmp_path):
     from optuna import TrialPruned
 
     def choosy(trial):
@@ -262,7 +267,7 @@ def test_trials_of_equal_flops(tmp_path):
         steps.append(attempt.run.checked.train.steps)
 
     steps = []
-    run(make(trials=4, match=read_match("flops:1e9"), sampler="random"), tmp_path, Played(happen=playing))
+    run(make(trials=4, match=read_match("flops:1e9"), sampler="random"), tmp_path, Simulated(event=playing))
     for row in csv.DictReader((tmp_path / "trials.csv").open()):
         config = configs.check(configs.load(CONFIG, {key: str(row[key]) for key in ("model.schedule", "train.steps")}))
         layers, rest = account_model(config.model, 32)
@@ -277,69 +282,56 @@ def test_seconds(tmp_path):
         with attempt.job.result.with_name("timing.jsonl").open("a") as file:
             file.write(json.dumps({"step": step, "steps_per_second": next(rates)}) + "\n")
 
-    rows, _ = run(make("eval/loss,seconds", trials=2), tmp_path, Played(happen=keep_time))
+    rows, _ = run(make("eval/loss,seconds", trials=2), tmp_path, Simulated(event=keep_time))
     assert [float(row["seconds"]) for row in rows] == [20 / 1.5] * 2
     assert math.isfinite(float(rows[0]["eval/loss"]))
 
 
-BAD = {
-    "a folder of another search": lambda folder: (run(make(trials=1), folder), run(make(trials=1, seed=5), folder)),
-    "a metric that is not there": lambda folder: run(make("eval/accuracy"), folder),
-    "more steps than allowed": lambda folder: run(make(steps=10), folder),
-    "no target": lambda folder: make(match=read_match("flops:first")),
-    "no trials": lambda folder: make(trials=0),
-    "a sampler": lambda folder: make(sampler="grid"),
-    "no dict": lambda folder: run(Search(CONFIG, lambda trial: None, read_objectives("eval/loss"), 1), folder),
-    "an error": lambda folder: run(Search(CONFIG, lambda trial: 1 / 0, read_objectives("eval/loss"), 1), folder),
-    "a typo": lambda folder: run(
-        Search(CONFIG, lambda trial: {"train.stepz": 1}, read_objectives("eval/loss"), 1), folder
-    ),
-    "three objectives": lambda folder: read_objectives("eval/loss,kv,flops"),
-    "no metric": lambda folder: read_objectives("kv,eval/loss"),
-    "a cost": lambda folder: read_objectives("eval/loss,bytes"),
-    "no file": lambda folder: read_search("nowhere.py"),
-    "no function": lambda folder: read_search(f"{CONFIG}:nothing"),
-}
-SAID = {
-    "a folder of another search": "seed was 0, is 5",
-    "a metric that is not there": "no 'eval/accuracy', only eval/loss",
-    "more steps than allowed": "--max-steps=10",
-    "no target": "must be a number",
-    "no trials": "--trials",
-    "a sampler": "--sampler",
-    "no dict": "dict of overrides",
-    "an error": "trial 0: ZeroDivisionError",
-    "a typo": "did you mean 'steps'",
-    "three objectives": "--objective",
-    "no metric": "METRIC",
-    "a cost": "flops_per_token, parameters",
-    "no file": "nowhere.py",
-    "no function": "has no function nothing(trial)",
+def searching(draw):
+    return Search(CONFIG, draw, read_objectives("eval/loss"), 1)
+
+
+INVALID = {
+    "other_search": ("workdir", lambda folder: (run(make(trials=1), folder), run(make(trials=1, seed=5), folder))),
+    "metric": ("objective", lambda folder: run(make("eval/accuracy"), folder)),
+    "max_steps": ("max_steps", lambda folder: run(make(max_steps=10), folder)),
+    "no_target": ("match", lambda folder: make(match=read_match("flops:first"))),
+    "trials": ("trials", lambda folder: make(trials=0)),
+    "sampler": ("sampler", lambda folder: make(sampler="grid")),
+    "no_dict": ("search", lambda folder: run(searching(lambda trial: None), folder)),
+    "exception": ("search", lambda folder: run(searching(lambda trial: 1 / 0), folder)),
+    "key": ("train.stepz", lambda folder: run(searching(lambda trial: {"train.stepz": 1}), folder)),
+    "three_objectives": ("objective", lambda folder: read_objectives("eval/loss,kv,flops")),
+    "no_metric": ("objective", lambda folder: read_objectives("kv,eval/loss")),
+    "cost": ("objective", lambda folder: read_objectives("eval/loss,bytes")),
+    "file": ("search", lambda folder: read_search("nowhere.py")),
+    "function": ("search", lambda folder: read_search(f"{CONFIG}:nothing")),
 }
 
 
-@pytest.mark.parametrize("what", BAD)
-def test_what_cannot_be_searched_is_one_line(what, tmp_path):
-    with pytest.raises(SweepError) as error:
-        BAD[what](tmp_path)
-    assert SAID[what] in str(error.value)
-    assert "\n" not in str(error.value)
+@pytest.mark.parametrize("case", INVALID)
+def test_invalid_searches(case, tmp_path):
+    argument, call = INVALID[case]
+    with rejects(SweepError, argument):
+        call(tmp_path)
 
 
-@pytest.mark.parametrize(
-    "arguments",
-    [
-        ["--search=x.py"],
-        ["--search=x.py", "--trials=3", "--retry"],
-        ["--search=x.py", "--trials=3"],
-        ["--sweep=seed=range(3)", "--trials=3"],
-        ["--sweep=seed=range(3)", "--search=x.py"],
-        ["--sweep=seed=range(3)", "--match=flops"],
-    ],
-)
-def test_bad_command_lines_are_one_line(arguments, tmp_path, capsys):
-    assert main(["sweep", f"--config={CONFIG}", f"--workdir={tmp_path / 'a'}", *arguments]) == USAGE_ERROR
-    assert capsys.readouterr().err.count("\n") == 1
+COMMAND_LINES = {
+    "no_trials": ["--search=x.py"],
+    "retry": ["--search=x.py", "--trials=3", "--retry"],
+    "file": ["--search=x.py", "--trials=3"],
+    "trials": ["--sweep=seed=range(3)", "--trials=3"],
+    "both": ["--sweep=seed=range(3)", "--search=x.py"],
+    "match": ["--sweep=seed=range(3)", "--match=flops"],
+}
+
+
+@pytest.mark.parametrize("case", COMMAND_LINES)
+def test_invalid_command_lines(case, tmp_path, capsys):
+    assert main(["sweep", f"--config={CONFIG}", f"--workdir={tmp_path / 'a'}", *COMMAND_LINES[case]]) == USAGE_ERROR
+    err = capsys.readouterr().err
+    assert err.count("\n") == 1
+    check_message(err.strip())
     assert not (tmp_path / "a").exists()
 
 
@@ -376,4 +368,4 @@ def test_a_search_by_real_runs(tmp_path, monkeypatch):
     assert f"wrote {folder / 'front-1.py'}" in said.getvalue()
     front = configs.load(str(folder / "front-1.py"))
     first = next(csv.DictReader((folder / "pareto.csv").open()))
-    assert front.to_dict() == json.loads((folder / "runs" / first["run"] / "config.json").read_text())
+    assert front.to_dict() == read_json(SweepFolder(folder).workdir(first["run"]).config)

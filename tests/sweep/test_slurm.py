@@ -1,7 +1,6 @@
-"""A real Slurm of one machine: runs as an array, preemption, time-outs, jobs that are cancelled or left alone."""
+"""A real Slurm of one machine: arrays, preemption, timeouts, jobs that are cancelled or left running."""
 
 import io
-import json
 import os
 import shutil
 import signal
@@ -10,7 +9,7 @@ from pathlib import Path
 
 import pytest
 from rich.console import Console
-from sparsejax.sweep.board import Board, read_progress
+from sparsejax.sweep.board import read_progress
 from sparsejax.sweep.engines import Slurm, build_job
 
 from sparsejax.cli import INTERRUPTED
@@ -49,8 +48,12 @@ def cluster(tmp_path_factory):
 
 def id_of(job):
     """Slurm's id of a run's job, once it is submitted."""
-    place = job.place.with_suffix(".json")
-    return json.loads(place.read_text())["job"] if place.exists() else None
+    file = job.files.submission
+    return read_json(file)["job"] if file.exists() else None
+
+
+def exit_code_of(run, folder):
+    return Local(folder).exit_code(Attempt(run, build_job(run, folder)))
 
 
 def state_of(job):
@@ -73,7 +76,7 @@ def launch_here(commands, folder, jobs=None, **options):
     console = Console(file=io.StringIO(), width=200)
     error = None
     try:
-        launch(commands, folder, Slurm(folder, jobs, SETTINGS), Board(console, folder, jobs), **options)
+        launch(commands, folder, Slurm(folder, jobs, SETTINGS), Progress(console, folder, jobs), **options)
     except (RunsFailed, Interrupted) as raised:
         error = raised
     return console.file.getvalue(), error
@@ -88,21 +91,21 @@ def test_a_preempted_run_saves_and_goes_on(cluster, tmp_path):
     places = [f"--config={runs.RECIPE}", f"--sweep={axes}", f"--workdir={folder}", "--launcher=slurm"]
     launcher = runs.start("sweep", *places, *overrides, *(f"--slurm.{key}={value}" for key, value in SETTINGS.items()))
     jobs = [build_job(run, folder) for run in plan_runs(str(runs.RECIPE), [{"train.seed": i} for i in range(2)], given)]
-    wait_for(lambda: read_progress(jobs[0].result.parent).step > 0)
+    wait_for(lambda: read_progress(Workdir(jobs[0].result.parent)).step > 0)
     signal_until_heard(jobs[0], "USR2")
     hasten(jobs[0])
     code, out, err = runs.finish(launcher)
     assert (code, err) == (0, "")
     assert out.splitlines()[-1] == "2 of 2 runs done"
-    log = jobs[0].log.read_text()
+    log = jobs[0].files.log.read_text()
     assert "stopped by SIGTERM at step " in log
     assert f"resuming {jobs[0].result.parent} at step " in log
-    assert [read_progress(job.result.parent).step for job in jobs] == [300, 300]
-    assert [len(json.loads((job.result.parent / "versions.json").read_text())) for job in jobs] == [2, 1]
+    assert [read_progress(Workdir(job.result.parent)).step for job in jobs] == [300, 300]
+    assert [len(read_json(Workdir(job.result.parent).versions)) for job in jobs] == [2, 1]
 
 
 def test_the_launcher_leaves_its_jobs_to_slurm(cluster, tmp_path):
-    """And finds them again; a job that was cancelled meanwhile is submitted anew."""
+    """It finds them again, and submits a job again that was cancelled in the meantime."""
     slow = f"while [ ! -e {tmp_path}/go ]; do sleep 0.05; done; DONE"
     commands = [Command("slow", slow), Command("failing", "echo why; exit 4"), Command("cancelled", slow)]
     job, failing, cancelled = (build_job(one, tmp_path) for one in commands)
@@ -120,36 +123,32 @@ def test_the_launcher_leaves_its_jobs_to_slurm(cluster, tmp_path):
     wait_for(lambda: state_of(cancelled) == "")
     (tmp_path / "go").touch()
     out, error = launch_here(commands, tmp_path)
-    assert str(error) == "2 of 3 runs done, 1 failed; the same command with --retry runs again what failed"
+    check_message(str(error))
     assert "exit code 4; log: " in out
     assert (id_of(job), id_of(failing)) == ids[:2]
     assert id_of(cancelled) != ids[2]
 
 
-def test_hours_are_limited(cluster, tmp_path):
-    """Jobs that run are asked to save, jobs that wait are cancelled."""
+def test_the_time_limit(cluster, tmp_path):
+    """Running jobs are asked to save, queued jobs are cancelled."""
     script = "trap 'exit 75' TERM; while :; do sleep 0.05; done"
     commands = [Command(f"run{i}", script) for i in range(2)]
-    _, error = launch_here(commands, tmp_path, jobs=1, hours=4 / 3600)
-    assert str(error) == "stopped by --max-hours: 0 of 2 runs done, 2 left; the same command goes on"
-    assert [build_job(one, tmp_path).exit_code() for one in commands] == [INTERRUPTED, None]
+    _, error = launch_here(commands, tmp_path, jobs=1, max_hours=4 / 3600)
+    check_message(str(error))
+    assert [exit_code_of(run, tmp_path) for run in commands] == [INTERRUPTED, None]
 
 
 def test_settings(cluster, tmp_path):
-    with pytest.raises(SweepError, match=r"--slurm\.time: minutes, got '1:00:00'"):
+    with rejects(SweepError, "slurm.time"):
         Slurm(tmp_path, None, {"time": "1:00:00"})
-    engine = Slurm(tmp_path, 3, {"time": "90", "cpus": "2", "gpus": "1", "mem": "4GB", "reservation": "mine"})
-    text = engine._executor._make_submission_file_text("run", "id")
-    for option in (
-        "time=90",
-        "cpus-per-task=2",
-        "gpus-per-node=1",
-        "mem=4GB",
-        "reservation=mine",
-        "job-name=sparsejax",
-    ):
-        assert f"#SBATCH --{option}\n" in text
-    assert "#SBATCH --time=60\n" in Slurm(tmp_path, None, {})._executor._make_submission_file_text("run", "id")
-    nowhere = Slurm(tmp_path, None, {"partition": "nowhere"})
-    with pytest.raises(SweepError, match=r"--launcher=slurm: .*invalid partition"):
-        launch([Command("run", "DONE")], tmp_path, nowhere, Board(Console(file=io.StringIO()), tmp_path))
+    settings = {"time": "90", "cpus": "2", "gpus": "1", "mem": "4GB", "reservation": "mine"}
+    expected = ["time=90", "cpus-per-task=2", "gpus-per-node=1", "mem=4GB", "reservation=mine", "job-name=sparsejax"]
+    for name, given, options in (("given", settings, expected), ("default", {"partition": "nowhere"}, ["time=60"])):
+        folder = tmp_path / name
+        with pytest.raises(SweepError, match="slurm"):  # no such reservation, no such partition
+            launch(
+                [Command("run", "DONE")], folder, Slurm(folder, 3, given), Progress(Console(file=io.StringIO()), folder)
+            )
+        (script,) = (folder / "jobs" / "slurm").glob("*.sh")
+        for option in options:
+            assert f"#SBATCH --{option}\n" in script.read_text()
