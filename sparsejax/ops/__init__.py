@@ -1,10 +1,18 @@
 """Arrays in, arrays out: no parameters, no configuration."""
 
-from sparsejax.ops.attention import IMPLEMENTATIONS, Implementation, ImplementationError, attend, decode_attend
+from sparsejax.ops.attention import (
+    IMPLEMENTATIONS,
+    Implementation,
+    ImplementationError,
+    attend,
+    attention_flops,
+    decode_attend,
+)
+from sparsejax.ops.chunks import CHUNK
 from sparsejax.ops.conv import causal_conv
 from sparsejax.ops.delta import delta_rule, delta_step
 from sparsejax.ops.linear_scan import linear_scan, linear_step
-from sparsejax.ops.lsh import attend_hashed, decode_attend_hashed, hash_buckets
+from sparsejax.ops.lsh import attend_hashed, decode_attend_hashed, hash_buckets, hashed_pairs
 from sparsejax.ops.scan import selective_scan, selective_step
 from sparsejax.ops.segment import attend_edges
 from sparsejax.ops.selection import attend_selected, index_scores, select_keys, top_keys
@@ -12,6 +20,7 @@ from sparsejax.ops.softmax import add_alibi, log_multiplicity, merge_lse
 from sparsejax.ops.ssd import ssd, ssd_step
 
 __all__ = [
+    "CHUNK",
     "IMPLEMENTATIONS",
     "Implementation",
     "ImplementationError",
@@ -20,12 +29,14 @@ __all__ = [
     "attend_edges",
     "attend_hashed",
     "attend_selected",
+    "attention_flops",
     "causal_conv",
     "decode_attend",
     "decode_attend_hashed",
     "delta_rule",
     "delta_step",
     "hash_buckets",
+    "hashed_pairs",
     "index_scores",
     "linear_scan",
     "linear_step",

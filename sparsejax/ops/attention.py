@@ -1,58 +1,77 @@
-"""`attend`: attention under a pattern, by whichever implementation serves the call."""
+"""`attend`: attention under a pattern, by any implementation that supports the call."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from sparsejax.ops import cudnn, dense, gather, segment, softmax
+from sparsejax.errors import InputError
+from sparsejax.ops import cudnn, dense, gather, segment, softmax, verification
 from sparsejax.ops.call import AttentionCall
 from sparsejax.ops.kernels import gpu, tpu
+from sparsejax.ops.kernels.mesh import device_kind
 from sparsejax.patterns import Pattern
 
 
 class Implementation(NamedTuple):
-    """A way to compute attention. `unsupported_reason` says in words why it cannot serve a call, or None.
+    """A way to compute attention.
 
-    `run` gives the output and the log-sum-exp, for which there may be None where the call does not want it.
+    Attributes:
+      name: The value of `impl` that selects it.
+      run: Returns the output and the log-sum-exp, which may be None if the call does not need it.
+      unsupported_reason: Why it cannot compute a call on the current devices, or None.
+      verified_on: Device kinds on which a recorded benchmark verified it; None: it is plain JAX and needs none.
     """
 
     name: str
     run: Callable[[AttentionCall], tuple[Array, Array | None]]
     unsupported_reason: Callable[[AttentionCall], str | None]
+    verified_on: frozenset[str] | None = None
+
+    def unverified_reason(self, call: AttentionCall) -> str | None:
+        """Why "auto" does not use it for a call that it supports, or None."""
+        if self.verified_on is None or call.interpret:
+            return None
+        kind = device_kind()
+        if kind in self.verified_on or self.name in verification.verified_here(kind):
+            return None
+        verification.suggest_doctor(kind)
+        return f"not verified on {kind} with jax {jax.__version__}; run `sparsejax doctor`"
 
 
 IMPLEMENTATIONS = (
     Implementation("dense", dense.run, dense.unsupported_reason),
     Implementation("gather", gather.run, gather.unsupported_reason),
     Implementation("segment", segment.run, segment.unsupported_reason),
-    Implementation("tpu", tpu.run, tpu.unsupported_reason),
-    Implementation("gpu", gpu.run, gpu.unsupported_reason),
-    Implementation("cudnn", cudnn.run, cudnn.unsupported_reason),
+    Implementation("tpu", tpu.run, tpu.unsupported_reason, verification.RECORDED["tpu"]),
+    Implementation("gpu", gpu.run, gpu.unsupported_reason, verification.RECORDED["gpu"]),
+    Implementation("cudnn", cudnn.run, cudnn.unsupported_reason, verification.RECORDED["cudnn"]),
 )
 
-# Measured on CPU by scripts/measure_attention.py (experiments/attention): up to one tile there is nothing to skip, and
-# from there on gathering beats the masked product even where it skips nothing. Edges one by one beat it where fewer
-# pairs are allowed than this share of those in the live tiles.
+KERNELS = "cudnn", "tpu", "gpu"  # in the order in which "auto" tries them
+
+# Measured on CPU by scripts/measure_attention.py (experiments/attention). Up to one tile there is nothing to skip; from
+# there on gathering is faster than the masked product even if it skips nothing. The edge list is faster if less than
+# this fraction of the pairs in live tiles is allowed.
 DENSE_LENGTH = 64
 SEGMENT_FILL = 1 / 16
-# Not measured: elsewhere a loop over tiles keeps little of the machine busy, and above this share of live tiles one
-# masked product is taken.
+# Not measured: on accelerators a loop over tiles leaves most of the device idle, so above this fraction of live tiles
+# one masked product is preferred.
 DENSE_DENSITY = 0.6
 
 
-class ImplementationError(ValueError):
-    """No implementation can serve the call; the message says why each one refused."""
+class ImplementationError(InputError):
+    """No implementation supports the call; the message gives the reason of each."""
 
 
 def attend(
     q: Float[Array, "b t h d"],
     k: Float[Array, "b s g d"],
-    v: Float[Array, "b s g e"],
+    v: Float[Array, "b s g value"],
     pattern: Pattern,
     *,
     impl: str = "auto",
@@ -62,37 +81,38 @@ def attend(
     alibi_slopes: Float[Array, " h"] | None = None,
     segment_ids: Int[Array, "b t"] | tuple[Int[Array, "b t"], Int[Array, "b s"]] | None = None,
     return_lse: bool = False,
-    interpret: bool = False,
-) -> Float[Array, "b t h e"] | tuple[Float[Array, "b t h e"], Float[Array, "b t h"]]:
-    """Softmax attention in which `pattern` says which keys each query may look at.
+    interpret: Any = False,
+) -> Float[Array, "b t h value"] | tuple[Float[Array, "b t h value"], Float[Array, "b t h"]]:
+    """Softmax attention in which each query attends to the keys that `pattern` allows.
 
-    Query i and key i are both at position i. A row without any allowed key gives zeros, and zero gradients.
-    Query head i reads key/value head `i // (h // g)` (grouped queries, arXiv:2305.13245).
+    Query i and key i are at position i. A row without an allowed key is zeros, and so are its gradients. Query head i
+    uses key/value head `i // (h // g)` (grouped-query attention, arXiv:2305.13245).
 
     Args:
-      q: queries.
-      k: keys; `g` divides `h`.
-      v: values; their width may differ from that of the keys.
-      pattern: who may look at whom; a pattern with heads must have `h` of them.
-      impl: "auto", or the name of an implementation: "dense", "gather", "segment", "tpu", "gpu" or
-        "cudnn".
-      scale: factor on q·k, `d ** -0.5` if not given.
-      softcap: bounds the scaled scores to `softcap * tanh(score / softcap)`.
-      sink_logits: one logit for each query head that joins the softmax's denominator but has no value.
-      alibi_slopes: scores fall by `alibi_slopes[head] * |i - j|`, after the softcap (ALiBi, arXiv:2108.12409). They are
-        constants: no gradient flows into them.
-      segment_ids: tokens look only at tokens of their own segment; one array for both sides when t equals s,
-        or a pair (queries, keys).
-      return_lse: also return the log-sum-exp of the scores, sink included: float32, minus infinity where a
-        row has neither key nor sink.
-      interpret: run Pallas kernels in interpret mode; only Pallas implementations take it.
+      q: Queries.
+      k: Keys; `g` divides `h`.
+      v: Values; their width may differ from that of the keys.
+      pattern: The allowed keys per query; a pattern with heads must have `h` of them.
+      impl: "dense", "gather", "segment", "tpu", "gpu" or "cudnn"; or "auto", which uses a kernel only on devices where
+        it is verified (see `sparsejax.ops.verification`).
+      scale: Factor on q·k; defaults to `d ** -0.5`.
+      softcap: Bounds the scaled scores to `softcap * tanh(score / softcap)`.
+      sink_logits: Logit per query head that joins the softmax's denominator without a value.
+      alibi_slopes: Subtracts `alibi_slopes[head] * |i - j|` from the scores, after the softcap (ALiBi,
+        arXiv:2108.12409). Slopes are constants: they get no gradient.
+      segment_ids: Tokens attend only to tokens of their segment. One array for queries and keys if t equals s, or a
+        pair of them.
+      return_lse: Whether to return the log-sum-exp of the scores too, sink included: float32, minus infinity in a row
+        with neither key nor sink.
+      interpret: Whether to run Pallas kernels in interpret mode, or the parameters of a Pallas interpreter; other
+        implementations do not support it.
 
     Returns:
       The output in the dtype of `q`, and with `return_lse` the log-sum-exp.
 
     Raises:
-      ValueError: shapes that do not fit together.
-      ImplementationError: `impl` cannot serve the call, or for "auto" none can; lists each one's reason.
+      InputError: Shapes do not agree.
+      ImplementationError: `impl` does not support the call; with "auto", no implementation does.
     """
     if segment_ids is not None and not isinstance(segment_ids, tuple):
         segment_ids = (segment_ids, segment_ids)
@@ -106,52 +126,73 @@ def attend(
 def decode_attend(
     q: Float[Array, "b h d"],
     k: Float[Array, "b s g d"],
-    v: Float[Array, "b s g e"],
+    v: Float[Array, "b s g value"],
     mask: Bool[Array, "#h s"],
     scale: float | None = None,
-    bonus: Float[Array, "#h s"] | float = 0.0,
+    bias: Float[Array, "#h #s"] | float = 0.0,
     softcap: float | None = None,
     sink_logits: Float[Array, " h"] | None = None,
-) -> Float[Array, "b h e"]:
-    """Attention of one query over the slots of a decode cache; `mask` says which slots it may look at.
+) -> Float[Array, "b h value"]:
+    """Attention of one query per sequence over the slots of a KV cache; other arguments are those of `attend`.
 
-    `bonus` is added to the scores; the logarithm of how often a slot counts. The rest is as in `attend`.
+    Args:
+      q: Queries.
+      k: Keys in the cache.
+      v: Values in the cache.
+      mask: The slots that the query attends to.
+      scale: Factor on q·k; defaults to `d ** -0.5`.
+      bias: Added to the scores after the softcap; for example `log_multiplicity`.
+      softcap: Bounds the scaled scores.
+      sink_logits: Logit per query head in the softmax's denominator.
     """
     (b, h, d), g = q.shape, k.shape[2]
-    wide = jnp.promote_types(q.dtype, jnp.float32)
-    q = q.reshape(b, g, h // g, d).astype(wide) * (d**-0.5 if scale is None else scale)
-    scores = softmax.softcap(jnp.einsum("bgrd,bsgd->bgrs", q, k.astype(wide)), softcap)
-    mask, bonus = (jnp.broadcast_to(x, (h, k.shape[1])).reshape(g, h // g, -1) for x in (mask, bonus))
-    sink = None if sink_logits is None else sink_logits.astype(wide).reshape(g, h // g, 1)
-    weights, _ = softmax.masked_softmax(scores + bonus, mask, sink)
-    return jnp.einsum("bgrs,bsge->bgre", weights, v.astype(wide)).reshape(b, h, -1).astype(v.dtype)
+    dtype = jnp.promote_types(q.dtype, jnp.float32)
+    q = q.reshape(b, g, h // g, d).astype(dtype) * (d**-0.5 if scale is None else scale)
+    scores = softmax.softcap(jnp.einsum("bgrd,bsgd->bgrs", q, k.astype(dtype)), softcap)
+    mask, bias = (jnp.broadcast_to(x, (h, k.shape[1])).reshape(g, h // g, -1) for x in (mask, bias))
+    sink = None if sink_logits is None else sink_logits.astype(dtype).reshape(g, h // g, 1)
+    p, _ = softmax.masked_softmax(scores + bias, mask, sink)
+    return jnp.einsum("bgrs,bsge->bgre", p, v.astype(dtype)).reshape(b, h, -1).astype(v.dtype)
+
+
+def attention_flops(pairs: int, key_width: int, value_width: int | None = None) -> float:
+    """FLOPs of the two matrix products of attention, forward, over (query, key) pairs of all heads.
+
+    Args:
+      pairs: Number of pairs.
+      key_width: Width of a head of queries and keys.
+      value_width: Width of a head of values; defaults to `key_width`.
+    """
+    return 2.0 * pairs * (key_width + (key_width if value_width is None else value_width))
 
 
 def _choose(impl: str, call: AttentionCall) -> Implementation:
-    known = {one.name: one for one in IMPLEMENTATIONS}
-    if impl not in ("auto", *known):
-        raise ImplementationError(f"attend: no implementation {impl!r}; there are {', '.join(known)} and auto")
+    by_name = {implementation.name: implementation for implementation in IMPLEMENTATIONS}
+    if impl not in ("auto", *by_name):
+        raise ImplementationError("impl", f"{impl!r} is not one of auto, {', '.join(by_name)}")
     reasons = {}
     for name in _preferences(call) if impl == "auto" else (impl,):
-        reasons[name] = known[name].unsupported_reason(call)
-        if reasons[name] is None:
-            return known[name]
-    why = "; ".join(f"{name}: {reason}" for name, reason in reasons.items())
-    raise ImplementationError(f"attend: impl={impl!r} cannot serve this call ({why})")
+        reason = by_name[name].unsupported_reason(call)
+        if reason is None and impl == "auto":
+            reason = by_name[name].unverified_reason(call)
+        if reason is None:
+            return by_name[name]
+        reasons[name] = reason
+    listed = "; ".join(f"{name}: {reason}" for name, reason in reasons.items())
+    raise ImplementationError("impl", f"{impl!r} does not support this call ({listed})")
 
 
 def _preferences(call: AttentionCall) -> Iterator[str]:
-    """What "auto" tries, best first.
+    """The implementations that "auto" tries, best first.
 
-    Kernels for the machine come before what XLA makes of any machine, and cuDNN before them for the masks that it has:
-    by published times it leads even kernels that visit each of their tiles. Neither order has been measured here.
+    Kernels come before what XLA compiles for any device, and cuDNN comes first for the masks that it has: by published
+    times it is faster than kernels that skip tiles. Neither order has been measured here.
     """
     t, s = call.q.shape[1], call.k.shape[1]
-    kernels = "cudnn", "tpu", "gpu"
     if max(t, s) <= DENSE_LENGTH:
-        yield from ("dense", *kernels, "gather", "segment")
+        yield from ("dense", *KERNELS, "gather", "segment")
         return
-    yield from kernels
+    yield from KERNELS
     tile, live, pairs = gather.SMALL, 0, 0
     for pattern, heads in call.head_groups().items():
         live += len(pattern.layout(t, s, (tile, tile)).columns) * len(heads)

@@ -4,48 +4,66 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
+from sparsejax.errors import InputError
 from sparsejax.patterns import Pattern
+
+LAYOUTS = {"q": "[b, t, h, d]", "k": "[b, s, g, d]", "v": "[b, s, g, value]"}
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class AttentionCall:
-    """One call of `attend`, with shapes that agree. `scale` is resolved, segments are a pair or None."""
+    """The arguments of `attend` with defaults resolved.
+
+    Attributes:
+      segments: Segment ids of queries and of keys.
+      interpret: True, or the parameters of a Pallas interpreter.
+      return_lse: Whether the log-sum-exp, or a gradient through it, is used.
+
+    Raises:
+      InputError: Shapes do not agree.
+    """
 
     q: Float[Array, "b t h d"]
     k: Float[Array, "b s g d"]
-    v: Float[Array, "b s g e"]
+    v: Float[Array, "b s g value"]
     pattern: Pattern
     scale: float
     softcap: float | None
     sink_logits: Float[Array, " h"] | None
     segments: tuple[Int[Array, "b t"], Int[Array, "b s"]] | None
-    interpret: bool
+    interpret: Any
     alibi_slopes: Float[Array, " h"] | None = None
-    return_lse: bool = True  # the log-sum-exp, or its gradient
+    return_lse: bool = True
 
     def __post_init__(self):
-        if {self.q.ndim, self.k.ndim, self.v.ndim} != {4} or self.k.shape[:-1] != self.v.shape[:-1]:
-            raise ValueError(f"attend: q [b,t,h,d], k [b,s,g,d], v [b,s,g,e]; got {_shapes(self.q, self.k, self.v)}")
-        (b, t, h, d), (kb, s, g, kd) = self.q.shape, self.k.shape
-        if (b, d) != (kb, kd):
-            raise ValueError(f"attend: batch and head width of q and k differ: {_shapes(self.q, self.k)}")
-        if min(self.q.shape + self.k.shape + self.v.shape) == 0:
-            raise ValueError(f"attend: an axis is empty: {_shapes(self.q, self.k, self.v)}")
+        q, k, v = (list(x.shape) for x in (self.q, self.k, self.v))
+        for (name, layout), shape in zip(LAYOUTS.items(), (q, k, v), strict=True):
+            if len(shape) != 4:
+                raise InputError(name, f"shape {shape} is not {layout}")
+            if 0 in shape:
+                raise InputError(name, f"shape {shape} has an empty axis")
+        if k[:3] != v[:3]:
+            raise InputError("v", f"shape {v} differs from k's {k} in batch, length or heads")
+        (b, t, h, d), (_, s, g, _) = q, k
+        if (b, d) != (k[0], k[3]):
+            raise InputError("k", f"shape {k} differs from q's {q} in batch or head width")
         if h % g:
-            raise ValueError(f"attend: {h} query heads do not divide into {g} key/value heads")
+            raise InputError("q", f"{h} heads are not divisible by k's {g} heads")
         if self.pattern.heads not in (None, h):
-            raise ValueError(f"attend: the pattern is for {self.pattern.heads} heads, q has {h}: {self.pattern}")
+            raise InputError("pattern", f"{self.pattern} is for {self.pattern.heads} heads, q has {h}")
         for name in ("sink_logits", "alibi_slopes"):
             if (x := getattr(self, name)) is not None and x.shape != (h,):
-                raise ValueError(f"attend: {name} must be [{h}], got {_shapes(x)}")
+                raise InputError(name, f"shape {list(x.shape)} is not [{h}], one number per query head")
         if self.segments is not None and [x.shape for x in self.segments] != [(b, t), (b, s)]:
-            raise ValueError(f"attend: segment_ids must be [{b},{t}] and [{b},{s}], got {_shapes(*self.segments)}")
+            shapes = ", ".join(str(list(x.shape)) for x in self.segments)
+            raise InputError("segment_ids", f"{shapes}: shapes of queries and keys are not [{b}, {t}], [{b}, {s}]")
 
     @property
     def dtype(self) -> jnp.dtype:
@@ -53,7 +71,7 @@ class AttentionCall:
         return jnp.promote_types(self.q.dtype, jnp.float32)
 
     def head_groups(self) -> dict[Pattern, list[int]]:
-        """Query heads by the pattern they follow."""
+        """Query heads by pattern."""
         groups: dict[Pattern, list[int]] = {}
         for head in range(self.q.shape[2]):
             groups.setdefault(self.pattern.for_head(head), []).append(head)
@@ -61,24 +79,21 @@ class AttentionCall:
 
 
 def by_pattern(
-    call: AttentionCall, run: Callable[[AttentionCall], tuple[Array, Array]]
-) -> tuple[Float[Array, "b t h e"], Float[Array, "b t h"]]:
-    """What `run` makes of the call: of each group of heads that follow one pattern in turn."""
+    call: AttentionCall, run: Callable[[AttentionCall], tuple[jax.Array, jax.Array]]
+) -> tuple[Float[Array, "b t h value"], Float[Array, "b t h"]]:
+    """Runs one call per group of heads that share a pattern, and puts the heads back in order."""
     groups = call.head_groups()
     if len(groups) == 1:
         return run(dataclasses.replace(call, pattern=next(iter(groups))))
     share = call.q.shape[2] // call.k.shape[2]
-    parts, order = [], []
-    for pattern, heads in groups.items():  # each query head of the group takes a key/value head of its own
-        order += heads
-        own = np.array(heads)
-        q, k, v = call.q[:, :, own], call.k[:, :, own // share], call.v[:, :, own // share]
-        sink, slopes = (None if x is None else x[own] for x in (call.sink_logits, call.alibi_slopes))
-        part = dataclasses.replace(call, q=q, k=k, v=v, pattern=pattern, sink_logits=sink, alibi_slopes=slopes)
-        parts.append(run(part))
-    out, lse = (jnp.concatenate(arrays, axis=2)[:, :, np.argsort(order)] for arrays in zip(*parts, strict=True))
+    results, order = [], []
+    for pattern, members in groups.items():  # each query head of a group gets a copy of its key/value head
+        order += members
+        heads = np.array(members)
+        q, k, v = call.q[:, :, heads], call.k[:, :, heads // share], call.v[:, :, heads // share]
+        sink, slopes = (None if x is None else x[heads] for x in (call.sink_logits, call.alibi_slopes))
+        results.append(
+            run(dataclasses.replace(call, q=q, k=k, v=v, pattern=pattern, sink_logits=sink, alibi_slopes=slopes))
+        )
+    out, lse = (jnp.concatenate(arrays, axis=2)[:, :, np.argsort(order)] for arrays in zip(*results, strict=True))
     return out, lse
-
-
-def _shapes(*arrays: jax.Array) -> str:
-    return ", ".join(str(list(a.shape)) for a in arrays)

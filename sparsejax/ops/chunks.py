@@ -1,4 +1,4 @@
-"""Walks over a sequence in chunks, for recurrences that keep one state for each chunk and compute the rest again."""
+"""Sequences in chunks, for recurrences whose backward pass keeps one state per chunk."""
 
 from __future__ import annotations
 
@@ -6,56 +6,57 @@ from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, PyTree, Shaped
+from jaxtyping import Array, Float, PyTree, Shaped
+
+CHUNK = 64  # positions per chunk of every recurrence, by default
 
 
 def scan_chunks(
     run: Callable[[PyTree, PyTree], tuple[PyTree, PyTree]],
     state: PyTree,
     inputs: PyTree[Shaped[Array, "b t ..."]],
-    length: int,
+    chunk: int,
 ) -> tuple[PyTree, PyTree[Shaped[Array, "b t ..."]]]:
     """`jax.lax.scan` over the chunks of a sequence.
 
     Args:
-      run: takes the state before a chunk and the chunk's inputs [b, c, ...]; returns the state after it and its
-        outputs [b, c, ...]. A position whose inputs are all zeros (or False) must leave the state as it is: the last
-        chunk is filled up with such.
-      state: the state before the first position.
-      inputs: arrays [b, t, ...], at least one.
-      length: positions of a chunk; a shorter sequence is one chunk.
+      run: Maps the state before a chunk and the chunk's inputs [b, c, ...] to the state after it and its outputs
+        [b, c, ...]. Inputs that are all zeros (or False) must leave the state unchanged: they pad the last chunk.
+      state: The state before the first position.
+      inputs: Arrays [b, t, ...], at least one.
+      chunk: Positions per chunk. A shorter sequence is one chunk.
 
     Returns:
-      The state after the last position, and the outputs of all positions. The backward pass is given the state before
-      each chunk and the inputs, and computes a chunk's other values again.
+      The state after the last position, and the outputs of all positions. The backward pass keeps the inputs and the
+      state before each chunk, and recomputes the rest.
     """
     t = jax.tree.leaves(inputs)[0].shape[1]
-    length = min(length, t)
+    chunk = min(chunk, t)
 
     def split(x: Array) -> Array:
-        x = fill_chunks(x, length, 1)
-        return jnp.moveaxis(x.reshape(x.shape[0], -1, length, *x.shape[2:]), 1, 0)
+        x = pad_to_multiple(x, chunk, 1)
+        return jnp.moveaxis(x.reshape(x.shape[0], -1, chunk, *x.shape[2:]), 1, 0)
 
     def join(x: Array) -> Array:
         x = jnp.moveaxis(x, 0, 1)
         return x.reshape(x.shape[0], -1, *x.shape[3:])[:, :t]
 
-    # Inside of a loop nothing merges the second computation with the first, so XLA need not be hindered from it.
-    again = jax.checkpoint(run, prevent_cse=False)
-    state, outputs = jax.lax.scan(again, state, jax.tree.map(split, inputs))
+    # XLA cannot merge the recomputation with the forward pass across a loop, so nothing has to prevent it.
+    run = jax.checkpoint(run, prevent_cse=False)
+    state, outputs = jax.lax.scan(run, state, jax.tree.map(split, inputs))
     return state, jax.tree.map(join, outputs)
 
 
-def spread(x: Array, size: int, axis: int = -1) -> Array:
-    """`x` repeated `size` times along a new axis.
+def broadcast_axis(x: Float[Array, " ..."], size: int, axis: int = -1) -> Float[Array, " ..."]:
+    """Repeats `x` `size` times along a new axis, as a product with ones, whose transpose is a product too.
 
-    As a product with ones, so that its transpose is one too. The transpose of a broadcast is a sum, which XLA fuses
-    with the multiplication before it into a loop that on CPU takes several times as long as a matrix product.
+    The transpose of a broadcast is a sum, which XLA fuses with the preceding multiplication into a loop that on CPU
+    takes several times as long as a matrix product.
     """
     ones = jnp.ones(size, x.dtype)
     return jnp.moveaxis(jnp.einsum("...,n->...n", x, ones, precision=jax.lax.Precision.HIGHEST), -1, axis)
 
 
-def fill_chunks(x: Shaped[Array, "*shape"], length: int, axis: int) -> Shaped[Array, "*longer"]:
-    """Zeros appended to an axis, so that it divides into chunks of this length."""
-    return jnp.pad(x, [(0, -x.shape[i] % length if i == axis else 0) for i in range(x.ndim)])
+def pad_to_multiple(x: Shaped[Array, "*shape"], multiple: int, axis: int) -> Shaped[Array, "*padded"]:
+    """Appends zeros to an axis until its size is a multiple of `multiple`."""
+    return jnp.pad(x, [(0, -x.shape[i] % multiple if i == axis else 0) for i in range(x.ndim)])

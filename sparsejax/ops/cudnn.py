@@ -1,4 +1,4 @@
-"""cuDNN's flash attention on NVIDIA GPUs, for the masks that it has: none, causal, and a causal window."""
+"""cuDNN's flash attention on NVIDIA GPUs, for the masks that it has: full, causal, and causal windows."""
 
 from __future__ import annotations
 
@@ -11,52 +11,57 @@ from sparsejax.ops.call import AttentionCall
 from sparsejax.ops.kernels.mesh import device_kind
 from sparsejax.patterns import And, Causal, Full, Window
 
-LEAST = 8, 0  # compute capability
-WIDEST, MULTIPLE = 128, 8  # heads
+MIN_CAPABILITY = 8, 0
+MAX_WIDTH, WIDTH_MULTIPLE = 128, 8  # of heads
 DTYPES = "bfloat16", "float16"
 
 
 class Mask(NamedTuple):
-    """`left`: how many keys before its own a query sees; None: all."""
+    """A mask of cuDNN. `left` is the number of keys before its position that a query attends to; None: all."""
 
     causal: bool
     left: int | None
 
 
 def unsupported_reason(call: AttentionCall) -> str | None:
-    """Why cuDNN cannot serve the call, or None."""
-    (_, t, _, d), (_, s, _, e) = call.q.shape, call.v.shape
+    """Why cuDNN cannot compute the call, or None."""
+    (_, t, _, d), (_, s, _, value) = call.q.shape, call.v.shape
     dtypes = {str(x.dtype) for x in (call.q, call.k, call.v)}
     extras = call.softcap, call.sink_logits, call.alibi_slopes, call.segments
+    capability = ".".join(map(str, MIN_CAPABILITY))
     reasons = (
         (call.interpret, "interpret=True is for Pallas kernels"),
         (
-            _capability() < LEAST,
-            f"it needs an NVIDIA GPU of compute capability {'.'.join(map(str, LEAST))} or more; here: {device_kind()}",
+            _capability() < MIN_CAPABILITY,
+            f"{device_kind()} is not an NVIDIA GPU of compute capability {capability} or higher",
         ),
         (
             len(dtypes) > 1 or not dtypes <= {*DTYPES},
-            f"q, k and v in {' or in '.join(DTYPES)}; got {', '.join(sorted(dtypes))}",
+            f"{', '.join(sorted(dtypes))}: q, k and v must all be {' or all '.join(DTYPES)}",
         ),
         (any(x is not None for x in extras), "no softcap, sink logits, ALiBi or segments"),
         (call.return_lse, "no log-sum-exp: cuDNN's has the dtype of q and no gradient"),
-        (d != e or d % MULTIPLE or d > WIDEST, f"one width of heads, a multiple of 8 up to {WIDEST}; got {d} and {e}"),
-        (t != s, f"as many queries as keys; got {t} and {s}"),
-        (find_mask(call) is None, "the masks full, causal, and causal windows"),
+        (
+            d != value or d % WIDTH_MULTIPLE or d > MAX_WIDTH,
+            f"{d}, {value}: head widths must be equal, a multiple of {WIDTH_MULTIPLE} and at most {MAX_WIDTH}",
+        ),
+        (t != s, f"{t} queries and {s} keys: their numbers must be equal"),
+        (find_mask(call) is None, "only full, causal and causal window patterns"),
     )
     return next((reason for applies, reason in reasons if applies), None)
 
 
-def run(call: AttentionCall) -> tuple[Float[Array, "b t h e"], None]:
+def run(call: AttentionCall) -> tuple[Float[Array, "b t h value"], None]:
     """Output in the dtype of q; no log-sum-exp."""
-    causal, left = find_mask(call)
-    window = {} if left is None else {"local_window_size": (left, 0)}
-    options = {"scale": call.scale, "is_causal": causal, "implementation": "cudnn"}
+    mask = find_mask(call)
+    assert mask is not None  # as `unsupported_reason` checks
+    window = {} if mask.left is None else {"local_window_size": (mask.left, 0)}
+    options = {"scale": call.scale, "is_causal": mask.causal, "implementation": "cudnn"}
     return jax.nn.dot_product_attention(call.q, call.k, call.v, **options, **window), None
 
 
 def find_mask(call: AttentionCall) -> Mask | None:
-    """The one that is just the pattern of all heads, if there is one."""
+    """The mask that equals the pattern of all heads, or None."""
     first, *others = call.head_groups()
     terms = first.terms if isinstance(first, And) else (first,)
     if others or not {type(term) for term in terms} <= {Full, Causal, Window}:
@@ -67,6 +72,6 @@ def find_mask(call: AttentionCall) -> Mask | None:
 
 
 def _capability() -> tuple[int, ...]:
-    """Of the machine's first GPU of NVIDIA's; (0,) if there is none. AMD's have names for numbers."""
-    found = getattr(jax.devices()[0], "compute_capability", "")
-    return tuple(map(int, found.split("."))) if "NVIDIA" in device_kind() and "." in found else (0,)
+    """Compute capability of the first device; (0,) unless it is an NVIDIA GPU. AMD's are names, not numbers."""
+    capability = getattr(jax.devices()[0], "compute_capability", "")
+    return tuple(map(int, capability.split("."))) if "NVIDIA" in device_kind() and "." in capability else (0,)

@@ -1,10 +1,10 @@
-"""Mixtures of experts: which experts serve a token, and their matrix products over the tokens that each one serves.
+"""Mixtures of experts: routing, and matrix products over the tokens of each expert.
 
-No expert has a capacity, so no token is dropped (as in MegaBlocks, arXiv:2211.15841): the tokens' choices are sorted
-by expert, and each expert's rows are padded to whole tiles, so that a tile is multiplied by one expert's matrix. Time
-follows the choices and not the number of experts. On CPU the tiles are multiplied in a loop, since XLA there turns
-`jax.lax.ragged_dot` into a masked product with every expert's matrix (jax 0.10.2 and 0.12; with 64 experts 64 times the
-FLOPs and about 20 times the time of the loop); elsewhere `ragged_dot` takes the rows as they are.
+Experts have no capacity, so no token is dropped (as in MegaBlocks, arXiv:2211.15841): the tokens' choices are sorted by
+expert, and the rows of each expert are padded to whole tiles, so that a tile is multiplied by one expert's matrix. Time
+grows with the number of choices, not of experts. On CPU a loop multiplies the tiles, because XLA turns
+`jax.lax.ragged_dot` into a masked product with every expert's matrix there (jax 0.10.2 and 0.12; with 64 experts 64
+times the FLOPs and about 20 times the time of the loop). Elsewhere `ragged_dot` multiplies the rows.
 """
 
 from __future__ import annotations
@@ -17,8 +17,8 @@ from jaxtyping import Array, Bool, Float, Int
 
 from sparsejax.ops.rows import move_rows
 
-LARGEST_TILE = 128  # rows
-TINY = 1e-20  # keeps the sum of chosen scores above 0
+MAX_TILE = 128  # rows
+TINY = 1e-20  # keeps the sum of chosen scores positive
 
 
 def route(
@@ -32,19 +32,19 @@ def route(
     groups: int = 1,
     top_groups: int = 1,
 ) -> tuple[Float[Array, "n k"], Int[Array, "n k"], Float[Array, "n e"]]:
-    """The experts of each token and their weights. Of equal scores the first expert's wins.
+    """The experts of each token and their weights. Ties go to the first expert.
 
-    Softmax over the chosen logits alone is softmax over all of them, renormalised.
+    A softmax over the chosen logits equals a renormalised softmax over all logits.
 
     Args:
-      logits: the router's output.
-      top_k: experts for each token.
-      kind: "softmax" (arXiv:1701.06538) or "sigmoid" (DeepSeek-V3, arXiv:2412.19437) makes scores of logits.
-      renormalize: the chosen scores are divided by their sum.
-      scale: factor on the weights.
-      selection_bias: added to the scores for the choice, not for the weights; it gets no gradient (arXiv:2408.15664).
-      groups: experts are split into so many groups of neighbours,
-      top_groups: and each token's come from the groups whose two best scores have the greatest sums.
+      logits: The router's output.
+      top_k: Experts per token.
+      kind: Score function: "softmax" (arXiv:1701.06538) or "sigmoid" (DeepSeek-V3, arXiv:2412.19437).
+      renormalize: Whether to divide the chosen scores by their sum.
+      scale: Factor on the weights.
+      selection_bias: Added to the scores for the choice, not for the weights; has no gradient (arXiv:2408.15664).
+      groups: Number of groups of adjacent experts.
+      top_groups: Groups from which a token's experts are chosen: those with the highest sum of two best scores.
 
     Returns:
       Weights, experts, and the scores of all experts.
@@ -59,22 +59,22 @@ def route(
     return weights if scale == 1 else weights * scale, experts, scores
 
 
-def _keep_top_groups(choice: Array, groups: int, top_groups: int) -> Array:
+def _keep_top_groups(choice: Float[Array, "n e"], groups: int, top_groups: int) -> Float[Array, "n e"]:
     grouped = choice.reshape(len(choice), groups, -1)
     best, _ = jax.lax.top_k(grouped, min(2, grouped.shape[-1]))
     _, kept = jax.lax.top_k(best.sum(axis=-1), top_groups)
-    open_groups = (kept[:, :, None] == jnp.arange(groups)).any(axis=1)
-    return jnp.where(open_groups[:, :, None], grouped, -jnp.inf).reshape(choice.shape)
+    is_kept = (kept[:, :, None] == jnp.arange(groups)).any(axis=1)
+    return jnp.where(is_kept[:, :, None], grouped, -jnp.inf).reshape(choice.shape)
 
 
-class Groups(NamedTuple):
-    """Where the choices of `n` tokens, `k` each, are among `r` rows that are sorted by expert and padded to tiles.
+class ExpertRows(NamedTuple):
+    """The choices of n tokens, k each, as r rows sorted by expert and padded to tiles.
 
     Attributes:
-      choices: of each row the choice that it serves, token * k + number; n * k at padding.
-      rows: of each choice its row.
-      tile_experts: of each tile its expert; tiles after the last used one have any.
-      sizes: rows of each expert, a multiple of the tile.
+      choices: Choice per row, token * k + index; n * k in padding.
+      rows: Row per choice.
+      tile_experts: Expert per tile; arbitrary for tiles after the last used one.
+      sizes: Rows per expert, a multiple of the tile.
     """
 
     choices: Int[Array, " r"]
@@ -84,148 +84,155 @@ class Groups(NamedTuple):
 
     @property
     def tile(self) -> int:
-        """Rows of a tile."""
+        """Rows per tile."""
         return len(self.choices) // len(self.tile_experts)
 
 
 def choose_tile(choices: int, experts: int) -> int:
-    """Rows of a tile for so many choices: a power of two, at most the mean of an expert; 1 where rows need no tiles."""
-    if not _loops():
+    """Rows per tile: a power of two, at most the mean number of choices per expert; 1 where rows need no tiles."""
+    if not _multiplies_tiles():
         return 1
-    return min(LARGEST_TILE, 1 << max(0, (choices // experts).bit_length() - 1))
+    return min(MAX_TILE, 1 << max(0, (choices // experts).bit_length() - 1))
 
 
-def group(experts: Int[Array, "n k"], count: int, tile: int) -> Groups:
+def sort_by_expert(experts: Int[Array, "n k"], count: int, tile: int) -> ExpertRows:
     """Sorts the tokens' choices by expert.
 
     Args:
-      experts: the choices, in [0, count).
-      count: number of experts.
-      tile: rows of a tile.
+      experts: The choices, in [0, count).
+      count: Number of experts.
+      tile: Rows per tile.
     """
     n, k = experts.shape
     total, used = n * k, min(count, n * k)
-    tiles = (total - used) // tile + used  # enough, however the choices fall
-    chosen = experts.reshape(-1)
-    order = jnp.argsort(chosen, stable=True)
-    ordered = chosen[order]
+    tiles = (total - used) // tile + used  # enough for any distribution of the choices
+    flat = experts.reshape(-1)
+    order = jnp.argsort(flat, stable=True)
+    ordered = flat[order]
     ends = jnp.searchsorted(ordered, jnp.arange(count), side="right")
     counts = jnp.diff(ends, prepend=0)
     sizes = -(-counts // tile) * tile
     padded_ends = jnp.cumsum(sizes)
-    shift = (padded_ends - sizes) - (ends - counts)  # of an expert's first row, by the padding of those before
-    places = jnp.arange(total) + shift[ordered]
+    shift = (padded_ends - sizes) - (ends - counts)  # of an expert's first row, by the padding before it
+    rows = jnp.arange(total) + shift[ordered]
     tile_experts = jnp.searchsorted(padded_ends, jnp.arange(tiles) * tile, side="right")
-    return Groups(
-        choices=jnp.full(tiles * tile, total).at[places].set(order),
-        rows=jnp.zeros(total, places.dtype).at[order].set(places).reshape(n, k),
+    return ExpertRows(
+        choices=jnp.full(tiles * tile, total).at[rows].set(order),
+        rows=jnp.zeros(total, rows.dtype).at[order].set(rows).reshape(n, k),
         tile_experts=jnp.minimum(tile_experts, count - 1),
         sizes=sizes,
     )
 
 
-def dispatch(x: Float[Array, "n m"], groups: Groups) -> Float[Array, "r m"]:
-    """A copy of its token for each choice, sorted by expert; zeros at padding."""
-    return move_rows(x, groups.choices // groups.rows.shape[1], groups.rows)
+def dispatch(x: Float[Array, "n m"], layout: ExpertRows) -> Float[Array, "r m"]:
+    """Copies the token of each choice to its row; padding is zeros."""
+    return move_rows(x, layout.choices // layout.rows.shape[1], layout.rows)
 
 
-def combine(y: Float[Array, "r m"], weights: Float[Array, "n k"], groups: Groups) -> Float[Array, "n m"]:
-    """The sum over each token's choices, by weight, in the dtype of `y`; the inverse of `dispatch`."""
-    chosen = move_rows(y, groups.rows.reshape(-1), groups.choices[:, None]).reshape(*weights.shape, -1)
+def combine(y: Float[Array, "r m"], weights: Float[Array, "n k"], layout: ExpertRows) -> Float[Array, "n m"]:
+    """The weighted sum of each token's choices, in the dtype of `y`."""
+    chosen = move_rows(y, layout.rows.reshape(-1), layout.choices[:, None]).reshape(*weights.shape, -1)
     return jnp.einsum("nk,nkm->nm", weights.astype(y.dtype), chosen)
 
 
 def multiply(
-    x: Float[Array, "r m"], weights: Float[Array, "e m f"], groups: Groups, impl: str = "auto"
+    x: Float[Array, "r m"], weights: Float[Array, "e m f"], layout: ExpertRows, impl: str = "auto"
 ) -> Float[Array, "r f"]:
-    """Each row times the matrix of its expert; rows after the last used tile give zeros.
+    """Each row times the matrix of its expert; rows after the last used tile are zeros.
 
     Args:
-      x: rows of `dispatch`.
-      weights: a matrix for each expert.
-      groups: of `group`.
+      x: Rows of `dispatch`.
+      weights: Matrix per expert.
+      layout: Result of `sort_by_expert`.
       impl: "loop" over tiles, "ragged" for `jax.lax.ragged_dot`, or "auto".
     """
-    if impl == "loop" or (impl == "auto" and _loops()):
-        return _multiply_tiles(x, weights, groups)
-    return jax.lax.ragged_dot(x, weights, groups.sizes)
+    if impl == "loop" or (impl == "auto" and _multiplies_tiles()):
+        return _multiply_tiles(x, weights, layout)
+    return jax.lax.ragged_dot(x, weights, layout.sizes)
 
 
-def add_bias(x: Float[Array, "r f"], bias: Float[Array, "e f"], groups: Groups) -> Float[Array, "r f"]:
+def add_bias(x: Float[Array, "r f"], bias: Float[Array, "e f"], layout: ExpertRows) -> Float[Array, "r f"]:
     """Each row plus the bias of its expert."""
-    tiles = x.reshape(-1, groups.tile, x.shape[-1])
-    return (tiles + bias[groups.tile_experts][:, None]).reshape(x.shape)
+    tiles = x.reshape(-1, layout.tile, x.shape[-1])
+    return (tiles + bias[layout.tile_experts][:, None]).reshape(x.shape)
 
 
 def balance_loss(
     scores: Float[Array, "n e"], experts: Int[Array, "n k"], mask: Bool[Array, " n"] | None = None
 ) -> Float[Array, ""]:
-    """1 where all experts are chosen alike, up to e / k where the same ones always are (Switch, arXiv:2101.03961).
+    """Load-balancing loss of Switch (arXiv:2101.03961): 1 if balanced, up to e / k if all tokens choose alike.
 
-    e times the sum over experts of the share of choices that fall on it, which has no gradient, and its mean share of
-    the scores.
+    It is e times the sum over experts of the fraction of choices, which has no gradient, times the mean fraction of the
+    scores.
 
     Args:
-      scores: of all experts.
-      experts: the choices.
-      mask: False for tokens that do not count.
+      scores: Scores of all experts.
+      experts: The choices.
+      mask: False for tokens that are not counted.
     """
     mask = jnp.ones(len(scores), bool) if mask is None else mask
     tokens = jnp.maximum(mask.sum(), 1)
     counted = jnp.where(mask[:, None], experts, scores.shape[1])
     chosen = jnp.zeros(scores.shape[1], scores.dtype).at[counted.reshape(-1)].add(1.0, mode="drop")
-    shares = jnp.where(mask[:, None], scores / (scores.sum(axis=1, keepdims=True) + TINY), 0.0).sum(axis=0)
-    return scores.shape[1] * (chosen / (tokens * experts.shape[1]) * (shares / tokens)).sum()
+    fractions = jnp.where(mask[:, None], scores / (scores.sum(axis=1, keepdims=True) + TINY), 0.0).sum(axis=0)
+    return scores.shape[1] * (chosen / (tokens * experts.shape[1]) * (fractions / tokens)).sum()
 
 
 def router_z_loss(logits: Float[Array, "n e"], mask: Bool[Array, " n"] | None = None) -> Float[Array, ""]:
-    """The mean square of the logits' log-sum-exp: keeps them small (ST-MoE, arXiv:2202.08906); `mask` as above."""
+    """Mean square of the log-sum-exp of the logits, which keeps them small (ST-MoE, arXiv:2202.08906).
+
+    Args:
+      logits: The router's output.
+      mask: False for tokens that are not counted.
+    """
     squares = jax.nn.logsumexp(logits, axis=-1) ** 2
     return squares.mean() if mask is None else jnp.where(mask, squares, 0.0).sum() / jnp.maximum(mask.sum(), 1)
 
 
-def _loops() -> bool:
+def _multiplies_tiles() -> bool:
     return jax.default_backend() == "cpu"
 
 
 @jax.custom_vjp
-def _multiply_tiles(x, weights, groups):
-    return _multiply_tiles_forward(x, weights, groups)[0]
+def _multiply_tiles(x: Float[Array, "r m"], weights: Float[Array, "e m f"], layout: ExpertRows) -> Float[Array, "r f"]:
+    return _multiply_tiles_forward(x, weights, layout)[0]
 
 
-def _multiply_tiles_forward(x, weights, groups):
+def _multiply_tiles_forward(x, weights, layout):
     def multiply_tile(i, y):
-        return _put_tile(y, _tile(x, i, groups) @ weights[groups.tile_experts[i]], i, groups)
+        return _put_tile(y, _tile(x, i, layout) @ weights[layout.tile_experts[i]], i, layout)
 
     y = jnp.zeros((len(x), weights.shape[2]), x.dtype)
-    return jax.lax.fori_loop(0, _used(groups), multiply_tile, y), (x, weights, groups)
+    return jax.lax.fori_loop(0, _used_tiles(layout), multiply_tile, y), (x, weights, layout)
 
 
-def _multiply_tiles_backward(saved, g):
-    x, weights, groups = saved
-    wide = jnp.promote_types(weights.dtype, jnp.float32)  # an expert's gradient is a sum over its tiles
+def _multiply_tiles_backward(residuals, dy):
+    x, weights, layout = residuals
+    dtype = jnp.promote_types(weights.dtype, jnp.float32)  # an expert's gradient is a sum over its tiles
 
     def differentiate_tile(i, carry):
-        d_x, d_weights = carry
-        expert, d_y = groups.tile_experts[i], _tile(g, i, groups)
-        d_weight = jnp.matmul(_tile(x, i, groups).T, d_y, preferred_element_type=wide)
-        return _put_tile(d_x, d_y @ weights[expert].T, i, groups), d_weights.at[expert].add(d_weight)
+        dx, d_weights = carry
+        expert, dy_tile = layout.tile_experts[i], _tile(dy, i, layout)
+        d_weight = jnp.matmul(_tile(x, i, layout).T, dy_tile, preferred_element_type=dtype)
+        return _put_tile(dx, dy_tile @ weights[expert].T, i, layout), d_weights.at[expert].add(d_weight)
 
-    zeros = jnp.zeros_like(x), jnp.zeros(weights.shape, wide)
-    d_x, d_weights = jax.lax.fori_loop(0, _used(groups), differentiate_tile, zeros)
-    return d_x, d_weights.astype(weights.dtype), None
-
-
-def _used(groups: Groups) -> Array:
-    return groups.sizes.sum() // groups.tile
+    zeros = jnp.zeros_like(x), jnp.zeros(weights.shape, dtype)
+    dx, d_weights = jax.lax.fori_loop(0, _used_tiles(layout), differentiate_tile, zeros)
+    return dx, d_weights.astype(weights.dtype), None
 
 
-def _tile(x: Array, i: Array, groups: Groups) -> Array:
-    return jax.lax.dynamic_slice_in_dim(x, i * groups.tile, groups.tile)
+def _used_tiles(layout: ExpertRows) -> Int[Array, ""]:
+    return layout.sizes.sum() // layout.tile
 
 
-def _put_tile(x: Array, tile: Array, i: Array, groups: Groups) -> Array:
-    return jax.lax.dynamic_update_slice_in_dim(x, tile, i * groups.tile, axis=0)
+def _tile(x: Float[Array, "r m"], i: Int[Array, ""], layout: ExpertRows) -> Float[Array, "tile m"]:
+    return jax.lax.dynamic_slice_in_dim(x, i * layout.tile, layout.tile)
+
+
+def _put_tile(
+    x: Float[Array, "r m"], tile: Float[Array, "tile m"], i: Int[Array, ""], layout: ExpertRows
+) -> Float[Array, "r m"]:
+    return jax.lax.dynamic_update_slice_in_dim(x, tile, i * layout.tile, axis=0)
 
 
 _multiply_tiles.defvjp(_multiply_tiles_forward, _multiply_tiles_backward)

@@ -1,9 +1,9 @@
 """Tile gather: each query tile gathers its live key tiles and attends to those alone.
 
-A loop over query tiles keeps one tile's scores alive at a time; the backward pass computes them again from the
-saved log-sum-exp and adds each tile's share to dk and dv in place, so that memory grows with the length and time
-with the live tiles. Query tiles are grouped by how many key tiles they see, so that a few global rows do not widen
-the rest.
+A loop over query tiles keeps the scores of one tile in memory. The backward pass recomputes them from the saved
+log-sum-exp and adds each tile's share to dk and dv in place, so that memory grows with the length and time with the
+number of live tiles. Query tiles are grouped by their number of key tiles, so that a few global rows do not widen the
+others.
 """
 
 from __future__ import annotations
@@ -14,51 +14,53 @@ import functools
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int, Shaped
 
 from sparsejax.ops.call import AttentionCall, by_pattern
-from sparsejax.ops.chunks import fill_chunks
+from sparsejax.ops.chunks import pad_to_multiple
 from sparsejax.ops.softmax import MASKED, add_alibi, log_multiplicity, softcap
 from sparsejax.patterns import Pattern, TileLayout
 
-# Measured on CPU by scripts/measure_cpu_attention.py: the large tile needs a third less time for as many pairs, while
-# a step's scores, for all sequences and heads, stay in the cache.
+# Measured on CPU by scripts/measure_cpu_attention.py: the large tile takes a third less time per pair as long as the
+# scores of one step, over all sequences and heads, stay in the cache.
 SMALL, LARGE = 64, 128
-LARGE_AREA = 1.3  # times the pairs in live tiles, that large tiles may have
-LARGE_HEADS = 8  # sequences times heads
-MOST_GROUPS = 4  # each group of rows compiles a loop of its own
+LARGE_AREA = 1.3  # largest ratio of pairs in live large tiles to pairs in live small tiles
+LARGE_HEADS = 8  # largest number of sequences times heads
+MAX_GROUPS = 4  # each group of rows compiles a loop
+
+Row = tuple[Int[Array, ""], Int[Array, " k"]]  # a query tile and its key tiles, -1 where padded
 
 
 def unsupported_reason(call: AttentionCall) -> str | None:
-    """Why this implementation cannot serve the call, or None."""
+    """Why this implementation cannot compute the call, or None."""
     return "interpret=True is for Pallas kernels" if call.interpret else None
 
 
-def run(call: AttentionCall, tile: int | None = None) -> tuple[Float[Array, "b t h e"], Float[Array, "b t h"]]:
-    """Output in the dtype of q, log-sum-exp in float32; `tile` is the side of a tile in tokens, if not the best."""
-    return by_pattern(call, functools.partial(_run_one_pattern, tile=tile))
+def run(call: AttentionCall, tile: int | None = None) -> tuple[Float[Array, "b t h value"], Float[Array, "b t h"]]:
+    """Output in the dtype of q, log-sum-exp in `call.dtype`; `tile` defaults to that of `choose_tile`."""
+    return by_pattern(call, functools.partial(_run_pattern, tile=tile))
 
 
 def choose_tile(pattern: Pattern, b: int, t: int, s: int, h: int) -> int:
-    """The tile that is the fastest for b sequences of t queries and s keys and h heads."""
+    """The fastest tile for `b` sequences of `t` queries and `s` keys, and `h` heads."""
     area = {tile: len(pattern.layout(t, s, (tile, tile)).columns) * tile**2 for tile in (SMALL, LARGE)}
     return LARGE if b * h <= LARGE_HEADS and area[LARGE] <= LARGE_AREA * area[SMALL] else SMALL
 
 
-def _run_one_pattern(call: AttentionCall, tile: int | None) -> tuple[Array, Array]:
+def _run_pattern(call: AttentionCall, tile: int | None) -> tuple[Float[Array, "b t h value"], Float[Array, "b t h"]]:
     q, k, v = call.q, call.k, call.v
     (b, t, h, _), (_, s, g, _) = q.shape, k.shape
     tile = min(tile or choose_tile(call.pattern, b, t, s, h), -(-max(t, s) // 8) * 8)
     plan = _Plan(call.pattern, t, s, h, g, tile, call.scale, call.softcap, call.dtype)
     segments = None if call.segments is None else tuple(_split_tiles(x, tile) for x in call.segments)
-    heads = (None if x is None else x.astype(call.dtype) for x in (call.sink_logits, call.alibi_slopes))
-    out, lse = _attend_tiles(plan, *(_split_tiles(x, tile) for x in (q, k, v)), *heads, segments)
+    per_head = (None if x is None else x.astype(call.dtype) for x in (call.sink_logits, call.alibi_slopes))
+    out, lse = _attend_tiles(plan, *(_split_tiles(x, tile) for x in (q, k, v)), *per_head, segments)
     return out.reshape(b, -1, h, v.shape[-1])[:, :t].astype(q.dtype), lse.reshape(b, -1, h)[:, :t]
 
 
 @dataclasses.dataclass(frozen=True)
 class _Plan:
-    """What is static of one call: everything but the arrays."""
+    """The static part of a call: all but the arrays."""
 
     pattern: Pattern
     t: int
@@ -71,7 +73,7 @@ class _Plan:
     dtype: jnp.dtype
 
     def groups(self, packed: bool) -> list[tuple[bool, tuple[np.ndarray, np.ndarray]]]:
-        """The groups of `group_rows`, and of each whether it needs a mask; `packed`: there are segments."""
+        """The groups of `group_rows`, each with whether it needs a mask; `packed`: the call has segments."""
         layout = self.pattern.layout(self.t, self.s, (self.tile, self.tile))
         partial = np.unique(layout.rows[~layout.full])
         always = packed or self.pattern.repeats or self.s % self.tile
@@ -82,18 +84,26 @@ class _Plan:
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _attend_tiles(plan, queries, keys, values, sink, slopes, segments):
-    """Queries [b,rows,tile,h,d]; keys [b,columns,tile,g,d], values [...,e] -> out [b,rows,tile,h,e], lse without e."""
+def _attend_tiles(
+    plan: _Plan,
+    q_tiles: Float[Array, "b rows tile h d"],
+    k_tiles: Float[Array, "b columns tile g d"],
+    v_tiles: Float[Array, "b columns tile g value"],
+    sink: Float[Array, " h"] | None,
+    slopes: Float[Array, " h"] | None,
+    segments: tuple[Int[Array, "b rows tile"], Int[Array, "b columns tile"]] | None,
+) -> tuple[Float[Array, "b rows tile h value"], Float[Array, "b rows tile h"]]:
+    """Output and log-sum-exp."""
 
     def attend_row(masked, carry, row):
-        index, columns = row
-        query, key, value = (_take(plan, x, i) for x, i in ((queries, index), (keys, columns), (values, columns)))
-        scores = softcap(_score(plan, query, key), plan.softcap)
-        out, lse = _average(plan, _place(plan, row, masked, slopes, segments, scores), value, sink)
-        return (_put(carry[0], index, out), _put(carry[1], index, lse)), None
+        query, columns = row
+        q, k, v = (_take(plan, x, tiles) for x, tiles in ((q_tiles, query), (k_tiles, columns), (v_tiles, columns)))
+        scores = softcap(_score(plan, q, k), plan.softcap)
+        out, lse = _average(plan, _apply_positions(plan, row, masked, slopes, segments, scores), v, sink)
+        return (_put(carry[0], query, out), _put(carry[1], query, lse)), None
 
-    rows = queries.shape[:-1]
-    carry = jnp.zeros((*rows, values.shape[-1]), plan.dtype), jnp.zeros(rows, plan.dtype)
+    rows = q_tiles.shape[:-1]
+    carry = jnp.zeros((*rows, v_tiles.shape[-1]), plan.dtype), jnp.zeros(rows, plan.dtype)
     for masked, group in plan.groups(segments is not None):
         carry, _ = jax.lax.scan(functools.partial(attend_row, masked), carry, group)
     return carry
@@ -104,116 +114,126 @@ def _attend_tiles_forward(plan, *arrays):
     return (out, lse), (*arrays, out, lse)
 
 
-def _attend_tiles_backward(plan, saved, cotangents):
-    """As in FlashAttention (arXiv:2205.14135): weights from the scores and their log-sum-exp, no softmax again."""
-    queries, keys, values, sink, slopes, segments, out, lse = saved
+def _attend_tiles_backward(plan, residuals, cotangents):
+    """FlashAttention-2 (arXiv:2307.08691), algorithm 2, with a gradient of the log-sum-exp."""
+    q_tiles, k_tiles, v_tiles, sink, slopes, segments, out, lse = residuals
     d_out, d_lse = cotangents
-    slope = d_lse - (d_out * out).sum(axis=-1)  # the gradient of a score is weight * (d_weight + slope)
+    delta = (d_out * out).sum(axis=-1) - d_lse  # ds = p * (dp - delta)
 
     def differentiate_row(masked, carry, row):
-        index, columns = row
-        query, d_row, bottom, tilt = (_take(plan, x, index) for x in (queries, d_out, lse, slope))
-        key, value = _take(plan, keys, columns), _take(plan, values, columns)
-        scores, uncap = jax.vjp(functools.partial(softcap, softcap=plan.softcap), _score(plan, query, key))
-        scores = _place(plan, row, masked, slopes, segments, scores)
-        weights = jnp.exp(scores - jnp.where(bottom > MASKED, bottom, 0.0)[..., None])
-        (d_scores,) = uncap(weights * (jnp.einsum("bgqd,bgkd->bgqk", d_row, value) + tilt[..., None]))
-        d_scores = d_scores * plan.scale
-        d_queries = _put(carry[0], index, jnp.einsum("bgqk,bgkd->bgqd", d_scores, key))
-        d_keys = _add(carry[1], columns, jnp.einsum("bgqk,bgqd->bgkd", d_scores, query))
-        d_values = _add(carry[2], columns, jnp.einsum("bgqk,bgqd->bgkd", weights, d_row))
-        return (d_queries, d_keys, d_values), None
+        query, columns = row
+        q, do, row_lse, row_delta = (_take(plan, x, query) for x in (q_tiles, d_out, lse, delta))
+        k, v = _take(plan, k_tiles, columns), _take(plan, v_tiles, columns)
+        scores, softcap_vjp = jax.vjp(functools.partial(softcap, limit=plan.softcap), _score(plan, q, k))
+        scores = _apply_positions(plan, row, masked, slopes, segments, scores)
+        p = jnp.exp(scores - jnp.where(row_lse > MASKED, row_lse, 0.0)[..., None])
+        (ds,) = softcap_vjp(p * (jnp.einsum("bgqd,bgkd->bgqk", do, v) - row_delta[..., None]))
+        ds = ds * plan.scale
+        dq = _put(carry[0], query, jnp.einsum("bgqk,bgkd->bgqd", ds, k))
+        dk = _add(carry[1], columns, jnp.einsum("bgqk,bgqd->bgkd", ds, q))
+        dv = _add(carry[2], columns, jnp.einsum("bgqk,bgqd->bgkd", p, do))
+        return (dq, dk, dv), None
 
-    carry = tuple(jnp.zeros(x.shape, plan.dtype) for x in (queries, keys, values))
+    carry = tuple(jnp.zeros(x.shape, plan.dtype) for x in (q_tiles, k_tiles, v_tiles))
     for masked, group in plan.groups(segments is not None):
         carry, _ = jax.lax.scan(functools.partial(differentiate_row, masked), carry, group)
-    d_sink = None if sink is None else (jnp.exp(sink - lse) * slope).sum(axis=(0, 1, 2))
-    return *(d.astype(x.dtype) for d, x in zip(carry, saved, strict=False)), d_sink, None, None
+    d_sink = None if sink is None else -(jnp.exp(sink - lse) * delta).sum(axis=(0, 1, 2))
+    return *(d.astype(x.dtype) for d, x in zip(carry, residuals, strict=False)), d_sink, None, None
 
 
 _attend_tiles.defvjp(_attend_tiles_forward, _attend_tiles_backward)
 
 
-# Inside a row: queries [b,g,q,d], q over the tokens of the tile and, for each, the heads that share a key/value
-# head; keys and values [b,g,k,d], k over the tokens of all its key tiles. The products then need no transposing.
+# Inside a row: queries [b, g, q, d], where q runs over the tokens of the tile and, per token, the heads that share a
+# key/value head; keys and values [b, g, k, d], where k runs over the tokens of all key tiles. The products need no
+# transposition.
 
 
-def _score(plan, query, key):
-    return jnp.einsum("bgqd,bgkd->bgqk", query, key, preferred_element_type=plan.dtype) * plan.scale
+def _score(plan: _Plan, q: Float[Array, "b g q d"], k: Float[Array, "b g k d"]) -> Float[Array, "b g q k"]:
+    return jnp.einsum("bgqd,bgkd->bgqk", q, k, preferred_element_type=plan.dtype) * plan.scale
 
 
-def _place(plan, row, masked, slopes, segments, scores):
-    """The scores of a row [b,g,q,k] with what positions do to them; nothing if they are all in sight."""
+def _apply_positions(
+    plan: _Plan,
+    row: Row,
+    masked: bool,
+    slopes: Float[Array, " h"] | None,
+    segments: tuple[Int[Array, "b rows tile"], Int[Array, "b columns tile"]] | None,
+    scores: Float[Array, "b g q k"],
+) -> Float[Array, "b g q k"]:
+    """Adds ALiBi, and masks the scores if `masked`."""
     if slopes is None and not masked:
         return scores
-    index, columns = row
+    query, columns = row
     share = plan.h // plan.g
     token = jnp.arange(plan.tile * share) // share
-    q_at = index * plan.tile + token[:, None]
-    k_at = (columns[:, None] * plan.tile + jnp.arange(plan.tile)).reshape(1, -1)
+    q_positions = query * plan.tile + token[:, None]
+    k_positions = (columns[:, None] * plan.tile + jnp.arange(plan.tile)).reshape(1, -1)
     if slopes is not None:
-        scores = add_alibi(scores, jnp.tile(slopes.reshape(plan.g, share), plan.tile)[..., None], q_at - k_at)
-    return _mask(plan, row, segments, scores, token, q_at, k_at) if masked else scores
-
-
-def _mask(plan, row, segments, scores, token, q_at, k_at):
-    """The scores of a row that count, raised where they count more than once; MASKED for the others."""
-    index, columns = row
-    mask = (k_at >= 0) & (k_at < plan.s) & plan.pattern.allows(q_at, k_at, plan.t, plan.s)
+        slopes = jnp.tile(slopes.reshape(plan.g, share), plan.tile)[..., None]
+        scores = add_alibi(scores, slopes, q_positions - k_positions)
+    if not masked:
+        return scores
+    mask = (k_positions >= 0) & (k_positions < plan.s) & plan.pattern.allows(q_positions, k_positions, plan.t, plan.s)
     if segments is not None:
-        own, others = segments[0][:, index][:, token], segments[1][:, columns].reshape(-1, 1, k_at.size)
-        mask = (mask & (own[:, :, None] == others))[:, None]
-    mask = jax.lax.optimization_barrier(mask)  # or it is fused into what uses it, and computed again for each head
-    return jnp.where(mask, scores + log_multiplicity(plan.pattern, q_at, k_at, plan.t, plan.s), MASKED)
+        q_ids, k_ids = segments[0][:, query][:, token], segments[1][:, columns].reshape(-1, 1, k_positions.size)
+        mask = (mask & (q_ids[:, :, None] == k_ids))[:, None]
+    mask = jax.lax.optimization_barrier(mask)  # otherwise it is fused into its consumers and recomputed per head
+    bias = log_multiplicity(plan.pattern, q_positions, k_positions, plan.t, plan.s)
+    return jnp.where(mask, scores + bias, MASKED)
 
 
-def _average(plan, scores, value, sink):
-    """Values averaged by the softmax of masked scores: out [b,g,q,d] and log-sum-exp [b,g,q]; see `masked_softmax`."""
-    top = scores.max(axis=-1)
+def _average(
+    plan: _Plan, scores: Float[Array, "b g q k"], v: Float[Array, "b g k value"], sink: Float[Array, " h"] | None
+) -> tuple[Float[Array, "b g q value"], Float[Array, "b g q"]]:
+    """The values averaged by the softmax of masked scores, and the log-sum-exp; see `masked_softmax`."""
+    m = scores.max(axis=-1)
     if sink is not None:
         sink = jnp.tile(sink.reshape(plan.g, -1), plan.tile)
-        top = jnp.maximum(top, sink)
-    top = jnp.where(top > MASKED / 2, top, 0.0)  # a row without any key: its terms become 0 and not 1
-    terms = jnp.exp(scores - top[..., None])
-    total = terms.sum(axis=-1)
-    total = total if sink is None else total + jnp.exp(sink - top)
-    safe = jnp.where(total > 0, total, 1.0)
-    out = jnp.einsum("bgqk,bgkd->bgqd", terms.astype(value.dtype), value, preferred_element_type=plan.dtype)
-    return out / safe[..., None], jnp.where(total > 0, top + jnp.log(safe), -jnp.inf)
+        m = jnp.maximum(m, sink)
+    m = jnp.where(m > MASKED / 2, m, 0.0)  # in a row without keys p is 0 and not 1
+    p = jnp.exp(scores - m[..., None])
+    l = p.sum(axis=-1)
+    l = l if sink is None else l + jnp.exp(sink - m)
+    safe_l = jnp.where(l > 0, l, 1.0)
+    out = jnp.einsum("bgqk,bgkd->bgqd", p.astype(v.dtype), v, preferred_element_type=plan.dtype)
+    return out / safe_l[..., None], jnp.where(l > 0, m + jnp.log(safe_l), -jnp.inf)
 
 
-def _take(plan, x, tiles):
-    """A tile, or an array of tiles, of [b,tiles,tile,heads,...] as [b,g,tokens * heads // g,...]."""
-    b, _, _, heads, *rest = x.shape
-    x = x[:, tiles].reshape(b, -1, plan.g, heads // plan.g, *rest)
-    return jnp.moveaxis(x, 2, 1).reshape(b, plan.g, -1, *rest)
+def _take(
+    plan: _Plan, x: Float[Array, "b tiles tile heads *width"], tiles: Int[Array, "*k"]
+) -> Float[Array, "b g tokens *width"]:
+    """One tile or several; their tokens, and the heads per key/value head, on one axis."""
+    b, _, _, heads, *width = x.shape
+    x = x[:, tiles].reshape(b, -1, plan.g, heads // plan.g, *width)
+    return jnp.moveaxis(x, 2, 1).reshape(b, plan.g, -1, *width)
 
 
-def _as_tiles(taken, x):
-    """What `_take` took from `x`, or is like it, as tiles again: [b,number,tile,heads,...]."""
-    (b, g), (_, _, tile, heads, *rest) = taken.shape[:2], x.shape
-    taken = taken.reshape(b, g, -1, heads // g, *rest)
-    return jnp.moveaxis(taken, 1, 2).reshape(b, -1, tile, heads, *rest)
+def _untake(taken: Float[Array, "b g tokens *width"], x: Float[Array, "b tiles tile heads *width"]) -> Array:
+    """The inverse of `_take` from `x`: [b, k, tile, heads, ...]."""
+    (b, g), (_, _, tile, heads, *width) = taken.shape[:2], x.shape
+    taken = taken.reshape(b, g, -1, heads // g, *width)
+    return jnp.moveaxis(taken, 1, 2).reshape(b, -1, tile, heads, *width)
 
 
-def _put(x, tile, part):
-    return x.at[:, tile].set(_as_tiles(part, x)[:, 0])
+def _put(x: Array, tile: Int[Array, ""], taken: Array) -> Array:
+    return x.at[:, tile].set(_untake(taken, x)[:, 0])
 
 
-def _add(x, tiles, part):
-    return x.at[:, tiles].add(_as_tiles(part, x))
+def _add(x: Array, tiles: Int[Array, " k"], taken: Array) -> Array:
+    return x.at[:, tiles].add(_untake(taken, x))
 
 
-def _split_tiles(x: Array, tile: int) -> Array:
-    """Cuts axis 1 into tiles, padded with zeros: [b, t, ...] -> [b, tiles, tile, ...]."""
-    return fill_chunks(x, tile, 1).reshape(x.shape[0], -1, tile, *x.shape[2:])
+def _split_tiles(x: Shaped[Array, "b n *rest"], tile: int) -> Shaped[Array, "b tiles tile *rest"]:
+    """Cuts axis 1 into tiles, padded with zeros."""
+    return pad_to_multiple(x, tile, 1).reshape(x.shape[0], -1, tile, *x.shape[2:])
 
 
 def group_rows(layout: TileLayout) -> list[tuple[np.ndarray, np.ndarray]]:
-    """Query tiles in at most `MOST_GROUPS` groups of similar degree, so that padding costs least.
+    """Query tiles in at most `MAX_GROUPS` groups of similar degree, with the least padding.
 
     Returns:
-      For each group the query tiles, int32 [rows], and their key tiles, int32 [rows, degree], -1 where padded.
+      Per group the query tiles, int32 [rows], and their key tiles, int32 [rows, degree], -1 where padded.
     """
     degrees = layout.degrees
     live = np.append(layout.columns, 0)  # one entry more, so that empty rows at the end can be indexed
@@ -228,11 +248,11 @@ def group_rows(layout: TileLayout) -> list[tuple[np.ndarray, np.ndarray]]:
 
 
 def _split_degrees(degrees: np.ndarray) -> list[int]:
-    """Upper ends, ascending, of the degree intervals whose padding to the upper end is smallest in sum."""
+    """Ascending upper ends of the degree intervals with the least padding: dynamic programming over the degrees."""
     values, counts = np.unique(degrees, return_counts=True)
     before = np.concatenate([[0], np.cumsum(counts)])
-    cost, cuts = before[1:] * values, []  # of the first j + 1 values in one group; where the last group starts
-    for _ in range(min(MOST_GROUPS, len(values)) - 1):
+    cost, cuts = before[1:] * values, []  # of the first j + 1 values in one group; start of the last group
+    for _ in range(min(MAX_GROUPS, len(values)) - 1):
         options = np.concatenate([[0], cost[:-1]])[None, :] + (before[1:, None] - before[None, :-1]) * values[:, None]
         options = np.where(np.tri(len(values), dtype=bool), options, np.iinfo(np.int64).max)
         cuts.append(options.argmin(axis=1))

@@ -1,11 +1,11 @@
-"""The diagonal linear recurrence: each channel keeps a part of what it holds and adds its input.
+"""The diagonal linear recurrence, per channel:
 
     h[t] = exp(log_decay[t]) h[t-1] + x[t]
 
-What is at the heart of LRU (arXiv:2303.06349) and RG-LRU (arXiv:2402.19427). Chunks run one after the other, positions
-inside of one by a parallel prefix (Blelloch 1990) over pairs of decay and input. The gradient is the same recurrence
-from the end, g[t] = exp(log_decay[t+1]) g[t+1] + dh[t]. It needs the states, which are the output: nothing else is
-stored, and nothing has to be computed again.
+It is the core of LRU (arXiv:2303.06349) and RG-LRU (arXiv:2402.19427). Chunks run sequentially; inside a chunk runs a
+parallel prefix (Blelloch 1990) over pairs of decay and input. The gradient is the same recurrence from the end,
+g[t] = exp(log_decay[t+1]) g[t+1] + dh[t]. It needs only the states, which are the output, so nothing else is stored or
+recomputed.
 """
 
 from __future__ import annotations
@@ -16,9 +16,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
-from sparsejax.ops.chunks import scan_chunks
-
-CHUNK = 64
+from sparsejax.ops.chunks import CHUNK, scan_chunks
 
 
 def linear_scan(
@@ -28,23 +26,23 @@ def linear_scan(
     starts: Bool[Array, "b t"] | None = None,
     chunk: int = CHUNK,
 ) -> tuple[Float[Array, "b t d"], Float[Array, "b d"]]:
-    """The recurrence above, in float32 whatever the inputs.
+    """The recurrence above, computed in float32.
 
     Args:
-      x: input.
-      log_decay: logarithms of what is kept from the position before, not positive.
-      state: the state before the first position, zeros if not given.
-      starts: True where a document begins; the state is zeros before it.
-      chunk: positions of a chunk; the result does not depend on it.
+      x: Input.
+      log_decay: Logarithm of the decay from the previous position, not positive.
+      state: The state before the first position; defaults to zeros.
+      starts: True where a document begins; the state before it counts as zeros.
+      chunk: Positions per chunk; does not change the result.
 
     Returns:
       The states in the dtype of `x`, and the last one in float32.
     """
-    wide = jnp.promote_types(x.dtype, jnp.float32)
-    decay = jnp.exp(log_decay.astype(wide))
+    dtype = jnp.promote_types(x.dtype, jnp.float32)
+    decay = jnp.exp(log_decay.astype(dtype))
     decay = decay if starts is None else jnp.where(starts[..., None], 0, decay)
-    state = jnp.zeros(x[:, 0].shape, wide) if state is None else state.astype(wide)
-    y = _scan(x.astype(wide), decay, state, chunk)
+    state = jnp.zeros(x[:, 0].shape, dtype) if state is None else state.astype(dtype)
+    y = _scan(x.astype(dtype), decay, state, chunk)
     return y.astype(x.dtype), y[:, -1]
 
 
@@ -52,40 +50,42 @@ def linear_step(
     x: Float[Array, "b d"], log_decay: Float[Array, "b d"], state: Float[Array, "b d"]
 ) -> tuple[Float[Array, "b d"], Float[Array, "b d"]]:
     """One position of `linear_scan`: the next state in the dtype of `x`, and in float32."""
-    wide = jnp.promote_types(x.dtype, jnp.float32)
-    state = jnp.exp(log_decay.astype(wide)) * state.astype(wide) + x.astype(wide)
+    dtype = jnp.promote_types(x.dtype, jnp.float32)
+    state = jnp.exp(log_decay.astype(dtype)) * state.astype(dtype) + x.astype(dtype)
     return state.astype(x.dtype), state
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
-def _scan(x: Array, decay: Array, state: Array, chunk: int) -> Array:
-    """All states [b, t, d]."""
+def _scan(
+    x: Float[Array, "b t d"], decay: Float[Array, "b t d"], state: Float[Array, "b d"], chunk: int
+) -> Float[Array, "b t d"]:
+    """All states."""
 
-    def run_chunk(state: Array, inputs: tuple[Array, Array]) -> tuple[Array, Array]:
-        kept, added = jax.lax.associative_scan(_compose, inputs, axis=1)
-        states = kept * state[:, None] + added
+    def run_chunk(state: Float[Array, "b d"], inputs: tuple[Array, Array]) -> tuple[Array, Array]:
+        decay, added = jax.lax.associative_scan(_compose, inputs, axis=1)
+        states = decay * state[:, None] + added
         return states[:, -1], states
 
-    # The zeros behind the last position forget the state, which nobody reads.
+    # The padding after the last position has decay 0 and erases the state, which is not used.
     return scan_chunks(run_chunk, state, (decay, x), chunk)[1]
 
 
 def _compose(first: tuple[Array, Array], second: tuple[Array, Array]) -> tuple[Array, Array]:
-    """What is kept and added over two spans of positions, the second behind the first."""
+    """Decay and added state over two adjacent spans of positions."""
     return first[0] * second[0], second[0] * first[1] + second[1]
 
 
-def _scan_forward(x: Array, decay: Array, state: Array, chunk: int) -> tuple[Array, tuple[Array, ...]]:
+def _scan_forward(x, decay, state, chunk):
     y = _scan(x, decay, state, chunk)
     return y, (decay, state, y)
 
 
-def _scan_backward(chunk: int, saved: tuple[Array, ...], d_y: Array) -> tuple[Array, Array, Array]:
-    decay, state, y = saved
-    following = jnp.pad(decay[:, :0:-1], ((0, 0), (1, 0), (0, 0)))  # from the end; nothing follows the last
-    d_x = _scan(d_y[:, ::-1], following, jnp.zeros_like(state), chunk)[:, ::-1]
-    before = jnp.concatenate([state[:, None], y[:, :-1]], axis=1)
-    return d_x, d_x * before, d_x[:, 0] * decay[:, 0]
+def _scan_backward(chunk, residuals, dy):
+    decay, state, y = residuals
+    next_decay = jnp.pad(decay[:, :0:-1], ((0, 0), (1, 0), (0, 0)))  # reversed; nothing follows the last position
+    dx = _scan(dy[:, ::-1], next_decay, jnp.zeros_like(state), chunk)[:, ::-1]
+    previous = jnp.concatenate([state[:, None], y[:, :-1]], axis=1)
+    return dx, dx * previous, dx[:, 0] * decay[:, 0]
 
 
 _scan.defvjp(_scan_forward, _scan_backward)

@@ -1,47 +1,52 @@
-"""Attention among tokens that hash alike (Reformer, Kitaev et al. 2020, arXiv:2001.04451).
+"""Attention among tokens with equal hashes (Reformer, arXiv:2001.04451).
 
-Queries are keys too. In each of several rounds the tokens are sorted by bucket and cut into chunks; a chunk looks at
-itself and at its neighbours, and the rounds are weighed by what their softmaxes sum to. The rounds follow one another
-in a circle: the first chunk of a round has the last of the round before as its neighbour, as in the released code.
+Queries serve as keys. In each of several rounds, tokens are sorted by bucket and cut into chunks. A chunk attends to
+itself and to neighbouring chunks, and the softmaxes of the rounds are merged by their normalisers. The chunks of all
+rounds form a ring: the first chunk of a round follows the last chunk of the previous round, as in the released code.
 """
 
 from __future__ import annotations
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Bool, Float, Int, Shaped
 
 from sparsejax.ops.rows import move_rows
 
-# Scores of masked keys, and of a token with itself: it looks at itself only if there is no other key.
+# Scores of masked keys, and of a token with itself, to which it attends only if there is no other key.
 MASKED, SELF = -1e9, -1e5
 EPS = 1e-6
-LAST = jnp.iinfo(jnp.int32).max  # sorts padding behind everything
+PADDING = jnp.iinfo(jnp.int32).max  # the segment of padding: sorts after all others
+
+
+def hashed_pairs(length: int, rounds: int, chunk: int, before: int = 1, after: int = 0) -> int:
+    """Number of (query, key) pairs that `attend_hashed` scores per head, masked ones included."""
+    return rounds * -(-length // chunk) * chunk * (before + 1 + after) * chunk
 
 
 def hash_buckets(
     x: Float[Array, "b t h d"], rotations: Float[Array, "h d r n"], buckets: tuple[int, ...]
 ) -> Int[Array, "b h r t"]:
-    """The bucket of each token, head and round: argmax of [x R, -x R] (arXiv:1509.02897).
+    """Bucket per token, head and round: argmax of [x R, -x R] (arXiv:1509.02897).
 
     Args:
-      x: queries.
-      rotations: a random matrix for each head and round; n is half the sum of `buckets`.
-      buckets: how many there are, or factors of it: each is hashed alone, the first counts least.
+      x: Queries.
+      rotations: Random matrix R per head and round; n is half the sum of `buckets`.
+      buckets: The number of buckets, or factors of it that are hashed separately, least significant first.
     """
-    wide = jnp.promote_types(x.dtype, jnp.float32)
-    rotated = jnp.einsum("bthd,hdrn->bhrtn", jax.lax.stop_gradient(x).astype(wide), rotations.astype(wide))
-    number, start, factor = 0, 0, 1
+    dtype = jnp.promote_types(x.dtype, jnp.float32)
+    rotated = jnp.einsum("bthd,hdrn->bhrtn", jax.lax.stop_gradient(x).astype(dtype), rotations.astype(dtype))
+    bucket, start, factor = jnp.zeros((), jnp.int32), 0, 1
     for count in buckets:
         part = rotated[..., start : start + count // 2]
-        number = number + factor * jnp.argmax(jnp.concatenate([part, -part], axis=-1), axis=-1)
+        bucket = bucket + factor * jnp.argmax(jnp.concatenate([part, -part], axis=-1), axis=-1)
         start, factor = start + count // 2, factor * count
-    return number.astype(jnp.int32)
+    return bucket.astype(jnp.int32)
 
 
 def attend_hashed(
     qk: Float[Array, "b t h d"],
-    v: Float[Array, "b t h e"],
+    v: Float[Array, "b t h value"],
     buckets: Int[Array, "b h r t"],
     *,
     chunk: int,
@@ -50,103 +55,101 @@ def attend_hashed(
     causal: bool = True,
     segments: Int[Array, "b t"] | None = None,
     mask: Bool[Array, "b t"] | None = None,
-) -> Float[Array, "b t h e"]:
-    """Softmax attention of each token over the chunks of its buckets.
+) -> Float[Array, "b t h value"]:
+    """Softmax attention of each token over its chunk and neighbouring chunks, in each round.
 
-    Keys are queries of length 1 (their mean square is 1, over √d). A causal mask hides later keys, but a later token
-    can still move the borders of chunks, and so change which earlier keys are seen.
+    Keys are queries of length 1 (mean square 1, divided by √d). A causal mask hides later keys, but a later token can
+    still move the borders of chunks, and so change which earlier keys a token attends to.
 
     Args:
-      qk: queries, which are keys too.
-      v: values.
-      buckets: of `hash_buckets`.
-      chunk: tokens of a chunk.
-      before: chunks before its own that a token looks at.
-      after: chunks after it.
-      causal: look at no later position.
-      segments: documents; a token looks at its own alone, and is sorted among its own.
-      mask: False for tokens that are no keys; they are sorted behind the others.
+      qk: Queries, which serve as keys.
+      v: Values.
+      buckets: The result of `hash_buckets`.
+      chunk: Tokens per chunk.
+      before: Preceding chunks to attend to.
+      after: Following chunks to attend to.
+      causal: Whether later positions are masked.
+      segments: Segment ids; a token is sorted among and attends to tokens of its segment.
+      mask: False for tokens that are not keys; they are sorted last.
     """
-    (b, t, h, _), rounds, tokens = qk.shape, buckets.shape[2], -(-qk.shape[1] // chunk) * chunk
-    wide = jnp.promote_types(qk.dtype, jnp.float32)
+    (b, t, h, _), rounds, padded = qk.shape, buckets.shape[2], -(-qk.shape[1] // chunk) * chunk
+    dtype = jnp.promote_types(qk.dtype, jnp.float32)
 
-    def pad(x: Array) -> Array:
-        return jnp.pad(x, ((0, 0), (0, tokens - t)) + ((0, 0),) * (x.ndim - 2))
+    def pad(x: Shaped[Array, "b t *rest"]) -> Shaped[Array, "b padded *rest"]:
+        return jnp.pad(x, ((0, 0), (0, padded - t)) + ((0, 0),) * (x.ndim - 2))
 
-    real = pad(jnp.ones((b, t), bool) if mask is None else mask)
+    is_key = pad(jnp.ones((b, t), bool) if mask is None else mask)
     ids = pad(jnp.zeros((b, t), jnp.int32) if segments is None else segments.astype(jnp.int32))
-    ids = jnp.where(real, ids, LAST)
-    buckets = jnp.pad(buckets, ((0, 0),) * 3 + ((0, tokens - t),))
+    ids = jnp.where(is_key, ids, PADDING)
+    buckets = jnp.pad(buckets, ((0, 0),) * 3 + ((0, padded - t),))
     order = _sort(jnp.broadcast_to(ids[:, None, None], buckets.shape), buckets)
-    ranks = jnp.argsort(order, axis=-1) + tokens * jnp.arange(rounds)[:, None]
-    source, copies = order.reshape(b, h, -1), ranks.swapaxes(2, 3)  # of the rows of all rounds; of each token
+    ranks = jnp.argsort(order, axis=-1) + padded * jnp.arange(rounds)[:, None]
+    source, copies = order.reshape(b, h, -1), ranks.swapaxes(2, 3)  # token per sorted row; sorted rows per token
 
-    def sort(x: Array) -> Array:
-        rows = jax.vmap(jax.vmap(move_rows))(pad(x).astype(wide).swapaxes(1, 2), source, copies)
+    def sort(x: Float[Array, "b t h width"]) -> Float[Array, "b h chunks c width"]:
+        rows = jax.vmap(jax.vmap(move_rows))(pad(x).astype(dtype).swapaxes(1, 2), source, copies)
         return rows.reshape(b, h, -1, chunk, x.shape[-1])
 
-    def look(x: Array) -> Array:
+    def with_neighbours(x: Shaped[Array, "b h chunks c *rest"]) -> Shaped[Array, "b h chunks k *rest"]:
         return jnp.concatenate([jnp.roll(x, -i, axis=2) for i in range(-before, after + 1)], axis=3)
 
-    def shown(x: Array) -> Array:
-        return jnp.take_along_axis(x[:, None], source, axis=-1).reshape(b, h, -1, chunk)
-
-    queries, at, own = sort(qk), source.reshape(b, h, -1, chunk), shown(ids)
-    keys_at, keys_own = look(at)[..., None, :], look(own)[..., None, :]
-    allowed = (keys_own == own[..., None]) & (keys_own != LAST)
-    allowed = allowed & (keys_at <= at[..., None]) if causal else allowed
-    scores = jnp.einsum("bhnqd,bhnkd->bhnqk", queries, look(_normalize(queries)))
-    scores = jnp.where(keys_at == at[..., None], SELF, jnp.where(allowed, scores, MASKED))
-    top = jax.lax.stop_gradient(scores.max(axis=-1, keepdims=True))
-    weights = jnp.exp(scores - top)
-    sums = jnp.concatenate([weights @ look(sort(v)), weights.sum(axis=-1, keepdims=True)], axis=-1)
-    sums = sums.reshape(b, h, rounds * tokens, -1)
+    q, positions = sort(qk), source.reshape(b, h, -1, chunk)
+    q_ids = jnp.take_along_axis(ids[:, None], source, axis=-1).reshape(b, h, -1, chunk)
+    k_positions, k_ids = with_neighbours(positions)[..., None, :], with_neighbours(q_ids)[..., None, :]
+    allowed = (k_ids == q_ids[..., None]) & (k_ids != PADDING)
+    allowed = allowed & (k_positions <= positions[..., None]) if causal else allowed
+    scores = jnp.einsum("bhnqd,bhnkd->bhnqk", q, with_neighbours(_normalize(q)))
+    scores = jnp.where(k_positions == positions[..., None], SELF, jnp.where(allowed, scores, MASKED))
+    m = jax.lax.stop_gradient(scores.max(axis=-1, keepdims=True))
+    p = jnp.exp(scores - m)
+    sums = jnp.concatenate([p @ with_neighbours(sort(v)), p.sum(axis=-1, keepdims=True)], axis=-1)
+    sums = sums.reshape(b, h, rounds * padded, -1)
 
     back = copies.reshape(b, h, -1)
     origin = (order * rounds + jnp.arange(rounds)[:, None]).reshape(b, h, -1, 1)
-    sums = jax.vmap(jax.vmap(move_rows))(sums, back, origin).reshape(b, h, tokens, rounds, -1)
-    top = jnp.take_along_axis(top.reshape(b, h, -1), back, axis=-1).reshape(b, h, tokens, rounds)
-    # Each round's sums are relative to its own greatest score.
-    total = (jnp.exp(top - top.max(axis=-1, keepdims=True))[..., None] * sums).sum(axis=3)
+    sums = jax.vmap(jax.vmap(move_rows))(sums, back, origin).reshape(b, h, padded, rounds, -1)
+    m = jnp.take_along_axis(m.reshape(b, h, -1), back, axis=-1).reshape(b, h, padded, rounds)
+    # The sums of each round are relative to its maximum.
+    total = (jnp.exp(m - m.max(axis=-1, keepdims=True))[..., None] * sums).sum(axis=3)
     return (total[..., :-1] / total[..., -1:]).swapaxes(1, 2)[:, :t].astype(v.dtype)
 
 
 def decode_attend_hashed(
     qk: Float[Array, "b s h d"],
-    v: Float[Array, "b s h e"],
+    v: Float[Array, "b s h value"],
     buckets: Int[Array, "b h r s"],
     position: Int[Array, ""],
     *,
     chunk: int,
     before: int = 1,
     after: int = 0,
-) -> Float[Array, "b h e"]:
-    """What `attend_hashed` gives the token at `position` if it is the last one; positions after it hold nothing yet."""
+) -> Float[Array, "b h value"]:
+    """The output of `attend_hashed` for the token at `position`, the last one; later slots are empty."""
     (b, s, h, _), rounds = qk.shape, buckets.shape[2]
-    wide, chunks = jnp.promote_types(qk.dtype, jnp.float32), position // chunk + 1
-    order = _sort(jnp.broadcast_to(jnp.where(jnp.arange(s) > position, LAST, 0), buckets.shape), buckets)
+    dtype, chunks = jnp.promote_types(qk.dtype, jnp.float32), position // chunk + 1
+    order = _sort(jnp.broadcast_to(jnp.where(jnp.arange(s) > position, PADDING, 0), buckets.shape), buckets)
     rank = jnp.argmax(order == position, axis=-1)
-    own = rank // chunk + chunks * jnp.arange(rounds)  # number of its chunk in each round, all rounds counted
-    near = (own[..., None] + jnp.arange(-before, after + 1)) % (chunks * rounds)
+    chunk_index = rank // chunk + chunks * jnp.arange(rounds)  # per round, on the ring of all rounds
+    near = (chunk_index[..., None] + jnp.arange(-before, after + 1)) % (chunks * rounds)
     ranks = (near % chunks)[..., None] * chunk + jnp.arange(chunk)
-    there = (near // chunks)[..., None] * s + jnp.minimum(ranks, s - 1)
-    at = jnp.take_along_axis(order.reshape(b, h, -1), there.reshape(b, h, -1), axis=-1)
+    indices = (near // chunks)[..., None] * s + jnp.minimum(ranks, s - 1)
+    k_positions = jnp.take_along_axis(order.reshape(b, h, -1), indices.reshape(b, h, -1), axis=-1)
     allowed = (ranks <= position).reshape(b, h, -1)
 
-    def pick(x: Array) -> Array:
-        return jnp.take_along_axis(x.astype(wide).swapaxes(1, 2), at[..., None], axis=2)
+    def take(x: Float[Array, "b s h width"]) -> Float[Array, "b h k width"]:
+        return jnp.take_along_axis(x.astype(dtype).swapaxes(1, 2), k_positions[..., None], axis=2)
 
-    q = jax.lax.dynamic_index_in_dim(qk, position, axis=1, keepdims=False).astype(wide)
-    scores = jnp.einsum("bhd,bhkd->bhk", q, _normalize(pick(qk)))
-    scores = jnp.where(allowed, jnp.where(at == position, SELF, scores), MASKED)
-    return jnp.einsum("bhk,bhke->bhe", jax.nn.softmax(scores, axis=-1), pick(v)).astype(v.dtype)
+    q = jax.lax.dynamic_index_in_dim(qk, position, axis=1, keepdims=False).astype(dtype)
+    scores = jnp.einsum("bhd,bhkd->bhk", q, _normalize(take(qk)))
+    scores = jnp.where(allowed, jnp.where(k_positions == position, SELF, scores), MASKED)
+    return jnp.einsum("bhk,bhke->bhe", jax.nn.softmax(scores, axis=-1), take(v)).astype(v.dtype)
 
 
-def _sort(groups: Int[Array, "b h r t"], buckets: Int[Array, "b h r t"]) -> Int[Array, "b h r t"]:
-    """Positions by group, then by bucket, then in order."""
+def _sort(segments: Int[Array, "b h r t"], buckets: Int[Array, "b h r t"]) -> Int[Array, "b h r t"]:
+    """Positions by segment, then by bucket, then in order."""
     positions = jnp.broadcast_to(jnp.arange(buckets.shape[-1], dtype=jnp.int32), buckets.shape)
-    return jax.lax.sort((groups, buckets, positions), dimension=-1, num_keys=2, is_stable=True)[-1]
+    return jax.lax.sort((segments, buckets, positions), dimension=-1, num_keys=2, is_stable=True)[-1]
 
 
-def _normalize(x: Array) -> Array:
+def _normalize(x: Float[Array, "*batch d"]) -> Float[Array, "*batch d"]:
     return x * jax.lax.rsqrt((x * x).mean(axis=-1, keepdims=True) + EPS) * x.shape[-1] ** -0.5

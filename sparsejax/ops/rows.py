@@ -1,4 +1,4 @@
-"""Rows moved to other places, in both directions by gathering: no scatter adds them up in the backward pass."""
+"""Gathers of rows whose backward pass is a gather too, instead of a scatter."""
 
 from __future__ import annotations
 
@@ -8,13 +8,13 @@ from jaxtyping import Array, Float, Int
 
 @jax.custom_vjp
 def move_rows(x: Float[Array, "n m"], source: Int[Array, " r"], copies: Int[Array, "n k"]) -> Float[Array, "r m"]:
-    """Row i of the result is row `source[i]` of `x`, zeros where there is none.
+    """Row i of the result is row `source[i]` of `x`, or zeros where `source[i]` is n.
 
     Args:
-      x: rows.
-      source: for each row of the result a row of `x`; n for none.
-      copies: for each row of `x` the at most k rows of the result that are copies of it; r fills the list. It says
-        the same as `source`, and the backward pass sums over it.
+      x: Rows.
+      source: Row of `x` per row of the result; n for none.
+      copies: The at most k rows of the result that copy each row of `x`, padded with r: the inverse of `source`, over
+        which the backward pass sums.
     """
     return _take(x, source)
 
@@ -27,8 +27,8 @@ def _move_backward(copies, g):
     return _take(g, copies).sum(axis=1), None, None
 
 
-def _take(x: Array, at: Array) -> Array:
-    return x.at[at].get(mode="fill", fill_value=0)
+def _take(x: Float[Array, "n m"], rows: Int[Array, "*rows"]) -> Float[Array, "*rows m"]:
+    return x.at[rows].get(mode="fill", fill_value=0)
 
 
 move_rows.defvjp(_move_forward, _move_backward)

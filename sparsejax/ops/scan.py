@@ -1,13 +1,12 @@
-"""The selective scan of Mamba (Gu and Dao 2023, arXiv:2312.00752, algorithm 2), in chunks.
+"""The selective scan of Mamba (arXiv:2312.00752, algorithm 2), in chunks.
 
-For each channel d with a state of n numbers:
+Per channel d, with a state of n numbers:
 
     h[t] = exp(dt[t] A) h[t-1] + dt[t] x[t] B[t]
     y[t] = C[t] h[t]
 
-(B is discretised by Euler's rule, as in the released code, not by zero-order hold.) One position follows the other.
-The backward pass keeps one state for each chunk; it computes the states of a chunk again, and the rest of a position
-again from those.
+B is discretised by Euler's rule, as in the released code, instead of zero-order hold. Positions run sequentially. The
+backward pass keeps one state per chunk, from which it recomputes the states of the chunk, and from these the rest.
 """
 
 from __future__ import annotations
@@ -18,11 +17,9 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
-from sparsejax.ops.chunks import scan_chunks, spread
+from sparsejax.ops.chunks import CHUNK, broadcast_axis, scan_chunks
 
-CHUNK = 64
-
-# On CPU several times faster than the same as broadcasts and sums; see `spread`.
+# Several times faster on CPU than broadcasts and sums; see `broadcast_axis`.
 _einsum = functools.partial(jnp.einsum, precision=jax.lax.Precision.HIGHEST)
 
 
@@ -36,33 +33,33 @@ def selective_scan(
     starts: Bool[Array, "b t"] | None = None,
     chunk: int = CHUNK,
 ) -> tuple[Float[Array, "b t d"], Float[Array, "b d n"]]:
-    """Mamba's recurrence, in float32 whatever the inputs.
+    """Mamba's recurrence, computed in float32.
 
     Args:
-      x: input.
-      dt: step sizes, positive.
-      A: decay rates, negative.
-      B: input weights.
-      C: output weights.
-      state: the state before the first position, zeros if not given.
-      starts: True where a document begins; the state is zeros before it.
-      chunk: positions of a chunk; the result does not depend on it.
+      x: Input.
+      dt: Step sizes, positive.
+      A: Decay rates, negative.
+      B: Input weights.
+      C: Output weights.
+      state: The state before the first position; defaults to zeros.
+      starts: True where a document begins; the state before it counts as zeros.
+      chunk: Positions per chunk; does not change the result.
 
     Returns:
-      The output in the dtype of `x`, and the state after the last position in float32. Memory of the backward
-      pass grows with `t / chunk` states, not with `t`.
+      The output in the dtype of `x`, and the state after the last position in float32. The backward pass keeps
+      `t / chunk` states instead of `t`.
     """
     b, _, d = x.shape
-    wide = jnp.promote_types(x.dtype, jnp.float32)
-    state = jnp.zeros((b, d, A.shape[1]), wide) if state is None else state.astype(wide)
-    advance = jax.checkpoint(functools.partial(_advance, A.astype(wide).T), prevent_cse=False)
+    dtype = jnp.promote_types(x.dtype, jnp.float32)
+    state = jnp.zeros((b, d, A.shape[1]), dtype) if state is None else state.astype(dtype)
+    advance = jax.checkpoint(functools.partial(_advance, A.astype(dtype).T), prevent_cse=False)
 
-    def run_chunk(state, inputs):
+    def run_chunk(state: Float[Array, "b n d"], inputs: tuple[Array | None, ...]) -> tuple[Array, Array]:
         state, y = jax.lax.scan(advance, state, jax.tree.map(lambda a: a.swapaxes(0, 1), inputs))
         return state, y.swapaxes(0, 1)
 
-    inputs = (*(a.astype(wide) for a in (x, dt, B, C)), starts)
-    # Padding is a step of size 0, which leaves the state as it is.
+    inputs = (*(a.astype(dtype) for a in (x, dt, B, C)), starts)
+    # Padding is a step of size 0, which leaves the state unchanged.
     state, y = scan_chunks(run_chunk, state.swapaxes(1, 2), inputs, chunk)
     return y.astype(x.dtype), state.swapaxes(1, 2)
 
@@ -75,18 +72,20 @@ def selective_step(
     C: Float[Array, "b n"],
     state: Float[Array, "b d n"],
 ) -> tuple[Float[Array, "b d"], Float[Array, "b d n"]]:
-    """One position of `selective_scan`: its output in the dtype of `x` and the next state, in float32."""
-    wide = jnp.promote_types(x.dtype, jnp.float32)
-    inputs = [a.astype(wide) for a in (x, dt, B, C)]
-    state, y = _advance(A.astype(wide).T, state.astype(wide).swapaxes(1, 2), (*inputs, None))
+    """One position of `selective_scan`: its output in the dtype of `x`, and the next state in float32."""
+    dtype = jnp.promote_types(x.dtype, jnp.float32)
+    inputs = [a.astype(dtype) for a in (x, dt, B, C)]
+    state, y = _advance(A.astype(dtype).T, state.astype(dtype).swapaxes(1, 2), (*inputs, None))
     return y.astype(x.dtype), state.swapaxes(1, 2)
 
 
-def _advance(A, state, inputs):
-    """One step; the state is [b, n, d] here, so that the long axis is the contiguous one."""
+def _advance(
+    A: Float[Array, "n d"], state: Float[Array, "b n d"], inputs: tuple[Array, Array, Array, Array, Array | None]
+) -> tuple[Float[Array, "b n d"], Float[Array, "b d"]]:
+    """One step, with the long axis of the state contiguous."""
     x, dt, B, C, start = inputs
     if start is not None:
         state = jnp.where(start[:, None, None], 0, state)
-    decay = jnp.exp(spread(dt, A.shape[0], axis=1) * A)
+    decay = jnp.exp(broadcast_axis(dt, A.shape[0], axis=1) * A)
     state = decay * state + _einsum("bn,bd->bnd", B, dt * x)
     return state, _einsum("bn,bnd->bd", C, state)

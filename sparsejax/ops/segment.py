@@ -1,12 +1,12 @@
-"""Edge list: each (query, key) pair that may meet is computed alone, and sums run over the pairs of a query.
+"""Edge list: each allowed (query, key) pair is scored alone, and the softmax sums over the edges of a query.
 
-What a graph network does: gather the two ends of each edge, score it, and normalise over the edges of each query
-by segment maxima and sums (graph attention, arXiv:1710.10903). Time follows the pairs, wherever they lie: for
-patterns that leave the tiles they touch nearly empty, and for lists that are computed from the data.
+As in a graph network (graph attention, arXiv:1710.10903): gather both ends of each edge, score it, and normalise by
+segment maxima and sums over the edges of a query. Time grows with the number of pairs, wherever they lie. This serves
+patterns that leave most of each live tile empty, and lists that are computed from the data.
 
-Edges are taken in chunks, so that the gathered rows of one chunk alone are in memory at a time, and both passes
-score them again rather than keep what they scored (as arXiv:2205.14135 does by tiles). The segment maxima and sums
-are scattered into the arrays that the chunks have in common.
+Edges are processed in chunks, so that only the gathered rows of one chunk are in memory, and both passes recompute the
+scores. The segment maxima and sums are scattered into arrays that all chunks share. Names are those of
+`sparsejax.ops.softmax`.
 """
 
 from __future__ import annotations
@@ -16,33 +16,44 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+import numpy as np
+from jaxtyping import Array, Bool, Float, Int
 
+from sparsejax.errors import InputError
 from sparsejax.ops.call import AttentionCall, by_pattern
 from sparsejax.ops.softmax import MASKED, add_alibi, softcap
 from sparsejax.patterns import Full
 
-MOST_EDGES = 2**24  # of one head: 128 MiB of positions, which the compiled program holds
+MAX_EDGES = 2**24  # per head: 128 MiB of positions in the compiled program
 CHUNK = 2**18  # numbers in the gathered query rows of a chunk of edges, over batch and heads
+
+Segments = tuple[Int[Array, "t b"], Int[Array, "s b"]]
+
+
+class Edges(NamedTuple):
+    """Positions of the queries and keys of edges, in chunks; padding is at (t, s), which scatters drop."""
+
+    queries: Int[Array, "*chunks c"]
+    keys: Int[Array, "*chunks c"]
 
 
 def unsupported_reason(call: AttentionCall) -> str | None:
-    """Why this implementation cannot serve the call, or None."""
+    """Why this implementation cannot compute the call, or None."""
     if call.interpret:
         return "interpret=True is for Pallas kernels"
     t, s = call.q.shape[1], call.k.shape[1]
     edges = max(pattern.pairs(t, s) for pattern in call.head_groups())
-    if edges > MOST_EDGES:
-        return f"{edges} edges in one head; their positions are held in memory, which stops at {MOST_EDGES}"
+    if edges > MAX_EDGES:
+        return f"{edges} edges per head are more than the {MAX_EDGES} whose positions it keeps in memory"
     return None
 
 
-def run(call: AttentionCall) -> tuple[Float[Array, "b t h e"], Float[Array, "b t h"]]:
-    """Output in the dtype of q, log-sum-exp in float32."""
-    return by_pattern(call, _run_one_pattern)
+def run(call: AttentionCall) -> tuple[Float[Array, "b t h value"], Float[Array, "b t h"]]:
+    """Output in the dtype of q, log-sum-exp in `call.dtype`."""
+    return by_pattern(call, _run_pattern)
 
 
-def _run_one_pattern(call: AttentionCall) -> tuple[Array, Array]:
+def _run_pattern(call: AttentionCall) -> tuple[Float[Array, "b t h value"], Float[Array, "b t h"]]:
     return attend_edges(
         call.q,
         call.k,
@@ -60,9 +71,9 @@ def _run_one_pattern(call: AttentionCall) -> tuple[Array, Array]:
 def attend_edges(
     q: Float[Array, "b t h d"],
     k: Float[Array, "b s g d"],
-    v: Float[Array, "b s g e"],
-    queries: Int[Array, " e"],
-    keys: Int[Array, " e"],
+    v: Float[Array, "b s g value"],
+    queries: Int[Array | np.ndarray, " edges"],
+    keys: Int[Array | np.ndarray, " edges"],
     *,
     scale: float | None = None,
     softcap: float | None = None,
@@ -70,159 +81,170 @@ def attend_edges(
     alibi_slopes: Float[Array, " h"] | None = None,
     segment_ids: tuple[Int[Array, "b t"], Int[Array, "b s"]] | None = None,
     return_lse: bool = False,
-) -> Float[Array, "b t h e"] | tuple[Float[Array, "b t h e"], Float[Array, "b t h"]]:
-    """Softmax attention in which query `queries[i]` looks at key `keys[i]`, and no others do; see `attend`.
+) -> Float[Array, "b t h value"] | tuple[Float[Array, "b t h value"], Float[Array, "b t h"]]:
+    """Softmax attention in which query `queries[i]` attends to key `keys[i]`; see `attend`.
 
-    The list may be traced, so that it can come from the data. It serves all sequences and heads alike; `jax.vmap`
-    over either gives each a list of its own.
+    The list may be traced, so that it can depend on the data. All sequences and heads share it; `jax.vmap` over either
+    gives each its own list.
 
     Args:
-      q: queries.
-      k: keys; `g` divides `h`.
-      v: values; their width may differ from that of the keys.
-      queries: positions, in any order, though memory is read in order if they ascend. An edge that occurs twice
-        counts twice; one with a position outside of `[0, t)` or `[0, s)` is left out, as padding to a fixed number.
-      keys: positions.
-      scale: factor on q·k, `d ** -0.5` if not given.
-      softcap: bounds the scaled scores to `softcap * tanh(score / softcap)`.
-      sink_logits: one logit for each query head that joins the softmax's denominator but has no value.
-      alibi_slopes: by these scores fall with the distance of query and key; constants, without a gradient.
-      segment_ids: of queries and of keys; an edge between two segments is left out.
-      return_lse: also return the log-sum-exp of the scores, sink included: float32, minus infinity where a query
-        has neither edge nor sink.
+      q: Queries.
+      k: Keys; `g` divides `h`.
+      v: Values; their width may differ from that of the keys.
+      queries: Positions in any order; ascending ones read memory in order. An edge that occurs twice counts twice; one
+        with a position outside `[0, t)` or `[0, s)` is dropped, so that lists can be padded.
+      keys: Positions.
+      scale: Factor on q·k; defaults to `d ** -0.5`.
+      softcap: Bounds the scaled scores to `softcap * tanh(score / softcap)`.
+      sink_logits: Logit per query head that joins the softmax's denominator without a value.
+      alibi_slopes: Slope per query head of `add_alibi`; constants, without a gradient.
+      segment_ids: Segments of queries and of keys; an edge between two segments is dropped.
+      return_lse: Whether to return the log-sum-exp too: minus infinity for a query with neither edge nor sink.
 
     Returns:
-      The output in the dtype of `q`, zeros where a query has no edge, and with `return_lse` the log-sum-exp.
+      The output in the dtype of `q`, zeros for a query without an edge, and with `return_lse` the log-sum-exp.
 
     Raises:
-      ValueError: shapes that do not fit together.
+      InputError: Shapes do not agree.
     """
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     call = AttentionCall(q, k, v, Full(), scale, softcap, sink_logits, segment_ids, False, alibi_slopes)
     if queries.ndim != 1 or queries.shape != keys.shape:
-        raise ValueError(f"attend_edges: queries and keys must be [e]; got {list(queries.shape)}, {list(keys.shape)}")
+        raise InputError("queries", f"shape {list(queries.shape)} is not [edges], as keys' {list(keys.shape)} must be")
     (b, t, h, d), (_, s, g, _) = q.shape, k.shape
     rows = jnp.moveaxis(q, 1, 0).reshape(t, b, g, h // g, d)
-    heads = (None if x is None else x.astype(call.dtype).reshape(g, h // g) for x in (sink_logits, alibi_slopes))
+    per_head = (None if x is None else x.astype(call.dtype).reshape(g, h // g) for x in (sink_logits, alibi_slopes))
     segments = None if segment_ids is None else tuple(jnp.asarray(x).T for x in segment_ids)
     edges = _split_edges(queries, keys, t, s, chunk=max(1, CHUNK // (b * h * max(d, v.shape[-1]))))
     plan = _Plan(scale, softcap, call.dtype)
-    out, lse = _attend_rows(plan, rows, jnp.moveaxis(k, 1, 0), jnp.moveaxis(v, 1, 0), *heads, segments, edges)
+    out, lse = _attend_rows(plan, rows, jnp.moveaxis(k, 1, 0), jnp.moveaxis(v, 1, 0), *per_head, segments, edges)
     out, lse = (jnp.moveaxis(x.reshape(t, b, h, *x.shape[4:]), 0, 1) for x in (out, lse))
     return (out.astype(q.dtype), lse) if return_lse else out.astype(q.dtype)
 
 
-def _split_edges(queries: Array, keys: Array, t: int, s: int, chunk: int) -> tuple[Array, Array]:
-    """The list in chunks, int32 [chunks, chunk] each; padding and edges outside are at (t, s): scatters drop them."""
+def _split_edges(
+    queries: Int[Array | np.ndarray, " edges"], keys: Int[Array | np.ndarray, " edges"], t: int, s: int, chunk: int
+) -> Edges:
+    """The list in chunks, int32 [chunks, chunk]; edges outside the sequences become padding."""
     count = len(queries)
     chunk = min(chunk, max(1, count))
     inside = (queries >= 0) & (queries < t) & (keys >= 0) & (keys < s)
-    ends = (jnp.where(inside, position, end).astype(jnp.int32) for position, end in ((queries, t), (keys, s)))
-    return tuple(
-        jnp.pad(position, (0, -count % chunk), constant_values=end).reshape(-(-count // chunk), chunk)
-        for position, end in zip(ends, (t, s), strict=True)
-    )
+
+    def split(positions: Int[Array | np.ndarray, " edges"], padding: int) -> Int[Array, "chunks c"]:
+        positions = jnp.where(inside, positions, padding).astype(jnp.int32)
+        return jnp.pad(positions, (0, -count % chunk), constant_values=padding).reshape(-(-count // chunk), chunk)
+
+    return Edges(split(queries, t), split(keys, s))
 
 
 class _Plan(NamedTuple):
-    """What is static of one call."""
+    """The static part of a call."""
 
     scale: float
     softcap: float | None
     dtype: jnp.dtype
 
-    def score(self, q: Array, k: Array) -> Array:
-        """Scores [c,b,g,r] of rows q [c,b,g,r,d] and k [c,b,g,d]."""
+    def score(self, q: Float[Array, "c b g r d"], k: Float[Array, "c b g d"]) -> Float[Array, "c b g r"]:
+        """Scores of gathered rows, without ALiBi."""
         return softcap(_dot(q, k) * self.scale, self.softcap)
 
-    def rows(self, x: Array, positions: Array) -> Array:
-        """The rows of x [n,...] at positions [c], any row for a position that is not in it, in the dtype of sums."""
+    def rows(self, x: Float[Array, n *rest], positions: Int[Array, " c"]) -> Float[Array, c *rest]:
+        """Rows of `x` in the dtype of sums; an arbitrary row for a position outside it."""
         return x.at[positions].get(mode="clip").astype(self.dtype)
 
-    def weigh(self, scores: Array, top: Array, segments, queries: Array, keys: Array) -> Array:
-        """Weights [c,b,g,r] of scores beside the greatest score of their queries, `top` [t,b,g,r]."""
-        return jnp.where(_meet(segments, queries, keys), jnp.exp(scores - self.rows(top, queries)), 0.0)
+    def weights(
+        self, scores: Float[Array, "c b g r"], m: Float[Array, "t b g r"], segments: Segments | None, edges: Edges
+    ) -> Float[Array, "c b g r"]:
+        """exp(score - m) per edge, 0 between segments; `m` is the maximum per query."""
+        p = jnp.exp(scores - self.rows(m, edges.queries))
+        return p if segments is None else jnp.where(_same_segment(segments, edges), p, 0.0)
 
 
-def _dot(q: Array, k: Array) -> Array:
-    """Products along d of rows [c,b,g,r,d] and [c,b,g,d]. XLA:CPU computes a dot 5 times as fast as its sum."""
+def _dot(q: Float[Array, "c b g r d"], k: Float[Array, "c b g d"]) -> Float[Array, "c b g r"]:
+    """Products over d: XLA:CPU computes a dot product 5 times as fast as the sum that it equals."""
     return jnp.einsum("cbgrd,cbgd->cbgr", q, k, precision=jax.lax.Precision.HIGHEST)
 
 
-def _lean(scores: Array, slopes: Array | None, queries: Array, keys: Array) -> Array:
-    return add_alibi(scores, slopes, (queries - keys)[:, None, None, None])
+def _add_alibi(
+    scores: Float[Array, "c b g r"], slopes: Float[Array, "g r"] | None, edges: Edges
+) -> Float[Array, "c b g r"]:
+    return add_alibi(scores, slopes, (edges.queries - edges.keys)[:, None, None, None])
 
 
-def _meet(segments, queries: Array, keys: Array) -> Array | bool:
-    """Whether the ends of each edge are in one segment, bool [c,b,1,1]; segments [t,b] and [s,b]."""
-    if segments is None:
-        return True
-    own, others = (x.at[at].get(mode="clip") for x, at in zip(segments, (queries, keys), strict=True))
-    return (own == others)[:, :, None, None]
+def _same_segment(segments: Segments, edges: Edges) -> Bool[Array, "c b 1 1"]:
+    q_ids, k_ids = (ids.at[positions].get(mode="clip") for ids, positions in zip(segments, edges, strict=True))
+    return (q_ids == k_ids)[:, :, None, None]
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _attend_rows(plan, q, k, v, sink, slopes, segments, edges):
-    """Rows q [t,b,g,r,d]; k [s,b,g,d], v [s,b,g,e]; sink, slopes [g,r]; edges int32 [chunks,c] twice.
-
-    Returns out [t,b,g,r,e] and lse [t,b,g,r].
-    """
+def _attend_rows(
+    plan: _Plan,
+    q: Float[Array, "t b g r d"],
+    k: Float[Array, "s b g d"],
+    v: Float[Array, "s b g value"],
+    sink: Float[Array, "g r"] | None,
+    slopes: Float[Array, "g r"] | None,
+    segments: Segments | None,
+    edges: Edges,
+) -> tuple[Float[Array, "t b g r value"], Float[Array, "t b g r"]]:
+    """Output and log-sum-exp."""
     return _attend_rows_forward(plan, q, k, v, sink, slopes, segments, edges)[0]
 
 
 def _attend_rows_forward(plan, q, k, v, sink, slopes, segments, edges):
-    def raise_top(top, chunk):
-        scores = _lean(plan.score(plan.rows(q, chunk[0]), plan.rows(k, chunk[1])), slopes, *chunk)
-        scores = jnp.where(_meet(segments, *chunk), scores, MASKED)
-        return top.at[chunk[0]].max(scores, mode="drop"), None
+    def score(edges: Edges) -> Float[Array, "c b g r"]:
+        return _add_alibi(plan.score(plan.rows(q, edges.queries), plan.rows(k, edges.keys)), slopes, edges)
 
-    def add_values(carry, chunk):
-        queries, keys = chunk
-        total, out = carry
-        scores = _lean(plan.score(plan.rows(q, queries), plan.rows(k, keys)), slopes, queries, keys)
-        weights = plan.weigh(scores, top, segments, queries, keys)
-        values = weights[..., None] * plan.rows(v, keys)[:, :, :, None]
-        return (total.at[queries].add(weights, mode="drop"), out.at[queries].add(values, mode="drop")), None
+    def add_maximum(m, edges):
+        scores = score(edges)
+        scores = scores if segments is None else jnp.where(_same_segment(segments, edges), scores, MASKED)
+        return m.at[edges.queries].max(scores, mode="drop"), None
 
-    least = jnp.full(q.shape[:-1], MASKED, plan.dtype)
-    least = least if sink is None else jnp.maximum(least, sink)
-    top, _ = jax.lax.scan(raise_top, least, edges)
-    top = jnp.where(top > MASKED / 2, top, 0.0)
-    total = jnp.zeros_like(top) if sink is None else jnp.exp(sink - top)
-    zeros = jnp.zeros((*top.shape, v.shape[-1]), plan.dtype)
-    (total, out), _ = jax.lax.scan(add_values, (total, zeros), edges)
-    safe = jnp.where(total > 0, total, 1.0)
-    out = out / safe[..., None]
-    lse = jnp.where(total > 0, top + jnp.log(safe), -jnp.inf)
-    return (out, lse), (q, k, v, sink, slopes, segments, edges, out, top, safe)
+    def add_values(carry, edges):
+        l, out = carry
+        p = plan.weights(score(edges), m, segments, edges)
+        values = p[..., None] * plan.rows(v, edges.keys)[:, :, :, None]
+        return (l.at[edges.queries].add(p, mode="drop"), out.at[edges.queries].add(values, mode="drop")), None
+
+    m = jnp.full(q.shape[:-1], MASKED, plan.dtype)
+    m = m if sink is None else jnp.maximum(m, sink)
+    m, _ = jax.lax.scan(add_maximum, m, edges)
+    m = jnp.where(m > MASKED / 2, m, 0.0)
+    l = jnp.zeros_like(m) if sink is None else jnp.exp(sink - m)
+    zeros = jnp.zeros((*m.shape, v.shape[-1]), plan.dtype)
+    (l, out), _ = jax.lax.scan(add_values, (l, zeros), edges)
+    safe_l = jnp.where(l > 0, l, 1.0)
+    out = out / safe_l[..., None]
+    lse = jnp.where(l > 0, m + jnp.log(safe_l), -jnp.inf)
+    return (out, lse), (q, k, v, sink, slopes, segments, edges, out, m, safe_l)
 
 
-def _attend_rows_backward(plan, saved, cotangents):
-    q, k, v, sink, slopes, segments, edges, out, top, total = saved
+def _attend_rows_backward(plan, residuals, cotangents):
+    q, k, v, sink, slopes, segments, edges, out, m, l = residuals
     d_out, d_lse = cotangents
-    # The gradient of a score is weight / total * (d_out · value + slope): the division is done once for each query.
-    slope = (d_lse - (out * d_out).sum(axis=-1)) / total
-    d_out = d_out / total[..., None]
+    # ds = exp(score - m) * (dp - delta) with dp and delta divided by l, once per query instead of once per edge.
+    delta = ((out * d_out).sum(axis=-1) - d_lse) / l
+    d_out = d_out / l[..., None]
 
-    def differentiate(carry, chunk):
-        queries, keys = chunk
-        d_q, d_k, d_v = carry
-        d_row = plan.rows(d_out, queries)
-        scores, pull = jax.vjp(plan.score, plan.rows(q, queries), plan.rows(k, keys))
-        weights = plan.weigh(_lean(scores, slopes, queries, keys), top, segments, queries, keys)
-        d_query, d_key = pull(weights * (_dot(d_row, plan.rows(v, keys)) + plan.rows(slope, queries)))
-        d_value = jnp.einsum("cbgr,cbgrd->cbgd", weights, d_row, precision=jax.lax.Precision.HIGHEST)
+    def differentiate(carry, edges):
+        queries, keys = edges
+        dq, dk, dv = carry
+        do = plan.rows(d_out, queries)
+        scores, score_vjp = jax.vjp(plan.score, plan.rows(q, queries), plan.rows(k, keys))
+        p = plan.weights(_add_alibi(scores, slopes, edges), m, segments, edges)
+        dq_rows, dk_rows = score_vjp(p * (_dot(do, plan.rows(v, keys)) - plan.rows(delta, queries)))
+        dv_rows = jnp.einsum("cbgr,cbgrd->cbgd", p, do, precision=jax.lax.Precision.HIGHEST)
         return (
-            d_q.at[queries].add(d_query, mode="drop"),
-            d_k.at[keys].add(d_key, mode="drop"),
-            d_v.at[keys].add(d_value, mode="drop"),
+            dq.at[queries].add(dq_rows, mode="drop"),
+            dk.at[keys].add(dk_rows, mode="drop"),
+            dv.at[keys].add(dv_rows, mode="drop"),
         ), None
 
     zeros = tuple(jnp.zeros(x.shape, plan.dtype) for x in (q, k, v))
     grads, _ = jax.lax.scan(differentiate, zeros, edges)
-    d_q, d_k, d_v = (grad.astype(x.dtype) for grad, x in zip(grads, (q, k, v), strict=True))
-    d_sink = None if sink is None else (jnp.exp(sink - top) * slope).sum(axis=(0, 1))
-    return d_q, d_k, d_v, d_sink, None, None, None
+    dq, dk, dv = (grad.astype(x.dtype) for grad, x in zip(grads, (q, k, v), strict=True))
+    d_sink = None if sink is None else -(jnp.exp(sink - m) * delta).sum(axis=(0, 1))
+    return dq, dk, dv, d_sink, None, None, None
 
 
 _attend_rows.defvjp(_attend_rows_forward, _attend_rows_backward)

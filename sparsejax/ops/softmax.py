@@ -1,4 +1,9 @@
-"""The softmax that attention implementations share: its scores, its masks and its log-sum-exp."""
+"""The softmax that attention implementations share: scores, masks and the log-sum-exp.
+
+Names follow FlashAttention (arXiv:2205.14135): `m` is the maximum of a row's scores, `l` the sum of exp(score - m), `p`
+the probabilities, and `lse` = m + log(l) the log-sum-exp from which FlashAttention-2 (arXiv:2307.08691) recomputes
+p = exp(score - lse) in the backward pass.
+"""
 
 from __future__ import annotations
 
@@ -15,56 +20,54 @@ from sparsejax.patterns import Pattern
 MASKED = -1e30  # stands in for minus infinity: finite, so that a fully masked row gives no NaN
 
 
-def softcap(scores: Array, softcap: float | None) -> Array:
-    """Bounds scores smoothly to (-softcap, softcap) (Gemma 2, arXiv:2408.00118)."""
-    return scores if softcap is None else softcap * jnp.tanh(scores / softcap)
+def softcap(scores: Float[Array, "*scores"], limit: float | None) -> Float[Array, "*scores"]:
+    """Bounds scores smoothly to (-limit, limit) (Gemma 2, arXiv:2408.00118)."""
+    return scores if limit is None else limit * jnp.tanh(scores / limit)
 
 
-def log_multiplicity(pattern: Pattern, *positions: Any) -> Array | float:
-    """What is added to scores so that a key that counts m times does: log m, shaped like `pattern.allows` of these."""
+def log_multiplicity(pattern: Pattern, *positions: Any) -> Float[Array, " ..."] | float:
+    """Log m, the bias that makes a key count m times; takes the arguments of `pattern.allows`."""
     return jnp.log(jnp.maximum(pattern.counts(*positions), 1)) if pattern.repeats else 0.0
 
 
 def add_alibi(
-    scores: Float[Array, "*scores"], slopes: Float[Array, "*#scores"] | None, distance: Int[Array, "*#scores"]
-) -> Float[Array, "*scores"]:
-    """Scores that fall with the distance from query to key, by slopes (ALiBi, arXiv:2108.12409)."""
+    scores: Float[Array, " ..."], slopes: Float[Array, " ..."] | None, distance: Int[Array, " ..."]
+) -> Float[Array, " ..."]:
+    """Subtracts slope * |distance| from the scores (ALiBi, arXiv:2108.12409); the arrays broadcast."""
     return scores if slopes is None else scores - slopes * abs(distance)
 
 
 def masked_softmax(
-    scores: Float[Array, "*batch t s"], mask: Bool[Array, "*#batch t s"], sink: Float[Array, "*#batch t 1"] | None
+    scores: Float[Array, "*batch t s"], mask: Bool[Array, "*#batch #t s"], sink: Float[Array, "*#batch #t 1"] | None
 ) -> tuple[Float[Array, "*batch t s"], Float[Array, "*batch t"]]:
     """Softmax over the allowed keys, with an optional sink logit in the denominator.
 
     Returns:
-      The weights, all zero in a row with no allowed key, and the log-sum-exp (sink included), minus infinity
-      in a row with neither key nor sink.
+      The probabilities, zeros in a row without an allowed key, and the log-sum-exp with the sink, minus infinity in a
+      row with neither key nor sink.
     """
     scores = jnp.where(mask, scores, MASKED)
-    top = scores.max(axis=-1, keepdims=True)
-    top = top if sink is None else jnp.maximum(top, sink)
-    top = jax.lax.stop_gradient(jnp.where(top > MASKED / 2, top, 0.0))
-    weights = jnp.where(mask, jnp.exp(scores - top), 0.0)
-    total = weights.sum(axis=-1, keepdims=True)
-    total = total if sink is None else total + jnp.exp(sink - top)
-    live = total > 0
-    safe = jnp.where(live, total, 1.0)
-    return weights / safe, jnp.where(live, top + jnp.log(safe), -jnp.inf)[..., 0]
+    m = scores.max(axis=-1, keepdims=True)
+    m = m if sink is None else jnp.maximum(m, sink)
+    m = jax.lax.stop_gradient(jnp.where(m > MASKED / 2, m, 0.0))
+    p = jnp.where(mask, jnp.exp(scores - m), 0.0)
+    l = p.sum(axis=-1, keepdims=True)
+    l = l if sink is None else l + jnp.exp(sink - m)
+    safe_l = jnp.where(l > 0, l, 1.0)
+    return p / safe_l, jnp.where(l > 0, m + jnp.log(safe_l), -jnp.inf)[..., 0]
 
 
 def merge_lse(
-    parts: Sequence[tuple[Float[Array, "b t h e"], Float[Array, "b t h"]]],
-) -> tuple[Float[Array, "b t h e"], Float[Array, "b t h"]]:
-    """Attention over a set of keys, from the outputs and log-sum-exps of attention over parts of it."""
+    parts: Sequence[tuple[Float[Array, "b t h value"], Float[Array, "b t h"]]],
+) -> tuple[Float[Array, "b t h value"], Float[Array, "b t h"]]:
+    """Output and log-sum-exp of attention over a set of keys, from those over its disjoint parts."""
     outs, lses = zip(*parts, strict=True)
-    top = jax.lax.stop_gradient(functools.reduce(jnp.maximum, lses))
-    top = jnp.where(jnp.isfinite(top), top, 0.0)
-    shares = [jnp.exp(lse - top) for lse in lses]
-    total = functools.reduce(jnp.add, shares)
-    live = total > 0
-    safe = jnp.where(live, total, 1.0)
+    m = jax.lax.stop_gradient(functools.reduce(jnp.maximum, lses))
+    m = jnp.where(jnp.isfinite(m), m, 0.0)
+    sums = [jnp.exp(lse - m) for lse in lses]
+    l = functools.reduce(jnp.add, sums)
+    safe_l = jnp.where(l > 0, l, 1.0)
     out = sum(
-        out.astype(lse.dtype) * (share / safe)[..., None] for out, lse, share in zip(outs, lses, shares, strict=True)
+        out.astype(lse.dtype) * (part / safe_l)[..., None] for out, lse, part in zip(outs, lses, sums, strict=True)
     )
-    return out.astype(outs[0].dtype), jnp.where(live, top + jnp.log(safe), -jnp.inf)
+    return out.astype(outs[0].dtype), jnp.where(l > 0, m + jnp.log(safe_l), -jnp.inf)

@@ -1,28 +1,30 @@
-"""Walks over chunks: every position once and in order, whatever the length; and repeats whose transpose is a sum."""
+"""Sequences in chunks against NumPy over the whole sequence."""
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from sparsejax.ops.chunks import scan_chunks, spread
+from sparsejax.ops.chunks import broadcast_axis, scan_chunks
+from tests.ops.quick import quick_jit
 
 CHUNK = 4
 
 
 def run(state, chunk):
-    """Running sums over the positions, of two arrays of unlike shapes."""
+    """Cumulative sums of two arrays of different shapes."""
     a, b = chunk["a"], chunk["b"]
     sums = state["a"][:, None] + jnp.cumsum(a, axis=1), state["b"][:, None] + jnp.cumsum(b, axis=1)
     return {"a": sums[0][:, -1], "b": sums[1][:, -1]}, sums
 
 
 @pytest.mark.parametrize("length", [1, CHUNK - 1, CHUNK, CHUNK + 1, 3 * CHUNK + 3])
-def test_sums_over_chunks_are_sums_over_the_sequence(length):
+def test_scan_chunks_computes_cumulative_sums(length):
     random = np.random.default_rng(0)
     a, b = random.integers(9, size=(2, length)), random.integers(9, size=(2, length, 3, 5))
     start = {"a": np.array([1, 2]), "b": np.ones((2, 3, 5), int)}
-    state, (sums_a, sums_b) = scan_chunks(run, start, {"a": a, "b": b}, CHUNK)
+    inputs = jax.tree.map(jnp.asarray, (start, {"a": a, "b": b}))
+    state, (sums_a, sums_b) = quick_jit(lambda state, inputs: scan_chunks(run, state, inputs, CHUNK))(*inputs)
     np.testing.assert_array_equal(sums_a, start["a"][:, None] + np.cumsum(a, axis=1))
     np.testing.assert_array_equal(sums_b, start["b"][:, None] + np.cumsum(b, axis=1))
     np.testing.assert_array_equal(state["a"], sums_a[:, -1])
@@ -30,15 +32,15 @@ def test_sums_over_chunks_are_sums_over_the_sequence(length):
 
 
 @pytest.mark.parametrize(("axis", "shape"), [(-1, (2, 3, 4)), (0, (4, 2, 3)), (1, (2, 4, 3))])
-def test_spread_repeats_and_its_transpose_sums(axis, shape):
+def test_broadcast_axis_and_its_transpose(axis, shape):
     x, weights = np.random.default_rng(0).normal(size=(2, 3)), np.random.default_rng(1).normal(size=shape)
     with jax.enable_x64(True):
-        found, transpose = jax.vjp(lambda x: spread(x, 4, axis), jnp.asarray(x))
+        repeated, transpose = jax.vjp(lambda x: broadcast_axis(x, 4, axis), jnp.asarray(x))
         (gradient,) = transpose(jnp.asarray(weights))
-    np.testing.assert_array_equal(found, np.broadcast_to(np.expand_dims(x, axis), shape))
+    np.testing.assert_array_equal(repeated, np.broadcast_to(np.expand_dims(x, axis), shape))
     np.testing.assert_allclose(gradient, weights.sum(axis), rtol=1e-14)
 
 
-def test_spread_is_exact_in_float32():
+def test_broadcast_axis_is_exact_in_float32():
     x = np.float32(1) + np.float32(2**-23)
-    assert (np.asarray(jax.jit(lambda x: spread(x, 3))(jnp.asarray([x]))) == x).all()
+    assert (np.asarray(jax.jit(lambda x: broadcast_axis(x, 3))(jnp.asarray([x]))) == x).all()

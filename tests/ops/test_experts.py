@@ -72,7 +72,7 @@ def test_the_selection_bias_gets_no_gradient_and_the_chosen_scores_do():
 
 
 def mix(impl, tile, x, weights, bias, shares, experts):
-    groups = ops.group(experts, len(weights), tile)
+    groups = ops.sort_by_expert(experts, len(weights), tile)
     y = ops.add_bias(ops.multiply(ops.dispatch(x, groups), weights, groups, impl), bias, groups)
     return ops.combine(jnp.tanh(y), shares, groups)
 
@@ -118,7 +118,7 @@ def test_equals_the_loop_over_experts_with_its_gradients(impl, tokens, top_k, ti
 
 @pytest.mark.parametrize(("tokens", "top_k", "tile"), [(1, 1, 1), (1, 6, 8), (7, 3, 2), (40, 2, 16), (39, 5, 4)])
 def test_every_choice_has_a_row_in_a_tile_of_its_expert(tokens, top_k, tile):
-    sort = jax.jit(functools.partial(ops.group, count=EXPERTS, tile=tile))
+    sort = jax.jit(functools.partial(ops.sort_by_expert, count=EXPERTS, tile=tile))
     for how in ("random", "one"):
         experts = make_choices(tokens, top_k, how)
         groups = jax.tree.map(np.asarray, sort(jnp.asarray(experts)))
@@ -133,7 +133,7 @@ def test_every_choice_has_a_row_in_a_tile_of_its_expert(tokens, top_k, tile):
 def test_gradients_of_weights_are_summed_in_float32():
     tokens, experts = 512, np.zeros((512, 1), int)
     x, weights = jnp.ones((tokens, 2), jnp.bfloat16), jnp.ones((1, 2, 3), jnp.bfloat16)
-    groups = ops.group(jnp.asarray(experts), 1, 1)
+    groups = ops.sort_by_expert(jnp.asarray(experts), 1, 1)
 
     def total(weights):
         return ops.multiply(ops.dispatch(x, groups), weights, groups, "loop").astype(jnp.float32).sum()

@@ -87,7 +87,7 @@ def test_lists_that_do_not_fit(shapes):
 
 
 def test_more_edges_than_fit_are_refused(monkeypatch):
-    monkeypatch.setattr(segment, "MOST_EDGES", 10)
+    monkeypatch.setattr(segment, "MAX_EDGES", 10)
     few, many = (jnp.zeros((1, length, 2, 8)) for length in (4, 5))
     attend(few, few, few, parse("per_head(causal, window(0))"), impl="segment")
     with pytest.raises(ImplementationError, match=r"segment: 15 edges in one head; .* stops at 10"):
