@@ -1,4 +1,4 @@
-"""`draw`: the terminal by hand, files that are equal when drawn again, and what cannot be drawn."""
+"""`sparsejax draw`: terminal output by hand, reproducible files, and invalid input."""
 
 import io
 import re
@@ -13,21 +13,22 @@ from rich.console import Console
 
 from sparsejax import config as configs
 from sparsejax.cli import USAGE_ERROR, main
-from sparsejax.draw import COLOURS, LINED_CELLS, MOST_CELLS, draw_panels, name_layers
+from sparsejax.draw import COLOURS, LINED_CELLS, MAX_CELLS, draw_panels, title_layers
 from sparsejax.patterns import draw_pattern, parse
+from tests.messages import check_message
 from tests.train import recipe, runs
 
 PNG = b"\x89PNG\r\n\x1a\n"
 
 
-def output(capsys, *given):
-    """The lines that `draw` prints, without the blanks that pad them."""
-    assert main(["draw", *given]) == 0
+def output(capsys, *arguments):
+    """The lines that `draw` prints, without trailing blanks."""
+    assert main(["draw", *arguments]) == 0
     return [line.rstrip() for line in capsys.readouterr().out.splitlines()]
 
 
 def texts(path):
-    """All text of an SVG file, element by element."""
+    """All text elements of an SVG file."""
     return [element.text.strip() for element in ElementTree.parse(path).iter() if (element.text or "").strip()]
 
 
@@ -39,7 +40,7 @@ def test_tokens_in_a_pipe(capsys):
         "# # # .",
         "# . # #",
         "56.2% of pairs",
-        "# seen   . not seen",
+        "# attended   . masked",
     ]
 
 
@@ -55,13 +56,13 @@ def test_tiles_in_a_pipe_side_by_side(capsys):
     assert lines[5] == "# full tile   + partial tile   . dead tile"
 
 
-def test_what_does_not_fit_goes_over_to_tiles(capsys):
+def test_narrow_terminals_show_tiles(capsys):
     lines = output(capsys, "causal", "--length=1000")  # 160 characters are 80 cells
     assert len(lines[1].split()) == -(-1000 // 16)
     assert "of tiles of 16" in lines[-2]
 
 
-def test_colours_on_a_terminal_are_the_states():
+def test_colours_of_a_terminal():
     (panel,) = draw_pattern(parse("causal & (window(5) | sink(2))"), 33, 3)
     out = io.StringIO()
     draw_panels([panel], Console(file=out, width=60, force_terminal=True, color_system="truecolor"))
@@ -74,7 +75,7 @@ def test_colours_on_a_terminal_are_the_states():
     np.testing.assert_array_equal(rows, panel.states)
 
 
-def test_few_colours_are_still_told_apart():
+def test_sixteen_colours():
     out = io.StringIO()
     panels = draw_pattern(parse("causal"), 4, 2)
     draw_panels(panels, Console(file=out, width=60, force_terminal=True, color_system="standard"))
@@ -82,8 +83,10 @@ def test_few_colours_are_still_told_apart():
     assert re.findall(r"\x1b\[(\d+)m██", key) == ["34", "36", "37"]  # blue, cyan, white
 
 
-def test_a_schedule_shows_equal_layers_once(capsys):
-    named = name_layers(configs.check(recipe.get_config()).model)
+def test_equal_layers_of_a_schedule_share_a_panel(capsys):
+    model = configs.check(recipe.get_config()).model
+    kinds = {"ssm": "mamba", "local": "attention", "full": "attention"}
+    named = title_layers((name, kinds[name], pattern) for name, pattern in model.connectivity)
     assert named == [
         ("layers 0, 2: ssm\ncausal (mamba)", parse("causal")),
         ("layers 1, 3: local\ncausal & (window(5) | sink(2))", parse("causal & (window(5) | sink(2))")),
@@ -98,20 +101,22 @@ def test_a_schedule_shows_equal_layers_once(capsys):
 
 @pytest.mark.parametrize("length", [LINED_CELLS, LINED_CELLS + 1])  # shapes, and an image
 @pytest.mark.parametrize("ending", [".png", ".svg"])
-def test_files_are_equal_when_drawn_again(length, ending, tmp_path, capsys):
-    files = [tmp_path / f"{name}{ending}" for name in ("one", "two")]
+def test_files_are_reproducible(length, ending, tmp_path, capsys):
+    files = [tmp_path / f"{name}{ending}" for name in ("first", "second")]
     for file in files:
         assert output(capsys, "causal & window(9)", "sink(2)", f"--length={length}", f"--out={file}") == []
-    one, two = (file.read_bytes() for file in files)
-    assert one == two
-    assert one.startswith(PNG if ending == ".png" else b"<?xml")
-    assert len(one) < 200_000
+    first, second = (file.read_bytes() for file in files)
+    assert first == second
+    assert first.startswith(PNG if ending == ".png" else b"<?xml")
+    assert len(first) < 200_000
 
 
 def test_svg_holds_titles_captions_and_axes(tmp_path, capsys):
     file = tmp_path / "figure.svg"
     output(capsys, "per_head(window(1), full, full)", "causal", "--length=8", "--titles=$A & B_,C", f"--out={file}")
-    assert {"$A & B_, head 0", "$A & B_, heads 1-2", "C", "56.2% of pairs", "query", "key", "seen"} <= set(texts(file))
+    assert {"$A & B_, head 0", "$A & B_, heads 1-2", "C", "56.2% of pairs", "query", "key", "attended"} <= set(
+        texts(file)
+    )
     output(capsys, "causal", "--length=40", "--tile=8", f"--out={file}")
     assert {"full tile", "partial tile", "dead tile", "60% of tiles of 8, 51.2% of pairs", "32"} <= set(texts(file))
 
@@ -128,53 +133,55 @@ def test_svg_shapes_cover_the_live_cells(tmp_path, capsys):
 
 
 BAD = {
-    "causal --reach --length=5000": ["--length: at most 2048 tokens with --reach, got 5000"],
-    "'causal & windw(3)' --length=8": ["column 10", "windw", "did you mean 'window'"],
-    "causal": ["--length"],
-    "causal --length=0": ["--length", "got 0"],
-    "causal --length=x": ["--length", "'x'"],
-    "causal --length=1000000": ["--length", "got 1000000"],
-    "causal --length=8 --tile=0": ["--tile", "got 0"],
-    "causal --length=1024 --tile=200": ["--tile", "multiple", "got 200"],
-    "causal --length=8 --out=picture.pdf": ["--out", ".png or .svg", "picture.pdf"],
-    "causal --length=8 --out=picture": ["--out", ".png or .svg"],
-    "causal --length=8 --out=absent/picture.png": ["--out", "no folder 'absent'"],
-    f"causal --length={MOST_CELLS + 1} --out=picture.png": [str(MOST_CELLS), "--tile=2"],
-    "causal --length=8 --titles=A,B": ["--titles", "2 titles", "1 patterns"],
-    "--length=8": ["give patterns, or --config"],
-    f"causal --config={runs.RECIPE} --length=8": ["give patterns, or --config"],
-    "causal --length=8 --config.model.width=8": ["--config.model.width", "needs --config"],
-    f"--config={runs.RECIPE} --length=0": ["--length", "got 0"],
-    f"--config={runs.RECIPE} --config.model.widht=8": ["model.widht"],
+    "long": ("causal --receptive-field --length=5000", "--length"),
+    "name": ("'causal & windw(3)' --length=8", "column 10"),
+    "no length": ("causal", "--length"),
+    "zero": ("causal --length=0", "--length"),
+    "not a number": ("causal --length=x", "--length"),
+    "too long": ("causal --length=1000000", "--length"),
+    "zero tile": ("causal --length=8 --tile=0", "--tile"),
+    "odd tile": ("causal --length=1024 --tile=200", "--tile"),
+    "pdf": ("causal --length=8 --out=picture.pdf", "--out"),
+    "no suffix": ("causal --length=8 --out=picture", "--out"),
+    "no folder": ("causal --length=8 --out=absent/picture.png", "--out"),
+    "too many cells": (f"causal --length={MAX_CELLS + 1} --out=picture.png", "--tile"),
+    "titles": ("causal --length=8 --titles=A,B", "--titles"),
+    "nothing": ("--length=8", "--config"),
+    "both": (f"causal --config={runs.RECIPE} --length=8", "--config"),
+    "override": ("causal --length=8 --config.model.width=8", "--config"),
+    "config and length": (f"--config={runs.RECIPE} --length=0", "--length"),
+    "unknown key": (f"--config={runs.RECIPE} --config.model.widht=8", "model.widht"),
 }
 
 
-@pytest.mark.parametrize("given", BAD)
-def test_what_cannot_be_drawn_is_said_in_one_line(given, tmp_path, capsys, monkeypatch):
+@pytest.mark.parametrize("case", BAD)
+def test_invalid_input(case, tmp_path, capsys, monkeypatch):
+    flags, argument = BAD[case]
     monkeypatch.chdir(tmp_path)
-    assert main(["draw", *shlex.split(given)]) == USAGE_ERROR
+    assert main(["draw", *shlex.split(flags)]) == USAGE_ERROR
     err = capsys.readouterr().err
     assert err.count("\n") == 1, err
-    for part in BAD[given]:
-        assert part in err
+    assert argument in err
+    check_message(err.strip())
     assert list(tmp_path.iterdir()) == []
 
 
-def test_missing_matplotlib_is_named(tmp_path, capsys, monkeypatch):
+def test_missing_matplotlib(tmp_path, capsys, monkeypatch):
     for name in [name for name in sys.modules if name.split(".")[0] == "matplotlib"]:
         monkeypatch.delitem(sys.modules, name)
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     assert main(["draw", "causal", "--length=8", f"--out={tmp_path / 'picture.png'}"]) == USAGE_ERROR
     err = capsys.readouterr().err
     assert err.count("\n") == 1
-    assert "pip install 'sparsejax[plot]'" in err
+    assert "picture.png" in err
+    check_message(err.strip())
     assert list(tmp_path.iterdir()) == []
     assert output(capsys, "causal", "--length=2")[1:3] == ["# .", "# #"]
 
 
-def test_reach_grows_layer_by_layer(capsys):
-    # One key back in each layer; the third layer adds nothing and shares the panel of the second.
-    lines = output(capsys, "window(1)", "window(2)", "window(0)", "--reach", "--length=5")
+def test_receptive_field_by_layer(capsys):
+    # One key back per layer; the third layer adds nothing and shares the panel of the second.
+    lines = output(capsys, "window(1)", "window(2)", "window(0)", "--receptive-field", "--length=5")
     assert lines[0].strip() == "after layers 1-2: window(2),"
     assert lines[1].split() == ["after", "layer", "0:", "window(1)", "window(0)"]
     assert [line.replace(" ", "") for line in lines[2:7]] == [
@@ -186,6 +193,8 @@ def test_reach_grows_layer_by_layer(capsys):
     ]
 
 
-def test_reach_of_a_config(capsys):
-    lines = output(capsys, f"--config={runs.RECIPE}", "--reach", "--length=8")
-    assert " ".join(lines[:2]) == "after layers 0-4: ssm, local, full"  # the first layer sees all before it
+def test_receptive_field_of_a_config(capsys):
+    lines = output(capsys, f"--config={runs.RECIPE}", "--receptive-field", "--length=8")
+    assert (
+        " ".join(lines[:2]) == "after layers 0-4: ssm, local, full"
+    )  # the first layer attends to all earlier positions

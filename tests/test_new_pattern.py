@@ -1,4 +1,4 @@
-"""A pattern that is new: what fifteen lines of one file are enough for."""
+"""A new pattern of fifteen lines, through every part of the project."""
 
 import dataclasses
 import inspect
@@ -9,9 +9,10 @@ import pytest
 
 from sparsejax.cli import main
 from sparsejax.ops import attend
-from sparsejax.patterns import NAMES, Pattern, from_ranges, parse, plan_cache, receptive_field
+from sparsejax.patterns import NAMES, Pattern, PatternError, from_ranges, parse, plan_cache, receptive_field
 from sparsejax.patterns.base import require
-from tests.patterns.test_layout import check
+from sparsejax.patterns.testing import check_pattern
+from tests.messages import rejects
 from tests.tolerances import assert_close
 from tests.train import runs
 
@@ -19,7 +20,7 @@ from tests.train import runs
 # fmt: off
 @dataclasses.dataclass(frozen=True)
 class Older(Pattern):
-    """A query looks at the oldest share of its past: the first of every `share` keys before it, and itself."""
+    """A query attends to the oldest `1 / share` of its past."""
     name: ClassVar[str] = "older"
     share: int
     def __post_init__(self):
@@ -41,38 +42,37 @@ def new(monkeypatch):
     return parse(TEXT)
 
 
-def test_it_takes_fifteen_lines():
+def test_definition_of_fifteen_lines():
     assert len(inspect.getsource(Older).splitlines()) <= 15
 
 
-def test_it_is_text_mask_layout_and_count(new):
+def test_views(new):
     assert str(new) == TEXT
     q, k = np.arange(200)[:, None], np.arange(170)[None, :]
     expected = (k <= q) & ((3 * k <= q) | (k >= q - 2)) & (k >= 1)
     np.testing.assert_array_equal(new.dense(200, 170), expected)
-    check(new.layout(200, 170, (16, 32)), expected, (16, 32))
-    assert new.pairs(200, 170) == expected.sum()
-    np.testing.assert_array_equal(new.edges(200, 170), np.nonzero(expected))
-    assert parse("shift(older(2), 3)").pairs(90) == parse("shift(older(2), 3)").dense(90).sum()
-    with pytest.raises(ValueError, match="column 10: older: share must be an integer >= 1, got 0"):
+    for pattern in (Older(2), new):
+        check_pattern(pattern, [(200, 170), (33, 45)], [(16, 32), (5, 3)])
+    with rejects(PatternError, "column 10: older.share"):
         parse("causal & older(0)")
 
 
 @pytest.mark.parametrize("impl", ["gather", "segment"])
-def test_it_is_computed(new, impl):
+def test_attention(new, impl):
     arrays = np.random.default_rng(0).normal(size=(3, 1, 200, 2, 8)).astype(np.float32)
     assert_close(impl, attend(*arrays, new, impl=impl), attend(*arrays, new, impl="dense"), "float32")
 
 
-def test_it_is_cached_reached_drawn_and_trained(new, tmp_path, capsys):
+def test_cache_receptive_field_drawing_and_training(new, tmp_path, capsys):
     slots, count = plan_cache(new, 50)
-    assert (count, len(set(slots.tolist()))) == (50, 50)  # it says nothing of when a key can be forgotten
-    assert receptive_field.sizes([new] * 3, 100)[-1] == 33 + 7  # the oldest third without the sink; three steps of two back
+    assert (count, len(set(slots.tolist()))) == (50, 50)  # without last_query every key is kept
+    # The oldest third without the sink, and three steps of two keys back.
+    assert receptive_field.sizes([new] * 3, 100)[-1] == 33 + 7
     assert main(["draw", TEXT, "--length=9", f"--out={tmp_path / 'new.svg'}"]) == 0
     assert (tmp_path / "new.svg").stat().st_size > 1000
-    given = [f"--config={runs.RECIPE}", f"--config.model.layers.local.mixer.pattern={TEXT}"]
-    assert main(["show", *given]) == 0
+    flags = [f"--config={runs.RECIPE}", f"--config.model.layers.local.mixer.pattern={TEXT}"]
+    assert main(["show", *flags]) == 0
     assert TEXT in capsys.readouterr().out
     files = runs.write_text(tmp_path / "text")
-    given += [f"--config.data.files={files}", "--config.train.steps=2", f"--workdir={tmp_path / 'run'}"]
-    assert main(["train", *given]) == 0
+    flags += [f"--config.data.files={files}", "--config.train.steps=2", f"--workdir={tmp_path / 'run'}"]
+    assert main(["train", *flags]) == 0

@@ -1,4 +1,4 @@
-"""Reach on a real model: an input outside of it changes nothing at all, one inside changes the logits."""
+"""Receptive fields of a real model: exactly the inputs inside change the logits."""
 
 import jax
 import numpy as np
@@ -30,12 +30,12 @@ def build_model(schedule):
 
 
 def changed_outputs(model):
-    """Booleans [t, t']: whether another token at t' changes the logits at t in any bit."""
+    """Booleans [outputs, inputs]: whether another input token changes any bit of the logits."""
     draws = np.random.default_rng(0)
     parameters = model.init(jax.random.key(0))
     run = jax.jit(lambda tokens: model.bind(parameters)(tokens))
     changed = np.zeros((LENGTH, LENGTH), bool)
-    for _ in range(4):  # a faint influence may be lost in rounding, though not each time
+    for _ in range(4):  # rounding can hide a faint influence, but not in every draw
         tokens = draws.integers(0, 256, LENGTH)
         others = np.where(np.eye(LENGTH, dtype=bool), (tokens + draws.integers(1, 256)) % 256, tokens)
         logits = run(np.concatenate([tokens[None], others]))
@@ -44,13 +44,13 @@ def changed_outputs(model):
 
 
 @pytest.mark.parametrize("schedule", SCHEDULES)
-def test_exactly_the_inputs_within_reach_change_the_logits(schedule):
+def test_exactly_the_receptive_field_changes_the_logits(schedule):
     model = build_model(schedule)
     layers = [model.config.layers[name].mixer.connectivity for name in model.config.names]
     np.testing.assert_array_equal(changed_outputs(model), receptive_field.matrix(layers, LENGTH))
 
 
-def test_a_mixer_says_what_it_sees():
+def test_connectivity_of_mixers():
     layers = build_model("local ssm").config.layers
     assert layers["ssm"].mixer.connectivity == parse("causal")
     assert layers["heads"].mixer.connectivity == parse(ATTENTION["heads"])

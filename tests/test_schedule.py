@@ -1,4 +1,4 @@
-"""Schedules: what parses to what, what does not and where, and the fold with the fewest layers to compile."""
+"""Schedules: parsing, errors and the fold with the fewest layers to compile."""
 
 import pytest
 from hypothesis import example, given, settings
@@ -6,6 +6,7 @@ from hypothesis import strategies as st
 
 from sparsejax import schedule
 from sparsejax.schedule import Fold, ScheduleError
+from tests.messages import rejects
 
 GOOD = {
     "a": "a",
@@ -23,27 +24,27 @@ GOOD = {
     "_local Full full": "_local Full full",
 }
 BAD = {
-    "": "no layers",
-    "  \t": "no layers",
-    ")": "column 1: ')' closes nothing",
-    "a )": "column 3: ')' closes nothing",
-    "2x(a)) b": "column 6: ')' closes nothing",
-    "2x(": "column 1: the parenthesis opened here is never closed",
-    "a 2x(b 3x(c)": "column 3: the parenthesis opened here is never closed",
-    "a 12x(b 3x(c": "column 9: the parenthesis opened here is never closed",
-    "a 3x()": "column 3: the repeat is empty",
-    "2x(a 3x( ))": "column 6: the repeat is empty",
-    "a  0x(b)": "column 4: a repeat must be at least 1",
-    "a, b": "column 2: expected a layer name, a repeat like '3x(' or ')', found ','",
-    "a  - b": "column 4: expected a layer name, a repeat like '3x(' or ')', found '-'",
-    "(a b)": "column 1: expected a layer name, a repeat like '3x(' or ')', found '('",
-    "a(b)": "column 2: expected a layer name, a repeat like '3x(' or ')', found '('",
-    "3 x(a)": "column 1: expected a layer name, a repeat like '3x(' or ')', found '3'",
-    "3x (a)": "column 1: expected a layer name, a repeat like '3x(' or ')', found '3'",
-    "a 3*(b)": "column 3: expected a layer name, a repeat like '3x(' or ')', found '3'",
-    "-1x(a)": "column 1: expected a layer name, a repeat like '3x(' or ')', found '-'",
-    "2x(a.b)": "column 5: expected a layer name, a repeat like '3x(' or ')', found '.'",
-}
+    "": None,
+    "  \t": None,
+    ")": 1,
+    "a )": 3,
+    "2x(a)) b": 6,
+    "2x(": 1,
+    "a 2x(b 3x(c)": 3,
+    "a 12x(b 3x(c": 9,
+    "a 3x()": 3,
+    "2x(a 3x( ))": 6,
+    "a  0x(b)": 4,
+    "a, b": 2,
+    "a  - b": 4,
+    "(a b)": 1,
+    "a(b)": 2,
+    "3 x(a)": 1,
+    "3x (a)": 1,
+    "a 3*(b)": 3,
+    "-1x(a)": 1,
+    "2x(a.b)": 5,
+}  # the column of the error
 
 
 @pytest.mark.parametrize(("text", "names"), GOOD.items())
@@ -51,11 +52,10 @@ def test_parses(text, names):
     assert schedule.parse(text) == tuple(names.split())
 
 
-@pytest.mark.parametrize(("text", "problem"), BAD.items())
-def test_refuses_in_one_line_with_the_column(text, problem):
-    with pytest.raises(ScheduleError) as caught:
+@pytest.mark.parametrize(("text", "column"), BAD.items())
+def test_malformed_text_is_rejected_at_the_column(text, column):
+    with rejects(ScheduleError, f"schedule: {text!r}" + (f": column {column}: " if column else "")):
         schedule.parse(text)
-    assert str(caught.value) == f"schedule {text!r}: {problem}"
 
 
 def repeat(count, parts):
@@ -70,39 +70,43 @@ def repeat(count, parts):
         max_leaves=8,
     )
 )
-def test_repeats_are_written_out(built):
+def test_repeats_are_expanded(built):
     text, names = built
     assert schedule.parse(text) == tuple(names)
 
 
 @given(st.text("ab3x() \t", max_size=12))
-def test_anything_else_is_a_schedule_error(text):
+def test_any_text_parses_or_is_rejected(text):
     try:
         names = schedule.parse(text)
     except ScheduleError as error:
-        lines = str(error).splitlines()
+        message = str(error)
     else:
-        lines = [" ".join(names)]
-    assert len(lines) == 1
+        message = schedule.write(names)
+        assert schedule.parse(message) == names
+    assert len(message.splitlines()) == 1
 
 
-def test_check_names_the_undefined_layer_and_the_nearest():
+def test_check_names_the_undefined_layer():
     assert schedule.check("2x(ssm local) full", ["full", "local", "ssm", "unused"]) == ("ssm", "local") * 2 + ("full",)
-    with pytest.raises(ScheduleError) as caught:
+    with rejects(ScheduleError, "column 8: ") as caught:
         schedule.check("2x(ssm loca ssm) full", {"local": 1, "ssm": 2, "full": 3})
-    assert str(caught.value) == (
-        "schedule '2x(ssm loca ssm) full': column 8: layer 'loca' is not defined, did you mean 'local'?"
-    )
+    assert "'local'" in str(caught.value)
 
 
 def test_check_points_at_the_whole_word():
-    with pytest.raises(ScheduleError, match="column 9: layer 'loc' is not defined"):
+    with rejects(ScheduleError, "column 9: layer 'loc'"):
         schedule.check("local x loc", ["local", "x"])
 
 
 def test_check_without_any_layer_defined():
-    with pytest.raises(ScheduleError, match=r"column 1: layer 'a' is not defined$"):
+    with rejects(ScheduleError, "column 1: layer 'a'"):
         schedule.check("a", [])
+
+
+def test_check_points_at_the_name_and_not_at_a_repeat():
+    with rejects(ScheduleError, "column 9: layer 'x'"):
+        schedule.check("2x(a) y x", ["a", "y"])
 
 
 @pytest.mark.parametrize(
@@ -139,7 +143,7 @@ def test_fold_is_the_schedule_and_compiles_the_fewest_layers(names):
 
 
 def fewest(names):
-    """The smallest number of layers left when some run of equal stretches is counted once, all tried."""
+    """The smallest number of layers if one repeated stretch is counted once, by trying all."""
     n = len(names)
     return min(
         [n]

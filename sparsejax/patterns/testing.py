@@ -67,7 +67,7 @@ def _check_heads(name: str, pattern: Pattern, t: int, s: int) -> None:
     _equal(f"{name}: pairs", pattern.pairs(t, s), int(mask.sum()))
     q, k = np.nonzero(masks.any(axis=0))
     _require(f"{name}: lookahead is less than an allowed k - q", (k - q <= pattern.lookahead()).all())
-    last = pattern.last_query(np.arange(s))
+    last = np.asarray(pattern.last_query(np.arange(s)))
     _equal(f"{name}: the shape and type of last_query", (last.shape, last.dtype), ((s,), np.dtype(np.int64)))
     _require(f"{name}: last_query precedes a query that attends to the key", (q <= last[k]).all())
     if mask.size:

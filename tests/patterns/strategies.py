@@ -1,8 +1,10 @@
-"""Hypothesis strategies for every pattern that the library and its algebra can express."""
+"""Hypothesis strategies for every pattern of the library and its algebra."""
 
 import functools
 
+from hypothesis import settings
 from hypothesis import strategies as st
+from hypothesis.database import DirectoryBasedExampleDatabase
 
 from sparsejax.patterns import (
     And,
@@ -29,9 +31,14 @@ from sparsejax.patterns import (
     per_head,
 )
 
+# New random examples every night; the database replays failures first.
+NIGHTLY = settings(
+    max_examples=20_000, derandomize=False, database=DirectoryBasedExampleDatabase(".hypothesis/examples")
+)
+
 
 def numbers(least: int, longest: int) -> st.SearchStrategy[int]:
-    """Up to `longest`, often much less: patterns that show everything meet few tiles halfway."""
+    """Integers up to `longest`, mostly small: patterns that allow everything have few partial tiles."""
     return st.integers(least, max(least, longest // 8)) | st.integers(least, longest)
 
 
@@ -42,13 +49,13 @@ def token_ids(longest: int) -> st.SearchStrategy[int | tuple[int, ...]]:
 
 
 def tile_lists() -> st.SearchStrategy[tuple[tuple[int, ...], ...]]:
-    """Up to five rows of key tiles, each below the number of rows."""
+    """Up to five rows of key tiles below the number of rows."""
     return st.integers(1, 5).flatmap(
         lambda n: st.lists(st.lists(st.integers(0, n - 1), max_size=n).map(tuple), min_size=n, max_size=n).map(tuple)
     )
 
 
-# Each named pattern that is not made of others. One that is missing here fails test_masks.py.
+# Each named pattern that contains no other; test_masks.py fails if one is missing.
 LIBRARY = {
     "causal": lambda longest: st.just(Causal()),
     "window": lambda longest: st.builds(Window, numbers(0, longest), st.just(0) | numbers(0, longest)),
@@ -91,21 +98,21 @@ LIBRARY = {
 
 
 def shared_patterns(longest: int = 40) -> st.SearchStrategy[Pattern]:
-    """Expressions that are the same for all heads."""
+    """Expressions that all heads share."""
     named = st.one_of([strategy(longest) for strategy in LIBRARY.values()])
     return joined(named | st.builds(Shift, named, st.integers(-longest, longest)))
 
 
 def patterns_with_heads(heads: int, longest: int = 40) -> st.SearchStrategy[Pattern]:
-    """Expressions in which some term, at any depth, differs between the heads."""
-    each = st.lists(shared_patterns(longest), min_size=heads, max_size=heads)
-    distinguishing = each.map(lambda patterns: per_head(*patterns))
-    rest = distinguishing | shared_patterns(longest)
-    return distinguishing | st.builds(lambda a, b, join: join.of(a, b), distinguishing, rest, JOINS)
+    """Expressions in which a term at any depth differs between the heads."""
+    by_head = st.lists(shared_patterns(longest), min_size=heads, max_size=heads)
+    distinguishing = by_head.map(lambda patterns: per_head(*patterns))
+    other = distinguishing | shared_patterns(longest)
+    return distinguishing | st.builds(lambda a, b, join: join.of(a, b), distinguishing, other, JOINS)
 
 
 def patterns(longest: int = 40) -> st.SearchStrategy[Pattern]:
-    """Every expression of the algebra."""
+    """All expressions of the algebra."""
     with_heads = st.integers(1, 3).flatmap(lambda heads: patterns_with_heads(heads, longest))
     return shared_patterns(longest) | with_heads
 
@@ -114,7 +121,7 @@ JOINS = st.sampled_from([And, Or, Minus, Multiset])
 
 
 def joined(terms: st.SearchStrategy[Pattern]) -> st.SearchStrategy[Pattern]:
-    """Terms in chains of `&`, `|`, `-` and `multiset` from the left, and chains of such chains."""
+    """Chains of `&`, `|`, `-` and `multiset` over the terms, and chains of such chains."""
 
     def chains(parts: st.SearchStrategy[Pattern], most: int) -> st.SearchStrategy[Pattern]:
         links = st.lists(st.tuples(JOINS, parts), max_size=most)

@@ -1,12 +1,12 @@
-"""Panels, against the oracle mask and the tile layout, which are held against plain Python elsewhere."""
+"""Panels against the mask and the tile layout."""
 
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sparsejax.patterns import draw_mask, draw_pattern, name_numbers, parse
-from sparsejax.patterns.drawing import COUNTED_TILE, MOST_HEADS
+from sparsejax.patterns import draw_mask, draw_pattern, format_numbers, parse
+from sparsejax.patterns.drawing import COUNTED_TILE, MAX_HEADS
 from tests.patterns.strategies import shared_patterns
 
 
@@ -19,14 +19,14 @@ def test_panels_are_the_mask_and_the_layout(pattern, length, tile):
     (tiles,) = draw_pattern(pattern, length, tile)
     np.testing.assert_array_equal(tiles.states, pattern.layout(length, tile=(tile, tile)).dense())
     assert tiles.density == pytest.approx(mask.mean())
-    # The way of any other array (reach, for one) ends at the same picture.
+    # A mask gives the same picture as the pattern.
     np.testing.assert_array_equal(draw_mask("", mask, tile).states, tiles.states)
     assert tokens.states.dtype == tiles.states.dtype == np.int8
     assert tokens.title == tiles.title == str(pattern)
 
 
 @pytest.mark.parametrize("text", ["causal & (window(300) | sink(4))", "globals([7, -1])", "full"])
-def test_wide_tiles_are_put_together_from_counted_ones(text):
+def test_large_cells_are_composed_of_tiles(text):
     pattern, length, tile = parse(text), 1100, 2 * COUNTED_TILE
     (panel,) = draw_pattern(pattern, length, tile)
     np.testing.assert_array_equal(panel.states, draw_mask("", pattern.dense(length), tile).states)
@@ -38,21 +38,21 @@ def test_equal_heads_share_a_panel():
     assert (first.title, second.title) == ("heads 0, 2-3: window(1) & sink(3)", "head 1: causal & sink(3)")
     np.testing.assert_array_equal(first.states, 2 * pattern.dense(6)[3])
     np.testing.assert_array_equal(second.states, 2 * pattern.dense(6)[1])
-    assert [panel.title for panel in draw_pattern(pattern, 6, title="Mine")] == ["Mine, heads 0, 2-3", "Mine, head 1"]
+    assert [panel.title for panel in draw_pattern(pattern, 6, title="A")] == ["A, heads 0, 2-3", "A, head 1"]
 
 
-def test_heads_that_are_left_out_are_counted():
-    panels = draw_pattern(parse(f"per_head({', '.join(f'window({n})' for n in range(MOST_HEADS + 3))})"), 4)
-    assert len(panels) == MOST_HEADS
-    assert "(3 more are not drawn)" in panels[-1].title
+def test_omitted_heads_are_counted():
+    panels = draw_pattern(parse(f"per_head({', '.join(f'window({n})' for n in range(MAX_HEADS + 3))})"), 4)
+    assert len(panels) == MAX_HEADS
+    assert "(3 more " in panels[-1].title
 
 
-def test_captions_say_how_sparse():
+def test_captions():
     assert draw_pattern(parse("causal"), 4)[0].caption == "62.5% of pairs"
     assert draw_pattern(parse("causal"), 4, tile=2)[0].caption == "75% of tiles of 2, 62.5% of pairs"
 
 
-def test_numbers_are_named_in_ranges():
-    assert name_numbers([3]) == "3"
-    assert name_numbers([0, 1, 2, 5, 7, 8]) == "0-2, 5, 7-8"
-    assert name_numbers(list(range(0, 40, 2))) == "0, 2, 4, 6, 8, ..., 38"
+def test_numbers_as_ranges():
+    assert format_numbers([3]) == "3"
+    assert format_numbers([0, 1, 2, 5, 7, 8]) == "0-2, 5, 7-8"
+    assert format_numbers(list(range(0, 40, 2))) == "0, 2, 4, 6, 8, ..., 38"

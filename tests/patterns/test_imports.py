@@ -1,20 +1,33 @@
-"""The room of patterns stands alone."""
+"""What `sparsejax.patterns` and `sparsejax.draw` import."""
 
 import subprocess
 import sys
 
-LOADED_BY_PATTERNS = """
+import pytest
+
+LOADED = """
 import sys, numpy
 before = set(sys.modules)
-import sparsejax.patterns
+import {}
 print(*sorted(set(sys.modules) - before))
 """
 
 
+def packages(module):
+    """The top-level packages outside the standard library and the modules of sparsejax that an import loads."""
+    command = [sys.executable, "-c", LOADED.format(module)]
+    names = set(subprocess.run(command, capture_output=True, text=True, check=True).stdout.split())
+    ours = {name for name in names if name.startswith("sparsejax.")}
+    return {name.partition(".")[0] for name in names} - {*sys.stdlib_module_names, "numpy", "sparsejax"}, ours
+
+
 def test_patterns_load_numpy_and_the_standard_library_only():
-    command = [sys.executable, "-c", LOADED_BY_PATTERNS]
-    loaded = set(subprocess.run(command, capture_output=True, text=True, check=True).stdout.split())
-    assert {name.partition(".")[0] for name in loaded} <= {*sys.stdlib_module_names, "numpy", "sparsejax"}
-    ours = {name for name in loaded if name.startswith("sparsejax.")}
-    assert "sparsejax.patterns" in ours
-    assert {name for name in ours if not name.startswith("sparsejax.patterns")} == set()
+    others, ours = packages("sparsejax.patterns.testing")
+    assert others == set()
+    assert {name for name in ours if not name.startswith("sparsejax.patterns")} == {"sparsejax.errors"}
+
+
+@pytest.mark.parametrize("module", ["sparsejax.draw", "sparsejax.figures", "sparsejax.schedule"])
+def test_pictures_and_schedules_are_light(module):
+    others, _ = packages(module)
+    assert not others & {"jax", "flax", "grain", "orbax", "optax", "ml_collections", "tensorflow_datasets", "matplotlib"}

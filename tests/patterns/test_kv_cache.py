@@ -1,16 +1,16 @@
-"""Decode caches: no key is overwritten while a query may still look at it, and no slot is wasted."""
+"""KV caches: no key is overwritten before the last query that attends to it, and no slot is wasted."""
 
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sparsejax.patterns import Pattern, plan_cache, parse
+from sparsejax.patterns import Pattern, parse, plan_cache
 from tests.patterns.strategies import patterns
 
 
 def lost_keys(pattern: Pattern, length: int) -> list[tuple[int, int]]:
-    """Decodes token by token; the (query, key) pairs whose key was overwritten before the query came."""
+    """Decodes token by token: the (query, key) pairs whose key was overwritten before the query."""
     slots, count = plan_cache(pattern, length)
     mask = pattern.dense(length)
     mask = mask.any(axis=0) if pattern.heads else mask
@@ -24,7 +24,7 @@ def lost_keys(pattern: Pattern, length: int) -> list[tuple[int, int]]:
 
 @settings(max_examples=100)
 @given(patterns(longest=30), st.integers(0, 60))
-def test_no_key_is_lost_while_it_may_be_looked_at(pattern, length):
+def test_no_key_is_lost(pattern, length):
     slots, count = plan_cache(pattern, length)
     assert slots.shape == (length,)
     assert slots.dtype == np.int32
@@ -34,7 +34,7 @@ def test_no_key_is_lost_while_it_may_be_looked_at(pattern, length):
 
 
 @given(st.integers(0, 30), st.lists(st.integers(0, 30), min_size=1, max_size=4), st.integers(1, 40))
-def test_no_key_is_lost_around_pinned_ones(left, ids, length):
+def test_no_key_is_lost_around_pinned_keys(left, ids, length):
     assert lost_keys(parse(f"causal & (window({left}) | globals({ids}))"), length) == []
 
 
@@ -62,6 +62,6 @@ def test_no_key_is_lost_around_pinned_ones(left, ids, length):
     ],
 )
 def test_slot_count(text, length, count):
-    slots, found = plan_cache(parse(text), length)
-    assert found == count
+    slots, actual = plan_cache(parse(text), length)
+    assert actual == count
     assert len(slots) == length

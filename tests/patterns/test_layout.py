@@ -1,5 +1,6 @@
-"""Tile layouts and pair counts, against the oracle mask cut into tiles."""
+"""Every view of a pattern against its mask, with `check_pattern`."""
 
+import dataclasses
 import tracemalloc
 
 import numpy as np
@@ -7,137 +8,116 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sparsejax.patterns import Globals, PatternError, TileGrid, TileLayout, parse
-from sparsejax.patterns.layout import COUNT_AT_ONCE
-from tests.patterns.strategies import patterns, shared_patterns
+from sparsejax.patterns import NAMES, Globals, Pattern, PatternError, TileGrid, from_ranges, parse
+from sparsejax.patterns.layout import TILES_AT_ONCE
+from sparsejax.patterns.testing import check_layout, check_pattern
+from tests.messages import rejects
+from tests.patterns.strategies import NIGHTLY, patterns, shared_patterns
 
 LENGTHS = st.integers(20, 45)
 TILES = st.sampled_from([(4, 4), (3, 7), (8, 5), (5, 13), (2, 9), (1, 1), (64, 64)])
+DRAWS = given(patterns(longest=45), LENGTHS, LENGTHS, TILES)
 
 
-def tile_states(mask: np.ndarray, tile: tuple[int, int]) -> np.ndarray:
-    """0 dead, 1 partial, 2 full for each tile of a mask [t, s]."""
-    t, s = mask.shape
-    rows, columns = range(0, t, tile[0]), range(0, s, tile[1])
-    parts = [mask[i : i + tile[0], j : j + tile[1]] for i in rows for j in columns]
-    return np.array([int(part.any()) + int(part.all()) for part in parts], int).reshape(len(rows), len(columns))
+@settings(max_examples=100)
+@DRAWS
+def test_views_agree_with_the_mask(pattern, t, s, tile):
+    check_pattern(pattern, [(t, s)], [tile])
 
 
-def check(layout: TileLayout, mask: np.ndarray, tile: tuple[int, int]):
-    expected = tile_states(mask, tile)
-    assert (layout.grid.t, layout.grid.s, layout.grid.tile) == (*mask.shape, tile)
-    assert (layout.grid.rows, layout.grid.columns) == expected.shape
-    # The arrays themselves, not only the picture: a repeated or unsorted column would not show in it.
-    rows, columns = np.nonzero(expected)
-    np.testing.assert_array_equal(layout.rows, rows)
-    np.testing.assert_array_equal(layout.columns, columns)
-    np.testing.assert_array_equal(layout.full, expected[rows, columns] == 2)
-    np.testing.assert_array_equal(layout.degrees, (expected > 0).sum(axis=1))
-    np.testing.assert_array_equal(layout.starts, np.searchsorted(rows, range(expected.shape[0] + 1)))
-    np.testing.assert_array_equal(layout.dense(), expected)
-    assert layout.density == pytest.approx((expected > 0).mean() if expected.size else 0)
-    assert layout.full.dtype == np.bool_
-    assert layout.columns.dtype == np.int32
+@pytest.mark.nightly
+@NIGHTLY
+@DRAWS
+def test_views_agree_with_the_mask_nightly(pattern, t, s, tile):
+    check_pattern(pattern, [(t, s)], [tile])
 
 
-@settings(max_examples=2000)
-@given(patterns(longest=45), LENGTHS, LENGTHS, TILES)
-def test_layout_is_the_oracle_mask_in_tiles(pattern, t, s, tile):
-    masks, layouts = pattern.dense(t, s), pattern.layout(t, s, tile)
-    if pattern.heads is None:
-        masks, layouts = masks[None], (layouts,)
-    assert len(layouts) == len(masks)
-    for mask, layout in zip(masks, layouts, strict=True):
-        check(layout, mask, tile)
-        check(layout.transpose(), mask.T, tile[::-1])
-        check(layout.transpose().transpose(), mask, tile)
-
-
-@pytest.mark.parametrize(("t", "s"), [(0, 0), (0, 9), (9, 0), (1, 1), (1, 9), (9, 1), (8, 8)])
-@given(pattern=shared_patterns(longest=10))
-def test_layout_of_next_to_nothing(t, s, pattern):
-    check(pattern.layout(t, s, (4, 3)), pattern.dense(t, s), (4, 3))
-    assert pattern.pairs(t, s) == pattern.dense(t, s).sum()
+@settings(max_examples=25)
+@given(shared_patterns(longest=10))
+def test_views_of_tiny_sequences(pattern):
+    check_pattern(pattern, [(0, 0), (0, 9), (9, 0), (1, 1), (1, 9), (9, 1), (8, 8)], [(4, 3)])
 
 
 @settings(max_examples=15)
 @given(patterns(longest=700), st.integers(1, 700), st.integers(1, 700))
-def test_layout_in_the_default_tiles(pattern, t, s):
-    masks, layouts = pattern.dense(t, s), pattern.layout(t, s)
-    for mask, layout in zip(masks, layouts, strict=True) if pattern.heads else [(masks, layouts)]:
-        check(layout, mask, (128, 128))
+def test_views_in_the_default_tiles(pattern, t, s):
+    check_pattern(pattern, [(t, s)], [(128, 128)])
 
 
-def test_layout_counts_more_tiles_than_fit_at_once():
-    # Both terms touch each of the 400 tiles, at positions of their own: every tile has to be looked at.
+def test_more_undecided_tiles_than_are_counted_at_once():
+    # Both terms touch all 400 tiles at different positions: every tile is undecided.
     pattern = Globals(tuple(range(0, 120, 6))) & Globals(tuple(range(1, 120, 6)))
     layout = pattern.layout(120, tile=(6, 6))
-    assert len(layout.columns) == 400 > COUNT_AT_ONCE
-    check(layout, pattern.dense(120), (6, 6))
-
-
-@settings(max_examples=100)
-@given(shared_patterns(longest=45), LENGTHS, LENGTHS, TILES)
-def test_tiles_of_equal_signature_hold_the_same_pairs(pattern, t, s, tile):
-    # Such tiles are counted once for all. Only whole tiles: cut ones differ by their shape anyway.
-    q0, k0 = (np.arange(n // size) * size for n, size in zip((t, s), tile, strict=True))
-    q0, k0 = (x.ravel() for x in np.meshgrid(q0, k0))
-    mask, seen, grid = pattern.dense(t, s), {}, TileGrid(t, s, tile)
-    for i, j, *signature in np.stack([q0, k0, *pattern.signature(grid, q0, k0)], axis=1).tolist():
-        pairs = mask[i : i + tile[0], j : j + tile[1]]
-        np.testing.assert_array_equal(seen.setdefault(tuple(signature), pairs), pairs)
-
-
-@settings(max_examples=100)
-@given(patterns(longest=300), st.integers(150, 300), st.integers(150, 300))
-def test_pairs_are_counted_exactly(pattern, t, s):
-    count = pattern.pairs(t, s)
-    assert type(count) is int
-    assert count == pattern.dense(t, s).sum()
+    assert len(layout.columns) == 400 > TILES_AT_ONCE
+    check_layout(layout, pattern.dense(120), (6, 6))
 
 
 @pytest.mark.parametrize("text", ["globals(5)", "globals([5, -2])", "sink(5)", "window(200)", "chunk(150) | sink(5)"])
-def test_pairs_of_cut_tiles_are_counted_exactly(text):
-    # The last row and column of the default tiles are cut, and cut tiles count less than the whole ones like them.
+def test_pairs_of_truncated_tiles(text):
+    # The last row and column of the default tiles are truncated and hold fewer pairs than the whole tiles like them.
     for t, s in [(300, 290), (270, 400), (400, 260)]:
         assert parse(text).pairs(t, s) == parse(text).dense(t, s).sum()
 
 
 @given(patterns(longest=200), st.integers(0, 200))
-def test_pairs_and_layout_are_square_unless_said(pattern, t):
+def test_keys_default_to_queries(pattern, t):
+    np.testing.assert_array_equal(pattern.dense(t), pattern.dense(t, t))
+    np.testing.assert_equal(pattern.edges(t), pattern.edges(t, t))
     assert pattern.pairs(t) == pattern.pairs(t, t)
-    layouts = pattern.layout(t) if pattern.heads else [pattern.layout(t)]
-    assert all(layout.grid.s == t for layout in layouts)
+    assert all(layout.grid.s == t for layout in pattern.layouts(t))
 
 
-def test_equal_heads_share_their_layout():
-    first, second, third = parse("per_head(window(3), causal, window(3)) & full").layout(300)
-    assert first is third
-    assert first is not second
+def test_equal_heads_share_layouts_and_edges():
+    pattern = parse("per_head(window(3), causal, window(3)) & full")
+    for first, second, third in (pattern.layout(300), pattern.edges(300)):
+        assert first is third
+        assert first is not second
 
 
-def test_layout_refuses_lengths_and_tiles_that_cannot_be():
-    for arguments in [(-1,), (4, -1), (4, 4, (0, 8)), (4, 4, (8, -1))]:
-        with pytest.raises(PatternError, match="layout needs"):
-            parse("causal").layout(*arguments)
+@pytest.mark.parametrize(
+    ("argument", "arguments"), [("t", (-1,)), ("s", (4, -1)), ("tile", (4, 4, (0, 8))), ("tile", (4, 4, (8, -1)))]
+)
+def test_invalid_lengths_and_tiles(argument, arguments):
+    with rejects(PatternError, argument):
+        parse("causal").layout(*arguments)
+
+
+def test_edges_of_a_negative_length():
+    with rejects(PatternError, "t"):
+        parse("causal").edges(-1)
 
 
 def test_layout_of_a_long_sequence():
     length, left, sink, tile = 131_072, 4095, 128, 128
     pattern = parse(f"causal & (window({left}) | sink({sink}))")
     layout, peak = measured(lambda: pattern.layout(length))
-    # The window of query tile r starts at key 128 r - 4095, in tile r - 32. The first 33 rows reach the tile of
-    # the sinks with their window; the other 991 have it besides.
+    # The window of query tile r starts at key 128 r - 4095, in tile r - 32. In the first 33 rows the window contains
+    # the tile of the sinks; the other 991 rows have it besides.
     rows, near = length // tile, (left + 1) // tile
     assert len(layout.columns) == (near + 1) * (near + 2) // 2 + (rows - near - 1) * (near + 2) == 34_255
-    # Partial are the tile on the diagonal and, from row 33 on, the one in which the window starts; in row 32 that
-    # is the tile of the sinks.
+    # Partial are the tile on the diagonal and, from row 33 on, the tile in which the window starts; in row 32 that is
+    # the tile of the sinks.
     assert (~layout.full).sum() == rows + (rows - near - 1)
     assert peak < 400 * len(layout.columns) < length * length // 1000
-    # Each query has itself and up to 4095 before it, and the sinks that lie before those.
+    # Each query has itself, up to 4095 keys before it, and the sinks before those.
     query = np.arange(length)
     expected = np.minimum(query, left) + 1 + np.clip(query - left, 0, sink)
     assert pattern.pairs(length) == expected.sum()
+
+
+def test_edges_of_a_long_sequence():
+    # Proportional to live tiles: neither all pairs nor the million pairs of the globals are visited.
+    length = 131_072
+    pattern = parse("window(3) & globals([5, 70000, -1])")
+    (queries, keys), peak = measured(lambda: pattern.edges(length))
+    assert list(zip(queries.tolist(), keys.tolist(), strict=True)) == [
+        *[(5, k) for k in (2, 3, 4, 5)],
+        *[(q, 5) for q in (6, 7, 8)],
+        *[(70_000, k) for k in range(69_997, 70_001)],
+        *[(q, 70_000) for q in range(70_001, 70_004)],
+        *[(length - 1, k) for k in range(length - 4, length)],
+    ]
+    assert peak < 4_000_000
 
 
 def test_memory_does_not_grow_with_the_number_of_globals():
@@ -147,9 +127,85 @@ def test_memory_does_not_grow_with_the_number_of_globals():
 
 
 def measured(call):
-    """The result and the most bytes that were held on the way."""
+    """The result and the peak memory of a call in bytes."""
     tracemalloc.start()
     try:
         return call(), tracemalloc.get_traced_memory()[1]
     finally:
         tracemalloc.stop()
+
+
+@dataclasses.dataclass(frozen=True)
+class Past(Pattern):
+    """A correct pattern, from which the faulty ones below differ in one method."""
+
+    name = "past"
+    left: int = 3
+
+    def allows(self, q, k, t=None, s=None):
+        return (k <= q) & (k >= q - self.left)
+
+    def bounds(self, grid):
+        first, last = grid.row_bounds()
+        return from_ranges(grid, any_key=(first - self.left, last + 1), every_key=(last - self.left, first + 1))
+
+    def signature(self, grid, q0, k0):
+        return [k0 - q0]
+
+    def last_query(self, k):
+        return k + self.left
+
+    def lookahead(self):
+        return 0
+
+
+def touches_too_little(self, grid):
+    first, last = grid.row_bounds()
+    return from_ranges(grid, any_key=(first - self.left + 1, last + 1), every_key=(last - self.left, first + 1))
+
+
+def fills_too_much(self, grid):
+    first, last = grid.row_bounds()
+    return from_ranges(grid, any_key=(first - self.left, last + 1), every_key=(last - self.left, first + 2))
+
+
+def ignores_shifts(self, grid):
+    return Past.bounds(self, TileGrid(grid.t, grid.s, grid.tile))
+
+
+FAULTS = {
+    "live": ("bounds.live_upper", {"bounds": touches_too_little}),
+    "full": ("bounds.full_lower", {"bounds": fills_too_much}),
+    "shift": ("bounds.", {"bounds": ignores_shifts}),
+    "signature": ("signature", {"signature": lambda self, grid, q0, k0: [k0]}),
+    "last_query": ("last_query", {"last_query": lambda self, k: k + self.left - 1}),
+    "last_query_shape": ("last_query", {"last_query": lambda self, k: self.left}),
+    "lookahead": ("lookahead", {"lookahead": lambda self: -1}),
+    "counts": ("counts", {"counts": lambda self, q, k, t=None, s=None: 2 * self.allows(q, k)}),
+    "allows": ("allows", {"allows": lambda self, q, k, t=None, s=None: 1 * Past.allows(self, q, k)}),
+    "for_head": ("for_head", {"for_head": lambda self, index: Past(2), "heads": property(lambda self: 1)}),
+    "text": ("text form", {"__str__": lambda self: "past(4)"}),
+}
+
+
+def test_a_correct_pattern_passes(monkeypatch):
+    monkeypatch.setitem(NAMES, "past", Past)
+    check_pattern(Past())
+    check_pattern(parse("per_head(past(5), causal) - sink(2)"))
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_a_faulty_pattern_is_named(fault, monkeypatch):
+    view, methods = FAULTS[fault]
+    faulty = dataclasses.dataclass(frozen=True)(type("Faulty", (Past,), {"__module__": __name__} | methods))
+    monkeypatch.setitem(NAMES, "past", faulty)
+    with pytest.raises(AssertionError) as caught:
+        check_pattern(faulty())
+    assert str(caught.value).startswith(("past", "shift(past"))
+    assert view in str(caught.value)
+
+
+def test_an_unregistered_name():
+    with rejects(PatternError, "past"):
+        check_pattern(Past())
+    check_pattern(Past(), text=False)

@@ -1,4 +1,4 @@
-"""Who may look at whom, against masks written by hand and against a second definition pair by pair."""
+"""Masks against pictures drawn by hand and against a second definition, pair by pair."""
 
 import jax
 import jax.numpy as jnp
@@ -10,6 +10,7 @@ from jax.experimental import pallas
 
 from sparsejax.patterns import FOREVER, PatternError, parse
 from sparsejax.patterns.library import NAMES
+from tests.messages import rejects
 from tests.patterns.definition import count, mask
 from tests.patterns.strategies import LIBRARY, patterns
 
@@ -62,7 +63,7 @@ BY_HAND = {
         .x..x..
         ..x..x.
         x..x..x""",
-    # Sparse Transformer, figure 3: a row head and a column head merged, and each on its own.
+    # Sparse Transformer, figure 3: a row head and a column head, merged and separate.
     "causal & (window(2) | strided(3))": """
         x.....
         xx....
@@ -102,7 +103,6 @@ BY_HAND = {
         ...
         ...
         xxx""",
-    # The example of four tiles: 1: 1, 2, 4 - 2: 1, 2, 3 - 3: 2, 3, 4 - 4: 1, 3, 4.
     "tiles([[0, 1, 3], [0, 1, 2], [1, 2, 3], [0, 2, 3]])": """
         xxxx..xx
         xxxx..xx
@@ -221,13 +221,13 @@ def test_mask_with_heads_drawn_by_hand():
     np.testing.assert_array_equal(pattern.dense(3), [first, second])
 
 
-def test_every_pattern_of_the_library_is_drawn_and_generated():
+def test_every_pattern_is_drawn_and_generated():
     assert set(LIBRARY) == set(NAMES) - {"shift"}
     drawn_elsewhere = {"random", "bigbird_random"}
     assert {text.partition("(")[0] for text in BY_HAND} | drawn_elsewhere >= set(NAMES)
 
 
-def test_a_random_row_is_a_uniform_draw_that_never_changes():
+def test_random_draws_are_uniform_and_reproducible():
     draw = "random(3, tile=2, seed={}, apart=2, ends=1)"
     mask = parse(draw.format(7)).dense(48)
     tiles = mask.reshape(24, 2, 24, 2)
@@ -236,22 +236,20 @@ def test_a_random_row_is_a_uniform_draw_that_never_changes():
     assert (tiles.sum(1) == 3).all()
     assert not tiles[:, [0, -1]].any()
     assert not (tiles & (abs(np.subtract.outer(np.arange(24), np.arange(24))) < 2)).any()
-    # Over many seeds each tile that may be drawn is drawn equally often: 3 of the 19 that row 11 has.
+    # Over many seeds each of the 19 candidates of row 11 is drawn equally often, 3 at a time.
     row = np.mean([parse(draw.format(seed)).dense(48)[22].reshape(24, 2)[:, 0] for seed in range(2000)], axis=0)
-    may = [column for column in range(1, 23) if abs(column - 11) >= 2]
-    assert row.nonzero()[0].tolist() == may
-    np.testing.assert_allclose(row[may], 3 / 19, atol=4 * (3 / 19 * 16 / 19 / 2000) ** 0.5)
-    # Drawn in every version and on every machine.
+    candidates = [column for column in range(1, 23) if abs(column - 11) >= 2]
+    assert row.nonzero()[0].tolist() == candidates
+    np.testing.assert_allclose(row[candidates], 3 / 19, atol=4 * (3 / 19 * 16 / 19 / 2000) ** 0.5)
+    # The same draw in every version and on every machine.
     assert [np.flatnonzero(line).tolist() for line in tiles[:3]] == [[11, 18, 20], [18, 19, 21], [13, 17, 20]]
     other = [parse(f"random(3, tile=2, seed=7, apart=2, ends=1, {key}=1)").dense(48) for key in ("layer", "head")]
-    assert not any((mask == each).all() for each in other)
+    assert not any((mask == other_mask).all() for other_mask in other)
 
 
 @given(patterns(longest=9), st.integers(0, 14), st.integers(0, 14))
 def test_dense_is_the_definition_pair_by_pair(pattern, t, s):
-    found = pattern.dense(t, s)
-    assert found.dtype == np.bool_
-    np.testing.assert_array_equal(found, mask(pattern, t, s))
+    np.testing.assert_array_equal(pattern.dense(t, s), mask(pattern, t, s))
 
 
 @given(patterns(longest=9), st.integers(1, 12), st.integers(1, 12))
@@ -260,45 +258,22 @@ def test_counts_are_the_definition_pair_by_pair(pattern, t, s):
     expected = [
         [[count(pattern, i, j, t, s, head) for j in range(s)] for i in range(t)] for head in range(pattern.heads or 1)
     ]
-    found = np.broadcast_to(pattern.counts(q, k, t, s), (*mask(pattern, t, s).shape,))
-    np.testing.assert_array_equal(found, expected if pattern.heads else expected[0])
-    if not pattern.repeats:
-        np.testing.assert_array_equal(found, pattern.dense(t, s))
+    counts = np.broadcast_to(pattern.counts(q, k, t, s), mask(pattern, t, s).shape)
+    np.testing.assert_array_equal(counts, expected if pattern.heads else expected[0])
 
 
-@given(patterns(), st.integers(1, 30))
-def test_keys_are_as_many_as_queries_unless_said(pattern, t):
-    np.testing.assert_array_equal(pattern.dense(t), pattern.dense(t, t))
-
-
-@given(patterns(longest=30))
-def test_a_head_of_the_mask_is_the_mask_of_the_head(pattern):
-    together = pattern.dense(20, 31)
-    if pattern.heads is None:
-        assert pattern.for_head(7) == pattern
-        return
-    assert all(pattern.for_head(i).heads is None for i in range(pattern.heads))
-    np.testing.assert_array_equal(together, [pattern.for_head(i).dense(20, 31) for i in range(pattern.heads)])
-
-
-# Lengths are fixed and examples few: each one is compiled.
+# Lengths are fixed and examples few because each example is compiled.
 @settings(max_examples=25)
 @given(patterns(longest=60))
-def test_allows_is_the_same_in_numpy_and_in_compiled_jax(pattern):
+def test_allows_agrees_between_numpy_and_compiled_jax(pattern):
     t, s = 45, 64
     q, k = np.arange(t)[:, None], np.arange(s)[None, :]
     compiled = jax.jit(lambda q, k: pattern.allows(q, k, t, s))
-    found = compiled(jnp.asarray(q), jnp.asarray(k))
-    assert found.dtype == np.bool_
-    np.testing.assert_array_equal(found, pattern.allows(q, k, t, s))
-    # One query at a time, as a decoder asks.
+    actual = compiled(jnp.asarray(q), jnp.asarray(k))
+    assert actual.dtype == np.bool_
+    np.testing.assert_array_equal(actual, pattern.allows(q, k, t, s))
+    # One query at a time, as in decoding.
     np.testing.assert_array_equal(compiled(jnp.int32(17), jnp.arange(s)), pattern.dense(t, s)[..., 17, :])
-
-
-@given(patterns(longest=20))
-def test_allows_takes_plain_integers(pattern):
-    expected = pattern.dense(9, 12)
-    np.testing.assert_array_equal(pattern.allows(8, 5, 9, 12), expected[..., 8, 5])
 
 
 @pytest.mark.parametrize("text", [*BY_HAND, "per_head(window(3), globals([-1, 2])) & causal"])
@@ -312,13 +287,13 @@ def test_allows_inside_a_kernel(text):
         out[...] = pattern.allows(q, k, t, s)
 
     shape = jax.ShapeDtypeStruct((*heads, t, s), jnp.bool_)
-    found = pallas.pallas_call(kernel, out_shape=shape, interpret=True)()
-    np.testing.assert_array_equal(found, pattern.dense(t, s))
+    actual = pallas.pallas_call(kernel, out_shape=shape, interpret=True)()
+    np.testing.assert_array_equal(actual, pattern.dense(t, s))
 
 
-def test_positions_from_the_end_need_the_lengths():
+def test_positions_from_the_end_require_the_lengths():
     pattern = parse("causal | globals([0, -1])")
-    with pytest.raises(PatternError, match=r"globals\(\[-1, 0\]\).*need the lengths"):
+    with rejects(PatternError, "globals([-1, 0])"):
         pattern.allows(np.arange(3), np.arange(3))
     np.testing.assert_array_equal(parse("globals([0, 2])").allows(1, np.arange(3)), [True, False, True])
 
@@ -327,7 +302,7 @@ def test_positions_from_the_end_need_the_lengths():
 @pytest.mark.parametrize(
     "form", ["window({0})", "window(0, {0})", "chunk({0})", "sink({0})", "globals([{0}])", "globals([-{0}])"]
 )
-def test_numbers_no_array_can_hold_work_or_are_refused(form, number):
+def test_huge_numbers_work_or_are_rejected(form, number):
     try:
         pattern = parse(form.format(number))
     except PatternError:
@@ -335,25 +310,10 @@ def test_numbers_no_array_can_hold_work_or_are_refused(form, number):
     expected = mask(pattern, 5, 5)
     np.testing.assert_array_equal(pattern.dense(5), expected)
     assert pattern.pairs(5) == expected.sum()
-    # Positions in a compiled program are int32, and overflow there is silent.
+    # Positions in a compiled program are int32, where overflow is silent.
     compiled = jax.jit(lambda q, k: pattern.allows(q[:, None], k, 5, 5))
     np.testing.assert_array_equal(compiled(jnp.arange(5), jnp.arange(5)), expected)
     assert (pattern.last_query(np.arange(5)) >= -1).all()
-
-
-@given(patterns(longest=20), st.integers(1, 30), st.integers(1, 30))
-def test_lookahead_is_an_upper_bound(pattern, t, s):
-    *_, q, k = np.nonzero(pattern.dense(t, s))
-    assert (k - q <= pattern.lookahead()).all()
-
-
-@given(patterns(longest=20), st.integers(1, 30), st.integers(1, 30))
-def test_last_query_is_an_upper_bound(pattern, t, s):
-    last = pattern.last_query(np.arange(s))
-    assert last.shape == (s,)
-    assert last.dtype == np.int64
-    *_, q, k = np.nonzero(pattern.dense(t, s))
-    assert (q <= last[k]).all()
 
 
 @pytest.mark.parametrize(
@@ -368,6 +328,6 @@ def test_last_query_is_an_upper_bound(pattern, t, s):
         ("per_head(window(3), window(0, 2))", 2, [3, 4, 5, 6]),
     ],
 )
-def test_bounds_are_tight_where_a_cache_is_sized_by_them(text, lookahead, last_query):
+def test_lookahead_and_last_query_are_tight(text, lookahead, last_query):
     assert parse(text).lookahead() == lookahead
     np.testing.assert_array_equal(parse(text).last_query(np.arange(4)), last_query)

@@ -1,9 +1,14 @@
-"""Patterns by the name of a paper: what they say, and how many pairs they score."""
+"""Recipes: their expressions, their text form and the pairs that they score."""
+
+import inspect
 
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
-from sparsejax.patterns import PatternError, parse, recipes
+from sparsejax.patterns import RECIPES, PatternError, parse, recipes
+from tests.messages import rejects
 
 
 @pytest.mark.parametrize(
@@ -23,7 +28,7 @@ from sparsejax.patterns import PatternError, parse, recipes
         (recipes.gemma_global(), "causal"),
     ],
 )
-def test_a_recipe_is_an_expression(pattern, text):
+def test_recipes_are_expressions(pattern, text):
     assert pattern == parse(text)
     assert str(pattern) == text
 
@@ -32,18 +37,18 @@ def test_a_recipe_is_an_expression(pattern, text):
 def test_bigbird_scores_eight_tiles_in_each_row(plan):
     pattern = recipes.bigbird(64, 3, seed=0, heads=2, plan=plan)
     n = 4096 // 64
-    # The first and the last row see everything; the second and the last but one have one end in their window.
+    # The first and the last row are dense; the window of the second and the last but one contains one end.
     rows = 2 * n + 2 * (4 + 3) + (n - 4) * (5 + 3)
     counts = [pattern.for_head(i).dense(4096)[::64, ::64].sum() for i in range(2)]
     if plan == "uniform":
         assert counts == [rows, rows]
         assert pattern.pairs(4096) == 2 * 64 * 64 * rows
-    else:  # the released plan may draw what the row sees anyway
+    else:  # the released plan may draw tiles to which the row attends already
         assert all(rows - 12 <= count <= rows for count in counts)
     assert (pattern.dense(4096)[0] != pattern.dense(4096)[1]).any()
 
 
-def test_bigbird_counts_as_the_released_code_does():
+def test_bigbird_multiplicities_equal_those_of_the_released_code():
     n, r = 16, 3
     pattern = recipes.bigbird(4, r, seed=0, plan="evaluation", multiset=True)
     q, k = np.arange(0, 4 * n, 4)[:, None], np.arange(0, 4 * n, 4)[None]
@@ -52,7 +57,7 @@ def test_bigbird_counts_as_the_released_code_does():
     expected[[0, -1]], expected[:, [0, -1]] = 1, 1
     for i in range(1, n - 1):
         expected[i, i - 1 : i + 2] = 1
-    expected[1:-1, 0] = 1 + r  # every row but the ends has tile 0 once as a global one and r times "at random"
+    expected[1:-1, 0] = 1 + r  # every inner row has tile 0 once as a global tile and r times "at random"
     np.testing.assert_array_equal(counts, expected)
     np.testing.assert_array_equal(recipes.bigbird(4, r, seed=0, plan="evaluation").dense(4 * n), pattern.dense(4 * n))
 
@@ -65,11 +70,31 @@ def test_bigbird_with_extra_tokens_has_no_global_tile():
 
 
 @pytest.mark.parametrize("plan", ["uniform", "released", "evaluation"])
-def test_bigbird_may_draw_no_tiles(plan):
-    known = parse("chunk(4) | shift(chunk(4), 4) | shift(chunk(4), -4) | globals(2)")
-    assert recipes.bigbird(4, 0, seed=0, extra=2, plan=plan) == known
+def test_bigbird_without_random_tiles(plan):
+    expected = parse("chunk(4) | shift(chunk(4), 4) | shift(chunk(4), -4) | globals(2)")
+    assert recipes.bigbird(4, 0, seed=0, extra=2, plan=plan) == expected
 
 
-def test_a_plan_that_is_none_is_refused():
-    with pytest.raises(PatternError, match="plan must be uniform, released or evaluation, got 'none'"):
+def test_an_unknown_plan_is_rejected():
+    with rejects(PatternError, "bigbird.plan"):
         recipes.bigbird(4, 1, seed=0, plan="none")
+
+
+# Arguments of any kind, valid or not.
+VALUES = st.recursive(
+    st.integers(-3, 9).map(str) | st.sampled_from(["causal", "true", "released", "uniform", "per_head(full, full)"]),
+    lambda inner: st.lists(inner, max_size=3).map(lambda values: f"[{', '.join(values)}]"),
+    max_leaves=6,
+)
+
+
+@pytest.mark.parametrize("name", RECIPES)
+@given(data=st.data())
+def test_any_arguments_parse_or_are_rejected(name, data):
+    parameters = st.sampled_from(list(inspect.signature(RECIPES[name]).parameters) or ["w"])
+    arguments = data.draw(st.dictionaries(parameters, VALUES, max_size=5))
+    try:
+        pattern = parse(f"{name}({', '.join(f'{key}={value}' for key, value in arguments.items())})")
+    except PatternError:
+        return
+    assert parse(str(pattern)) == pattern

@@ -1,4 +1,4 @@
-"""The text form, and patterns as values."""
+"""The text form and patterns as values."""
 
 import re
 
@@ -29,7 +29,9 @@ from sparsejax.patterns import (
     Window,
     parse,
     per_head,
+    recipes,
 )
+from tests.messages import rejects
 from tests.patterns.strategies import patterns, patterns_with_heads, shared_patterns
 
 
@@ -43,21 +45,21 @@ def test_text_parses_back_to_an_equal_value(pattern):
 
 
 @given(patterns(), st.sampled_from([" ", "  ", "\t", "\n "]))
-def test_space_between_words_means_nothing(pattern, space):
+def test_whitespace_is_ignored(pattern, space):
     words = re.findall(r"\w+|-\d+|[^\w\s]", str(pattern))
     assert parse(space.join(["", *words, ""])) == pattern
     assert parse("".join(str(pattern).split())) == pattern
 
 
 @given(patterns())
-def test_parentheses_around_the_whole_mean_nothing(pattern):
+def test_outer_parentheses_are_ignored(pattern):
     assert parse(f"(({pattern}))") == pattern
 
 
 @given(patterns(), patterns())
-def test_equal_texts_are_equal_values(one, other):
-    assert (one == other) == (str(one) == str(other))
-    assert (one == other) == (one.digest == other.digest)
+def test_equal_texts_are_equal_values(first, second):
+    assert (first == second) == (str(first) == str(second))
+    assert (first == second) == (first.digest == second.digest)
 
 
 @pytest.mark.parametrize(
@@ -88,6 +90,17 @@ def test_equal_texts_are_equal_values(one, other):
         ("shift(causal | sink(1), -2)", Shift(Causal() | Sink(1), -2)),
         ("shift(per_head(causal, full), by=3)", Shift(per_head(Causal(), Full()), 3)),
         ("window(1, right=2)", Window(1, 2)),
+        ("mistral", Causal() & Window(4095)),
+        ("mistral(w=8) | sink(1)", (Causal() & Window(7)) | Sink(1)),
+        ("sparse_transformer_fixed(8, 2, heads=2)", Causal() & per_head(Chunk(8), Fixed(8, 2))),
+        (
+            "longformer(4, ids=[0, 5], strides=[1, 2])",
+            per_head(Window(4, 4), Dilated(4, 4, stride=2)) | Globals((0, 5)),
+        ),
+        ("bigbird(4, 1, seed=0, heads=2)", recipes.bigbird(4, 1, 0, heads=2)),
+        ("bigbird(4, 1, 0, plan=released, multiset=true)", recipes.bigbird(4, 1, 0, plan="released", multiset=True)),
+        ("bigbird(4, 1, 0, plan=[[[2], [3]]])", recipes.bigbird(4, 1, 0, plan=[[[2], [3]]])),
+        ("shift(gemma_local(3), 1)", Shift(Causal() & Window(2), 1)),
         ("chunk(8)", Chunk(8)),
         ("chunk(size=8)", Chunk(8)),
         ("sink(n=4)", Sink(4)),
@@ -124,90 +137,105 @@ def test_text_shown(pattern, text):
 
 
 @pytest.mark.parametrize(
-    ("text", "column", "problem"),
+    ("text", "column"),
     [
-        ("", 1, "expected a pattern"),
-        ("   ", 1, "expected a pattern"),
-        ("causal &", 9, "expected a pattern"),
-        ("causal & ", 9, "expected a pattern"),
-        ("& causal", 1, "expected a pattern, found '&'"),
-        ("causal && full", 9, "expected a pattern, found '&'"),
-        ("3", 1, "expected a pattern, found '3'"),
-        ("[1]", 1, "expected a pattern, found '['"),
-        ("globals((1, 2))", 10, "expected a pattern, found '1'"),
-        ("causal causal", 8, "expected '&', '|', '-' or the end, found 'causal'"),
-        ("causal)", 7, "expected '&', '|', '-' or the end, found ')'"),
-        ("window(3)(4)", 10, "expected '&', '|', '-' or the end, found '('"),
-        ("(causal", 8, "expected ')' for the parenthesis opened at column 1"),
-        ("full & (causal", 15, "expected ')' for the parenthesis opened at column 8"),
-        ("((causal)", 10, "expected ')' for the parenthesis opened at column 1"),
-        ("window(1", 9, "expected ',' or ')' for the parenthesis opened at column 7"),
-        ("window(1 2)", 10, "expected ',' or ')' for the parenthesis opened at column 7"),
-        ("window(3_0)", 9, "expected ',' or ')' for the parenthesis opened at column 7"),
-        ("per_head(causal full)", 17, "expected ',' or ')' for the parenthesis opened at column 9"),
-        ("globals([1 2])", 12, "expected ',' or ']'"),
-        ("globals([1, 2)", 14, "expected ',' or ']'"),
-        ("causal $ full", 8, "unexpected '$'"),
-        ("causal &  $", 11, "unexpected '$'"),
-        ("window(1.5)", 9, "unexpected '.'"),
-        ("window(+3)", 8, "unexpected '+'"),
-        ("causal;full", 7, "unexpected ';'"),
-        ("__import__('os')", 12, 'unexpected "\'"'),
-        ("windw(3)", 1, "unknown pattern 'windw', did you mean 'window'?"),
-        ("causal & sinks(3)", 10, "unknown pattern 'sinks', did you mean 'sink'?"),
-        ("full | (chunk(2) & casual)", 20, "unknown pattern 'casual', did you mean 'causal'?"),
-        ("Causal", 1, "unknown pattern 'Causal', did you mean 'causal'?"),
-        ("per_heads(causal)", 1, "unknown pattern 'per_heads', did you mean 'per_head'?"),
-        ("\ncausal & fulll", 11, "unknown pattern 'fulll', did you mean 'full'?"),
-        ("window(letf=2)", 8, "unknown argument of window 'letf', did you mean 'left'?"),
-        ("window(2, rihgt=2)", 11, "unknown argument of window 'rihgt', did you mean 'right'?"),
-        ("window", 1, "window needs left"),
-        ("full & window()", 8, "window needs left"),
-        ("window(right=2)", 1, "window needs left"),
-        ("window(1, 2, 3)", 14, "window takes at most 2 arguments"),
-        ("full(1)", 6, "full takes at most 0 arguments"),
-        ("window(left=1, left=2)", 16, "window got left twice"),
-        ("window(1, left=2)", 11, "window got left twice"),
-        ("causal | window(4, right=-2)", 10, "window: right must be an integer >= 0, got -2"),
-        ("window(-1)", 1, "window: left must be an integer >= 0, got -1"),
-        ("causal & sink(0)", 10, "sink: n must be an integer >= 1, got 0"),
-        ("chunk(0)", 1, "chunk: size must be an integer >= 1, got 0"),
-        ("chunk([2])", 1, "chunk: size must be an integer >= 1"),
-        ("window(causal)", 1, "window: left must be an integer >= 0"),
-        ("globals(-2000000000)", 1, "globals: ids must be an integer >= -1073741824, got -2000000000"),
-        ("globals([causal])", 1, "globals: ids must be integers"),
-        ("per_head()", 1, "per_head takes one or more patterns"),
-        ("per_head", 1, "per_head takes one or more patterns"),
-        ("per_head(causal, 1)", 18, "per_head takes patterns only"),
-        ("per_head(a=causal)", 10, "per_head takes patterns only"),
-        ("full & per_head(per_head(causal))", 8, "per_head takes one or more patterns that are not per_head"),
-        ("causal & per_head(full, sink(0))", 25, "sink: n must be an integer >= 1, got 0"),
-        ("full & (per_head(full, full) | per_head(full))", 9, "patterns for 1 and 2 heads do not combine"),
-        ("causal & dilated(3, stride=0)", 10, "dilated: stride must be an integer >= 1, got 0"),
-        ("causal & dilated(3)", 10, "dilated needs stride"),
-        ("strided(0)", 1, "strided: stride must be an integer >= 1, got 0"),
-        ("full - fixed(4, 5)", 8, "fixed: c must be at most l = 4, got 5"),
-        ("window(-3)", 1, "window: left must be an integer >= 0, got -3"),
-        ("tiles([0, 1])", 1, "tiles: rows must be lists of key tiles"),
-        ("tiles([[0, 2], [1]])", 1, "tiles: key tile 2 of 2; the first is 0"),
-        ("tiles([[-1]])", 1, "tiles: key tiles must be integers >= 0"),
-        ("full & shift(3, 1)", 8, "shift: pattern must be a pattern, got 3"),
-        ("random(3, tile=64)", 1, "random needs seed"),
-        ("causal - ", 9, "expected a pattern, found 'the end'"),
-        ("strid(4)", 1, "unknown pattern 'strid', did you mean 'strided'?"),
+        ("", 1),
+        ("   ", 1),
+        ("causal &", 9),
+        ("causal & ", 9),
+        ("& causal", 1),
+        ("causal && full", 9),
+        ("3", 1),
+        ("[1]", 1),
+        ("globals((1, 2))", 10),
+        ("causal causal", 8),
+        ("causal)", 7),
+        ("window(3)(4)", 10),
+        ("(causal", 8),
+        ("full & (causal", 15),
+        ("((causal)", 10),
+        ("window(1", 9),
+        ("window(1 2)", 10),
+        ("window(3_0)", 9),
+        ("per_head(causal full)", 17),
+        ("globals([1 2])", 12),
+        ("globals([1, 2)", 14),
+        ("causal $ full", 8),
+        ("causal &  $", 11),
+        ("window(1.5)", 9),
+        ("window(+3)", 8),
+        ("causal;full", 7),
+        ("__import__('os')", 12),
+        ("windw(3)", 1),
+        ("causal & sinks(3)", 10),
+        ("full | (chunk(2) & casual)", 20),
+        ("Causal", 1),
+        ("per_heads(causal)", 1),
+        ("\ncausal & fulll", 11),
+        ("window(letf=2)", 8),
+        ("window(2, rihgt=2)", 11),
+        ("window", 1),
+        ("full & window()", 8),
+        ("window(right=2)", 1),
+        ("window(1, 2, 3)", 14),
+        ("full(1)", 6),
+        ("window(left=1, left=2)", 16),
+        ("window(1, left=2)", 11),
+        ("causal | window(4, right=-2)", 10),
+        ("window(-1)", 1),
+        ("causal & sink(0)", 10),
+        ("chunk(0)", 1),
+        ("chunk([2])", 1),
+        ("window(causal)", 1),
+        ("globals(-2000000000)", 1),
+        ("globals([causal])", 1),
+        ("per_head()", 1),
+        ("per_head", 1),
+        ("per_head(causal, 1)", 18),
+        ("per_head(a=causal)", 10),
+        ("full & per_head(per_head(causal))", 8),
+        ("causal & per_head(full, sink(0))", 25),
+        ("full & (per_head(full, full) | per_head(full))", 9),
+        ("causal & dilated(3, stride=0)", 10),
+        ("causal & dilated(3)", 10),
+        ("strided(0)", 1),
+        ("full - fixed(4, 5)", 8),
+        ("window(-3)", 1),
+        ("tiles([0, 1])", 1),
+        ("tiles([[0, 2], [1]])", 1),
+        ("tiles([[-1]])", 1),
+        ("full & shift(3, 1)", 8),
+        ("random(3, tile=64)", 1),
+        ("causal - ", 9),
+        ("strid(4)", 1),
+        ("causal | mistral(0)", 10),
+        ("mistral(causal)", 1),
+        ("mistra(8)", 1),
+        ("mistral(8, 9)", 12),
+        ("longformer()", 1),
+        ("longformer(1, strides=2)", 1),
+        ("longformer(1, strides=[0])", 1),
+        ("longformer(1, ids=causal)", 1),
+        ("bigbird(4, 1)", 1),
+        ("bigbird(4, 1, 0, plan=best)", 1),
+        ("bigbird(4, 1, 0, plan=3)", 1),
+        ("bigbird(4, 2, 0, plan=[[[1]]])", 1),
+        ("bigbird(4, 1, 0, multiset=yes)", 27),
+        ("bigbird(4, 1, 0, multiset=1)", 27),
+        ("streaming_llm(0)", 1),
+        ("streaming_llm(1, 0)", 1),
+        ("sparse_transformer_strided(4, heads=0)", 1),
+        ("bigbird_random(1, tile=4, seed=0, head=causal)", 1),
     ],
 )
-def test_malformed_text_is_refused_at_the_column(text, column, problem):
-    with pytest.raises(PatternError) as caught:
+def test_malformed_text_is_rejected_at_the_column(text, column):
+    with rejects(PatternError, f"pattern: {text!r}: column {column}: ") as caught:
         parse(text)
-    message = str(caught.value)
-    assert message.startswith(f"pattern {text!r}: column {column}: {problem}")
-    assert len(message.splitlines()) == 1
-    assert message.count("column") == 1 + problem.count("column"), "a problem inside a problem is told once"
+    assert str(caught.value).count("pattern: ") == 1, "an error inside an error is reported once"
 
 
 @given(st.text(alphabet="causlwindo_hefp()[]&|,=-0123 \n$.'é²", max_size=25) | st.text(max_size=8))
-def test_any_text_parses_or_is_a_pattern_error(text):
+def test_any_text_parses_or_is_rejected(text):
     try:
         pattern = parse(text)
     except PatternError:
@@ -216,22 +244,22 @@ def test_any_text_parses_or_is_a_pattern_error(text):
 
 
 @pytest.mark.parametrize(
-    ("text", "column", "problem"),
+    ("text", "column"),
     [
-        ("full & globals([3, 64])", 8, "globals: token 64 lies outside of a sequence of 64"),
-        ("full | global_keys([-65])", 8, "global_keys: token -65 lies outside"),
-        ("globals(65)", 1, "globals: token 64 lies outside"),
-        ("causal & (sink(4) | random(3, tile=32, seed=0))", 21, "random: 3 tiles of 32 do not fit: 2 to draw from"),
-        ("random(3, tile=8, seed=0, apart=2, ends=2)", 1, "random: 3 tiles of 8 do not fit: 1 to draw from"),
-        ("per_head(full, shift(globals([64]), 1))", 22, "globals: token 64 lies outside"),
-        ("tiles([[0], [8]], tile=8)", 1, "tiles: tiles of 8 that lie outside of a sequence of 64"),
+        ("full & globals([3, 64])", 8),
+        ("full | global_keys([-65])", 8),
+        ("globals(65)", 1),
+        ("causal & (sink(4) | random(3, tile=32, seed=0))", 21),
+        ("random(3, tile=8, seed=0, apart=2, ends=2)", 1),
+        ("per_head(full, shift(globals([64]), 1))", 22),
+        ("tiles([[0], [8]], tile=8)", 1),
+        ("causal & bigbird(16, 3, seed=0)", 10),
     ],
 )
-def test_what_does_not_fit_a_length_is_refused_at_the_column(text, column, problem):
+def test_patterns_that_do_not_fit_a_length_are_rejected_at_the_column(text, column):
     parse(text)
-    with pytest.raises(PatternError) as caught:
+    with rejects(PatternError, f"pattern: {text!r}: column {column}: "):
         parse(text, 64)
-    assert str(caught.value).startswith(f"pattern {text!r}: column {column}: {problem}")
     with pytest.raises(PatternError):
         parse(text).check(64, 64)
     parse(text, 640)
@@ -240,16 +268,21 @@ def test_what_does_not_fit_a_length_is_refused_at_the_column(text, column, probl
 @pytest.mark.parametrize(
     ("text", "column"),
     [("causal & " * 1200 + "causal", 10_000), ("causal & " * 500 + "cuasal", 4501), ("x" * 12_000, 10_000)],
+    ids=["expression", "middle", "name"],
 )
-def test_an_error_in_a_long_text_shows_where_it_is(text, column):
-    with pytest.raises(PatternError, match=f"column {column}: ") as caught:
+def test_an_error_in_a_long_text_shows_its_surroundings(text, column):
+    with rejects(PatternError, f"column {column}: ") as caught:
         parse(text)
     assert len(str(caught.value)) < 300
 
 
-@pytest.mark.parametrize("text", ["(" * 3000, "window(" + "9" * 5000 + ")"], ids=["deep", "long number"])
-def test_absurd_text_is_a_pattern_error(text):
-    with pytest.raises(PatternError):
+@pytest.mark.parametrize(
+    "text",
+    ["(" * 3000, "window(" + "9" * 5000 + ")", "globals(" + "[" * 3000],
+    ids=["parentheses", "number", "brackets"],
+)
+def test_absurd_text_is_rejected(text):
+    with rejects(PatternError, "column"):
         parse(text)
 
 
@@ -273,8 +306,8 @@ def test_absurd_text_is_a_pattern_error(text):
         lambda: (per_head(Causal(), Full()) | Sink(1)) & (Window(1) | per_head(Causal())),
     ],
 )
-def test_values_that_cannot_be_are_refused(build):
-    with pytest.raises(PatternError):
+def test_invalid_values_are_rejected(build):
+    with rejects(PatternError, ""):
         build()
 
 
@@ -318,7 +351,7 @@ def test_every_pattern_has_a_name(pattern):
     assert isinstance(pattern.name, str)
 
 
-def test_kinds_with_equal_numbers_differ():
+def test_classes_with_equal_fields_differ():
     assert len({Chunk(3), Sink(3), Window(3), Globals(3), Globals((3,))}) == 5
 
 
@@ -328,5 +361,5 @@ def test_patterns_are_keys():
 
 
 def test_digest_is_the_same_everywhere():
-    # It names files and checkpoints: the first digits of `printf 'causal & (window(255) | sink(4))' | sha256sum`.
+    # It names files: the first digits of `printf 'causal & (window(255) | sink(4))' | sha256sum`.
     assert parse("causal&(window(255,0)|sink(4))").digest == "5fb2601fec58"

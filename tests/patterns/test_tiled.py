@@ -1,4 +1,4 @@
-"""The plans of the released BigBird, against what its code drew (transformers 5.23.0, `modeling_big_bird.py`)."""
+"""Plans of the released BigBird against draws of its code (transformers 5.23.0, `modeling_big_bird.py`)."""
 
 import hashlib
 
@@ -8,7 +8,7 @@ import pytest
 from sparsejax.patterns import parse
 from sparsejax.patterns.tiled import released_plan
 
-# length, tile, r, heads, seed, longest: the first head's first and last row, and the SHA-256 of all as int64.
+# length, tile, r, heads, seed, longest: the first and last row of the first head, and the SHA-256 of the plan as int64.
 RECORDED = {
     (4096, 64, 3, 12, 0, 4096): ([9, 14, 7], [6, 12, 5], "c82ec3b78fbaa5d3"),
     (4096, 64, 3, 12, 1, 4096): ([5, 6, 7], [3, 11, 13], "8e91b61573cc6749"),
@@ -19,7 +19,7 @@ RECORDED = {
 
 
 @pytest.mark.parametrize("case", RECORDED)
-def test_a_released_plan_is_drawn_as_the_released_code_draws_it(case):
+def test_plans_equal_those_of_the_released_code(case):
     first, last, digest = RECORDED[case]
     plan = np.array(released_plan(*case), np.int64)
     assert plan.shape == (case[3], case[0] // case[1] - 2, case[2])
@@ -27,7 +27,7 @@ def test_a_released_plan_is_drawn_as_the_released_code_draws_it(case):
     assert hashlib.sha256(plan.tobytes()).hexdigest()[:16] == digest
 
 
-def test_long_sequences_draw_from_the_first_1024_tokens_only():
+def test_long_sequences_draw_from_the_first_1024_tokens():
     mask = parse("bigbird_random(3, tile=64, seed=0)").dense(4096)
     assert not mask[:, 1024:].any()
     assert mask[64:-64].reshape(62, 64, -1)[:, 0].sum(1).tolist() == [3 * 64] * 62
