@@ -1,4 +1,4 @@
-"""Decoding: caches and generation."""
+"""Decoding: generation from caches."""
 
 from sparsejax.decode.generate import generate
 

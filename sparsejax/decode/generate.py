@@ -1,41 +1,41 @@
-"""Generation, one token at a time from a cache of fixed size."""
+"""Generation, token by token from a cache of fixed size."""
 
 from __future__ import annotations
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Int, Key
+from jaxtyping import Array, Float, Int, Key
 
-from sparsejax.model import Model
+from sparsejax.model import Cache, Model
 
 
 def generate(
     model: Model, prompt: Int[Array, "b t"], steps: int, key: Key[Array, ""], temperature: float = 1.0
-) -> Int[Array, "b steps"]:
-    """Continues a prompt; to be called under `jax.jit`, with `steps` and `temperature` static.
+) -> Int[Array, "b {steps}"]:
+    """Continues a prompt. To be called under `jax.jit`, with `steps` and `temperature` static.
 
     Args:
-      model: the model; its caches hold what its patterns can still look at, see `patterns.cache_slots`.
-      prompt: at least one token for each row.
-      steps: tokens to add.
-      key: for the draws.
-      temperature: of the distribution sampled from; 0 takes the most likely token.
+      model: The model. Its caches hold the keys that its patterns can still attend to, see `patterns.plan_cache`.
+      prompt: At least one token per row.
+      steps: Number of tokens to generate.
+      key: PRNG key of the samples.
+      temperature: Divides the logits before sampling; 0 takes the most likely token.
     """
-    batch, given = prompt.shape
-    length = given + steps
+    batch, prompt_length = prompt.shape
+    length = prompt_length + steps
 
-    def draw(logits: Array, key: Array) -> Array:
+    def sample(logits: Float[Array, "b v"], key: Key[Array, ""]) -> Int[Array, " b"]:
         if temperature == 0:
             return logits.argmax(axis=-1).astype(prompt.dtype)
         return jax.random.categorical(key, logits / temperature).astype(prompt.dtype)
 
-    def advance(carry, position):
+    def advance(carry: tuple[Cache, Array], position: Int[Array, ""]) -> tuple[tuple[Cache, Array], Array]:
         cache, token = carry
-        inside = position < given
-        token = jnp.where(inside, prompt[:, jnp.minimum(position, given - 1)], token)
+        prompt_token = prompt[:, jnp.minimum(position, prompt_length - 1)]
+        token = jnp.where(position < prompt_length, prompt_token, token)
         logits, cache = model.step(token, cache, position, length)
-        return (cache, draw(logits, jax.random.fold_in(key, position))), token
+        return (cache, sample(logits, jax.random.fold_in(key, position))), token
 
     start = model.init_cache(batch, length), jnp.zeros(batch, prompt.dtype)
     (_, last), tokens = jax.lax.scan(advance, start, jnp.arange(length - 1))
-    return jnp.concatenate([tokens.T, last[:, None]], axis=1)[:, given:]
+    return jnp.concatenate([tokens.T, last[:, None]], axis=1)[:, prompt_length:]

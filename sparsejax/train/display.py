@@ -77,5 +77,5 @@ def print_sample(runtime: PhaseRuntime, state: TrainState[Array], console: Conso
     key = jax.random.fold_in(state.key, state.step)
     sample = jax.jit(lambda parameters, key: generate(runtime.model.bind(parameters), prompt, length, key))
     tokens = sample(state.parameters, key)
-    given, continuation = (dataset.tokenizer.decode(np.asarray(part)[0]) for part in (prompt, tokens))
-    print_lines(console, "sample, as PROMPT|CONTINUATION:", f"{given}|{continuation}")
+    texts = [dataset.tokenizer.decode(np.asarray(part)[0]) for part in (prompt, tokens)]
+    print_lines(console, "sample, as PROMPT|CONTINUATION:", "|".join(texts))

@@ -20,7 +20,7 @@ def attention(pattern):
         "kv_heads": 1,
         "head_width": 8,
         "rope": {"base": 10_000.0},
-        "qk_norm": {"kind": "none", "eps": 1e-6},
+        "qk_norm": None,
         "impl": "auto",
     }
 

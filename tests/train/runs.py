@@ -1,7 +1,9 @@
-"""Training runs as processes of their own, to be watched, killed and started again."""
+"""Training runs in this process, or as processes that a test watches, kills and resumes."""
 
+import io
 import os
 import random
+import signal
 import subprocess
 import sys
 import tempfile
@@ -9,32 +11,66 @@ import time
 from pathlib import Path
 
 import numpy as np
+from ml_collections import ConfigDict
+from rich.console import Console
 
-from sparsejax.train import read_rows
+from sparsejax import config as configs
+from sparsejax.train import train
+from sparsejax.train.writers import Writers
+from sparsejax.workdir import Workdir, read_rows
 
 RECIPE = Path(__file__).with_name("recipe.py")
 COMPILED = tempfile.TemporaryDirectory(prefix="sparsejax-compiled-")  # every run compiles the same few programs
+NARROW = {"model.layers.local.mixer.pattern": "causal & window(1)", "model.schedule": "2x(ssm local) local"}
+ALSO = {"same": {"data.length": 32}, "short": {"data.length": 8}, "narrow": NARROW}  # of the fixture `trained`
+TRAINED = {"model.dropout": 0.1} | {
+    f"eval.also.{name}.{key}": value for name, overrides in ALSO.items() for key, value in overrides.items()
+}
 
 
 def write_text(folder: Path) -> Path:
-    """A folder of small files, enough for both sides of a corpus."""
+    """Writes a folder of small files, enough for a training and a validation side."""
     draw = random.Random(0)
-    folder.mkdir(parents=True)
+    folder.mkdir(parents=True, exist_ok=True)
     for i in range(40):
         words = (draw.choice(["sparse", "dense", "window", "sink", "scan", "tile"]) for _ in range(40))
         (folder / f"{i}.txt").write_text(" ".join(words))
     return folder
 
 
+def load(text: Path, overrides: dict | None = None) -> ConfigDict:
+    """Loads the recipe for a folder of text."""
+    return configs.load(str(RECIPE), {"data.files": str(text)} | (overrides or {}))
+
+
+def train_here(settings: ConfigDict, workdir: Path) -> str:
+    """Trains in this process; returns the printed text."""
+    console = Console(file=io.StringIO(), width=160)
+    train(settings, workdir, console)
+    return console.file.getvalue()
+
+
+def send_signal_at(monkeypatch, step: int) -> None:
+    """Sends SIGTERM to this process as soon as its run has logged `step`."""
+    write = Writers.write
+
+    def write_and_signal(writers, number, *rows):
+        write(writers, number, *rows)
+        if number == step:
+            signal.raise_signal(signal.SIGTERM)
+
+    monkeypatch.setattr(Writers, "write", write_and_signal)
+
+
 def environment(devices: int = 1) -> dict[str, str]:
-    """Variables of a process that compiles in no time, for so many devices of the CPU."""
+    """Returns the variables of a process that compiles quickly, for `devices` devices on the CPU."""
     flags = f"--xla_force_host_platform_device_count={devices} --xla_backend_optimization_level=0"
     cache = {"JAX_COMPILATION_CACHE_DIR": COMPILED.name, "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}
     return cache | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags}
 
 
 def start(*arguments: str, devices: int = 1, program: tuple[str, ...] = ("-m", "sparsejax")) -> subprocess.Popen:
-    """Starts a Python program, the command line if no other is named, on so many devices of the CPU."""
+    """Starts a Python program, by default the command line, on `devices` devices of the CPU."""
     return subprocess.Popen(
         [sys.executable, *program, *arguments],
         env=os.environ | environment(devices),
@@ -45,24 +81,24 @@ def start(*arguments: str, devices: int = 1, program: tuple[str, ...] = ("-m", "
 
 
 def finish(process: subprocess.Popen) -> tuple[int, str, str]:
-    """Exit code, stdout and stderr."""
-    out, err = process.communicate(timeout=300)
+    """Waits for the end of a process; returns its exit code, stdout and stderr."""
+    out, err = process.communicate(timeout=600)
     return process.returncode, out, err
 
 
 def wait_for_row(process: subprocess.Popen, workdir: Path, step: int) -> None:
-    """Returns as soon as the run has logged a step after `step`; it logs every step."""
+    """Returns as soon as the run, which logs every step, has logged a step after `step`."""
     while process.poll() is None:
-        rows = read_rows(workdir / "metrics.jsonl")
+        rows = read_rows(Workdir(workdir).metrics)
         if rows and rows[-1]["step"] > step:
             return
         time.sleep(0.005)
     raise AssertionError(f"the run ended before step {step}: {finish(process)}")
 
 
-def assert_same_bits(found: dict[str, np.ndarray], expected: dict[str, np.ndarray]) -> None:
-    """The same arrays, to the last bit."""
-    assert found.keys() == expected.keys()
+def assert_same_bits(arrays: dict[str, np.ndarray], expected: dict[str, np.ndarray]) -> None:
+    """Asserts that arrays are equal, to the last bit."""
+    assert arrays.keys() == expected.keys()
     for path, leaf in expected.items():
-        assert found[path].dtype == leaf.dtype, path
-        assert found[path].tobytes() == leaf.tobytes(), path
+        assert arrays[path].dtype == leaf.dtype, path
+        assert arrays[path].tobytes() == leaf.tobytes(), path

@@ -17,7 +17,7 @@ def main(port: str, index: int, count: int, files: str) -> None:
     from sparsejax import sharding
     from sparsejax.config import ShardingConfig
     from sparsejax.data import DataConfig, load_dataset
-    from sparsejax.train.stage import place_batch, share_rows
+    from sparsejax.train.runtime import place_batch, share_rows
 
     mesh = sharding.make_mesh(ShardingConfig(data=2, fsdp=2, tensor=1))
     dataset = load_dataset(DataConfig("text", files, 32, objective="masked"))
@@ -26,7 +26,7 @@ def main(port: str, index: int, count: int, files: str) -> None:
         for name, array in sorted(place_batch(next(batches), mesh).items()):
             whole = array if count == 1 else multihost_utils.process_allgather(array, tiled=True)
             digest.update(name.encode() + np.asarray(whole).tobytes())
-    print(sharding.own_rows(mesh, 8), digest.hexdigest())
+    print(sharding.local_rows(mesh, 8), digest.hexdigest())
 
 
 if __name__ == "__main__":

@@ -1,5 +1,6 @@
-"""Checkpoints: which are kept, and that a damaged one is never taken for a whole one."""
+"""Checkpoints: which are kept, and that a damaged checkpoint is never restored."""
 
+import dataclasses
 import gc
 import os
 import random
@@ -16,6 +17,7 @@ import pytest
 from sparsejax.config import CheckpointConfig
 from sparsejax.data import train_batches
 from sparsejax.train import CheckpointError, Checkpoints, TrainState
+from tests.messages import rejects
 
 TEXT = np.arange(4000, dtype=np.uint8)
 NAN = float("nan")
@@ -35,8 +37,8 @@ def build_state(step, width=8, dtype=jnp.float32):
 
 
 def shapes_of(state):
-    place = jax.sharding.SingleDeviceSharding(jax.devices()[0])
-    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), state)
+    device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=device), state)
 
 
 def open_folder(folder, *, last=2, best=0, corpus="a text"):
@@ -53,13 +55,15 @@ def steps(folder):
     return sorted(int(path.name) for path in folder.iterdir())
 
 
-def refusal(folder, wanted=None, **changed):
+def restore(folder, expected=None, **options):
+    """Restores the newest checkpoint; leaves the iterator alone if that fails."""
     iterator = batches()
-    with pytest.raises(CheckpointError) as caught, open_folder(folder, **changed) as checkpoints:
-        checkpoints.restore(shapes_of(wanted or build_state(0)), iterator)
-    assert len(str(caught.value).splitlines()) == 1
-    assert iterator.get_state() == batches().get_state()
-    return str(caught.value)
+    try:
+        with open_folder(folder, **options) as checkpoints:
+            return checkpoints.restore(shapes_of(expected or build_state(0)), iterator)
+    except CheckpointError:
+        assert iterator.get_state() == batches().get_state()
+        raise
 
 
 def assert_restores(folder, step):
@@ -69,10 +73,10 @@ def assert_restores(folder, step):
         state = checkpoints.restore(shapes_of(build_state(0)), iterator)
     expected = build_state(step)
     np.testing.assert_array_equal(jax.random.key_data(state.key), jax.random.key_data(expected.key))
-    for found, leaf in zip(jax.tree.leaves(state), jax.tree.leaves(expected), strict=True):
+    for restored, leaf in zip(jax.tree.leaves(state), jax.tree.leaves(expected), strict=True):
         if not jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
-            assert found.dtype == leaf.dtype
-            np.testing.assert_array_equal(found, leaf)
+            assert restored.dtype == leaf.dtype
+            np.testing.assert_array_equal(restored, leaf)
     np.testing.assert_array_equal(next(iterator)["inputs"], next(batches(step))["inputs"])
 
 
@@ -100,15 +104,15 @@ def test_the_best_is_still_known_after_a_restart(tmp_path):
     assert steps(tmp_path) == [2, 5]
 
 
-def test_a_step_that_is_there_is_not_saved_again(tmp_path):
+def test_an_existing_step_is_not_saved_again(tmp_path):
     save(tmp_path, [5.0])
     before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")}
     save(tmp_path, [4.0])
     assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")} == before
 
 
-def test_a_saved_state_may_be_given_up_at_once(tmp_path):
-    # The training step takes its input's memory for its output while the save still runs.
+def test_a_saved_state_may_be_donated_at_once(tmp_path):
+    # The training step writes its output to the buffers of its input while the save still runs.
     overwrite = jax.jit(lambda state: jax.tree.map(lambda x: x * 0 + 7, state), donate_argnums=0)
     state = build_state(3, width=2**18)
     expected = np.full((2**18, 4), 3, np.float32)
@@ -119,8 +123,8 @@ def test_a_saved_state_may_be_given_up_at_once(tmp_path):
             parameters = overwrite(parameters)
         parameters["out"]["weight"].block_until_ready()
     with open_folder(tmp_path) as checkpoints:
-        found = checkpoints.restore(shapes_of(build_state(0, width=2**18)), batches())
-    np.testing.assert_array_equal(found.parameters["out"]["weight"], expected)
+        restored = checkpoints.restore(shapes_of(build_state(0, width=2**18)), batches())
+    np.testing.assert_array_equal(restored.parameters["out"]["weight"], expected)
 
 
 def test_a_save_that_was_cut_off_is_not_a_checkpoint(tmp_path):
@@ -132,42 +136,34 @@ def test_a_save_that_was_cut_off_is_not_a_checkpoint(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("wanted", "problem"),
-    [
-        (
-            build_state(0, width=16),
-            "parameters.norm.scale is float32[8] in the checkpoint and float32[16] in the configuration",
-        ),
-        (
-            build_state(0, dtype=jnp.bfloat16),
-            "parameters.out.weight is float32[8, 4] in the checkpoint and bfloat16[8, 4] in the configuration",
-        ),
-    ],
+    "changed", [pytest.param({"width": 16}, id="shape"), pytest.param({"dtype": jnp.bfloat16}, id="dtype")]
 )
-def test_a_state_that_does_not_fit(tmp_path, wanted, problem):
+def test_a_state_that_does_not_fit(tmp_path, changed):
     save(tmp_path, [5.0])
-    wanted = TrainState(**{**vars(build_state(0)), "parameters": wanted.parameters})
-    assert refusal(tmp_path, wanted) == f"checkpoint {tmp_path / '1'} does not fit this configuration: {problem}"
+    expected = dataclasses.replace(build_state(0), parameters=build_state(0, **changed).parameters)
+    with rejects(CheckpointError, str(tmp_path / "1")):
+        restore(tmp_path, expected)
 
 
 def test_a_parameter_that_only_one_side_has(tmp_path):
     save(tmp_path, [5.0])
-    more = build_state(0)
-    more.parameters["out"]["bias"] = jnp.zeros(4)
-    assert refusal(tmp_path, more).endswith("parameters.out.bias is only in the configuration")
-    less = build_state(0)
-    del less.parameters["norm"]
-    assert refusal(tmp_path, less).endswith("parameters.norm.scale is only in the checkpoint")
+    larger, smaller = build_state(0), build_state(0)
+    larger.parameters["out"]["bias"] = jnp.zeros(4)
+    del smaller.parameters["norm"]
+    for expected, path in ((larger, "parameters.out.bias"), (smaller, "parameters.norm.scale")):
+        with rejects(CheckpointError, path):
+            restore(tmp_path, expected)
 
 
-def test_a_run_does_not_go_on_with_another_text(tmp_path):
+def test_a_run_does_not_resume_on_another_text(tmp_path):
     save(tmp_path, [5.0])
-    assert refusal(tmp_path, corpus="another").startswith("data.files: ")
+    with rejects(CheckpointError, "data.files"):
+        restore(tmp_path, corpus="another")
 
 
 @pytest.fixture
 def quiet(monkeypatch):
-    """Of several reads that fail, all but the first have nobody left to tell."""
+    """When several reads fail, nothing waits for the errors of all but the first."""
     monkeypatch.setattr(sys, "unraisablehook", lambda unraisable: None)
     yield
     gc.collect()
@@ -189,7 +185,7 @@ def flip_a_bit(path):
 
 @pytest.mark.usefixtures("quiet")
 @pytest.mark.parametrize("damage", [os.remove, truncate, garble, flip_a_bit])
-def test_any_damaged_file_is_noticed_or_does_not_matter(tmp_path, damage):
+def test_a_damaged_file_is_noticed_or_does_not_matter(tmp_path, damage):
     save(tmp_path / "whole", [5.0, 4.0], best=1)
     noticed = {}
     for file in [path for path in (tmp_path / "whole" / "2").rglob("*") if path.is_file()]:
@@ -199,14 +195,14 @@ def test_any_damaged_file_is_noticed_or_does_not_matter(tmp_path, damage):
         try:
             assert_restores(folder, 2)
         except CheckpointError as error:
-            noticed[file.parent.name] = str(error)
+            noticed[file.parent.name] = error
             shutil.rmtree(folder / "2")
             assert_restores(folder, 1)
         shutil.rmtree(folder)
     assert noticed.keys() >= {"d", "state", "data"}
-    for message in noticed.values():
-        assert message.startswith(f"checkpoint {folder / '2'} is damaged (")
-        assert message.endswith("; delete that folder to go on from the one before it")
+    for error in noticed.values():
+        assert error.argument == str(folder / "2")
+        assert "\n" not in str(error)
 
 
 @pytest.mark.usefixtures("quiet")
@@ -215,14 +211,14 @@ def test_a_missing_folder_is_noticed(tmp_path, item):
     save(tmp_path, [5.0, 4.0])
     shutil.rmtree(tmp_path / "2" / item)
     (tmp_path / "2" / item).mkdir()
-    message = refusal(tmp_path)
-    assert message.startswith(f"checkpoint {tmp_path / '2'} is damaged (")
+    with pytest.raises(CheckpointError) as caught:
+        restore(tmp_path)
+    assert caught.value.argument == str(tmp_path / "2")
     assert steps(tmp_path) == [1, 2]
 
 
-def test_no_room_is_noticed_before_the_save(tmp_path, monkeypatch):
+def test_a_full_disk_is_noticed_before_the_save(tmp_path, monkeypatch):
     monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=2**20))
-    expected = r"^no space left on the workdir's disk: a checkpoint needs 1\.0 MiB, "
-    with pytest.raises(CheckpointError, match=expected), open_folder(tmp_path) as checkpoints:
+    with rejects(CheckpointError, str(tmp_path)), open_folder(tmp_path) as checkpoints:
         checkpoints.save(build_state(1), batches(), None)
     assert steps(tmp_path) == []

@@ -1,12 +1,14 @@
-"""A disk that runs full, a real one: said in one line, and nothing that was saved is lost."""
+"""A disk that is really full: one error names it, and no checkpoint is lost."""
 
 import contextlib
+import errno
+import shutil
 import subprocess
 
 import pytest
 
-from sparsejax.cli import USAGE_ERROR, main
-from sparsejax.train import checkpoint, list_steps, read_rows
+from sparsejax.train import CheckpointError, checkpoint, list_steps
+from sparsejax.workdir import Workdir, read_rows
 from tests.train import runs
 
 SIZE = 4 * 2**20
@@ -14,20 +16,20 @@ SIZE = 4 * 2**20
 
 @pytest.fixture
 def disk(tmp_path):
-    """A folder with a file system of its own, of SIZE bytes."""
-    place = tmp_path / "disk"
-    place.mkdir()
-    command = ["mount", "-t", "tmpfs", "-o", f"size={SIZE}", "tmpfs", str(place)]
+    """A folder with a file system of SIZE bytes."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    command = ["mount", "-t", "tmpfs", "-o", f"size={SIZE}", "tmpfs", str(folder)]
     try:
         subprocess.run(command, check=True, capture_output=True)
     except (OSError, subprocess.CalledProcessError):
         pytest.skip("file systems cannot be mounted here")
-    yield place
-    subprocess.run(["umount", str(place)], check=True)
+    yield folder
+    subprocess.run(["umount", str(folder)], check=True)
 
 
-def leave(disk, free):
-    """Fills the disk but for so many bytes."""
+def fill(disk, free):
+    """Fills the disk up to `free` bytes."""
     with contextlib.suppress(OSError), (disk / "other").open("wb", buffering=0) as file:
         file.truncate(0)
         while file.write(bytes(4096)) == 4096:
@@ -35,42 +37,40 @@ def leave(disk, free):
     (disk / "other").open("r+b").truncate((disk / "other").stat().st_size - free)
 
 
-def run(text, disk, capsys, *more):
-    arguments = ["train", f"--config={runs.RECIPE}", f"--config.data.files={text}", f"--workdir={disk / 'run'}", *more]
-    code = main(arguments)
-    return code, capsys.readouterr().err
+def assert_full(text, workdir):
+    """The run fails because the disk is full."""
+    with pytest.raises((CheckpointError, OSError)) as caught:
+        runs.train_here(runs.load(text), workdir.path)
+    if isinstance(caught.value, CheckpointError):
+        assert caught.value.argument == str(workdir.checkpoints)
+        assert "\n" not in str(caught.value)
+    else:
+        assert caught.value.errno == errno.ENOSPC
 
 
-@pytest.mark.parametrize("free", [0, 2**12, 2**16, 1300 * 2**10], ids=lambda free: f"{free // 1024} KiB free")
-def test_a_full_disk_is_named_and_the_same_command_goes_on(disk, tmp_path, capsys, free):
-    text = runs.write_text(tmp_path / "text")
-    leave(disk, free)
-    code, err = run(text, disk, capsys)
-    assert (code, err.count("\n")) == (USAGE_ERROR, 1), err
-    assert "no space left on the workdir's disk" in err
+@pytest.mark.parametrize("free", [0, 2**12, 2**16, 1300 * 2**10], ids=lambda free: f"{free // 1024}KiB")
+def test_a_full_disk_is_named_and_the_same_run_resumes(disk, text, free):
+    workdir = Workdir(disk / "run")
+    fill(disk, free)
+    assert_full(text, workdir)
     (disk / "other").unlink()
-    assert run(text, disk, capsys) == (0, "")
-    assert list_steps(disk / "run" / "checkpoints")[-1] == 20
-    assert [row["step"] for row in read_rows(disk / "run" / "metrics.jsonl")] == list(range(1, 21))
+    runs.train_here(runs.load(text), workdir.path)
+    assert list_steps(workdir.checkpoints)[-1] == 20
+    assert [row["step"] for row in read_rows(workdir.metrics)] == list(range(1, 21))
 
 
-def test_a_save_that_fills_the_disk_leaves_the_one_before_it(disk, tmp_path, capsys, monkeypatch):
-    text = runs.write_text(tmp_path / "text")
-    assert run(text, disk, capsys, "--config.train.steps=20")[0] == 0
-    workdir = disk / "run" / "checkpoints"
-    for step in list_steps(workdir)[1:]:
-        for file in sorted((workdir / str(step)).rglob("*"), reverse=True):
-            file.rmdir() if file.is_dir() else file.unlink()
-        (workdir / str(step)).rmdir()
-    (kept,) = list_steps(workdir)
-    before = checkpoint.read_arrays(workdir, kept)
+def test_a_save_that_fills_the_disk_keeps_the_previous_checkpoint(disk, text, monkeypatch):
+    workdir = Workdir(disk / "run")
+    runs.train_here(runs.load(text), workdir.path)
+    for step in list_steps(workdir.checkpoints)[1:]:
+        shutil.rmtree(workdir.checkpoints / str(step))
+    (kept,) = list_steps(workdir.checkpoints)
+    before = checkpoint.read_arrays(workdir.checkpoints, kept)
 
-    monkeypatch.setattr(checkpoint, "_require_room", lambda folder, size: None)  # another program fills it meanwhile
-    leave(disk, 2**17)
-    code, err = run(text, disk, capsys)
-    assert (code, err.count("\n")) == (USAGE_ERROR, 1), err
-    assert "no space left on the workdir's disk" in err
-    assert list_steps(workdir) == [kept]
-    runs.assert_same_bits(checkpoint.read_arrays(workdir, kept), before)
+    monkeypatch.setattr(checkpoint, "_require_space", lambda folder, size: None)  # another program fills it meanwhile
+    fill(disk, 2**17)
+    assert_full(text, workdir)
+    assert list_steps(workdir.checkpoints) == [kept]
+    runs.assert_same_bits(checkpoint.read_arrays(workdir.checkpoints, kept), before)
     (disk / "other").unlink()
-    assert run(text, disk, capsys) == (0, "")
+    runs.train_here(runs.load(text), workdir.path)

@@ -1,4 +1,4 @@
-"""The training step: sums over parts, keeps state in float32, and leaves a bad update out."""
+"""The training step: sums over microbatches, keeps its state in float32, and skips an update that diverged."""
 
 import dataclasses
 
@@ -18,7 +18,7 @@ STEPS = 20
 
 
 class Bench:
-    """A one-layer model with everything that a step is built of; the step is compiled once."""
+    """A model of one layer and all that a step needs; the step is compiled once."""
 
     def __init__(self, **train):
         settings = recipe.get_config()
@@ -28,17 +28,17 @@ class Bench:
         settings.train.update(train)
         config = configs.check(settings)
         self.config, self.model, self.mesh = config, Functional(config.model), sharding.make_mesh(config.sharding)
-        self.optimizer = build_optimizer(config.optimizer, STEPS)
+        self.optimizer = build_optimizer(config.optimizer, STEPS, decay=self.model.decay)
         self.schedule = build_schedule(config.optimizer, STEPS)
         self.step = build_step(self.model, self.optimizer, self.schedule, config.train, self.mesh)
         self._start = init_state(self.model, self.optimizer, 0, self.mesh)
 
     def state(self):
-        """The state at the start, to be given up to the step."""
+        """A copy of the first state, to be donated to the step."""
         return jax.tree.map(lambda x: x.copy(), self._start)
 
-    def surprise(self, batch):
-        """Negative log-likelihoods of the targets at the start."""
+    def negative_log_likelihood(self, batch):
+        """Negative log-likelihoods of the targets in the first state."""
         logits = jax.jit(lambda p, tokens: self.model.bind(p)(tokens))(self._start.parameters, batch["inputs"])
         assert logits.dtype == jnp.float32
         likelihood = logits - np.logaddexp.reduce(logits, axis=-1, keepdims=True)
@@ -55,12 +55,12 @@ def poisoned(batch):
 
 
 def host(tree):
-    """A copy that outlives the step it is given to."""
+    """A copy that outlives the step to which the state is donated."""
     return jax.tree.map(np.array, dataclasses.replace(tree, key=jax.random.key_data(tree.key)))
 
 
-def assert_same_bits(found, expected):
-    for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
+def assert_same_bits(arrays, expected):
+    for a, b in zip(jax.tree.leaves(arrays), jax.tree.leaves(expected), strict=True):
         assert a.tobytes() == b.tobytes()
 
 
@@ -79,22 +79,24 @@ def test_loss_is_the_mean_over_weights(plain):
     batch["weights"][:, 10:] = 0
     batch["weights"][1] = 0
     _, metrics = plain.step(plain.state(), batch)
-    assert float(metrics["loss"]) == pytest.approx(plain.surprise(batch)[[0, 2, 3], :10].mean(), rel=1e-5)
+    assert float(metrics["loss"]) == pytest.approx(
+        plain.negative_log_likelihood(batch)[[0, 2, 3], :10].mean(), rel=1e-5
+    )
 
 
-def test_parts_of_a_batch_add_up(plain):
-    parts = Bench(accumulate=2)
+def test_microbatches_add_up(plain):
+    accumulated = Bench(accumulate=2)
     batch = draw(1)
-    batch["weights"][0] = 0  # the parts weigh differently
+    batch["weights"][0] = 0  # the weights of the microbatches differ
     batch["weights"][1, 5:] = 0
-    whole, summed = (bench.step(bench.state(), batch) for bench in (plain, parts))
+    whole, summed = (bench.step(bench.state(), batch) for bench in (plain, accumulated))
     for name in ("loss", "grad_norm", "loss_mean"):
         assert float(summed[1][name]) == pytest.approx(float(whole[1][name]), rel=1e-5)
     for a, b in zip(jax.tree.leaves(summed[0].optimizer), jax.tree.leaves(whole[0].optimizer), strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-7)
 
 
-def test_dropout_differs_by_step_and_part_and_is_not_evaluated(plain):
+def test_dropout_differs_by_step_and_microbatch_and_is_not_evaluated(plain):
     dropped = Bench(accumulate=2, dropout=0.5)
     batch = jax.tree.map(lambda x: np.repeat(x[:1], 4, 0), draw(3))  # rows that are all the same
     _, first = dropped.step(dropped.state(), batch)
@@ -105,14 +107,14 @@ def test_dropout_differs_by_step_and_part_and_is_not_evaluated(plain):
     assert abs(float(later["loss"]) - float(first["loss"])) > 1e-4
     sums = [build_evaluation(bench.model, bench.mesh)(plain.state().parameters, batch) for bench in (plain, dropped)]
     np.testing.assert_array_equal(sums[0][0], sums[1][0])
-    # Each part alone, which are the even and the odd rows: only its masks can tell it from the other.
+    # Each microbatch alone, the even or the odd rows: only the masks differ.
     weights = np.indices((4, 32))[0] % 2
     parts = [batch | {"weights": (weights == part).astype(np.float32)} for part in range(2)]
     even, odd = (float(dropped.step(dropped.state(), part)[1]["loss"]) for part in parts)
     assert abs(even - odd) > 1e-4
 
 
-def test_without_dropout_nothing_is_drawn(plain):
+def test_without_dropout_the_step_draws_nothing(plain):
     texts = [bench.step.lower(bench.state(), draw(0)).as_text() for bench in (plain, Bench(dropout=0.5))]
     assert ["threefry" in text for text in texts] == [False, True]
 
@@ -142,27 +144,27 @@ def test_a_loss_that_is_not_finite_changes_no_parameter(plain):
     state, _ = plain.step(plain.state(), draw(0))
     before = host(state)
     state, metrics = plain.step(state, poisoned(draw(1)))
-    assert metrics["bad"]
+    assert metrics["diverged"]
     assert np.isnan(metrics["loss"])
     after = host(state)
     assert_same_bits((after.parameters, after.optimizer), (before.parameters, before.optimizer))
     assert (int(after.step), int(after.skipped)) == (2, 1)
     assert after.loss_mean == before.loss_mean
-    state, metrics = plain.step(state, draw(2))  # and it goes on, at the rate that was not used
-    assert not metrics["bad"]
+    state, metrics = plain.step(state, draw(2))  # the next update has the rate of the skipped one
+    assert not metrics["diverged"]
     assert float(metrics["learning_rate"]) == pytest.approx(float(plain.schedule(1)), rel=1e-6)
 
 
-def test_a_bad_batch_counts_for_nothing(plain):
+def test_a_batch_that_diverges_changes_nothing(plain):
     state = plain.state()
     for batch in (poisoned(draw(8)), draw(0), poisoned(draw(9)), draw(1)):
         state, _ = plain.step(state, batch)
     expected = plain.state()
     for batch in (draw(0), draw(1)):
         expected, _ = plain.step(expected, batch)
-    found, expected = host(state), host(expected)
+    state, expected = host(state), host(expected)
     assert_same_bits(
-        (found.parameters, found.optimizer, found.loss_mean),
+        (state.parameters, state.optimizer, state.loss_mean),
         (expected.parameters, expected.optimizer, expected.loss_mean),
     )
 
@@ -171,20 +173,20 @@ def test_a_spike_is_a_multiple_of_the_running_mean(spiky):
     state = spiky.state()
     for seed in range(3):
         state, metrics = spiky.step(state, draw(seed))
-        assert not metrics["bad"]
+        assert not metrics["diverged"]
     before = host(state)
     state, metrics = spiky.step(dataclasses.replace(state, loss_mean=state.loss_mean / 2.5), draw(3))
-    assert metrics["bad"]
+    assert metrics["diverged"]
     assert np.isfinite(metrics["loss"])
     assert_same_bits(host(state).parameters, before.parameters)
     assert int(state.skipped) == 1
 
 
-def test_a_first_loss_that_is_bad_does_not_make_all_others_spikes(spiky):
+def test_after_a_first_loss_that_diverges_others_are_no_spikes(spiky):
     state, metrics = spiky.step(spiky.state(), poisoned(draw(0)))
-    assert metrics["bad"]
+    assert metrics["diverged"]
     state, metrics = spiky.step(state, draw(1))
-    assert not metrics["bad"]
+    assert not metrics["diverged"]
     assert float(metrics["loss_mean"]) == float(metrics["loss"])
     assert int(state.skipped) == 1
 
@@ -192,6 +194,6 @@ def test_a_first_loss_that_is_bad_does_not_make_all_others_spikes(spiky):
 def test_evaluation_sums_by_position(plain):
     batch = draw(0)
     batch["weights"][2:, 7:] = 0
-    losses, weights = build_evaluation(plain.model, plain.mesh)(plain.state().parameters, batch)
+    losses, weights, _ = build_evaluation(plain.model, plain.mesh)(plain.state().parameters, batch)
     np.testing.assert_array_equal(weights, batch["weights"].sum(0))
-    np.testing.assert_allclose(losses, (plain.surprise(batch) * batch["weights"]).sum(0), rtol=1e-5)
+    np.testing.assert_allclose(losses, (plain.negative_log_likelihood(batch) * batch["weights"]).sum(0), rtol=1e-5)

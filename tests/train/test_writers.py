@@ -1,4 +1,4 @@
-"""What a run writes: rows, events, and what it shows on the way."""
+"""Rows, events and the progress report."""
 
 import csv
 import io
@@ -8,9 +8,9 @@ import pytest
 from rich.console import Console
 from tensorboardX.proto.event_pb2 import Event
 
-from sparsejax.train import read_rows
 from sparsejax.train.progress import ProgressReport
-from sparsejax.train.writers import Writers, describe_versions, write_json
+from sparsejax.train.writers import Writers, describe_versions
+from sparsejax.workdir import Workdir, read_rows, write_json
 
 
 def read_events(folder):
@@ -25,60 +25,59 @@ def read_events(folder):
 
 
 def write(workdir, step, losses):
-    with Writers(workdir, step) as writers:
+    with Writers(Workdir(workdir), step) as writers:
         for number, loss in enumerate(losses, step + 1):
             writers.write(number, {"train/loss": loss}, {"steps_per_second": 2.0})
 
 
 def test_rows_go_to_jsonl_csv_and_events(tmp_path):
     write(tmp_path, 0, [3.0, 2.5])
-    assert read_rows(tmp_path / "metrics.jsonl") == [{"step": 1, "train/loss": 3.0}, {"step": 2, "train/loss": 2.5}]
-    assert read_rows(tmp_path / "timing.jsonl")[1] == {"step": 2, "steps_per_second": 2.0}
-    with (tmp_path / "metrics.csv").open(newline="") as file:
+    assert read_rows(Workdir(tmp_path).metrics) == [{"step": 1, "train/loss": 3.0}, {"step": 2, "train/loss": 2.5}]
+    assert read_rows(Workdir(tmp_path).timing)[1] == {"step": 2, "steps_per_second": 2.0}
+    with Workdir(tmp_path).metrics_table.open(newline="") as file:
         assert list(csv.DictReader(file)) == [
             {"step": "1", "train/loss": "3.0"},
             {"step": "2", "train/loss": "2.5"},
         ]
-    scalars = {step: values for step, values in read_events(tmp_path / "events") if values}
+    scalars = {step: values for step, values in read_events(Workdir(tmp_path).events) if values}
     assert scalars == {
         1: {"train/loss": 3.0, "steps_per_second": 2.0},
         2: {"train/loss": 2.5, "steps_per_second": 2.0},
     }
 
 
-def test_rows_past_the_step_gone_on_from_are_written_again(tmp_path):
+def test_rows_after_the_step_of_the_checkpoint_are_written_again(tmp_path):
     write(tmp_path, 0, [3.0, 2.5, 2.0])
-    with (tmp_path / "metrics.jsonl").open("a") as file:
-        file.write('{"step": 4, "train/lo')  # killed while it wrote
+    with Workdir(tmp_path).metrics.open("a") as file:
+        file.write('{"step": 4, "train/lo')  # the process was killed during the write
     write(tmp_path, 1, [2.25])
-    assert read_rows(tmp_path / "metrics.jsonl") == [{"step": 1, "train/loss": 3.0}, {"step": 2, "train/loss": 2.25}]
-    assert [row["step"] for row in read_rows(tmp_path / "timing.jsonl")] == [1, 2]
+    assert read_rows(Workdir(tmp_path).metrics) == [{"step": 1, "train/loss": 3.0}, {"step": 2, "train/loss": 2.25}]
+    assert [row["step"] for row in read_rows(Workdir(tmp_path).timing)] == [1, 2]
 
 
-def test_numbers_that_json_has_no_name_for_are_null(tmp_path):
+def test_numbers_that_json_lacks_are_null(tmp_path):
     write(tmp_path, 0, [float("nan"), float("inf")])
-    lines = (tmp_path / "metrics.jsonl").read_text().splitlines()
+    lines = Workdir(tmp_path).metrics.read_text().splitlines()
     assert [json.loads(line)["train/loss"] for line in lines] == [None, None]
     assert "NaN" not in "".join(lines)
 
 
-def test_columns_that_come_later_are_in_the_csv(tmp_path):
-    with Writers(tmp_path, 0) as writers:
+def test_later_columns_are_in_the_table(tmp_path):
+    with Writers(Workdir(tmp_path), 0) as writers:
         writers.write(1, {"a": 1.0})
         writers.write(2, {"a": 2.0, "b": 3.0})
-    assert (tmp_path / "metrics.csv").read_text().splitlines() == ["step,a,b", "1,1.0,", "2,2.0,3.0"]
+    assert Workdir(tmp_path).metrics_table.read_text().splitlines() == ["step,a,b", "1,1.0,", "2,2.0,3.0"]
 
 
-def test_json_is_replaced_whole(tmp_path):
+def test_json_is_replaced_in_one_step(tmp_path):
     write_json(tmp_path / "a.json", {"a": 1})
     with pytest.raises(TypeError):
         write_json(tmp_path / "a.json", {"a": object()})
     assert json.loads((tmp_path / "a.json").read_text()) == {"a": 1}
 
 
-def test_versions_name_what_a_result_depends_on():
-    found = describe_versions()
-    assert found.keys() >= {"python", "jax", "flax", "sparsejax", "git", "devices", "platform"}
+def test_versions_name_the_software_and_the_devices():
+    assert describe_versions().keys() >= {"python", "jax", "flax", "sparsejax", "git", "devices", "platform"}
 
 
 def follow(terminal):
@@ -100,8 +99,8 @@ def test_plain_lines_where_there_is_no_terminal():
     assert [line.split(" | ")[:2] for line in lines] == [[f"step {i}/4", f"loss {5 - i}"] for i in (1, 2, 3, 4)]
     assert all("ETA" in line for line in lines)
     assert timing[0] == {}  # the first step compiles
-    for each in timing[1:]:
-        assert each["tokens_per_second"] == pytest.approx(100 * each["steps_per_second"])
+    for rates in timing[1:]:
+        assert rates["tokens_per_second"] == pytest.approx(100 * rates["steps_per_second"])
 
 
 def test_a_bar_on_a_terminal():
