@@ -1,4 +1,4 @@
-"""FlashAttention over tile lists: what the kernels of all devices share.
+"""FlashAttention over tile lists: the code that the kernels of all devices share.
 
 A backend provides three kernels: forward, dq, and dk with dv. This module pads their inputs, launches them per
 `lists.KernelSlice`, joins the results, and computes the cheap remainder in XLA: delta and the gradient of the sinks.
@@ -37,29 +37,17 @@ M_INIT = MASKED / 2  # initial running maximum: masked scores lie so far below i
 
 @dataclasses.dataclass(frozen=True)
 class KernelConfig:
-    """Static parameters of one attention.
+    """Static parameters of one attention."""
 
-    Attributes:
-      pattern: The pattern that kernels evaluate in partial tiles; None if they look masks up.
-      t: Number of queries, without padding.
-      s: Number of keys, without padding.
-      tile: Queries and keys per tile.
-      group_size: Query heads per key/value head.
-      scale: Factor on q·k.
-      softcap: As in `attend`.
-      interpret: As in `pallas_call`.
-      cached_masks: A (query tile, key tile) per distinct mask of partial tiles; empty if there are too many.
-    """
-
-    pattern: Pattern | None
-    t: int
-    s: int
-    tile: tuple[int, int]
-    group_size: int
-    scale: float
+    pattern: Pattern | None  # evaluated in partial tiles; None if kernels look masks up
+    t: int  # queries, without padding
+    s: int  # keys, without padding
+    tile: tuple[int, int]  # queries and keys per tile
+    group_size: int  # query heads per key/value head
+    scale: float  # factor on q·k
     softcap: float | None
     interpret: bool
-    cached_masks: tuple[tuple[int, int], ...]
+    cached_masks: tuple[tuple[int, int], ...]  # as in `lists.Plan`
 
 
 class Inputs(NamedTuple):
@@ -153,8 +141,8 @@ def attend_lists(
             pad_to_multiple(x.astype(jnp.int32), side, 1) for x, side in zip(call.segments, tile, strict=True)
         )
     bits = None if plan.bits is None else tuple(map(jnp.asarray, backend.pack_masks(plan.bits)))
-    slices = tuple(part for part, _ in plan.rows), tuple(part for part, _ in plan.columns)
-    schedules = tuple(schedule for _, schedule in plan.rows), tuple(schedule for _, schedule in plan.columns)
+    launches = plan.rows, plan.columns
+    slices, schedules = zip(*(zip(*pairs, strict=True) for pairs in launches), strict=True)
     out, lse = _attend(backend, config, slices, schedules, Inputs(q, k, v, sink, segments, bits))
     return jnp.moveaxis(out[:, :, :t], 1, 2), jnp.moveaxis(lse[:, :, :t], 1, 2)
 
@@ -162,8 +150,8 @@ def attend_lists(
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
 def _attend(backend, config, slices, schedules, inputs):
     """The padded output [b,h,t,e], in the dtype of q, and lse [b,h,t]."""
-    launch = functools.partial(backend.forward, config)
-    results = [launch(part, schedule, inputs) for part, schedule in zip(slices[0], schedules[0], strict=True)]
+    launches = zip(slices[0], schedules[0], strict=True)
+    results = [backend.forward(config, *launch, inputs) for launch in launches]
     return _join_slices(slices[0], results)
 
 
@@ -178,12 +166,9 @@ def _attend_backward(backend, config, slices, saved, cotangents):
     delta = (do.astype(jnp.float32) * out.astype(jnp.float32)).sum(axis=-1) - dlse  # Algorithm 2, line 4
     # All scores of a row without keys are masked: p is 0 for any finite lse.
     residuals = Residuals(do.astype(inputs.q.dtype), jnp.where(jnp.isfinite(lse), lse, 0.0), delta)
-    launches = [
-        [functools.partial(kernel, config, *pair, inputs, residuals) for pair in zip(parts, lists, strict=True)]
-        for kernel, parts, lists in zip((backend.dq, backend.dkv), slices, schedules, strict=True)
-    ]
-    (dq,) = _join_slices(slices[0], [(launch(),) for launch in launches[0]])
-    dk, dv = _join_slices(slices[1], [launch() for launch in launches[1]])
+    rows, columns = (zip(*launches, strict=True) for launches in zip(slices, schedules, strict=True))
+    (dq,) = _join_slices(slices[0], [(backend.dq(config, *launch, inputs, residuals),) for launch in rows])
+    dk, dv = _join_slices(slices[1], [backend.dkv(config, *launch, inputs, residuals) for launch in columns])
     sink, dsink = inputs.sink, None
     if sink is not None:  # a sink is a key with a score but no value: ds = p * (0 - delta)
         dsink = -(jnp.exp(sink[:, None] - lse) * delta)[..., : config.t].sum(axis=(0, 2))
@@ -196,8 +181,8 @@ _attend.defvjp(_attend_forward, _attend_backward)
 def _join_slices(slices: Sequence[KernelSlice], results: Sequence[tuple[Array, ...]]) -> tuple[Array, ...]:
     """Joins the arrays [b, heads, rows, ...] of all slices into arrays of all heads and rows."""
     groups: dict[tuple[int, ...], list[int]] = {}
-    for i, part in enumerate(slices):
-        groups.setdefault(part.heads, []).append(i)
+    for i, kernel_slice in enumerate(slices):
+        groups.setdefault(kernel_slice.heads, []).append(i)
     order = np.argsort([head for heads in groups for head in heads])
     joined = []
     for arrays in zip(*results, strict=True):

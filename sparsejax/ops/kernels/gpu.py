@@ -1,7 +1,7 @@
 """Attention over tile lists on Hopper GPUs: persistent Mosaic GPU kernels that compute row after row of tiles.
 
 There is one thread block per multiprocessor. The lists are in global memory: a table says where the entries of each row
-are, longest rows first. `gpu_block` provides what a block has and does, `gpu_rows` what it computes.
+are, longest rows first. `gpu_block` has the memory, loads and products of a block, `gpu_rows` its computations.
 """
 
 from __future__ import annotations
@@ -76,14 +76,8 @@ def unsupported_reason(call: AttentionCall) -> str | None:
             not call.interpret and not HOPPER.search(kind or ""),
             f"device kind {kind!r} is not a Hopper GPU; interpret=True interprets the kernels",
         ),
-        (
-            not call.interpret and version < (0, 11),
-            f"jax {jax.__version__} is older than 0.11",
-        ),
-        (
-            call.interpret and version < (0, 12),
-            f"interpret mode: jax {jax.__version__} is older than 0.12",
-        ),
+        (not call.interpret and version < (0, 11), f"jax {jax.__version__} is older than 0.11"),
+        (call.interpret and version < (0, 12), f"interpret mode: jax {jax.__version__} is older than 0.12"),
         (
             call.interpret and threads < INTERPRETER_THREADS,
             f"interpret mode needs {INTERPRETER_THREADS} threads, got {threads}; set NPROC before JAX starts",
@@ -256,7 +250,7 @@ def _launch(
     residuals: Residuals | None,
     outputs: Outputs,
 ) -> Outputs:
-    """Runs a kernel whose blocks take turns at the rows of all heads of all sequences, longest rows first."""
+    """Runs a kernel whose blocks share the rows of all heads of all sequences, longest rows first."""
     arrays = _global_inputs(launch, schedule, inputs, residuals)
     scratch = launch.shared_memory()
     structure = jax.tree.structure(Memory(arrays, outputs, scratch))
@@ -288,7 +282,7 @@ def _launch(
 
 
 def _for_each_row(launch: Launch, memory: Memory, work: Callable[[Block], None], action: str, registers: int) -> None:
-    """What a warpgroup does: `work` at each row of its block, after it has changed its number of registers."""
+    """Sets the number of registers of a warpgroup, then calls `work` at each row of its block."""
     if launch.warpgroups > 1:  # a single consumer has the maximum from the start
         plgpu.set_max_registers(registers, action=action)
 

@@ -80,7 +80,7 @@ class Sink(NamedTuple):
 
     logit: Any
     m: Any
-    l: Any  # noqa: E741
+    l: Any
 
 
 class GlobalInputs(NamedTuple):
@@ -134,45 +134,25 @@ class Memory(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Launch:
-    """Static parameters of one kernel launch.
-
-    Attributes:
-      config: Parameters of the attention.
-      kernel_slice: Heads and rows to compute.
-      by_column: Whether rows are key tiles.
-      stationary: Operands of which each warpgroup holds its rows in shared memory.
-      streamed: Operands of which each step loads its columns, in this order.
-      planes: What a step loads, in this order. In float32 the first streamed operand may come again at the end.
-      sequences: Number of sequences.
-      columns: Columns per step: a tile or a fraction of one.
-      slots: Planes in the circular buffer.
-      stationary_slots: Rows of tiles whose stationary operands fit into shared memory.
-      width: Head width.
-      limbs: Limbs per array.
-      warpgroups: Consumers per block.
-      dtype: Dtype of the factors of products.
-      lists_per_sequence: Whether each sequence has its own lists.
-      few_registers: Whether registers are scarce: heads are wide, or scores need more than a product and a formula.
-      entries: Entries per list.
-    """
+    """Static parameters of one kernel launch."""
 
     config: KernelConfig
     kernel_slice: KernelSlice
-    by_column: bool
-    stationary: tuple[Operand, ...]
-    streamed: tuple[Operand, ...]
-    planes: tuple[Plane, ...]
+    stationary: tuple[Operand, ...]  # of which each consumer holds its rows in shared memory
+    streamed: tuple[Operand, ...]  # of which each step loads its columns, in this order
+    planes: tuple[Plane, ...]  # loaded per step, in this order; in float32 the first operand may come again at the end
+    by_column: bool  # rows are key tiles: for dk and dv
     sequences: int
-    columns: int
-    slots: int
-    stationary_slots: int
-    width: int
-    limbs: int
-    warpgroups: int
-    dtype: Any
+    columns: int  # per step: a tile or a fraction of one
+    slots: int  # planes in the circular buffer
+    stationary_slots: int  # rows of tiles whose stationary operands fit into shared memory
+    width: int  # of heads
+    limbs: int  # per array
+    warpgroups: int  # consumers per block
+    dtype: Any  # of the factors of products
     lists_per_sequence: bool
-    few_registers: bool
-    entries: int
+    few_registers: bool  # heads are wide, or scores need more than a product and a formula
+    entries: int  # per list
 
     @classmethod
     def build(
@@ -188,15 +168,8 @@ class Launch:
     ) -> Launch:
         """Fits a launch into shared memory and registers.
 
-        Args:
-          config: Parameters of the attention.
-          kernel_slice: Heads and rows to compute.
-          schedule: The lists of the slice.
-          inputs: Arrays of the attention.
-          stationary: As in `Launch`.
-          streamed: As in `Launch`.
-          reload: In float32, load the first streamed operand again at the end of a step instead of keeping it.
-          columns: Columns per step if registers suffice.
+        `reload`: in float32, load the first streamed operand again at the end of a step instead of keeping it.
+        `columns`: per step, if registers suffice.
         """
         sequences, _, _, width = inputs.q.shape
         segments, by_column = inputs.segments is not None, streamed[0] == Operand.Q
@@ -217,25 +190,10 @@ class Launch:
         fitting = range(1, min(streamed_rows // columns, MAX_STAGES * len(planes)) + 1)
         # With several limbs, a plane has the same slot in all steps, which saves a register per plane.
         slots = max(n for n in fitting if limbs == 1 or len(planes) % n == 0)
-        return cls(
-            config=config,
-            kernel_slice=kernel_slice,
-            by_column=by_column,
-            stationary=stationary,
-            streamed=streamed,
-            planes=planes,
-            sequences=sequences,
-            columns=columns,
-            slots=slots,
-            stationary_slots=stationary_slots,
-            width=width,
-            limbs=limbs,
-            warpgroups=warpgroups,
-            dtype=dtype,
-            lists_per_sequence=schedule.list_ids.shape[0] > 1 or segments,
-            few_registers=few_registers,
-            entries=schedule.lists.rows.shape[1],
-        )
+        operands = stationary, streamed, planes, by_column
+        sizes = sequences, columns, slots, stationary_slots, width, limbs, warpgroups
+        per_sequence, entries = schedule.list_ids.shape[0] > 1 or segments, schedule.lists.rows.shape[1]
+        return cls(config, kernel_slice, *operands, *sizes, dtype, per_sequence, few_registers, entries)
 
     @property
     def splits(self) -> int:
@@ -296,7 +254,9 @@ class Block:
     """A thread block at one of its rows of tiles, seen from one of its warpgroups."""
 
     launch: Launch
-    memory: Memory
+    inputs: GlobalInputs
+    outputs: Outputs
+    shared: SharedMemory
     loop: plgpu.NDLoopInfo  # over the rows of the block
     steps_before: Any  # steps of this block in earlier rows
     b: Any
@@ -318,19 +278,11 @@ class Block:
             position, half = lax.div(position, jnp.int32(WARPGROUPS)), lax.rem(position, jnp.int32(WARPGROUPS))
         row, start, full, partial = (table.rows[(list_id * rows + position) * 4 + i] for i in range(4))
         start = list_id * launch.entries + start
-        return cls(launch, memory, loop, steps_before, b, local_head, row, start, full, partial, warpgroup, half)
+        return cls(launch, *memory, loop, steps_before, b, local_head, row, start, full, partial, warpgroup, half)
 
     def reload(self) -> Block:
         """The same block, read again instead of kept in registers."""
-        return Block.at(self.launch, self.memory, self.loop, self.steps_before)
-
-    @property
-    def inputs(self) -> GlobalInputs:
-        return self.memory.inputs
-
-    @property
-    def shared(self) -> SharedMemory:
-        return self.memory.shared
+        return Block.at(self.launch, Memory(self.inputs, self.outputs, self.shared), self.loop, self.steps_before)
 
     @property
     def steps(self):

@@ -1,9 +1,7 @@
-"""What a thread block computes for a row of tiles: the output, or the gradients of its queries, or of its keys.
+"""Computations of a thread block for a row of tiles: the output, dq, or dk and dv.
 
 Equations are those of FlashAttention-2 (arXiv:2307.08691); `flash` lists the names.
 """
-
-# ruff: noqa: E741  # l is the row sum of FlashAttention
 
 from __future__ import annotations
 
@@ -81,8 +79,8 @@ def compute_output(block: Block) -> None:
         lse = jnp.where((m == sink.m) & (l == 1), full((WARPGROUP_ROWS,), sink.logit, layout.reduce(1)), lse)
     staging = shared.lse.at[block.warpgroup]
     staging[...] = lse
-    store(block, acc * broadcast_rows(1 / safe, acc.shape), Operand.Q, block.memory.outputs.out)  # line 12
-    plgpu.copy_smem_to_gmem(staging, block.memory.outputs.lse.at[block.b, block.local_head, block.output_rows])
+    store(block, acc * broadcast_rows(1 / safe, acc.shape), Operand.Q, block.outputs.out)  # line 12
+    plgpu.copy_smem_to_gmem(staging, block.outputs.lse.at[block.b, block.local_head, block.output_rows])
     release_stationary(block)
 
 
@@ -111,13 +109,13 @@ def compute_dq(block: Block) -> None:
         return dq
 
     dq = block.for_each_step(step, full((WARPGROUP_ROWS, launch.width), 0.0, layout))
-    store(block, dq * launch.config.scale, Operand.Q, block.memory.outputs.dq)
+    store(block, dq * launch.config.scale, Operand.Q, block.outputs.dq)
     release_stationary(block)
 
 
 def compute_dkv(block: Block) -> None:
     """Computes dk, dv or both of a row of keys, as the kernel has outputs (Algorithm 2, lines 12 and 16)."""
-    launch, outputs, shared, layout = block.launch, block.memory.outputs, block.shared, plgpu.Layout.WGMMA
+    launch, outputs, shared, layout = block.launch, block.outputs, block.shared, plgpu.Layout.WGMMA
     plgpu.barrier_wait(shared.stationary_loaded.at[block.stationary_slot])
     with_dk, with_dv = outputs.dk is not None, outputs.dv is not None
     keep = [Operand.Q] if launch.limbs == 1 else []

@@ -183,33 +183,19 @@ class Grid:
 
 @dataclasses.dataclass(frozen=True)
 class GridStep:
-    """One step of the grid.
-
-    Attributes:
-      grid: The grid.
-      b: The sequence.
-      local_head: Index of the head in the slice.
-      entry: Index of the entry in its list.
-      head: The query head.
-      q_tile: The tile of queries.
-      k_tile: The tile of keys.
-      packed: The packed entry.
-      index: Index of the entry among those of all lists.
-      masks: Ref of the entries' mask indices.
-      ranges: Ref of the segment ranges of tiles: smallest and largest ids of query tiles, then those of key tiles.
-    """
+    """One step of the grid."""
 
     grid: Grid
     b: Any
-    local_head: Any
-    entry: Any
-    head: Any
+    local_head: Any  # index of the head in the slice
+    entry: Any  # index of the entry in its list
+    head: Any  # query head
     q_tile: Any
     k_tile: Any
-    packed: Any
-    index: Any
-    masks: Any
-    ranges: Any
+    packed: Any  # the packed entry
+    index: Any  # index of the entry among those of all lists
+    masks: Any  # ref: mask indices of all entries
+    ranges: Any  # ref: smallest and largest segment ids of query tiles, then of key tiles
 
     @property
     def kind(self):
@@ -231,7 +217,7 @@ class GridStep:
         return (low <= self.ranges[sequences * columns + k]) & (self.ranges[k] <= high)
 
 
-# What every kernel does with a tile. Its scores are [queries, keys] in the forward pass and [keys, queries] in the
+# Stages of the kernels. The scores of a tile are [queries, keys] in the forward pass and [keys, queries] in the
 # backward passes (`transposed`), so that lse and delta are needed as rows and never as columns.
 
 

@@ -18,19 +18,19 @@ def tile_kinds(launches, heads: int, shape: tuple[int, int], sequence: int = 0, 
     """The kind of each tile of each head [heads * group_size, rows, columns]; no tile is listed twice."""
     kinds = np.full((heads * group_size, *shape), -1)
     written = np.zeros((heads, shape[0]), int)
-    for part, (list_ids, lists) in launches:
+    for kernel_slice, (list_ids, lists) in launches:
         lists = TileLists(*map(np.asarray, lists))
         first, last = mark_ends(lists.rows)
         ids = np.asarray(list_ids)[sequence if len(list_ids) > 1 else 0]
-        for head, index in zip(part.heads, ids, strict=True):
+        for head, index in zip(kernel_slice.heads, ids, strict=True):
             row, column, kind, member, _ = (x[index] for x in lists)
             assert (np.diff(row) >= 0).all()
-            np.testing.assert_array_equal(np.unique(row), np.arange(part.rows))
-            assert (row[first[index]] == np.arange(part.rows)).all()
-            assert (row[last[index]] == np.arange(part.rows)).all()
-            written[head, part.start : part.stop] += 1
+            np.testing.assert_array_equal(np.unique(row), np.arange(kernel_slice.rows))
+            assert (row[first[index]] == np.arange(kernel_slice.rows)).all()
+            assert (row[last[index]] == np.arange(kernel_slice.rows)).all()
+            written[head, kernel_slice.start : kernel_slice.stop] += 1
             live = kind != EMPTY
-            tiles = head * group_size + member[live], part.start + row[live], column[live]
+            tiles = head * group_size + member[live], kernel_slice.start + row[live], column[live]
             assert (kinds[tiles] == -1).all()
             kinds[tiles] = kind[live]
     assert (written == 1).all()
@@ -72,12 +72,12 @@ def test_lists_agree_with_masks(pattern, lengths, max_entries, g):
 
 def check_masks(plan, pattern, t, s):
     """Compares the mask of each partial tile with the pattern."""
-    for part, (list_ids, lists) in plan.rows:
-        for head, index in zip(part.heads, list_ids[0], strict=True):
+    for kernel_slice, (list_ids, lists) in plan.rows:
+        for head, index in zip(kernel_slice.heads, list_ids[0], strict=True):
             allows = pattern.for_head(head).allows
             for row, column, kind, _, mask in zip(*(x[index] for x in lists), strict=True):
                 if kind == PARTIAL:
-                    q = (part.start + row) * TILE[0] + np.arange(TILE[0])[:, None]
+                    q = (kernel_slice.start + row) * TILE[0] + np.arange(TILE[0])[:, None]
                     k = column * TILE[1] + np.arange(TILE[1])
                     inside = (q < t) & (k < s)
                     expected = np.where(inside, allows(np.minimum(q, t - 1), np.minimum(k, s - 1), t, s), False)
@@ -87,10 +87,16 @@ def check_masks(plan, pattern, t, s):
 def test_one_entry_per_live_tile():
     pattern = parse("per_head(causal, causal, window(20), window(20))")
     plan = plan_pattern(pattern, 128, 128, (16, 16), (4, 2), evaluated=False, max_entries=None, max_cached_masks=4)
-    steps = {part.heads: schedule.lists.rows.shape[1] for part, schedule in plan.rows}
+    steps = {kernel_slice.heads: schedule.lists.rows.shape[1] for kernel_slice, schedule in plan.rows}
     assert steps == {(0, 1): 36, (2, 3): 8 + 7 + 6}
-    assert sum(len(part.heads) * steps[part.heads] for part, _ in plan.rows) == pattern.tiles(128, 128, (16, 16))[0]
-    assert sum(len(part.heads) * schedule.lists.rows.shape[1] for part, schedule in plan.columns) == 2 * 36 + 2 * 21
+    assert (
+        sum(len(kernel_slice.heads) * steps[kernel_slice.heads] for kernel_slice, _ in plan.rows)
+        == pattern.tiles(128, 128, (16, 16))[0]
+    )
+    assert (
+        sum(len(kernel_slice.heads) * schedule.lists.rows.shape[1] for kernel_slice, schedule in plan.columns)
+        == 2 * 36 + 2 * 21
+    )
 
 
 def test_launches_are_split_at_the_maximum_of_entries():
@@ -100,7 +106,9 @@ def test_launches_are_split_at_the_maximum_of_entries():
     assert len(plan.rows) > 1
     for launches in (plan.rows, plan.columns):
         assert all(schedule.lists.rows.size <= 200 for _, schedule in launches)
-        assert [part.start for part, _ in launches[1:]] == [part.stop for part, _ in launches[:-1]]
+        assert [kernel_slice.start for kernel_slice, _ in launches[1:]] == [
+            kernel_slice.stop for kernel_slice, _ in launches[:-1]
+        ]
 
 
 @pytest.mark.parametrize("b", [1, 2])
@@ -119,7 +127,7 @@ def test_selections_are_intersected_with_the_pattern(pattern, b):
 
     plan = plan_selection(jnp.asarray(selected), pattern, t, s, TILE, g)
     by_row, by_column = (
-        [(part, schedule) for (part, _), schedule in zip(launches, traced, strict=True)]
+        [(kernel_slice, schedule) for (kernel_slice, _), schedule in zip(launches, traced, strict=True)]
         for launches, traced in zip((plan.rows, plan.columns), jax.jit(schedules)(selected), strict=True)
     )
     for sequence in range(b):
@@ -136,11 +144,11 @@ def test_selections_are_intersected_with_the_pattern(pattern, b):
 def test_cached_masks_are_those_of_the_tiles(pattern, lengths):
     plan = plan_pattern(pattern, *lengths, TILE, (2, 1), evaluated=True, max_entries=None, max_cached_masks=4)
     masks = [evaluate(pattern, *tile, *lengths) for tile in plan.cached_masks]
-    for part, (_, lists) in plan.rows if plan.cached_masks else ():
+    for kernel_slice, (_, lists) in plan.rows if plan.cached_masks else ():
         for row, column, kind, _, mask in zip(*(x[0] for x in lists), strict=True):
             if kind == PARTIAL:
-                stop = min(TILE[0], lengths[0] - (part.start + row) * TILE[0])
-                expected = evaluate(pattern, part.start + row, column, *lengths)
+                stop = min(TILE[0], lengths[0] - (kernel_slice.start + row) * TILE[0])
+                expected = evaluate(pattern, kernel_slice.start + row, column, *lengths)
                 np.testing.assert_array_equal(masks[mask][:stop], expected[:stop])
 
 

@@ -77,7 +77,7 @@ def test_lists_too_long_for_scalar_memory_are_split(monkeypatch):
         np.testing.assert_array_equal(x, y)
 
 
-@pytest.mark.parametrize("pattern", ["full", "causal"])
+@pytest.mark.parametrize("pattern", [pytest.param("full", marks=pytest.mark.nightly), "causal"])
 def test_selected_tiles(pattern):
     call, rows = make_call(pattern, 300, (4, 2)), 3
     random = np.random.default_rng(0)
@@ -87,7 +87,7 @@ def test_selected_tiles(pattern):
     assert_agrees(lambda call: tpu.run(call, (128, 128), jnp.asarray(selected)), call, mask)
 
 
-@pytest.mark.parametrize("tile", [(128, 256), (256, 128)])
+@pytest.mark.parametrize("tile", [(128, 256), pytest.param((256, 128), marks=pytest.mark.nightly)])
 def test_tiles_that_are_not_square(tile):
     assert_agrees(lambda call: tpu.run(call, tile), make_call("causal & window(100) | globals(2)", 300))
 
