@@ -1,14 +1,14 @@
-"""Gemma 3, the text model of 4B: five layers of windows of 1,024 keys to one of full attention.
+"""Gemma 3, the 4B text model: five layers with windows of 1,024 keys per layer of full attention.
 
     sparsejax show --config=configs/gemma3.py --length=131072
     sparsejax train --config=configs/gemma3.py:tiny --workdir=runs/gemma3
 
-Norms on both sides of each branch and on queries and keys; rotary positions at base 10,000 in windows, at 1,000,000 and
-eight times stretched in full layers. Sizes: arXiv:2503.19786 and the released config.json. Published (its table 1):
-675M parameters of embeddings and 3,209M others, 3.88B; the 417M of the vision encoder are no part of this model. The
+Norms precede and follow each branch and normalize queries and keys. Rotary positions have base 10,000 in windows, and
+base 1,000,000 with linear scaling by 8 in full layers. Sizes: arXiv:2503.19786 and the released config.json. Published
+(table 1): 675M embedding and 3,209M other parameters, 3.88B; this model leaves out the 417M of the vision encoder. The
 full size is for the account and for loading.
 
-`:tiny` falls from 5.57 to 2.67 nats in its 30 steps, in 30 CPU seconds with compilation and evaluation.
+`:tiny` goes from 5.57 to 2.67 nats in 30 steps, which take 30 CPU seconds with compilation and evaluation.
 """
 
 import recipe
@@ -27,7 +27,7 @@ def get_config(argument=""):
         width=2560,
         schedule="5x(5x(local) full) 4x(local)",
         layers=dict(
-            local=layer("causal & window(1023)", dict(base=10_000.0)),
+            local=layer("gemma_local(1024)", dict(base=10_000.0)),
             full=layer("causal", stretched),
         ),
         norm=norm,
@@ -39,6 +39,6 @@ def get_config(argument=""):
         full,
         8192,
         schedule="5x(local) full",
-        patterns=dict(local="causal & window(15)"),
+        patterns=dict(local="gemma_local(16)"),
         embedding=dict(scale=64**0.5),
     )

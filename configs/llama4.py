@@ -1,15 +1,15 @@
-"""Llama 4 Scout, the text model: three layers that attend within chunks of 8,192, then a full one without positions.
+"""Llama 4 Scout, the text model: three layers with attention in chunks of 8,192, then a full layer without positions.
 
     sparsejax show --config=configs/llama4.py --length=262144
     sparsejax train --config=configs/llama4.py:tiny --workdir=runs/llama4
 
-Sizes: the released config.json. Published (model card): 109B parameters, 17B active. That is with the vision encoder
-and its projector, 0.87B that are no part of this model; the text model has 107.8B, and 17.17B serve a token. In the
-style of Llama 4 and not equal to it: here the router's weight multiplies an expert's output and there its input; the
-norm of queries and keys has a scale here; full layers do not sharpen their scores with the position; rotary frequencies
-are not stretched. The full size is for the account.
+Sizes: the released config.json. Published (model card): 109B parameters, 17B active, with the vision encoder and its
+projector, 0.87B that this model leaves out; the text model has 107.8B, of which 17.17B are active. It is in the style of
+Llama 4, with these differences: the router's weight multiplies the output of an expert, not its input; the norm of
+queries and keys has a scale; full layers have no temperature by position; rotary frequencies are not scaled. The full
+size is for the account.
 
-`:tiny` falls from 5.98 to 3.00 nats in its 30 steps, in 34 CPU seconds with compilation and evaluation.
+`:tiny` goes from 5.98 to 3.00 nats in 30 steps, which take 34 CPU seconds with compilation and evaluation.
 """
 
 import recipe
@@ -18,7 +18,7 @@ import recipe
 def get_config(argument=""):
     norm = recipe.rms(1e-5)
     experts = recipe.experts(16, 1, 8192, router="sigmoid", shared_width=8192, balance_weight=1e-3)
-    local = recipe.attention("causal & chunk(8192)", 40, 8, 128, rope=dict(base=500_000.0), qk_norm=norm)
+    local = recipe.attention("llama4_local(8192)", 40, 8, 128, rope=dict(base=500_000.0), qk_norm=norm)
     full = recipe.model(
         vocab=202_048,
         width=5120,
@@ -29,4 +29,4 @@ def get_config(argument=""):
         ),
         norm=norm,
     )
-    return recipe.choose(argument, full, 16_384, schedule="3x(local) full", patterns=dict(local="causal & chunk(32)"))
+    return recipe.choose(argument, full, 16_384, schedule="3x(local) full", patterns=dict(local="llama4_local(32)"))

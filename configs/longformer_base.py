@@ -1,14 +1,14 @@
-"""Longformer base: an encoder of windows of 256 keys on either side, and tokens that are global by their batch.
+"""Longformer base: an encoder with windows of 256 keys on either side and global tokens that the batch selects.
 
     sparsejax show --config=configs/longformer_base.py --length=4096
     sparsejax train --config=configs/longformer_base.py:tiny --workdir=runs/longformer_base
 
-Which tokens are global is said with each batch (`Context.globals`), and their rows have projections of their own, which
-the released model fills and this config counts. Sizes: arXiv:2004.05150 and the released config.json
+Each batch selects its global tokens (`globals` of `layers.Context`), which have separate projections; the released
+weights have values for them, and this config counts them. Sizes: arXiv:2004.05150 and the released config.json
 (longformer-base-4096). Published: 149M parameters (arXiv:2110.00976, table 3). It is a masked language model; the full
-size is for the account and for loading. In the tiny form the first token is global, by its pattern.
+size is for the account and for loading. In the tiny form the pattern makes the first token global.
 
-`:tiny` falls from 6.51 to 3.34 nats in its 30 steps, in 22 CPU seconds with compilation and evaluation.
+`:tiny` goes from 6.51 to 3.34 nats in 30 steps, which take 22 CPU seconds with compilation and evaluation.
 """
 
 import recipe
@@ -17,7 +17,7 @@ import recipe
 def get_config(argument=""):
     norm = dict(kind="layer", eps=1e-5)
     biased = dict(bias=True, out_bias=True)
-    mixer = recipe.attention("window(256, 256)", 12, 12, 64, global_projections=argument != "tiny", **biased)
+    mixer = recipe.attention("longformer(256)", 12, 12, 64, global_projections=argument != "tiny", **biased)
     full = recipe.model(
         vocab=50_265,
         width=768,
@@ -34,7 +34,7 @@ def get_config(argument=""):
         full,
         4096,
         schedule="2x(local)",
-        patterns=dict(local="window(15, 15) | globals(1)"),
+        patterns=dict(local="longformer(15, ids=1)"),
         vocab=recipe.BYTES_AND_MASK,
         embedding=dict(positions=128, norm=norm),
     )
