@@ -9,12 +9,13 @@ from pathlib import Path
 
 import pytest
 from rich.console import Console
-from sparsejax.sweep.board import read_progress
-from sparsejax.sweep.engines import Slurm, build_job
 
-from sparsejax.cli import INTERRUPTED
+from sparsejax.signals import INTERRUPTED, Interrupted
 from sparsejax.sweep import RunsFailed, SweepError, launch, plan_runs
-from sparsejax.train import Interrupted
+from sparsejax.sweep.executors import Attempt, Local, Slurm, build_job
+from sparsejax.sweep.progress import Progress, read_progress
+from sparsejax.workdir import Workdir, read_json
+from tests.messages import check_message, rejects
 from tests.sweep.commands import Command, wait_for
 from tests.train import runs
 
