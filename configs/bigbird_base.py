@@ -1,21 +1,19 @@
-"""BigBird base: an encoder of neighbouring tiles, global tiles or tokens, and random tiles drawn for each layer.
+"""BigBird base: an encoder with neighbouring tiles, global tiles or tokens, and random tiles per layer.
 
     sparsejax show --config=configs/bigbird_base.py:itc --length=4096
     sparsejax show --config=configs/bigbird_base.py:etc --length=4096
     sparsejax train --config=configs/bigbird_base.py:tiny --workdir=runs/bigbird_base
 
-`:itc` (or nothing): tiles of 64, the first and the last are global, three random ones. `:etc`: tiles of 84, 256 global
-tokens before the sequence, no random ones. Sizes: arXiv:2007.14062, table 8, and the released config.json
-(bigbird-roberta-base). Published: 127M parameters (arXiv:2110.00976, table 3). They are masked language models; the
-full sizes are for the account. (The released weights were trained with tiles that count twice where two draws meet;
-they load by `sparsejax.interop`.)
+`:itc` (the default) has tiles of 64 tokens, of which the first and the last are global, and three random tiles per
+query tile. `:etc` has tiles of 84 tokens, 256 global tokens in front and no random tiles. Sizes: arXiv:2007.14062,
+table 8, and the released config.json (bigbird-roberta-base). Published: 127M parameters (arXiv:2110.00976, table 3).
+Both are masked language models; the full sizes are for the account. (The released weights were trained with tiles that
+count twice where two draws coincide; `sparsejax.interop` loads them.)
 
-`:tiny` falls from 5.99 to 3.36 nats in its 30 steps, in 25 CPU seconds with compilation and evaluation.
+`:tiny` goes from 5.99 to 3.36 nats in 30 steps, which take 25 CPU seconds with compilation and evaluation.
 """
 
 import recipe
-
-from sparsejax.patterns import recipes
 
 LAYERS = 12
 
@@ -24,9 +22,8 @@ def build(itc):
     norm = dict(kind="layer", eps=1e-12)
 
     def layer(number):
-        tiles = dict(tile=64, r=3) if itc else dict(tile=84, r=0, extra=256)
-        pattern = recipes.bigbird(**tiles, seed=0, layer=number)
-        mixer = recipe.attention(str(pattern), 12, 12, 64, bias=True, out_bias=True)
+        tiles = "64, 3" if itc else "84, 0, extra=256"
+        mixer = recipe.attention(f"bigbird({tiles}, seed=0, layer={number})", 12, 12, 64, bias=True, out_bias=True)
         return recipe.layer(mixer, recipe.plain(3072, "gelu_tanh", bias=True), norm, "post")
 
     return recipe.model(
@@ -44,7 +41,7 @@ def build(itc):
 
 def get_config(argument="itc"):
     full = build(itc=argument != "etc")
-    tiny = {f"layer{i}": str(recipes.bigbird(tile=8, r=2, seed=0, layer=i)) for i in range(2)}
+    tiny = {f"layer{i}": f"bigbird(8, 2, seed=0, layer={i})" for i in range(2)}
     return recipe.choose(
         "" if argument in ("itc", "etc") else argument,
         full,

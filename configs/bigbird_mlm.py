@@ -1,44 +1,42 @@
-"""BigBird's building blocks (arXiv:2007.14062, table 1): a masked model under random, window and global tiles.
+"""BigBird's building blocks (arXiv:2007.14062, table 1): masked language models with random, window and global tiles.
 
     sparsejax train --config=configs/bigbird_mlm.py:mini --workdir=runs/bigbird_mlm
     sparsejax show --config=configs/bigbird_mlm.py:paper
 
-`:paper` (or nothing) has the size of BERT base, 512 tokens in tiles of 64. The default schedule has random, window
-and global tiles; the table's rows are in experiments/bigbird_mlm. Random tiles are drawn for each layer and head by
-the seed of the pattern, and never again.
+`:paper` (the default) has the size of BERT base and 512 tokens in tiles of 64. The default schedule has random, window
+and global tiles; experiments/bigbird_mlm has the rows of the table. Random tiles are drawn once per layer and head from
+the seed of the pattern.
 
-`:mini` is for two CPU cores: three layers of width 128 on 512 bytes in tiles of 32. Learned positions and subwords take
-longer to learn anything from context than such a run has, so that it has rotary positions, bytes and norms before the
-layers. `data.files` says of which text.
+`:mini` is for two CPU cores: three layers of width 128 on 512 bytes in tiles of 32. Such a short run learns too little
+from context with learned positions and subwords, so that this model has rotary positions, bytes and norms before the
+layers. `data.files` selects the text.
 """
 
 import recipe
 
-from sparsejax.patterns import recipes
-
-RANDOM = 3  # random tiles of each query tile
+RANDOM = 3  # random tiles per query tile
 PAPER = dict(layers=12, width=768, heads=12, tile=64, vocab=30_522)
 MINI = dict(layers=3, width=128, heads=4, tile=32, vocab=recipe.BYTES_AND_MASK, learned=False)
 
 
 def write_patterns(layers, heads, tile):
-    """The pattern of each layer, by name. BigBird's own has its first and last tile global."""
+    """Patterns by layer name. BigBird has global first and last tiles."""
     near = f"chunk({tile}) | shift(chunk({tile}), {tile}) | shift(chunk({tile}), {-tile})"
 
     def draw(layer, apart):
         draws = (f"random({RANDOM}, tile={tile}, seed=0, apart={apart}, layer={layer}, head={i})" for i in range(heads))
         return f"per_head({', '.join(draws)})"
 
-    found = {"full": "full", "window": near}
+    patterns = {"full": "full", "window": near}
     for i in range(layers):
-        found[f"random{i}"] = f"chunk({tile}) | {draw(i, apart=1)}"
-        found[f"random_window{i}"] = f"{near} | {draw(i, apart=2)}"
-        found[f"random_window_global{i}"] = str(recipes.bigbird(tile, RANDOM, seed=0, heads=heads, layer=i))
-    return found
+        patterns[f"random{i}"] = f"chunk({tile}) | {draw(i, apart=1)}"
+        patterns[f"random_window{i}"] = f"{near} | {draw(i, apart=2)}"
+        patterns[f"random_window_global{i}"] = f"bigbird({tile}, {RANDOM}, seed=0, heads={heads}, layer={i})"
+    return patterns
 
 
 def build(layers, width, heads, tile, vocab, learned=True):
-    """As BERT with learned positions; else with rotary ones, and norms before the layers."""
+    """As BERT with learned positions, or with rotary positions and norms before the layers."""
     norm = dict(kind="layer", eps=1e-12)
     rope = None if learned else dict(base=10_000.0)
 
@@ -66,6 +64,6 @@ def get_config(argument="paper"):
         config.data.tokenizer = f"bpe:{PAPER['vocab'] - 1}"
         return config
     if argument != "mini":
-        raise ValueError(f"the argument must be paper or mini, got {argument!r}")
+        raise ValueError(f"the argument {argument!r} is not paper or mini")
     config = recipe.make_run(build(**MINI), length=512, steps=500, batch=8, learning_rate=2e-3, warmup=50)
     return recipe.fit_cpu(config, evaluations=4)

@@ -2,7 +2,7 @@
 
     sparsejax train --config=configs/dense.py --workdir=runs/dense
 
-Reaches 2.325 bits per byte where the quickstart reaches 2.091, in less than five minutes on 2 CPU cores.
+Reaches 2.325 bits per byte, where the quickstart reaches 2.091, in less than five minutes on 2 CPU cores.
 """
 
 from quickstart import get_config as get_quickstart
@@ -11,5 +11,5 @@ from quickstart import get_config as get_quickstart
 def get_config():
     config = get_quickstart()
     config.model.schedule = "5x(full)"
-    config.model.layers.full.mlp.width = 352  # makes up for the Mamba layers, which are larger
+    config.model.layers.full.mlp.width = 352  # compensates for the larger Mamba layers
     return config

@@ -1,10 +1,10 @@
-"""Duplication: say a random word again, the sequence 0w0w of Reformer (arXiv:2001.04451), in minutes on a CPU.
+"""Duplication: repeat a random word, the sequence 0w0w of Reformer (arXiv:2001.04451), in minutes on a CPU.
 
     sparsejax train --config=configs/duplication.py --workdir=runs/duplication
     sparsejax train --config=configs/duplication.py --workdir=runs/short \
         --config.model.layers.local.mixer.pattern='causal & window(126)' --config.model.schedule=local
 
-Words of 127 of 127 symbols, so that every answer stands 127 tokens back; one layer of attention without an MLP.
+Words have 127 of 127 symbols, so that every answer is 127 tokens back; the model is one attention layer without an MLP.
 """
 
 from mqar import get_config as get_mqar

@@ -1,14 +1,14 @@
-"""gpt-oss-20b: windows of 128 keys and full attention in turn, sink logits in both, 32 experts of which four serve.
+"""gpt-oss-20b: alternating windows of 128 keys and full attention, both with sink logits; 4 of 32 experts per token.
 
     sparsejax show --config=configs/gpt_oss_20b.py --length=131072
     sparsejax train --config=configs/gpt_oss_20b.py:tiny --workdir=runs/gpt_oss_20b
 
-Sizes: arXiv:2508.10925, the model card, and the released config.json. Published (its table 1): 20.91B parameters,
-3.61B active; the card counts the head as active and the embedding not. The cache of the twelve full layers, of eight
-heads of 64, is 24 KiB for each token in bfloat16: 6.00 GiB at 256K tokens, 3.00 GiB at the 128K that it was made for;
-windows add 3 MiB. The full size is for the account and for loading.
+Sizes: arXiv:2508.10925, the model card, and the released config.json. Published (table 1): 20.91B parameters, 3.61B
+active; the card counts the head as active, but not the embedding. The cache of the twelve full layers, with eight heads
+of width 64, takes 24 KiB per token in bfloat16: 3.00 GiB at 128K tokens, the length of the released model, and 6.00 GiB
+at 256K; the windows add 3 MiB. The full size is for the account and for loading.
 
-`:tiny` falls from 6.00 to 2.76 nats in its 30 steps, in 34 CPU seconds with compilation and evaluation.
+`:tiny` goes from 6.00 to 2.76 nats in 30 steps, which take 34 CPU seconds with compilation and evaluation.
 """
 
 import recipe
@@ -28,7 +28,7 @@ def get_config(argument=""):
         vocab=201_088,
         width=2880,
         schedule="12x(local full)",
-        layers=dict(local=layer("causal & window(127)"), full=layer("causal")),
+        layers=dict(local=layer("mistral(128)"), full=layer("causal")),
         norm=norm,
     )
-    return recipe.choose(argument, full, 4096, schedule="2x(local full)", patterns=dict(local="causal & window(15)"))
+    return recipe.choose(argument, full, 4096, schedule="2x(local full)", patterns=dict(local="mistral(16)"))

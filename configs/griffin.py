@@ -1,13 +1,13 @@
-"""Griffin, as released in RecurrentGemma 2B: two layers of a gated linear recurrence to one of windows of 2,048 keys.
+"""Griffin, as released in RecurrentGemma 2B: two layers of a gated linear recurrence per layer with windows of 2,048.
 
     sparsejax show --config=configs/griffin.py --length=262144
     sparsejax train --config=configs/griffin.py:tiny --workdir=runs/griffin
 
-All ten query heads share one head of keys and values, half of which turns with the position. Sizes: arXiv:2402.19427,
-arXiv:2404.07839 and the released config.json. Published: 2.7B parameters, of which 0.7B are the embedding
+All ten query heads share one key and value head; rotary positions apply to half of its width. Sizes: arXiv:2402.19427,
+arXiv:2404.07839 and the released config.json. Published: 2.7B parameters, of which the embedding has 0.7B
 (2,682,862,080 in the checkpoint). The full size is for the account.
 
-`:tiny` falls from 5.42 to 2.79 nats in its 30 steps, in 31 CPU seconds with compilation and evaluation.
+`:tiny` goes from 5.42 to 2.79 nats in 30 steps, which take 31 CPU seconds with compilation and evaluation.
 """
 
 import recipe

@@ -1,9 +1,9 @@
-"""Hybrid: the quickstart's layers, seven of them, on windows of 512 bytes, for half an hour on 2 CPU cores.
+"""Hybrid: the layers of the quickstart, seven of them, on windows of 512 bytes, for half an hour on 2 CPU cores.
 
     sparsejax train --config=configs/hybrid.py --workdir=runs/hybrid
 
-Reached 1.651 bits per byte on CPython 3.11.7's held-out text (order-4 n-gram 2.253, gzip -9 1.965, xz -9e 1.672), in 38
-minutes on 2 CPU cores that were shared with other work. See experiments/byte_lm.
+Reached 1.651 bits per byte on the validation text of CPython 3.11.7 (order-4 n-gram 2.253, gzip -9 1.965, xz -9e 1.672)
+in 38 minutes on 2 CPU cores that other work shared. See experiments/byte_lm.
 """
 
 from quickstart import get_config as get_quickstart
@@ -13,7 +13,7 @@ def get_config():
     config = get_quickstart()
     config.model.schedule = "3x(ssm local) full"
     config.model.layers.local.mixer.pattern = "causal & (window(127) | sink(4))"
-    config.model.scan = False  # seven layers compile in seconds anyway, and run a fifth faster unrolled on CPU
+    config.model.scan = False  # seven unrolled layers compile in seconds and run a fifth faster on CPU
     config.data.length = 512
     config.train.steps = 1750
     config.optimizer.learning_rate = 3e-3

@@ -1,14 +1,14 @@
-"""Jamba v0.1: one layer of dense attention in eight, Mamba in the others, experts in every second, no positions at all.
+"""Jamba v0.1: dense attention in one of eight layers, Mamba in the others, experts in every second, no positions.
 
     sparsejax show --config=configs/jamba.py --length=262144
     sparsejax train --config=configs/jamba.py:tiny --workdir=runs/jamba
 
-Layer i attends where i % 8 == 4 and has experts where i % 2 == 1. Jamba uses no sparse attention: what makes its cache
-small is that four of 32 layers have one. Sizes: arXiv:2403.19887 and the released config.json. Published: 52B
-parameters, 12B active, 4 GB of cache at 256K tokens in 16 bits (the paper's table 1). The full size is for the account
+Layer i has attention where i % 8 == 4, and experts where i % 2 == 1. Jamba uses no sparse attention: its cache is small
+because only four of 32 layers have one. Sizes: arXiv:2403.19887 and the released config.json. Published: 52B
+parameters, 12B active, 4 GB of cache at 256K tokens in 16 bits (table 1 of the paper). The full size is for the account
 and for loading.
 
-`:tiny` falls from 6.04 to 2.32 nats in its 30 steps, in 75 CPU seconds with compilation and evaluation.
+`:tiny` goes from 6.04 to 2.32 nats in 30 steps, which take 75 CPU seconds with compilation and evaluation.
 """
 
 import recipe
@@ -17,7 +17,7 @@ PERIOD = "ssm ssm_experts ssm ssm_experts full ssm_experts ssm ssm_experts"
 
 
 def build(width, inner, periods, heads):
-    """The model section; Jamba 1.5 has the same plan."""
+    """The model section, also of Jamba 1.5."""
     norm = recipe.rms(1e-6)
     ssm = recipe.mamba(width, norm_eps=1e-6)
     dense, experts = recipe.gated(inner), recipe.experts(16, 2, inner, balance_weight=1e-3)

@@ -1,13 +1,13 @@
-"""Jamba 1.5 Large: Jamba's plan in 72 layers of width 8,192.
+"""Jamba 1.5 Large: the schedule of Jamba in 72 layers of width 8,192.
 
     sparsejax show --config=configs/jamba_1_5_large.py --length=262144
     sparsejax train --config=configs/jamba_1_5_large.py:tiny --workdir=runs/jamba_1_5_large
 
-No sparse attention: nine of 72 layers have dense attention, the others Mamba (the first version; the paper found
-Mamba-2 no better in a hybrid). Sizes: arXiv:2408.12570 and the released config.json. Published: 398B parameters, 94B
-active. The full size is for the account and for loading; `:tiny` is that of Jamba.
+There is no sparse attention: nine of 72 layers have dense attention, the others Mamba (the first version; the paper
+found Mamba-2 no better in a hybrid). Sizes: arXiv:2408.12570 and the released config.json. Published: 398B parameters,
+94B active. The full size is for the account and for loading; `:tiny` equals that of Jamba.
 
-`:tiny` falls from 6.04 to 2.32 nats in its 30 steps, in 80 CPU seconds with compilation and evaluation.
+`:tiny` goes from 6.04 to 2.32 nats in 30 steps, which take 80 CPU seconds with compilation and evaluation.
 """
 
 import recipe

@@ -1,14 +1,14 @@
-"""Kimi Linear 48B-A3B: delta rule with a decay for each channel, latent attention in every fourth layer, no positions.
+"""Kimi Linear 48B-A3B: the delta rule with a decay per channel, latent attention in every fourth layer, no positions.
 
     sparsejax show --config=configs/kimi_linear.py --length=262144
     sparsejax train --config=configs/kimi_linear.py:tiny --workdir=runs/kimi_linear
 
-Attention is dense, in layers 3, 7, 11, 15, 19, 23 and 26 of 27; the first layer has an MLP, the others 256 experts, of
-which eight serve a token, and one more that serves all. Sizes: arXiv:2510.26692 and the released config.json.
-Published: 48B parameters, 3B active, both without embedding and head: 48.4B and 2.73B; with them 49.1B, as in the
-checkpoint, and 3.48B. The full size is for the account.
+Attention is dense, in layers 3, 7, 11, 15, 19, 23 and 26 of 27. The first layer has an MLP; the others have 256
+experts, eight of them per token, and a shared expert. Sizes: arXiv:2510.26692 and the released config.json. Published:
+48B parameters, 3B active, both without embedding and head: 48.4B and 2.73B; with them 49.1B, as in the checkpoint, and
+3.48B. The full size is for the account.
 
-`:tiny` falls from 5.92 to 2.90 nats in its 30 steps, in 97 CPU seconds with compilation and evaluation.
+`:tiny` goes from 5.92 to 2.90 nats in 30 steps, which take 97 CPU seconds with compilation and evaluation.
 """
 
 import recipe

@@ -1,12 +1,12 @@
-"""Layer-wise schedules, to be compared: attention, windows, sinks, Mamba, lightning, at equal parameters.
+"""Comparison of layer schedules: attention, windows, sinks, Mamba and lightning attention at equal parameters.
 
     sparsejax train --config=configs/layer_schedules.py:mini --workdir=runs/layer_schedules
     sparsejax show --config=configs/layer_schedules.py:paper --config.model.schedule='7x(ssm) full'
 
-`:paper` (or nothing) has 24 layers and 1.4B parameters, about the size at which Jamba (arXiv:2403.19887, section 6)
-compares its ratios; `:mini` has eight layers of width 64 for two CPU cores, a minute or two for a run. Layers by name:
-`full` has rotary positions, `nope` none; `local` is a window, with the first tokens as well in `sinks1` to `sinks8`;
-`ssm` and `lightning` are made as large as attention. The schedules are in experiments/layer_schedules.
+`:paper` (the default) has 24 layers and 1.4B parameters, about the size at which Jamba (arXiv:2403.19887, section 6)
+compares its ratios; `:mini` has eight layers of width 64 and takes a minute or two on two CPU cores. Layers by name:
+`full` has rotary positions and `nope` has none; `local` is a window, to which `sinks1` to `sinks8` add the first
+tokens; `ssm` and `lightning` have as many parameters as attention. experiments/layer_schedules has the schedules.
 """
 
 import recipe
@@ -41,6 +41,6 @@ def get_config(argument="paper"):
     if argument == "paper":
         return recipe.make_run(build(**PAPER), length=4096, steps=100_000, batch=256, learning_rate=3e-4, warmup=2000)
     if argument != "mini":
-        raise ValueError(f"the argument must be paper or mini, got {argument!r}")
+        raise ValueError(f"the argument {argument!r} is not paper or mini")
     config = recipe.make_run(build(**MINI), length=256, steps=400, batch=8, learning_rate=3e-3, warmup=50)
     return recipe.fit_cpu(config, evaluations=4)

@@ -4,8 +4,8 @@
     sparsejax train --config=configs/llama4.py:tiny --workdir=runs/llama4
 
 Sizes: the released config.json. Published (model card): 109B parameters, 17B active, with the vision encoder and its
-projector, 0.87B that this model leaves out; the text model has 107.8B, of which 17.17B are active. It is in the style of
-Llama 4, with these differences: the router's weight multiplies the output of an expert, not its input; the norm of
+projector, 0.87B that this model leaves out; the text model has 107.8B, of which 17.17B are active. It is in the style
+of Llama 4, with these differences: the router's weight multiplies the output of an expert, not its input; the norm of
 queries and keys has a scale; full layers have no temperature by position; rotary frequencies are not scaled. The full
 size is for the account.
 

@@ -3,7 +3,7 @@
     sparsejax show --config=configs/longformer_base.py --length=4096
     sparsejax train --config=configs/longformer_base.py:tiny --workdir=runs/longformer_base
 
-Each batch selects its global tokens (`globals` of `layers.Context`), which have separate projections; the released
+Each batch selects its global tokens (`layers.Extras.globals`), which have separate projections; the released
 weights have values for them, and this config counts them. Sizes: arXiv:2004.05150 and the released config.json
 (longformer-base-4096). Published: 149M parameters (arXiv:2110.00976, table 3). It is a masked language model; the full
 size is for the account and for loading. In the tiny form the pattern makes the first token global.

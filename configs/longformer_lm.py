@@ -1,39 +1,39 @@
-"""Longformer's character language model (arXiv:2004.05150, section 4): causal layers of windows.
+"""Longformer's character language model (arXiv:2004.05150, section 4): causal layers with windows.
 
     sparsejax train --config=configs/longformer_lm.py:mini --workdir=runs/longformer_lm
     sparsejax show --config=configs/longformer_lm.py:paper
 
-`:paper` (or nothing) is the small model, 41M parameters, in the setting of table 4: text8, 2,048 characters, 150,000
-steps. A window of w keys includes the query itself. The default schedule has wider windows in higher layers; the
-table's other rows are in experiments/longformer_lm. The paper prints the range, 32 to 512, and the fixed width, 230,
-not the list: that two, two, two, three and three layers have 32, 64, 128, 256 and 512 is inferred from their mean.
+`:paper` (the default) is the small model, with 41M parameters, in the setting of table 4: text8, 2,048 characters,
+150,000 steps. A window of w keys includes the query. In the default schedule windows grow with the layers;
+experiments/longformer_lm has the other rows of the table. The paper states the range, 32 to 512, and the fixed width,
+230, but not the list: that two, two, two, three and three layers have 32, 64, 128, 256 and 512 follows from their mean.
 
-`:staged` is its whole training (section 4.2, table 12): five phases, each with windows and a sequence twice as long as
-the one before, as far as memory went, and with half its rate; dilated on two heads. That phases two to four double what
-phase one has is inferred. (The relative positions' sinusoids stay 512 numbers however wide the windows are.)
+`:staged` is the whole training (section 4.2, table 12): five phases, each with twice the windows and sequence length of
+the previous one, as far as memory allows, and half its rate; two heads are dilated. That phases two to four double what
+phase one has is inferred. (The sinusoids of the relative positions stay at 512 features for all windows.)
 
 `:mini` is for two CPU cores: six of these layers with four heads at width 96, windows a quarter as wide, 512 bytes.
-`data.files` says of which text.
+`data.files` selects the text.
 """
 
 import recipe
 
-# Windows of an N-th of the widest, from the bottom to the top: their mean is the fixed row's.
+# Divisors of the widest window per layer, from bottom to top. The mean window is that of the fixed row.
 PAPER = dict(parts=(16, 16, 8, 8, 4, 4, 2, 2, 2, 1, 1, 1), width=512, heads=8, widest=512, relative=512, vocab=27)
-# Of `:staged`: steps, tokens of a sequence, sequences of a batch.
+# Steps, tokens per sequence and sequences per batch of each phase of `:staged`.
 STAGES = ((430_000, 2048, 32), (50_000, 4096, 32), (50_000, 8192, 16), (35_000, 16_384, 16), (5_000, 23_040, 16))
 MINI = dict(parts=(16, 8, 4, 2, 1, 1), width=96, heads=4, widest=128, relative=32, vocab=256)
 DILATED = "2x(w16) 2x(w8) 2x(w4) 2x(w2_stride2) w2_stride3 w1_stride3 2x(w1_stride4)"  # gaps of 0, 1, 2, 3 keys
 
 
 def write_patterns(widest, heads):
-    """The pattern of each layer by name; in those with a stride a quarter of the heads, two in the paper, have gaps."""
-    found = {f"w{part}": f"causal & window({widest // part - 1})" for part in (16, 8, 4, 2, 1)}
+    """Patterns by layer name. In layers with a stride a quarter of the heads, two in the paper, are dilated."""
+    patterns = {f"w{part}": f"causal & window({widest // part - 1})" for part in (16, 8, 4, 2, 1)}
     for part, stride in ((2, 2), (2, 3), (1, 3), (1, 4)):
         left = widest // part - 1
         windows = [f"window({left})"] * (heads - heads // 4) + [f"dilated({left}, stride={stride})"] * (heads // 4)
-        found[f"w{part}_stride{stride}"] = f"causal & per_head({', '.join(windows)})"
-    return found
+        patterns[f"w{part}_stride{stride}"] = f"causal & per_head({', '.join(windows)})"
+    return patterns
 
 
 def build(parts, width, heads, widest, relative, vocab):
@@ -50,7 +50,7 @@ def build(parts, width, heads, widest, relative, vocab):
 
 
 def plan_stages(rate):
-    """Phases that double windows and sequence and halve the rate, which is constant within each; steps in all."""
+    """Phases that double windows and sequence length and halve the rate, and the number of steps."""
     phases, start = {}, 0
     for number, (steps, length, batch) in enumerate(STAGES):
         patterns = write_patterns(PAPER["widest"] * 2**number, PAPER["heads"])
@@ -77,6 +77,6 @@ def get_config(argument="paper"):
             config.train.phases, config.train.steps = plan_stages(config.optimizer.learning_rate)
         return config
     if argument != "mini":
-        raise ValueError(f"the argument must be paper, staged or mini, got {argument!r}")
+        raise ValueError(f"the argument {argument!r} is not paper, staged or mini")
     config = recipe.make_run(build(**MINI), length=512, steps=600, batch=8, learning_rate=3e-3, warmup=60)
     return recipe.fit_cpu(config, evaluations=4)

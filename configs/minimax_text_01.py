@@ -4,11 +4,11 @@
     sparsejax train --config=configs/minimax_text_01.py:tiny --workdir=runs/minimax_text_01
 
 Layer i has softmax attention where i % 8 == 7, with rotary positions on half of each head. It is dense: MiniMax-01 uses
-no sparse attention. Branches join what their norm gives, times (2 * 80) ** 0.25, and not the stream itself. Sizes:
-arXiv:2501.08313 and the released config.json. Published: 456B parameters, 45.9B active; the latter
-without embedding and head, 48.4B with them. The full size is for the account.
+no sparse attention. A residual connection adds the branch to its normalized input times (2 * 80) ** 0.25, not to the
+stream. Sizes: arXiv:2501.08313 and the released config.json. Published: 456B parameters, 45.9B active, the latter
+without embedding and head; 48.4B with them. The full size is for the account.
 
-`:tiny` falls from 5.89 to 2.75 nats in its 30 steps, in 62 CPU seconds with compilation and evaluation.
+`:tiny` goes from 5.89 to 2.75 nats in 30 steps, which take 62 CPU seconds with compilation and evaluation.
 """
 
 import recipe

@@ -1,10 +1,10 @@
-"""MQAR: multi-query associative recall (Zoology, arXiv:2312.04927), small enough for minutes on a CPU.
+"""MQAR: multi-query associative recall (Zoology, arXiv:2312.04927) at a size that takes minutes on a CPU.
 
     sparsejax train --config=configs/mqar.py --workdir=runs/mqar
     sparsejax train --config=configs/mqar.py --workdir=runs/mqar_window --config.model.schedule='2x(local)'
 
-Four pairs in 32 tokens of a vocabulary of 64; two layers of mixers without MLPs, as a query needs two steps: one that
-puts key and value together, and one that finds the pair.
+Four pairs in 32 tokens of a vocabulary of 64. Two layers without MLPs suffice: one joins each key and its value, the
+other finds the pair of a query.
 """
 
 from quickstart import get_config as get_quickstart

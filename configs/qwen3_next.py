@@ -1,14 +1,14 @@
-"""Qwen3-Next-80B-A3B: three layers of gated delta rule, then one of gated attention; 512 experts of which ten serve.
+"""Qwen3-Next-80B-A3B: three layers of the gated delta rule, then one of gated attention; 10 of 512 experts per token.
 
     sparsejax show --config=configs/qwen3_next.py --length=262144
     sparsejax train --config=configs/qwen3_next.py:tiny --workdir=runs/qwen3_next
 
-Attention is dense, with an output gate and rotary positions on a quarter of each head; one more expert serves every
-token, behind a gate. Sizes: the released config.json; gated delta rule: arXiv:2412.06464. Published (model card): 80B
-parameters, 79B without embeddings, 3B active. The last is rounded and leaves embedding and head out: 3.25B, and 3.87B
-with them. The full size is for the account.
+Attention is dense, with an output gate and rotary positions on a quarter of each head; a gated shared expert serves
+every token. Sizes: the released config.json; gated delta rule: arXiv:2412.06464. Published (model card): 80B
+parameters, 79B without embeddings, 3B active. The last number is rounded and leaves out embedding and head: 3.25B, and
+3.87B with them. The full size is for the account.
 
-`:tiny` falls from 6.08 to 2.96 nats in its 30 steps, in 72 CPU seconds with compilation and evaluation.
+`:tiny` goes from 6.08 to 2.96 nats in 30 steps, which take 72 CPU seconds with compilation and evaluation.
 """
 
 import recipe

@@ -1,10 +1,10 @@
-"""What the presets are written with: layers in the words of a config, a run around a model, a model's tiny form."""
+"""Building blocks of the presets: sections of a config, a run for a model, and the tiny form of a model."""
 
 from ml_collections import ConfigDict
 
 from sparsejax import schedule as schedules
 
-# Sizes of the tiny forms by kind; a field that the full form leaves out stays out.
+# Sizes of tiny forms by kind. A key that the full form leaves out is left out.
 MIXERS = {
     "attention": dict(heads=4, head_width=16),
     "latent": dict(heads=4, kv_rank=32, nope_width=16, rope_width=8, value_width=16),
@@ -19,8 +19,8 @@ FEEDFORWARDS = {
     "plain": dict(width=256),
     "experts": dict(experts=4, width=64, shared_width=64),
 }
-BYTES_AND_MASK = 257  # ids of a masked model of bytes
-FEW = dict(kv_heads=2, key_heads=2, groups=2, norm_groups=2, top_k=2)  # at most so many
+BYTES_AND_MASK = 257  # vocabulary of a masked language model of bytes
+FEW = dict(kv_heads=2, key_heads=2, groups=2, norm_groups=2, top_k=2)  # upper bounds
 
 
 def rms(eps, **options):
@@ -28,7 +28,7 @@ def rms(eps, **options):
 
 
 def layer(mixer, mlp, norm, norm_position="pre", **options):
-    """One residual unit; activations are computed again in the backward pass."""
+    """A layer that recomputes its activations in the backward pass."""
     return dict(mixer=mixer, mlp=mlp, norm=norm, norm_position=norm_position, remat=True, **options)
 
 
@@ -38,7 +38,7 @@ def attention(pattern, heads, kv_heads, head_width, rope=None, qk_norm=None, **o
 
 
 def mamba(width, **options):
-    """Mamba at its usual proportions to the stream's width."""
+    """Mamba with sizes in the usual proportion to the width."""
     sizes = dict(inner=2 * width, state=16, conv=4, dt_rank=width // 16)
     return dict(kind="mamba", dt_min=1e-3, dt_max=0.1) | sizes | options
 
@@ -67,21 +67,21 @@ def model(vocab, width, schedule, layers, norm, tied=False, **options):
 
 
 def choose(argument, full, length, **tiny):
-    """The run of the model section `full`, on windows of `length`; of its tiny form if `argument` is "tiny".
+    """A run of the model section `full` on windows of `length`, or of its tiny form if `argument` is "tiny".
 
-    `tiny` are arguments of `shrink`.
+    `tiny` are the arguments of `shrink`.
     """
     if argument == "tiny":
         return make_run(shrink(full, **tiny), length=128, steps=30, batch=8, learning_rate=4e-3, warmup=5)
     if argument:
-        raise ValueError(f"the argument must be tiny or nothing, got {argument!r}")
+        raise ValueError(f"the argument {argument!r} is not tiny")
     return make_run(full, length=length, steps=100_000, batch=256, learning_rate=3e-4, warmup=2000)
 
 
 def make_run(model, length, steps, batch, learning_rate, warmup):
-    """All sections, with the text that CPython ships; a larger model needs `sharding` for its machine.
+    """All sections of a run on the text that CPython ships; a large model needs another `sharding`.
 
-    A model that sees both sides finds hidden tokens again, others predict the next one.
+    A causal model predicts the next token, others predict masked tokens.
     """
     every, objective = min(steps, 1000), "causal" if model.get("causal", True) else "masked"
     return ConfigDict(
@@ -107,9 +107,9 @@ def make_run(model, length, steps, batch, learning_rate, warmup):
 
 
 def fit_cpu(config, evaluations):
-    """The run in float32, unrolled, with what its backward pass needs kept; evaluated so often, and not on all text."""
+    """The run in float32, unrolled and without rematerialization, with short evaluations, `evaluations` times."""
     config.model.dtype = "float32"
-    config.model.scan = False  # a few layers compile in seconds anyway, and run a fifth faster unrolled
+    config.model.scan = False  # a few unrolled layers compile in seconds and run a fifth faster
     for layer in config.model.layers.values():
         layer.remat = False
     config.train.log_every = 50
@@ -123,10 +123,10 @@ def shrink(full, schedule, patterns=None, **changes):
     """The tiny form of a model section: bytes, width 64, few and small heads, experts and states, in float32.
 
     Args:
-      full: the model section.
-      schedule: of the tiny form, in the layers of the full one.
-      patterns: new ones by the name of the layer; the others stay as they are.
-      changes: other fields of the model section.
+      full: The model section.
+      schedule: Schedule of the tiny form, from layers of the full one.
+      patterns: New patterns by layer name.
+      changes: Other keys of the model section.
     """
     patterns = patterns or {}
     layers = {
@@ -138,7 +138,7 @@ def shrink(full, schedule, patterns=None, **changes):
 
 def shrink_layer(layer, pattern):
     mlp = layer["mlp"]
-    mlp = mlp and shrink_part(mlp, FEEDFORWARDS[mlp["kind"]])
+    mlp = mlp and shrink_section(mlp, FEEDFORWARDS[mlp["kind"]])
     return layer | dict(mixer=shrink_mixer(layer["mixer"], pattern), mlp=mlp, remat=False)
 
 
@@ -149,12 +149,12 @@ def shrink_mixer(mixer, pattern):
         branches = mixer["branches"].items()
         return mixer | dict(branches={k: v | dict(mixer=shrink_mixer(v["mixer"], pattern)) for k, v in branches})
     changes = dict(pattern=pattern) if pattern else {}
-    return shrink_part(mixer, MIXERS[mixer["kind"]]) | changes
+    return shrink_section(mixer, MIXERS[mixer["kind"]]) | changes
 
 
-def shrink_part(part, sizes):
-    """What there is one of for each head stays so."""
-    one_each = [name for name in ("kv_heads", "key_heads") if part.get(name) and part[name] == part["heads"]]
-    few = {name: min(part[name], most) for name, most in FEW.items() if name in part}
-    smaller = {name: size for name, size in sizes.items() if part.get(name)}
-    return part | few | smaller | dict.fromkeys(one_each, sizes.get("heads"))
+def shrink_section(section, sizes):
+    """Sizes that equal the number of heads stay equal to it."""
+    per_head = [name for name in ("kv_heads", "key_heads") if section.get(name) and section[name] == section["heads"]]
+    few = {name: min(section[name], most) for name, most in FEW.items() if name in section}
+    smaller = {name: size for name, size in sizes.items() if section.get(name)}
+    return section | few | smaller | dict.fromkeys(per_head, sizes.get("heads"))

@@ -1,13 +1,13 @@
-"""Reformer's duplication task (arXiv:2001.04451, table 2): can attention among tokens that hash alike say a word again?
+"""Reformer's duplication task (arXiv:2001.04451, table 2): can LSH attention repeat a word?
 
     sparsejax train --config=configs/reformer_duplication.py:mini --workdir=runs/reformer_duplication
     sparsejax show --config=configs/reformer_duplication.py:paper
 
-`:paper` (or nothing) is the paper's: one layer of width 256 with four heads, 1,024 tokens, 150,000 steps. Chunks,
-buckets, batch and rate are not in the paper. `:mini` is for two CPU cores: width 64, two heads, 256 tokens. Layers by
-name: `full`, all of whose tokens are one chunk, so that its parameters are those of the others, and `lsh1` to `lsh8`,
-hashed so many times. At the end a model is evaluated as each of them; what is trained stands in
-experiments/reformer_duplication.
+`:paper` (the default) is the setting of the paper: one layer of width 256 with four heads, 1,024 tokens, 150,000 steps.
+The paper does not state chunks, buckets, batch and rate. `:mini` is for two CPU cores: width 64, two heads, 256 tokens.
+Layers by name: `full` has all tokens in one chunk, so that its parameters equal those of the others; `lsh1` to `lsh8`
+have that many rounds of hashing. At the end the model is evaluated as each of them; experiments/reformer_duplication
+has the schedules for training.
 """
 
 import recipe
@@ -18,7 +18,7 @@ MINI = dict(width=64, heads=2, mlp=64, length=256, chunk=32)
 
 
 def build(width, heads, mlp, length, chunk):
-    """Positions are learned: tokens find their places again by them."""
+    """The model section; learned positions identify the tokens to repeat."""
     norm = dict(kind="layer", eps=1e-6)
 
     def layer(**hashing):
@@ -32,7 +32,7 @@ def build(width, heads, mlp, length, chunk):
 
 def get_config(argument="paper"):
     if argument not in ("paper", "mini"):
-        raise ValueError(f"the argument must be paper or mini, got {argument!r}")
+        raise ValueError(f"the argument {argument!r} is not paper or mini")
     sizes = PAPER if argument == "paper" else MINI
     run = dict(steps=150_000, batch=32, learning_rate=1e-3, warmup=1000)
     if argument == "mini":

@@ -1,13 +1,13 @@
-"""Samba 421M: Mamba and windows of 2,048 keys in turn, an MLP after each.
+"""Samba 421M: alternating Mamba and windows of 2,048 keys, each followed by an MLP.
 
     sparsejax show --config=configs/samba.py --length=262144
     sparsejax train --config=configs/samba.py:tiny --workdir=runs/samba
 
-Sizes: arXiv:2406.07522 and the configuration that was released with its code; the larger models of the paper, up to
-3.8B, have the same plan. Published: 421M parameters, embedding and head being one. The full size is for the account,
-and small enough to train on one accelerator.
+Sizes: arXiv:2406.07522 and the configuration released with its code; the larger models of the paper, up to 3.8B, have
+the same schedule. Published: 421M parameters, with embedding and head tied. The full size is for the account, and small
+enough to train on one accelerator.
 
-`:tiny` falls from 5.55 to 2.51 nats in its 30 steps, in 28 CPU seconds with compilation and evaluation.
+`:tiny` goes from 5.55 to 2.51 nats in 30 steps, which take 28 CPU seconds with compilation and evaluation.
 """
 
 import recipe

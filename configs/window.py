@@ -1,8 +1,8 @@
-"""Window: the quickstart with a window of 64 keys and 4 sinks in all five layers, at the same number of parameters.
+"""Window: the quickstart with windows of 64 keys and 4 sinks in all five layers, at the same number of parameters.
 
     sparsejax train --config=configs/window.py --workdir=runs/window
 
-Reaches 2.296 bits per byte where the quickstart reaches 2.091, in less than four minutes on 2 CPU cores.
+Reaches 2.296 bits per byte, where the quickstart reaches 2.091, in less than four minutes on 2 CPU cores.
 """
 
 from quickstart import get_config as get_quickstart
@@ -11,5 +11,5 @@ from quickstart import get_config as get_quickstart
 def get_config():
     config = get_quickstart()
     config.model.schedule = "5x(local)"
-    config.model.layers.local.mlp.width = 352  # makes up for the Mamba layers, which are larger
+    config.model.layers.local.mlp.width = 352  # compensates for the larger Mamba layers
     return config
