@@ -213,7 +213,7 @@ class Pattern:
             if value == field.default:
                 skipped = True
             else:
-                arguments.append(f"{field.name}=" * (skipped or field.kw_only is True) + _format(value))
+                arguments.append(f"{field.name}=" * (skipped or field.kw_only is True) + format_value(value))
         return f"{self.name}({', '.join(arguments)})" if dataclasses.fields(self) else self.name
 
 
@@ -230,9 +230,8 @@ def require_integer(argument: str, value: object, minimum: int) -> None:
       PatternError: The value is not; the message names `argument`.
     """
     if isinstance(value, bool) or not isinstance(value, int) or value < minimum:
-        raise PatternError(
-            argument, f"{value if isinstance(value, Pattern) else repr(value)} is not an integer >= {minimum}"
-        )
+        shown = repr(value) if isinstance(value, str) else format_value(value)
+        raise PatternError(argument, f"{shown} is not an integer >= {minimum}")
     if value > MAX_POSITION:
         raise PatternError(argument, f"{value} exceeds 2**30")
 
@@ -251,7 +250,8 @@ def _check_lengths(t: int, s: int | None) -> int:
     return t if s is None else s
 
 
-def _format(value: object) -> str:
-    if isinstance(value, tuple):
-        return f"[{', '.join(map(_format, value))}]"
-    return repr(value) if isinstance(value, str) else str(value)
+def format_value(value: object) -> str:
+    """A value as the text form writes it."""
+    if isinstance(value, tuple | list):
+        return f"[{', '.join(map(format_value, value))}]"
+    return str(value).lower() if isinstance(value, bool) else str(value)

@@ -13,7 +13,7 @@ from typing import ClassVar
 import numpy as np
 
 from sparsejax.patterns.algebra import Shift
-from sparsejax.patterns.base import FOREVER, MAX_POSITION, Mask, Pattern, PatternError, Positions, require
+from sparsejax.patterns.base import FOREVER, MAX_POSITION, Mask, Pattern, PatternError, Positions, format_value, require
 from sparsejax.patterns.layout import TileGrid, from_ranges
 from sparsejax.patterns.spans import Bounds
 from sparsejax.patterns.tiled import BigBirdRandom, Random, Tiles
@@ -274,7 +274,9 @@ class GlobalKeys(Pattern):
     def __post_init__(self) -> None:
         if isinstance(self.ids, list | tuple):
             if not all(isinstance(i, int) and not isinstance(i, bool) and abs(i) <= MAX_POSITION for i in self.ids):
-                raise PatternError(f"{self.name}.ids", f"{list(self.ids)} are not all integers of at most 2**30")
+                raise PatternError(
+                    f"{self.name}.ids", f"{format_value(tuple(self.ids))} are not all integers of at most 2**30"
+                )
             object.__setattr__(self, "ids", tuple(sorted(set(self.ids))))
         else:
             require(self, ids=-MAX_POSITION)

@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 
 from sparsejax.patterns import library as lib
 from sparsejax.patterns.algebra import Multiset, Shift, per_head
-from sparsejax.patterns.base import Pattern, PatternError, require_integer
+from sparsejax.patterns.base import Pattern, PatternError, format_value, require_integer
 from sparsejax.patterns.tiled import BigBirdRandom, Random, Tiles
 
 
@@ -29,7 +29,7 @@ def longformer(
     """
     right = left if right is None else right
     if not isinstance(strides, list | tuple):
-        raise PatternError("longformer.strides", f"{strides!r} is not a list of integers")
+        raise PatternError("longformer.strides", f"{format_value(strides)} is not a list of integers")
     windows = [lib.Window(left, right) if n == 1 else lib.Dilated(left, right, stride=n) for n in strides]
     near = per_head(*windows) if windows else lib.Window(left, right)
     return near | lib.Globals(tuple(ids) if isinstance(ids, Sequence) else ids) if ids else near
@@ -97,7 +97,9 @@ def _check_plan(plan: Sequence[Sequence[Sequence[int]]], r: int) -> Sequence[Seq
     """Checks that a plan is a list [heads, tiles - 2, r]."""
     lists = isinstance(plan, Sequence) and all(isinstance(rows, Sequence) for rows in plan)
     if not (lists and plan and all(isinstance(row, Sequence) and len(row) == r for rows in plan for row in rows)):
-        raise PatternError("bigbird.plan", f"is not a list of {r} tiles per inner query tile and head")
+        raise PatternError(
+            "bigbird.plan", f"{format_value(plan)} is not a list of {r} tiles per inner query tile and head"
+        )
     return plan
 
 
@@ -111,7 +113,7 @@ def sparse_transformer_strided(stride: int, heads: int | None = None) -> Pattern
 
     `heads` selects the other form of the paper: even heads have the first half, odd heads the second.
     """
-    return _merged_or_alternating(lib.Window(stride), lib.Strided(stride), heads)
+    return _merged_or_alternating("sparse_transformer_strided", lib.Window(stride), lib.Strided(stride), heads)
 
 
 def sparse_transformer_fixed(l: int, c: int, heads: int | None = None) -> Pattern:  # noqa: E741 (the paper's name)
@@ -119,13 +121,13 @@ def sparse_transformer_fixed(l: int, c: int, heads: int | None = None) -> Patter
 
     `heads` selects the other form of the paper: even heads have the first half, odd heads the second.
     """
-    return _merged_or_alternating(lib.Chunk(l), lib.Fixed(l, c), heads)
+    return _merged_or_alternating("sparse_transformer_fixed", lib.Chunk(l), lib.Fixed(l, c), heads)
 
 
-def _merged_or_alternating(row: Pattern, column: Pattern, heads: int | None) -> Pattern:
+def _merged_or_alternating(recipe: str, row: Pattern, column: Pattern, heads: int | None) -> Pattern:
     if heads is None:
         return lib.Causal() & (row | column)
-    require_integer("heads", heads, 1)
+    require_integer(f"{recipe}.heads", heads, 1)
     return lib.Causal() & per_head(*((row, column)[i % 2] for i in range(heads)))
 
 

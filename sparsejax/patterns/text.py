@@ -90,6 +90,10 @@ class _Parser:
     def token(self) -> _Token:
         return self.tokens[self.index]
 
+    @property
+    def shown(self) -> str:
+        return repr(self.token.text) if self.token.text else "the end"
+
     def error(self, problem: object, at: int | None = None) -> PatternError:
         at = self.token.at if at is None else at
         shown, start = self.text, max(0, at - SHOWN // 2)
@@ -109,7 +113,7 @@ class _Parser:
     def parse(self) -> Pattern:
         pattern = self.union()
         if self.token.kind != "end":
-            raise self.error(f"expected '&', '|', '-' or the end, found {self.token.text!r}")
+            raise self.error(f"expected '&', '|', '-' or the end, found {self.shown}")
         return pattern
 
     def union(self) -> Pattern:
@@ -151,7 +155,7 @@ class _Parser:
                 raise self.error(f"expected ')' for the parenthesis at column {at + 1}")
             return pattern
         if kind != "name":
-            raise self.error(f"expected a pattern, found {word or 'the end'!r}")
+            raise self.error(f"expected a pattern, found {self.shown}")
         self.index += 1
         if word in JOINS:
             arguments = self.arguments({})
@@ -187,7 +191,7 @@ class _Parser:
         kind, word, _ = self.token
         if isinstance(default, bool):
             if word not in ("true", "false"):
-                raise self.error(f"expected true or false, found {word or 'the end'!r}")
+                raise self.error(f"expected true or false, found {self.shown}")
             self.index += 1
             return word == "true"
         if kind == "integer":
@@ -216,7 +220,9 @@ class _Parser:
         values: dict[str, Any] = {}
         for index, (name, value, where) in enumerate(arguments):
             if name is None and index >= len(parameters):
-                raise self.error(f"{word} takes at most {len(parameters)} arguments", where)
+                raise self.error(
+                    f"{word} takes at most {len(parameters)} argument{'s' * (len(parameters) != 1)}", where
+                )
             name = list(parameters)[index] if name is None else name
             if name not in parameters:
                 raise self.unknown(f"argument of {word}", name, list(parameters), where)

@@ -13,7 +13,7 @@ from typing import Any, ClassVar
 
 import numpy as np
 
-from sparsejax.patterns.base import FOREVER, Mask, Pattern, PatternError, Positions, array_module, require
+from sparsejax.patterns.base import FOREVER, Mask, Pattern, PatternError, Positions, array_module, format_value, require
 from sparsejax.patterns.layout import TileGrid
 from sparsejax.patterns.spans import Bounds, cover, merge_intervals
 
@@ -77,7 +77,7 @@ class Tiles(_Tiled):
     def __post_init__(self) -> None:
         rows = self.rows
         if not isinstance(rows, list | tuple) or not rows or not all(isinstance(row, list | tuple) for row in rows):
-            raise PatternError("tiles.rows", f"{rows!r} is not a list of key tiles per query tile")
+            raise PatternError("tiles.rows", f"{format_value(rows)} is not a list of key tiles per query tile")
         if not all(isinstance(i, int) and not isinstance(i, bool) and i >= 0 for row in rows for i in row):
             raise PatternError("tiles.rows", "contains a key tile that is not an integer >= 0")
         object.__setattr__(self, "rows", tuple(tuple(sorted(set(row))) for row in rows))

@@ -30,4 +30,13 @@ def test_patterns_load_numpy_and_the_standard_library_only():
 @pytest.mark.parametrize("module", ["sparsejax.draw", "sparsejax.figures", "sparsejax.schedule"])
 def test_pictures_and_schedules_are_light(module):
     others, _ = packages(module)
-    assert not others & {"jax", "flax", "grain", "orbax", "optax", "ml_collections", "tensorflow_datasets", "matplotlib"}
+    assert not others & {
+        "jax",
+        "flax",
+        "grain",
+        "orbax",
+        "optax",
+        "ml_collections",
+        "tensorflow_datasets",
+        "matplotlib",
+    }

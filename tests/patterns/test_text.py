@@ -1,5 +1,6 @@
 """The text form and patterns as values."""
 
+import dataclasses
 import re
 
 import pytest
@@ -7,6 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from sparsejax.patterns import (
+    NAMES,
     And,
     Causal,
     Chunk,
@@ -231,7 +233,7 @@ def test_text_shown(pattern, text):
 def test_malformed_text_is_rejected_at_the_column(text, column):
     with rejects(PatternError, f"pattern: {text!r}: column {column}: ") as caught:
         parse(text)
-    assert str(caught.value).count("pattern: ") == 1, "an error inside an error is reported once"
+    assert str(caught.value).count(": column ") == 1, "an error inside an error is reported once"
 
 
 @given(st.text(alphabet="causlwindo_hefp()[]&|,=-0123 \n$.'é²", max_size=25) | st.text(max_size=8))
@@ -353,6 +355,23 @@ def test_every_pattern_has_a_name(pattern):
 
 def test_classes_with_equal_fields_differ():
     assert len({Chunk(3), Sink(3), Window(3), Globals(3), Globals((3,))}) == 5
+
+
+@dataclasses.dataclass(frozen=True)
+class Words(Causal):
+    """A pattern whose arguments are words."""
+
+    name = "words"
+    kind: str = "narrow"
+    strict: bool = False
+
+
+def test_words_are_arguments(monkeypatch):
+    monkeypatch.setitem(NAMES, "words", Words)
+    assert parse("words(kind=wide, strict=true)") == Words("wide", True)
+    assert str(Words("wide", True)) == "words(wide, true)"
+    assert parse("words(wide, true)") == Words("wide", True)
+    assert parse("words") == Words()
 
 
 def test_patterns_are_keys():
