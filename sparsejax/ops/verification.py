@@ -35,13 +35,13 @@ def verified_here(device_kind: str) -> frozenset[str]:
     return read_record(device_kind) if jax.process_count() == 1 else _agreed
 
 
-def agree(device_kind: str) -> None:
+def agree() -> None:
     """Exchanges the records of all processes, each of which must call it.
 
     Until then `attend` uses no record in a job of several processes, since they must compile the same programs.
     """
     global _agreed
-    record, kernels = read_record(device_kind), sorted(RECORDED)
+    record, kernels = read_record(jax.local_devices()[0].device_kind), sorted(RECORDED)
     flags = multihost_utils.process_allgather(np.array([kernel in record for kernel in kernels]))
     _agreed = intersect(kernels, flags.reshape(-1, len(kernels)))
 
