@@ -21,6 +21,7 @@ def check_pattern(
     pattern: Pattern,
     lengths: Iterable[tuple[int, int]] = LENGTHS,
     tiles: Iterable[tuple[int, int]] = TILES,
+    shifts: Iterable[int] = SHIFTS,
     text: bool = True,
 ) -> None:
     """Compares everything that a pattern states and everything derived from it with its mask, `allows`.
@@ -33,12 +34,13 @@ def check_pattern(
       pattern: Any pattern, with or without heads.
       lengths: Numbers of queries and keys.
       tiles: Tile sizes.
+      shifts: Distances by which `shift` moves the pattern; tiles of shifted patterns have offsets.
       text: Whether the text form must parse back to an equal value. Requires the name to be registered in `NAMES`.
 
     Raises:
       AssertionError: A view disagrees with the mask. The message names the view, the pattern, the lengths and the tile.
     """
-    lengths, tiles = tuple(lengths), tuple(tiles)
+    tiles, shifts = tuple(tiles), tuple(shifts)
     if text:
         _check_text(pattern)
     for t, s in lengths:
@@ -47,7 +49,7 @@ def check_pattern(
         for head in dict.fromkeys(pattern.by_head()):
             _check_pairs(name, head, t, s)
             for tile in tiles:
-                for shifted in (head, *(Shift(head, by) for by in SHIFTS)):
+                for shifted in (head, *(Shift(head, by) for by in shifts)):
                     _check_tiles(f"{shifted} at t={t}, s={s}, tile={tile}", shifted, TileGrid(t, s, tile))
 
 

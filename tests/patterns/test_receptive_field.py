@@ -125,9 +125,8 @@ def test_layers_to_cover(texts, n, position, expected):
     assert receptive_field.layers_to_cover(layers, n, position) == expected
     if n <= 256:
         output = n - 1 if position is None else position
-        covered = (
-            depth for depth in range(40) if receptive_field.matrix((layers * 40)[:depth], n)[output, : output + 1].all()
-        )
+        products = enumerate(receptive_field.matrices((layers * 40)[:40], n))
+        covered = (depth for depth, product in products if product[output, : output + 1].all())
         assert next(covered, None) == expected
 
 
