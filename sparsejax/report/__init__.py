@@ -1,4 +1,4 @@
-"""Reports: from the workdirs of many runs to one table, its statistics, figures and a page."""
+"""Reports: the workdirs of many runs as one table, with statistics, figures and a page."""
 
 from sparsejax.report.output import report
 from sparsejax.report.table import ReportError, Results, read, write

@@ -1,4 +1,4 @@
-"""The report itself: from places to a summary, and on request to tables, figures and a page in a folder."""
+"""The report: prints a summary of runs, and writes tables, figures and a page on request."""
 
 from __future__ import annotations
 
@@ -7,18 +7,19 @@ from pathlib import Path
 
 from rich.console import Console
 
+from sparsejax.figures import render
 from sparsejax.report import figures, table
+from sparsejax.report.comparison import Comparison, compare
 from sparsejax.report.page import write_page
-from sparsejax.report.study import study
 from sparsejax.report.summary import summarize, write_metrics, write_table
 from sparsejax.report.table import ReportError
-from sparsejax.train.writers import replace_file
+from sparsejax.workdir import replace_file
 
 PAGE, SUMMARY = "index.html", "summary.md"
 
 
 def report(
-    places: Sequence[str | Path],
+    inputs: Sequence[str | Path],
     console: Console,
     *,
     out: str | Path | None = None,
@@ -27,46 +28,50 @@ def report(
     by: Sequence[str] = (),
     only_table: bool = False,
 ) -> None:
-    """Prints the summary of all runs in `places`, and writes everything into the folder `out`, if there is one.
+    """Prints the summary of all runs of `inputs`, and writes everything into the folder `out`, if given.
 
     Args:
-      places: sweeps, workdirs, folders of workdirs, recorded tables; see `table.read`.
-      console: where to print.
-      out: gets `results` and `curves` (.parquet and .csv), `configs.json`, `summary.md`, the figures as .svg and .png,
-        and `index.html`, which has all of it in one file.
-      metric: what is compared; see `study.study`. Of several, joined by commas, only a table is printed.
-      baseline: the label that others are compared with.
-      by: keys that put runs together, in place of their labels.
-      only_table: print nothing but the table.
+      inputs: Sweeps, workdirs, folders of workdirs, or recorded tables.
+      console: Where to print.
+      out: Folder for `results` and `curves` (.parquet and .csv), `configs.json`, `summary.md`, the figures as .svg and
+        .png, and `index.html`, which holds all of them in one file.
+      metric: The metric to compare, see `compare`. Several metrics, separated by commas, give a table only.
+      baseline: Label of the group that others are compared with.
+      by: Keys by which runs are grouped, instead of by label.
+      only_table: Whether to print nothing but the table.
 
     Raises:
-      ReportError: something given of which no report can be made.
+      ReportError: Invalid input.
     """
-    results = table.read(places)
+    results = table.read(inputs)
     if metric is not None and "," in metric:
         if out is not None:
-            raise ReportError("--out: goes with one --metric")
-        text = write_metrics([study(results, one.strip(), baseline, by) for one in metric.split(",")])
-        console.print(text, markup=False, highlight=False, soft_wrap=True)
+            raise ReportError("out", "needs a single metric")
+        names = [name.strip() for name in metric.split(",")]
+        _print(console, write_metrics([compare(results, name, baseline, by) for name in names]))
         return
-    found = study(results, metric, baseline, by)
-    text = write_table(found) if only_table else summarize(found)
+    comparison = compare(results, metric, baseline, by)
+    summary = summarize(comparison)
     if out is not None:
         _require_libraries()
-        _write(found, text if not only_table else summarize(found), Path(out))
-    console.print(text.rstrip("\n"), markup=False, highlight=False, soft_wrap=True)
+        _write(comparison, summary, Path(out))
+    _print(console, write_table(comparison) if only_table else summary.rstrip("\n"))
     if out is not None and not only_table:
-        console.print(f"\nwritten: {Path(out) / PAGE}", markup=False, highlight=False, soft_wrap=True)
+        _print(console, f"\nwrote {Path(out) / PAGE}")
 
 
-def _write(found, text: str, out: Path) -> None:
-    table.write(found.results, out)
-    pictures = figures.draw(found)
-    for picture in pictures:
+def _print(console: Console, text: str) -> None:
+    console.print(text, markup=False, highlight=False, soft_wrap=True)
+
+
+def _write(comparison: Comparison, summary: str, out: Path) -> None:
+    table.write(comparison.results, out)
+    drawn = figures.draw(comparison)
+    for figure in drawn:
         for form in ("svg", "png"):
-            replace_file(out / f"{picture.name}.{form}", figures.write(picture.figure, form))
-    replace_file(out / SUMMARY, text.encode())
-    replace_file(out / PAGE, write_page(found, pictures).encode())
+            replace_file(out / f"{figure.name}.{form}", render(figure.figure, form, dpi=figures.DPI))
+    replace_file(out / SUMMARY, summary.encode())
+    replace_file(out / PAGE, write_page(comparison, drawn).encode())
 
 
 def _require_libraries() -> None:
@@ -74,4 +79,4 @@ def _require_libraries() -> None:
         import jinja2  # noqa: F401
         import matplotlib  # noqa: F401
     except ImportError:
-        raise ReportError("--out: needs matplotlib and jinja2: pip install 'sparsejax[report]'") from None
+        raise ReportError("out", "needs matplotlib and jinja2; pip install 'sparsejax[report]'") from None

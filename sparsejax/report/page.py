@@ -1,4 +1,4 @@
-"""A study as one HTML page that needs nothing beside it: no network, no other file."""
+"""A comparison as one self-contained HTML page, without network access or other files."""
 
 from __future__ import annotations
 
@@ -8,77 +8,82 @@ import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from sparsejax.report import figures, statistics, summary
-from sparsejax.report.figures import Picture
-from sparsejax.report.study import Study
+from sparsejax.figures import render
+from sparsejax.metrics import EVAL, TRAIN_LOSS
+from sparsejax.overrides import write_value
+from sparsejax.report import statistics, summary
+from sparsejax.report.comparison import Comparison
+from sparsejax.report.figures import DPI, CaptionedFigure
 from sparsejax.report.summary import Cell
-from sparsejax.report.table import COSTS, ORIGIN, is_key
-from sparsejax.sweep.runs import write_value
+from sparsejax.report.table import COSTS, ORIGIN, column_names, is_key
 
 if TYPE_CHECKING:
     import pandas as pd
 
+Table = tuple[list[str], list[list[Cell]]]  # headings and rows
 
-def write_page(study: Study, pictures: Sequence[Picture]) -> str:
-    """The page; equal studies make equal pages."""
+
+def write_page(comparison: Comparison, drawn: Sequence[CaptionedFigure]) -> str:
+    """Returns the page; equal comparisons give equal pages."""
     from jinja2 import Environment, PackageLoader, StrictUndefined
 
     environment = Environment(
         loader=PackageLoader("sparsejax.report", "."), autoescape=True, undefined=StrictUndefined, trim_blocks=True
     )
-    headings, rows = summary.tabulate(study, costs=True)
     return environment.get_template("page.html").render(
-        title=_title(study),
-        metric=summary.describe_metric(study),
-        counted=summary.count_runs(study),
-        settings=(headings, rows),
-        best=[one is study.best for one in study.settings],
-        findings=summary.describe_findings(study),
-        notes=summary.describe_notes(study),
-        pictures=[(picture.name, picture.caption, _embed(picture)) for picture in pictures],
-        metrics=_tabulate_metrics(study),
-        runs=_tabulate_runs(study.results.runs),
-        common=_find_common(study),
+        title=_title(comparison),
+        metric=summary.describe_metric(comparison),
+        counts=summary.count_runs(comparison),
+        groups=summary.tabulate(comparison, costs=True),
+        best=[group is comparison.best for group in comparison.groups],
+        findings=summary.describe_findings(comparison),
+        notes=summary.describe_notes(comparison),
+        figures=[(figure.name, figure.caption, _data_url(figure)) for figure in drawn],
+        metrics=_tabulate_metrics(comparison),
+        runs=_tabulate_runs(comparison.results.runs),
+        common=_common_settings(comparison),
     )
 
 
-def _title(study: Study) -> str:
-    places = [place for place in dict.fromkeys(study.results.runs["config"]) if place]
-    return ", ".join(places) or study.metric
+def _title(comparison: Comparison) -> str:
+    configs = [config for config in dict.fromkeys(comparison.results.runs["config"]) if config]
+    return ", ".join(configs) or comparison.metric
 
 
-def _embed(picture: Picture) -> str:
-    """A picture as the address of itself."""
-    return f"data:image/svg+xml;base64,{base64.b64encode(figures.write(picture.figure, 'svg')).decode()}"
+def _data_url(figure: CaptionedFigure) -> str:
+    svg = render(figure.figure, "svg", dpi=DPI)
+    return f"data:image/svg+xml;base64,{base64.b64encode(svg).decode()}"
 
 
-def _tabulate_metrics(study: Study) -> tuple[list[str], list[list[Cell]]]:
-    """Mean and standard error of every metric, for each setting."""
-    names = [name for name in study.results.runs if "/" in name]
+def _tabulate_metrics(comparison: Comparison) -> Table:
+    """Mean and standard error of every metric per group."""
+    names = [name for name in column_names(comparison.results.runs) if "/" in name]
     rows = []
-    for one in study.settings:
-        by_seed = one.runs.groupby("seed")[names].mean()
-        rows.append([Cell(one.label), *(_write_metric(by_seed[name].dropna().tolist()) for name in names)])
-    return ["setting", *names], rows
+    for group in comparison.groups:
+        by_seed = group.runs.groupby("seed")[names].mean()
+        rows.append([Cell(group.label), *(_write_metric(by_seed[name].dropna().tolist()) for name in names)])
+    return ["group", *names], rows
 
 
 def _write_metric(values: Sequence[float]) -> Cell:
     if not values:
         return Cell(summary.NONE)
-    found = statistics.estimate(values)
-    digits = 4 if not found.error else min(max(1 - math.floor(math.log10(found.error)), 1), summary.MOST_DECIMALS)
-    return summary.write_estimate(found, digits)
+    estimate = statistics.estimate(values)
+    decimals = summary.DEFAULT_DECIMALS
+    if estimate.error:
+        decimals = min(max(1 - math.floor(math.log10(estimate.error)), summary.MIN_DECIMALS), summary.MAX_DECIMALS)
+    return summary.write_estimate(estimate, decimals)
 
 
-def _tabulate_runs(runs: pd.DataFrame) -> tuple[list[str], list[list[Cell]]]:
-    """Every run, with what it cost, where it came from and where it ran."""
-    metrics = [name for name in runs if name.startswith("eval/") and "_at_" not in name]
-    keys = [name for name in runs if is_key(name)]
-    first = ["label", "seed", "status", "step", *keys]
-    columns = [*first, *metrics, "train/loss", *COSTS, *ORIGIN]
-    columns = [name for name in columns if name in runs]
-    known = runs[columns].astype(object).where(runs[columns].notna(), None)
-    return columns, [[_write_cell(*cell) for cell in zip(columns, row, strict=True)] for row in known.to_numpy()]
+def _tabulate_runs(runs: pd.DataFrame) -> Table:
+    """Every run, with its costs, its origin, and where it ran."""
+    names = column_names(runs)
+    metrics = [name for name in names if name.startswith(EVAL) and "_at_" not in name]
+    keys = [name for name in names if is_key(name)]
+    columns = ["label", "seed", "status", "step", *keys, *metrics, TRAIN_LOSS, *COSTS, *ORIGIN]
+    columns = [name for name in columns if name in names]
+    values = runs[columns].astype(object).where(runs[columns].notna(), None)
+    return columns, [[_write_cell(*cell) for cell in zip(columns, row, strict=True)] for row in values.to_numpy()]
 
 
 def _write_cell(name: str, value: Any) -> Cell:
@@ -91,16 +96,14 @@ def _write_cell(name: str, value: Any) -> Cell:
         return summary.write_flops(number)
     if is_key(name):
         return Cell(write_value(value), number)
-    if number.is_integer():
-        return summary.write_number(number, "{:,.0f}")
-    return summary.write_number(number, "{:,.0f}" if abs(number) >= 1000 else "{:.5g}")
+    return summary.write_number(number, "{:,.0f}" if number.is_integer() or abs(number) >= 1000 else "{:.5g}")
 
 
-def _find_common(study: Study) -> list[tuple[str, str]]:
+def _common_settings(comparison: Comparison) -> list[tuple[str, str]]:
     """Key and value of what all configurations have in common."""
-    known = list(study.results.settings.values())
+    first, *others = comparison.results.settings.values()
     return [
         (key, json.dumps(value))
-        for key, value in sorted(known[0].items())
-        if all(key in one and one[key] == value for one in known)
+        for key, value in sorted(first.items())
+        if all(key in settings and settings[key] == value for settings in others)
     ]

@@ -1,4 +1,4 @@
-"""The page and its figures: equal for equal runs, complete, harmless, and shown by a real browser without an error."""
+"""The page and its figures: equal for equal runs, complete, harmless, and without errors in a real browser."""
 
 import base64
 import csv
@@ -12,7 +12,7 @@ import pytest
 from rich.console import Console
 
 from sparsejax.report import figures, read, report
-from sparsejax.report.study import study
+from sparsejax.report.comparison import compare
 from tests.report.workdirs import settings_of, write_sweep, write_workdir
 
 BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
@@ -24,8 +24,8 @@ VALUES = {
 }
 
 
-def write_report(places, out, **options):
-    report(places, Console(file=io.StringIO(), width=160), out=out, **options)
+def write_report(inputs, out, **options):
+    report(inputs, Console(file=io.StringIO(), width=160), out=out, **options)
     return out
 
 
@@ -60,8 +60,8 @@ def test_the_page_needs_nothing_beside_it(out):
 
 def test_the_page_says_everything(out):
     page = (out / "index.html").read_text()
-    for said in ("configs/recipe.py", "lower is better", "abc123", "0.10.2", "1 x cpu", "unfinished, at step 10"):
-        assert said in page
+    for text in ("configs/recipe.py", "lower is better", "abc123", "0.10.2", "1 x cpu", "unfinished at step 10"):
+        assert text in page
     with (out / "results.csv").open(newline="") as file:
         for row in csv.DictReader(file):
             assert row["name"] in page
@@ -80,48 +80,48 @@ def test_labels_are_text_and_nothing_else(out):
 def _heat(tmp_path):
     for width in (16, 8, 128):
         for schedule in ("2x(full)", "2x(local)"):
-            given = [f"model.width={width}", f"model.schedule={schedule}"]
-            write_workdir(tmp_path / f"{width}{schedule}", settings_of(*given), 2.0 + width / 100)
+            overrides = {"model.width": width, "model.schedule": schedule}
+            write_workdir(tmp_path / f"{width}{schedule}", settings_of(overrides), 2.0 + width / 100)
     return read([tmp_path])
 
 
 def test_two_keys_make_a_heat_map(tmp_path):
     results = _heat(tmp_path)
     for by in ((), ("width", "schedule")):
-        (picture,) = [one for one in figures.draw(study(results, by=by)) if one.name == "heat_map"]
+        (drawn,) = [drawn for drawn in figures.draw(compare(results, by=by)) if drawn.name == "heat_map"]
         across, down = ("schedule", "width") if by else ("width", "schedule")
-        axis = picture.figure.axes[0]
+        axis = drawn.figure.axes[0]
         assert (axis.get_xlabel(), axis.get_ylabel()) == (across, down)
         ticks = [tick.get_text() for tick in (axis.get_xticklabels() if across == "width" else axis.get_yticklabels())]
         assert ticks == ["8", "16", "128"]  # by size, not as texts
         assert len(axis.texts) == 6
-    assert [one.name for one in figures.draw(study(results, by=["width"]))] == ["curves", "pareto"]
+    assert [drawn.name for drawn in figures.draw(compare(results, by=["width"]))] == ["curves", "pareto"]
 
 
 def test_curves_are_means_with_errors(out):
-    found = study(read([out]))
-    (picture,) = [one for one in figures.draw(found) if one.name == "curves"]
-    axis = picture.figure.axes[0]
+    comparison = compare(read([out]))
+    (drawn,) = [drawn for drawn in figures.draw(comparison) if drawn.name == "curves"]
+    axis = drawn.figure.axes[0]
     assert [list(line.get_xdata()) for line in axis.lines] == [[5, 10, 15, 20]] * 3
-    for line, one in zip(axis.lines, found.settings, strict=True):
-        assert line.get_ydata()[-1] == pytest.approx(one.estimate.mean)
+    for line, group in zip(axis.lines, comparison.groups, strict=True):
+        assert line.get_ydata()[-1] == pytest.approx(group.estimate.mean)
     low, high = axis.collections[0].get_paths()[0].get_extents().intervaly
-    error = found.settings[0].estimate.error
+    error = comparison.groups[0].estimate.error
     assert high - low == pytest.approx(1.5 + 2 * error)  # the curve falls by 1.5
 
 
-def test_more_settings_than_colours_are_told_apart(tmp_path):
-    values = {(f"setting {n}", f"{n}x(full)", 0): 2.0 for n in range(1, 25)}
-    found = study(read([write_sweep(tmp_path / "sweep", values)]))
-    styles = [(style["color"], style["linestyle"]) for _, style in figures._styles(found)]
+def test_more_groups_than_colours_are_distinct(tmp_path):
+    values = {(f"group {n}", f"{n}x(full)", 0): 2.0 for n in range(1, 25)}
+    comparison = compare(read([write_sweep(tmp_path / "sweep", values)]))
+    styles = [(style["color"], style["linestyle"]) for _, style in figures._styles(comparison)]
     assert len(set(styles)) == 24
 
 
 def browse(page, *options):
-    """Opens a page in a browser without a screen; returns the page as it then is, and what went to the console."""
-    given = ["--headless", "--no-sandbox", "--disable-gpu", "--enable-logging=stderr", *options, "--dump-dom"]
-    done = subprocess.run([BROWSER, *given, page.as_uri()], capture_output=True, text=True, timeout=120, check=True)
-    return done.stdout, [line for line in done.stderr.splitlines() if "CONSOLE" in line]
+    """Opens a page in a headless browser; returns its DOM and the lines of the console."""
+    flags = ["--headless", "--no-sandbox", "--disable-gpu", "--enable-logging=stderr", *options, "--dump-dom"]
+    process = subprocess.run([BROWSER, *flags, page.as_uri()], capture_output=True, text=True, timeout=120, check=True)
+    return process.stdout, [line for line in process.stderr.splitlines() if "CONSOLE" in line]
 
 
 @pytest.mark.skipif(BROWSER is None, reason="no chromium or chrome is installed")
@@ -130,7 +130,7 @@ def test_a_browser_shows_it_and_says_nothing(out, tmp_path):
     dom, console = browse(out / "index.html", profile)
     assert console == []
     assert "<title>configs/recipe.py</title>" in dom  # the label's script did not run
-    # A page that does complain, a picture that is broken and headings that are clicked: seen by the same means.
+    # The same means show an error on the console, broken images and clicks on headings.
     page = tmp_path / "index.html"
     page.write_text(
         (out / "index.html").read_text()

@@ -1,4 +1,4 @@
-"""Means, paired differences and fronts, against numbers worked out by hand and against scipy."""
+"""Means and paired differences, compared with hand calculations and with SciPy."""
 
 import math
 import random
@@ -6,14 +6,14 @@ import random
 import pytest
 from scipy import stats
 
-from sparsejax.report.statistics import compare, estimate, pool_deviations
+from sparsejax.report.statistics import estimate, paired_difference, pool_deviations
 
 
 def test_an_estimate_by_hand():
-    found = estimate([1.0, 2.0, 6.0])
+    result = estimate([1.0, 2.0, 6.0])
     # Deviations -2, -1, 3: a sample variance of 14 / 2, a standard error of sqrt(7 / 3).
-    assert (found.mean, found.count) == (3.0, 3)
-    assert found.error == pytest.approx(math.sqrt(7 / 3), rel=1e-15)
+    assert (result.mean, result.count) == (3.0, 3)
+    assert result.error == pytest.approx(math.sqrt(7 / 3), rel=1e-15)
 
 
 def test_one_value_has_no_error():
@@ -21,41 +21,43 @@ def test_one_value_has_no_error():
     assert estimate([2.5]).error is None
 
 
-def test_a_comparison_by_hand():
-    found = compare({0: 1.0, 1: 2.0, 2: 6.0}, {2: 4.0, 0: 0.0, 1: 2.0})
+def test_a_difference_by_hand():
+    result = paired_difference({0: 1.0, 1: 2.0, 2: 6.0}, {2: 4.0, 0: 0.0, 1: 2.0})
     # Differences 1, 0, 2: mean 1, sample deviation 1, standard error 1 / sqrt(3), t = sqrt(3).
-    assert (found.difference, found.pairs) == (1.0, 3)
-    assert found.error == pytest.approx(1 / math.sqrt(3), rel=1e-15)
+    assert (result.mean, result.pairs) == (1.0, 3)
+    assert result.error == pytest.approx(1 / math.sqrt(3), rel=1e-15)
     # With two degrees of freedom the tail beyond t is 1 - t / sqrt(2 + t**2), both sides together.
-    assert found.p == pytest.approx(1 - math.sqrt(3) / math.sqrt(5), rel=1e-12)
-    assert found.below_noise  # 1 < 2 / sqrt(3)
+    assert result.p == pytest.approx(1 - math.sqrt(3) / math.sqrt(5), rel=1e-12)
+    assert result.below_noise  # 1 < 2 / sqrt(3)
 
 
-def test_a_comparison_is_scipys_paired_test():
+def test_a_difference_is_scipys_paired_test():
     draw = random.Random(0)
-    one, other = ({seed: draw.gauss(0, 1) for seed in range(7)} for _ in range(2))
-    expected = stats.ttest_rel(list(one.values()), list(other.values()))
-    found = compare(one, other)
-    assert found.p == pytest.approx(expected.pvalue, rel=1e-12)
-    assert found.difference / found.error == pytest.approx(expected.statistic, rel=1e-12)
+    values, others = ({seed: draw.gauss(0, 1) for seed in range(7)} for _ in range(2))
+    expected = stats.ttest_rel(list(values.values()), list(others.values()))
+    result = paired_difference(values, others)
+    assert result.p == pytest.approx(expected.pvalue, rel=1e-12)
+    assert result.mean / result.error == pytest.approx(expected.statistic, rel=1e-12)
 
 
 def test_only_common_seeds_are_compared():
-    assert compare({0: 1.0, 1: 3.0, 5: 99.0}, {1: 1.0, 0: 0.0, 7: -99.0}) == compare({0: 1.0, 1: 3.0}, {0: 0.0, 1: 1.0})
+    assert paired_difference({0: 1.0, 1: 3.0, 5: 99.0}, {1: 1.0, 0: 0.0, 7: -99.0}) == paired_difference(
+        {0: 1.0, 1: 3.0}, {0: 0.0, 1: 1.0}
+    )
 
 
 def test_fewer_than_two_common_seeds_have_no_p():
-    one = compare({0: 3.0, 1: 2.0}, {0: 1.0})
-    assert (one.difference, one.error, one.p, one.pairs, one.below_noise) == (2.0, None, None, 1, None)
-    none = compare({0: 3.0}, {1: 1.0})
-    assert (none.difference, none.error, none.p, none.pairs, none.below_noise) == (None, None, None, 0, None)
+    single = paired_difference({0: 3.0, 1: 2.0}, {0: 1.0})
+    assert (single.mean, single.error, single.p, single.pairs, single.below_noise) == (2.0, None, None, 1, None)
+    none = paired_difference({0: 3.0}, {1: 1.0})
+    assert (none.mean, none.error, none.p, none.pairs, none.below_noise) == (None, None, None, 0, None)
 
 
 def test_equal_differences_have_no_p():
-    same = compare({0: 1.0, 1: 2.0}, {0: 1.0, 1: 2.0})
-    assert (same.difference, same.error, same.p, same.below_noise) == (0.0, 0.0, None, True)
-    shifted = compare({0: 2.0, 1: 3.0}, {0: 1.0, 1: 2.0})
-    assert (shifted.difference, shifted.error, shifted.p, shifted.below_noise) == (1.0, 0.0, None, False)
+    same = paired_difference({0: 1.0, 1: 2.0}, {0: 1.0, 1: 2.0})
+    assert (same.mean, same.error, same.p, same.below_noise) == (0.0, 0.0, None, True)
+    shifted = paired_difference({0: 2.0, 1: 3.0}, {0: 1.0, 1: 2.0})
+    assert (shifted.mean, shifted.error, shifted.p, shifted.below_noise) == (1.0, 0.0, None, False)
 
 
 def test_deviations_are_pooled_by_degrees_of_freedom():

@@ -1,4 +1,4 @@
-"""From workdirs to a table and back: what a row says, what counts once, what is not known."""
+"""From workdirs to a table and back."""
 
 import json
 import shutil
@@ -10,8 +10,10 @@ from ml_collections import ConfigDict
 
 from sparsejax import config as configs
 from sparsejax.account import account_model
+from sparsejax.overrides import describe_overrides, shorten_keys
 from sparsejax.report import ReportError, read, write
-from sparsejax.report.table import describe, shorten
+from sparsejax.workdir import Workdir
+from tests.messages import rejects
 from tests.report.workdirs import TOKENS, dump, settings_of, write_sweep, write_workdir
 
 FULL, LOCAL = "2x(full)", "2x(local)"
@@ -29,16 +31,16 @@ def sweep(tmp_path_factory):
     return write_sweep(tmp_path_factory.mktemp("sweep") / "sweep", VALUES)
 
 
-def assert_same(one, other):
-    pd.testing.assert_frame_equal(one.runs, other.runs, check_exact=True)
-    pd.testing.assert_frame_equal(one.curves, other.curves, check_exact=True)
-    assert one.settings == other.settings
+def assert_same(results, expected):
+    pd.testing.assert_frame_equal(results.runs, expected.runs, check_exact=True)
+    pd.testing.assert_frame_equal(results.curves, expected.curves, check_exact=True)
+    assert results.settings == expected.settings
 
 
 def test_a_row_says_what_a_run_is_and_what_it_costs(sweep):
     results = read([sweep])
     row = results.runs.iloc[2]
-    config = configs.check(settings_of(f"model.schedule={LOCAL}"))
+    config = configs.check(settings_of({"model.schedule": LOCAL}))
     layers, rest = account_model(config.model, config.data.length)
     account = sum(layers, rest)
     assert row["label":"model.schedule"].tolist() == ["local", 0, "finished", 20, LOCAL]
@@ -52,7 +54,7 @@ def test_a_row_says_what_a_run_is_and_what_it_costs(sweep):
     assert row["device":"git"].tolist() == ["1 x cpu", "3.11.7", "0.10.2", "abc123"]
     assert row["config"] == "configs/recipe.py"
     assert json.loads(row["overrides"]) == {"model.schedule": LOCAL, "train.seed": 0}
-    assert row["digest"] == configs.digest(settings_of(f"model.schedule={LOCAL}"))
+    assert row["digest"] == configs.digest(settings_of({"model.schedule": LOCAL}))
     assert row["corpus"] == "c0ffee"
     assert (sweep / "runs" / row["name"]).is_dir()
 
@@ -107,7 +109,7 @@ def test_the_same_run_from_two_places_counts_once(sweep, tmp_path):
     assert sorted(results.runs["run"]) == sorted(once.runs["run"])
     assert set(results.runs["label"]) == {"full", "local"}  # the sweep's names win
     assert len(results.curves) == len(once.curves)
-    assert any("more than one place" in note for note in results.notes)
+    assert any("duplicates" in note for note in results.notes)
 
 
 def test_sittings_are_put_together(tmp_path):
@@ -137,8 +139,8 @@ def test_runs_on_other_data_are_other_runs(tmp_path):
 
 def test_workdirs_without_a_sweep_are_named_by_what_differs(tmp_path):
     for seed in (0, 1):
-        write_workdir(tmp_path / f"a{seed}", settings_of(f"train.seed={seed}", "model.width=16"), 2.0)
-        write_workdir(tmp_path / f"b{seed}", settings_of(f"train.seed={seed}", "model.width=32"), 2.0)
+        write_workdir(tmp_path / f"a{seed}", settings_of({"train.seed": seed, "model.width": 16}), 2.0)
+        write_workdir(tmp_path / f"b{seed}", settings_of({"train.seed": seed, "model.width": 32}), 2.0)
     results = read([tmp_path])
     assert results.keys == ["model.width"]
     assert results.runs["model.width"].tolist() == [16, 16, 32, 32]
@@ -153,9 +155,9 @@ def test_a_single_workdir_is_named_by_its_folder(tmp_path):
 
 def test_phases_are_counted_one_by_one(tmp_path):
     """Five steps of the recipe's rows, then up to step ten of half of them that are twice as long."""
-    settings = settings_of("train.steps=20")
-    long = ["data.length=64", "train.batch=2"]
-    settings.train.phases = ConfigDict({"long": {"start": 5, "set": tuple(long)}})
+    settings = settings_of({"train.steps": 20})
+    long = {"data": {"length": 64}, "train": {"batch": 2}}
+    settings.train.phases = ConfigDict({"long": {"start": 5, "set": long}})
     row = read([write_workdir(tmp_path / "mine", settings, step=10)]).runs.iloc[0]
     short, longer = (
         sum(layers, rest)
@@ -167,17 +169,18 @@ def test_phases_are_counted_one_by_one(tmp_path):
 
 
 def test_an_encoder_has_no_cache(tmp_path):
-    more = ["model.causal=false", "data.objective=masked", "model.vocab=257", "model.schedule=full"]
-    more += ["model.layers.full.mixer.pattern=full"]
-    runs = read([write_workdir(tmp_path / "mine", settings_of(*more), 2.0)]).runs
+    overrides = {"model.causal": False, "data.objective": "masked", "model.vocab": 257, "model.schedule": "full"}
+    overrides |= {"model.layers.full.mixer.pattern": "full"}
+    runs = read([write_workdir(tmp_path / "mine", settings_of(overrides), 2.0)]).runs
     assert pd.isna(runs["cache_bytes"][0])
     assert runs["parameters"][0] > 0
 
 
 def test_a_workdir_that_has_only_begun_is_unfinished(tmp_path):
     write_workdir(tmp_path / "mine", settings_of(), 2.0)
-    for name in ("result.json", "metrics.jsonl", "timing.jsonl", "versions.json", "data.json"):
-        (tmp_path / "mine" / name).unlink()
+    workdir = Workdir(tmp_path / "mine")
+    for file in (workdir.result, workdir.metrics, workdir.timing, workdir.versions, workdir.data):
+        file.unlink()
     row = read([tmp_path / "mine"]).runs.iloc[0]
     assert (row["status"], row["step"], row["device"]) == ("unfinished", 0, "")
     assert pd.isna(row["seconds"])
@@ -193,7 +196,7 @@ def test_a_last_line_that_was_cut_short_is_left_out(tmp_path):
 @pytest.mark.parametrize("name", ["pandas", "pyarrow"])
 def test_a_missing_library_is_named_with_its_extra(tmp_path, monkeypatch, name):
     monkeypatch.setitem(sys.modules, name, None)
-    with pytest.raises(ReportError, match=r"sparsejax\[report\]"):
+    with rejects(ReportError, "report"):
         read([tmp_path])
 
 
@@ -206,10 +209,10 @@ def test_where_a_run_was_resumed_elsewhere_both_places_are_told(tmp_path):
 
 
 def test_keys_are_as_short_as_they_can_be_told():
-    assert shorten(["model.width", "train.seed"]) == {"model.width": "width", "train.seed": "seed"}
-    assert shorten(["a.mlp.width", "b.mlp.width"]) == {"a.mlp.width": "a.mlp.width", "b.mlp.width": "b.mlp.width"}
-    assert shorten(["model.width", "model.layers.a.mlp.width"]) == {
+    assert shorten_keys(["model.width", "train.seed"]) == {"model.width": "width", "train.seed": "seed"}
+    assert shorten_keys(["a.mlp.width", "b.mlp.width"]) == {"a.mlp.width": "a.mlp.width", "b.mlp.width": "b.mlp.width"}
+    assert shorten_keys(["model.width", "model.layers.a.mlp.width"]) == {
         "model.width": "model.width",
         "model.layers.a.mlp.width": "mlp.width",
     }
-    assert describe({"model.width": 8, "model.schedule": "full"}) == "width=8, schedule=full"
+    assert describe_overrides({"model.width": 8, "model.schedule": "full"}) == "width=8, schedule=full"

@@ -1,4 +1,4 @@
-"""Workdirs as `train` leaves them and sweeps as they are recorded, written by hand: nothing is trained."""
+"""Workdirs and records of sweeps as the program writes them, without training."""
 
 import json
 
@@ -17,7 +17,7 @@ def dump(path, value):
 
 
 def write_workdir(workdir, settings, value=None, metric="eval/bits_per_byte", step=20, speed=4.0):
-    """A run that has come to `step`, and has ended if there is a `value`; returns its folder."""
+    """Writes a run that has reached `step`, and has ended if there is a `value`; returns its folder."""
     workdir.mkdir(parents=True)
     dump(workdir / "config.json", settings.to_dict())
     dump(workdir / "versions.json", [VERSIONS])
@@ -34,14 +34,14 @@ def write_workdir(workdir, settings, value=None, metric="eval/bits_per_byte", st
     return workdir
 
 
-def settings_of(*overrides):
+def settings_of(overrides=None):
     return configs.load(str(runs.RECIPE), overrides)
 
 
 def write_sweep(folder, values, metric="eval/bits_per_byte"):
-    """A sweep with a run for each key of `values`, which are label, schedule and seed.
+    """Writes a sweep with a run per key of `values`: label, schedule and seed.
 
-    A value is the metric at the end; None is a run that was stopped, and "planned" one that has not started.
+    A value is the final metric; None stands for a stopped run, and "planned" for one that has not started.
     """
     sweep = [{"label": label, "model.schedule": schedule, "train.seed": seed} for label, schedule, seed in values]
     planned = plan_runs(str(runs.RECIPE), sweep)
@@ -51,5 +51,5 @@ def write_sweep(folder, values, metric="eval/bits_per_byte"):
     for run, value in zip(planned, values.values(), strict=True):
         if value != "planned":
             step = 10 if value is None else 20
-            write_workdir(run.workdir(folder), ConfigDict(run.settings), value, metric, step)
+            write_workdir(run.workdir(folder).path, ConfigDict(run.settings), value, metric, step)
     return folder

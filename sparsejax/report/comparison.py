@@ -1,0 +1,196 @@
+"""The comparison of runs in one metric: groups of runs, the baseline, and verdicts."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import re
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+from sparsejax import metrics
+from sparsejax.overrides import describe_overrides
+from sparsejax.report import statistics
+from sparsejax.report.statistics import Difference, Estimate, paired_difference
+from sparsejax.report.table import COSTS, FINISHED, ReportError, Results, column_names
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+# The default metric is the first of these that the runs have.
+MAIN = (metrics.BITS_PER_CHARACTER, metrics.BITS_PER_BYTE, metrics.ACCURACY, metrics.EVAL_LOSS)
+SIGNIFICANCE = 0.05  # p from which a difference may well be chance
+SUGGESTIONS = 3  # names that are offered for an unknown one
+
+
+@dataclasses.dataclass(frozen=True)
+class Group:
+    """Runs whose mean is taken: those with one label, or with equal values of the requested keys.
+
+    Attributes:
+      label: Name of the group.
+      runs: Their rows in the table; all are finished and have the metric.
+      values: The metric by seed; the mean if several runs have a seed.
+      difference: From the baseline; None for the baseline itself.
+    """
+
+    label: str
+    runs: pd.DataFrame
+    values: dict[int, float]
+    difference: Difference | None = None
+
+    @property
+    def estimate(self) -> Estimate:
+        """The metric over seeds."""
+        return statistics.estimate(self.values.values())
+
+    def mean(self, column: str) -> float:
+        """The mean of a column over the runs that have a value."""
+        return float(self.runs[column].astype(float).mean())
+
+
+@dataclasses.dataclass(frozen=True)
+class Comparison:
+    """Results, grouped and compared in one metric.
+
+    Attributes:
+      results: All runs.
+      metric: A column of the table.
+      lower: Whether lower is better.
+      by: The keys by which runs are grouped; empty for labels.
+      groups: In the order of their first runs.
+      baseline: The group that others are compared with.
+      noise: Standard deviation over the seeds of a group, pooled over all groups.
+    """
+
+    results: Results
+    metric: str
+    lower: bool
+    by: tuple[str, ...]
+    groups: tuple[Group, ...]
+    baseline: Group
+    noise: float | None
+
+    @property
+    def best(self) -> Group:
+        """The group with the best mean."""
+        return sorted(self.groups, key=lambda group: group.estimate.mean, reverse=not self.lower)[0]
+
+    @property
+    def unfinished(self) -> pd.DataFrame:
+        """Rows of the runs that have not ended."""
+        return self.results.runs[self.results.runs["status"] != FINISHED]
+
+    @property
+    def without_value(self) -> pd.DataFrame:
+        """Rows of the finished runs without a value of the metric, such as after a loss that was not finite."""
+        runs = self.results.runs
+        return runs[(runs["status"] == FINISHED) & runs[self.metric].isna()]
+
+    def verdict(self, difference: Difference | None) -> str:
+        """A difference from the baseline in words."""
+        if difference is None:
+            return "baseline"
+        if difference.mean is None or difference.below_noise is None:
+            return "too few seeds"
+        if difference.below_noise:
+            return "below noise"
+        word = "better" if (difference.mean < 0) == self.lower else "worse"
+        # With few seeds, twice the standard error is exceeded by chance more often than it seems.
+        return word if difference.p is None or difference.p < SIGNIFICANCE else f"perhaps {word}"
+
+
+def compare(
+    results: Results, metric: str | None = None, baseline: str | None = None, by: Sequence[str] = ()
+) -> Comparison:
+    """Groups runs and compares the groups.
+
+    Args:
+      results: Runs, from `table.read`.
+      metric: A column, or `COLUMN:min` or `COLUMN:max`; defaults to the first of `MAIN` that the runs have.
+      baseline: Label of a group; defaults to the first.
+      by: Keys of the configuration, or the ends of keys, by which runs are grouped; defaults to labels.
+
+    Raises:
+      ReportError: No run has finished, or a metric, baseline or key is unknown.
+    """
+    finished = results.runs[results.runs["status"] == FINISHED]
+    if finished.empty:
+        raise ReportError("inputs", f"none of {len(results.runs)} runs has finished")
+    name, lower = _choose_metric(finished, metric)
+    counted = finished[finished[name].notna()]
+    if counted.empty:
+        raise ReportError("metric", f"{name} has no value in any of the {len(finished)} finished runs")
+    keys = tuple(_resolve_key(key, results.keys) for key in by)
+    labels = counted["label"]
+    if keys:
+        labels = counted[list(keys)].astype(object).apply(lambda row: describe_overrides(row.to_dict()), axis=1)
+    groups = [
+        Group(
+            str(label), runs, {int(str(seed)): float(mean) for seed, mean in runs.groupby("seed")[name].mean().items()}
+        )
+        for label, runs in counted.groupby(labels, sort=False)
+    ]
+    reference = groups[0] if baseline is None else _find_group(baseline, groups)
+    compared = [
+        group
+        if group is reference
+        else dataclasses.replace(group, difference=paired_difference(group.values, reference.values))
+        for group in groups
+    ]
+    noise = statistics.pool_deviations([list(group.values.values()) for group in groups])
+    return Comparison(results, name, lower, keys, tuple(compared), reference, noise)
+
+
+def _choose_metric(finished: pd.DataFrame, requested: str | None) -> tuple[str, bool]:
+    """The column, and whether lower is better."""
+    if requested is None:
+        available = [name for name in MAIN if name in finished and finished[name].notna().any()]
+        complete = [name for name in available if finished[name].notna().all()]
+        if not available:
+            nearest = ", ".join(_nearest("", _metrics(finished)))
+            raise ReportError("metric", f"the runs have none of {', '.join(MAIN)}; name one of {nearest}")
+        name = (complete or available)[0]
+        return name, metrics.direction(name) == "min"
+    name, colon, direction = requested.partition(":")
+    if name not in _metrics(finished):
+        raise ReportError("metric", f"no {name!r}; the nearest are {', '.join(_nearest(name, _metrics(finished)))}")
+    if colon and direction not in ("min", "max"):
+        raise ReportError("metric", f"write {name}:min or {name}:max, got {requested!r}")
+    if not colon and metrics.direction(name) is None:
+        raise ReportError("metric", f"the direction of {name} is unknown; write {name}:min or {name}:max")
+    return name, (direction if colon else metrics.direction(name)) == "min"
+
+
+def _metrics(finished: pd.DataFrame) -> list[str]:
+    return [name for name in column_names(finished) if "/" in name or name in COSTS]
+
+
+def _nearest(name: str, known: Sequence[str]) -> list[str]:
+    return difflib.get_close_matches(name, known, n=SUGGESTIONS, cutoff=0)
+
+
+def _resolve_key(requested: str, keys: Sequence[str]) -> str:
+    matching = [key for key in keys if key == requested] or [key for key in keys if key.endswith(f".{requested}")]
+    if len(matching) == 1:
+        return matching[0]
+    if matching:
+        raise ReportError("by", f"{requested!r} is ambiguous: {', '.join(matching)}")
+    nearest = f"; the nearest are {', '.join(_nearest(requested, keys))}" if keys else ""
+    raise ReportError("by", f"the runs do not differ in a key {requested!r}{nearest}")
+
+
+def _find_group(label: str, groups: Sequence[Group]) -> Group:
+    for group in groups:
+        if group.label == label:
+            return group
+    nearest = ", ".join(map(repr, _nearest(label, [group.label for group in groups])))
+    raise ReportError("baseline", f"no finished run has the label {label!r}; the nearest are {nearest}")
+
+
+def natural_order(value: Any) -> tuple[Any, ...]:
+    """Sort key: numbers by size, texts by the numbers in them."""
+    if isinstance(value, int | float):
+        return (0, value)
+    parts = re.split(r"(\d+)", str(value))
+    return (1, *(part if i % 2 == 0 else int(part) for i, part in enumerate(parts)))
