@@ -66,10 +66,10 @@ def _read_literal(text: str) -> Any:
 
 
 def flatten(section: Mapping[str, Any], prefix: str = "") -> Overrides:
-    """Values of nested sections by dotted key."""
+    """Values of nested sections by dotted key; an empty section is a value."""
     overrides: Overrides = {}
     for key, value in section.items():
-        nested = flatten(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {f"{prefix}{key}": value}
+        nested = flatten(value, f"{prefix}{key}.") if isinstance(value, Mapping) and value else {f"{prefix}{key}": value}
         overrides |= nested
     return overrides
 

@@ -24,7 +24,7 @@ _counts: dict[str, int] = {}
 
 
 @contextlib.contextmanager
-def rejects(error: type[Exception], argument: str) -> Iterator[pytest.ExceptionInfo]:
+def rejects(error: type[Exception] | tuple[type[Exception], ...], argument: str) -> Iterator[pytest.ExceptionInfo]:
     """Expects `error` with a message of one line that names `argument`, and compares it with the golden file."""
     with pytest.raises(error) as caught:
         yield caught
