@@ -131,7 +131,7 @@ def main() -> int:
     for part, share in SHARES.items():
         for row in run_part(part, options, started + 60 * options.minutes * share):
             record[part].append(row)
-            print(f"{time.monotonic() - started:4.0f} s  {part}: {summarize(row)}", flush=True)
+            print(f"{time.monotonic() - started:4.0f} s  {part}: {': '.join(summarize(row))}", flush=True)
             save(record, options)
     record["gpu"]["after"] = describe_gpu()
     record["seconds"] = round(time.monotonic() - started)
@@ -470,17 +470,15 @@ def least_ratio(record: dict, contender: str, direction: str) -> float | None:
     return min(ratios, default=None)
 
 
-def summarize(row: dict) -> str:
-    """A row as one line of text."""
-    case = Case(**{field.name: row[field.name] for field in dataclasses.fields(Case)})
+def summarize(row: dict) -> tuple[str, str]:
+    """The case of a row and its result, each as text."""
+    case = str(Case(**{field.name: row[field.name] for field in dataclasses.fields(Case)}))
     if row["error"]:
-        return f"{case}: {row['error']}"
+        return case, row["error"]
     if "errors" in row:
-        return f"{case}: " + ", ".join(f"{name} {error:.1e}" for name, error in row["errors"].items())
-    times = "; ".join(
-        f"{name} {' + '.join(f'{ms:.3f}' for ms in passes.values())} ms" for name, passes in row["times"].items()
-    )
-    return f"{case}: {times}"
+        return case, ", ".join(f"{name} {error:.1e}" for name, error in row["errors"].items())
+    times = (f"{name} {' + '.join(f'{ms:.3f}' for ms in passes.values())} ms" for name, passes in row["times"].items())
+    return case, "; ".join(times)
 
 
 def write_table(record: dict) -> str:
@@ -510,8 +508,7 @@ def write_table(record: dict) -> str:
         lines.append(f"| {label} | {row['tiles_per_row']:.1f} | {' | '.join(cells)} | {' + '.join(rates)} |")
     lines += ["", "| check | largest error |", "| --- | --- |"]
     for row in record["check"]:
-        case, errors = summarize(row).rsplit(": ", 1)
-        lines.append(f"| {case.replace('|', chr(92) + '|')} | {errors} |")
+        lines.append(f"| {' | '.join(text.replace('|', chr(92) + '|') for text in summarize(row))} |")
     return "\n".join(lines) + "\n"
 
 

@@ -78,9 +78,11 @@ def test_ratios_and_goals():
     assert values["both passes, dense cuDNN / window 1024"] == 7.0
     assert values["forward, dense cuDNN / sparsejax, minimum over density <= 0.5"] == 7.0
     record |= {"gpu": {"before": None}, "date": "2026-01-01", "versions": {}}
+    record["check"] = [gpu_bench.describe(flex) | {"error": "ArithmeticError: out: error 1.0"}]
     assert "| causal & window(511), 16,384 x 16 heads of 128 | 4.9 | 1.000 + 2.500 |  | 1.500 + 2.000 |" in (
         gpu_bench.write_table(record)
     )
+    assert "heads of 128 | ArithmeticError: out: error 1.0 |" in gpu_bench.write_table(record)
     assert "not measured" in gpu_bench.write_table(record | {"time": [], "flex": []})
 
 

@@ -108,7 +108,10 @@ class Outputs(NamedTuple):
 
 
 class SharedMemory(NamedTuple):
-    """Shared memory and barriers of a block; None for what a kernel does not have."""
+    """Shared memory and barriers of a block; None for what a kernel does not have.
+
+    Fields are in the order of allocation, on which the assembler's schedule depends.
+    """
 
     factor: Any  # staging of a left factor in interpret mode
     planes_loaded: Any  # barriers
