@@ -414,5 +414,24 @@ def _comb(grid: TileGrid, rows: np.ndarray, stride: int, before: int, after: int
     return rows[index], first[index] + step * stride, last[index] + step * stride + 1
 
 
-INTERVALS = (Full, Causal, Window, Dilated, Strided, Fixed, Chunk, Sink, Prefix, Globals, GlobalKeys, GlobalQueries)
-NAMES: dict[str, type[Pattern]] = {cls.name: cls for cls in (*INTERVALS, Tiles, Random, BigBirdRandom, Shift)}
+NAMES: dict[str, type[Pattern]] = {
+    cls.name: cls
+    for cls in (
+        Full,
+        Causal,
+        Window,
+        Dilated,
+        Strided,
+        Fixed,
+        Chunk,
+        Sink,
+        Prefix,
+        Globals,
+        GlobalKeys,
+        GlobalQueries,
+        Tiles,
+        Random,
+        BigBirdRandom,
+        Shift,
+    )
+}

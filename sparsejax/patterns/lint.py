@@ -65,7 +65,10 @@ def _closed_set(names: str, reached: np.ndarray, position: int) -> Iterator[str]
     """The structure of the set of positions (int [n], ascending) that a position never leaves."""
     stride = math.gcd(*(reached - position).tolist())
     if stride > 1:
-        yield f"{names}: position {position:,} only receives inputs at multiples of {stride}; residues never mix"
+        yield (
+            f"{names}: position {position:,} only receives inputs at distances that are multiples of {stride};"
+            " residues never mix"
+        )
     elif len(reached) == reached[-1] - reached[0] + 1:
         yield (
             f"{names}: no layer crosses chunk boundaries; position {position:,} only receives tokens"
@@ -86,7 +89,7 @@ def _redundant_layers(layers: Layers, n: int) -> Iterator[str]:
     if first < len(layers):
         size = f"all {n:,}" if sizes[-1] == n else f"{sizes[-1]:,}"
         names = _name_layers(layers, range(first, len(layers)))
-        yield f"{names}: adds nothing to the receptive field of the last position, which is {size} inputs without"
+        yield f"{names}: no effect on the receptive field of the last position, which already has {size} inputs"
 
 
 def _causal_globals(layers: Layers, n: int) -> Iterator[str]:
