@@ -1,6 +1,6 @@
 """Patterns: which keys each query attends to, defined once. Requires NumPy only."""
 
-from sparsejax.patterns import receptive_field, recipes
+from sparsejax.patterns import receptive_field, recipes, testing
 from sparsejax.patterns.algebra import And, Minus, Multiset, Or, PerHead, Shift, per_head
 from sparsejax.patterns.base import FOREVER, Pattern, PatternError
 from sparsejax.patterns.drawing import Panel, draw_mask, draw_pattern, format_numbers
@@ -66,4 +66,5 @@ __all__ = [
     "plan_cache",
     "receptive_field",
     "recipes",
+    "testing",
 ]
