@@ -11,6 +11,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from sparsejax.config import ConfigError, ShardingConfig
 from sparsejax.errors import InputError
+from sparsejax.ops import verification
 from sparsejax.ops.kernels.mesh import HEAD_AXIS
 
 MESH_AXES = ("data", "fsdp", "tensor")
@@ -47,6 +48,7 @@ def initialize_distributed(address: str) -> None:
         jax.distributed.initialize(**cluster)
     except (ValueError, RuntimeError) as error:
         raise InputError("distributed", f"{address!r} cannot be used: {error}") from error
+    verification.agree()
 
 
 def is_coordinator() -> bool:

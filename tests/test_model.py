@@ -74,7 +74,7 @@ def differentiate(config: ModelConfig, parameters: dict):
     """A loss, the logits and the gradient."""
 
     def loss(parameters):
-        logits = Functional(config).bind(parameters)(TOKENS)
+        logits = Functional(config).bind(parameters)(jnp.asarray(TOKENS))
         return -jax.nn.log_softmax(logits)[:, :, 3].mean(), logits
 
     (value, logits), gradient = reference.fast_jit(jax.value_and_grad(loss, has_aux=True))(parameters)
@@ -107,7 +107,7 @@ def drop(config: ModelConfig, parameters: dict, seed: int):
 
     def loss(parameters):
         context = Context(extras=Extras(dropout=Dropout(jax.random.key(seed), 0.5)))
-        logits, _ = Functional(config).bind(parameters).forward(TOKENS, context)
+        logits, _ = Functional(config).bind(parameters).forward(jnp.asarray(TOKENS), context)
         return -jax.nn.log_softmax(logits)[:, :, 3].mean(), logits
 
     return reference.fast_jit(jax.grad(loss, has_aux=True))(parameters)[::-1]
@@ -154,7 +154,7 @@ def test_an_untied_post_norm_model_without_a_period_whose_logits_depend_on_the_p
     layer = dataclasses.replace(CONFIG.layers["ssm"], norm_position="post", norm=NormConfig(kind="layer", eps=1e-6))
     config = change(tied=False, schedule="ssm local", layers=CONFIG.layers | {"ssm": layer})
     held = fill(config)
-    tokens = np.arange(LENGTH)[None]  # every position has a row of the embedding to itself
+    tokens = jnp.arange(LENGTH)[None]  # every position has a row of the embedding to itself
     mix = np.random.default_rng(1).normal(size=VOCAB).astype(np.float32)
 
     def run(embedding):
@@ -176,7 +176,7 @@ def test_bfloat16_has_float32_parameters_gradients_and_logits(parameters):
 def test_bfloat16_is_close_and_its_logits_are_not_rounded():
     config = change(dtype="bfloat16", schedule="local")
     held = fill(config)
-    logits = jax.jit(lambda held: Functional(config).bind(held)(TOKENS))(held)
+    logits = jax.jit(lambda held: Functional(config).bind(held)(jnp.asarray(TOKENS)))(held)
     expected = reference.model(config, jax.tree.map(np.float64, held), TOKENS)
     np.testing.assert_allclose(logits, expected, atol=0.03 * np.abs(expected).max())
     assert (logits != logits.astype(jnp.bfloat16)).any()  # float32 ones, not bfloat16 ones made wider
@@ -197,7 +197,10 @@ def test_constrain_is_applied_to_the_stream_between_layers():
         seen.append(x.shape)
         return x
 
-    jax.eval_shape(lambda p: Functional(CONFIG).bind(p).forward(TOKENS, constrain=constrain), Functional(CONFIG).shapes)
+    jax.eval_shape(
+        lambda p: Functional(CONFIG).bind(p).forward(jnp.asarray(TOKENS), constrain=constrain),
+        Functional(CONFIG).shapes,
+    )
     assert seen == [(BATCH, LENGTH, WIDTH)] * 4  # the embedding, the period's two, full
 
 

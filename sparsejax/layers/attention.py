@@ -54,8 +54,8 @@ class AttentionConfig:
         if self.softcap is not None and self.softcap <= 0:
             raise InputError("softcap", f"{self.softcap} is not positive")
         require_choice(self, "impl", implementation_names())
-        parse_pattern(self.pattern, self.heads)
-        if self.global_projections and "global" in self.pattern:
+        pattern = parse_pattern(self.pattern, self.heads)
+        if self.global_projections and "global" in str(pattern):
             raise InputError(
                 "global_projections", f"they apply to run-time globals only, but the pattern is {self.pattern!r}"
             )
@@ -100,7 +100,7 @@ class Attention(nnx.Module):
         self.sinks = parameter(rngs, zeros, (config.heads,), (None,)) if config.sinks else None
         self.relative = Relative(config.heads, d, config.relative, rngs) if config.relative else None
 
-    def __call__(self, x: Float[Array, "b t m"], context: Context = EMPTY) -> Float[Array, "b t m"]:
+    def __call__(self, x: Float[Array, "b t inputs"], context: Context = EMPTY) -> Float[Array, "b t m"]:
         """Mixes a whole sequence.
 
         Raises:
@@ -122,7 +122,7 @@ class Attention(nnx.Module):
         return {"k": jnp.zeros(shape, dtype), "v": jnp.zeros(shape, dtype), "at": jnp.full(slots, -1, jnp.int32)}
 
     def step(
-        self, x: Float[Array, "b m"], cache: Cache, position: Int[Array, ""], length: int, context: Context = EMPTY
+        self, x: Float[Array, "b inputs"], cache: Cache, position: Int[Array, ""], length: int, context: Context = EMPTY
     ) -> tuple[Float[Array, "b m"], Cache]:
         """Mixes one more token, at `position` of at most `length`."""
         table, _ = patterns.plan_cache(self.pattern, length)

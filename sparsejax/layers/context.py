@@ -100,7 +100,7 @@ class Context:
         """Replaces the named fields of `extras`."""
         return dataclasses.replace(self, extras=dataclasses.replace(self.extras, **extras))
 
-    def dropout(self, x: Float[Array, "b t m"], branch: int = 0) -> Float[Array, "b t m"]:
+    def dropout(self, x: Float[Array, "*b m"], branch: int = 0) -> Float[Array, "*b m"]:
         """Applies dropout if there is any. The embedding and each branch of each layer have masks of their own."""
         if self.extras.dropout is None:
             return x

@@ -7,6 +7,7 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
 from sparsejax import patterns
@@ -21,7 +22,7 @@ class ShortConv(nnx.Module):
     """A causal depthwise convolution of a few taps, without activation. It does not cross document boundaries."""
 
     def __init__(
-        self, channels: int, taps: int, *, bias: bool, dtype: jnp.dtype, rngs: nnx.Rngs, axis: str | None = "inner"
+        self, channels: int, taps: int, *, bias: bool, dtype: DTypeLike, rngs: nnx.Rngs, axis: str | None = "inner"
     ):
         init = jax.nn.initializers.normal(taps**-0.5)
         self.weight = parameter(rngs, init, (taps, channels), (None, axis))

@@ -8,6 +8,7 @@ import math
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
 from sparsejax.errors import InputError, require_at_least, require_choice
@@ -161,7 +162,7 @@ class Delta(nnx.Module):
         gate = self.gate(x if self.gate_low is None else self.gate_low(x))
         return self.out(self.norm(y, gate.reshape(y.shape)).reshape(gate.shape))
 
-    def _init_dt(self, key: Array, shape: tuple[int, ...], dtype: jnp.dtype) -> Array:
+    def _init_dt(self, key: Array, shape: tuple[int, ...], dtype: DTypeLike) -> Array:
         return init_dt_bias(key, shape, dtype, self.config.dt_min, self.config.dt_max)
 
 

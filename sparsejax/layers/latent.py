@@ -16,7 +16,7 @@ from sparsejax.layers.norm import Norm, NormConfig
 from sparsejax.layers.protocols import Cache, implementation_names, parse_pattern
 from sparsejax.layers.rotary import RopeConfig, rotate
 from sparsejax.layers.stream import Cost, Linear, Stream, attention_cost, output_scale
-from sparsejax.ops import attend, attend_selected, decode_attend, index_scores, select_keys, top_keys
+from sparsejax.ops import attend, attend_selected, attention_flops, decode_attend, index_scores, select_keys, top_keys
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -184,7 +184,7 @@ class Latent(nnx.Module):
             return linear + attention
         kept = min(self.indexer.top_k, length)  # the first queries have fewer keys
         pairs = config.heads * (kept * length - kept * (kept - 1) // 2)
-        flops = 2.0 * (score_width + config.value_width) * pairs / length
+        flops = attention_flops(pairs, score_width, config.value_width) / length
         return linear + self.indexer.cost(self.pattern, length) + Cost(pairs, flops, attention.tiles)
 
     @property

@@ -14,7 +14,7 @@ from sparsejax.errors import InputError, require_at_least
 from sparsejax.layers.context import EMPTY, Context
 from sparsejax.layers.protocols import Cache, UnpatternedConfig
 from sparsejax.layers.stream import Cost, Linear, Stream, output_scale
-from sparsejax.ops import attend_hashed, decode_attend_hashed, hash_buckets
+from sparsejax.ops import attend_hashed, attention_flops, decode_attend_hashed, hash_buckets, hashed_pairs
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -112,11 +112,10 @@ class Lsh(nnx.Module):
     def cost(self, length: int) -> Cost:
         """Cost of the projections, the hashes and the scored pairs, including masked ones; without the sort."""
         config = self.config
-        rows = config.hashes * -(-length // config.chunk) * config.chunk
-        pairs = config.heads * rows * config.chunk * (config.before + 1 + config.after)
+        pairs = config.heads * hashed_pairs(length, config.hashes, config.chunk, config.before, config.after)
         linear = self.query_key.flops + self.value.flops + self.out.flops
         hashing = 2.0 * config.heads * config.hashes * config.head_width * (sum(config.buckets) // 2)
-        return Cost(pairs, linear + hashing + 4.0 * config.head_width * pairs / length)
+        return Cost(pairs, linear + hashing + attention_flops(pairs, config.head_width) / length)
 
     def _project(self, x: Array) -> tuple[Array, ...]:
         """Queries, which are also the keys, and values."""

@@ -8,6 +8,7 @@ import math
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
 from sparsejax.errors import InputError, require_at_least
@@ -105,7 +106,7 @@ class Mamba(nnx.Module):
         y = y + u * self.skip[...].astype(u.dtype)
         return self.out(y * jax.nn.silu(self.gate(x)))
 
-    def _init_dt(self, key: Array, shape: tuple[int, ...], dtype: jnp.dtype) -> Array:
+    def _init_dt(self, key: Array, shape: tuple[int, ...], dtype: DTypeLike) -> Array:
         return init_dt_bias(key, shape, dtype, self.config.dt_min, self.config.dt_max)
 
 
@@ -115,12 +116,12 @@ def require_dt_range(low: float, high: float) -> None:
         raise InputError("dt_min", f"{low} is not positive and at most dt_max = {high}")
 
 
-def init_dt_bias(key: Array, shape: tuple[int, ...], dtype: jnp.dtype, low: float, high: float) -> Array:
+def init_dt_bias(key: Array, shape: tuple[int, ...], dtype: DTypeLike, low: float, high: float) -> Array:
     """Biases whose softplus is log-uniform in [`low`, `high`]."""
     dt = jnp.exp(jax.random.uniform(key, shape, dtype, math.log(low), math.log(high)))
     return dt + jnp.log(-jnp.expm1(-dt))
 
 
-def _init_s4d_decay(key: Array, shape: tuple[int, ...], dtype: jnp.dtype) -> Array:
+def _init_s4d_decay(key: Array, shape: tuple[int, ...], dtype: DTypeLike) -> Array:
     """Logarithm of -A, with A[d, n] = -(n + 1) (S4D-Real, arXiv:2206.11893)."""
     return jnp.broadcast_to(jnp.log(jnp.arange(1, shape[1] + 1, dtype=dtype)), shape)

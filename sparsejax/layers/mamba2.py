@@ -7,6 +7,7 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
 from sparsejax.errors import InputError, require_at_least
@@ -156,10 +157,10 @@ class Mamba2(nnx.Module):
         first = not config.norm_before_gate
         return GatedNorm(config.inner, eps, rngs, groups=config.norm_groups, gate_first=first)
 
-    def _init_dt(self, key: Array, shape: tuple[int, ...], dtype: jnp.dtype) -> Array:
+    def _init_dt(self, key: Array, shape: tuple[int, ...], dtype: DTypeLike) -> Array:
         return init_dt_bias(key, shape, dtype, self.config.dt_min, self.config.dt_max)
 
 
-def init_log_decay(key: Array, shape: tuple[int, ...], dtype: jnp.dtype) -> Array:
+def init_log_decay(key: Array, shape: tuple[int, ...], dtype: DTypeLike) -> Array:
     """Logarithm of -A, with -A uniform in [1, 16]."""
     return jnp.log(jax.random.uniform(key, shape, dtype, 1.0, 16.0))

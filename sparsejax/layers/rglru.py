@@ -7,6 +7,7 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int
 
 from sparsejax.errors import InputError, require_at_least
@@ -131,7 +132,7 @@ class RgLru(nnx.Module):
     def _project_out(self, x: Array, y: Array) -> Array:
         return self.out(jax.nn.gelu(self.gate(x)) * y.astype(x.dtype))
 
-    def _init_decay(self, key: Array, shape: tuple[int, ...], dtype: jnp.dtype) -> Array:
+    def _init_decay(self, key: Array, shape: tuple[int, ...], dtype: DTypeLike) -> Array:
         """Parameters for which exp(-power softplus(decay)) is uniform in [decay_min, decay_max]."""
         kept = jax.random.uniform(key, shape, dtype, self.config.decay_min, self.config.decay_max)
         return jnp.log(jnp.expm1(-jnp.log(kept) / self.config.power))

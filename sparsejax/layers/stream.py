@@ -9,8 +9,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
+from sparsejax.ops import attention_flops
 from sparsejax.patterns import Pattern
 
 
@@ -20,7 +22,7 @@ class Stream:
 
     width: int  # m
     depth: int  # number of layers; output projections are initialized smaller in deeper models
-    dtype: jnp.dtype  # of the computation; parameters are float32
+    dtype: DTypeLike  # of the computation; parameters are float32
     reversible: bool = False  # two streams side by side, see `Layer`
     shared: Mapping[str, Any] = dataclasses.field(default_factory=dict)  # SharedConfig by name, see `layers.shared`
 
@@ -61,13 +63,11 @@ class Cost:
 
 
 def attention_cost(pattern: Pattern, length: int, *, heads: int, score_width: int, value_width: int) -> Cost:
-    """Cost of softmax attention without projections, over `length` tokens.
-
-    A pair takes 2 FLOPs per element of the scored vectors and 2 per element of the value.
-    """
+    """Cost of softmax attention without projections, over `length` tokens."""
     copies = heads if pattern.heads is None else 1
     pairs, (live, tiles) = copies * pattern.pairs(length), pattern.tiles(length)
-    return Cost(pairs, 2.0 * (score_width + value_width) * pairs / max(length, 1), (copies * live, copies * tiles))
+    flops = attention_flops(pairs, score_width, value_width) / max(length, 1)
+    return Cost(pairs, flops, (copies * live, copies * tiles))
 
 
 class Linear(nnx.Module):
@@ -79,7 +79,7 @@ class Linear(nnx.Module):
         outputs: int,
         axes: tuple[str | None, str | None],
         *,
-        dtype: jnp.dtype,
+        dtype: DTypeLike,
         rngs: nnx.Rngs,
         bias: bool = False,
         scale: float = 1.0,

@@ -178,7 +178,7 @@ def test_a_mixer_may_read_more_than_the_stream_has():
     wide = np.random.default_rng(3).normal(size=(2, LENGTH, 17)).astype(np.float32)
     config = dataclasses.replace(CONFIG, gate=True)
     module = reference.fill(lambda: Attention(config, Stream(WIDTH, 1, jnp.float32), nnx.Rngs(0), inputs=17))
-    y = module(wide)
+    y = module(jnp.asarray(wide))
     assert y.shape == X.shape
     assert_close("attention", y, reference.attention(config, reference.weights(module), wide), "float32")
 
@@ -205,22 +205,25 @@ BOTH_WAYS = {"pattern": "window(2, 3)", "bias": True, "out_bias": True}
 )
 def test_global_tokens_of_the_batch(change, known):
     config = dataclasses.replace(CONFIG, **BOTH_WAYS | change)
-    module, context = build(config), Context(Tokens(**known), Extras(globals=jnp.asarray(GLOBALS)))
+    module, context = (
+        build(config),
+        Context(Tokens(**jax.tree.map(jnp.asarray, known)), Extras(globals=jnp.asarray(GLOBALS))),
+    )
     expected = reference.attention(config, reference.weights(module), X, tokens=TOKENS, **known)
     assert_close("attention", jax.jit(lambda x: module(x, context))(X), expected, "float32")
 
 
 def test_gradients_of_global_tokens_equal_the_reference():
     config = dataclasses.replace(CONFIG, **BOTH_WAYS, global_projections=True)
-    context = Context(Tokens(mask=MASK), Extras(globals=jnp.asarray(GLOBALS)))
+    context = Context(Tokens(mask=jnp.asarray(MASK)), Extras(globals=jnp.asarray(GLOBALS)))
     check_gradients(build(config), lambda w, x: reference.attention(config, w, x, mask=MASK, tokens=TOKENS), context)
 
 
 def test_no_global_token_in_the_batch_is_as_if_there_were_none():
     config = dataclasses.replace(CONFIG, **BOTH_WAYS, global_projections=True)
     module = build(config)
-    none = module(X, Context(extras=Extras(globals=jnp.full((2, 3), -1))))
-    assert_close("attention", none, module(X), "float32")
+    none = module(jnp.asarray(X), Context(extras=Extras(globals=jnp.full((2, 3), -1))))
+    assert_close("attention", none, module(jnp.asarray(X)), "float32")
 
 
 def test_global_tokens_take_no_array_of_all_pairs():
@@ -241,13 +244,13 @@ def test_global_tokens_take_no_array_of_all_pairs():
 def test_rejects_run_time_globals_beside(change):
     module = build(dataclasses.replace(CONFIG, **BOTH_WAYS | change))
     with rejects(InputError, "globals"):
-        module(X, Context(extras=Extras(globals=jnp.asarray(GLOBALS))))
+        module(jnp.asarray(X), Context(extras=Extras(globals=jnp.asarray(GLOBALS))))
 
 
 @pytest.mark.parametrize("change", [{}, *OPTIONS[3:6]], ids=str)
 def test_padding_and_documents(change):
     config = dataclasses.replace(CONFIG, **change)
     module = build(config)
-    expected = reference.attention(config, reference.weights(module), X, mask=MASK, segments=SEGMENTS)
-    y = jax.jit(lambda x: module(x, Context(Tokens(mask=MASK, segments=SEGMENTS))))(X)
+    expected = reference.attention(config, reference.weights(module), X, mask=MASK, segments=jnp.asarray(SEGMENTS))
+    y = jax.jit(lambda x: module(x, Context(Tokens(mask=jnp.asarray(MASK), segments=jnp.asarray(SEGMENTS)))))(X)
     assert_close("attention", y, expected, "float32")

@@ -88,7 +88,7 @@ def test_padding_on_the_left_changes_nothing(config):
     module, pad = build(config), 5
     mask = np.ones((2, LENGTH), bool)
     mask[0, :pad] = False
-    y = jax.jit(lambda x: module(x, Context(Tokens(mask=mask))))(X)
+    y = jax.jit(lambda x: module(x, Context(Tokens(mask=jnp.asarray(mask)))))(X)
     expected = delta(config, reference.weights(module), X[:1, pad:])
     assert_close("real tokens", y[:1, pad:], expected, "float32")
 
@@ -97,7 +97,7 @@ def test_padding_between_tokens_does_what_zeros_do():
     module = build(KIMI)
     mask = np.ones((2, LENGTH), bool)
     mask[:, 9:12] = False
-    y = jax.jit(lambda x: module(x, Context(Tokens(mask=mask))))(X)
+    y = jax.jit(lambda x: module(x, Context(Tokens(mask=jnp.asarray(mask)))))(X)
     zeros = np.where(mask[..., None], X, 0)
     far = 12 + KIMI.conv - 1  # behind the taps, which see the tokens before the padding in one case alone
     with_zeros = jax.jit(lambda x: module(x))(zeros)
@@ -110,7 +110,7 @@ def test_documents_are_apart(config):
     module, cut = build(config), 10
     segments = np.zeros((2, LENGTH), np.int32)
     segments[:, cut:] = 1
-    y = jax.jit(lambda x: module(x, Context(Tokens(segments=segments))))(X)
+    y = jax.jit(lambda x: module(x, Context(Tokens(segments=jnp.asarray(segments)))))(X)
     w = reference.weights(module)
     assert_close("first", y[:, :cut], delta(config, w, X[:, :cut]), "float32")
     assert_close("second", y[:, cut:], delta(config, w, X[:, cut:]), "float32")

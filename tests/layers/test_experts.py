@@ -98,7 +98,9 @@ def test_equals_the_reference_whole_and_in_steps(change):
 def test_losses_are_weighted_and_do_not_count_padding():
     module, bare = build(balance_weight=0.5, router_z_weight=0.25), build()
     mask = np.array([[True] * 9, [True] * 4 + [False] * 5])
-    (y, losses), (same, _) = jax.jit(lambda: (module(X, Context(Tokens(mask=jnp.asarray(mask)))), bare(X)))()
+    (y, losses), (same, _) = jax.jit(
+        lambda: (module(jnp.asarray(X), Context(Tokens(mask=jnp.asarray(mask)))), bare(jnp.asarray(X)))
+    )()
     np.testing.assert_array_equal(y, same)
     logits = X[mask].astype(np.float64) @ reference.weights(module)["router"]["weight"]
     scores = softmax(logits)
@@ -138,7 +140,7 @@ def test_a_model_of_experts_adds_up_their_losses_and_has_gradients_scanned_or_no
             parameters |= {name: found[0][2][name] for name in ("embedding", "norm")}
 
         def total(parameters, model=model):
-            logits, losses = model.bind(parameters).forward(tokens)
+            logits, losses = model.bind(parameters).forward(jnp.asarray(tokens))
             return logits.sum() + losses["balance"], losses["balance"]
 
         (value, balance), gradient = reference.fast_jit(jax.value_and_grad(total, has_aux=True))(parameters)
@@ -166,7 +168,7 @@ def test_the_selection_bias_is_not_trained():
     graph, parameters = nnx.split(module)
 
     def total(parameters):
-        y, losses = nnx.merge(graph, parameters)(X)
+        y, losses = nnx.merge(graph, parameters)(jnp.asarray(X))
         return (y**2).sum() + losses["balance"]
 
     gradient = nnx.to_pure_dict(reference.fast_jit(jax.grad(total))(parameters))

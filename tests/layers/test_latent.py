@@ -142,7 +142,7 @@ def test_documents_do_not_see_each_other_and_nobody_sees_padding(config):
 
 def test_the_indexer_gets_no_gradient_and_all_else_does():
     graph, parameters = nnx.split(build(SPARSE))
-    gradient = jax.jit(jax.grad(lambda p: (nnx.merge(graph, p)(X) ** 2).sum()))(parameters)
+    gradient = jax.jit(jax.grad(lambda p: (nnx.merge(graph, p)(jnp.asarray(X)) ** 2).sum()))(parameters)
     gradient = nnx.to_pure_dict(gradient)
     assert not any(np.any(leaf) for leaf in jax.tree.leaves(gradient.pop("indexer")))
     assert all(np.abs(leaf).max() > 0 for leaf in jax.tree.leaves(gradient))
@@ -215,4 +215,4 @@ def test_rejects_an_empty_indexer_and_run_time_globals():
     with rejects(InputError, "top_k"):
         IndexerConfig(heads=4, width=6, top_k=0)
     with rejects(InputError, "globals"):
-        build(CONFIG)(X, Context(extras=Extras(globals=jnp.zeros((2, 1), jnp.int32))))
+        build(CONFIG)(jnp.asarray(X), Context(extras=Extras(globals=jnp.zeros((2, 1), jnp.int32))))

@@ -121,7 +121,7 @@ def test_a_reversible_layer_can_be_undone():
 def test_dropout_is_of_what_a_branch_adds_and_not_of_the_stream(position):
     layer = build(mixer=None, norm_position=position)
     context = Context(extras=Extras(dropout=Dropout(jax.random.key(0), 0.25)))
-    added, dropped = (np.asarray(layer(X, one)[0]) - X for one in (Context(), context))
+    added, dropped = (np.asarray(layer(jnp.asarray(X), one)[0]) - X for one in (Context(), context))
     kept = np.asarray(context.dropout(jnp.ones_like(X), 1))
     assert 0 < np.mean(kept == 0) < 0.5
     assert_close("added", dropped, added * kept, "float32")
@@ -131,7 +131,7 @@ def test_dropout_of_two_streams_is_of_the_one_that_is_written():
     stream = Stream(WIDTH, 4, jnp.float32, reversible=True)
     layer = reference.fill(lambda: Layer(dataclasses.replace(CONFIG, mixer=None), stream, nnx.Rngs(0)))
     x, context = np.concatenate([X, X[::-1]], axis=-1), Context(extras=Extras(dropout=Dropout(jax.random.key(0), 0.25)))
-    added, dropped = (np.asarray(layer(x, one)[0]) - x for one in (Context(), context))
+    added, dropped = (np.asarray(layer(jnp.asarray(x), one)[0]) - x for one in (Context(), context))
     kept = np.asarray(context.dropout(jnp.ones_like(X), 1))
     assert not dropped[..., :WIDTH].any()
     assert_close("added", dropped[..., WIDTH:], added[..., WIDTH:] * kept, "float32")

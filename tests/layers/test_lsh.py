@@ -106,6 +106,6 @@ def test_rejects(change, argument):
 
 def test_rejects_rotations_of_another_shape_and_run_time_globals():
     with rejects(InputError, "rotations"):
-        build()(X, Context(extras=Extras(rotations=jnp.asarray(ROTATIONS[:, :, :1]))))
+        build()(jnp.asarray(X), Context(extras=Extras(rotations=jnp.asarray(ROTATIONS[:, :, :1]))))
     with rejects(InputError, "globals"):
-        build()(X, Context(extras=Extras(globals=jnp.zeros((2, 1), jnp.int32))))
+        build()(jnp.asarray(X), Context(extras=Extras(globals=jnp.zeros((2, 1), jnp.int32))))

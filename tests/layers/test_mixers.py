@@ -261,7 +261,7 @@ def test_a_sequence_may_be_shorter_than_its_cache():
 def test_steps_keep_the_shapes_and_dtypes_of_the_cache(config):
     module = build(config)
     start = module.init_cache(BATCH, LENGTH)
-    _, end = jax.eval_shape(lambda x: module.step(x, start, jnp.int32(0), LENGTH), make_x()[:, 0])
+    _, end = jax.eval_shape(lambda x: module.step(x, start, jnp.int32(0), LENGTH), jnp.asarray(make_x()[:, 0]))
     assert jax.tree.map(lambda a: (a.shape, a.dtype), end) == jax.tree.map(lambda a: (a.shape, a.dtype), start)
 
 

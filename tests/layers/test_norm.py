@@ -19,14 +19,16 @@ X = np.random.default_rng(0).normal(1, 3, size=(2, 5, 12)).astype(np.float32)
 def test_equals_the_reference(kind, eps):
     config = NormConfig(kind=kind, eps=eps)
     module = reference.fill(lambda: Norm(config, 12, nnx.Rngs(0)))
-    assert_close(kind, module(X), reference.norm(config, reference.weights(module), X.astype(np.float64)), "float32")
+    assert_close(
+        kind, module(jnp.asarray(X)), reference.norm(config, reference.weights(module), X.astype(np.float64)), "float32"
+    )
 
 
 def test_starts_as_the_plain_norm():
-    y = np.asarray(Norm(NormConfig(kind="layer", eps=1e-8), 12, nnx.Rngs(0))(X))
+    y = np.asarray(Norm(NormConfig(kind="layer", eps=1e-8), 12, nnx.Rngs(0))(jnp.asarray(X)))
     np.testing.assert_allclose(y.mean(-1), 0, atol=1e-6)
     np.testing.assert_allclose(y.std(-1), 1, atol=1e-5)
-    y = np.asarray(Norm(NormConfig(kind="rms", eps=1e-8), 12, nnx.Rngs(0))(X))
+    y = np.asarray(Norm(NormConfig(kind="rms", eps=1e-8), 12, nnx.Rngs(0))(jnp.asarray(X)))
     np.testing.assert_allclose((y**2).mean(-1), 1, atol=1e-5)
 
 
@@ -40,7 +42,7 @@ def test_bfloat16_is_normalised_in_float32():
 
 
 def test_a_row_of_zeros_gives_zeros():
-    assert not Norm(NormConfig(kind="rms", eps=1e-6), 12, nnx.Rngs(0))(np.zeros((1, 12), np.float32)).any()
+    assert not Norm(NormConfig(kind="rms", eps=1e-6), 12, nnx.Rngs(0))(jnp.zeros((1, 12))).any()
 
 
 def test_rejects_an_unknown_kind():

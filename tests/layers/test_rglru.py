@@ -56,7 +56,7 @@ def test_padding_on_the_left_changes_nothing():
     module, pad = build(CONFIG), 5
     mask = np.ones((2, LENGTH), bool)
     mask[0, :pad] = False
-    y = jax.jit(lambda x: module(x, Context(Tokens(mask=mask))))(X)
+    y = jax.jit(lambda x: module(x, Context(Tokens(mask=jnp.asarray(mask)))))(X)
     w = reference.weights(module)
     assert_close("real tokens", y[:1, pad:], rglru(CONFIG, w, X[:1, pad:]), "float32")
     assert_close("no padding", y[1:], rglru(CONFIG, w, X[1:]), "float32")
@@ -67,7 +67,7 @@ def test_documents_are_apart(pad):
     module, cut = build(CONFIG), 30
     segments, mask = np.zeros((2, LENGTH), np.int32), np.ones((2, LENGTH), bool)
     segments[:, cut:], mask[:, cut : cut + pad] = 1, False  # the second document begins with padding
-    y = jax.jit(lambda x: module(x, Context(Tokens(segments=segments, mask=mask))))(X)
+    y = jax.jit(lambda x: module(x, Context(Tokens(segments=jnp.asarray(segments), mask=jnp.asarray(mask)))))(X)
     w = reference.weights(module)
     assert_close("first", y[:, :cut], rglru(CONFIG, w, X[:, :cut]), "float32")
     assert_close("second", y[:, cut + pad :], rglru(CONFIG, w, X[:, cut + pad :]), "float32")
@@ -76,7 +76,7 @@ def test_documents_are_apart(pad):
 def test_padding_inside_a_document_begins_none():
     module, mask = build(CONFIG), np.ones((2, LENGTH), bool)
     mask[:, 9] = False
-    y = jax.jit(lambda x: module(x, Context(Tokens(mask=mask))))(X)
+    y = jax.jit(lambda x: module(x, Context(Tokens(mask=jnp.asarray(mask)))))(X)
     alone = jax.jit(lambda x: module(x))(X[:, 10:])
     assert np.abs(y[:, 13:18] - alone[:, 3:8]).max() > 1e-2  # the state of the first tokens is still there
 
@@ -85,7 +85,7 @@ def test_gradients_are_finite_where_everything_is_kept():
     module = build(CONFIG)
     module.decay[...] = jnp.full_like(module.decay[...], -200.0)  # softplus gives exactly 0
     graph, state = nnx.split(module)
-    gradients = jax.jit(jax.grad(lambda state: (nnx.merge(graph, state)(X) ** 2).sum()))(state)
+    gradients = jax.jit(jax.grad(lambda state: (nnx.merge(graph, state)(jnp.asarray(X)) ** 2).sum()))(state)
     for gradient in jax.tree.leaves(gradients):
         assert np.isfinite(gradient).all()
 

@@ -43,7 +43,7 @@ CONFIGS = [
 @pytest.mark.parametrize("config", CONFIGS, ids=str)
 def test_equals_complex_turns(config):
     expected = reference.rotate(X.astype(np.float64), config)
-    assert_close("rotate", rotate(X, jnp.arange(40), config), expected, "float32")
+    assert_close("rotate", rotate(jnp.asarray(X), jnp.arange(40), config), expected, "float32")
 
 
 LONG = RopeScaling(kind="yarn", factor=32.0, original_length=4096, truncate=False)  # gpt-oss
@@ -107,14 +107,14 @@ def test_rejects_scalings(options, argument):
 
 
 def test_position_zero_stays():
-    np.testing.assert_array_equal(rotate(X, jnp.zeros(40, int), RopeConfig(base=10_000.0)), X)
+    np.testing.assert_array_equal(rotate(jnp.asarray(X), jnp.zeros(40, int), RopeConfig(base=10_000.0)), X)
 
 
 def test_scores_depend_on_the_distance_alone():
-    q, k = (np.broadcast_to(RANDOM.normal(size=8).astype(np.float32), (40, 1, 8)) for _ in range(2))
+    q, k = (np.broadcast_to(RANDOM.normal(size=8).astype(np.float32), (1, 40, 1, 8)) for _ in range(2))
 
     def scores(shift):
-        turned = (np.asarray(rotate(x, shift + jnp.arange(40), RopeConfig(base=100.0)))[:, 0] for x in (q, k))
+        turned = (rotate(jnp.asarray(x), shift + jnp.arange(40), RopeConfig(base=100.0))[0, :, 0] for x in (q, k))
         return np.einsum("td,sd->ts", *turned)
 
     near = scores(0)
@@ -126,8 +126,8 @@ def test_scores_depend_on_the_distance_alone():
 
 def test_any_positions_in_any_order():
     order, config = RANDOM.permutation(40), RopeConfig(base=50.0)
-    expected = rotate(X, jnp.arange(40), config)[:, order]
-    np.testing.assert_allclose(rotate(X[:, order], order, config), expected, atol=1e-6)
+    expected = rotate(jnp.asarray(X), jnp.arange(40), config)[:, order]
+    np.testing.assert_allclose(rotate(jnp.asarray(X[:, order]), jnp.asarray(order), config), expected, atol=1e-6)
 
 
 def test_bfloat16_is_turned_in_float32():

@@ -19,7 +19,7 @@ def test_linear_with_a_bias():
     module = reference.fill(lambda: build(bias=True))
     x = np.random.default_rng(0).normal(size=(3, 200)).astype(np.float32)
     w = reference.weights(module)
-    assert_close("linear", module(x), x @ w["weight"] + w["bias"], "float32")
+    assert_close("linear", module(jnp.asarray(x)), x @ w["weight"] + w["bias"], "float32")
     assert module.bias.axes == ("heads",)
     assert module.weight.axes == ("width", "heads")
 
@@ -27,7 +27,7 @@ def test_linear_with_a_bias():
 def test_linear_keeps_float32_parameters_and_computes_in_its_dtype():
     module = build(dtype=jnp.bfloat16)
     assert module.weight.dtype == jnp.float32
-    assert module(np.ones((3, 200), np.float32)).dtype == jnp.bfloat16
+    assert module(jnp.ones((3, 200))).dtype == jnp.bfloat16
 
 
 @pytest.mark.parametrize("scale", [1.0, 0.1])
