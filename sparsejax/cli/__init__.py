@@ -30,6 +30,7 @@ VERBS = {
     "show": "describe a model: layers, costs, receptive field and warnings",
     "draw": "draw patterns, or the layers of a config",
     "sweep": "train variants of a config, or search among them",
+    "doctor": "check the attention kernels of this machine, and record which are verified",
     "report": "compare runs: tables, statistics, figures and a page",
 }
 PLAIN_WIDTH = 160  # columns of a table that goes to a file or a pipe

@@ -18,13 +18,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the options of the verb."""
     add_config(parser)
     parser.add_argument("patterns", nargs="*", metavar="PATTERN", help="such as 'causal & window(7)'")
-    parser.add_argument("--length", type=int, help="tokens per sequence; with --config, defaults to data.length")
+    parser.add_argument(
+        "--length", type=int, metavar="N", help="tokens per sequence; with --config, defaults to data.length"
+    )
     parser.add_argument(
         "--receptive-field",
         action="store_true",
-        help="stack the patterns as layers and draw which inputs each output depends on",
+        help="take the patterns as layers and draw the inputs that reach each output",
     )
-    parser.add_argument("--tile", type=int, help="tokens per cell; defaults to 1, or to what fits the terminal")
+    parser.add_argument(
+        "--tile", type=int, metavar="N", help="tokens per cell; defaults to 1, or to what fits the terminal"
+    )
     parser.add_argument("--out", metavar="FILE", help=".png or .svg file; defaults to the terminal")
     parser.add_argument("--titles", metavar="A,B", help="titles of the patterns, separated by commas")
 

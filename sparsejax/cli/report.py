@@ -17,7 +17,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "inputs", nargs="+", metavar="INPUT", help="a sweep, a workdir, a folder of workdirs or a results.csv"
     )
-    parser.add_argument("--out", metavar="DIR", help="folder for tables, figures and index.html; nothing by default")
+    parser.add_argument("--out", metavar="DIR", help="write tables, figures and index.html to this folder")
     parser.add_argument(
         "--metric",
         metavar="NAME[:min|:max],...",

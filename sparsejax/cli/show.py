@@ -17,11 +17,11 @@ EXAMPLES = 3  # rows that `--data` prints
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the options of the verb."""
     add_config(parser)
-    parser.add_argument("--length", type=int, help="tokens per sequence; defaults to that of the config or checkpoint")
-    parser.add_argument("--hf", metavar="PATH", help="describe a Hugging Face checkpoint folder or config.json instead")
-    parser.add_argument("--table", choices=["complexity"], help="compare how the cost of each method grows instead")
-    parser.add_argument("--measure", action="store_true", help="with --table: measure time and memory, for minutes")
-    parser.add_argument("--data", action="store_true", help="describe the data of the config and print training rows")
+    parser.add_argument("--length", type=int, metavar="N", help="tokens per sequence; defaults to that of the model")
+    parser.add_argument("--hf", metavar="PATH", help="instead of a config: a Hugging Face folder or config.json")
+    parser.add_argument("--table", choices=["complexity"], help="instead of a config: how methods grow with the length")
+    parser.add_argument("--measure", action="store_true", help="with --table: measure time and memory, in minutes")
+    parser.add_argument("--data", action="store_true", help="describe the data of the config, with some training rows")
 
 
 def run(options: argparse.Namespace, console: Console) -> None:

@@ -20,14 +20,14 @@ EXIT_CODES = {Interrupted: INTERRUPTED, LossDiverged: LOSS_DIVERGED}
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the options of the verb."""
     add_config(parser)
-    parser.add_argument("--workdir", required=True, metavar="DIR", help="folder of the run; resumes the run in it")
+    parser.add_argument("--workdir", required=True, metavar="DIR", help="folder of the run; a run in it is resumed")
     parser.add_argument(
         "--distributed",
         nargs="?",
         const="auto",
         metavar="HOST:PORT,INDEX/COUNT",
-        help="join the processes that train the model together: the address of the first one, and the index of this one"
-        " and their count; on Slurm, MPI and TPU pods without a value",
+        help="train in several processes: address of the first process, index of this one and their count; without a"
+        " value, Slurm, MPI or the TPU pod provides them",
     )
 
 
