@@ -1,14 +1,14 @@
-"""Builds real corpora from Debian packages, by name, without any other download.
+"""Builds corpora from Debian packages.
 
     python scripts/fetch_corpus.py linux-doc --out=corpora/linux-doc
 
-    linux-doc  the kernel's documentation: long technical documents, one to a record of jsonl
-    gcide      a dictionary of English in the 27 characters of text8, cut 90/5/5: --config.data.tokenizer=chars
-    dna        bacterial genomes in A, C, G, T and N, one sequence to a record, split by species
+    linux-doc  the documentation of Linux: long technical documents, one jsonl record per document
+    gcide      an English dictionary in the 27 characters of text8, split 90/5/5: --config.data.tokenizer=chars
+    dna        bacterial genomes in A, C, G, T and N, one jsonl record per sequence, split by species
 
-Writes train, validation and test, and corpus.json: packages with version and licence, sizes, digests, and what Witten-
-Bell byte n-grams reach on the validation text when they are counted on (the first 9 MB of) the training text. The same
-packages give the same bytes. Needs `apt-get` and `dpkg-deb`; nothing is installed.
+Writes train, validation and test text, and corpus.json: packages with versions and licences, sizes, digests, and bits
+per byte of Witten-Bell n-grams that are estimated on the first 9 MB of the training text. The output is a function of
+the packages. Requires `apt-get` and `dpkg-deb`; nothing is installed.
 """
 
 import argparse
@@ -38,7 +38,7 @@ PACKAGES = {
         "kleborate-examples": "GPL-3+; sequences from GenBank",
     },
 }
-# Strains of one species are nearly the same sequence: a split within a species would measure memory.
+# Strains of a species have nearly equal sequences: a split within a species would measure memorization.
 SPECIES = {
     "train": {
         "Escherichia coli": ("NC_008253", "E.Coli/references"),
@@ -48,35 +48,35 @@ SPECIES = {
     "validation": {"Helicobacter pylori": ("H.Pylori/references", "Helicobacter_pylori")},
     "test": {"Klebsiella pneumoniae": ("kleborate/examples/data",)},
 }
-COUNTED, SCORED = 9_000_000, 1_000_000  # bytes that n-grams are counted on, and bytes that they score
+COUNTED, SCORED = 9_000_000, 1_000_000  # training and validation bytes of the n-gram models
 ORDERS = 5
 DIGITS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
 
-Split = dict[str, list[tuple[str, str]]]  # (name, text) of train, validation and test
+Split = dict[str, list[tuple[str, str]]]  # side -> (name, text) of its documents
 
 
 def unpack(packages: dict[str, str], folder: Path) -> dict[str, dict[str, str]]:
-    """Unpacks packages below `folder`; returns the version and licence of each."""
-    found = {}
+    """Unpacks packages below `folder`; returns their versions and licences."""
+    unpacked = {}
     for name, licence in packages.items():
         subprocess.run(["apt-get", "download", "--quiet", name], cwd=folder, check=True, stdout=subprocess.DEVNULL)
         (file,) = folder.glob(f"{name}_*.deb")
         subprocess.run(["dpkg-deb", "-x", file, folder / name], check=True)
         version = subprocess.run(["dpkg-deb", "-f", file, "Version"], check=True, capture_output=True, text=True)
         digest = hashlib.sha256(file.read_bytes()).hexdigest()
-        found[name] = {"version": version.stdout.strip(), "licence": licence, "sha256": digest}
-    return found
+        unpacked[name] = {"version": version.stdout.strip(), "licence": licence, "sha256": digest}
+    return unpacked
 
 
 def read(path: Path) -> bytes:
-    """A file, unpacked if its name says so."""
-    opened = {".gz": gzip.open, ".dz": gzip.open, ".xz": lzma.open}.get(path.suffix, open)
-    with opened(path, "rb") as file:
+    """Reads a file, decompressed according to its suffix."""
+    opener = {".gz": gzip.open, ".dz": gzip.open, ".xz": lzma.open}.get(path.suffix, open)
+    with opener(path, "rb") as file:
         return file.read()
 
 
 def build_linux_doc(folder: Path) -> Split:
-    """Every different text of the documentation, held out by a hash of its name."""
+    """Collects the distinct documents, split by a hash of their names."""
     split, seen = {"train": [], "validation": [], "test": []}, set()
     (root,) = folder.glob("linux-doc-6.1/usr/share/doc/linux-doc-*/Documentation")
     for path in sorted(root.rglob("*")):
@@ -94,7 +94,7 @@ def build_linux_doc(folder: Path) -> Split:
 
 
 def build_gcide(folder: Path) -> Split:
-    """The dictionary as lower-case letters and single spaces, digits spelled out, cut 90/5/5."""
+    """Reduces the dictionary to lower-case letters and single spaces, with digits spelled out, and splits it 90/5/5."""
     (path,) = folder.glob("dict-gcide/usr/share/dictd/gcide.dict.dz")
     text = read(path).decode(errors="replace").lower()
     text = re.sub(r"[0-9]", lambda digit: f" {DIGITS[int(digit[0])]} ", text)
@@ -105,13 +105,13 @@ def build_gcide(folder: Path) -> Split:
 
 
 def build_dna(folder: Path) -> Split:
-    """Every different sequence of the species; whatever is not A, C, G or T is N."""
+    """Collects the distinct sequences of each species; symbols other than A, C, G and T become N."""
     split, seen = {"train": [], "validation": [], "test": []}, set()
     files = [path for path in sorted(folder.rglob("*")) if re.search(r"\.(fna|fasta)(\.gz|\.xz)?$", path.name)]
     for side, species in SPECIES.items():
-        for name, places in species.items():
+        for name, folders in species.items():
             for path in files:
-                if any(place in path.as_posix() for place in places):
+                if any(folder_name in path.as_posix() for folder_name in folders):
                     for title, bases in read_fasta(read(path).decode()):
                         if bases not in seen:
                             seen.add(bases)
@@ -120,7 +120,7 @@ def build_dna(folder: Path) -> Split:
 
 
 def read_fasta(text: str) -> Iterator[tuple[str, str]]:
-    """Titles and sequences of a FASTA file."""
+    """Iterates over the titles and sequences of a FASTA file."""
     for record in text.split(">")[1:]:
         title, _, bases = record.partition("\n")
         yield title, re.sub(r"[^ACGT]", "N", re.sub(r"\s", "", bases).upper())
@@ -130,24 +130,24 @@ BUILD = {"linux-doc": build_linux_doc, "gcide": build_gcide, "dna": build_dna}
 
 
 def write(split: Split, out: Path, records: bool) -> dict[str, dict]:
-    """Writes each part; returns documents, bytes and digest of each."""
+    """Writes each side; returns its number of documents, size and digest."""
     out.mkdir(parents=True, exist_ok=True)
     sizes = {}
     for side, documents in split.items():
         if records:
             lines = (json.dumps({"name": name, "text": text}) + "\n" for name, text in documents)
-            place, data = out / f"{side}.jsonl", "".join(lines).encode()
+            path, data = out / f"{side}.jsonl", "".join(lines).encode()
         else:
-            place, data = out / f"{side}.txt", "".join(text for _, text in documents).encode()
-        place.write_bytes(data)
+            path, data = out / f"{side}.txt", "".join(text for _, text in documents).encode()
+        path.write_bytes(data)
         size = sum(len(text.encode()) for _, text in documents)
         digest = hashlib.sha256(data).hexdigest()
-        sizes[side] = {"file": place.name, "documents": len(documents), "bytes": size, "sha256": digest}
+        sizes[side] = {"file": path.name, "documents": len(documents), "bytes": size, "sha256": digest}
     return sizes
 
 
 def measure_ngrams(split: Split) -> dict[str, float]:
-    """Bits per byte of the validation text under n-grams of the training text."""
+    """Returns bits per byte of the validation text under n-grams of the training text."""
     train, validation = (
         np.frombuffer("\0".join(text for _, text in split[side]).encode()[:size], np.uint8)
         for side, size in (("train", COUNTED), ("validation", SCORED))
@@ -157,16 +157,16 @@ def measure_ngrams(split: Split) -> dict[str, float]:
 
 
 def main() -> None:
-    """Fetches, builds, writes and measures one corpus."""
+    """Fetches, builds, writes and measures a corpus."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("name", choices=sorted(BUILD))
-    parser.add_argument("--out", type=Path, required=True, help="a folder to write to")
+    parser.add_argument("--out", type=Path, required=True, help="folder to write")
     flags = parser.parse_args()
     with tempfile.TemporaryDirectory() as scratch:
         try:
             packages = unpack(PACKAGES[flags.name], Path(scratch))
         except (OSError, subprocess.CalledProcessError) as error:
-            sys.exit(f"fetch_corpus: {error}: needs a Debian system whose package lists are up to date")
+            sys.exit(f"fetch_corpus: {error}; requires Debian with current package lists")
         split = BUILD[flags.name](Path(scratch))
     sizes = write(split, flags.out, records=flags.name != "gcide")
     record = {"corpus": flags.name, "packages": packages, "parts": sizes, "bits_per_byte": measure_ngrams(split)}

@@ -1,11 +1,11 @@
-"""How fast batches come from memory-mapped files, how long a training step waits for one, and how memory grows.
+"""Measures throughput, waiting time and memory of batches from memory-mapped files.
 
     python scripts/measure_data.py [--folder DIR] [--gigabytes 10] [--out FILE.json]
 
-Targets: at least 20 million tokens a second of bytes, at windows of 1,024 and of 8,192; a batch ready well within
-a step of 20 ms; resident memory that does not grow over a large corpus. Corpora are written to the folder (twice, as
-text and in the cache), and read in the order of training. Memory is that of the large one; speed is that of 1 GB,
-which the system keeps in its cache, and of packed lines of 80 bytes. Linux only.
+Targets: at least 20 million byte tokens per second for windows of 1,024 and 8,192; a batch is ready well within a
+step of 20 ms; resident memory does not grow over a large corpus. Corpora are written to the folder twice, as text and
+in the cache, and read in training order. Memory is measured on the large corpus; speed on 1 GB, which fits in the page
+cache, and on packed lines of 80 bytes. Linux only.
 """
 
 from __future__ import annotations
@@ -27,47 +27,47 @@ from rich.table import Table
 from sparsejax.data import DataConfig, load_dataset
 from sparsejax.data.dataset import Dataset
 
-WINDOWS = {1024: 64, 8192: 8}  # tokens of a row, and rows of a batch
-SECONDS, STEP = 4.0, 0.02  # of each measurement, and of a training step
-BLOCK = 1 << 24  # bytes that are written at once
+WINDOWS = {1024: 64, 8192: 8}  # tokens per row -> rows per batch
+SECONDS, STEP = 4.0, 0.02  # duration of a measurement and of a training step
+BLOCK = 1 << 24  # bytes per write
 
 
-def write_text(place: Path, size: int) -> None:
-    """Lines of letters, about 80 to a line; the same block again and again."""
+def write_text(path: Path, size: int) -> None:
+    """Writes repetitions of a block of random letters in lines of 80."""
     block = np.random.default_rng(0).integers(97, 123, BLOCK, dtype=np.uint8)
     block[::80] = 10
-    with place.open("wb") as file:
+    with path.open("wb") as file:
         for _ in range(size // BLOCK):
             file.write(block)
 
 
 def measure_memory() -> dict[str, float]:
-    """Resident memory in MiB: all of it, and what is not pages of files."""
+    """Returns resident memory in MiB: in total, and without pages of files."""
     lines = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
-    return {name: int(lines[key].split()[0]) / 1024 for name, key in (("all", "VmRSS"), ("own", "RssAnon"))}
+    return {name: int(lines[key].split()[0]) / 1024 for name, key in (("all", "VmRSS"), ("anonymous", "RssAnon"))}
 
 
 def measure_speed(dataset: Dataset, rows: int) -> dict[str, float]:
-    """Tokens per second without a pause, and per second of CPU, which other programs do not change as much.
+    """Measures tokens per second and per CPU second, which depends less on other processes, and waiting times.
 
-    With steps of 20 ms in between, also how long each waits for its batch.
+    The waiting time is that for a batch between steps of 20 ms.
     """
     batches = dataset.train_batches(rows, 0)
     next(batches)
     count, start, used = 0, time.perf_counter(), time.process_time()
-    while (passed := time.perf_counter() - start) < SECONDS:
+    while (elapsed := time.perf_counter() - start) < SECONDS:
         next(batches)
         count += 1
     used = time.process_time() - used
     waits = []
     for _ in range(int(SECONDS / STEP)):
-        time.sleep(STEP)  # what a step computes meanwhile, it does not need Python for
+        time.sleep(STEP)  # a step on the device does not hold the interpreter
         begin = time.perf_counter()
         next(batches)
         waits.append(1000 * (time.perf_counter() - begin))
     tokens = rows * dataset.config.length
     return {
-        "tokens_per_second": round(tokens * count / passed),
+        "tokens_per_second": round(tokens * count / elapsed),
         "tokens_per_cpu_second": round(tokens * count / used),
         "batch_tokens": tokens,
         "wait_ms_median": round(statistics.median(waits), 3),
@@ -76,31 +76,31 @@ def measure_speed(dataset: Dataset, rows: int) -> dict[str, float]:
 
 
 def measure_growth(dataset: Dataset, report: Callable[[str], None]) -> list[dict[str, float]]:
-    """Resident memory after reading more and more of a corpus."""
-    batches, found = dataset.train_batches(WINDOWS[8192], 1), []
+    """Measures resident memory while a corpus is read."""
+    batches, growth = dataset.train_batches(WINDOWS[8192], 1), []
     for part in range(6):
         for _ in range(3000 if part else 0):
             next(batches)
         memory = measure_memory()
         read = part * 3000 * WINDOWS[8192] * dataset.config.length / 1e9
-        found.append({"gigabytes_read": round(read, 2), **memory})
-        report(f"{read:.2f} GB read: {memory['all']:.0f} MiB, {memory['own']:.0f} MiB its own")
-    return found
+        growth.append({"gigabytes_read": round(read, 2), **memory})
+        report(f"{read:.2f} GB read: {memory['all']:.0f} MiB, {memory['anonymous']:.0f} MiB anonymous")
+    return growth
 
 
 def main() -> None:
-    """Writes the corpus, measures, prints and records."""
+    """Writes the corpora, measures, and prints the results."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--folder", type=Path, help="where the corpus is written to; a temporary folder by default")
-    parser.add_argument("--gigabytes", type=float, default=10.0, help="of the corpus")
-    parser.add_argument("--out", type=Path, help="a JSON file to write")
+    parser.add_argument("--folder", type=Path, help="folder of the corpora; defaults to a temporary folder")
+    parser.add_argument("--gigabytes", type=float, default=10.0, help="size of the large corpus")
+    parser.add_argument("--out", type=Path, help="JSON file to write")
     flags = parser.parse_args()
     console = Console()
     with tempfile.TemporaryDirectory(dir=flags.folder) as scratch:
         large, medium, small = (Path(scratch) / name for name in ("large.txt", "medium.txt", "lines.txt"))
 
-        def load(text: Path, length: int, **more) -> Dataset:
-            return load_dataset(DataConfig("text", str(text), length, cache=str(Path(scratch) / "cache"), **more))
+        def load(text: Path, length: int, **fields) -> Dataset:
+            return load_dataset(DataConfig("text", str(text), length, cache=str(Path(scratch) / "cache"), **fields))
 
         write_text(large, int(flags.gigabytes * 1e9))
         before, start = measure_memory(), time.perf_counter()
@@ -129,9 +129,9 @@ def main() -> None:
         "speed": speeds,
         "growth": growth,
     }
-    table = Table("rows", "million tokens/s", "a second of one CPU", "wait, ms: median", "99 %")
+    table = Table("rows", "million tokens/s", "per CPU second", "wait, ms: median", "99 %")
     for name, speed in speeds.items():
-        waits = (f"{speed[f'wait_ms_{which}']:.2f}" for which in ("median", "99"))
+        waits = (f"{speed[f'wait_ms_{quantile}']:.2f}" for quantile in ("median", "99"))
         rates = (f"{speed[f'tokens_per_{unit}'] / 1e6:.1f}" for unit in ("second", "cpu_second"))
         table.add_row(name, *rates, *waits)
     console.print(table)

@@ -1,6 +1,6 @@
-"""Random but legal models of each family, and inputs for them: what both sides of `check_huggingface.py` agree on.
+"""Random valid models of each family and their inputs, shared by both processes of `check_huggingface.py`.
 
-A family is one function from a `Draw` to the keys of its configuration. What is not drawn keeps transformers' default.
+A family is a function from a `Draw` to the keys of its configuration. Other keys keep the default of transformers.
 """
 
 from __future__ import annotations
@@ -20,11 +20,11 @@ class Draw:
         self.random = random
 
     def pick(self, *options: Any) -> Any:
-        """One of these."""
+        """One of the options."""
         return options[self.random.integers(len(options))]
 
     def number(self, low: int, high: int) -> int:
-        """From `low` to `high`, both included."""
+        """An integer from `low` to `high`, inclusive."""
         return int(self.random.integers(low, high + 1))
 
     def real(self, low: float, high: float) -> float:
@@ -32,48 +32,48 @@ class Draw:
         return round(float(self.random.uniform(low, high)), 3)
 
     def chance(self, of: float = 0.5) -> bool:
-        """Whether it happens."""
+        """True with probability `of`."""
         return bool(self.random.random() < of)
 
     def maybe(self, **keys: Any) -> dict[str, Any]:
-        """Each of these keys, or not."""
+        """A random subset of these keys."""
         return {key: value for key, value in keys.items() if self.chance()}
 
 
 @dataclasses.dataclass(frozen=True)
 class Traits:
-    """What inputs a model can have."""
+    """Inputs that a model supports."""
 
     length: int
-    left: bool = False  # padding may be on the left: a decoder where nothing leaks out of it
-    right: bool = True  # padding may be on the right
-    marked: bool = False  # tokens may be global
-    plans: bool = False  # with the random tiles of training
-    gradients: bool = True  # the reference has them
-    pad: int | None = None  # a token id that means padding
+    left: bool = False  # padding on the left: decoders without biases that leak from padding
+    right: bool = True  # padding on the right
+    marked: bool = False  # global tokens
+    plans: bool = False  # random tiles of training
+    gradients: bool = True  # the reference supports gradients
+    pad: int | None = None  # token id of padding
 
 
 @dataclasses.dataclass(frozen=True)
 class Case:
-    """A model and its inputs, all of which follow from a family, a seed and a number.
+    """A model and its inputs, a function of a family, a seed and a number.
 
     Attributes:
-      family: the `model_type`.
-      config: keys of the configuration class.
-      old: config.json is written as older versions did, and without what equals the defaults.
-      traits: what the inputs are like.
+      family: The `model_type`.
+      config: Keys of the configuration class.
+      legacy: Whether config.json has the legacy format, without keys that equal their defaults.
+      traits: Kinds of inputs.
       inputs: `input_ids`, `labels` and masks, each [3, t].
     """
 
     family: str
     config: dict[str, Any]
-    old: bool
+    legacy: bool
     traits: Traits
     inputs: dict[str, np.ndarray]
 
 
 def draw_case(family: str, seed: int, number: int) -> Case:
-    """The case of this number."""
+    """Draws the case of a number."""
     draw = Draw(np.random.default_rng([seed, zlib.crc32(family.encode()), number]))
     config, traits = FAMILIES[family](draw)
     config = {"vocab_size": draw.number(20, 70), "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2} | config
@@ -81,7 +81,7 @@ def draw_case(family: str, seed: int, number: int) -> Case:
 
 
 def draw_inputs(draw: Draw, vocab: int, traits: Traits) -> dict[str, np.ndarray]:
-    """Three rows: one whole, one padded on the right, one padded wherever the model allows it."""
+    """Draws three rows: without padding, padded on the right, and padded wherever the model allows."""
     shape = rows, length = (3, traits.length)
     ids = draw.random.integers(3, vocab, shape)
     mask = np.ones(shape, np.int64)
@@ -100,18 +100,18 @@ def draw_inputs(draw: Draw, vocab: int, traits: Traits) -> dict[str, np.ndarray]
 
 
 def some_length(draw: Draw, most: int = 70) -> int:
-    """Short, or anything."""
+    """A length, often a short one."""
     return draw.pick(1, 2, 3, draw.number(4, 20), draw.number(4, most), draw.number(min(20, most), most))
 
 
 def some_heads(draw: Draw) -> tuple[int, int]:
-    """Query heads and key/value heads."""
+    """Numbers of query heads and key/value heads."""
     shared = draw.number(1, 3)
     return shared * draw.number(1, 3), shared
 
 
 def some_rope(draw: Draw) -> dict[str, Any]:
-    """Rotary positions of any kind."""
+    """Rotary positions of any type."""
     kind = draw.pick("default", "default", "linear", "yarn", "llama3")
     rope = {"rope_type": kind, "rope_theta": draw.pick(100.0, 1000.0, 10_000.0, 500_000.0)}
     if kind != "default":
@@ -128,20 +128,20 @@ def some_rope(draw: Draw) -> dict[str, Any]:
 
 
 def some_ropes(draw: Draw) -> dict[str, Any]:
-    """One for each kind of layer."""
+    """Rotary positions per layer type."""
     ropes = {kind: some_rope(draw) for kind in ("full_attention", "sliding_attention")}
     for rope in ropes.values():
-        rope.pop("truncate", None)  # transformers looks for it in the wrong place, and finds nothing
+        rope.pop("truncate", None)  # transformers reads it from the wrong level
     return ropes
 
 
-def some_kinds(draw: Draw, depth: int, *kinds: str) -> dict[str, list[str]]:
-    """The kinds of layers in any order, or in that of the family."""
-    return draw.maybe(layer_types=[draw.pick(*kinds) for _ in range(depth)])
+def some_types(draw: Draw, depth: int, *types: str) -> dict[str, list[str]]:
+    """Layer types in any order, or in that of the family."""
+    return draw.maybe(layer_types=[draw.pick(*types) for _ in range(depth)])
 
 
 def some_encoder(draw: Draw, longest: int) -> dict[str, Any]:
-    """What Longformer and BigBird have in common."""
+    """Keys that Longformer and BigBird share."""
     heads = draw.number(1, 4)
     return {
         "hidden_size": heads * draw.pick(4, 6, 8),
@@ -158,7 +158,7 @@ def some_encoder(draw: Draw, longest: int) -> dict[str, Any]:
 
 
 def longformer(draw: Draw) -> tuple[dict, Traits]:
-    """Windows that divide the longest of them, which is what transformers can do; global tokens in any number."""
+    """Windows that divide the longest, as transformers requires; any number of global tokens."""
     length = some_length(draw, 90)
     config = some_encoder(draw, length + 2 + draw.number(0, 5))
     most = draw.pick(4, 8, 12, 24)  # transformers fails with windows of 2
@@ -169,11 +169,11 @@ def longformer(draw: Draw) -> tuple[dict, Traits]:
 
 
 def big_bird(draw: Draw) -> tuple[dict, Traits]:
-    """Few tiles have full attention, more the sparse one, in training with tiles drawn at random."""
+    """Lengths on both sides of the threshold of full attention; random tiles in training."""
     tile, most = draw.pick(3, 4, 8), draw.number(1, 3)
     sparse = draw.chance(0.75)
     length = (5 + 2 * most) * tile + draw.number(1, 5 * tile) if sparse else some_length(draw, 5 * tile)
-    config = some_encoder(draw, length + -length % tile + draw.number(0, 5))  # padding takes positions too
+    config = some_encoder(draw, length + -length % tile + draw.number(0, 5))  # padding has positions too
     config |= {"block_size": tile, "num_random_blocks": most}
     config |= draw.maybe(use_bias=draw.chance(), rescale_embeddings=draw.chance())
     full = {} if draw.chance(0.8) else {"attention_type": "original_full"}
@@ -202,7 +202,7 @@ def mistral(draw: Draw) -> tuple[dict, Traits]:
 
 
 def gemma2(draw: Draw) -> tuple[dict, Traits]:
-    """Kinds of layers in any order; caps of scores and logits, or none."""
+    """Layer types in any order; soft caps of scores and logits, or none."""
     heads, shared = some_heads(draw)
     depth = draw.number(1, 4)
     config = {
@@ -216,7 +216,7 @@ def gemma2(draw: Draw) -> tuple[dict, Traits]:
         "query_pre_attn_scalar": draw.number(4, 30),
         "max_position_embeddings": draw.pick(64, 128),
         "rope_parameters": some_rope(draw),
-        **some_kinds(draw, depth, "sliding_attention", "full_attention"),
+        **some_types(draw, depth, "sliding_attention", "full_attention"),
         **draw.maybe(attn_logit_softcapping=draw.pick(None, 3.0), final_logit_softcapping=draw.pick(None, 5.0)),
         **draw.maybe(hidden_activation=draw.pick("gelu", "silu"), attention_bias=draw.chance(), rms_norm_eps=1e-3),
         **draw.maybe(tie_word_embeddings=draw.chance()),
@@ -225,7 +225,7 @@ def gemma2(draw: Draw) -> tuple[dict, Traits]:
 
 
 def gemma3_text(draw: Draw) -> tuple[dict, Traits]:
-    """As Gemma 2, with rotary positions for each kind of layer and periods of any length."""
+    """Like Gemma 2, with rotary positions per layer type and any period."""
     config, traits = gemma2(draw)
     config["rope_parameters"] = some_ropes(draw)
     config.pop("attn_logit_softcapping", None)  # transformers does not apply it
@@ -235,7 +235,7 @@ def gemma3_text(draw: Draw) -> tuple[dict, Traits]:
 
 
 def modernbert(draw: Draw) -> tuple[dict, Traits]:
-    """Windows of any width, odd ones too; biases anywhere."""
+    """Windows of any width, including odd ones; any biases."""
     heads, depth = draw.number(1, 4), draw.number(1, 5)
     biases = ("norm_bias", "attention_bias", "mlp_bias", "classifier_bias", "decoder_bias")
     config = {
@@ -248,7 +248,7 @@ def modernbert(draw: Draw) -> tuple[dict, Traits]:
         "rope_parameters": some_ropes(draw),
         "cls_token_id": 1,
         "sep_token_id": 2,
-        **some_kinds(draw, depth, "sliding_attention", "full_attention"),
+        **some_types(draw, depth, "sliding_attention", "full_attention"),
         **draw.maybe(**{key: draw.chance() for key in biases}),
         **draw.maybe(hidden_activation=draw.pick("gelu", "silu"), classifier_activation=draw.pick("relu", "silu")),
         **draw.maybe(norm_eps=1e-3, tie_word_embeddings=draw.chance()),
@@ -259,7 +259,7 @@ def modernbert(draw: Draw) -> tuple[dict, Traits]:
 
 
 def mamba(draw: Draw) -> tuple[dict, Traits]:
-    """States, taps, ranks and expansions of any size."""
+    """Any sizes of state, convolution, rank and expansion."""
     config = {
         "hidden_size": draw.number(8, 40),
         "num_hidden_layers": draw.number(1, 3),
@@ -273,18 +273,18 @@ def mamba(draw: Draw) -> tuple[dict, Traits]:
 
 
 def some_groups(draw: Draw) -> tuple[int, int, int]:
-    """Heads of a Mamba-2 mixer, their width, and groups."""
+    """Heads, head width and groups of a Mamba-2 mixer."""
     groups = draw.number(1, 3)
     return groups * draw.number(1, 3), draw.pick(2, 4, 6), groups
 
 
 def some_limit(draw: Draw) -> list[float]:
-    """Bounds of step sizes that are felt."""
+    """Bounds of step sizes that take effect."""
     return draw.pick([0.0, 0.9], [0.4, float("inf")], [0.3, 1.2], [0.0, float("inf")])
 
 
 def mamba2(draw: Draw) -> tuple[dict, Traits]:
-    """Heads, groups and chunks of any number."""
+    """Any numbers of heads, groups and chunks."""
     heads, head, groups = some_groups(draw)
     expand = draw.pick(*(n for n in (1, 2, 3) if heads * head % n == 0))
     config = {
@@ -304,7 +304,7 @@ def mamba2(draw: Draw) -> tuple[dict, Traits]:
 
 
 def some_hybrid(draw: Draw) -> dict[str, Any]:
-    """What Bamba and Falcon-H1 have in common, but for the mixer's own size."""
+    """Keys that Bamba and Falcon-H1 share, without the size of the mixer."""
     heads, shared = some_heads(draw)
     mixer_heads, mixer_head, groups = some_groups(draw)
     config = {
@@ -328,7 +328,7 @@ def some_hybrid(draw: Draw) -> dict[str, Any]:
 
 
 def bamba(draw: Draw) -> tuple[dict, Traits]:
-    """Attention in any layers; heads of their mixers that make up `mamba_expand` times the width."""
+    """Attention in any layers; mixers of `mamba_expand` times the width."""
     config = some_hybrid(draw)
     heads, expand = config["num_attention_heads"], draw.pick(1, 2, 3)
     config["hidden_size"] = width = heads * draw.pick(4, 8, 12)
@@ -344,7 +344,7 @@ def bamba(draw: Draw) -> tuple[dict, Traits]:
 
 
 def falcon_h1(draw: Draw) -> tuple[dict, Traits]:
-    """Factors everywhere; the gated norm before or after the gate, or none."""
+    """Any factors; a norm before or after the gate, or none."""
     config = some_hybrid(draw)
     inner = config["mamba_n_heads"] * config["mamba_d_head"]
     config["mamba_d_ssm"] = inner
@@ -363,7 +363,7 @@ def falcon_h1(draw: Draw) -> tuple[dict, Traits]:
 
 
 def zamba2(draw: Draw) -> tuple[dict, Traits]:
-    """Shared blocks that take turns, with adapters of any rank."""
+    """Alternating shared blocks with adapters of any rank."""
     heads, shared = some_heads(draw)
     depth, groups, expand = draw.number(1, 6), draw.number(1, 3), draw.pick(1, 2)
     mixer_heads = groups * draw.number(1, 2)
@@ -391,25 +391,25 @@ def zamba2(draw: Draw) -> tuple[dict, Traits]:
         **draw.maybe(use_shared_attention_adapter=draw.chance(), tie_word_embeddings=draw.chance()),
     }
     if config.get("use_shared_attention_adapter"):
-        config["num_key_value_heads"] = heads  # transformers' adapters know no groups
+        config["num_key_value_heads"] = heads  # adapters of transformers do not support grouped heads
     return config, Traits(some_length(draw), left=not config.get("add_bias_linear"))
 
 
 def some_experts(draw: Draw, *names: str) -> dict[str, Any]:
-    """How many experts there are and how many serve a token, by the names of the keys; their own width."""
+    """Numbers of experts and of experts per token, and their width, under these keys."""
     count = draw.number(2, 6)
     return dict(zip(names, (count, draw.number(1, min(3, count)), draw.number(4, 20)), strict=True))
 
 
 def some_groups_of_experts(draw: Draw) -> dict[str, int]:
-    """Groups of two experts or more, some of which are chosen from."""
-    groups, each = draw.number(1, 3), draw.number(2, 3)
+    """Groups of at least two experts, and the number of selected groups."""
+    groups, size = draw.number(1, 3), draw.number(2, 3)
     chosen = draw.number(1, groups)
-    return {"experts": groups * each, "n_group": groups, "topk_group": chosen, "top": draw.number(1, chosen * each)}
+    return {"experts": groups * size, "n_group": groups, "topk_group": chosen, "top": draw.number(1, chosen * size)}
 
 
 def jamba(draw: Draw) -> tuple[dict, Traits]:
-    """Periods and offsets of attention and of experts."""
+    """Any periods and offsets of attention and experts."""
     heads, shared = some_heads(draw)
     attend, route = draw.number(1, 4), draw.number(1, 3)
     config = {
@@ -434,7 +434,7 @@ def jamba(draw: Draw) -> tuple[dict, Traits]:
 
 
 def gpt_oss(draw: Draw) -> tuple[dict, Traits]:
-    """Windows in any order, clamps that are felt."""
+    """Windows in any order, and clamps that take effect."""
     heads, shared = some_heads(draw)
     depth = draw.number(1, 4)
     config = {
@@ -446,7 +446,7 @@ def gpt_oss(draw: Draw) -> tuple[dict, Traits]:
         "sliding_window": draw.pick(1, 2, draw.number(3, 20), 200),
         "max_position_embeddings": draw.pick(64, 128),
         **some_experts(draw, "num_local_experts", "num_experts_per_tok", "intermediate_size"),
-        **some_kinds(draw, depth, "sliding_attention", "full_attention"),
+        **some_types(draw, depth, "sliding_attention", "full_attention"),
         **draw.maybe(rope_parameters=some_rope(draw), swiglu_limit=draw.real(0.5, 2), swiglu_alpha=draw.real(1, 2)),
         **draw.maybe(attention_bias=draw.chance(), rms_norm_eps=1e-3, tie_word_embeddings=draw.chance()),
     }
@@ -454,7 +454,7 @@ def gpt_oss(draw: Draw) -> tuple[dict, Traits]:
 
 
 def minimax(draw: Draw) -> tuple[dict, Traits]:
-    """Lightning and softmax attention in any order; factors on every residual."""
+    """Lightning and softmax attention in any order; any residual factors."""
     heads, shared = some_heads(draw)
     depth = draw.number(1, 4)
     names = [f"{part}_{name}_factor" for part in ("full_attn", "linear_attn", "mlp") for name in ("alpha", "beta")]
@@ -468,7 +468,7 @@ def minimax(draw: Draw) -> tuple[dict, Traits]:
         "max_position_embeddings": draw.pick(64, 128),
         "rope_parameters": some_rope(draw),
         **some_experts(draw, "num_local_experts", "num_experts_per_tok", "intermediate_size"),
-        **some_kinds(draw, depth, "linear_attention", "full_attention"),
+        **some_types(draw, depth, "linear_attention", "full_attention"),
         **draw.maybe(**{name: draw.real(0.5, 2.0) for name in names}),
         **draw.maybe(sliding_window=draw.number(1, 20), rms_norm_eps=1e-3, tie_word_embeddings=draw.chance()),
     }
@@ -476,7 +476,7 @@ def minimax(draw: Draw) -> tuple[dict, Traits]:
 
 
 def nemotron_h(draw: Draw) -> tuple[dict, Traits]:
-    """Kinds of layers in any order, experts in groups or behind a narrower map."""
+    """Layer types in any order; experts in groups or in a latent space."""
     heads, shared = some_heads(draw)
     mixer_heads, mixer_head, groups = some_groups(draw)
     kinds = [draw.pick("linear_attention", "full_attention", "mlp", "moe") for _ in range(draw.number(1, 5))]
@@ -520,7 +520,7 @@ def some_latent(draw: Draw, rope_width: int) -> dict[str, Any]:
 
 
 def deepseek_v32(draw: Draw) -> tuple[dict, Traits]:
-    """Indexers that choose few keys or all; so many heads that hardly any of their scores is zero."""
+    """Indexers that select few keys or all; enough heads that few index scores are zero."""
     heads, depth, rope_width = draw.number(1, 4), draw.number(1, 3), draw.pick(2, 4, 8)
     experts = some_groups_of_experts(draw)
     config = {
@@ -570,7 +570,7 @@ def qwen3_next(draw: Draw) -> tuple[dict, Traits]:
         "max_position_embeddings": draw.pick(64, 128),
         "rope_parameters": rope,
         **some_experts(draw, "num_experts", "num_experts_per_tok", "moe_intermediate_size"),
-        **some_kinds(draw, depth, "linear_attention", "full_attention"),
+        **some_types(draw, depth, "linear_attention", "full_attention"),
         **draw.maybe(decoder_sparse_step=draw.number(1, 3), mlp_only_layers=[draw.number(0, depth - 1)]),
         **draw.maybe(norm_topk_prob=draw.chance(), attention_bias=draw.chance(), rms_norm_eps=1e-3),
         **draw.maybe(tie_word_embeddings=draw.chance()),
@@ -579,7 +579,7 @@ def qwen3_next(draw: Draw) -> tuple[dict, Traits]:
 
 
 def kimi_linear(draw: Draw) -> tuple[dict, Traits]:
-    """Delta rule by channel and latent attention in any order; experts in some layers."""
+    """Delta rule with a decay per channel and latent attention in any order; experts in some layers."""
     heads, depth = draw.number(1, 4), draw.number(1, 4)
     experts = some_groups_of_experts(draw)
     config = {
@@ -598,7 +598,7 @@ def kimi_linear(draw: Draw) -> tuple[dict, Traits]:
         "linear_conv_kernel_dim": draw.number(2, 5),
         "max_position_embeddings": draw.pick(64, 128),
         **some_latent(draw, draw.pick(2, 4)),
-        **some_kinds(draw, depth, "linear_attention", "full_attention"),
+        **some_types(draw, depth, "linear_attention", "full_attention"),
         **draw.maybe(mlp_layer_types=[draw.pick("dense", "sparse") for _ in range(depth)]),
         **draw.maybe(norm_topk_prob=draw.chance(), routed_scaling_factor=draw.real(0.5, 2.5), rms_norm_eps=1e-3),
         **draw.maybe(n_shared_experts=draw.number(1, 2), tie_word_embeddings=draw.chance()),
@@ -607,7 +607,7 @@ def kimi_linear(draw: Draw) -> tuple[dict, Traits]:
 
 
 def reformer(draw: Draw) -> tuple[dict, Traits]:
-    """Chunks, neighbours and hashes of any number; positions on two axes or one."""
+    """Any numbers of chunks, neighbours and hashes; axial or plain positions."""
     heads = draw.number(1, 4)
     local, lsh = draw.pick(4, 6, 8), draw.pick(4, 8)
     rows, columns = draw.number(3, 9), draw.number(8, 12)
@@ -642,7 +642,7 @@ def reformer(draw: Draw) -> tuple[dict, Traits]:
     return config, Traits(length, gradients=False)
 
 
-# A new family is one function and one line here.
+# `model_type` -> its function.
 FAMILIES: dict[str, Callable[[Draw], tuple[dict, Traits]]] = {
     "bamba": bamba,
     "big_bird": big_bird,
@@ -666,8 +666,8 @@ FAMILIES: dict[str, Callable[[Draw], tuple[dict, Traits]]] = {
 }
 
 
-def write_old(family: str, config: dict[str, Any]) -> dict[str, Any]:
-    """A config.json as older versions wrote it: rotary positions in keys of their own, layers by their period."""
+def to_legacy(family: str, config: dict[str, Any]) -> dict[str, Any]:
+    """Converts a config.json to the legacy format, with top-level rotary keys and layer types by their period."""
     if family == "nemotron_h":
         letters = {"linear_attention": "M", "full_attention": "*", "mlp": "-", "moe": "E"}
         return config | {"hybrid_override_pattern": "".join(letters[kind] for kind in config.pop("layers_block_type"))}
@@ -676,10 +676,10 @@ def write_old(family: str, config: dict[str, Any]) -> dict[str, Any]:
         return config
     if family not in ("gemma3_text", "modernbert"):
         config["rope_theta"] = ropes.pop("rope_theta")
-        turned = ropes.pop("partial_rotary_factor", None)
+        partial = ropes.pop("partial_rotary_factor", None)
         scaling = {"type" if key == "rope_type" else key: value for key, value in ropes.items()}
-        older = {} if family == "bamba" or turned is None else {"partial_rotary_factor": turned}
-        return config | older | {"rope_scaling": None if ropes["rope_type"] == "default" else scaling}
+        legacy = {} if family == "bamba" or partial is None else {"partial_rotary_factor": partial}
+        return config | legacy | {"rope_scaling": None if ropes["rope_type"] == "default" else scaling}
     full, local = ropes["full_attention"], ropes["sliding_attention"]
     names = (
         ("rope_theta", "rope_local_base_freq") if family == "gemma3_text" else ("global_rope_theta", "local_rope_theta")

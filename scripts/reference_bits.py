@@ -1,9 +1,9 @@
-"""What simple references reach on a corpus' validation bytes, in bits per byte.
+"""Measures bits per byte of simple reference models on the validation bytes of a corpus.
 
     python scripts/reference_bits.py [--files FILES] [--out FILE.json]
 
-Order k is a byte n-gram with a context of k bytes, counted on the training bytes; it scores every validation
-byte but the first, as models do. gzip and xz see the validation bytes alone. About ten seconds.
+Order k is a Witten-Bell byte n-gram model with a context of k bytes, estimated on the training bytes; like a model, it
+scores every validation byte but the first. gzip and xz compress the validation bytes alone. Takes about ten seconds.
 """
 
 import argparse
@@ -24,7 +24,7 @@ ORDERS = 6
 
 
 def measure_bits(corpus: Corpus) -> dict[str, float]:
-    """Bits per validation byte of each reference, by its name."""
+    """Returns bits per validation byte by the name of the reference."""
     text = corpus.validation.tobytes()
     surprise = -np.log2(witten_bell(corpus.train, corpus.validation, ORDERS - 1)[:, 1:]).mean(axis=1)
     sizes = {
@@ -36,10 +36,10 @@ def measure_bits(corpus: Corpus) -> dict[str, float]:
 
 
 def main() -> None:
-    """Prints the table, and writes it if asked to."""
+    """Prints the table, and writes it to `--out`."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--files", default="", help="as config.data.files; Python's own text by default")
-    parser.add_argument("--out", type=Path, help="a JSON file to write")
+    parser.add_argument("--files", default="", help="see `data.files`; defaults to the sources of the standard library")
+    parser.add_argument("--out", type=Path, help="JSON file to write")
     flags = parser.parse_args()
     try:
         corpus = load_corpus(flags.files)

@@ -1,11 +1,11 @@
-"""The PyTorch side of `measure_cpu_attention.py` and `measure_layouts.py`: a process of its own, run by a Python
-that has torch and transformers, so that two thread pools never share the cores.
+"""The PyTorch process of `measure_cpu_attention.py` and `measure_layouts.py`.
 
-It answers one request for each line of standard input (JSON), with one line (JSON):
+It runs under a Python interpreter with torch and transformers, so that the thread pools of PyTorch and XLA do not share
+the cores. It reads one JSON request per line of standard input, and writes one JSON response per line:
 
     {"do": "versions"}
-    {"do": "attend", "contender": NAME, "length": N, "save": FILE or null}     seconds of one forward and backward
-    {"do": "layout", "length": N, "tile": TILE, "limit_gib": G}                seconds of one block mask
+    {"do": "attend", "contender": NAME, "length": N, "save": FILE or null}     seconds per forward and backward pass
+    {"do": "layout", "length": N, "tile": TILE, "limit_gib": G}                seconds per block mask
 """
 
 from __future__ import annotations
@@ -40,39 +40,39 @@ class Inputs(NamedTuple):
 
 @functools.cache
 def draw_inputs(length: int) -> Inputs:
-    """The arrays on which both sides are measured."""
+    """Draws the arrays on which all contenders are measured."""
     return Inputs(*(torch.from_numpy(x).requires_grad_(i < 3) for i, x in enumerate(draw_arrays(length))))
 
 
 @functools.cache
 def band_mask(length: int) -> torch.Tensor:
-    """Which pairs the window allows, [n, n]."""
+    """Dense mask of the window, [n, n]."""
     distance = torch.arange(length)[:, None] - torch.arange(length)[None, :]
     return distance.abs() <= RADIUS
 
 
 def sdpa_dense(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
-    """PyTorch's fused attention under the whole mask."""
+    """Fused attention of PyTorch under the dense mask."""
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))
     return functional.scaled_dot_product_attention(q, k, v, attn_mask=band_mask(q.shape[2])).transpose(1, 2)
 
 
 def cut_band(x: torch.Tensor) -> torch.Tensor:
-    """[1, n, h, d] -> [tiles, h, 3 * RADIUS, d]: each tile of RADIUS tokens between its two neighbours."""
+    """[1, n, h, d] -> [tiles, h, 3 * RADIUS, d]: each tile of RADIUS tokens with its two neighbours."""
     padded = functional.pad(x[0], (0, 0, 0, 0, RADIUS, RADIUS))
     return padded.unfold(0, 3 * RADIUS, RADIUS).permute(0, 1, 3, 2)
 
 
 @functools.cache
 def cut_mask(length: int) -> torch.Tensor:
-    """Which keys of `cut_band` count, [tiles, 1, RADIUS, 3 * RADIUS]."""
-    q_at = torch.arange(length).reshape(-1, RADIUS, 1)
-    k_at = q_at[:, :1] + torch.arange(-RADIUS, 2 * RADIUS)
-    return (((q_at - k_at).abs() <= RADIUS) & (k_at >= 0) & (k_at < length))[:, None]
+    """Mask of the keys of `cut_band`, [tiles, 1, RADIUS, 3 * RADIUS]."""
+    query = torch.arange(length).reshape(-1, RADIUS, 1)
+    key = query[:, :1] + torch.arange(-RADIUS, 2 * RADIUS)
+    return (((query - key).abs() <= RADIUS) & (key >= 0) & (key < length))[:, None]
 
 
 def band_products(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
-    """The plain blocked band: each tile of queries against itself and its neighbours, by two batched products."""
+    """Blocked band: each query tile attends to itself and its neighbours, with two batched matrix products."""
     tiles = q[0].reshape(-1, RADIUS, HEADS, WIDTH).transpose(1, 2)
     scores = tiles @ cut_band(k).transpose(-1, -2) * WIDTH**-0.5
     weights = scores.masked_fill(~cut_mask(q.shape[1]), -torch.inf).softmax(dim=-1)
@@ -80,22 +80,22 @@ def band_products(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Te
 
 
 def band_sdpa(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
-    """The same band, with the fused attention for each tile."""
+    """Blocked band with fused attention per tile."""
     tiles = q[0].reshape(-1, RADIUS, HEADS, WIDTH).transpose(1, 2)
     mask = cut_mask(q.shape[1])
     out = functional.scaled_dot_product_attention(tiles, cut_band(k), cut_band(v), attn_mask=mask)
     return out.transpose(1, 2).reshape(q.shape)
 
 
-class Given(torch.nn.Module):
-    """Stands in for a projection and returns the given tensor, so that only the attention itself is timed."""
+class Constant(torch.nn.Module):
+    """Replaces a projection by a constant tensor, so that attention alone is timed."""
 
     def forward(self, _: torch.Tensor) -> torch.Tensor:
         return self.tensor * 1.0  # a copy: Longformer scales its queries in place
 
 
 def longformer(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
-    """Hugging Face's Longformer self-attention without global tokens, from its scores to its output."""
+    """Longformer self-attention of transformers, without global tokens and projections."""
     config = transformers.LongformerConfig(
         hidden_size=HEADS * WIDTH,
         num_attention_heads=HEADS,
@@ -106,15 +106,15 @@ def longformer(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tenso
     layer = modeling_longformer.LongformerSelfAttention(config, 0)
     length = q.shape[1]
     for name, x in (("query", q), ("key", k), ("value", v)):
-        setattr(layer, name, Given())
+        setattr(layer, name, Constant())
         getattr(layer, name).tensor = x.reshape(1, length, -1).transpose(0, 1)
-    nothing = torch.zeros(1, length)
-    out = layer(q.detach().reshape(1, length, -1), nothing, nothing.bool(), nothing.bool(), is_global_attn=False)[0]
+    zeros = torch.zeros(1, length)
+    out = layer(q.detach().reshape(1, length, -1), zeros, zeros.bool(), zeros.bool(), is_global_attn=False)[0]
     return out.reshape(q.shape)
 
 
 def big_bird_layer(length: int) -> tuple[torch.nn.Module, tuple[torch.Tensor, ...]]:
-    """Hugging Face's BigBird attention (in training mode, for only then its links are random), and its masks."""
+    """BigBird attention of transformers in training mode, which alone has random tiles, and its masks."""
     config = transformers.BigBirdConfig(
         hidden_size=HEADS * WIDTH,
         num_attention_heads=HEADS,
@@ -128,7 +128,7 @@ def big_bird_layer(length: int) -> tuple[torch.nn.Module, tuple[torch.Tensor, ..
 
 
 def big_bird(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
-    """Its core alone, of given queries, keys and values."""
+    """BigBird attention of transformers without projections."""
     length = q.shape[1]
     layer, (blocked, band, rows, columns) = big_bird_layer(length)
     out, _ = layer.bigbird_block_sparse_attention(
@@ -143,7 +143,7 @@ def big_bird(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
 
 
 def big_bird_projected(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
-    """The same as it is called: with its projections, of one input, to queries, keys and values."""
+    """BigBird attention of transformers with its projections."""
     layer, (blocked, band, rows, columns) = big_bird_layer(q.shape[1])
     hidden = (q + k + v).reshape(1, q.shape[1], -1)
     return layer(hidden, band, rows, columns, blocked, blocked)[0].reshape(q.shape)
@@ -160,7 +160,7 @@ CONTENDERS = {
 
 
 def time_attention(contender: str, length: int, save: str | None) -> dict:
-    """Seconds of one forward and backward pass; writes output and gradients to `save` if given."""
+    """Times a forward and backward pass; writes output and gradients to `save`, if any."""
     inputs = draw_inputs(length)
     for x in inputs[:3]:
         x.grad = None
@@ -174,7 +174,7 @@ def time_attention(contender: str, length: int, save: str | None) -> dict:
 
 
 def time_layout(length: int, tile: int, limit_gib: float) -> dict:
-    """Seconds of flex attention's block mask of `causal & (window(LEFT) | sink(SINK))`, and this process's peak."""
+    """Times the block mask of flex attention for `causal & (window(LEFT) | sink(SINK))`; returns peak memory too."""
     resource.setrlimit(resource.RLIMIT_DATA, (int(limit_gib * 2**30),) * 2)
 
     def allows(batch, head, q, k):
@@ -188,13 +188,13 @@ def time_layout(length: int, tile: int, limit_gib: float) -> dict:
 
 
 def peak_rss_mib() -> float:
-    """The most memory this process has held; `ru_maxrss` would count the process that started it."""
+    """Peak resident memory of this process; `ru_maxrss` would include the parent process."""
     lines = dict(line.split(":") for line in Path("/proc/self/status").read_text().splitlines())
     return int(lines["VmHWM"].split()[0]) / 1024
 
 
 def report_versions() -> dict:
-    """What answers here."""
+    """Returns the versions of this process."""
     return {
         "python": platform.python_version(),
         "torch": torch.__version__,
@@ -205,17 +205,17 @@ def report_versions() -> dict:
 
 
 def main() -> None:
-    """Answers until standard input ends."""
+    """Serves requests until standard input ends."""
     torch.set_num_threads(THREADS)
     actions = {"versions": report_versions, "attend": time_attention, "layout": time_layout}
     for line in sys.stdin:
         request = json.loads(line)
         action = actions[request.pop("do")]
         try:
-            answer = action(**request)
+            response = action(**request)
         except (RuntimeError, MemoryError) as error:
-            answer = {"error": str(error).splitlines()[0]}
-        print(json.dumps(answer), flush=True)
+            response = {"error": str(error).splitlines()[0]}
+        print(json.dumps(response), flush=True)
 
 
 if __name__ == "__main__":

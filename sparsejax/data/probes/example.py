@@ -5,7 +5,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from sparsejax.errors import InputError
+from sparsejax.errors import InputError, require_at_least
 
 Example = dict[str, np.ndarray]  # see Probe.example
 
@@ -99,17 +99,10 @@ def final_example(tokens: np.ndarray, answer: int, length: int, padding: int) ->
 def require(probe: Any, **minimum: float) -> None:
     """Raises InputError if a field is below its minimum."""
     for name, bound in minimum.items():
-        if getattr(probe, name) < bound:
-            raise InputError(name, f"{getattr(probe, name)} is below the minimum {bound}")
+        require_at_least(probe, bound, name)
 
 
 def require_even(probe: Any, name: str) -> None:
     """Raises InputError if a field is odd."""
     if getattr(probe, name) % 2:
         raise InputError(name, f"{getattr(probe, name)} is odd; use an even number")
-
-
-def choose(probe: Any, name: str, *options: str) -> None:
-    """Raises InputError unless a field is one of the options."""
-    if getattr(probe, name) not in options:
-        raise InputError(name, f"{getattr(probe, name)!r} is not one of {', '.join(options)}")

@@ -5,8 +5,8 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from sparsejax.data.probes.example import Example, Probe, choose, open_stream, recall_example, require
-from sparsejax.errors import InputError
+from sparsejax.data.probes.example import Example, Probe, open_stream, recall_example, require
+from sparsejax.errors import InputError, require_choice
 
 DIGITS = 10
 HEX = 16
@@ -39,7 +39,7 @@ class Passkey(Probe):
     def __post_init__(self):
         require(self, needles=1, digits=1, names=self.needles, fillers=1)
         require(self, length=(1 + self.needles) * (1 + self.digits))
-        choose(self, "haystack", "repeat", "random")
+        require_choice(self, "haystack", ("repeat", "random"))
         if self.depth is not None and not 0 <= self.depth <= 1:
             raise InputError("depth", f"{self.depth} is not between 0 and 1")
 

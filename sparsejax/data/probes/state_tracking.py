@@ -6,8 +6,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from sparsejax.data.probes.example import Example, Probe, build_example, choose, open_stream, require
-from sparsejax.errors import InputError
+from sparsejax.data.probes.example import Example, Probe, build_example, open_stream, require
+from sparsejax.errors import InputError, require_choice
 
 MAX_SYMBOLS = {"symmetric": 6, "alternating": 6, "cyclic": 1024}  # the multiplication table must fit in memory
 
@@ -33,7 +33,7 @@ class StateTracking(Probe):
 
     def __post_init__(self):
         require(self, length=1, symbols=2)
-        choose(self, "group", *MAX_SYMBOLS)
+        require_choice(self, "group", MAX_SYMBOLS)
         if self.symbols > MAX_SYMBOLS[self.group]:
             raise InputError("symbols", f"{self.symbols} is above {MAX_SYMBOLS[self.group]}, the maximum of this group")
         if self.group == "alternating":

@@ -129,7 +129,8 @@ def _check_shape(
 
 
 def _shape_error(checkpoint: Checkpoint, tensor_map: TensorMap, problem: str) -> ConversionError:
-    shapes = ", ".join(f"{name} {list(checkpoint.shape(name))}" for name in tensor_map.tensors[:3])
+    examples = {checkpoint.shape(name): name for name in reversed(tensor_map.tensors)}  # the first tensor of each shape
+    shapes = ", ".join(f"{name} {list(shape)}" for shape, name in examples.items())
     return ConversionError(f"{checkpoint.folder}: {shapes}", f"wrong shape: {problem}")
 
 
