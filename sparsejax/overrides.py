@@ -8,13 +8,14 @@ value of `train.steps`. Other values are taken as they are.
 from __future__ import annotations
 
 import ast
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any
 
 from sparsejax.errors import InputError
 
 Overrides = dict[str, Any]
 SEED = "train.seed"  # runs that differ only in it are repetitions of one configuration
+LABEL = "label"  # no key of the configuration: the name of a run in tables and figures
 
 LITERALS = {"true": True, "false": False, "none": None}  # in any case, besides the literals of Python
 
@@ -85,3 +86,10 @@ def describe_overrides(overrides: Mapping[str, Any], names: Mapping[str, str] | 
     """Overrides as a label, such as "width=64, steps=100"; `names` defaults to the shortened keys."""
     names = shorten_keys(overrides) if names is None else names
     return ", ".join(f"{names[key]}={write_value(value)}" for key, value in overrides.items())
+
+
+def name_runs(sweep: Sequence[Overrides], excluded: Collection[str] = ()) -> list[str]:
+    """Describes the overrides of each run, without the excluded keys, by names that are common to all runs."""
+    names = shorten_keys({key for overrides in sweep for key in overrides} - {LABEL})
+    kept = [{key: run[key] for key in sorted(run) if key in names and key not in excluded} for run in sweep]
+    return [describe_overrides(overrides, names) or "config" for overrides in kept]

@@ -7,13 +7,17 @@ item     = name | count "x(" schedule ")"
 from __future__ import annotations
 
 import difflib
+import itertools
 import re
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from typing import NamedTuple
 
 from sparsejax.errors import InputError
 
 TOKEN = re.compile(r"\s*(?:(?P<repeat>\d+)x\(|(?P<close>\))|(?P<name>[A-Za-z_]\w*))")
+
+
+PLACEMENTS = ("early", "late", "periodic", "first-middle-last")  # of `place_layers`
 
 
 class ScheduleError(InputError):
@@ -103,6 +107,45 @@ def write(names: Sequence[str]) -> str:
         return " ".join(names)
     parts = [write(before), f"{repeats}x({write(period)})", write(after)]
     return " ".join(part for part in parts if part)
+
+
+def repeat_period(names: Sequence[str], layers: int) -> str:
+    """Returns a schedule of `layers` layers that repeats the names, the last time in part if they do not divide."""
+    return write(tuple(itertools.islice(itertools.cycle(names), layers)))
+
+
+def place_layers(base: str, placed: str, layers: int, count: int, placement: str) -> str:
+    """Returns a schedule with `count` layers named `placed` among layers named `base`.
+
+    Args:
+      base: Name of the other layers.
+      placed: Name of the placed layers.
+      layers: Number of layers.
+      count: Number of placed layers.
+      placement: "early" (first), "late" (last), "periodic" (each at the end of an equal share of the layers), or
+        "first-middle-last" (evenly from the first to the last layer; a single one is in the middle).
+
+    Raises:
+      ScheduleError: `count` exceeds `layers`, or the placement is unknown.
+    """
+    if not 0 <= count <= layers or layers < 1:
+        raise ScheduleError("place_layers", f"cannot place {count} layers among {layers}")
+    if placement not in PLACEMENTS:
+        raise ScheduleError("place_layers", f"placement must be one of {', '.join(PLACEMENTS)}, got {placement!r}")
+    positions = set(_positions(layers, count, placement))
+    return write(tuple(placed if position in positions else base for position in range(layers)))
+
+
+def _positions(layers: int, count: int, placement: str) -> Iterable[int]:
+    if placement == "early":
+        return range(count)
+    if placement == "late":
+        return range(layers - count, layers)
+    if placement == "periodic":
+        return [(number + 1) * layers // count - 1 for number in range(count)]
+    if count == 1:
+        return [layers // 2]
+    return [round(number * (layers - 1) / (count - 1)) for number in range(count)]
 
 
 def _error(text: str, at: int, problem: str) -> ScheduleError:

@@ -156,6 +156,13 @@ class SweepFolder:
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise InputError(self.record, f"damaged: {type(error).__name__}: {error}") from error
 
+    def add(self, config: str, sweep: str, runs: dict[str, Any]) -> None:
+        """Adds runs to the record."""
+        record = self.read()
+        sweeps = record["sweeps"] + [sweep] * (sweep not in record["sweeps"])
+        self.path.mkdir(parents=True, exist_ok=True)
+        write_json(self.record, {"config": config, "sweeps": sweeps, "runs": record["runs"] | runs})
+
 
 @dataclasses.dataclass(frozen=True)
 class JobFiles:

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sparsejax.job import Job, is_held, read_process
+from sparsejax.machine import default_jobs, find_cores, find_devices, share_out
 from sparsejax.sweep.grid import SweepError
 from sparsejax.sweep.runs import Run
 from sparsejax.workdir import SweepFolder, read_json, write_json
@@ -66,45 +67,16 @@ class Attempt:
         return self.state in (State.QUEUED, State.RUNNING)
 
 
-class Executor:
-    """Launches runs with submitit and follows their jobs.
+class _Submissions:
+    """The record of the last submission of each run, and submitit's result of it."""
 
-    Attributes:
-      launcher: Name of the executor in records of submissions.
-      poll_interval: Seconds between two looks at the jobs.
-      detached: Whether jobs go on when the launcher is asked to stop.
-      jobs: Limit of concurrent runs.
-    """
-
-    launcher: str
-    poll_interval: float
-    detached: bool
+    launcher: str  # name of the executor in the record
 
     def __init__(self, folder: Path, jobs: int | None):
         if jobs is not None and jobs < 1:
             raise SweepError("jobs", f"must be at least 1, got {jobs}")
         self._folder, self.jobs = SweepFolder(folder), jobs
         self._submitit = _import_submitit()
-
-    def launch(self, waiting: Sequence[Attempt], live: Sequence[Attempt]) -> list[Attempt]:
-        """Submits as many waiting runs as there is room for beside the live ones; returns them."""
-        raise NotImplementedError
-
-    def find(self, attempt: Attempt) -> bool:
-        """Whether an earlier launcher left this run running or queued."""
-        raise NotImplementedError
-
-    def started(self, attempt: Attempt) -> bool:
-        """Whether the job of a launched run is running."""
-        raise NotImplementedError
-
-    def ended(self, attempt: Attempt) -> bool:
-        """Whether nothing is left of a launched run: no process and no queued job."""
-        raise NotImplementedError
-
-    def stop(self, attempt: Attempt) -> None:
-        """Asks a launched run to save and stop as soon as that is possible; may be called repeatedly."""
-        raise NotImplementedError
 
     def exit_code(self, attempt: Attempt) -> int | None:
         """Exit code of the last attempt, negative for a signal; None if there was none or nobody observed its end."""
@@ -126,8 +98,14 @@ class Executor:
         write_json(attempt.job.files.submission, submission)
 
 
-class Local(Executor):
-    """Runs on this machine, each on its share of the cores and devices."""
+class Local(_Submissions):
+    """Launches runs on this machine, each on its share of the cores and devices.
+
+    Attributes:
+      jobs: Limit of concurrent runs.
+      poll_interval: Seconds between two looks at the jobs.
+      detached: Whether jobs go on when the launcher is asked to stop.
+    """
 
     launcher = "local"
     poll_interval = 0.05
@@ -137,10 +115,11 @@ class Local(Executor):
     def __init__(self, folder: Path, jobs: int | None = None):
         super().__init__(folder, jobs)
         self._devices, self._cores = find_devices(), find_cores()
-        self.jobs = jobs or self._count_jobs()
+        self.jobs = jobs or default_jobs(self._devices, self._cores)
         self._submitted: dict[str, submitit.Job[int | None]] = {}
 
     def launch(self, waiting: Sequence[Attempt], live: Sequence[Attempt]) -> list[Attempt]:
+        """Submits as many waiting runs as there is room for beside the live ones; returns them."""
         self._submitted = {key: job for key, job in self._submitted.items() if not job.done()}
         launched = list(waiting[: max(0, self.jobs - len(live))])
         taken = {attempt.slot for attempt in live}
@@ -160,30 +139,28 @@ class Local(Executor):
         return launched
 
     def find(self, attempt: Attempt) -> bool:
+        """Whether an earlier launcher left this run running or queued."""
         attempt.slot = _read_submission(attempt, self.launcher).get("slot", 0)
         return is_held(attempt.job.files.lock)
 
     def started(self, attempt: Attempt) -> bool:
+        """Whether the job of a launched run is running."""
         return True
 
     def ended(self, attempt: Attempt) -> bool:
+        """Whether nothing is left of a launched run: no process and no queued job."""
         # The result exists before submitit's own processes have ended; the launcher need not wait for them.
         job = self._submitted.get(attempt.id or "")
         waiting = job is not None and not job.done() and not job.paths.result_pickle.exists()
         return not waiting and not is_held(attempt.job.files.lock)
 
     def stop(self, attempt: Attempt) -> None:
+        """Asks a launched run to save and stop as soon as that is possible; may be called repeatedly."""
         process = None if attempt.asked else read_process(attempt.job.files)
         if process is not None and process[1] == platform.node():
             with contextlib.suppress(ProcessLookupError):  # it has just ended
                 os.kill(process[0], signal.SIGTERM)
             attempt.asked = True
-
-    def _count_jobs(self) -> int:
-        """One per GPU, or one for all TPU chips, which a single process holds; else one per two cores."""
-        if any(Path("/dev").glob("accel[0-9]*")):
-            return 1
-        return len(self._devices) or max(1, (len(self._cores) or os.cpu_count() or 1) // 2)
 
     def _environment(self, slot: int) -> dict[str, str | None]:
         # XLA splits its sums by the number of threads, one per core that it may use. With the number of a run that has
@@ -196,8 +173,8 @@ class Local(Executor):
         return threads | {"JAX_COMPILATION_CACHE_DIR": cache, "CUDA_VISIBLE_DEVICES": devices}
 
 
-class Slurm(Executor):
-    """A cluster: all runs are submitted at once, as one array.
+class Slurm(_Submissions):
+    """Submits all runs to a cluster at once, as one array; has the methods of `Local`.
 
     Args:
       folder: Folder of the sweep.
@@ -282,27 +259,7 @@ class Slurm(Executor):
             self._executor.update_parameters(additional_parameters=others)
 
 
-def share_out(items: Sequence[Any], slot: int, slots: int) -> tuple[Any, ...]:
-    """Returns a slot's share of the items: equal contiguous parts; with fewer items than slots, slots share items."""
-    if len(items) < slots:
-        return (items[slot % len(items)],) if items else ()
-    size = len(items) // slots
-    return tuple(items[slot * size : (slot + 1) * size])
-
-
-def find_cores() -> tuple[int, ...]:
-    """Returns the cores that this process may use; none where the system has no affinity."""
-    return tuple(sorted(os.sched_getaffinity(0))) if hasattr(os, "sched_getaffinity") else ()
-
-
-def find_devices() -> tuple[str, ...]:
-    """Returns the GPUs that runs may use, without JAX, which would allocate their memory."""
-    if os.environ.get("JAX_PLATFORMS", "cuda").split(",")[0] not in ("cuda", "gpu"):
-        return ()
-    if "CUDA_VISIBLE_DEVICES" in os.environ:
-        return tuple(filter(None, os.environ["CUDA_VISIBLE_DEVICES"].split(",")))
-    numbers = (path.name.removeprefix("nvidia") for path in Path("/dev").glob("nvidia[0-9]*"))
-    return tuple(map(str, sorted(int(text) for text in numbers if text.isdigit())))
+Executor = Local | Slurm
 
 
 def build_executor(folder: Path, jobs: int | None, slurm: Mapping[str, str] | None) -> Executor:

@@ -62,7 +62,7 @@ class Progress:
 
     def print(self, *lines: str) -> None:
         """Prints lines verbatim."""
-        self._console.print(*lines, sep="\n", highlight=False, markup=False, soft_wrap=True)
+        print_lines(self._console, *lines)
 
     def report(self, attempt: Attempt, event: str, log: Sequence[str] = ()) -> None:
         """Prints an event of a run and the last lines of its log."""
@@ -109,6 +109,11 @@ class Progress:
         remaining = unknown * sum(steps.values()) / max(1, len(steps))
         remaining += sum(steps[name] - (progress[name].step if name in progress else 0) for name in pending)
         return remaining * pace / max(1, min(self._jobs or len(progress), len(pending) + unknown))
+
+
+def print_lines(console: Console, *lines: str) -> None:
+    """Prints lines verbatim."""
+    console.print(*lines, sep="\n", highlight=False, markup=False, soft_wrap=True)
 
 
 def _name(attempt: Attempt) -> str:

@@ -8,7 +8,7 @@ import hashlib
 import json
 import shlex
 import sys
-from collections.abc import Callable, Collection, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -16,12 +16,10 @@ from ml_collections import ConfigDict
 
 from sparsejax import config as configs
 from sparsejax.config import Config, ConfigError
-from sparsejax.overrides import SEED, Overrides, describe_overrides, shorten_keys, write_overrides, write_value
+from sparsejax.overrides import LABEL, SEED, Overrides, name_runs, write_overrides, write_value
 from sparsejax.sweep.grid import SweepError, parse
 from sparsejax.train import Phase, find_change, plan_phases
-from sparsejax.workdir import SweepFolder, Workdir, write_json
-
-LABEL = "label"  # the key of a run's name
+from sparsejax.workdir import SweepFolder, Workdir
 
 
 @dataclasses.dataclass(frozen=True)
@@ -98,7 +96,7 @@ def read_sweep(source: str) -> list[Overrides]:
     try:
         runs = list(define())
     except Exception as error:
-        raise SweepError("sweep", f"{path}: {type(error).__name__}: {error}") from error
+        raise SweepError("sweep", f"{path}: {define.__name__}(): {type(error).__name__}: {error}") from error
     if not runs or not all(isinstance(overrides, dict) for overrides in runs):
         raise SweepError("sweep", f"{path}: {define.__name__}() must return at least one dict of overrides")
     return runs
@@ -117,16 +115,19 @@ def read_function(argument: str, path: str, name: str) -> Callable[..., Any]:
     return function
 
 
-def plan_runs(config: str, sweep: Iterable[Overrides], common: Overrides | None = None) -> list[Run]:
+def plan_runs(
+    config: str, sweep: Iterable[Overrides], common: Overrides | None = None, max_steps: int | None = None
+) -> list[Run]:
     """Returns the runs of a sweep, each checked and each once.
 
     Args:
       config: Configuration, `FILE` or `FILE:ARGUMENT`.
       sweep: Overrides per run.
       common: Overrides of all runs; those of a run take precedence.
+      max_steps: Rejects runs of more steps.
 
     Raises:
-      SweepError: The configuration of a run is invalid, or one run has two labels.
+      SweepError: A run is invalid, or it has two labels.
     """
     runs: dict[str, Run] = {}
     sweep = list(sweep)
@@ -135,26 +136,14 @@ def plan_runs(config: str, sweep: Iterable[Overrides], common: Overrides | None 
         label = str(overrides.pop(LABEL, words))
         run = Run(config, tuple(sorted(overrides.items())), label)
         try:
-            run.checked  # noqa: B018
+            steps = run.checked.train.steps
         except ConfigError as error:
             raise SweepError(name, str(error)) from None
+        if max_steps is not None and steps > max_steps:
+            raise SweepError("max_steps", f"{label} has train.steps = {steps} > {max_steps}")
         if runs.setdefault(run.name, run).label != label:
             raise SweepError(label, f"is the same run as {runs[run.name].label}")
     return list(runs.values())
-
-
-def name_runs(sweep: Sequence[Overrides], excluded: Collection[str] = ()) -> list[str]:
-    """Describes the overrides of each run, without the excluded keys."""
-    names = shorten_keys({key for overrides in sweep for key in overrides} - {LABEL})
-    kept = [{key: run[key] for key in sorted(run) if key in names and key not in excluded} for run in sweep]
-    return [describe_overrides(overrides, names) or "config" for overrides in kept]
-
-
-def limit_steps(runs: Iterable[Run], max_steps: int | None) -> None:
-    """Raises SweepError for the first run of more than `max_steps` steps."""
-    for run in runs:
-        if max_steps is not None and run.checked.train.steps > max_steps:
-            raise SweepError("max_steps", f"{run.label} has train.steps = {run.checked.train.steps} > {max_steps}")
 
 
 def check_record(folder: Path, config: str, runs: Iterable[Run]) -> None:
@@ -170,11 +159,8 @@ def check_record(folder: Path, config: str, runs: Iterable[Run]) -> None:
 
 def write_record(folder: Path, config: str, sweep: str, runs: Iterable[Run]) -> None:
     """Adds runs to the record of a folder. The last label of a run counts."""
-    record = SweepFolder(folder).read()
     added = {run.name: {"label": run.label, "seed": run.seed, "overrides": dict(run.overrides)} for run in runs}
-    sweeps = record["sweeps"] + [sweep] * (sweep not in record["sweeps"])
-    folder.mkdir(parents=True, exist_ok=True)
-    write_json(SweepFolder(folder).record, {"config": config, "sweeps": sweeps, "runs": record["runs"] | added})
+    SweepFolder(folder).add(config, sweep, added)
 
 
 def _resolve(config: str) -> tuple[Path, str]:

@@ -15,32 +15,36 @@ import random
 import statistics
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from rich.console import Console
 
 from sparsejax import config as configs
 from sparsejax.account import AccountCache
+from sparsejax.budget import QUANTITIES, Budget, match_runs
 from sparsejax.metrics import EVAL, STEPS_PER_SECOND, direction
 from sparsejax.overrides import Overrides, write_value
+from sparsejax.report.search import PRUNED, Objective, find_best, write_results
 from sparsejax.signals import Interrupted
+from sparsejax.sweep import SAMPLERS
 from sparsejax.sweep.executors import Attempt, Executor, State
 from sparsejax.sweep.grid import SweepError
-from sparsejax.sweep.match import QUANTITIES, Match, match_runs
-from sparsejax.sweep.pareto import PRUNED, Objective, find_best, write_results
 from sparsejax.sweep.progress import Progress
-from sparsejax.sweep.runs import Run, check_record, limit_steps, plan_runs, read_function, write_record
+from sparsejax.sweep.runs import Run, check_record, plan_runs, read_function, write_record
 from sparsejax.sweep.supervisor import Supervisor, lock_folder
 from sparsejax.workdir import SweepFolder, read_json, read_rows, write_json
 
-if TYPE_CHECKING:
-    from optuna.samplers import BaseSampler
-    from optuna.storages import BaseStorage
-    from optuna.study import Study
-    from optuna.trial import FrozenTrial, Trial
+try:
+    import matplotlib  # noqa: F401
+    import optuna
+    from optuna.samplers import BaseSampler, NSGAIISampler, RandomSampler, TPESampler
+    from optuna.storages import BaseStorage, JournalStorage
+    from optuna.storages.journal import JournalFileBackend
+    from optuna.trial import FrozenTrial, Trial, TrialState
+except ImportError as error:
+    raise SweepError("search", f"needs {error.name}; pip install 'sparsejax[search]'") from None
 
 SECONDS = "seconds"  # of training: the steps over the median of the steps per second
-SAMPLERS = ("tpe", "nsga2", "random")
 STUDY = "search"  # name of the study in its journal
 POPULATION = 16  # per generation of NSGA-II; Optuna's 50 suit objectives that need no training
 REDUCTION = 3  # of successive halving: one in three trials of a rung continues
@@ -48,29 +52,17 @@ REDUCTION = 3  # of successive halving: one in three trials of a rung continues
 
 @dataclasses.dataclass(frozen=True)
 class Search:
-    """A search.
+    """A search."""
 
-    Attributes:
-      config: Configuration, `FILE` or `FILE:ARGUMENT`.
-      draw: Returns the overrides of a trial.
-      objectives: One or two; the first is a metric.
-      trials: Number of trials.
-      common: Overrides of all trials.
-      match: Budget of all trials.
-      sampler: "tpe" (arXiv:2304.11127), "nsga2" (Deb et al., 2002) or "random".
-      seed: Seed of the sampler. With one job, searches with equal seeds draw equal trials.
-      max_steps: Rejects runs of more steps.
-    """
-
-    config: str
-    draw: Callable[[Trial], Overrides]
-    objectives: tuple[Objective, ...]
-    trials: int
-    common: Overrides = dataclasses.field(default_factory=dict)
-    match: Match | None = None
-    sampler: str = "tpe"
-    seed: int = 0
-    max_steps: int | None = None
+    config: str  # FILE or FILE:ARGUMENT
+    draw: Callable[[Trial], Overrides]  # the overrides of a trial
+    objectives: tuple[Objective, ...]  # one or two; the first is a metric
+    trials: int  # number of trials
+    common: Overrides = dataclasses.field(default_factory=dict)  # of all trials
+    match: Budget | None = None  # of all trials
+    sampler: str = "tpe"  # "tpe" (arXiv:2304.11127), "nsga2" (Deb et al., 2002) or "random"
+    seed: int = 0  # of the sampler. With one job, searches with equal seeds draw equal trials
+    max_steps: int | None = None  # rejects runs of more steps
 
     def __post_init__(self) -> None:
         if self.trials < 1:
@@ -86,7 +78,7 @@ class Search:
         return {
             "objectives": [objective.name for objective in self.objectives],
             "overrides": {key: write_value(value) for key, value in self.common.items()},
-            "match": self.match and dataclasses.asdict(self.match),
+            "match": self.match and self.match._asdict(),
             "sampler": self.sampler,
             "seed": self.seed,
         }
@@ -114,27 +106,12 @@ def read_objectives(text: str) -> tuple[Objective, ...]:
 def run_search(
     search: Search, folder: Path, executor: Executor, console: Console, max_hours: float | None = None
 ) -> list[Path]:
-    """Runs trials until there are as many as requested, and writes the results. Resumes the search in `folder`.
-
-    Args:
-      search: The search.
-      folder: Folder of the study, the runs and the results.
-      executor: Where runs are launched.
-      console: Where to print.
-      max_hours: Time after which runs are asked to save and stop.
-
-    Returns:
-      The files of the results.
+    """Runs or resumes the search in `folder` and writes its results; returns their files.
 
     Raises:
       SweepError: Invalid input, or no trial was completed.
-      Interrupted: Asked to stop; the runs have saved.
+      Interrupted: The search was asked to stop, or `max_hours` have passed; the runs have saved.
     """
-    try:
-        import matplotlib  # noqa: F401
-        import optuna  # noqa: F401
-    except ImportError as error:
-        raise SweepError("search", f"needs {error.name}; pip install 'sparsejax[search]'") from None
     base = configs.load(search.config, search.common)
     check_record(folder, search.config, [])
     with lock_folder(folder):
@@ -150,9 +127,9 @@ def run_search(
         best = find_best(trials, search.objectives)
         if not best:
             raise SweepError("search", f"no trial was completed; logs: {SweepFolder(folder).jobs}")
-        overrides = {trial.number: sorted(trial.user_attrs["overrides"].items()) for trial in best}
-        runs = {number: Run(search.config, tuple(pairs), "") for number, pairs in overrides.items()}
-        return write_results(folder, trials, search.objectives, runs)
+        overrides = {trial.number: trial.user_attrs["overrides"] for trial in best}
+        settings = {number: configs.load(search.config, drawn).to_dict() for number, drawn in overrides.items()}
+        return write_results(folder, trials, search.objectives, settings)
 
 
 def _claim_folder(folder: SweepFolder, search: Search) -> None:
@@ -166,9 +143,6 @@ def _claim_folder(folder: SweepFolder, search: Search) -> None:
 
 def _open_storage(journal: Path) -> BaseStorage:
     """Opens the journal of a study. The caller is the only process that does so."""
-    from optuna.storages import JournalStorage
-    from optuna.storages.journal import JournalFileBackend
-
     journal = journal.resolve()  # the backend's lock is a link to the journal
     journal.with_name(f"{journal.name}.lock").unlink(missing_ok=True)  # of a killed launcher
     if journal.exists():  # a crash may have cut the last line short, and Optuna would append to it
@@ -178,11 +152,8 @@ def _open_storage(journal: Path) -> BaseStorage:
     return JournalStorage(JournalFileBackend(str(journal)))
 
 
-def _open_study(search: Search, storage: BaseStorage, first_rung: int) -> Study:
+def _open_study(search: Search, storage: BaseStorage, first_rung: int) -> optuna.Study:
     """Opens or creates the study. Trials are compared for the first time after `first_rung` steps."""
-    import optuna
-    from optuna.pruners import NopPruner, SuccessiveHalvingPruner
-
     optuna.logging.set_verbosity(optuna.logging.ERROR)
     single = len(search.objectives) == 1
     return optuna.create_study(
@@ -190,14 +161,12 @@ def _open_study(search: Search, storage: BaseStorage, first_rung: int) -> Study:
         study_name=STUDY,
         load_if_exists=True,
         directions=["maximize" if objective.direction == "max" else "minimize" for objective in search.objectives],
-        pruner=SuccessiveHalvingPruner(first_rung, REDUCTION) if single else NopPruner(),
+        pruner=optuna.pruners.SuccessiveHalvingPruner(first_rung, REDUCTION) if single else optuna.pruners.NopPruner(),
     )
 
 
 def _build_sampler(search: Search, number: int) -> BaseSampler:
     """The sampler of one trial. Each trial has its own seed, so that a resumed search draws the same trials."""
-    from optuna.samplers import NSGAIISampler, RandomSampler, TPESampler
-
     seed = random.Random(f"{search.seed} {number}").getrandbits(32)
     if search.sampler == "nsga2":
         return NSGAIISampler(population_size=POPULATION, seed=seed)
@@ -219,10 +188,14 @@ class _Trials(Supervisor):
     """Draws trials, follows their runs and reports to the study."""
 
     def __init__(
-        self, search: Search, study: Study, storage: BaseStorage, folder: Path, executor: Executor, progress: Progress
+        self,
+        search: Search,
+        study: optuna.Study,
+        storage: BaseStorage,
+        folder: Path,
+        executor: Executor,
+        progress: Progress,
     ):
-        from optuna.trial import TrialState
-
         super().__init__(folder, executor, progress)
         self._search, self._study, self._storage = search, study, storage
         self._accounts = AccountCache()
@@ -241,9 +214,6 @@ class _Trials(Supervisor):
 
     def _begin(self, left: FrozenTrial | None) -> None:
         """Draws a trial and its run, or resumes a trial that a launcher has left."""
-        from optuna.exceptions import TrialPruned
-        from optuna.trial import Trial, TrialState
-
         number = len(self._study.get_trials(deepcopy=False)) if left is None else left.number
         self._study.sampler = _build_sampler(self._search, number)
         if left is None:
@@ -253,7 +223,7 @@ class _Trials(Supervisor):
             trial = Trial(self._study, self._storage.get_trial_id_from_study_id_trial_number(study, number))
         try:
             run = self._plan(trial)
-        except TrialPruned:
+        except optuna.TrialPruned:
             self._study.tell(trial, state=TrialState.PRUNED)
             self._print(trial, "skipped by search()")
             return
@@ -270,12 +240,10 @@ class _Trials(Supervisor):
         self._drawn[id(attempt)] = _Drawn(trial, costs, set(reported), PRUNED in attributes, attributes.get(PRUNED, 0))
 
     def _plan(self, trial: Trial) -> Run:
-        from optuna.exceptions import TrialPruned
-
         search = self._search
         try:
             drawn = search.draw(trial)
-        except TrialPruned:
+        except optuna.TrialPruned:
             raise
         except Exception as error:
             raise SweepError("search", f"trial {trial.number}: {type(error).__name__}: {error}") from error
@@ -285,8 +253,7 @@ class _Trials(Supervisor):
             (matched,) = match_runs(search.config, [drawn], search.match, search.common)
             self._print(trial, str(matched))
             drawn = matched.overrides
-        (run,) = plan_runs(search.config, [drawn], search.common)
-        limit_steps([run], search.max_steps)
+        (run,) = plan_runs(search.config, [drawn], search.common, search.max_steps)
         return run
 
     def observe(self, attempt: Attempt) -> bool:
@@ -315,8 +282,6 @@ class _Trials(Supervisor):
 
     def settle(self, attempt: Attempt, cancelled: bool) -> None:
         """Reports the end of a trial to the study. A run that another process stopped resumes."""
-        from optuna.trial import TrialState
-
         drawn = self._drawn[id(attempt)]
         if attempt.state is State.STOPPED and not cancelled:
             attempt.state = State.WAITING

@@ -15,14 +15,14 @@ from pathlib import Path
 import filelock
 from rich.console import Console
 
+from sparsejax.budget import Budget, match_runs
 from sparsejax.job import was_asked
 from sparsejax.overrides import Overrides
 from sparsejax.signals import Interrupted, StopSignals
 from sparsejax.sweep.executors import Attempt, Executor, State, build_executor, build_job
 from sparsejax.sweep.grid import SweepError
-from sparsejax.sweep.match import Match, match_runs
-from sparsejax.sweep.progress import Progress, read_progress
-from sparsejax.sweep.runs import Run, check_record, limit_steps, plan_runs, read_sweep, show_command, write_record
+from sparsejax.sweep.progress import Progress, print_lines, read_progress
+from sparsejax.sweep.runs import Run, check_record, plan_runs, read_sweep, show_command, write_record
 from sparsejax.workdir import SweepFolder, read_tail
 
 LOG_LINES = 8  # of a failed run
@@ -46,7 +46,7 @@ def sweep(
     retry: bool = False,
     max_steps: int | None = None,
     max_hours: float | None = None,
-    match: Match | None = None,
+    match: Budget | None = None,
 ) -> None:
     """Plans all runs of a sweep, checks them, and launches those that are not done.
 
@@ -72,14 +72,12 @@ def sweep(
     planned = read_sweep(axes)
     if match is not None:
         matched = match_runs(config, planned, match, overrides)
-        console.print(*dict.fromkeys(map(str, matched)), sep="\n", highlight=False, markup=False, soft_wrap=True)
+        print_lines(console, *dict.fromkeys(map(str, matched)))
         planned = [run.overrides for run in matched]
-    runs = plan_runs(config, planned, overrides)
-    limit_steps(runs, max_steps)
+    runs = plan_runs(config, planned, overrides, max_steps)
     check_record(folder, config, runs)
     if print_only:
-        for run in runs:
-            console.print(show_command(run.command(folder)), highlight=False, markup=False, soft_wrap=True)
+        print_lines(console, *(show_command(run.command(folder)) for run in runs))
         return
     executor = build_executor(folder, jobs, slurm)
     with lock_folder(folder):

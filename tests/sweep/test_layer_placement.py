@@ -3,7 +3,8 @@ from types import SimpleNamespace
 import pytest
 
 from sparsejax import schedule
-from sparsejax.sweep import SweepError, place_layers, repeat_period, suggest_period, suggest_placement
+from sparsejax.schedule import ScheduleError
+from sparsejax.sweep import place_layers, repeat_period, suggest_period, suggest_placement
 from tests.messages import rejects
 
 
@@ -48,9 +49,9 @@ def test_every_count_is_kept():
 
 
 def test_invalid_placements():
-    with rejects(SweepError, "place_layers"):
+    with rejects(ScheduleError, "place_layers"):
         place_layers("ssm", "full", 8, 9, "early")
-    with rejects(SweepError, "placement"):
+    with rejects(ScheduleError, "placement"):
         place_layers("ssm", "full", 8, 2, "middle")
 
 

@@ -3,7 +3,7 @@ from pathlib import Path
 
 import pytest
 
-from sparsejax.sweep import SweepError, limit_steps, plan_runs, read_sweep, show_command
+from sparsejax.sweep import SweepError, plan_runs, read_sweep, show_command
 from tests.messages import rejects
 
 RECIPE = str(Path(__file__).parents[1] / "train" / "recipe.py")
@@ -76,11 +76,10 @@ def test_finished(tmp_path):
 
 
 def test_steps_are_limited():
-    runs = plan_runs(RECIPE, [{"train.steps": 5}, {"train.steps": 6, "label": "long"}])
-    limit_steps(runs, 6)
-    limit_steps(runs, None)
+    sweep = [{"train.steps": 5}, {"train.steps": 6, "label": "long"}]
+    assert len(plan_runs(RECIPE, sweep, max_steps=6)) == 2
     with rejects(SweepError, "max_steps"):
-        limit_steps(runs, 5)
+        plan_runs(RECIPE, sweep, max_steps=5)
 
 
 def test_sweeps_of_a_file(tmp_path):

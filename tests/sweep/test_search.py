@@ -15,16 +15,17 @@ from rich.console import Console
 from sparsejax import config as configs
 from sparsejax import schedule
 from sparsejax.account import account_model
+from sparsejax.budget import read_match
 from sparsejax.cli import USAGE_ERROR, main
 from sparsejax.signals import Interrupted
-from sparsejax.sweep import Search, SweepError, read_match, read_objectives, read_search, run_search, suggest_period
-from sparsejax.sweep.executors import Executor
+from sparsejax.sweep import SweepError, suggest_period
 from sparsejax.sweep.supervisor import Supervisor
 from sparsejax.workdir import SweepFolder, read_json, read_rows
 from tests.messages import check_message, rejects
 from tests.train import runs
 
 pytest.importorskip("optuna", reason="needs the extra search")
+from sparsejax.sweep.search import Search, read_objectives, read_search, run_search
 
 CONFIG = str(runs.RECIPE)
 NAMES = ("ssm", "local", "full")
@@ -42,8 +43,8 @@ def loss(names, step):
     return 1 + wrong + sum(NAMES.index(name) * 0.01 * 3**-place for place, name in enumerate(names)) + 1 / step
 
 
-class Simulated(Executor):
-    """Its runs advance by one evaluation per look, unless `event` returns an exit code."""
+class Simulated:
+    """An executor whose runs advance by one evaluation per look, unless `event` returns an exit code."""
 
     poll_interval, detached = 0.0, False
 

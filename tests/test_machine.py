@@ -2,7 +2,7 @@ import os
 
 import pytest
 
-from sparsejax.sweep.executors import find_cores, find_devices, share_out
+from sparsejax.machine import find_cores, find_devices, share_out
 
 
 @pytest.mark.parametrize("count", range(9))

@@ -6,7 +6,6 @@ A budget is `QUANTITY:TARGET`, or `QUANTITY:TARGET:KEY`, where KEY is the settin
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 import math
 import operator
@@ -19,10 +18,9 @@ from sparsejax import config as configs
 from sparsejax import schedule
 from sparsejax.account import AccountCache
 from sparsejax.config import ConfigError
-from sparsejax.overrides import SEED, Overrides, write_overrides, write_value
-from sparsejax.sweep.grid import SweepError
-from sparsejax.sweep.runs import LABEL, Run, name_runs
-from sparsejax.train import Phase
+from sparsejax.errors import InputError
+from sparsejax.overrides import LABEL, SEED, Overrides, name_runs, write_overrides, write_value
+from sparsejax.train import Phase, plan_phases
 
 # The cost of a run. A model that phases change counts as in the last phase.
 QUANTITIES: dict[str, Callable[[Sequence[Phase], AccountCache], float]] = {
@@ -40,33 +38,22 @@ PLACEHOLDER = "{}"
 TOLERANCE = 0.05  # largest relative deviation from the target
 
 
-@dataclasses.dataclass(frozen=True)
-class Match:
-    """A budget.
+class BudgetError(InputError):
+    """An invalid budget, or one that a run cannot meet."""
 
-    Attributes:
-      quantity: A key of QUANTITIES.
-      target: The common cost; None for the cost of the first run.
-      key: The setting to adjust; None for the MLP widths.
-    """
 
-    quantity: str
-    target: float | None
-    key: str | None
+class Budget(NamedTuple):
+    """A common cost of runs."""
+
+    quantity: str  # a key of QUANTITIES
+    target: float | None  # None: the cost of the first run
+    key: str | None  # the setting to adjust; None: the MLP widths
 
 
 class Matched(NamedTuple):
-    """A run that meets a budget.
+    """A run that meets a budget."""
 
-    Attributes:
-      overrides: Overrides of the run, with the adjusted ones and the label that it has without them.
-      adjusted: The adjusted overrides.
-      cost: The cost with them.
-      target: The target.
-      quantity: The quantity.
-    """
-
-    overrides: Overrides
+    overrides: Overrides  # of the run, with the adjusted ones and the label that it has without them
     adjusted: Overrides
     cost: float
     target: float
@@ -82,54 +69,56 @@ class Matched(NamedTuple):
         return f"{self.overrides[LABEL]}: {self.quantity} = {self.cost:.5g}{deviation} with {_write(self.adjusted)}"
 
 
-def read_match(text: str) -> Match:
+def read_match(text: str) -> Budget:
     """Parses `QUANTITY:TARGET[:KEY]`, where the target is a number or `first`."""
-    quantity, _, budget = text.partition(":")
-    target, _, key = budget.partition(":")
+    quantity, _, tail = text.partition(":")
+    target, _, key = tail.partition(":")
     if quantity not in QUANTITIES:
-        raise SweepError("match", f"write QUANTITY:TARGET[:KEY] with one of {', '.join(QUANTITIES)}, got {text!r}")
+        raise BudgetError("match", f"write QUANTITY:TARGET[:KEY] with one of {', '.join(QUANTITIES)}, got {text!r}")
     if not key and quantity not in DEFAULT_KEYS:
-        raise SweepError("match", f"{quantity} needs a key to adjust: {quantity}:TARGET:KEY")
+        raise BudgetError("match", f"{quantity} needs a key to adjust: {quantity}:TARGET:KEY")
     try:
         number = None if target == FIRST else float(target)
     except ValueError:
         number = math.nan
     if number is not None and not (math.isfinite(number) and number > 0):
-        raise SweepError("match", f"the target must be a number above 0 or {FIRST!r}, got {target!r}")
+        raise BudgetError("match", f"the target must be a number above 0 or {FIRST!r}, got {target!r}")
     key = key or DEFAULT_KEYS[quantity]
-    return Match(quantity, number, None if key == MLP_WIDTHS else key)
+    return Budget(quantity, number, None if key == MLP_WIDTHS else key)
 
 
-def match_runs(config: str, sweep: Iterable[Overrides], match: Match, common: Overrides | None = None) -> list[Matched]:
+def match_runs(
+    config: str, sweep: Iterable[Overrides], budget: Budget, common: Overrides | None = None
+) -> list[Matched]:
     """Adjusts each run of a sweep to a budget, as closely as an integer allows.
 
     Args:
       config: Configuration, `FILE` or `FILE:ARGUMENT`.
       sweep: Overrides per run.
-      match: The budget.
+      budget: The common cost.
       common: Overrides of all runs; those of a run take precedence.
 
     Raises:
-      SweepError: A run stays more than 5 % off, or its configuration is invalid.
+      BudgetError: A run stays more than 5 % off, or its configuration is invalid.
       ConfigError: There is no such file or key.
     """
     sweep, common, accounts = list(sweep), common or {}, AccountCache()
 
     def cost(overrides: Overrides) -> float:
-        return QUANTITIES[match.quantity](_make_run(config, overrides).phases, accounts)
+        return QUANTITIES[budget.quantity](plan_phases(_load(config, overrides)), accounts)
 
     names, labels = name_runs(sweep), name_runs(sweep, {SEED})
-    target = match.target
+    target = budget.target
     if target is None:
         try:
             target = cost({**common, **sweep[0]})
         except ConfigError as error:
-            raise SweepError("match", f"{FIRST}: {names[0]}: {error}") from None
+            raise BudgetError("match", f"{FIRST}: {names[0]}: {error}") from None
     matched = []
     for overrides, name, label in zip(sweep, names, labels, strict=True):
-        adjusted, reached = _match_run(_make_run(config, {**common, **overrides}), name, match, target, cost)
+        adjusted, reached = _match_run(config, {**common, **overrides}, name, budget, target, cost)
         complete = {**overrides, LABEL: overrides.get(LABEL, label), **adjusted}
-        matched.append(Matched(complete, adjusted, reached, target, match.quantity))
+        matched.append(Matched(complete, adjusted, reached, target, budget.quantity))
     return matched
 
 
@@ -140,29 +129,30 @@ class _Knob(NamedTuple):
     apply: Callable[[int], Overrides]
 
 
-def _make_run(config: str, overrides: Overrides) -> Run:
-    return Run(config, tuple(sorted((key, value) for key, value in overrides.items() if key != LABEL)), "")
+def _load(config: str, overrides: Overrides) -> ConfigDict:
+    return configs.load(config, {key: value for key, value in overrides.items() if key != LABEL})
 
 
 def _match_run(
-    run: Run, name: str, match: Match, target: float, cost: Callable[[Overrides], float]
+    config: str, overrides: Overrides, name: str, budget: Budget, target: float, cost: Callable[[Overrides], float]
 ) -> tuple[Overrides, float]:
     """The adjusted overrides of a run, and its cost with them."""
-    knob = _widths_knob(run.settings, name) if match.key is None else _key_knob(run.settings, match.key, name)
+    settings = _load(config, overrides)
+    knob = _widths_knob(settings, name) if budget.key is None else _key_knob(settings, budget.key, name)
 
     @functools.cache
     def value(number: int) -> float:
         adjusted = knob.apply(number)
         try:
-            return cost({**dict(run.overrides), **adjusted})
+            return cost({**overrides, **adjusted})
         except ConfigError as error:
-            raise SweepError("match", f"{name}: with {_write(adjusted)}: {error}") from None
+            raise BudgetError("match", f"{name}: with {_write(adjusted)}: {error}") from None
 
     number = find_nearest(value, knob.start, target)
     adjusted, reached = knob.apply(number), value(number)
     if abs(reached / target - 1) > TOLERANCE:
-        problem = f"{name}: cannot reach {match.quantity} = {target:.5g}; the nearest is {reached:.5g}"
-        raise SweepError("match", f"{problem} with {_write(adjusted)}")
+        problem = f"{name}: cannot reach {budget.quantity} = {target:.5g}; the nearest is {reached:.5g}"
+        raise BudgetError("match", f"{problem} with {_write(adjusted)}")
     return adjusted, reached
 
 
@@ -178,7 +168,7 @@ def _widths_knob(settings: ConfigDict, name: str) -> _Knob:
         mlp = layers[layer].mlp or {}
         widths |= {f"model.layers.{layer}.mlp.{key}": mlp[key] for key in ("width", "shared_width") if mlp.get(key)}
     if not widths:
-        raise SweepError("match", f"{name}: no layer has an MLP; name a key to adjust")
+        raise BudgetError("match", f"{name}: no layer has an MLP; name a key to adjust")
     largest = max(widths.values())
     return _Knob(
         max(1, round(largest / MULTIPLE)),
@@ -195,7 +185,7 @@ def _key_knob(settings: ConfigDict, key: str, name: str) -> _Knob:
     if isinstance(value, str) and PLACEHOLDER in value:
         return _Knob(1, lambda number: {key: value.replace(PLACEHOLDER, str(number))})
     problem = f"{key} is {write_value(value)!r}; only an integer or a text with {PLACEHOLDER} can be adjusted"
-    raise SweepError("match", f"{name}: {problem}")
+    raise BudgetError("match", f"{name}: {problem}")
 
 
 def find_nearest(value: Callable[[int], float], start: int, target: float) -> int:
@@ -205,7 +195,7 @@ def find_nearest(value: Callable[[int], float], start: int, target: float) -> in
     and the middle of the bracket, because `value` is expensive and often linear.
 
     Raises:
-      SweepError: The function decreases.
+      BudgetError: The function decreases.
     """
     low = high = start
     while value(high) < target:
@@ -229,4 +219,4 @@ def find_nearest(value: Callable[[int], float], start: int, target: float) -> in
 def _require_increase(value: Callable[[int], float], low: int, high: int) -> None:
     if value(high) < value(low):
         problem = f"the quantity falls from {value(low):.5g} to {value(high):.5g} while the key increases"
-        raise SweepError("match", problem)
+        raise BudgetError("match", problem)

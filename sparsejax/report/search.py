@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING, Any
 from sparsejax.config.write import write_config
 from sparsejax.figures import write_figure
 from sparsejax.metrics import Direction, pareto_front
-from sparsejax.sweep.runs import Run
 from sparsejax.workdir import SweepFolder
 
 if TYPE_CHECKING:
@@ -50,7 +49,10 @@ def state_of(trial: FrozenTrial) -> str | None:
 
 
 def write_results(
-    folder: Path, trials: Sequence[FrozenTrial], objectives: Sequence[Objective], runs: Mapping[int, Run]
+    folder: Path,
+    trials: Sequence[FrozenTrial],
+    objectives: Sequence[Objective],
+    settings: Mapping[int, Mapping[str, Any]],
 ) -> list[Path]:
     """Writes tables of all trials and of the best ones, a figure, and the configuration files of the best ones.
 
@@ -58,7 +60,7 @@ def write_results(
       folder: Folder of the search.
       trials: All trials that have ended; their user attributes are `run`, its name, and `overrides`, texts by key.
       objectives: One or two.
-      runs: The runs of the best trials by number, in order.
+      settings: The resolved configurations of the best trials by number, in order.
 
     Returns:
       The files.
@@ -67,7 +69,7 @@ def write_results(
     stem, config = ("pareto", "front-{}.py") if two else ("best", "best.py")
     keys = sorted({key for trial in trials for key in _overrides(trial)})
     by_number = {trial.number: trial for trial in trials}
-    front = [by_number[number] for number in runs]
+    front = [by_number[number] for number in settings]
     table, summary, all_trials = folder / f"{stem}.csv", folder / f"{stem}.md", SweepFolder(folder).trials
     for file, rows in ((all_trials, trials), (table, front)):
         _write_csv(file, [_tabulate(trial, objectives, keys) for trial in rows])
@@ -76,7 +78,7 @@ def write_results(
         old.unlink()
     configs = [folder / config.format(rank) for rank in range(1, len(front) + 1)]
     for path, trial in zip(configs, front, strict=True):
-        path.write_text(write_config(runs[trial.number].settings.to_dict(), _docstring(trial, objectives, path)))
+        path.write_text(write_config(settings[trial.number], _docstring(trial, objectives, path)))
     figures = [folder / f"{stem}{suffix}" for suffix in (".png", ".svg")]
     draw = _draw_front if two else _draw_curves
     for path in figures:

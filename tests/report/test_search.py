@@ -7,8 +7,8 @@ import pytest
 
 from sparsejax import config as configs
 from sparsejax.config.write import write_config
+from sparsejax.report.search import Objective, find_best, write_results
 from sparsejax.sweep import plan_runs
-from sparsejax.sweep.pareto import Objective, find_best, write_results
 from tests.train.runs import RECIPE
 
 pytest.importorskip("optuna", reason="needs the extra search")
@@ -78,8 +78,9 @@ def test_a_config_file_gives_the_settings_back(tmp_path):
 
 def write(tmp_path, objectives, trials):
     front = find_best(trials, objectives)
-    runs = {trial.number: plan_runs(str(RECIPE), [trial.user_attrs["overrides"]])[0] for trial in front}
-    write_results(tmp_path, trials, objectives, runs)
+    overrides = {trial.number: trial.user_attrs["overrides"] for trial in front}
+    settings = {number: configs.load(str(RECIPE), drawn).to_dict() for number, drawn in overrides.items()}
+    write_results(tmp_path, trials, objectives, settings)
     return front
 
 

@@ -7,8 +7,10 @@ import random
 import pytest
 from rich.console import Console
 
+from sparsejax import budget
+from sparsejax.budget import BudgetError, match_runs, read_match
 from sparsejax.config import ConfigError
-from sparsejax.sweep import SweepError, match, match_runs, plan_runs, read_match, sweep
+from sparsejax.sweep import plan_runs, sweep
 from tests.messages import rejects
 from tests.train.runs import RECIPE
 
@@ -112,17 +114,17 @@ INVALID = {
 def test_invalid_budgets(case):
     window = {LOCAL: "causal & window({})"} if LOCAL in INVALID[case] else {}
     overrides = {"model.schedule": "local" if window else "full"} | window
-    with rejects((SweepError, ConfigError), "train.stepz" if case == "unknown_key" else "match"):
+    with rejects((BudgetError, ConfigError), "train.stepz" if case == "unknown_key" else "match"):
         match_runs(CONFIG, [overrides], read_match(INVALID[case]))
 
 
 def test_an_invalid_value_names_run_and_key():
-    with rejects(SweepError, "kv_heads="):
+    with rejects(BudgetError, "kv_heads="):
         match_runs(CONFIG, [{"model.schedule": "full"}], read_match("parameters:1e5:model.layers.full.mixer.kv_heads"))
 
 
 def test_a_falling_quantity_is_rejected():
-    with rejects(SweepError, "match"):
+    with rejects(BudgetError, "match"):
         match_runs(
             CONFIG,
             [{"model.schedule": "local", LOCAL: "causal & strided({})"}],
@@ -142,7 +144,7 @@ def test_nearest_of_rising_values():
             return values[number - 1]
 
         target = draw.random() * 110
-        number = match.find_nearest(value, draw.randrange(1, 60), target)
+        number = budget.find_nearest(value, draw.randrange(1, 60), target)
         nearest = min(abs(other - target) for other in values)
         # Where the walk upwards meets two equal values it stops, so only values that rise all the way are certain.
         if len(set(values)) == len(values) - 200:
@@ -157,7 +159,7 @@ def test_a_linear_quantity_needs_few_accounts():
         calls.add(number)
         return 7.0 * number + 1000
 
-    assert match.find_nearest(value, 100, 7_000_000) == bisect.bisect(range(10**7), 6_999_000, key=lambda n: 7 * n) - 1
+    assert budget.find_nearest(value, 100, 7_000_000) == bisect.bisect(range(10**7), 6_999_000, key=lambda n: 7 * n) - 1
     assert len(calls) < 24
 
 
