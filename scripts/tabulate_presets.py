@@ -1,8 +1,8 @@
-"""The table of the presets in README.md: parameters, those that serve a token, and the cache of 256K tokens.
+"""Prints the table of presets: parameters, active parameters, and the cache of 256K tokens.
 
     python scripts/tabulate_presets.py
 
-Nothing is allocated; it takes seconds.
+Models are built as shapes, which takes seconds.
 """
 
 from __future__ import annotations
@@ -20,16 +20,16 @@ HEADING = ("config", "what it is", "sizes from", "parameters", "active", "cache 
 
 
 def tabulate(name: str) -> tuple[str, ...]:
-    """The row of a preset."""
+    """Returns the row of a preset."""
     path = CONFIGS / f"{name}.py"
     model = configs.check(configs.load(str(path))).model
-    layers, outside = account_model(model, LENGTH if model.causal else 1)
-    total = sum(layers, outside)
-    says = ast.get_docstring(ast.parse(path.read_text()))
-    source = re.search(r"Sizes:\s(arXiv:[\d.]*\d)?", says)[1] or "config.json"
+    layers, ends = account_model(model, LENGTH if model.causal else 1)
+    total = sum(layers, ends)
+    docstring = ast.get_docstring(ast.parse(path.read_text()))
+    source = re.search(r"Sizes:\s(arXiv:[\d.]*\d)?", docstring)[1] or "config.json"
     active = _round(total.active_parameters) if total.active_parameters < total.parameters else "all"
     cache = f"{total.cache_bytes / 2**30:.2f} GiB" if model.causal else "-"
-    return f"`{name}.py`", says.splitlines()[0].removesuffix("."), source, _round(total.parameters), active, cache
+    return f"`{name}.py`", docstring.splitlines()[0].removesuffix("."), source, _round(total.parameters), active, cache
 
 
 def _round(count: int) -> str:

@@ -13,6 +13,7 @@ import jax
 from flax import nnx
 
 from sparsejax.config import Config, ModelConfig
+from sparsejax.errors import InputError
 from sparsejax.layers import Cache, Experts, Layer, attention_cost
 from sparsejax.model import Model
 from sparsejax.patterns import Pattern, plan_cache
@@ -54,7 +55,7 @@ class Account:
 
     def __add__(self, other: Account) -> Account:
         if other.length != self.length:
-            raise ValueError(f"accounts of {self.length} and {other.length} tokens cannot be added")
+            raise InputError("length", f"accounts of {self.length} and {other.length} tokens cannot be added")
         names = [field.name for field in dataclasses.fields(self) if field.name != "length"]
         return Account(self.length, **{name: getattr(self, name) + getattr(other, name) for name in names})
 
@@ -91,8 +92,8 @@ def account_model(config: ModelConfig, length: int) -> tuple[list[Account], Acco
     active; some reports count neither, or not the embedding, of which a token reads one row.
     """
     names = tuple(dict.fromkeys(config.names))
-    one_of_each = dataclasses.replace(config, schedule=" ".join(names), scan=False)
-    model = nnx.eval_shape(lambda: Model(one_of_each, nnx.Rngs(0)))
+    shallow = dataclasses.replace(config, schedule=" ".join(names), scan=False)
+    model = nnx.eval_shape(lambda: Model(shallow, nnx.Rngs(0)))
     accounts = {name: _account_layer(layer, length) for name, layer in zip(names, model.before, strict=True)}
     outside = _count_parameters(model) - sum(account.parameters for account in accounts.values())
     ends = Account(length, parameters=outside, active_parameters=outside, flops=2.0 * config.width * config.vocab)

@@ -1,4 +1,4 @@
-"""Accounts, held against numbers worked out by hand and against what XLA counts in the compiled program."""
+"""Accounts, compared with numbers by hand and with the FLOPs that XLA counts in the compiled program."""
 
 import math
 
@@ -9,6 +9,7 @@ from flax import nnx
 
 from sparsejax.account import Account, account_model, account_pattern
 from sparsejax.config import ModelConfig
+from sparsejax.errors import InputError
 from sparsejax.layers import (
     Attention,
     AttentionConfig,
@@ -23,6 +24,7 @@ from sparsejax.layers import (
 )
 from sparsejax.model import Functional
 from sparsejax.patterns import parse
+from tests.messages import rejects
 
 LENGTH, WIDTH = 256, 256
 NORM = NormConfig(kind="rms", eps=1e-6)
@@ -64,16 +66,16 @@ def test_the_account_of_a_pattern():
 
 
 def test_accounts_of_one_length_add_up():
-    one, ten = Account(8, 1, 2, 3, 4.0, 5, 6, 7), Account(8, 10, 20, 30, 40.0, 50, 60, 70)
-    assert one + ten == Account(8, 11, 22, 33, 44.0, 55, 66, 77)
-    with pytest.raises(ValueError, match="8 and 9 tokens"):
+    small, large = Account(8, 1, 2, 3, 4.0, 5, 6, 7), Account(8, 10, 20, 30, 40.0, 50, 60, 70)
+    assert small + large == Account(8, 11, 22, 33, 44.0, 55, 66, 77)
+    with rejects(InputError, "length"):
         Account(8) + Account(9)
 
 
 def test_xla_counts_the_flops_of_dense_attention():
     module = build(Attention, attention("full"))
-    found = xla_flops(module, jnp.zeros((1, LENGTH, WIDTH)))
-    assert found == pytest.approx(LENGTH * module.cost(LENGTH).flops, rel=0.05)
+    actual = xla_flops(module, jnp.zeros((1, LENGTH, WIDTH)))
+    assert actual == pytest.approx(LENGTH * module.cost(LENGTH).flops, rel=0.05)
 
 
 def test_xla_counts_the_flops_of_an_mlp():
@@ -141,5 +143,5 @@ def test_caches_are_in_the_dtype_of_the_model_and_states_in_float32(dtype, size)
         for name, mixer in mixers.items()
     }
     config = ModelConfig(512, WIDTH, "local full ssm", layers, NORM, tied=True, dtype=dtype, scan=True)
-    found = [row.cache_bytes for row in account_model(config, LENGTH)[0]]
-    assert found == [2 * 32 * 128 * size, 2 * LENGTH * 128 * size, 64 * (3 * size + 16 * 4)]
+    actual = [row.cache_bytes for row in account_model(config, LENGTH)[0]]
+    assert actual == [2 * 32 * 128 * size, 2 * LENGTH * 128 * size, 64 * (3 * size + 16 * 4)]

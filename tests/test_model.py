@@ -81,10 +81,10 @@ def differentiate(config: ModelConfig, parameters: dict):
     return value, logits, gradient
 
 
-def assert_same_trees(found, expected):
+def assert_same_trees(actual, expected):
     """Equal but for rounding, each array at its own scale."""
-    assert jax.tree.structure(found) == jax.tree.structure(expected)
-    for (path, a), b in zip(jax.tree.leaves_with_path(found), jax.tree.leaves(expected), strict=True):
+    assert jax.tree.structure(actual) == jax.tree.structure(expected)
+    for (path, a), b in zip(jax.tree.leaves_with_path(actual), jax.tree.leaves(expected), strict=True):
         scale = np.abs(b).max()
         assert scale > 0, path
         assert_close(str(path), a / scale, b / scale, "float32")
@@ -123,7 +123,7 @@ def test_dropout_draws_the_same_in_scanned_unrolled_and_recomputed_layers(parame
 
 def test_dropout_keeps_the_mean_and_draws_anew_at_every_place():
     dropout, ones = Dropout(jax.random.key(0), 0.2), jnp.ones((200, 500))
-    masks = [np.asarray(dropout(ones, *place)) for place in ((0, 0), (1, 0), (1, 1), (2, 0))]
+    masks = [np.asarray(dropout(ones, *salts)) for salts in ((0, 0), (1, 0), (1, 1), (2, 0))]
     for mask in masks:
         np.testing.assert_allclose(np.unique(mask), [0, 1.25])
         assert mask.mean() == pytest.approx(1, abs=0.01)
@@ -271,8 +271,8 @@ def test_the_same_key_gives_the_same_parameters(queries):
 def test_fresh_parameters_have_the_stated_shapes():
     functional = Functional(CONFIG)
     made = jax.eval_shape(functional.init, jax.random.key(0))
-    found, stated = (jax.tree.map(lambda leaf: (leaf.shape, leaf.dtype), t) for t in (made, functional.shapes))
-    assert found == stated
+    actual, stated = (jax.tree.map(lambda leaf: (leaf.shape, leaf.dtype), t) for t in (made, functional.shapes))
+    assert actual == stated
 
 
 def test_bind_gives_back_what_it_was_given(parameters):

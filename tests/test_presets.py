@@ -231,8 +231,8 @@ RELEASED = {
 }
 
 
-def load(place, *overrides):
-    name, _, argument = place.partition(":")
+def load(config, *overrides):
+    name, _, argument = config.partition(":")
     return configs.check(
         configs.load(f"{FOLDER}/{name}.py{':' if argument else ''}{argument}", parse_overrides(overrides))
     )
@@ -243,10 +243,10 @@ def account(model, length):
     return sum(layers, outside)
 
 
-def close(name, found, published):
+def close(name, actual, published):
     if (name, published) in ROUNDED:
         return f"{found:.0f}" == published
-    return found == pytest.approx(float(published), rel=0.01)
+    return actual == pytest.approx(float(published), rel=0.01)
 
 
 def kinds(name, kind, part="mixer"):
@@ -272,12 +272,12 @@ def test_every_preset_is_in_the_table():
 
 def test_parameters_are_those_published(name):
     model, published = load(name).model, PUBLISHED[name]
-    found, table = account(model, 1024), model.vocab * model.width / 1e9
-    total = found.parameters / 1e9 + published.beside - published.untotalled * table
+    actual, table = account(model, 1024), model.vocab * model.width / 1e9
+    total = actual.parameters / 1e9 + published.beside - published.untotalled * table
     assert close(name, total, published.total)
-    assert (published.active is None) == (found.active_parameters == found.parameters)
+    assert (published.active is None) == (actual.active_parameters == actual.parameters)
     if published.active is not None:
-        assert close(name, found.active_parameters / 1e9 - published.uncounted * table, published.active)
+        assert close(name, actual.active_parameters / 1e9 - published.uncounted * table, published.active)
 
 
 @pytest.mark.parametrize(
@@ -475,19 +475,19 @@ DECAY = {
 def read_decay(model: nnx.Module) -> set[tuple[str, bool]]:
     """`Module.attribute` of every parameter of a model, and whether it is decayed."""
     nodes = dict(nnx.iter_graph(model))
-    found = set()
+    actual = set()
     for path, node in nodes.items():
         if isinstance(node, nnx.Param):
             depth = max(i for i in range(len(path)) if type(nodes[path[:i]]).__module__.startswith("sparsejax."))
-            found.add((f"{type(nodes[path[:depth]]).__name__}.{path[depth]}", node.decay))
-    return found
+            actual.add((f"{type(nodes[path[:depth]]).__name__}.{path[depth]}", node.decay))
+    return actual
 
 
 def test_weight_decay_applies_to_the_matrices_of_linear_maps(name):
     config = load(f"{name}:tiny").model
-    found = read_decay(nnx.eval_shape(lambda: Model(config, nnx.Rngs(0))))
-    assert found <= set(DECAY.items())
-    assert {"Linear.weight", "Norm.scale", "Embedding.tokens"} <= {attribute for attribute, _ in found}
+    actual = read_decay(nnx.eval_shape(lambda: Model(config, nnx.Rngs(0))))
+    assert actual <= set(DECAY.items())
+    assert {"Linear.weight", "Norm.scale", "Embedding.tokens"} <= {attribute for attribute, _ in actual}
     functional = Functional(config)
     matrices = jax.tree.map(lambda leaf, decay: decay and len(leaf.shape) < 2, functional.shapes, functional.decay)
     assert not any(jax.tree.leaves(matrices))
@@ -496,9 +496,9 @@ def test_weight_decay_applies_to_the_matrices_of_linear_maps(name):
 def test_weight_decay_of_parameters_that_no_preset_has():
     embedding = configs.EmbeddingConfig(axial=configs.AxialConfig(shape=(3, 4), widths=(2, 4)))
     config = dataclasses.replace(test_shared.CONFIG, embedding=embedding)
-    found = read_decay(nnx.eval_shape(lambda: Model(config, nnx.Rngs(0))))
-    assert found <= set(DECAY.items())
-    assert {"Adapter.down", "Adapter.up", "Embedding.axial"} <= {attribute for attribute, _ in found}
+    actual = read_decay(nnx.eval_shape(lambda: Model(config, nnx.Rngs(0))))
+    assert actual <= set(DECAY.items())
+    assert {"Adapter.down", "Adapter.up", "Embedding.axial"} <= {attribute for attribute, _ in actual}
 
 
 @pytest.mark.parametrize("name", ["mistral_7b", "gpt_oss_20b"])

@@ -44,9 +44,9 @@ def test_axes_that_do_not_divide_are_replicated():
     mesh = AbstractMesh((1, 2, 4), sharding.MESH_AXES)
     shapes = {"w": jax.ShapeDtypeStruct((6, 8), "float32"), "odd": jax.ShapeDtypeStruct((7, 6), "float32")}
     axes = {"w": ("width", "ff"), "odd": ("width", "heads")}
-    found = sharding.parameter_shardings(mesh, shapes, axes)
-    assert found["w"].spec == PartitionSpec("fsdp", "tensor")
-    assert found["odd"].spec == PartitionSpec(None, None)
+    shardings = sharding.parameter_shardings(mesh, shapes, axes)
+    assert shardings["w"].spec == PartitionSpec("fsdp", "tensor")
+    assert shardings["odd"].spec == PartitionSpec(None, None)
 
 
 def test_the_mesh_is_made_of_all_devices():

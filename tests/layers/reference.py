@@ -81,26 +81,27 @@ def frequencies(rope, width):
         return np.array([f * how.factor ** (-2 * i / (width - 2)) for i, f in enumerate(plain)]), 1.0
     waves = [2 * math.pi / f for f in plain]
     if how.kind == "llama3":
-        turned = []
+        rotated = []
         for f, wave in zip(plain, waves, strict=True):
             if wave < how.original_length / how.fast:
-                turned.append(f)
+                rotated.append(f)
             elif wave > how.original_length / how.slow:
-                turned.append(f / how.factor)
+                rotated.append(f / how.factor)
             else:
                 smooth = (how.original_length / wave - how.slow) / (how.fast - how.slow)
-                turned.append((1 - smooth) * f / how.factor + smooth * f)
-        return np.array(turned), 1.0
+                rotated.append((1 - smooth) * f / how.factor + smooth * f)
+        return np.array(rotated), 1.0
     # YaRN: the pair, not a whole number, that turns so often over the original length.
     low, high = (
-        width / 2 * math.log(how.original_length / (turns * 2 * math.pi), rope.base) for turns in (how.fast, how.slow)
+        width / 2 * math.log(how.original_length / (rotations * 2 * math.pi), rope.base)
+        for rotations in (how.fast, how.slow)
     )
     low, high = (math.floor(low), math.ceil(high)) if how.truncate else (low, high)
     low, high = max(low, 0), min(high, width - 1)
     stretch = [min(max((i - low) / (high - low), 0.0), 1.0) for i in range(width // 2)]
-    turned = [f * (1 - s) + f / how.factor * s for f, s in zip(plain, stretch, strict=True)]
+    rotated = [f * (1 - s) + f / how.factor * s for f, s in zip(plain, stretch, strict=True)]
     grow = how.attention_factor if how.attention_factor is not None else 1 + math.log(how.factor) / 10
-    return np.array(turned), grow
+    return np.array(rotated), grow
 
 
 def rotate(x, rope):
@@ -108,14 +109,14 @@ def rotate(x, rope):
     width = int(x.shape[-1] * rope.fraction)
     turning, rest = x[..., :width], x[..., width:]
     radians, grow = frequencies(rope, width)
-    turns = grow * np.exp(1j * np.arange(x.shape[1])[:, None] * radians)[:, None]
+    rotations = grow * np.exp(1j * np.arange(x.shape[1])[:, None] * radians)[:, None]
     if rope.interleaved:
-        turned = (turning[..., ::2] + 1j * turning[..., 1::2]) * turns
-        turned = np.stack([turned.real, turned.imag], axis=-1).reshape(turning.shape)
+        rotated = (turning[..., ::2] + 1j * turning[..., 1::2]) * rotations
+        rotated = np.stack([rotated.real, rotated.imag], axis=-1).reshape(turning.shape)
     else:
-        turned = (turning[..., : width // 2] + 1j * turning[..., width // 2 :]) * turns
-        turned = np.concatenate([turned.real, turned.imag], axis=-1)
-    return np.concatenate([turned, rest], axis=-1)
+        rotated = (turning[..., : width // 2] + 1j * turning[..., width // 2 :]) * rotations
+        rotated = np.concatenate([rotated.real, rotated.imag], axis=-1)
+    return np.concatenate([rotated, rest], axis=-1)
 
 
 def linear(w, x):
@@ -130,13 +131,13 @@ def attention(config, w, x, mask=None, segments=None, tokens=None):
     meet = ids[:, :, None] == ids[:, None, :]
     meet = np.broadcast_to((meet & real[:, :, None] & real[:, None, :])[:, None], (b, config.heads, t, t))
     allowed = np.array(np.broadcast_to(definition.mask(parse(config.pattern), t, t), meet.shape))
-    for row, places in enumerate(tokens or ()):
-        allowed[row][:, :, places] = True
+    for row, positions in enumerate(tokens or ()):
+        allowed[row][:, :, positions] = True
     y = heads(config, w, x, allowed & meet, "")
     if tokens is not None:
         whole = heads(config, w, x, meet, "_global" if config.global_projections else "")
-        for row, places in enumerate(tokens):
-            y[row, places] = whole[row, places]
+        for row, positions in enumerate(tokens):
+            y[row, positions] = whole[row, positions]
     if config.gate:
         y = y * sigmoid(linear(w["gate"], x)).reshape(y.shape)
     return linear(w["out"], y.reshape(b, t, -1))
@@ -154,14 +155,14 @@ def heads(config, w, x, allowed, projections):
     y, distance = np.zeros_like(q), np.arange(t)[:, None] - np.arange(t)
     for head in range(config.heads):
         shared = head // (config.heads // config.kv_heads)
-        own = q[:, :, head]
+        queries = q[:, :, head]
         scores = np.einsum(
-            "btd,bsd->bts", own + (w["relative"]["content"][head] if config.relative else 0), k[:, :, shared]
+            "btd,bsd->bts", queries + (w["relative"]["content"][head] if config.relative else 0), k[:, :, shared]
         )
         if config.relative:
             angles = distance[..., None] / 10_000 ** (2 * np.arange(config.relative // 2) / config.relative)
-            places = np.concatenate([np.sin(angles), np.cos(angles)], axis=-1) @ w["relative"]["weight"][head]
-            scores = scores + np.einsum("btd,tsd->bts", own + w["relative"]["position"][head], places)
+            positions = np.concatenate([np.sin(angles), np.cos(angles)], axis=-1) @ w["relative"]["weight"][head]
+            scores = scores + np.einsum("btd,tsd->bts", queries + w["relative"]["position"][head], positions)
         scores = scores * (config.head_width**-0.5 if config.scale is None else config.scale)
         scores = scores if config.softcap is None else config.softcap * np.tanh(scores / config.softcap)
         if config.alibi:
@@ -213,8 +214,8 @@ def layer(config, w, x):
 
 def model(config, w, tokens):
     x = w["embedding"]["tokens"][tokens]
-    for name, own in zip(config.names, layer_weights(config, w), strict=True):
-        x = layer(config.layers[name], own, x)
+    for name, layer_w in zip(config.names, layer_weights(config, w), strict=True):
+        x = layer(config.layers[name], layer_w, x)
     x = norm(config.norm, w.get("norm"), x)
     return x @ (w["embedding"]["tokens"].T if config.tied else w["head"]["weight"])
 
@@ -222,6 +223,6 @@ def model(config, w, tokens):
 def layer_weights(config, w) -> list[dict]:
     """The parameters of each layer in order, whether they lie in a scanned period or not."""
     fold = schedule.fold(config.names) if config.scan else schedule.Fold(config.names, (), 0, ())
-    turns = [jax.tree.map(lambda leaf, i=i: leaf[i], w["period"]) for i in range(fold.repeats)]
-    parts = [w.get("before", {}), *turns, w.get("after", {})]
+    rotations = [jax.tree.map(lambda leaf, i=i: leaf[i], w["period"]) for i in range(fold.repeats)]
+    parts = [w.get("before", {}), *rotations, w.get("after", {})]
     return [part[i] for part in parts for i in sorted(part)]

@@ -148,14 +148,14 @@ def check_gradients(module, expected, context=EMPTY):
         nnx.replace_by_pure_dict(state, weights)
         return (nnx.merge(graph, state)(x, context) * cotangent).sum()
 
-    found = jax.jit(jax.grad(loss, argnums=(0, 1)))(weights, X)
+    actual = jax.jit(jax.grad(loss, argnums=(0, 1)))(weights, X)
     point = jax.tree.map(np.float64, (weights, X))
     wanted = lambda weights, x: (expected(weights, x) * cotangent).sum()  # noqa: E731
-    for path, gradient in jax.tree_util.tree_leaves_with_path(found):
+    for path, gradient in jax.tree_util.tree_leaves_with_path(actual):
         direction = jax.tree_util.tree_map_with_path(
             lambda p, leaf, path=path: random.normal(size=leaf.shape) * (p == path), point
         )
-        along = sum(map(np.vdot, jax.tree.leaves(direction), jax.tree.leaves(found)))
+        along = sum(map(np.vdot, jax.tree.leaves(direction), jax.tree.leaves(actual)))
         scale = np.linalg.norm(gradient)
         assert scale > 0, path
         assert abs(along - slope(wanted, point, direction)) < 1e-5 * max(1.0, scale), path
@@ -229,9 +229,9 @@ def test_no_global_token_in_the_batch_is_as_if_there_were_none():
 def test_global_tokens_take_no_array_of_all_pairs():
     config = dataclasses.replace(CONFIG, **BOTH_WAYS, global_projections=True)
     module, length = build(config), 2048
-    x, places = jax.ShapeDtypeStruct((1, length, WIDTH), jnp.float32), jax.ShapeDtypeStruct((1, 2), jnp.int32)
-    loss = jax.grad(lambda x, places: module(x, Context(extras=Extras(globals=places))).sum())
-    text = jax.jit(loss).lower(x, places).compile({"xla_backend_optimization_level": 0}).as_text()
+    x, positions = jax.ShapeDtypeStruct((1, length, WIDTH), jnp.float32), jax.ShapeDtypeStruct((1, 2), jnp.int32)
+    loss = jax.grad(lambda x, positions: module(x, Context(extras=Extras(globals=positions))).sum())
+    text = jax.jit(loss).lower(x, positions).compile({"xla_backend_optimization_level": 0}).as_text()
     shapes = re.findall(r"\b[a-z]+\d*\[([\d,]+)\]", text)
     assert max(math.prod(map(int, dims.split(","))) for dims in shapes) < length * length / 4
 

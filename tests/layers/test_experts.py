@@ -70,18 +70,18 @@ def expert(config, w, number, x):
 def mixture(config, w, x):
     """Each token alone."""
     y = np.zeros(x.shape)
-    for place in np.ndindex(x.shape[:-1]):
-        token = np.asarray(x[place], np.float64)
+    for slot in np.ndindex(x.shape[:-1]):
+        token = np.asarray(x[slot], np.float64)
         logits = token @ w["router"]["weight"] + w["router"].get("bias", 0)
         scores = softmax(logits) if config.router == "softmax" else reference.sigmoid(logits)
         chosen = choose(scores + w.get("selection_bias", 0), config.top_k, config.groups, config.top_groups)
         shares = scores[chosen] / scores[chosen].sum() if config.renormalize else scores[chosen]
         inner = token @ w["enter"]["weight"] if config.latent else token
         out = sum(config.scale * s * expert(config, w, e, inner) for s, e in zip(shares, chosen, strict=True))
-        y[place] = out @ w["leave"]["weight"] if config.latent else out
+        y[slot] = out @ w["leave"]["weight"] if config.latent else out
         if config.shared_width:
             gate = reference.sigmoid(token @ w["shared_gate"]["weight"]) if config.shared_gate else 1
-            y[place] += gate * expert(config, w, None, token)
+            y[slot] += gate * expert(config, w, None, token)
     return y
 
 
@@ -89,10 +89,10 @@ def mixture(config, w, x):
 def test_equals_the_reference_whole_and_in_steps(change):
     module = build(**change)
     expected = mixture(module.config, reference.weights(module), X)
-    (y, losses), (one, _) = jax.jit(lambda x: (module(x), module(x[:, 3:4])))(X)
+    (y, losses), (single, _) = jax.jit(lambda x: (module(x), module(x[:, 3:4])))(X)
     assert losses == {}
     assert_close("call", y, expected, "float32")
-    assert_close("one token", one, expected[:, 3:4], "float32")
+    assert_close("one token", single, expected[:, 3:4], "float32")
 
 
 def test_losses_are_weighted_and_do_not_count_padding():
@@ -129,36 +129,36 @@ def test_a_model_of_experts_adds_up_their_losses_and_has_gradients_scanned_or_no
         remat=True,
     )
     tokens = np.random.default_rng(1).integers(0, 11, size=(2, 7))
-    found = []
+    results = []
     for scan in (True, False):
         config = ModelConfig(11, WIDTH, "3x(moe)", {"moe": layer}, layer.norm, tied=True, dtype="float32", scan=scan)
         model = Functional(config)
         parameters = model.init(jax.random.key(0))
         if not scan:  # the same numbers, layer by layer
-            turns = found[0][2]["period"][0]
-            parameters |= {"before": {i: jax.tree.map(lambda leaf, i=i: leaf[i], turns) for i in range(3)}}
-            parameters |= {name: found[0][2][name] for name in ("embedding", "norm")}
+            stacked = results[0][2]["period"][0]
+            parameters |= {"before": {i: jax.tree.map(lambda leaf, i=i: leaf[i], stacked) for i in range(3)}}
+            parameters |= {name: results[0][2][name] for name in ("embedding", "norm")}
 
         def total(parameters, model=model):
             logits, losses = model.bind(parameters).forward(jnp.asarray(tokens))
             return logits.sum() + losses["balance"], losses["balance"]
 
         (value, balance), gradient = reference.fast_jit(jax.value_and_grad(total, has_aux=True))(parameters)
-        found.append((value, balance, parameters, gradient["embedding"]["tokens"]))
-    (scanned, first, _, one), (unrolled, second, _, other) = found
+        results.append((value, balance, parameters, gradient["embedding"]["tokens"]))
+    (scanned, first, _, gradient), (unrolled, second, _, other) = results
     assert 0.3 <= float(first) < 0.3 * 4  # 3 layers; 8 experts of which 2 serve a token
     assert_close("loss", scanned, unrolled, "float32")
     assert_close("balance", first, second, "float32")
-    assert_close("gradient", one, other, "float32")
+    assert_close("gradient", gradient, other, "float32")
 
 
 def test_counts_what_serves_a_token():
     module = build(bias=True, shared_width=5, shared_gate=True)
-    one, shared, router = 3 * WIDTH * 10, 3 * WIDTH * 5, WIDTH * 8
-    assert module.flops == 2 * (2 * one + shared + router + WIDTH)
+    expert, shared, router = 3 * WIDTH * 10, 3 * WIDTH * 5, WIDTH * 8
+    assert module.flops == 2 * (2 * expert + shared + router + WIDTH)
     outside = shared + router + 8 + WIDTH
-    assert module.parameters == 8 * (one + 10 + 10 + WIDTH) + outside
-    assert module.active_parameters == 2 * (one + 10 + 10 + WIDTH) + outside
+    assert module.parameters == 8 * (expert + 10 + 10 + WIDTH) + outside
+    assert module.active_parameters == 2 * (expert + 10 + 10 + WIDTH) + outside
     latent = build(latent=4, gated=False)
     assert latent.flops == 2 * (2 * 2 * 4 * 10 + 2 * WIDTH * 4 + WIDTH * 8)
 

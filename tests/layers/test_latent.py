@@ -57,59 +57,59 @@ def build(config: LatentConfig, dtype=jnp.float32) -> Latent:
     return reference.fill(lambda: Latent(config, Stream(WIDTH, 1, dtype), nnx.Rngs(0)))
 
 
-def turn(x, rope, interleaved):
+def rotate_pairs(x, rope, interleaved):
     """Turns x[t, d] pair by pair."""
     if rope is None:
         return x
     y, half = x.copy(), x.shape[-1] // 2
     for at, pair in np.ndindex(len(x), half):
-        one, two = (2 * pair, 2 * pair + 1) if interleaved else (pair, pair + half)
-        turned = (x[at, one] + 1j * x[at, two]) * np.exp(1j * at * rope.base ** (-2 * pair / x.shape[-1]))
-        y[at, one], y[at, two] = turned.real, turned.imag
+        first, second = (2 * pair, 2 * pair + 1) if interleaved else (pair, pair + half)
+        rotated = (x[at, first] + 1j * x[at, second]) * np.exp(1j * at * rope.base ** (-2 * pair / x.shape[-1]))
+        y[at, first], y[at, second] = rotated.real, rotated.imag
     return y
 
 
 def latent_attention(config, w, x, segments=None):
     """One sequence x [t, m]."""
     t, d, e, rms = len(x), config.nope_width, config.value_width, NormConfig(kind="rms", eps=config.norm_eps)
-    shown, rope = x, config.rope
+    q_latent, rope = x, config.rope
 
     def linear(name, x, w=w):
         return x @ w[name]["weight"] + w[name].get("bias", 0)
 
     if config.query_rank is not None:
-        shown = reference.norm(rms, w["query_norm"], linear("query_latent", x))
-    queries = linear("query", shown).reshape(t, config.heads, -1)
+        q_latent = reference.norm(rms, w["query_norm"], linear("query_latent", x))
+    queries = linear("query", q_latent).reshape(t, config.heads, -1)
     latent, tail = np.split(linear("latent", x), [config.kv_rank], axis=-1)
-    own = linear("expand", reference.norm(rms, w["latent_norm"], latent)).reshape(t, config.heads, d + e)
-    tail = turn(tail, rope, rope is not None and rope.interleaved)
+    expanded = linear("expand", reference.norm(rms, w["latent_norm"], latent)).reshape(t, config.heads, d + e)
+    tail = rotate_pairs(tail, rope, rope is not None and rope.interleaved)
     allowed = np.broadcast_to(mask(parse(config.pattern), t, t), (config.heads, t, t)).copy()
     if segments is not None:
         allowed &= segments[:, None] == segments
     if config.indexer is not None:
-        allowed &= selected(config, w["indexer"], x, shown, allowed[0], linear)
+        allowed &= selected(config, w["indexer"], x, q_latent, allowed[0], linear)
     y = np.zeros((t, config.heads, e))
     scale = (d + config.rope_width) ** -0.5 if config.scale is None else config.scale
     for head in range(config.heads):
         q = queries[:, head]
-        q = np.concatenate([q[:, :d], turn(q[:, d:], rope, rope is not None and rope.interleaved)], axis=-1)
-        k = np.concatenate([own[:, head, :d], tail], axis=-1)
+        q = np.concatenate([q[:, :d], rotate_pairs(q[:, d:], rope, rope is not None and rope.interleaved)], axis=-1)
+        k = np.concatenate([expanded[:, head, :d], tail], axis=-1)
         scores = np.where(allowed[head], scale * q @ k.T, -np.inf)
         shares = np.exp(scores - scores.max(-1, keepdims=True))
-        y[:, head] = shares / shares.sum(-1, keepdims=True) @ own[:, head, d:]
+        y[:, head] = shares / shares.sum(-1, keepdims=True) @ expanded[:, head, d:]
     return linear("out", y.reshape(t, -1))
 
 
-def selected(config, w, x, shown, allowed, linear):
+def selected(config, w, x, q_latent, allowed, linear):
     """Booleans [t, t]."""
     indexer, p, t = config.indexer, config.rope_width, len(x)
     k = reference.norm(NormConfig(kind="layer", eps=indexer.norm_eps), w["key_norm"], linear("keys", x, w))
-    k = np.concatenate([turn(k[:, :p], config.rope, False), k[:, p:]], axis=-1)
-    q, weights = linear("queries", shown, w).reshape(t, indexer.heads, -1), linear("weights", x, w)
+    k = np.concatenate([rotate_pairs(k[:, :p], config.rope, False), k[:, p:]], axis=-1)
+    q, weights = linear("queries", q_latent, w).reshape(t, indexer.heads, -1), linear("weights", x, w)
     scores = np.zeros((t, t))
     for head in range(indexer.heads):
-        own = np.concatenate([turn(q[:, head, :p], config.rope, False), q[:, head, p:]], axis=-1)
-        products = np.maximum(own @ k.T, 0) / np.sqrt(indexer.width)
+        query = np.concatenate([rotate_pairs(q[:, head, :p], config.rope, False), q[:, head, p:]], axis=-1)
+        products = np.maximum(query @ k.T, 0) / np.sqrt(indexer.width)
         scores += weights[:, head, None] / np.sqrt(indexer.heads) * products
     chosen = np.zeros((t, t), bool)
     for query in range(t):

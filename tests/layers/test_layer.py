@@ -110,18 +110,18 @@ def test_a_reversible_layer_can_be_undone():
     w, x = reference.weights(layer), np.concatenate([X, X[::-1]], axis=-1)
     y, steps = jax.jit(lambda x: (layer(x)[0], decode(layer, x, LENGTH)))(x)
     assert_close("steps", steps, y, "float32")
-    one, two = np.split(np.asarray(y, np.float64), 2, axis=-1)
+    x1, x2 = np.split(np.asarray(y, np.float64), 2, axis=-1)
     before = [w[name]["before"] for name in ("mixer_residual", "mlp_residual")]
-    two = two - reference.mlp(CONFIG.mlp, w["mlp"], reference.norm(CONFIG.norm, before[1], one))
-    one = one - reference.attention(CONFIG.mixer, w["mixer"], reference.norm(CONFIG.norm, before[0], two))
-    assert_close("undone", np.concatenate([one, two], axis=-1), x, "float32")
+    x2 = x2 - reference.mlp(CONFIG.mlp, w["mlp"], reference.norm(CONFIG.norm, before[1], x1))
+    x1 = x1 - reference.attention(CONFIG.mixer, w["mixer"], reference.norm(CONFIG.norm, before[0], x2))
+    assert_close("undone", np.concatenate([x1, x2], axis=-1), x, "float32")
 
 
 @pytest.mark.parametrize("position", ["pre", "both"])
 def test_dropout_is_of_what_a_branch_adds_and_not_of_the_stream(position):
     layer = build(mixer=None, norm_position=position)
     context = Context(extras=Extras(dropout=Dropout(jax.random.key(0), 0.25)))
-    added, dropped = (np.asarray(layer(jnp.asarray(X), one)[0]) - X for one in (Context(), context))
+    added, dropped = (np.asarray(layer(jnp.asarray(X), argument)[0]) - X for argument in (Context(), context))
     kept = np.asarray(context.dropout(jnp.ones_like(X), 1))
     assert 0 < np.mean(kept == 0) < 0.5
     assert_close("added", dropped, added * kept, "float32")
@@ -131,7 +131,7 @@ def test_dropout_of_two_streams_is_of_the_one_that_is_written():
     stream = Stream(WIDTH, 4, jnp.float32, reversible=True)
     layer = reference.fill(lambda: Layer(dataclasses.replace(CONFIG, mixer=None), stream, nnx.Rngs(0)))
     x, context = np.concatenate([X, X[::-1]], axis=-1), Context(extras=Extras(dropout=Dropout(jax.random.key(0), 0.25)))
-    added, dropped = (np.asarray(layer(jnp.asarray(x), one)[0]) - x for one in (Context(), context))
+    added, dropped = (np.asarray(layer(jnp.asarray(x), argument)[0]) - x for argument in (Context(), context))
     kept = np.asarray(context.dropout(jnp.ones_like(X), 1))
     assert not dropped[..., :WIDTH].any()
     assert_close("added", dropped[..., WIDTH:], added[..., WIDTH:] * kept, "float32")

@@ -45,22 +45,22 @@ def expected(module: Lightning, x: np.ndarray, layer: int, segments: np.ndarray 
 @pytest.mark.parametrize("length", [1, CHUNK - 1, CHUNK, CHUNK + 1, 3 * CHUNK + 7])
 def test_every_layer_decays_at_its_rate(length, layer):
     module, x = build(), make_x(length)
-    found = module(jnp.asarray(x), Context(extras=Extras(layer=jnp.asarray(layer))))
-    assert_close("lightning", found, expected(module, x, layer), "float32")
+    actual = module(jnp.asarray(x), Context(extras=Extras(layer=jnp.asarray(layer))))
+    assert_close("lightning", actual, expected(module, x, layer), "float32")
 
 
 def test_documents_are_apart():
     module, x = build(), make_x(29)
     segments = np.stack([np.arange(29) >= 11, np.arange(29) // 7]).astype(np.int32)
-    found = module(jnp.asarray(x), Context(Tokens(segments=jnp.asarray(segments))))
-    assert_close("lightning", found, expected(module, x, 0, segments), "float32")
+    actual = module(jnp.asarray(x), Context(Tokens(segments=jnp.asarray(segments))))
+    assert_close("lightning", actual, expected(module, x, 0, segments), "float32")
 
 
 def test_padding_on_the_left_changes_nothing():
     module, x = build(), make_x(20)
     mask = jnp.asarray(np.arange(20) >= 7)[None].repeat(2, 0)
-    found = module(jnp.asarray(x), Context(Tokens(mask=mask)))[:, 7:]
-    assert_close("lightning", found, expected(module, x[:, 7:], 0), "float32")
+    actual = module(jnp.asarray(x), Context(Tokens(mask=mask)))[:, 7:]
+    assert_close("lightning", actual, expected(module, x[:, 7:], 0), "float32")
 
 
 def test_rejects_sizes_below_one():

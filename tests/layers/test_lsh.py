@@ -58,8 +58,8 @@ def test_documents_and_padding_come_from_the_context():
 
 
 def test_rotations_follow_from_the_seed():
-    one, other = build(), build(seed=4)
-    run = jax.jit(lambda x: (one(x), build()(x), other(x)))
+    module, other = build(), build(seed=4)
+    run = jax.jit(lambda x: (module(x), build()(x), other(x)))
     first, same, differs = run(X)
     np.testing.assert_array_equal(first, same)
     assert np.abs(first - differs).max() > 1e-3

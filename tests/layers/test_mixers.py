@@ -236,12 +236,12 @@ def test_every_mixer_and_every_pattern_is_here():
 def test_steps_equal_the_call_and_only_the_past_that_is_allowed_has_any_influence(config):
     length = LENGTH if isinstance(config, AttentionConfig) else 40  # more than a chunk of a scan
     module, x = build(config), make_x(length)
-    y, steps, found = reference.fast_jit(lambda x: (module(x), decode(module, x, length), influence(module, x)))(x)
+    y, steps, influences = reference.fast_jit(lambda x: (module(x), decode(module, x, length), influence(module, x)))(x)
     assert_close("steps", steps, y, "float32")
-    found, expected = np.array(found), allowed(config, length)
+    influences, expected = np.array(influences), allowed(config, length)
     if isinstance(config, LshConfig):  # the second token looks at the first alone: by a weight of 1, but for rounding
-        found[1, 1] = expected[1, 1]
-    np.testing.assert_array_equal(found, expected)
+        influences[1, 1] = expected[1, 1]
+    np.testing.assert_array_equal(influences, expected)
 
 
 def test_tiles_let_only_the_past_that_is_allowed_have_any_influence():

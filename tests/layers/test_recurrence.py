@@ -45,8 +45,8 @@ def test_the_length_of_a_chunk_does_not_matter(name):
     x = make_x(longest(kind))
     expected = fast_jit(build(config))(x)
     for chunk in (1, 5, 64):
-        found = fast_jit(build(dataclasses.replace(config, chunk=chunk)))(x)
-        assert_close(f"chunks of {chunk}", found, expected, "float32")
+        actual = fast_jit(build(dataclasses.replace(config, chunk=chunk)))(x)
+        assert_close(f"chunks of {chunk}", actual, expected, "float32")
 
 
 @EVERY

@@ -61,25 +61,25 @@ LLAMA = RopeScaling(kind="llama3", factor=8.0, original_length=8192, fast=4.0, s
     ids=str,
 )
 def test_frequencies_of_models(config, width):
-    found, grow = config.frequencies(width)
+    actual, grow = config.frequencies(width)
     expected, growth = reference.frequencies(config, width)
-    np.testing.assert_allclose(found, expected, rtol=1e-12)
+    np.testing.assert_allclose(actual, expected, rtol=1e-12)
     assert grow == pytest.approx(growth, rel=1e-12)
     plain, _ = RopeConfig(base=config.base).frequencies(width)
     factor = config.scaling.factor
-    assert (found <= plain * (1 + 1e-12)).all()
-    assert (found >= plain / factor * (1 - 1e-12)).all()
-    np.testing.assert_allclose([found[0], found[-1]], [plain[0], plain[-1] / factor], rtol=1e-12)
+    assert (actual <= plain * (1 + 1e-12)).all()
+    assert (actual >= plain / factor * (1 - 1e-12)).all()
+    np.testing.assert_allclose([actual[0], actual[-1]], [plain[0], plain[-1] / factor], rtol=1e-12)
 
 
 def test_yarn_turns_fast_pairs_as_before_and_slow_pairs_by_less():
     config = RopeConfig(base=10_000.0, scaling=RopeScaling(kind="yarn", factor=16.0, original_length=4096))
-    (found, grow), (plain, _) = config.frequencies(128), RopeConfig(base=10_000.0).frequencies(128)
-    turns = 4096 * plain / (2 * np.pi)
-    np.testing.assert_allclose(found[turns > 40], plain[turns > 40])
-    np.testing.assert_allclose(found[turns < 0.9], plain[turns < 0.9] / 16)
-    between = (turns > 1.2) & (turns < 28)
-    assert ((found[between] < plain[between]) & (found[between] > plain[between] / 16)).all()
+    (actual, grow), (plain, _) = config.frequencies(128), RopeConfig(base=10_000.0).frequencies(128)
+    rotations = 4096 * plain / (2 * np.pi)
+    np.testing.assert_allclose(actual[rotations > 40], plain[rotations > 40])
+    np.testing.assert_allclose(actual[rotations < 0.9], plain[rotations < 0.9] / 16)
+    between = (rotations > 1.2) & (rotations < 28)
+    assert ((actual[between] < plain[between]) & (actual[between] > plain[between] / 16)).all()
     assert grow == pytest.approx(1.2772588722239782)  # 0.1 ln 16 + 1
 
 
@@ -114,8 +114,8 @@ def test_scores_depend_on_the_distance_alone():
     q, k = (np.broadcast_to(RANDOM.normal(size=8).astype(np.float32), (1, 40, 1, 8)) for _ in range(2))
 
     def scores(shift):
-        turned = (rotate(jnp.asarray(x), shift + jnp.arange(40), RopeConfig(base=100.0))[0, :, 0] for x in (q, k))
-        return np.einsum("td,sd->ts", *turned)
+        rotated = (rotate(jnp.asarray(x), shift + jnp.arange(40), RopeConfig(base=100.0))[0, :, 0] for x in (q, k))
+        return np.einsum("td,sd->ts", *rotated)
 
     near = scores(0)
     for distance in range(-39, 40):

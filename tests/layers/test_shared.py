@@ -62,21 +62,26 @@ def expected_logits(parameters: dict) -> np.ndarray:
     """The model in float64: the block reads [x, embedding], and adapters are applied as maps of their own."""
     w = jax.tree.map(np.float64, parameters)
     x = start = w["embedding"]["tokens"][TOKENS]
-    turns = [jax.tree.map(lambda leaf, i=i: leaf[i], w["period"]) for i in range(2)]
-    layers = [("ssm", w["before"][0]), *((name, turn[k]) for turn in turns for k, name in enumerate("ab"))]
-    for name, own in layers:
+    repetitions = [jax.tree.map(lambda leaf, i=i: leaf[i], w["period"]) for i in range(2)]
+    layers = [
+        ("ssm", w["before"][0]),
+        *((name, repetition[k]) for repetition in repetitions for k, name in enumerate("ab")),
+    ]
+    for name, layer_w in layers:
         side = CONFIG.layers[name].side
-        extra = 0 if side is None else run_block(w["shared"][side.shared], own["side"], np.concatenate([x, start], -1))
-        read = reference.norm(NORM, own["mixer_residual"]["before"], x + extra)
-        x = x + reference.mamba(SSM.mixer, own["mixer"], read)
+        extra = (
+            0 if side is None else run_block(w["shared"][side.shared], layer_w["side"], np.concatenate([x, start], -1))
+        )
+        read = reference.norm(NORM, layer_w["mixer_residual"]["before"], x + extra)
+        x = x + reference.mamba(SSM.mixer, layer_w["mixer"], read)
     return reference.norm(NORM, w["norm"], x) @ w["embedding"]["tokens"].T
 
 
-def run_block(w: dict, own: dict, x: np.ndarray) -> np.ndarray:
+def run_block(w: dict, layer_w: dict, x: np.ndarray) -> np.ndarray:
     def adapt(part: str, name: str, number: int, key: str) -> dict:
-        adapter = own["adapters"].get(key) if "adapters" in own else None
-        more = 0 if adapter is None else adapter["down"] @ adapter["up"][number]
-        return w[part][name] | {"weight": w[part][name]["weight"] + more}
+        adapter = layer_w["adapters"].get(key) if "adapters" in layer_w else None
+        update = 0 if adapter is None else adapter["down"] @ adapter["up"][number]
+        return w[part][name] | {"weight": w[part][name]["weight"] + update}
 
     mixer = w["mixer"] | {name: adapt("mixer", name, 0, name) for name in ("query", "key", "value")}
     mlp = w["mlp"] | {name: adapt("mlp", name, i, "mlp") for i, name in enumerate(("gate", "up"))}
@@ -85,7 +90,7 @@ def run_block(w: dict, own: dict, x: np.ndarray) -> np.ndarray:
     gate = y @ mlp["gate"]["weight"]
     erf = np.vectorize(math.erf)
     hidden = gate / 2 * (1 + erf(gate / np.sqrt(2))) * (y @ mlp["up"]["weight"])
-    return hidden @ mlp["down"]["weight"] @ own["out"]["weight"]
+    return hidden @ mlp["down"]["weight"] @ layer_w["out"]["weight"]
 
 
 def test_equals_the_reference_whole_and_in_steps():
