@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import numpy as np
-from jaxtyping import Float, Num
+from jaxtyping import Float, Num, Shaped
 
 # Largest error by dtype of the inputs, relative to the largest number of the array, or to 1 if that is smaller.
 TOLERANCE = {"float64": 1e-13, "float32": 3e-6, "float16": 2e-3, "bfloat16": 1.6e-2}
@@ -26,7 +26,7 @@ def attend_reference(
     q: Num[np.ndarray, "b t h d"],
     k: Num[np.ndarray, "b s g d"],
     v: Num[np.ndarray, "b s g value"],
-    counts: Num[np.ndarray, "b h t s"],
+    counts: Shaped[np.ndarray, "b h t s"],
     d_out: Num[np.ndarray, "b t h value"],
     d_lse: Num[np.ndarray, "b t h"],
     *,

@@ -95,8 +95,9 @@ def test_delta_rule_and_its_gradients(length, channels):
     inputs = make_inputs(length, channels)
     for starts in (make_starts(length), np.zeros((BATCH, length), bool)):
         expected = run_wide(recur, inputs, starts)
-        compare(run(CHUNKS, [np.float32(a) for a in inputs], starts), expected, "float32")
         compare(run_wide(CHUNKS, inputs, starts), expected, "float64")
+        if length > CHUNK:  # several chunks lose the most digits
+            compare(run(CHUNKS, [np.float32(a) for a in inputs], starts), expected, "float32")
 
 
 @EACH_DECAY

@@ -1,4 +1,4 @@
-"""Mixtures of experts against a loop over tokens and experts, in float64; and the losses by hand."""
+"""Mixtures of experts against a loop over tokens and experts in float64; and the losses by hand."""
 
 import functools
 
@@ -8,18 +8,19 @@ import numpy as np
 import pytest
 
 from sparsejax.ops import experts as ops
+from tests.ops.quick import quick_jit
 from tests.tolerances import assert_close
 
 EXPERTS, WIDTH, OUT = 6, 5, 7
 
 
 def softmax(x):
-    shares = np.exp(x - x.max(-1, keepdims=True))
-    return shares / shares.sum(-1, keepdims=True)
+    p = np.exp(x - x.max(-1, keepdims=True))
+    return p / p.sum(-1, keepdims=True)
 
 
 def choose(scores, top_k, groups, top_groups):
-    """The experts of one token, by sorting: the best groups, then the best experts in them."""
+    """The experts of a token: the best groups, then the best experts in them, by sorting."""
     per_group = len(scores) // groups
     sums = [sum(sorted(scores[g * per_group : (g + 1) * per_group])[-2:]) for g in range(groups)]
     kept = sorted(range(groups), key=lambda g: -sums[g])[:top_groups]
@@ -35,11 +36,11 @@ def choose(scores, top_k, groups, top_groups):
         {"renormalize": True, "scale": 2.5},
         {"groups": 3, "top_groups": 2},
         {"groups": 6, "top_groups": 3, "renormalize": True},
-        {"selection_bias": np.array([3.0, 0, -2, 0.5, 0, 0.1])},
+        {"selection_bias": jnp.array([3.0, 0, -2, 0.5, 0, 0.1])},
     ],
-    ids=str,
+    ids=["plain", "renormalized", "groups", "renormalized-groups", "bias"],
 )
-def test_routes_to_the_best(kind, options):
+def test_route(kind, options):
     logits = np.random.default_rng(0).normal(size=(40, EXPERTS))
     weights, experts, scores = ops.route(jnp.asarray(logits, jnp.float32), 3, kind=kind, **options)
     expected = softmax(logits) if kind == "softmax" else 1 / (1 + np.exp(-logits))
@@ -48,9 +49,9 @@ def test_routes_to_the_best(kind, options):
     for token in range(40):
         chosen = choose(choice[token], 3, options.get("groups", 1), options.get("top_groups", 1))
         np.testing.assert_array_equal(experts[token], chosen)
-        own = expected[token, chosen]
-        own = own / own.sum() if options.get("renormalize") else own
-        assert_close("weights", weights[token], own * options.get("scale", 1), "float32")
+        wanted = expected[token, chosen]
+        wanted = wanted / wanted.sum() if options.get("renormalize") else wanted
+        assert_close("weights", weights[token], wanted * options.get("scale", 1), "float32")
 
 
 def test_softmax_of_the_chosen_logits_is_the_renormalised_softmax_and_ties_go_to_the_first():
@@ -71,24 +72,24 @@ def test_the_selection_bias_gets_no_gradient_and_the_chosen_scores_do():
     assert (np.asarray(d_logits) != 0).sum(axis=1).tolist() == [2] * 4
 
 
-def mix(impl, tile, x, weights, bias, shares, experts):
-    groups = ops.sort_by_expert(experts, len(weights), tile)
-    y = ops.add_bias(ops.multiply(ops.dispatch(x, groups), weights, groups, impl), bias, groups)
-    return ops.combine(jnp.tanh(y), shares, groups)
+def mix(impl, tile, x, weights, bias, gates, experts):
+    layout = ops.sort_by_expert(experts, len(weights), tile)
+    y = ops.add_bias(ops.multiply(ops.dispatch(x, layout), weights, layout, impl), bias, layout)
+    return ops.combine(jnp.tanh(y), gates, layout)
 
 
-def mix_one_by_one(x, weights, bias, shares, experts):
-    """Every token by every expert, and the chosen ones by weight: what a dense loop computes."""
+def mix_densely(x, weights, bias, gates, experts):
+    """Applies every expert to every token and weighs the chosen ones."""
     y = jnp.zeros((len(x), weights.shape[2]), x.dtype)
     for expert in range(len(weights)):
-        share = jnp.where(experts == expert, shares, 0).sum(axis=1, keepdims=True)
-        y = y + share * jnp.tanh(x @ weights[expert] + bias[expert])
+        gate = jnp.where(experts == expert, gates, 0).sum(axis=1, keepdims=True)
+        y = y + gate * jnp.tanh(x @ weights[expert] + bias[expert])
     return y
 
 
 def make_choices(tokens: int, top_k: int, how: str) -> np.ndarray:
     random = np.random.default_rng(tokens)
-    if how == "one":  # all choose the same experts, the others serve nobody
+    if how == "one":  # all tokens choose the same experts
         return np.tile(np.arange(top_k) + EXPERTS - top_k, (tokens, 1))
     return np.stack([random.permutation(EXPERTS)[:top_k] for _ in range(tokens)])
 
@@ -98,7 +99,7 @@ def make_choices(tokens: int, top_k: int, how: str) -> np.ndarray:
     ("tokens", "top_k", "tile", "how"),
     [(1, 1, 1, "random"), (1, 3, 4, "random"), (33, 2, 8, "random"), (33, 2, 1, "random"), (20, 2, 4, "one")],
 )
-def test_equals_the_loop_over_experts_with_its_gradients(impl, tokens, top_k, tile, how):
+def test_equals_the_dense_mixture_with_its_gradients(impl, tokens, top_k, tile, how):
     random = np.random.default_rng(0)
     experts = make_choices(tokens, top_k, how)
     shapes = (tokens, WIDTH), (EXPERTS, WIDTH, OUT), (EXPERTS, OUT), (tokens, top_k), (tokens, OUT)
@@ -109,9 +110,9 @@ def test_equals_the_loop_over_experts_with_its_gradients(impl, tokens, top_k, ti
             y, vjp = jax.vjp(lambda *inputs: function(*inputs, jnp.asarray(experts)), *inputs)
             return y, *vjp(d_y)
 
-        found = jax.jit(lambda: differentiate(functools.partial(mix, impl, tile)))()
-        expected = differentiate(mix_one_by_one)
-    for name, a, b in zip(("y", "x", "weights", "bias", "shares"), found, expected, strict=True):
+        actual = quick_jit(lambda: differentiate(functools.partial(mix, impl, tile)))()
+        expected = quick_jit(lambda: differentiate(mix_densely))()
+    for name, a, b in zip(("y", "x", "weights", "bias", "gates"), actual, expected, strict=True):
         assert a.dtype == jnp.float64
         assert_close(name, a, b, "float64")
 
@@ -121,29 +122,29 @@ def test_every_choice_has_a_row_in_a_tile_of_its_expert(tokens, top_k, tile):
     sort = jax.jit(functools.partial(ops.sort_by_expert, count=EXPERTS, tile=tile))
     for how in ("random", "one"):
         experts = make_choices(tokens, top_k, how)
-        groups = jax.tree.map(np.asarray, sort(jnp.asarray(experts)))
-        assert groups.tile == tile
-        assert len(np.unique(groups.rows)) == tokens * top_k
-        np.testing.assert_array_equal(groups.choices[groups.rows].reshape(-1), np.arange(tokens * top_k))
-        np.testing.assert_array_equal(groups.tile_experts[groups.rows // tile], experts)
-        assert (groups.choices == tokens * top_k).sum() == len(groups.choices) - tokens * top_k
-        assert groups.sizes.sum() <= len(groups.choices)
+        layout = jax.tree.map(np.asarray, sort(jnp.asarray(experts)))
+        assert layout.tile == tile
+        assert len(np.unique(layout.rows)) == tokens * top_k
+        np.testing.assert_array_equal(layout.choices[layout.rows].reshape(-1), np.arange(tokens * top_k))
+        np.testing.assert_array_equal(layout.tile_experts[layout.rows // tile], experts)
+        assert (layout.choices == tokens * top_k).sum() == len(layout.choices) - tokens * top_k
+        assert layout.sizes.sum() <= len(layout.choices)
 
 
 def test_gradients_of_weights_are_summed_in_float32():
     tokens, experts = 512, np.zeros((512, 1), int)
     x, weights = jnp.ones((tokens, 2), jnp.bfloat16), jnp.ones((1, 2, 3), jnp.bfloat16)
-    groups = ops.sort_by_expert(jnp.asarray(experts), 1, 1)
+    layout = ops.sort_by_expert(jnp.asarray(experts), 1, 1)
 
     def total(weights):
-        return ops.multiply(ops.dispatch(x, groups), weights, groups, "loop").astype(jnp.float32).sum()
+        return ops.multiply(ops.dispatch(x, layout), weights, layout, "loop").astype(jnp.float32).sum()
 
     gradient = jax.jit(jax.grad(total))(weights)  # 512 tiles of one row: bfloat16 sums of ones would stop at 256
     assert gradient.dtype == jnp.bfloat16
     np.testing.assert_array_equal(np.asarray(gradient, np.float32), 512)
 
 
-def test_the_balance_loss_is_1_in_balance_and_e_over_k_when_few_serve_all():
+def test_the_balance_loss_is_1_in_balance_and_e_over_k_if_all_choose_alike():
     even = jnp.asarray([[0, 1], [2, 3], [4, 5]])
     flat = jnp.full((3, EXPERTS), 0.3)  # sigmoid scores need not sum to 1
     assert float(ops.balance_loss(flat, even)) == pytest.approx(1)
@@ -151,19 +152,19 @@ def test_the_balance_loss_is_1_in_balance_and_e_over_k_when_few_serve_all():
     assert float(ops.balance_loss(sharp, jnp.asarray([[0, 1]] * 3))) == pytest.approx(EXPERTS / 2)
 
 
-def test_losses_by_hand_with_padding_left_out():
+def test_losses_leave_out_padding():
     random = np.random.default_rng(0)
     logits, experts = random.normal(size=(5, EXPERTS)), make_choices(5, 2, "random")
     mask = np.array([True, False, True, True, False])
-    shares = softmax(logits)[mask]
-    falls = np.array([(experts[mask] == e).mean() for e in range(EXPERTS)])
+    scores = softmax(logits)[mask]
+    fractions = np.array([(experts[mask] == e).mean() for e in range(EXPERTS)])
     balance, z = jax.jit(ops.balance_loss), jax.jit(ops.router_z_loss)
-    found = balance(jnp.asarray(softmax(logits), jnp.float32), jnp.asarray(experts), jnp.asarray(mask))
-    assert float(found) == pytest.approx(EXPERTS * (falls * shares.mean(0)).sum(), rel=1e-5)
+    loss = balance(jnp.asarray(softmax(logits), jnp.float32), jnp.asarray(experts), jnp.asarray(mask))
+    assert float(loss) == pytest.approx(EXPERTS * (fractions * scores.mean(0)).sum(), rel=1e-5)
     squares = np.log(np.exp(logits).sum(-1)) ** 2
     wide = jnp.asarray(logits, jnp.float32)
     assert float(z(wide)) == pytest.approx(squares.mean(), rel=1e-5)
     assert float(z(wide, jnp.asarray(mask))) == pytest.approx(squares[mask].mean(), rel=1e-5)
-    nobody = jnp.zeros(5, bool)
-    assert float(z(wide, nobody)) == 0
-    assert float(balance(jnp.ones((5, EXPERTS)), jnp.asarray(experts), nobody)) == 0
+    empty = jnp.zeros(5, bool)
+    assert float(z(wide, empty)) == 0
+    assert float(balance(jnp.ones((5, EXPERTS)), jnp.asarray(experts), empty)) == 0

@@ -41,13 +41,15 @@ def make_starts(length: int) -> np.ndarray:
 
 def recur(x, log_decay, state, starts=None):
     """The recurrence position by position, in the dtype of the inputs; differentiable."""
-    ys = []
-    for t in range(x.shape[1]):
-        if starts is not None:
-            state = jnp.where(starts[:, t, None], 0, state)
-        state = jnp.exp(log_decay[:, t]) * state + x[:, t]
-        ys.append(state)
-    return jnp.stack(ys, axis=1), state
+    starts = jnp.zeros(x.shape[:2], bool) if starts is None else starts
+
+    def advance(state, step):
+        x, log_decay, start = step
+        state = jnp.exp(log_decay) * jnp.where(start[:, None], 0, state) + x
+        return state, state
+
+    state, y = jax.lax.scan(advance, state, [jnp.swapaxes(a, 0, 1) for a in (x, log_decay, starts)])
+    return jnp.swapaxes(y, 0, 1), state
 
 
 def run(function, inputs):
@@ -73,7 +75,7 @@ def compare(actual, expected, dtype: str):
 @pytest.mark.parametrize("documents", [False, True], ids=["one-document", "documents"])
 @pytest.mark.parametrize("length", LENGTHS)
 def test_linear_scan_and_its_gradients(length, documents):
-    inputs, starts = make_inputs(length), make_starts(length) if documents else None
+    inputs, starts = make_inputs(length), jnp.asarray(make_starts(length)) if documents else None
     chunks = functools.partial(linear_scan, starts=starts, chunk=CHUNK)
     with jax.enable_x64(True):
         expected = run(functools.partial(recur, starts=starts), [jnp.asarray(a) for a in inputs])

@@ -1,4 +1,4 @@
-"""Selected keys against NumPy in float64."""
+"""Selection of keys, and attention to them, against NumPy in float64."""
 
 import jax
 import jax.numpy as jnp
@@ -7,6 +7,7 @@ import pytest
 
 from sparsejax.ops import attend_selected, index_scores, select_keys, top_keys
 from sparsejax.patterns import parse
+from tests.ops.quick import quick_jit
 from tests.tolerances import assert_close
 
 HEADS, WIDTH = 3, 4
@@ -28,7 +29,7 @@ def test_index_scores():
     assert_close("scores", index_scores(*map(jnp.asarray, index)), scores_of(*index), "float32")
 
 
-def test_of_equal_scores_the_lower_position_wins_and_minus_one_fills_up():
+def test_ties_go_to_the_lower_position_and_missing_keys_are_minus_one():
     scores = jnp.asarray([[0.0, -0.0, 2.0, -0.0, 0.0, -1.0]])
     allowed = jnp.asarray([[True, True, True, False, True, True]])
     assert top_keys(scores, allowed, 4).tolist() == [[2, 0, 1, 4]]
@@ -36,21 +37,20 @@ def test_of_equal_scores_the_lower_position_wins_and_minus_one_fills_up():
 
 
 @pytest.mark.parametrize(("length", "top_k"), [(1, 3), (63, 5), (65, 64), (150, 7)])
-def test_every_query_has_its_best_keys_of_its_own_document(length, top_k):
+def test_every_query_selects_its_best_keys_of_its_document(length, top_k):
     index, segments = make_index(length), np.sort(np.random.default_rng(0).integers(0, 3, size=(2, length)))
     ids = jnp.asarray(segments)
-    found = np.asarray(
-        jax.jit(lambda index: select_keys(*index, top_k, parse("causal"), (ids, ids)))([jnp.asarray(x) for x in index])
-    )
+    select = quick_jit(lambda index: select_keys(*index, top_k, parse("causal"), (ids, ids)))
+    selected = np.asarray(select([jnp.asarray(x) for x in index]))
     scores = scores_of(*index)
-    assert found.shape == (2, length, min(top_k, length))
+    assert selected.shape == (2, length, min(top_k, length))
     for row, query in np.ndindex(2, length):
         allowed = [key for key in range(query + 1) if segments[row, key] == segments[row, query]]
         best = sorted(allowed, key=lambda key: (-scores[row, query, key].astype(np.float32), key))[:top_k]
-        assert [key for key in found[row, query] if key >= 0] == best
+        assert [key for key in selected[row, query] if key >= 0] == best
 
 
-def test_attends_to_the_selected_keys_alone():
+def test_attends_to_the_selected_keys_only():
     random = np.random.default_rng(0)
     shapes = (2, 6, 4, 3), (2, 6, 2, 3), (2, 6, 2, 5)
     q, k, v = (random.normal(size=shape).astype(np.float32) for shape in shapes)
@@ -61,18 +61,18 @@ def test_attends_to_the_selected_keys_alone():
     for row, query, head in np.ndindex(2, 6, 4):
         chosen = [key for key in keys[row, query] if key >= 0]
         scores = 0.7 * k[row, chosen, head // 2].astype(np.float64) @ q[row, query, head]
-        shares = np.exp(scores)
-        expected[row, query, head] = shares @ v[row, chosen, head // 2] / max(shares.sum(), 1e-30)
-    found = jax.jit(lambda *x: attend_selected(*x, scale=0.7))(q, k, v, keys)
-    assert_close("selected", found, expected, "float32")
+        p = np.exp(scores)
+        expected[row, query, head] = p @ v[row, chosen, head // 2] / max(p.sum(), 1e-30)
+    out = quick_jit(lambda *x: attend_selected(*x, scale=0.7))(q, k, v, keys)
+    assert_close("out", out, expected, "float32")
 
 
-def test_no_gradient_flows_through_a_choice():
+def test_no_gradient_flows_through_a_selection():
     index = [jnp.asarray(x) for x in make_index(5)]
 
     def total(index):
         keys = select_keys(*index, 2, parse("causal"))
         return sum(x.sum() for x in index) + keys.sum().astype(jnp.float32)
 
-    for gradient in jax.jit(jax.grad(total))(index):
+    for gradient in quick_jit(jax.grad(total))(index):
         np.testing.assert_array_equal(gradient, 1)

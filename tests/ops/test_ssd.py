@@ -72,7 +72,7 @@ def run(function, inputs):
 @pytest.mark.parametrize("documents", [False, True])
 @pytest.mark.parametrize("length", LENGTHS)
 def test_ssd_and_its_gradients(length, documents):
-    inputs, starts = make_inputs(length), make_starts(length) if documents else None
+    inputs, starts = make_inputs(length), jnp.asarray(make_starts(length)) if documents else None
     with jax.enable_x64(True):
         expected = run(functools.partial(recur, starts=starts), [jnp.asarray(a) for a in inputs])
         wide = run(functools.partial(ssd, starts=starts, chunk=CHUNK), [jnp.asarray(a) for a in inputs])
@@ -120,7 +120,7 @@ def test_the_backward_pass_keeps_one_state_per_chunk(chunk):
 
 def test_memory_of_the_backward_pass_when_compiled():
     def temporary(length: int) -> int:
-        """Bytes that forward and backward pass need together, with a state of 64 x 64."""
+        """Temporary bytes of forward and backward pass, with a state of 64 x 64."""
         shapes = [(1, length, 1, 64), (1, length, 1), (1,), (1, length, 1, 64), (1, length, 1, 64), (1, 1, 64, 64)]
         inputs = [jax.ShapeDtypeStruct(shape, jnp.float32) for shape in shapes]
         loss = lambda *a: sum(jnp.square(part).sum() for part in ssd(*a, chunk=32))  # noqa: E731
