@@ -27,7 +27,7 @@ import jax
 from kill_runs import differences
 from rich.console import Console
 
-from sparsejax.job import Job, read_process
+from sparsejax.job import Job
 from sparsejax.sweep import grid, plan_runs
 from sparsejax.sweep.executors import build_job
 from sparsejax.workdir import Workdir, read_json
@@ -99,7 +99,7 @@ def parent_of(process: int) -> int:
 
 def find_running(jobs: list[Job]) -> list[Job]:
     """The jobs whose run is running."""
-    return [job for job in jobs if read_process(job.files) is not None]
+    return [job for job in jobs if job.files.process() is not None]
 
 
 def disturb(kind: str, launcher: subprocess.Popen, jobs: list[Job], draw: random.Random) -> dict:
@@ -111,7 +111,7 @@ def disturb(kind: str, launcher: subprocess.Popen, jobs: list[Job], draw: random
     elif kind == "ask the launcher to stop":
         launcher.send_signal(signal.SIGINT)
     elif running:
-        process = read_process(draw.choice(running).files)
+        process = draw.choice(running).files.process()
         if process is not None:
             os.kill(process[0] if kind == "kill a run" else parent_of(process[0]), signal.SIGKILL)
         if draw.random() < 0.5:  # the launcher may observe it, or is killed as well

@@ -30,23 +30,14 @@ class _RunEnded(Exception):
 
 @dataclasses.dataclass
 class Job:
-    """Runs a command to its end; returns the exit code (negative: a signal), or None if another process works on it.
-
-    Attributes:
-      command: Command line of the run.
-      files: Files of the job.
-      result: The file that the run leaves when it has ended. If it exists, nothing is left to do.
-      cores: Cores that the run may use; all by default.
-      environment: Variables to set; None unsets a variable.
-      new_session: Whether the terminal's signals do not reach the run.
-    """
+    """Runs a command to its end; returns the exit code (negative: a signal), or None if another process works on it."""
 
     command: list[str]
     files: JobFiles
-    result: Path
-    cores: tuple[int, ...] = ()
-    environment: dict[str, str | None] = dataclasses.field(default_factory=dict)
-    new_session: bool = False
+    result: Path  # the file that the run leaves when it has ended; if it exists, nothing is left to do
+    cores: tuple[int, ...] = ()  # that the run may use; empty: all
+    environment: dict[str, str | None] = dataclasses.field(default_factory=dict)  # None unsets a variable
+    new_session: bool = False  # the terminal's signals do not reach the run
 
     def __post_init__(self) -> None:
         self._process: subprocess.Popen[bytes] | None = None
@@ -114,19 +105,3 @@ class Job:
 def was_asked(code: int | None) -> bool:
     """Whether a run with this exit code was asked to stop; before it can save, SIGTERM ends it at once."""
     return code in (INTERRUPTED, -signal.SIGTERM)
-
-
-def is_held(lock: Path) -> bool:
-    """Whether any process holds a lock."""
-    try:
-        if lock.exists():
-            filelock.FileLock(lock).acquire(blocking=False).lock.release()
-    except filelock.Timeout:
-        return True
-    return False
-
-
-def read_process(files: JobFiles) -> tuple[int, str] | None:
-    """Returns process id and host of a job's run while it is running."""
-    content = files.lock.read_text().split() if is_held(files.lock) else []
-    return (int(content[0]), content[1]) if len(content) == 2 else None

@@ -6,6 +6,7 @@ sees half of it; a jsonl file only grows, and a reader ignores a last line that 
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import os
@@ -123,6 +124,18 @@ class SweepFolder:
         """Held by the launcher."""
         return self.jobs / "launcher.lock"
 
+    @contextlib.contextmanager
+    def hold(self) -> Iterator[None]:
+        """Holds the lock; raises InputError if another launcher does."""
+        import filelock
+
+        self.jobs.mkdir(parents=True, exist_ok=True)
+        try:
+            with filelock.FileLock(self.lock, blocking=False):
+                yield
+        except filelock.Timeout:
+            raise InputError("workdir", f"{self.path} is in use by another launcher") from None
+
     def workdir(self, name: str) -> Workdir:
         """The workdir of the run `name`."""
         return Workdir(self.runs / name)
@@ -184,6 +197,22 @@ class JobFiles:
     def submission(self) -> Path:
         """The last submission: launcher, job id, share of the machine."""
         return self.path.with_suffix(".json")
+
+    def held(self) -> bool:
+        """Whether a process works on the run: its job, or the run itself after the job was killed."""
+        import filelock  # here, because most users of this module need no locks
+
+        try:
+            if self.lock.exists():
+                filelock.FileLock(self.lock).acquire(blocking=False).lock.release()
+        except filelock.Timeout:
+            return True
+        return False
+
+    def process(self) -> tuple[int, str] | None:
+        """Process id and host of the run while it is running."""
+        content = self.lock.read_text().split() if self.held() else []
+        return (int(content[0]), content[1]) if len(content) == 2 else None
 
 
 def replace_file(path: Path, content: bytes) -> None:

@@ -11,7 +11,7 @@ import time
 
 import pytest
 
-from sparsejax.job import Job, is_held, read_process, was_asked
+from sparsejax.job import Job, was_asked
 from sparsejax.workdir import JobFiles, read_tail
 
 # A run in miniature. When asked to stop, it exits with 75; else it ends with a result.
@@ -55,11 +55,11 @@ def call_elsewhere(job, folder):
 
 
 def held(job):
-    return is_held(job.files.lock)
+    return job.files.held()
 
 
 def process_of(job):
-    return read_process(job.files)[0]
+    return job.files.process()[0]
 
 
 def log_of(job):
@@ -75,9 +75,9 @@ def wait_for(condition, seconds=20.0):
 
 def test_runs_its_command_and_returns_the_exit_code(tmp_path):
     job = job_for(tmp_path, 0)
-    assert (read_process(job.files), held(job), log_of(job)) == (None, False, [])
+    assert (job.files.process(), held(job), log_of(job)) == (None, False, [])
     assert job() == 0
-    assert (read_process(job.files), held(job), log_of(job)) == (None, False, ["started"])
+    assert (job.files.process(), held(job), log_of(job)) == (None, False, ["started"])
 
 
 def test_a_finished_run_is_not_run_again(tmp_path):
@@ -100,8 +100,8 @@ def test_failures(tmp_path, command, code):
 def test_one_process_at_a_time(tmp_path):
     job = job_for(tmp_path, 30)
     first = call_elsewhere(job, tmp_path)
-    wait_for(lambda: log_of(job) == ["started"] and read_process(job.files))
-    assert read_process(job.files)[1] == platform.node()
+    wait_for(lambda: log_of(job) == ["started"] and job.files.process())
+    assert job.files.process()[1] == platform.node()
     assert call_elsewhere(job, tmp_path).communicate()[0].splitlines()[-1] == "None"
     # The lock is held while the run itself is alive, even if no job waits for it any more.
     process = process_of(job)
@@ -111,7 +111,7 @@ def test_one_process_at_a_time(tmp_path):
     assert call_elsewhere(job, tmp_path).communicate()[0].splitlines()[-1] == "None"
     os.kill(process, signal.SIGKILL)
     wait_for(lambda: not held(job))
-    assert read_process(job.files) is None
+    assert job.files.process() is None
     assert log_of(job) == ["started"]
     first.stdout.close()
 

@@ -1,4 +1,4 @@
-"""BigBird's table 1, and the row with global tiles that it leaves out."""
+"""Table 1 of BigBird, and a row with global tiles."""
 
 from sparsejax.sweep import align, product, seeds
 
@@ -6,7 +6,7 @@ ROWS = {"full": "full", "R": "random", "W": "window", "R+W": "random_window", "R
 
 
 def write_schedule(row, layers):
-    """In the layers of configs/bigbird_mlm.py: those with random tiles are told apart by their number."""
+    """The schedule of a row in layers of configs/bigbird_mlm.py; layers with random tiles differ in their number."""
     return " ".join(f"{row}{i}" for i in range(layers)) if "random" in row else f"{layers}x({row})"
 
 

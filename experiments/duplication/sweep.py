@@ -1,4 +1,4 @@
-"""Who can repeat? Patterns whose reach covers the distance, and the same that fall short by one token."""
+"""Copying with patterns whose receptive field covers the distance, and with patterns that miss it by one token."""
 
 from sparsejax.sweep import chain, product, seeds
 
@@ -12,17 +12,17 @@ PATTERNS = {
     "window(64), twice": ("2x(local)", "causal & window(64)"),
     "window(63), twice": ("2x(local)", "causal & window(63)"),
 }
-LONG = 2000  # steps; what has found only part of its way by the config's 600 is given more
+LONG = 2000  # steps, for runs that have learned only part of the task after the 600 of the config
 
 
-def write_row(label):
+def make_run(label):
     schedule, pattern = PATTERNS[label]
     return {"label": label, "model.schedule": schedule, "model.layers.local.mixer.pattern": pattern}
 
 
 def sweep():
     longer = [
-        write_row(label) | {"label": f"{label}, {LONG:,} steps", "train.steps": LONG}
+        make_run(label) | {"label": f"{label}, {LONG:,} steps", "train.steps": LONG}
         for label in ("window(64), twice", "window(63), twice")
     ]
-    return product(seeds(3), chain(map(write_row, PATTERNS), longer))
+    return product(seeds(3), chain(map(make_run, PATTERNS), longer))

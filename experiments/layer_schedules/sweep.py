@@ -1,4 +1,4 @@
-"""Which layers, how many of each, and where? On text, recall and needles, with the layers of the config."""
+"""Kinds, counts and positions of layers, compared on text, recall and needles."""
 
 from sparsejax.sweep import align, chain, product, seeds
 
@@ -20,10 +20,10 @@ POSITIONS = {
     "1 full without positions : 7 Mamba": "7x(ssm) nope",
 }
 AMONG_MAMBA = {"full first, then 7 Mamba": "full 7x(ssm)", "full among 7 Mamba": "3x(ssm) full 4x(ssm)"}
-FIRST = (1, 2, 4, 8)  # tokens that are sinks
+FIRST = (1, 2, 4, 8)  # numbers of sink tokens
 SINKS = {f"windows alone, sinks {n}": f"8x(sinks{n})" for n in FIRST}
-# What serves text does not serve probes: with a warm-up of 50 steps and beta2 of 0.95, seven Mamba layers and one of
-# attention recall nothing in 400 steps.
+# Probes need other settings than text: with a warm-up of 50 steps and beta2 = 0.95, seven Mamba layers and one
+# attention layer recall nothing within 400 steps.
 PROBE = {
     "data.length": 32,
     "data.probe.length": 32,
@@ -44,7 +44,7 @@ RECALL = PROBE | {
     WINDOW: "causal & window(7)",
     **{f"model.layers.sinks{n}.mixer.pattern": f"causal & (window(7) | sink({n}))" for n in FIRST},
 }
-# One number of three digits behind a name, to be said again at the end; eight windows of 2 see 16 tokens back.
+# A three-digit number after a name, to be repeated at the end. Eight layers with windows of 2 reach 16 tokens back.
 NEEDLE = PROBE | {
     "data.task": "passkey",
     "data.probe.digits": 3,
@@ -55,8 +55,8 @@ NEEDLE = PROBE | {
 }
 
 
-def write_places(n):
-    """Full layers among windows, `n` for each of the mini size; "1 full : 3 windows" has them spread evenly."""
+def place_full(n):
+    """Full layers among windows, `n` per full layer of the mini size; "1 full : 3 windows" spreads them evenly."""
     return {
         "full first": f"{2 * n}x(full) {6 * n}x(local)",
         "full last": f"{6 * n}x(local) {2 * n}x(full)",
@@ -65,22 +65,22 @@ def write_places(n):
     }
 
 
-def name_runs(schedules, repeats=1):
-    """Runs of these schedules, each said so many times."""
+def make_runs(schedules, repeats=1):
+    """Runs of schedules, each repeated `repeats` times."""
     texts = [text if repeats == 1 else f"{repeats}x({text})" for text in schedules.values()]
     return align({"label": schedules, "model.schedule": texts})
 
 
 def widen(repeats, windows):
-    """Windows alone, of each width."""
+    """Windows alone, per width."""
     widths = [{WINDOW: f"causal & window({n})", "label": f"windows alone, {n} back"} for n in windows]
     return product(widths, [{"model.schedule": f"{8 * repeats}x(local)"}])
 
 
 def compare(repeats=1, windows=(7, 127)):
-    """Ratios, positions, sinks and places; windows alone also at the given widths."""
-    schedules = RATIOS, POSITIONS, SINKS, write_places(repeats)
-    return product(seeds(3), chain(*(name_runs(one, repeats) for one in schedules), widen(repeats, windows)))
+    """Ratios, positional encodings, sinks and placements; windows alone also with other widths."""
+    schedules = RATIOS, POSITIONS, SINKS, place_full(repeats)
+    return product(seeds(3), chain(*(make_runs(labelled, repeats) for labelled in schedules), widen(repeats, windows)))
 
 
 def text():
@@ -88,18 +88,18 @@ def text():
 
 
 def recall():
-    """Where only attention among Mamba learns, so that the other places of attention are not asked for."""
-    return [RECALL | row for row in product(seeds(3), chain(*map(name_runs, (RATIOS, POSITIONS, AMONG_MAMBA))))]
+    """Only attention among Mamba layers learns recall, so that other placements are left out."""
+    return [RECALL | row for row in product(seeds(3), chain(*map(make_runs, (RATIOS, POSITIONS, AMONG_MAMBA))))]
 
 
 def needle():
-    schedules = RATIOS, POSITIONS, write_places(1), AMONG_MAMBA
-    rows = chain(*map(name_runs, schedules), widen(1, (1, 3)))
+    schedules = RATIOS, POSITIONS, place_full(1), AMONG_MAMBA
+    rows = chain(*map(make_runs, schedules), widen(1, (1, 3)))
     return [NEEDLE | row for row in product(seeds(3), rows)]
 
 
 def ratios():
-    return product(seeds(3), name_runs(RATIOS))
+    return product(seeds(3), make_runs(RATIOS))
 
 
 def paper():

@@ -1,9 +1,9 @@
-"""Longformer's table 4: how windows change over the layers, and dilation."""
+"""Table 4 of Longformer: window sizes over the layers, and dilation."""
 
 from sparsejax.sweep import align, product, seeds
 
-# In the layers of configs/longformer_lm.py: wN has a window of an N-th of the widest, strideN has gaps on some heads:
-# of 0, 1, 2, 3 keys from the bottom to the top, as in the paper's appendix.
+# Layers of configs/longformer_lm.py: wN has a window of 1/N of the widest one. strideN is dilated on some heads, with
+# gaps of 0, 1, 2 and 3 keys from the bottom to the top, as in the appendix of the paper.
 MINI = {
     "decreasing": "w1 w1 w2 w4 w8 w16",
     "fixed": "6x(fixed)",

@@ -1,4 +1,4 @@
-"""Who can recall, and from how far? Attention, windows, Mamba and hybrids on configs/mqar.py."""
+"""Recall by distance with attention, windows, Mamba and hybrids, on configs/mqar.py."""
 
 from sparsejax.sweep import chain, product, seeds
 
@@ -21,12 +21,12 @@ def sweep():
 
 
 def other_rates():
-    """What each kind learns at the rate of the other, with one seed: why they do not share one."""
+    """Each kind at the learning rate of the other, with one seed: they need different rates."""
     rows = chain(at_rate(1e-2, ATTENTION[:3]), at_rate(3e-3, MAMBA[3:]))
     return product(seeds(1), [row | {"label": f"{row['label']}, rate {row[RATE]}"} for row in rows])
 
 
 def longer():
-    """Mamba alone for twice as many steps: its runs learn all at once, and some of them late."""
+    """Mamba alone for twice as many steps: its runs learn abruptly, and some of them late."""
     rows = [row | {"label": f"{row['label']}, 4,000 steps", "train.steps": 4000} for row in MAMBA]
     return product(seeds(3), at_rate(1e-2, rows))

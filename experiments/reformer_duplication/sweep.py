@@ -1,4 +1,4 @@
-"""Reformer's table 2: trained with full attention or with so many rounds of hashing, evaluated with each."""
+"""Table 2 of Reformer: trained with full attention or rounds of hashing, evaluated with each of them."""
 
 from sparsejax.sweep import align, product, seeds
 

@@ -1,15 +1,15 @@
-"""Schedules to search: recall against cache bytes, and where to place full layers among windows."""
+"""Searches of schedules: recall against cache bytes, and the placement of full layers among windows."""
 
 from sparsejax.sweep import suggest_period, suggest_placement
 
 
 def search(trial):
-    """Two layers, each of any kind, for `configs/mqar.py`: nine schedules."""
+    """Two layers of any kind for `configs/mqar.py`: nine schedules."""
     return {"model.schedule": suggest_period(trial, ("ssm", "local", "full"), layers=2, period=2)}
 
 
 def placement(trial):
-    """Eight layers of windows of which some are full, for `configs/quickstart.py`, and how wide the windows are."""
+    """Eight layers for `configs/quickstart.py`, windows and some full ones, and the width of the windows."""
     window = trial.suggest_categorical("window", [15, 31, 63])
     return {
         "model.schedule": suggest_placement(trial, "local", "full", layers=8, counts=(0, 1, 2, 4)),

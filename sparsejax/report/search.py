@@ -66,7 +66,7 @@ def write_results(
       The files.
     """
     two = len(objectives) == 2
-    stem, config = ("pareto", "front-{}.py") if two else ("best", "best.py")
+    stem, config = ("pareto", "pareto-{}.py") if two else ("best", "best.py")
     keys = sorted({key for trial in trials for key in _overrides(trial)})
     by_number = {trial.number: trial for trial in trials}
     front = [by_number[number] for number in settings]

@@ -5,8 +5,7 @@
 
 from sparsejax.schedule import place_layers, repeat_period
 from sparsejax.sweep.executors import build_executor
-from sparsejax.sweep.grid import SweepError, align, chain, grid, product, seeds
-from sparsejax.sweep.layer_placement import suggest_period, suggest_placement
+from sparsejax.sweep.grid import SweepError, align, chain, grid, product, seeds, suggest_period, suggest_placement
 from sparsejax.sweep.runs import Run, plan_runs, read_sweep, show_command
 from sparsejax.sweep.supervisor import RunsFailed, launch, sweep
 

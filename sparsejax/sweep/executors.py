@@ -15,7 +15,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from sparsejax.job import Job, is_held, read_process
+from sparsejax.job import Job
 from sparsejax.machine import default_jobs, find_cores, find_devices, share_out
 from sparsejax.sweep.grid import SweepError
 from sparsejax.sweep.runs import Run
@@ -99,18 +99,12 @@ class _Submissions:
 
 
 class Local(_Submissions):
-    """Launches runs on this machine, each on its share of the cores and devices.
-
-    Attributes:
-      jobs: Limit of concurrent runs.
-      poll_interval: Seconds between two looks at the jobs.
-      detached: Whether jobs go on when the launcher is asked to stop.
-    """
+    """Launches runs on this machine, each on its share of the cores and devices."""
 
     launcher = "local"
-    poll_interval = 0.05
-    detached = False
-    jobs: int
+    poll_interval = 0.05  # seconds
+    detached = False  # whether jobs go on when the launcher is asked to stop
+    jobs: int  # limit of concurrent runs
 
     def __init__(self, folder: Path, jobs: int | None = None):
         super().__init__(folder, jobs)
@@ -141,7 +135,7 @@ class Local(_Submissions):
     def find(self, attempt: Attempt) -> bool:
         """Whether an earlier launcher left this run running or queued."""
         attempt.slot = _read_submission(attempt, self.launcher).get("slot", 0)
-        return is_held(attempt.job.files.lock)
+        return attempt.job.files.held()
 
     def started(self, attempt: Attempt) -> bool:
         """Whether the job of a launched run is running."""
@@ -152,11 +146,11 @@ class Local(_Submissions):
         # The result exists before submitit's own processes have ended; the launcher need not wait for them.
         job = self._submitted.get(attempt.id or "")
         waiting = job is not None and not job.done() and not job.paths.result_pickle.exists()
-        return not waiting and not is_held(attempt.job.files.lock)
+        return not waiting and not attempt.job.files.held()
 
     def stop(self, attempt: Attempt) -> None:
         """Asks a launched run to save and stop as soon as that is possible; may be called repeatedly."""
-        process = None if attempt.asked else read_process(attempt.job.files)
+        process = None if attempt.asked else attempt.job.files.process()
         if process is not None and process[1] == platform.node():
             with contextlib.suppress(ProcessLookupError):  # it has just ended
                 os.kill(process[0], signal.SIGTERM)
@@ -176,10 +170,7 @@ class Local(_Submissions):
 class Slurm(_Submissions):
     """Submits all runs to a cluster at once, as one array; has the methods of `Local`.
 
-    Args:
-      folder: Folder of the sweep.
-      jobs: Limit of concurrent runs.
-      settings: Settings of the submission: partition, time (minutes), cpus, gpus, mem, or another option of sbatch.
+    The settings are partition, time (minutes), cpus, gpus, mem, and other options of sbatch.
     """
 
     launcher = "slurm"
@@ -214,18 +205,18 @@ class Slurm(_Submissions):
 
     def find(self, attempt: Attempt) -> bool:
         attempt.id = _read_submission(attempt, self.launcher).get("job")
-        return attempt.id in self._states() or is_held(attempt.job.files.lock)
+        return attempt.id in self._states() or attempt.job.files.held()
 
     def started(self, attempt: Attempt) -> bool:
         return self._states().get(attempt.id or "") == "RUNNING"
 
     def ended(self, attempt: Attempt) -> bool:
         # From Slurm's queue: submitit asks sacct, which many clusters lack.
-        return attempt.id not in self._states() and not is_held(attempt.job.files.lock)
+        return attempt.id not in self._states() and not attempt.job.files.held()
 
     def stop(self, attempt: Attempt) -> None:
         state = self._states().get(attempt.id or "")
-        if state is None or attempt.asked or (state == "RUNNING" and read_process(attempt.job.files) is None):
+        if state is None or attempt.asked or (state == "RUNNING" and attempt.job.files.process() is None):
             return  # it has ended, was asked, or has only just started
         options = ["--signal=TERM"] if state == "RUNNING" else []
         attempt.asked = subprocess.run(["scancel", *options, str(attempt.id)], capture_output=True).returncode == 0

@@ -1,7 +1,8 @@
-"""The language of sweeps: a sweep is a sequence of runs, and a run is a dict of overrides.
+"""The language of sweeps and searches: a sweep is a sequence of runs, and a run is a dict of overrides.
 
 A key is a key of the configuration, such as "model.schedule", or "label", the name of the run in tables and figures.
-Runs that differ only in `train.seed` share a label.
+Runs that differ only in `train.seed` share a label. The `suggest_` functions draw schedules in a search, where `trial`
+is Optuna's; `key` prefixes the names of their parameters, so that a search can draw several schedules.
 """
 
 from __future__ import annotations
@@ -9,11 +10,15 @@ from __future__ import annotations
 import ast
 import itertools
 import re
-from collections.abc import Iterable, Mapping
-from typing import Any
+from collections.abc import Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
 
 from sparsejax.errors import InputError
 from sparsejax.overrides import SEED, Overrides
+from sparsejax.schedule import PLACEMENTS, place_layers, repeat_period
+
+if TYPE_CHECKING:
+    from optuna.trial import Trial
 
 
 class SweepError(InputError):
@@ -94,3 +99,24 @@ def _read_values(key: str, text: str) -> list[Any]:
     if not isinstance(values, list | tuple | range) or not values:
         raise SweepError("sweep", f"{key}: needs a list of values, got {text!r}")
     return list(values)
+
+
+def suggest_period(trial: Trial, names: Sequence[str], layers: int, period: int, key: str = "schedule") -> str:
+    """Draws a schedule with a period whose every layer is one of the names."""
+    return repeat_period([trial.suggest_categorical(f"{key}.{i}", list(names)) for i in range(period)], layers)
+
+
+def suggest_placement(
+    trial: Trial,
+    base: str,
+    placed: str,
+    layers: int,
+    counts: Iterable[int],
+    placements: Sequence[str] = PLACEMENTS,
+    key: str = "schedule",
+) -> str:
+    """Draws count and placement of the placed layers, see `place_layers`."""
+    count = trial.suggest_categorical(f"{key}.count", list(counts))
+    if count in (0, layers):  # every placement is the same
+        return place_layers(base, placed, layers, count, PLACEMENTS[0])
+    return place_layers(base, placed, layers, count, trial.suggest_categorical(f"{key}.placement", list(placements)))

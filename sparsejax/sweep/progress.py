@@ -36,13 +36,9 @@ def read_progress(workdir: Workdir) -> RunProgress:
 
 
 class Progress:
-    """Reports what happens to the runs of the sweep in `folder`; use as a context manager.
+    """Reports on the runs of the sweep in `folder`, `jobs` at a time; use as a context manager.
 
-    Args:
-      console: Where to print.
-      folder: Folder of the sweep.
-      jobs: Number of concurrent runs.
-      total: Number of runs; defaults to the number of attempts so far.
+    The number of runs, `total`, defaults to the number of attempts so far.
     """
 
     def __init__(self, console: Console, folder: Path, jobs: int | None = None, total: int | None = None):

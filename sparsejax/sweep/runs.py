@@ -24,17 +24,11 @@ from sparsejax.workdir import SweepFolder, Workdir
 
 @dataclasses.dataclass(frozen=True)
 class Run:
-    """A run of a sweep.
+    """A run of a sweep."""
 
-    Attributes:
-      config: Configuration, `FILE` or `FILE:ARGUMENT`.
-      overrides: Key and value of each override, sorted by key.
-      label: Name of the run in tables, the same for all seeds.
-    """
-
-    config: str
-    overrides: tuple[tuple[str, Any], ...]
-    label: str
+    config: str  # FILE or FILE:ARGUMENT
+    overrides: tuple[tuple[str, Any], ...]  # key and value, sorted by key
+    label: str  # name in tables, the same for all seeds
 
     @property
     def name(self) -> str:
@@ -72,10 +66,6 @@ class Run:
         overrides = [f"--config.{text}" for text in write_overrides(dict(self.overrides))]
         return [*train, *overrides, f"--workdir={self.workdir(folder).path}"]
 
-    def finished(self, folder: Path) -> bool:
-        """Whether the run has reached its last step and its result is recorded."""
-        return self.workdir(folder).result.exists()
-
 
 def show_command(command: Iterable[str]) -> str:
     """A command line as typed in a shell, with the name of the interpreter only."""
@@ -84,11 +74,7 @@ def show_command(command: Iterable[str]) -> str:
 
 
 def read_sweep(source: str) -> list[Overrides]:
-    """Reads the runs of `FILE.py` (its function `sweep`), of `FILE.py:NAME`, or of a text of axes.
-
-    Raises:
-      SweepError: There is no such file or function, it fails, or the text is invalid.
-    """
+    """Reads the runs of `FILE.py` (its function `sweep`), of `FILE.py:NAME`, or of a text of axes."""
     path, _, name = source.partition(":")
     if not path.endswith(".py"):
         return parse(source)

@@ -31,7 +31,7 @@ from sparsejax.sweep.executors import Attempt, Executor, State
 from sparsejax.sweep.grid import SweepError
 from sparsejax.sweep.progress import Progress
 from sparsejax.sweep.runs import Run, check_record, plan_runs, read_function, write_record
-from sparsejax.sweep.supervisor import Supervisor, lock_folder
+from sparsejax.sweep.supervisor import Supervisor
 from sparsejax.workdir import SweepFolder, read_json, read_rows, write_json
 
 try:
@@ -114,7 +114,7 @@ def run_search(
     """
     base = configs.load(search.config, search.common)
     check_record(folder, search.config, [])
-    with lock_folder(folder):
+    with SweepFolder(folder).hold():
         _claim_folder(SweepFolder(folder), search)
         storage = _open_storage(SweepFolder(folder).study)
         study = _open_study(search, storage, first_rung=base.eval.every)
@@ -308,11 +308,7 @@ class _Trials(Supervisor):
 def measure_run(
     run: Run, folder: Path, objectives: tuple[Objective, ...], costs: dict[str, float]
 ) -> tuple[float, ...]:
-    """Returns the objectives of a run that has ended; NaN for a value that is not finite or was not measured.
-
-    Raises:
-      SweepError: The evaluation of the run lacks a metric.
-    """
+    """Returns the objectives of a run that has ended; NaN for a value that is not finite or was not measured."""
     workdir = run.workdir(folder)
     rates = [row[STEPS_PER_SECOND] for row in read_rows(workdir.timing)]
     seconds = run.checked.train.steps / statistics.median(rates) if rates else None

@@ -8,11 +8,9 @@ from __future__ import annotations
 import math
 import signal
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-import filelock
 from rich.console import Console
 
 from sparsejax.budget import Budget, match_runs
@@ -20,7 +18,6 @@ from sparsejax.job import was_asked
 from sparsejax.overrides import Overrides
 from sparsejax.signals import Interrupted, StopSignals
 from sparsejax.sweep.executors import Attempt, Executor, State, build_executor, build_job
-from sparsejax.sweep.grid import SweepError
 from sparsejax.sweep.progress import Progress, print_lines, read_progress
 from sparsejax.sweep.runs import Run, check_record, plan_runs, read_sweep, show_command, write_record
 from sparsejax.workdir import SweepFolder, read_tail
@@ -65,7 +62,7 @@ def sweep(
       match: Budget of all runs.
 
     Raises:
-      SweepError, ConfigError: Invalid input; no run was started.
+      InputError: Invalid input; no run was started.
       RunsFailed: Some runs failed, as printed.
       Interrupted: Some runs were asked to stop, or had no time to start.
     """
@@ -80,21 +77,9 @@ def sweep(
         print_lines(console, *(show_command(run.command(folder)) for run in runs))
         return
     executor = build_executor(folder, jobs, slurm)
-    with lock_folder(folder):
+    with SweepFolder(folder).hold():
         write_record(folder, config, axes, runs)
         launch(runs, folder, executor, Progress(console, folder, executor.jobs), retry, max_hours)
-
-
-@contextmanager
-def lock_folder(folder: Path) -> Iterator[None]:
-    """Holds a sweep's folder; raises SweepError if another launcher does."""
-    file = SweepFolder(folder).lock
-    file.parent.mkdir(parents=True, exist_ok=True)
-    try:
-        with filelock.FileLock(file, blocking=False):
-            yield
-    except filelock.Timeout:
-        raise SweepError("workdir", f"{folder} is in use by another launcher") from None
 
 
 def launch(
@@ -126,9 +111,6 @@ class Supervisor:
 
     A search extends this class: it draws runs while there is room (`extend`), reads their metrics (`observe`) and
     records their ends (`settle`).
-
-    Attributes:
-      attempts: All attempts, in order.
     """
 
     def __init__(self, folder: Path, executor: Executor, progress: Progress):
@@ -143,7 +125,7 @@ class Supervisor:
         if self.executor.find(attempt):
             attempt.state = State.QUEUED
             self.progress.report(attempt, "found, launched before")
-        elif run.finished(self.folder):
+        elif attempt.job.result.exists():
             attempt.state, attempt.settled = State.DONE, True
         elif not (retry or code is None or was_asked(code)):
             attempt.state, attempt.settled = State.FAILED, True
@@ -211,7 +193,7 @@ class Supervisor:
 
     def _final_state(self, attempt: Attempt) -> State:
         code = self.executor.exit_code(attempt)
-        if attempt.run.finished(self.folder):
+        if attempt.job.result.exists():
             return State.DONE
         return State.STOPPED if was_asked(code) or (attempt.asked and code is None) else State.FAILED
 

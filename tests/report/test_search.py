@@ -93,10 +93,10 @@ def test_files_of_two_objectives(tmp_path):
         trial(2, 3.5, 20.0, **{"model.schedule": "2x(local)"}),
         trial(3, state=TrialState.FAIL, **{"model.schedule": "ssm"}),
     ]
-    (tmp_path / "front-3.py").touch()  # of a longer front
+    (tmp_path / "pareto-3.py").touch()  # of a longer front
     assert [trial.number for trial in write(tmp_path, [LOSS, BYTES], trials)] == [1, 0]
     names = {path.name for path in tmp_path.iterdir()}
-    assert names == {"trials.csv", *(f"pareto.{e}" for e in ("csv", "md", "png", "svg")), "front-1.py", "front-2.py"}
+    assert names == {"trials.csv", *(f"pareto.{e}" for e in ("csv", "md", "png", "svg")), "pareto-1.py", "pareto-2.py"}
     rows = list(csv.DictReader((tmp_path / "trials.csv").open()))
     assert [row["state"] for row in rows] == ["complete", "complete", "complete", "failed"]
     assert (rows[1]["eval/loss"], rows[1]["kv"], rows[1]["model.schedule"]) == ("3.0", "10.0", "local")
@@ -104,7 +104,7 @@ def test_files_of_two_objectives(tmp_path):
     lines = (tmp_path / "pareto.md").read_text().splitlines()
     assert lines[0] == f"|  | trial | eval/loss | kv | {key} | model.schedule |"
     assert lines[2] == "| 1 | 1 | 3 | 10 | causal & (window(3) \\| sink(1)) | local |"
-    assert configs.load(str(tmp_path / "front-1.py")).model.schedule == "local"
+    assert configs.load(str(tmp_path / "pareto-1.py")).model.schedule == "local"
     before = {path: path.read_bytes() for path in tmp_path.iterdir()}
     write(tmp_path, [LOSS, BYTES], trials)
     assert {path: path.read_bytes() for path in tmp_path.iterdir()} == before  # equal searches leave equal files

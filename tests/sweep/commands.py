@@ -40,6 +40,3 @@ class Command:
     def command(self, folder):
         workdir = self.workdir(folder)
         return ["sh", "-c", self.script.replace("DONE", f"mkdir -p {workdir.path}; touch {workdir.result}")]
-
-    def finished(self, folder):
-        return self.workdir(folder).result.exists()

@@ -67,14 +67,6 @@ def test_an_invalid_configuration_names_the_run(case):
         plan_runs(RECIPE, [{}, INVALID[case]])
 
 
-def test_finished(tmp_path):
-    (run,) = plan_runs(RECIPE, [{}])
-    assert not run.finished(tmp_path)
-    run.workdir(tmp_path).path.mkdir(parents=True)
-    run.workdir(tmp_path).result.write_text("{}")
-    assert run.finished(tmp_path)
-
-
 def test_steps_are_limited():
     sweep = [{"train.steps": 5}, {"train.steps": 6, "label": "long"}]
     assert len(plan_runs(RECIPE, sweep, max_steps=6)) == 2

@@ -154,7 +154,7 @@ def test_the_front_of_a_whole_space(tmp_path):
     assert 1 < len(expected) < len(points)
     for row in front:
         assert (float(row["eval/loss"]), float(row["kv"])) == pytest.approx(points[row["model.schedule"]])
-    assert configs.load(str(tmp_path / "front-1.py")).model.schedule == front[0]["model.schedule"]
+    assert configs.load(str(tmp_path / "pareto-1.py")).model.schedule == front[0]["model.schedule"]
 
 
 @pytest.mark.parametrize(("sampler", "trials"), [("tpe", 12), ("nsga2", 18)])  # more than are drawn at random at first
@@ -366,7 +366,7 @@ def test_a_search_by_real_runs(tmp_path, monkeypatch):
     for row in rows:
         result = json.loads(SweepFolder(folder).workdir(row["run"]).result.read_text())
         assert float(row["eval/loss"]) == result["eval/loss"]
-    assert f"wrote {folder / 'front-1.py'}" in said.getvalue()
-    front = configs.load(str(folder / "front-1.py"))
+    assert f"wrote {folder / 'pareto-1.py'}" in said.getvalue()
+    front = configs.load(str(folder / "pareto-1.py"))
     first = next(csv.DictReader((folder / "pareto.csv").open()))
     assert front.to_dict() == read_json(SweepFolder(folder).workdir(first["run"]).config)

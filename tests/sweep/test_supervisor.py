@@ -15,14 +15,12 @@ import pytest
 from rich.console import Console
 
 from sparsejax.cli import RUNS_FAILED, main
-from sparsejax.job import is_held, read_process
 from sparsejax.signals import INTERRUPTED, Interrupted
 from sparsejax.sweep import RunsFailed, SweepError, executors, launch, plan_runs, read_sweep
 from sparsejax.sweep.executors import Attempt, Local, build_job
 from sparsejax.sweep.progress import Progress, read_progress
-from sparsejax.sweep.supervisor import lock_folder
 from sparsejax.train import list_steps, read_arrays
-from sparsejax.workdir import Workdir, read_json, read_tail
+from sparsejax.workdir import SweepFolder, Workdir, read_json, read_tail
 from tests.messages import check_message, rejects
 from tests.sweep.commands import Command, wait_for
 from tests.train import runs
@@ -61,7 +59,7 @@ def steps_of(job):
 
 
 def held(job):
-    return is_held(job.files.lock)
+    return job.files.held()
 
 
 def log_of(job):
@@ -108,7 +106,7 @@ def test_killed_and_failing_runs(text, tmp_path):
     (_, run), (_, job) = plan(tmp_path, axes, text)
     launcher = runs.start(*command(tmp_path, axes, text, "--jobs=1"))
     wait_for(lambda: (workdir_of(job).checkpoints / "10").is_dir())
-    os.kill(read_process(job.files)[0], signal.SIGKILL)
+    os.kill(job.files.process()[0], signal.SIGKILL)
     code, out, err = runs.finish(launcher)
     assert code == RUNS_FAILED
     check_message(err.strip())
@@ -245,7 +243,7 @@ def test_the_second_signal_leaves_at_once(tmp_path, monkeypatch):
 
 
 def test_one_launcher_at_a_time(text, tmp_path, capsys):
-    with lock_folder(tmp_path):
+    with SweepFolder(tmp_path).hold():
         assert main(command(tmp_path, "seed=[0]", text)) == 2
     check_message(capsys.readouterr().err.strip())
 
