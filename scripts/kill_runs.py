@@ -1,11 +1,11 @@
-"""Kills a training run ten times at random moments, during saves too, and checks that nothing was lost.
+"""Kills a training run at random moments, also during saves, and checks that nothing is lost.
 
     python scripts/kill_runs.py [--kills 10] [--seed 0] [--out FILE.json]
 
-One run goes through undisturbed. Another, of the same config, is killed (SIGKILL) again and again: while it
-starts, at any moment, or in the middle of a save. After each kill the same command has to go on from a
-checkpoint at least as new as the newest that was seen whole before the kill. In the end both runs must have the
-same parameters, optimizer and data iterator, to the bit, and the same metrics.
+One run is left alone. Another run of the same config is killed (SIGKILL) again and again: while it starts, at any
+moment, or during a save. After each kill the same command must resume from a checkpoint at least as new as the newest
+complete one before the kill. In the end both runs must have the same parameters, optimizer state and data iterator, to
+the bit, and the same metrics.
 """
 
 from __future__ import annotations
@@ -25,7 +25,8 @@ import jax
 from rich.console import Console
 from rich.progress import track
 
-from sparsejax.train import list_steps, read_arrays, read_rows
+from sparsejax.train import list_steps, read_arrays, read_iterator
+from sparsejax.workdir import Workdir, read_rows
 
 STEPS, EVERY = 600, 10
 CONFIG = Path(__file__).parents[1] / "configs" / "quickstart.py"
@@ -42,11 +43,11 @@ SETTINGS = {
     "eval.sample": 0,
 }
 MOMENTS = ("start", "any", "save")
-STARTING = 5.0  # seconds in which a run starts, about
+START_TIME = 5.0  # seconds, approximately
 
 
 def start(workdir: Path, compiled: Path) -> subprocess.Popen:
-    """Starts or resumes the run; what it prints goes to `workdir`.log."""
+    """Starts or resumes the run, which prints to `workdir`.log."""
     settings = [f"--config.{key}={value}" for key, value in SETTINGS.items()]
     command = [sys.executable, "-m", "sparsejax", "train", f"--config={CONFIG}", f"--workdir={workdir}", *settings]
     cache = {"JAX_COMPILATION_CACHE_DIR": str(compiled), "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}
@@ -55,19 +56,19 @@ def start(workdir: Path, compiled: Path) -> subprocess.Popen:
 
 
 def finish(process: subprocess.Popen, workdir: Path) -> None:
-    """Waits for the end of a run; exits with what it printed if it failed."""
+    """Waits for the end of a run; exits with its printed text if it failed."""
     if process.wait():
         sys.exit(f"the run in {workdir} failed:\n{workdir.with_suffix('.log').read_text()}")
 
 
 def logged(workdir: Path) -> int:
     """The last step in the metrics."""
-    return max((row["step"] for row in read_rows(workdir / "metrics.jsonl")), default=0)
+    return max((row["step"] for row in read_rows(Workdir(workdir).metrics)), default=0)
 
 
 def is_saving(workdir: Path) -> bool:
-    """Whether a save is under way (or was, when the run was killed)."""
-    return any("tmp" in path.name for path in (workdir / "checkpoints").glob("*"))
+    """Whether a save is in progress, or was when the run was killed."""
+    return any("tmp" in path.name for path in Workdir(workdir).checkpoints.glob("*"))
 
 
 def wait_for(process: subprocess.Popen, condition) -> None:
@@ -77,12 +78,12 @@ def wait_for(process: subprocess.Popen, condition) -> None:
 
 
 def wait_for_moment(process: subprocess.Popen, workdir: Path, moment: str, draw: random.Random) -> None:
-    """Returns at a random moment of the given kind."""
+    """Returns at a random moment: during the start, at any time or during a save."""
     if moment == "start":
-        time.sleep(draw.uniform(0, STARTING))
+        time.sleep(draw.uniform(0, START_TIME))
         return
     before = logged(workdir)
-    wait_for(process, lambda: logged(workdir) > before)  # the run goes on, past its first compilation
+    wait_for(process, lambda: logged(workdir) > before)  # past the first compilation
     time.sleep(draw.uniform(0, 1.5))
     if moment == "save":
         wait_for(process, lambda: not is_saving(workdir))
@@ -91,11 +92,11 @@ def wait_for_moment(process: subprocess.Popen, workdir: Path, moment: str, draw:
 
 
 def kill_once(workdir: Path, compiled: Path, draw: random.Random) -> dict:
-    """Starts the run, kills it, and says when that was."""
+    """Starts the run, kills it and describes the kill."""
     moment = draw.choice(MOMENTS)
     process = start(workdir, compiled)
     wait_for_moment(process, workdir, moment, draw)
-    whole = list_steps(workdir / "checkpoints")
+    complete = list_steps(Workdir(workdir).checkpoints)
     process.kill()
     if process.wait() == 0:
         sys.exit("the run ended before it could be killed: raise STEPS")
@@ -103,34 +104,38 @@ def kill_once(workdir: Path, compiled: Path, draw: random.Random) -> dict:
         "moment": moment,
         "during a save": is_saving(workdir),
         "resumed at": resumed_at(workdir),
-        "whole before the kill": max(whole, default=0),
-        "whole after it": max(list_steps(workdir / "checkpoints"), default=0),
+        "complete before the kill": max(complete, default=0),
+        "complete after it": max(list_steps(Workdir(workdir).checkpoints), default=0),
         "logged": logged(workdir),
     }
 
 
 def resumed_at(workdir: Path) -> int | None:
-    """The step the run said that it resumed at; None if it did not get that far."""
-    found = re.search(r"^resuming .* at step (\d+)$", workdir.with_suffix(".log").read_text(), re.MULTILINE)
-    return int(found[1]) if found else None
+    """Step from which the run resumed; None if it was killed before that."""
+    match = re.search(r"^resuming .* at step (\d+)$", workdir.with_suffix(".log").read_text(), re.MULTILINE)
+    return int(match[1]) if match else None
 
 
-def differences(one: Path, other: Path) -> list[str]:
-    """What differs between two finished runs."""
-    step = max(list_steps(one / "checkpoints"))
-    states = [read_arrays(workdir / "checkpoints", step) for workdir in (one, other)]
-    found = [path for path in states[0].keys() | states[1].keys() if not _same_bits(path, *states)]
-    iterator = f"checkpoints/{step}/data/metadata"
-    files = ("metrics.jsonl", "metrics.csv", "config.json", "schedule.txt", "result.json", iterator)
-    return found + [name for name in files if (one / name).read_bytes() != (other / name).read_bytes()]
+def find_differences(first: Workdir, second: Workdir) -> list[str]:
+    """Returns the arrays and files in which two finished runs differ."""
+    step = max(list_steps(first.checkpoints))
+    states = [read_arrays(workdir.checkpoints, step) for workdir in (first, second)]
+    different = [path for path in states[0].keys() | states[1].keys() if not _same_bits(path, *states)]
+    if read_iterator(first.checkpoints, step) != read_iterator(second.checkpoints, step):
+        different.append("data iterator")
+    for name in ("metrics", "metrics_table", "config", "schedule", "result"):
+        paths = [getattr(workdir, name) for workdir in (first, second)]
+        if paths[0].read_bytes() != paths[1].read_bytes():
+            different.append(paths[0].name)
+    return different
 
 
-def _same_bits(path: str, one: dict, other: dict) -> bool:
-    return path in one and path in other and one[path].tobytes() == other[path].tobytes()
+def _same_bits(path: str, first: dict, second: dict) -> bool:
+    return path in first and path in second and first[path].tobytes() == second[path].tobytes()
 
 
 def main() -> None:
-    """Prints one line for each kill; with --out also writes the record. Exits with 1 if anything was lost."""
+    """Prints one line per kill; with --out also writes the record. Exits with 1 if anything was lost."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--kills", type=int, default=10)
     parser.add_argument("--seed", type=int, default=0)
@@ -145,20 +150,20 @@ def main() -> None:
         for _ in track(range(options.kills), "kills", console=console):
             kill = kill_once(killed, compiled, draw)
             kill["lost"] = kill["resumed at"] is not None and kill["resumed at"] < newest
-            newest = max(newest, kill["whole before the kill"])
-            kill["lost"] |= kill["whole after it"] < newest
+            newest = max(newest, kill["complete before the kill"])
+            kill["lost"] |= kill["complete after it"] < newest
             kills.append(kill)
             console.print(", ".join(f"{key}: {value}" for key, value in kill.items()), highlight=False, soft_wrap=True)
         finish(start(killed, compiled), killed)
-        found = differences(whole, killed)
+        differences = find_differences(Workdir(whole), Workdir(killed))
     lost = sum(kill["lost"] for kill in kills)
     during = sum(kill["during a save"] for kill in kills)
-    console.print(f"{len(kills)} kills, {during} during a save: {lost} lost; differences: {found or 'none'}")
+    console.print(f"{len(kills)} kills, {during} during a save: {lost} lost; differences: {differences or 'none'}")
     if options.out:
-        about = {"python": sys.version.split()[0], "jax": jax.__version__, "seed": options.seed, "steps": STEPS}
-        record = about | {"save every": EVERY, "kills": kills, "lost": lost, "differences": found}
+        versions = {"python": sys.version.split()[0], "jax": jax.__version__, "seed": options.seed, "steps": STEPS}
+        record = versions | {"save every": EVERY, "kills": kills, "lost": lost, "differences": differences}
         options.out.write_text(json.dumps(record, indent=1) + "\n")
-    sys.exit(bool(lost or found))
+    sys.exit(bool(lost or differences))
 
 
 if __name__ == "__main__":

@@ -167,7 +167,7 @@ def _log(run: Run, runtime: PhaseRuntime, metrics: StepMetrics | None, evaluatio
     if not (metrics.diverged or evaluation or step % runtime.config.train.log_every == 0 or step == run.steps):
         return
     values, note = metrics.values, ""
-    row: dict[str, float] = {}
+    row: dict[str, float | int] = {}
     if phase.name is not None:
         row, note = {"phase": phase.number}, f"phase {phase.name} | "
     row |= {f"{TRAIN}{name}": value for name, value in values.items()}

@@ -9,6 +9,7 @@ import math
 import platform
 import subprocess
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -57,7 +58,7 @@ class Writers:
             writer.writeheader()
             writer.writerows(rows)
 
-    def write(self, step: int, metrics: dict[str, float], timing: dict[str, float] | None = None) -> None:
+    def write(self, step: int, metrics: Mapping[str, float | int], timing: Mapping[str, float] | None = None) -> None:
         """Appends a row of metrics and one of measurements, both on disk before the call returns."""
         if not self._active:
             return

@@ -1,4 +1,4 @@
-"""The optimizer: AdamW by hand, its schedule, what is decayed and what is clipped."""
+"""The optimizer: AdamW by hand, its schedule, weight decay and clipping."""
 
 import dataclasses
 
@@ -14,7 +14,7 @@ STEPS = 104
 CONFIG = OptimizerConfig(
     learning_rate=0.5, final_rate=0.1, warmup=4, beta1=0.9, beta2=0.99, eps=1e-8, weight_decay=0.2, clip=1e9
 )
-FLAT = dataclasses.replace(CONFIG, warmup=0, final_rate=1.0)  # the rate is 0.5 throughout
+FLAT = dataclasses.replace(CONFIG, warmup=0, final_rate=1.0)  # a constant rate of 0.5
 PARAMETERS = {
     "out": {"weight": jnp.array([[2.0, -4.0]]), "bias": jnp.array([3.0])},
     "norm": {"scale": jnp.array([5.0])},
@@ -26,7 +26,7 @@ PARAMETERS = {
     ("step", "rate"),
     [(0, 0.0), (1, 0.125), (3, 0.375), (4, 0.5), (54, 0.5 * (0.1 + 0.9 / 2)), (104, 0.05), (200, 0.05)],
 )
-def test_schedule_warms_up_and_falls_along_a_cosine(step, rate):
+def test_schedule_warms_up_and_follows_a_cosine(step, rate):
     assert float(build_schedule(CONFIG, STEPS)(step)) == pytest.approx(rate, rel=1e-6)
 
 
@@ -35,8 +35,9 @@ def test_schedule_of_a_run_shorter_than_its_warmup_only_rises():
     assert rates == pytest.approx([0.0, 0.125, 0.25])
 
 
-def test_only_weights_decay():
-    optimizer = build_optimizer(FLAT, STEPS)
+def test_only_marked_parameters_decay():
+    marked = {"out": {"weight": True, "bias": False}, "norm": {"scale": False}, "embedding": False}
+    optimizer = build_optimizer(FLAT, STEPS, decay=marked)
     updates, _ = optimizer.update(jax.tree.map(jnp.zeros_like, PARAMETERS), optimizer.init(PARAMETERS), PARAMETERS)
     np.testing.assert_allclose(updates["out"]["weight"], [[-0.5 * 0.2 * 2.0, 0.5 * 0.2 * 4.0]], rtol=1e-6)
     for update in (updates["out"]["bias"], updates["norm"]["scale"], updates["embedding"]):
@@ -44,7 +45,7 @@ def test_only_weights_decay():
 
 
 def test_two_updates_by_hand():
-    optimizer = build_optimizer(dataclasses.replace(FLAT, weight_decay=0.0), STEPS)
+    optimizer = build_optimizer(dataclasses.replace(FLAT, weight_decay=0.0), STEPS, decay={"weight": True})
     parameters = {"weight": jnp.array([1.0])}
     state, mean, square, value = optimizer.init(parameters), 0.0, 0.0, 1.0
     for count, grad in enumerate([3.0, -1.0], 1):
@@ -56,9 +57,10 @@ def test_two_updates_by_hand():
 
 
 def test_gradients_are_clipped_by_their_global_norm():
-    clipped, free = (build_optimizer(dataclasses.replace(FLAT, clip=clip), STEPS) for clip in (1.0, 1e9))
-    grads = {"a": jnp.array([3.0]), "b": {"weight": jnp.array([4.0])}}  # of norm 5
+    decay = {"a": False, "b": {"weight": True}}
+    clipped, free = (build_optimizer(dataclasses.replace(FLAT, clip=clip), STEPS, decay=decay) for clip in (1.0, 1e9))
+    grads = {"a": jnp.array([3.0]), "b": {"weight": jnp.array([4.0])}}  # global norm 5
     _, after = clipped.update(grads, clipped.init(grads), grads)
     _, expected = free.update(jax.tree.map(lambda g: g / 5, grads), free.init(grads), grads)
-    for found, leaf in zip(jax.tree.leaves(after), jax.tree.leaves(expected), strict=True):
-        np.testing.assert_allclose(found, leaf, rtol=1e-6)
+    for update, leaf in zip(jax.tree.leaves(after), jax.tree.leaves(expected), strict=True):
+        np.testing.assert_allclose(update, leaf, rtol=1e-6)

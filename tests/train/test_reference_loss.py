@@ -13,8 +13,14 @@ from sparsejax.workdir import Workdir, read_rows
 from tests.train import runs
 
 STEPS = 50
-REFERENCE = {"train/loss": 0.0, "train/loss_mean": 0.0, "train/grad_norm": 0.0, "eval/loss": 0.0}
-TOLERANCE = 1e-3
+REFERENCE = {
+    "train/loss": 0.68004894,
+    "train/loss_mean": 4.1583829,
+    "train/grad_norm": 0.63573056,
+    "eval/loss": 0.70621315,
+}
+# jax 0.10.2 and 0.12, one device and four, and XLA's optimization levels 0 and 3 differ by at most 2e-7.
+TOLERANCE = 1e-5
 
 
 def measure(text: Path, workdir: Path) -> dict[str, float]:
