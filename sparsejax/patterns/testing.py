@@ -1,4 +1,4 @@
-"""Checks that hold any pattern, including a user's, to its own mask."""
+"""Comparison of any pattern, including a user's, with its own mask."""
 
 from __future__ import annotations
 
