@@ -11,5 +11,5 @@ constraints=scripts/constraints-$version.txt
 stamp=$(cat pyproject.toml "$constraints" | sha256sum)
 if [ "$(cat "$venv/installed" 2>/dev/null)" = "$stamp" ]; then exit 0; fi
 "$python" -m venv "$venv"
-"$venv/bin/python" -m pip install --quiet --disable-pip-version-check -c "$constraints" -e '.[dev,plot]'
+"$venv/bin/python" -m pip install --quiet --disable-pip-version-check -c "$constraints" -e '.[dev]'
 echo "$stamp" > "$venv/installed"

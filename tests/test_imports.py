@@ -1,4 +1,4 @@
-"""The rooms of the package import one another one way only."""
+"""The packages of sparsejax import one another in one direction only."""
 
 import ast
 import sys
@@ -9,38 +9,86 @@ import sparsejax
 
 PACKAGE = Path(sparsejax.__file__).parent
 
-# Each room, and the rooms it needs. All of them stand above it.
-NEEDS = {
-    "patterns": set(),
-    "ops": {"patterns"},
-    "layers": {"patterns", "ops"},
-    "schedule": set(),
-    "data": set(),
-    "config": {"patterns", "layers", "schedule", "data"},
-    "sharding": {"config"},
-    "embedding": {"layers", "config"},
+# Every package and the packages that it imports. All of them stand above it.
+IMPORTS: dict[str, set[str]] = {
+    "__init__": set(),
+    "errors": set(),
+    "signals": set(),
+    "metrics": set(),
+    "machine": set(),
+    "overrides": {"errors"},
+    "workdir": {"errors"},
+    "figures": {"errors"},
+    "patterns": {"errors"},
+    "schedule": {"errors"},
+    "ops": {"errors", "patterns"},
+    "layers": {"errors", "patterns", "ops"},
+    "data": {"errors", "workdir"},
+    "config": {"errors", "overrides", "patterns", "schedule", "layers", "data"},
+    "sharding": {"errors", "ops", "config"},
+    "embedding": {"errors", "layers", "config"},
     "model": {"layers", "config", "embedding"},
     "decode": {"model"},
-    "account": {"patterns", "layers", "config", "model"},
+    "train": {
+        "errors",
+        "signals",
+        "metrics",
+        "overrides",
+        "workdir",
+        "patterns",
+        "layers",
+        "data",
+        "config",
+        "sharding",
+        "model",
+        "decode",
+    },
+    "account": {"errors", "patterns", "layers", "config", "model", "train"},
     "complexity": {"patterns", "ops"},
-    "show": {"patterns", "layers", "config", "data", "account", "complexity"},
-    "draw": {"patterns", "config"},
-    "train": {"patterns", "layers", "config", "sharding", "data", "model", "decode"},
-    "job": set(),
-    "sweep": {"schedule", "config", "account", "draw", "job", "train"},
-    "report": {"config", "train", "sweep"},
-    "interop": {"schedule", "config", "layers", "model", "patterns", "sharding"},
-    "cli": (
-        {"patterns", "ops", "schedule", "config", "data", "interop", "sharding", "show", "draw"}
-        | {"train", "sweep", "report"}
-    ),
+    "show": {"errors", "patterns", "layers", "data", "config", "account", "complexity"},
+    "draw": {"errors", "figures", "patterns"},
+    "doctor": {"patterns", "ops"},
+    "interop": {"errors", "workdir", "patterns", "schedule", "layers", "config", "sharding", "model"},
+    "job": {"signals", "workdir"},
+    "budget": {"errors", "overrides", "schedule", "config", "train", "account"},
+    "report": {"errors", "metrics", "overrides", "workdir", "figures", "config", "train", "account"},
+    "sweep": {
+        "errors",
+        "signals",
+        "metrics",
+        "machine",
+        "overrides",
+        "workdir",
+        "schedule",
+        "config",
+        "train",
+        "account",
+        "job",
+        "budget",
+        "report",
+    },
+    "cli": {
+        "errors",
+        "signals",
+        "overrides",
+        "patterns",
+        "config",
+        "sharding",
+        "train",
+        "show",
+        "draw",
+        "doctor",
+        "interop",
+        "budget",
+        "report",
+        "sweep",
+    },
     "__main__": {"cli"},
-    "__init__": set(),  # so that one room can be imported without the others
 }
 
 
 def imported(file: Path) -> Iterator[str]:
-    """Dotted names of all that a file imports, wherever in it."""
+    """Dotted names of all imports of a file, at its top level and in its functions."""
     for node in ast.walk(ast.parse(file.read_text())):
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)
@@ -49,30 +97,30 @@ def imported(file: Path) -> Iterator[str]:
             yield from (f"{node.module}.{alias.name}" for alias in node.names)
 
 
-def files_of_rooms() -> dict[str, list[Path]]:
-    rooms = {}
+def files_by_package() -> dict[str, list[Path]]:
+    packages: dict[str, list[Path]] = {}
     for file in sorted(PACKAGE.rglob("*.py")):
-        rooms.setdefault(file.relative_to(PACKAGE).parts[0].removesuffix(".py"), []).append(file)
-    return rooms
+        packages.setdefault(file.relative_to(PACKAGE).parts[0].removesuffix(".py"), []).append(file)
+    return packages
 
 
-def test_every_room_imports_what_it_needs_and_nothing_else():
-    found = {
-        room: {name.split(".")[1] for file in files for name in imported(file) if name.startswith("sparsejax.")}
-        - {room}
-        for room, files in files_of_rooms().items()
+def test_every_package_imports_what_is_declared():
+    actual = {
+        package: {name.split(".")[1] for file in files for name in imported(file) if name.startswith("sparsejax.")}
+        - {package}
+        for package, files in files_by_package().items()
     }
-    assert found == NEEDS
+    assert actual == IMPORTS
 
 
-def test_imports_point_one_way():
-    above = set()
-    for room, needs in NEEDS.items():
-        assert needs <= above, room
-        above.add(room)
+def test_imports_point_in_one_direction():
+    above: set[str] = set()
+    for package, imports in IMPORTS.items():
+        assert imports <= above, package
+        above.add(package)
 
 
 def test_patterns_import_numpy_and_the_standard_library_only():
-    for file in files_of_rooms()["patterns"]:
+    for file in files_by_package()["patterns"]:
         outside = {name.split(".")[0] for name in imported(file)} - {"sparsejax"}
         assert outside <= {*sys.stdlib_module_names, "numpy"}, file
