@@ -59,7 +59,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         problem = "no space left on the disk of the workdir" if full else str(error.strerror or error)
         return _fail(parser.render(InputError(error.filename or "workdir", problem)), USAGE_ERROR)
     except KeyboardInterrupt:
-        return _fail("stopped by SIGINT", INTERRUPTED)
+        return _fail("stopped by SIGINT; run the same command again", INTERRUPTED)
 
 
 def _run(verb: Any, parser: Parser, arguments: Sequence[str]) -> int:
