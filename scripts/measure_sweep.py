@@ -3,8 +3,8 @@
     python scripts/measure_sweep.py [--runs 30] [--out FILE.json]
 
 Half of the command lines run before the sweep and half after it, so that a drift of the machine's load cancels. The
-difference is divided by the number of runs. Commands that do nothing (`true`), launched in the same way, and the imports
-of each process show what it consists of.
+difference is divided by the number of runs. Commands that do nothing (`true`), launched in the same way, and the
+imports of each process show its parts.
 """
 
 from __future__ import annotations

@@ -67,10 +67,10 @@ def test_widths_of_equal_parameters():
 
 
 def test_widths_keep_their_proportions():
-    given = {"model.layers.local.mlp.width": 64, "model.layers.full.mlp.width": 32}
-    (run,) = match_runs(CONFIG, [{"model.schedule": "local full"}], read_match("parameters:60000"), given)
+    widest = {"model.layers.local.mlp.width": 64, "model.layers.full.mlp.width": 32}
+    (run,) = match_runs(CONFIG, [{"model.schedule": "local full"}], read_match("parameters:60000"), widest)
     widths = [run.adjusted[f"model.layers.{name}.mlp.width"] for name in ("local", "full")]
-    assert set(run.adjusted) == set(given)  # the layers of the schedule, and no others
+    assert set(run.adjusted) == set(widest)  # the layers of the schedule, and no others
     assert widths[0] / widths[1] == pytest.approx(2, rel=0.02)
     assert run.cost == parameters(1, widths[0]) + parameters(1, widths[1]) - VOCAB * WIDTH - WIDTH
 

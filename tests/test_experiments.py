@@ -1,4 +1,4 @@
-"""The experiments: every run of every sweep is one that its config takes, and the paper's sizes are the paper's."""
+"""Every run of every recorded sweep is valid, and the papers' sizes are the papers'."""
 
 from pathlib import Path
 
@@ -57,7 +57,7 @@ def test_a_sweep_is_made_of_runs_that_its_config_takes(name, argument, sweep, co
 
 def test_windows_are_as_wide_on_average_in_every_row_of_longformer():
     runs = plan("longformer_lm", "paper", "paper")
-    pairs = {run.label: sum(seen.pairs(16_384) for _, seen in run.checked.model.sees) for run in runs}
+    pairs = {run.label: sum(seen.pairs(16_384) for _, seen in run.checked.model.connectivity) for run in runs}
     assert max(pairs["decreasing"], pairs["fixed"]) / pairs["increasing"] == pytest.approx(1, rel=0.01)
     assert pairs["decreasing"] == pairs["increasing"]
 
@@ -77,7 +77,7 @@ def test_longformer_in_stages():
 
 def test_layers_that_are_compared_have_as_many_parameters():
     for argument in ("mini", "paper"):
-        settings = ["model.schedule=full nope local ssm lightning sinks8"]
+        settings = {"model.schedule": "full nope local ssm lightning sinks8"}
         config = configs.check(configs.load(f"{ROOT}/configs/layer_schedules.py:{argument}", settings))
         layers, _ = account_model(config.model, config.data.length)
         assert [layer.parameters for layer in layers] == pytest.approx([layers[0].parameters] * 6, rel=0.03)
@@ -88,7 +88,7 @@ def test_the_papers_size_trains_in_the_abstract(name):
     config = configs.check(configs.load(f"{ROOT}/configs/{name}.py:paper"))
     model, mesh = Functional(config.model), sharding.make_mesh(ShardingConfig(-1, 1, 1))
     assert model.size == pytest.approx(PAPER[name], rel=0.01)
-    optimizer, steps = build_optimizer(config.optimizer, config.train.steps), config.train.steps
+    optimizer, steps = build_optimizer(config.optimizer, config.train.steps, decay=model.decay), config.train.steps
     step = build_step(model, optimizer, build_schedule(config.optimizer, steps), config.train, mesh)
     shape = (config.train.batch, config.data.length)
     tokens = jax.ShapeDtypeStruct(shape, jnp.int32)

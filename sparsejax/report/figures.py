@@ -77,8 +77,8 @@ def draw_curves(comparison: Comparison) -> CaptionedFigure | None:
         axis.xaxis.set_major_locator(MaxNLocator(6, integer=True))
         _focus(axis)
     caption = (
-        "Learning curves: mean over seeds, with a band of one standard error. Before the last step"
-        " evaluations may be of a part of the validation data."
+        "Learning curves: mean over seeds, with a band of one standard error. Evaluations before the last step"
+        " may read only a part of the validation data."
     )
     return CaptionedFigure("curves", figure, caption)
 

@@ -39,7 +39,7 @@ class Objective:
 def find_best(trials: Sequence[FrozenTrial], objectives: Sequence[Objective]) -> list[FrozenTrial]:
     """Returns the Pareto front of the complete trials, sorted by the last objective; the best one of one objective."""
     complete = sorted((trial for trial in trials if state_of(trial) == COMPLETE), key=lambda trial: trial.number)
-    front = pareto_front([tuple(trial.values) for trial in complete], [one.direction for one in objectives])
+    front = pareto_front([tuple(trial.values) for trial in complete], [objective.direction for objective in objectives])
     return [complete[i] for i in front]
 
 

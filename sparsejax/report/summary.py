@@ -154,9 +154,9 @@ def describe_notes(comparison: Comparison) -> list[str]:
     if corpora > 1:
         notes.append(f"the runs read {corpora} different corpora: their metrics are not comparable")
     if devices > 1:
-        notes.append(f"the runs ran on {devices} different devices: their seconds are not comparable")
+        notes.append(f"the runs used {devices} kinds of devices: their seconds are not comparable")
     if commits > 1:
-        notes.append(f"the runs ran {commits} versions of the code (git)")
+        notes.append(f"the runs are from {commits} versions of the code (git)")
     return [*notes, *results.notes]
 
 

@@ -1,6 +1,6 @@
 """Sweeps and searches: many runs of one configuration, planned, launched and resumed.
 
-`sparsejax.sweep.search` needs Optuna and is imported by those who search.
+The module `sparsejax.sweep.search` needs Optuna and is not imported here.
 """
 
 from sparsejax.schedule import place_layers, repeat_period

@@ -124,14 +124,14 @@ def test_sittings_are_put_together(tmp_path):
 
 
 def test_unequal_results_of_one_run_are_told(tmp_path):
-    places = [write_sweep(tmp_path / str(value), {("a", FULL, 0): value}) for value in (2.0, 2.5)]
-    results = read(places)
+    sweeps = [write_sweep(tmp_path / str(value), {("a", FULL, 0): value}) for value in (2.0, 2.5)]
+    results = read(sweeps)
     assert results.runs["eval/bits_per_byte"].tolist() == [2.0]
     assert any("unequal results" in note for note in results.notes)
 
 
 def test_runs_on_other_data_are_other_runs(tmp_path):
-    for name in ("one", "other"):
+    for name in ("first", "other"):
         write_workdir(tmp_path / name, settings_of(), 2.0)
     dump(tmp_path / "other" / "data.json", {"digest": "beef"})
     assert len(read([tmp_path]).runs) == 2

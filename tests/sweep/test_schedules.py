@@ -9,7 +9,7 @@ from tests.messages import rejects
 
 
 class Draws(SimpleNamespace):
-    """A trial that draws given values, and records the choices."""
+    """A trial that draws fixed values, and records the choices."""
 
     def __init__(self, **values):
         super().__init__(values=values, choices={})
@@ -68,4 +68,4 @@ def test_draws():
     assert suggest_placement(trial, "ssm", "full", 4, (0, 1, 2), key="deep") == "3x(ssm) full"
     trial = Draws(schedule_count=0)
     assert suggest_placement(trial, "ssm", "full", 4, (0, 1, 2)) == "4x(ssm)"
-    assert list(trial.choices) == ["schedule.count"]  # no layer has no place
+    assert list(trial.choices) == ["schedule.count"]  # without layers there is no placement

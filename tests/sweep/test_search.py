@@ -40,7 +40,7 @@ def draw(trial):
 def loss(names, step):
     """Of a simulated run: falls with every layer as in BEST and with every step; different for all schedules."""
     wrong = sum(name != best for name, best in zip(names, itertools.cycle(BEST), strict=False))
-    return 1 + wrong + sum(NAMES.index(name) * 0.01 * 3**-place for place, name in enumerate(names)) + 1 / step
+    return 1 + wrong + sum(NAMES.index(name) * 0.01 * 3**-position for position, name in enumerate(names)) + 1 / step
 
 
 class Simulated:
@@ -157,13 +157,13 @@ def test_the_front_of_a_whole_space(tmp_path):
     assert configs.load(str(tmp_path / "pareto-1.py")).model.schedule == front[0]["model.schedule"]
 
 
-@pytest.mark.parametrize(("sampler", "trials"), [("tpe", 12), ("nsga2", 18)])  # more than are drawn at random at first
+@pytest.mark.parametrize(("sampler", "trials"), [("tpe", 12), ("nsga2", 18)])  # beyond the random start
 def test_equal_seeds_make_equal_searches(sampler, trials, tmp_path):
-    one, other, third = (
-        run(make("eval/loss,kv", trials=trials, sampler=sampler, seed=seed), tmp_path / str(place))[0]
-        for place, seed in enumerate((1, 1, 2))
+    first, second, third = (
+        run(make("eval/loss,kv", trials=trials, sampler=sampler, seed=seed), tmp_path / str(i))[0]
+        for i, seed in enumerate((1, 1, 2))
     )
-    assert one == other != third
+    assert first == second != third
 
 
 class Killed(BaseException):
@@ -204,8 +204,8 @@ def test_a_search_can_be_extended(tmp_path):
     executor = Simulated()
     assert run(make(trials=5), tmp_path, executor)[0] == first
     assert executor.launched == []
-    more, _ = run(make(trials=8), tmp_path)
-    assert (more[:5], len(more)) == (first, 8)
+    extended, _ = run(make(trials=8), tmp_path)
+    assert (extended[:5], len(extended)) == (first, 8)
 
 
 def test_a_failed_run_is_reported_with_its_log(tmp_path):
@@ -350,7 +350,7 @@ def test_a_search_by_real_runs(tmp_path, monkeypatch):
         monkeypatch.setenv(name, value)
     text = runs.write_text(tmp_path / "text")
     (tmp_path / "search.py").write_text(SEARCH)
-    folder = tmp_path / "found"
+    folder = tmp_path / "search"
     command = ["sweep", f"--config={CONFIG}", f"--search={tmp_path / 'search.py'}", f"--workdir={folder}", "--jobs=1"]
     command += ["--trials=4", "--objective=eval/loss,kv", "--sampler=random", f"--config.data.files={text}"]
     command += [

@@ -85,13 +85,15 @@ def launch_here(commands, folder, jobs=None, **options):
 
 def test_a_preempted_run_saves_and_goes_on(cluster, tmp_path):
     axes, files = "seed=range(2)", runs.write_text(tmp_path / "text")
-    given = {"train.steps": 300, "data.files": str(files), "model.schedule": "full", "eval.every": 100}
-    given |= {"checkpoint.every": 100}
-    overrides = [f"--config.{key}={value}" for key, value in given.items()]
+    settings = {"train.steps": 300, "data.files": str(files), "model.schedule": "full", "eval.every": 100}
+    settings |= {"checkpoint.every": 100}
+    overrides = [f"--config.{key}={value}" for key, value in settings.items()]
     folder = tmp_path / "sweep"
-    places = [f"--config={runs.RECIPE}", f"--sweep={axes}", f"--workdir={folder}", "--launcher=slurm"]
-    launcher = runs.start("sweep", *places, *overrides, *(f"--slurm.{key}={value}" for key, value in SETTINGS.items()))
-    jobs = [build_job(run, folder) for run in plan_runs(str(runs.RECIPE), [{"train.seed": i} for i in range(2)], given)]
+    options = [f"--config={runs.RECIPE}", f"--sweep={axes}", f"--workdir={folder}", "--launcher=slurm"]
+    launcher = runs.start("sweep", *options, *overrides, *(f"--slurm.{key}={value}" for key, value in SETTINGS.items()))
+    jobs = [
+        build_job(run, folder) for run in plan_runs(str(runs.RECIPE), [{"train.seed": i} for i in range(2)], settings)
+    ]
     wait_for(lambda: read_progress(Workdir(jobs[0].result.parent)).step > 0)
     signal_until_heard(jobs[0], "USR2")
     hasten(jobs[0])
@@ -109,7 +111,7 @@ def test_the_launcher_leaves_its_jobs_to_slurm(cluster, tmp_path):
     """It finds them again, and submits a job again that was cancelled in the meantime."""
     slow = f"while [ ! -e {tmp_path}/go ]; do sleep 0.05; done; DONE"
     commands = [Command("slow", slow), Command("failing", "echo why; exit 4"), Command("cancelled", slow)]
-    job, failing, cancelled = (build_job(one, tmp_path) for one in commands)
+    job, failing, cancelled = (build_job(run, tmp_path) for run in commands)
 
     def stop_launcher(number, frame):
         os.kill(os.getpid(), signal.SIGINT)
@@ -144,11 +146,15 @@ def test_settings(cluster, tmp_path):
         Slurm(tmp_path, None, {"time": "1:00:00"})
     settings = {"time": "90", "cpus": "2", "gpus": "1", "mem": "4GB", "reservation": "mine"}
     expected = ["time=90", "cpus-per-task=2", "gpus-per-node=1", "mem=4GB", "reservation=mine", "job-name=sparsejax"]
-    for name, given, options in (("given", settings, expected), ("default", {"partition": "nowhere"}, ["time=60"])):
+    cases = ("custom", settings, expected), ("default", {"partition": "nowhere"}, ["time=60"])
+    for name, chosen, options in cases:
         folder = tmp_path / name
         with pytest.raises(SweepError, match="slurm"):  # no such reservation, no such partition
             launch(
-                [Command("run", "DONE")], folder, Slurm(folder, 3, given), Progress(Console(file=io.StringIO()), folder)
+                [Command("run", "DONE")],
+                folder,
+                Slurm(folder, 3, chosen),
+                Progress(Console(file=io.StringIO()), folder),
             )
         (script,) = (folder / "jobs" / "slurm").glob("*.sh")
         for option in options:

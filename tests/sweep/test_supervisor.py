@@ -37,9 +37,9 @@ def text(tmp_path_factory):
 
 def command(folder, axes, text, *arguments):
     overrides = {"train.steps": STEPS, "data.files": text, "model.schedule": "full", "checkpoint.every": 10}
-    given = [f"--config.{key}={value}" for key, value in overrides.items() if f"{key}=" not in axes]
-    places = [f"--config={runs.RECIPE}", f"--sweep={axes}", f"--workdir={folder}"]
-    return ["sweep", *places, *given, "--config.eval.every=10", *arguments]
+    settings = [f"--config.{key}={value}" for key, value in overrides.items() if f"{key}=" not in axes]
+    options = [f"--config={runs.RECIPE}", f"--sweep={axes}", f"--workdir={folder}"]
+    return ["sweep", *options, *settings, "--config.eval.every=10", *arguments]
 
 
 def plan(folder, axes, text):
@@ -231,9 +231,9 @@ def test_the_second_signal_leaves_at_once(tmp_path, monkeypatch):
     find = Local.find
 
     def find_and_let_go(executor, attempt):
-        found = find(executor, attempt)
+        live = find(executor, attempt)
         (tmp_path / "go").touch()
-        return found
+        return live
 
     monkeypatch.setattr(Local, "find", find_and_let_go)
     out, error = launch_here([run], tmp_path)
@@ -261,9 +261,15 @@ def test_a_share_of_the_cores_changes_no_bit(tmp_path, text, monkeypatch):
         pytest.skip("one core has no shares")
     monkeypatch.setenv("JAX_PLATFORMS", "cpu")
     monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", runs.COMPILED.name)
-    given = {"train.steps": 2, "data.files": str(text), "data.length": 128, "eval.sample": 0, "checkpoint.keep_best": 0}
-    given |= {"train.log_every": 1, "model.schedule": "ssm", "eval.every": 2, "eval.batch": 4}
-    (run,) = plan_runs(str(Path(__file__).parents[2] / "configs" / "quickstart.py"), [{}], given)
+    overrides = {
+        "train.steps": 2,
+        "data.files": str(text),
+        "data.length": 128,
+        "eval.sample": 0,
+        "checkpoint.keep_best": 0,
+    }
+    overrides |= {"train.log_every": 1, "model.schedule": "ssm", "eval.every": 2, "eval.batch": 4}
+    (run,) = plan_runs(str(Path(__file__).parents[2] / "configs" / "quickstart.py"), [{}], overrides)
     subprocess.run(run.command(tmp_path / "alone"), check=True, capture_output=True)
     out, error = launch_here([run], tmp_path / "shared", jobs=len(cores))
     assert error is None, out
