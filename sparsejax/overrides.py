@@ -24,7 +24,7 @@ def parse_overrides(texts: Iterable[str]) -> Overrides:
     """Parses `KEY=VALUE` texts. The last of several values of a key counts.
 
     Raises:
-      InputError: a text has no `=`.
+      InputError: A text has no `=`.
     """
     overrides = {}
     for text in texts:
@@ -70,8 +70,10 @@ def flatten(section: Mapping[str, Any], prefix: str = "") -> Overrides:
     """Values of nested sections by dotted key; an empty section is a value."""
     overrides: Overrides = {}
     for key, value in section.items():
-        nested = flatten(value, f"{prefix}{key}.") if isinstance(value, Mapping) and value else {f"{prefix}{key}": value}
-        overrides |= nested
+        if isinstance(value, Mapping) and value:
+            overrides |= flatten(value, f"{prefix}{key}.")
+        else:
+            overrides[f"{prefix}{key}"] = value
     return overrides
 
 
