@@ -29,8 +29,8 @@ def main() -> None:
     options = parser.parse_args()
     growth = {}
     for method in complexity.METHODS:
-        growth[method.name] = one = complexity.measure(method)
-        print(f"{method.name}: {', '.join(f'{s:.3f} s' for s in one.seconds)}", flush=True)
+        growth[method.name] = complexity.measure(method)
+        print(f"{method.name}: {', '.join(f'{s:.3f} s' for s in growth[method.name].seconds)}", flush=True)
     heading, *rows = complexity.tabulate(complexity.TABLE_LENGTH, growth)
     cells = [heading, ["---"] * 3 + ["---:"] * (len(heading) - 3), *rows]
     lines = ["| " + " | ".join(cell.replace("|", "\\|") for cell in row) + " |" for row in cells]
@@ -39,8 +39,8 @@ def main() -> None:
         about = {"command": COMMAND, "python": platform.python_version(), "device": jax.devices()[0].device_kind}
         about |= {name: importlib.metadata.version(name) for name in ("jax", "jaxlib")}
         exponents = {
-            name: dataclasses.asdict(one) | {"time_exponent": one.time_exponent, "memory_exponent": one.memory_exponent}
-            for name, one in growth.items()
+            name: dataclasses.asdict(g) | {"time_exponent": g.time_exponent, "memory_exponent": g.memory_exponent}
+            for name, g in growth.items()
         }
         options.out.mkdir(parents=True, exist_ok=True)
         (options.out / "result.json").write_text(json.dumps(about | {"methods": exponents}, indent=2) + "\n")

@@ -1,4 +1,4 @@
-"""How the cost of each method grows with the length: the formula, the exact count, and what is measured."""
+"""Growth of the cost of each method with the sequence length: formula, exact count and measurement."""
 
 from __future__ import annotations
 
@@ -12,24 +12,26 @@ import jax.numpy as jnp
 import numpy as np
 
 from sparsejax import patterns
-from sparsejax.ops import attend, attend_hashed, hash_buckets, selective_scan, ssd
+from sparsejax.ops import attend, attend_hashed, hash_buckets, hashed_pairs, selective_scan, ssd
 from sparsejax.patterns import Pattern
 
-# Lengths of the measurements: what is long for the one is short for the other.
-LENGTHS = {"dense": (2048, 4096, 8192)}
-OTHER_LENGTHS = (4096, 8192, 16384)
-LEAST_RUNS, LEAST_SECONDS = 3, 0.5  # of each
-TABLE_LENGTH = 131_072  # of the table's pairs, if none is given
+LENGTHS = {"dense": (2048, 4096, 8192)}  # measured lengths by implementation
+OTHER_LENGTHS = (4096, 8192, 16384)  # measured lengths of other implementations
+MIN_RUNS, MIN_SECONDS = 3, 0.5  # per measurement
+TABLE_LENGTH = 131_072  # default length of the pairs in the table
 HEAD_WIDTH, CHANNELS, STATE = 32, 32, 16
-ROUNDS, HASH_CHUNK, BUCKETS = 4, 64, 128  # of LSH attention; a chunk looks at itself and at the one before
+ROUNDS, HASH_CHUNK, BUCKETS = 4, 64, 128  # of LSH attention; a chunk attends to itself and to the preceding one
 
 
 @dataclasses.dataclass(frozen=True)
 class Method:
-    """A row of the table: a pattern, or something else that mixes tokens.
+    """A row of the table.
 
-    `formula` is the number of pairs in n, "~" where the edges of the sequence are left out. In the text of `pattern`
-    {root} stands for the square root of n, rounded down. `impl` is one of `attend`, or a function of `OTHERS`.
+    Attributes:
+      name: Name of the method.
+      formula: Number of pairs as a function of n; "~" means that the edges of the sequence are neglected.
+      pattern: Text of the pattern, where {root} stands for the integer square root of n; None without a pattern.
+      impl: Implementation of `attend`, or a key of `OTHERS`.
     """
 
     name: str
@@ -38,14 +40,15 @@ class Method:
     impl: str = "gather"
 
     def parse(self, n: int) -> Pattern | None:
-        """The pattern over n tokens."""
+        """The pattern for n tokens."""
         return None if self.pattern is None else patterns.parse(self.pattern.format(root=math.isqrt(n)))
 
     def pairs(self, n: int) -> int:
-        """How many pairs are scored over n tokens, masked ones too where tokens are hashed."""
+        """Number of pairs that are scored over n tokens; for LSH attention with the masked ones."""
         if self.impl == "lsh":
-            return ROUNDS * -(-n // HASH_CHUNK) * HASH_CHUNK * 2 * HASH_CHUNK
-        return 0 if self.pattern is None else self.parse(n).pairs(n)
+            return hashed_pairs(n, ROUNDS, HASH_CHUNK)
+        pattern = self.parse(n)
+        return 0 if pattern is None else pattern.pairs(n)
 
 
 METHODS = [
@@ -66,7 +69,7 @@ METHODS = [
 
 @dataclasses.dataclass(frozen=True)
 class Growth:
-    """Time and memory of a forward and backward pass at each length (tokens, seconds, bytes), and n^what they fit."""
+    """Time in seconds and memory in bytes of a forward and backward pass, by length in tokens."""
 
     lengths: tuple[int, ...]
     seconds: tuple[float, ...]
@@ -74,54 +77,60 @@ class Growth:
 
     @property
     def time_exponent(self) -> float:
-        """The slope of time over length, both as logarithms."""
+        """Exponent of the power law of time."""
         return fit_exponent(self.lengths, self.seconds)
 
     @property
     def memory_exponent(self) -> float:
-        """The slope of memory over length, both as logarithms."""
+        """Exponent of the power law of memory."""
         return fit_exponent(self.lengths, self.memory)
 
 
 def fit_exponent(lengths: Sequence[float], values: Sequence[float]) -> float:
-    """The exponent p of the power law c·n^p that fits best, by least squares of logarithms."""
+    """Exponent p of the power law c·n^p, fitted by least squares of logarithms."""
     return float(np.polyfit(np.log(lengths), np.log(values), 1)[0])
 
 
 def tabulate(n: int, growth: dict[str, Growth] | None = None) -> list[tuple[str, ...]]:
-    """The rows of the table at n tokens, after one of headings; with the exponents if `growth` has them, by name."""
+    """The heading and the rows of the table at n tokens, with the exponents of `growth`, by name of the method."""
     causal = patterns.parse("causal").pairs(n)
-    rows = [("method", "pattern", "pairs", f"pairs, n = {n:,}", "of dense causal")]
+    rows: list[tuple[str, ...]] = [("method", "pattern", "pairs", f"pairs, n = {n:,}", "of dense causal")]
     for method in METHODS:
         pattern, pairs = method.parse(n), method.pairs(n)
         share = f"1/{causal / pairs:,.2f}" if 0 < pairs < causal else f"{pairs / causal:,.2f}"
         rows.append((method.name, str(pattern or "-"), method.formula, f"{pairs:,}", share))
     if growth is None:
         return rows
-    each = [growth[method.name] for method in METHODS]
-    exponents = [(f"n^{one.time_exponent:.2f}", f"n^{one.memory_exponent:.2f}") for one in each]
-    return [(*row, *more) for row, more in zip(rows, [("time", "memory"), *exponents], strict=True)]
+    measured = [growth[method.name] for method in METHODS]
+    exponents = [(f"n^{growth.time_exponent:.2f}", f"n^{growth.memory_exponent:.2f}") for growth in measured]
+    return [(*row, *columns) for row, columns in zip(rows, [("time", "memory"), *exponents], strict=True)]
 
 
 def measure(method: Method, lengths: Sequence[int] = ()) -> Growth:
-    """Runs one head of it forward and backward on this machine, at each length.
+    """Measures one head, forward and backward, on this machine.
 
-    The time is the least of some runs, the memory is what the compiled program sets aside beside its arguments.
-    Without lengths, those that suit the method.
+    Args:
+      method: The method.
+      lengths: Lengths in tokens; defaults to those of its implementation.
+
+    Returns:
+      The shortest time of several runs, and the temporary memory of the compiled program.
     """
     seconds, memory, lengths = [], [], lengths or LENGTHS.get(method.impl, OTHER_LENGTHS)
     for n in lengths:
-        function, arrays = OTHERS[method.impl](n) if method.pattern is None else _attention(method, n)
+        pattern = method.parse(n)
+        function, arrays = OTHERS[method.impl](n) if pattern is None else _attention(pattern, method.impl, n)
         run = jax.jit(jax.grad(function, tuple(range(len(arrays))))).lower(*arrays).compile()
-        memory.append(run.memory_analysis().temp_size_in_bytes)
+        analysis = run.memory_analysis()
+        assert analysis is not None  # all supported platforms have it
+        memory.append(analysis.temp_size_in_bytes)
         seconds.append(_time(run, arrays))
     return Growth(tuple(lengths), tuple(seconds), tuple(memory))
 
 
-def _attention(method: Method, n: int) -> tuple[Callable, list]:
-    pattern = method.parse(n)
+def _attention(pattern: Pattern, impl: str, n: int) -> tuple[Callable, list]:
     arrays = [_draw(seed, 1, n, 1, HEAD_WIDTH) for seed in range(3)]
-    return lambda q, k, v: jnp.square(attend(q, k, v, pattern, impl=method.impl)).sum(), arrays
+    return lambda q, k, v: jnp.square(attend(q, k, v, pattern, impl=impl)).sum(), arrays
 
 
 def _scan(n: int) -> tuple[Callable, list]:
@@ -131,7 +140,7 @@ def _scan(n: int) -> tuple[Callable, list]:
 
 
 def _ssd(n: int) -> tuple[Callable, list]:
-    """Lightning attention, whose rate of decay is fixed."""
+    """Lightning attention: the decay is constant."""
     v, k, q = (_draw(seed, 1, n, 1, HEAD_WIDTH) for seed in range(3))
     steps, rates = jnp.ones((1, n, 1)), jnp.full(1, -0.05)
     return lambda v, k, q: jnp.square(ssd(v, steps, rates, k, q)[0]).sum(), [v, k, q]
@@ -155,8 +164,8 @@ def _draw(seed: int, *shape: int) -> jax.Array:
 
 
 def _time(run: Callable, arrays: list) -> float:
-    times = []
-    while len(times) < LEAST_RUNS or sum(times) < LEAST_SECONDS:
+    times: list[float] = []
+    while len(times) < MIN_RUNS or sum(times) < MIN_SECONDS:
         start = time.perf_counter()
         jax.block_until_ready(run(*arrays))
         times.append(time.perf_counter() - start)

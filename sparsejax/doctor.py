@@ -127,10 +127,10 @@ def diagnose(impl: Implementation) -> Diagnosis:
         except Exception as error:  # whatever a compiler or driver raises is a failure of the kernel
             failures.append(Failure(case, f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"))
             continue
-        for name, error in _errors(case, inputs, actual):
-            largest = max(largest, error)
-            if not error <= 1:
-                failures.append(Failure(case, f"error of {name} is {error:.3g} times the tolerance"))
+        for name, ratio in _error_ratios(case, inputs, actual):
+            largest = max(largest, ratio)
+            if not ratio <= 1:
+                failures.append(Failure(case, f"error of {name} is {ratio:.3g} times the tolerance"))
     reason = None if cases else impl.unsupported_reason(_call(CASES[0], _draw(CASES[0]), return_lse=False))
     return Diagnosis(impl.name, cases, largest, tuple(failures), reason)
 
@@ -182,14 +182,15 @@ def _differentiate(impl: Implementation, call: AttentionCall, inputs: _Inputs) -
     return jax.jit(differentiate)(*inputs[:4], inputs.d_out, inputs.d_lse)
 
 
-def _errors(case: Case, inputs: _Inputs, actual: Attention) -> Iterator[tuple[str, float]]:
+def _error_ratios(case: Case, inputs: _Inputs, actual: Attention) -> Iterator[tuple[str, float]]:
     """The error of each array, relative to the tolerance of its dtype."""
-    q, k, v, sink, _, d_out, d_lse = (None if x is None else np.asarray(x) for x in inputs)
+    q, k, v, d_out, d_lse = map(np.asarray, (inputs.q, inputs.k, inputs.v, inputs.d_out, inputs.d_lse))
     d_lse = d_lse if actual.lse is not None else np.zeros_like(d_lse)
+    sink = None if inputs.sink is None else np.asarray(inputs.sink)
     counts = np.broadcast_to(_mask(case, inputs), (1, case.heads[0], case.length, case.length))
     expected = attend_reference(q, k, v, counts, d_out, d_lse, softcap=case.softcap, sink_logits=sink)
     for name, array, wanted in zip(Attention._fields, actual, expected, strict=True):
-        if array is not None:
+        if array is not None and wanted is not None:
             label = name if name in ("out", "lse") else f"the gradient of {name}"
             tolerance = TOLERANCE["float32" if name == "lse" else case.dtype]
             yield label, relative_error(np.asarray(array), wanted) / tolerance

@@ -1,4 +1,4 @@
-"""The table of methods: formulas against counts, and exponents against power laws."""
+"""The table of methods: formulas against counts, and fitted exponents against known ones."""
 
 import dataclasses
 import re
@@ -16,7 +16,7 @@ BY_NAME = {method.name: method for method in METHODS}
 
 
 def evaluate(formula, n):
-    """The number that a formula of the table stands for."""
+    """The value of a formula of the table."""
     text = (
         formula.partition(", and")[0].removeprefix("~").replace(",", "").replace("√n", "*n**0.5").replace("n²", "n**2")
     )
@@ -25,21 +25,21 @@ def evaluate(formula, n):
 
 
 @pytest.mark.parametrize("method", METHODS, ids=lambda m: m.name)
-def test_a_formula_is_the_count_of_its_pairs(method):
+def test_a_formula_equals_the_number_of_pairs(method):
     pairs = method.pairs(N)
     assert evaluate(method.formula, N) == (pytest.approx(pairs, rel=0.1) if method.formula[0] == "~" else pairs)
 
 
-def test_the_table_counts_pairs_against_dense_causal_attention():
+def test_the_table_relates_pairs_to_dense_causal_attention():
     heading, *rows = tabulate(N)
     assert heading[3] == "pairs, n = 4,096"
-    shown = {row[0]: row[3:] for row in rows}
-    assert set(shown) == set(BY_NAME)
-    assert shown["dense"] == ("16,777,216", "2.00")
-    assert shown["dense, causal"] == ("8,390,656", "1.00")
-    assert shown["chunk"] == ("526,336", "1/15.94")
-    assert shown["Reformer"] == ("2,097,152", "1/4.00")
-    assert shown["SSM"] == shown["linear"] == ("0", "0.00")
+    cells = {row[0]: row[3:] for row in rows}
+    assert set(cells) == set(BY_NAME)
+    assert cells["dense"] == ("16,777,216", "2.00")
+    assert cells["dense, causal"] == ("8,390,656", "1.00")
+    assert cells["chunk"] == ("526,336", "1/15.94")
+    assert cells["Reformer"] == ("2,097,152", "1/4.00")
+    assert cells["SSM"] == cells["linear"] == ("0", "0.00")
 
 
 def test_an_exponent_is_fitted():
@@ -60,7 +60,7 @@ def test_an_exponent_is_fitted():
     ],
 )
 def test_memory_grows_as_it_should(name, shortest, low, high, monkeypatch):
-    monkeypatch.setattr(complexity, "LEAST_SECONDS", 0.0)
+    monkeypatch.setattr(complexity, "MIN_SECONDS", 0.0)
     growth = measure(dataclasses.replace(BY_NAME[name]), (shortest, 2 * shortest))
     assert low < growth.memory_exponent < high
     assert min(growth.seconds) > 0

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 from jaxtyping import Array, Float
@@ -55,8 +55,8 @@ def run(call: AttentionCall) -> tuple[Float[Array, "b t h value"], None]:
     """Output in the dtype of q; no log-sum-exp."""
     mask = find_mask(call)
     assert mask is not None  # as `unsupported_reason` checks
-    window = {} if mask.left is None else {"local_window_size": (mask.left, 0)}
-    options = {"scale": call.scale, "is_causal": mask.causal, "implementation": "cudnn"}
+    window: dict[str, Any] = {} if mask.left is None else {"local_window_size": (mask.left, 0)}
+    options: dict[str, Any] = {"scale": call.scale, "is_causal": mask.causal, "implementation": "cudnn"}
     return jax.nn.dot_product_attention(call.q, call.k, call.v, **options, **window), None
 
 

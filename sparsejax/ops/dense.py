@@ -33,9 +33,10 @@ def run(call: AttentionCall) -> tuple[Float[Array, "b t h value"], Float[Array, 
     return out.reshape(b, t, h, -1).astype(call.q.dtype), jnp.moveaxis(lse, -1, 1).reshape(b, t, h)
 
 
-def _group_heads(call: AttentionCall, x: Bool[Array, " ..."] | Float[Array, " ..."] | float) -> Array | float:
+def _group_heads(call: AttentionCall, x: Bool[Array, " ..."] | Float[Array, " ..."] | float) -> Array:
     """[t, s] or [h, t, s] -> [t, s] or [1, g, r, t, s]."""
-    return x.reshape(1, call.k.shape[2], -1, *x.shape[1:]) if jnp.ndim(x) == 3 else x
+    x = jnp.asarray(x)
+    return x.reshape(1, call.k.shape[2], -1, *x.shape[1:]) if x.ndim == 3 else x
 
 
 def _per_head(call: AttentionCall, x: Float[Array, " h"] | None) -> Float[Array, "1 g r 1 1"] | None:

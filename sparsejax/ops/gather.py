@@ -201,7 +201,7 @@ def _average(
 
 
 def _take(
-    plan: _Plan, x: Float[Array, "b tiles tile heads *width"], tiles: Int[Array, "*k"]
+    plan: _Plan, x: Float[Array, "b tiles tile heads *width"], tiles: Int[Array, "*tiles"]
 ) -> Float[Array, "b g tokens *width"]:
     """One tile or several; their tokens, and the heads per key/value head, on one axis."""
     b, _, _, heads, *width = x.shape
@@ -220,7 +220,7 @@ def _put(x: Array, tile: Int[Array, ""], taken: Array) -> Array:
     return x.at[:, tile].set(_untake(taken, x)[:, 0])
 
 
-def _add(x: Array, tiles: Int[Array, " k"], taken: Array) -> Array:
+def _add(x: Array, tiles: Int[Array, " degree"], taken: Array) -> Array:
     return x.at[:, tiles].add(_untake(taken, x))
 
 

@@ -56,9 +56,9 @@ class Case(NamedTuple):
     dtype: str = "float32"
 
     @property
-    def slopes(self) -> np.ndarray | None:
+    def slopes(self) -> jax.Array | None:
         """Slope per head, all different."""
-        return 0.3 / np.arange(1, self.heads[0] + 1, dtype=np.float32) if self.alibi else None
+        return jnp.float32(0.3) / jnp.arange(1, self.heads[0] + 1, dtype=jnp.float32) if self.alibi else None
 
 
 class Inputs(NamedTuple):
@@ -101,7 +101,8 @@ def draw_inputs(case: Case, batch: int = 2, width: int = 8) -> Inputs:
 def reference(case: Case, inputs: Inputs, counts: np.ndarray) -> Attention:
     """The expected result if each key counts `counts` [b, h, t, s] times."""
     q, k, v, sink, _, d_out, d_lse = inputs
-    options = {"scale": case.scale, "softcap": case.softcap, "sink_logits": sink, "alibi_slopes": case.slopes}
+    slopes = None if case.slopes is None else np.asarray(case.slopes)
+    options = {"scale": case.scale, "softcap": case.softcap, "sink_logits": sink, "alibi_slopes": slopes}
     return attend_reference(q, k, v, counts, d_out, d_lse, **options)
 
 

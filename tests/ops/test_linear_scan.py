@@ -52,6 +52,12 @@ def recur(x, log_decay, state, starts=None):
     return jnp.swapaxes(y, 0, 1), state
 
 
+def recur_wide(*inputs):
+    """`recur` in float64."""
+    with jax.enable_x64(True):
+        return jax.tree.map(np.asarray, recur(*(jnp.asarray(a, jnp.float64) for a in inputs)))
+
+
 def run(function, inputs):
     """Outputs, and gradients of a weighted sum of them."""
     random = np.random.default_rng(3)
@@ -87,7 +93,7 @@ def test_linear_scan_and_its_gradients(length, documents):
 def test_the_chunk_does_not_matter(chunk):
     inputs = [np.float32(a) for a in make_inputs(31)]
     actual = quick_jit(functools.partial(linear_scan, chunk=chunk))(*inputs)
-    for name, *pair in zip(("y", "last"), actual, recur(*map(np.float64, inputs)), strict=True):
+    for name, *pair in zip(("y", "last"), actual, recur_wide(*inputs), strict=True):
         assert_close(name, *pair, "float32")
 
 
@@ -109,14 +115,14 @@ def test_strong_decay_gives_no_nan_forward_or_backward():
 def test_starts_from_zeros_by_default():
     x, log_decay, state = make_inputs(5)
     y, _ = quick_jit(linear_scan)(np.float32(x), np.float32(log_decay))
-    assert_close("y", y, recur(x, log_decay, np.zeros_like(state))[0], "float32")
+    assert_close("y", y, recur_wide(x, log_decay, 0 * state)[0], "float32")
 
 
 def test_bfloat16_inputs_are_computed_in_float32():
     inputs = [jnp.asarray(a, jnp.bfloat16) for a in make_inputs(29)]
     y, last = linear_scan(*inputs, chunk=CHUNK)
     assert (y.dtype, last.dtype) == (jnp.bfloat16, jnp.float32)
-    true_y, true_last = recur(*(np.asarray(a, np.float64) for a in inputs))  # of the rounded inputs
+    true_y, true_last = recur_wide(*inputs)  # of the rounded inputs
     assert_close("last", last, true_last, "float32")
     assert_close("y", y.astype(jnp.float32), true_y, "bfloat16")
 
