@@ -27,6 +27,12 @@ def load(name: str) -> huggingface.Pretrained:
     return read(name).load()
 
 
+@functools.cache
+def measure(name: str):
+    record = read(name)
+    return parity.measure(load(name), record.inputs["input_ids"], record.inputs["labels"], **record.masks)
+
+
 def assert_close(name: str, actual, expected, quantity: str):
     error = parity.max_difference(actual, expected)
     assert error <= parity.TOLERANCES[load(name).hf_config["model_type"]], f"{name}: {quantity}: error {error:.2e}"
@@ -36,7 +42,7 @@ def assert_close(name: str, actual, expected, quantity: str):
 def test_logits(name):
     record = read(name)
     inputs, outputs, valid = record.inputs, record.outputs, record.valid
-    logits = load(name)(inputs["input_ids"], **record.masks)
+    logits, _, _ = measure(name)
     assert logits.dtype == jnp.float32
     assert_close(name, logits[valid], outputs["logits"][valid], "logits")
     if "leftpad_logits" in outputs:
@@ -62,7 +68,7 @@ def test_streams(name):
 @ALL
 def test_loss_and_gradients(name):
     record = read(name)
-    _, loss, gradients = parity.measure(load(name), record.inputs["input_ids"], record.inputs["labels"], **record.masks)
+    _, loss, gradients = measure(name)
     assert_close(name, loss, record.outputs["loss"], "loss")
     if "grad_norms" not in record.meta:
         return  # not recorded for Reformer
