@@ -56,8 +56,10 @@ class ExpertsConfig:
             raise InputError("top_groups", f"{self.top_groups} is above groups = {self.groups}")
         if self.top_k > (choices := self.top_groups * self.experts // self.groups):
             raise InputError("top_k", f"{self.top_k} is above the {choices} experts of top_groups = {self.top_groups}")
-        if self.limit is not None and (self.limit <= 0 or not self.gated):
-            raise InputError("limit", f"{self.limit} must be positive, and experts must be gated")
+        if self.limit is not None and self.limit <= 0:
+            raise InputError("limit", f"{self.limit} is not positive")
+        if self.limit is not None and not self.gated:
+            raise InputError("limit", f"{self.limit} bounds the gate, but experts are not gated; set gated")
         if self.alpha != 1 and self.activation != "silu":
             raise InputError("alpha", f"{self.alpha} applies to silu, but activation = {self.activation!r}")
         if self.shared_gate and not self.shared_width:

@@ -39,7 +39,7 @@ class LshConfig(UnpatternedConfig):
         require_at_least(self, 1, "heads", "head_width", "chunk", "hashes")
         require_at_least(self, 0, "before", "after")
         if not self.buckets or min(self.buckets) < 2 or any(count % 2 for count in self.buckets):
-            raise InputError("buckets", f"{list(self.buckets)} are not positive even numbers")
+            raise InputError("buckets", f"{list(self.buckets)} is not a list of positive even numbers")
 
     @property
     def summary(self) -> str:

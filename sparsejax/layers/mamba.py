@@ -113,7 +113,7 @@ class Mamba(nnx.Module):
 def require_dt_range(low: float, high: float) -> None:
     """Raises InputError unless 0 < `low` <= `high`."""
     if not 0 < low <= high:
-        raise InputError("dt_min", f"{low} is not positive and at most dt_max = {high}")
+        raise InputError("dt_min", f"{low} is not in (0, {high}], where dt_max = {high}")
 
 
 def init_dt_bias(key: Array, shape: tuple[int, ...], dtype: DTypeLike, low: float, high: float) -> Array:

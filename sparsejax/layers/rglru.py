@@ -38,7 +38,9 @@ class RgLruConfig(UnpatternedConfig):
         if self.inner % self.heads:
             raise InputError("inner", f"{self.inner} is not divisible by heads = {self.heads}")
         if not 0 < self.decay_min <= self.decay_max < 1:
-            raise InputError("decay_min", f"0 < {self.decay_min} <= decay_max = {self.decay_max} < 1 does not hold")
+            raise InputError(
+                "decay_min", f"{self.decay_min} and decay_max = {self.decay_max} do not increase within (0, 1)"
+            )
         if self.power <= 0:
             raise InputError("power", f"{self.power} is not positive")
 

@@ -38,7 +38,7 @@ class RopeScaling:
         if self.factor < 1:
             raise InputError("factor", f"{self.factor} is below 1")
         if self.kind in ("yarn", "llama3") and not self.original_length:
-            raise InputError("original_length", f"{self.original_length} is no length; {self.kind} needs one")
+            raise InputError("original_length", f"missing; {self.kind} requires it")
         if self.fast <= self.slow:
             raise InputError("fast", f"{self.fast} is not above slow = {self.slow}")
 
@@ -66,7 +66,9 @@ class RopeConfig:
         """
         width = int(head_width * self.fraction)
         if width < 2 or width % 2:
-            raise InputError("rope.fraction", f"{self.fraction:g} of {head_width} features is {width}; expected pairs")
+            raise InputError(
+                "rope.fraction", f"{width} rotated features, {self.fraction:g} of {head_width}, do not form pairs"
+            )
         return width
 
     def frequencies(self, width: int) -> tuple[np.ndarray, float]:

@@ -193,6 +193,7 @@ def test_is_a_kind_of_feed_forward_part():
         ({"top_groups": 2}, "top_groups"),
         ({"router": "hash"}, "router"),
         ({"activation": "tanh"}, "activation"),
+        ({"limit": 0.0}, "limit"),
         ({"limit": 7.0, "gated": False}, "limit"),
         ({"alpha": 1.7, "activation": "relu"}, "alpha"),
         ({"shared_gate": True}, "shared_gate"),
