@@ -97,9 +97,7 @@ def read_objectives(text: str) -> tuple[Objective, ...]:
         raise SweepError("objective", f"write METRIC or METRIC,OTHER, where METRIC is such as eval/loss, got {text!r}")
     for name in names:
         if not name.startswith(EVAL) and name not in costs:
-            raise SweepError(
-                "objective", f"{name!r} is neither a metric such as eval/loss nor one of {', '.join(costs)}"
-            )
+            raise SweepError("objective", f"{name!r} is neither a metric (eval/...) nor one of {', '.join(costs)}")
     return tuple(Objective(name, direction(name) or "min") for name in names)
 
 
@@ -186,6 +184,8 @@ class _Drawn:
 
 class _Trials(Supervisor):
     """Draws trials, follows their runs and reports to the study."""
+
+    stops_on_error = True
 
     def __init__(
         self,

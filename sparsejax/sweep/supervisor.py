@@ -107,11 +107,9 @@ def launch(
 
 
 class Supervisor:
-    """Launches attempts and follows them.
+    """Launches attempts and follows them. A search overrides `extend`, `observe` and `settle`."""
 
-    A search extends this class: it draws runs while there is room (`extend`), reads their metrics (`observe`) and
-    records their ends (`settle`).
-    """
+    stops_on_error = False  # whether live runs are asked to stop when the launcher fails
 
     def __init__(self, folder: Path, executor: Executor, progress: Progress):
         self.folder, self.executor, self.progress = folder, executor, progress
@@ -141,7 +139,7 @@ class Supervisor:
             except Interrupted:
                 raise
             except Exception:
-                if not self.executor.detached:
+                if self.stops_on_error:
                     self.stop_all()
                 raise
 
@@ -163,7 +161,7 @@ class Supervisor:
                     self.executor.stop(attempt)
             else:
                 self.extend()
-                self._launch(live)
+                self._launch()
             self.progress.update(self.attempts)
             if all(attempt.settled or (reason and not attempt.live) for attempt in self.attempts):
                 return reason
@@ -197,8 +195,9 @@ class Supervisor:
             return State.DONE
         return State.STOPPED if was_asked(code) or (attempt.asked and code is None) else State.FAILED
 
-    def _launch(self, live: Sequence[Attempt]) -> None:
+    def _launch(self) -> None:
         waiting = [attempt for attempt in self.attempts if attempt.state is State.WAITING]
+        live = [attempt for attempt in self.attempts if attempt.live]
         for attempt in self.executor.launch(waiting, live):
             attempt.state, attempt.since = State.QUEUED, time.monotonic()
             self.progress.print(show_command(attempt.job.command))
