@@ -28,7 +28,7 @@ LARGE_AREA = 1.3  # largest ratio of pairs in live large tiles to pairs in live 
 LARGE_HEADS = 8  # largest number of sequences times heads
 MAX_GROUPS = 4  # each group of rows compiles a loop
 
-Row = tuple[Int[Array, ""], Int[Array, " columns"]]  # a query tile and its key tiles, -1 where padded
+Row = tuple[Int[Array, ""], Int[Array, " degree"]]  # a query tile and its key tiles, -1 where padded
 
 
 def unsupported_reason(call: AttentionCall) -> str | None:

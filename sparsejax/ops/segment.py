@@ -148,7 +148,7 @@ class _Plan(NamedTuple):
         """Scores of gathered rows, without ALiBi."""
         return softcap(_dot(q, k) * self.scale, self.softcap)
 
-    def rows(self, x: Float[Array, n *rest], positions: Int[Array, " c"]) -> Float[Array, c *rest]:
+    def rows(self, x: Float[Array, " n *rest"], positions: Int[Array, " c"]) -> Float[Array, " c *rest"]:
         """Rows of `x` in the dtype of sums; an arbitrary row for a position outside it."""
         return x.at[positions].get(mode="clip").astype(self.dtype)
 

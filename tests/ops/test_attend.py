@@ -446,6 +446,7 @@ def test_auto_computes_the_same():
         ("per_head(window(0), window(0), window(0), window(40))", 2000, "gather segment dense"),
     ],
 )
+@pytest.mark.usefixtures("unchecked_types")
 def test_ranking_of_auto_on_cpu(monkeypatch, pattern, length, ranking):
     check_ranking(monkeypatch, pattern, length, ranking)
 
@@ -458,6 +459,7 @@ def test_ranking_of_auto_on_cpu(monkeypatch, pattern, length, ranking):
         ("per_head(full, window(16), window(16), window(16))", "gather segment dense"),
     ],
 )
+@pytest.mark.usefixtures("unchecked_types")
 def test_ranking_of_auto_on_accelerators(monkeypatch, pattern, ranking):
     monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
     check_ranking(monkeypatch, pattern, 2000, ranking)
@@ -507,6 +509,7 @@ A100 = {"device_kind": "NVIDIA A100-SXM4-40GB", "compute_capability": "8.0"}
         ({"device_kind": "TPU v4"}, "causal & window(90)", "bfloat16", None, "gather"),
     ],
 )
+@pytest.mark.usefixtures("unchecked_types")
 def test_auto_uses_a_kernel_only_where_it_is_verified(monkeypatch, caplog, device, pattern, dtype, kernel, otherwise):
     monkeypatch.setattr(jax, "devices", lambda: [types.SimpleNamespace(**device)])
     monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
@@ -528,6 +531,7 @@ def test_auto_uses_a_kernel_only_where_it_is_verified(monkeypatch, caplog, devic
     assert attend(q, q, q, parse(pattern)) == otherwise
 
 
+@pytest.mark.usefixtures("unchecked_types")
 def test_auto_uses_a_kernel_with_a_recorded_benchmark(monkeypatch, caplog):
     monkeypatch.setattr(jax, "devices", lambda: [types.SimpleNamespace(device_kind="TPU v5 lite")])
     kernel = next(impl for impl in IMPLEMENTATIONS if impl.name == "tpu")
