@@ -115,8 +115,7 @@ class Checkpoints:
         if corpus != self.meta["corpus"]:
             raise CheckpointError(
                 "data.files",
-                f"the text has the digest {self.meta['corpus']}, but {path} was trained on a text with the digest"
-                f" {corpus}",
+                f"the digest of the text is {self.meta['corpus']}, but that of the text of {path} is {corpus}",
             )
         try:
             items = self._manager.restore(
@@ -147,7 +146,7 @@ def read_iterator(folder: Path, step: int) -> dict[str, Any]:
 
 
 def _require_readable_metrics(folder: Path) -> None:
-    """Checks the metrics of all checkpoints, which Orbax reads at start without naming the one that fails."""
+    """Checks the metrics of all checkpoints, because Orbax reads them without naming a damaged file."""
     for file in folder.glob("*/metrics/metrics"):
         path = file.parents[1]
         try:

@@ -154,7 +154,7 @@ def _train_phase(run: Run, runtime: PhaseRuntime) -> Evaluation | None:
             _log(run, runtime, current, evaluation)
             diverged = diverged or _has_diverged(runtime, current)
             _save(run, runtime, step, evaluation, stops=diverged or stopped_by is not None)
-            _stop(run, step, stopped_by, diverged)
+            _stop(run, step, stopped_by if step < run.steps else None, diverged)
             current = None
     return evaluation
 
@@ -202,13 +202,13 @@ def _save(run: Run, runtime: PhaseRuntime, step: int, evaluation: Evaluation | N
 
 
 def _stop(run: Run, step: int, stopped_by: str | None, diverged: bool = False) -> None:
-    """Raises the reason to stop, if there is one. A signal does not stop a run that has ended."""
+    """Raises the reason to stop, if there is one."""
     if diverged:
         raise LossDiverged(
             f"the loss diverged (not finite, or a spike) by step {step}, see {run.workdir.metrics.name}; step {step} is"
             " saved without that update; run the same command to resume"
         )
-    if stopped_by and step < run.steps:
+    if stopped_by:
         raise Interrupted(f"stopped by {stopped_by} at step {step}; run the same command to resume")
 
 

@@ -33,7 +33,7 @@ class Evaluator:
         rows = self.config.eval.batch
         batches = self.dataset.validation_batches(rows, limit=limit, **share_rows(self._mesh, rows))
         with jax.set_mesh(self._mesh):  # kernels are sharded over it
-            return evaluate(self._evaluate, state.parameters, (place_batch(batch, self._mesh) for batch in batches))
+            return evaluate(self._evaluate, state.parameters, (shard_batch(batch, self._mesh) for batch in batches))
 
 
 class PhaseRuntime(Evaluator):
@@ -54,7 +54,7 @@ class PhaseRuntime(Evaluator):
     def step(self, state: TrainState[Array], batch: data.Batch) -> tuple[TrainState[Array], Metrics]:
         """Takes a training step; donates the buffers of `state`."""
         with jax.set_mesh(self._mesh):
-            return self._step(state, place_batch(batch, self._mesh))
+            return self._step(state, shard_batch(batch, self._mesh))
 
     def evaluates_after(self, step: int) -> bool:
         """Whether an evaluation follows `step`."""
@@ -99,7 +99,7 @@ def _require_even_batches(setting: Phase | EvaluationSetting, mesh: Mesh) -> Non
         ("eval.batch", setting.config.eval.batch, "rows"),
     ):
         if count % shards:
-            raise _invalid(setting, key, f"{count} {unit} are not divisible over {shards} devices")
+            raise _invalid(setting, key, f"{count} {unit} cannot be split evenly over {shards} devices")
 
 
 def _require_vocabulary(setting: Phase | EvaluationSetting, dataset: data.Dataset) -> None:
@@ -121,7 +121,7 @@ def share_rows(mesh: Mesh, rows: int) -> Sharing:
     return Sharing(process_index=index, process_count=count)
 
 
-def place_batch(batch: data.Batch, mesh: Mesh) -> DeviceBatch:
-    """Places a global batch on the mesh, given this process's share of its rows."""
+def shard_batch(batch: data.Batch, mesh: Mesh) -> DeviceBatch:
+    """Shards a global batch over the mesh, given this process's share of its rows."""
     placement = sharding.batch_sharding(mesh)
     return jax.tree.map(lambda rows: jax.make_array_from_process_local_data(placement, rows), batch)

@@ -17,13 +17,13 @@ def main(port: str, index: int, count: int, files: str) -> None:
     from sparsejax import sharding
     from sparsejax.config import ShardingConfig
     from sparsejax.data import DataConfig, load_dataset
-    from sparsejax.train.runtime import place_batch, share_rows
+    from sparsejax.train.runtime import shard_batch, share_rows
 
     mesh = sharding.make_mesh(ShardingConfig(data=2, fsdp=2, tensor=1))
     dataset = load_dataset(DataConfig("text", files, 32, objective="masked"))
     batches, digest = dataset.train_batches(8, 5, **share_rows(mesh, 8)), hashlib.sha256()
     for _ in range(5):
-        for name, array in sorted(place_batch(next(batches), mesh).items()):
+        for name, array in sorted(shard_batch(next(batches), mesh).items()):
             whole = array if count == 1 else multihost_utils.process_allgather(array, tiled=True)
             digest.update(name.encode() + np.asarray(whole).tobytes())
     print(sharding.local_rows(mesh, 8), digest.hexdigest())
