@@ -49,7 +49,7 @@ def test_a_window_of_4096_over_131072_tokens():
     assert window.pairs == 4096 * n - 4096 * 4095 // 2 == 528_484_352
     assert dense.pairs == n * (n + 1) // 2 == 8_590_000_128
     assert dense.pairs / window.pairs == pytest.approx(16.25, abs=0.005)
-    # The factor that is often quoted is 32 before the edge: every key, the future too, over the window.
+    # The factor of 32 that is often quoted counts all keys, including later ones, per key of the window.
     assert n * n / window.pairs == pytest.approx(32.5, abs=0.05)
 
 
@@ -99,7 +99,7 @@ def test_xla_counts_the_flops_of_a_model_forward_and_in_training(model):
     functions, tokens = Functional(model), jnp.zeros((1, LENGTH), jnp.int32)
     layers, outside = account_model(model, LENGTH)
     total = sum(layers, outside)
-    # The dense implementation also computes the pairs that the mask then hides: 4 FLOPs for each number of a head.
+    # The dense implementation also computes masked pairs: 4 FLOPs per feature of a head.
     hidden = 4 * 128 * (3 * 2 * LENGTH**2 - total.pairs)
     expected = total.sequence_flops + hidden
     assert xla_flops(lambda p: functions.bind(p)(tokens), functions.shapes) == pytest.approx(expected, rel=0.05)
@@ -110,8 +110,8 @@ def test_xla_counts_the_flops_of_a_model_forward_and_in_training(model):
 def test_xla_counts_the_body_of_a_scan_once():
     module = build(Mamba, MambaConfig(inner=256, state=16, conv=4, dt_rank=16, dt_min=1e-3, dt_max=0.1))
     chunk, many = (xla_flops(module, jnp.zeros((1, n, WIDTH))) for n in (512, 1024))
-    # So the recurrence, which loops over chunks and in them over tokens, is missing for all tokens but one, and what
-    # is left of the account is the projections: those XLA counts at every length.
+    # XLA therefore misses the recurrence, a loop over chunks and their tokens, for all tokens but the first. The rest
+    # of the account is the projections, which XLA counts at every length.
     linear = sum(part.flops for part in (module.input, module.gate, module.select, module.dt, module.out))
     assert many - chunk == pytest.approx(512 * linear, rel=0.1)
     assert many < 1024 * module.cost(1024).flops

@@ -1,4 +1,4 @@
-"""The model: against float64 NumPy, scanned and unrolled, whole and token by token."""
+"""The model against float64 NumPy: scanned and unrolled, whole sequences and token by token."""
 
 import dataclasses
 import functools
@@ -58,20 +58,20 @@ def change(**changes) -> ModelConfig:
 
 
 def fill(config: ModelConfig) -> dict:
-    """Random parameters in the place of fresh ones."""
+    """Random parameters."""
     filled = reference.fill(lambda: Model(config, nnx.Rngs(0)))
     return nnx.to_pure_dict(nnx.state(filled))
 
 
 def unroll(config: ModelConfig, parameters: dict) -> dict:
-    """The parameters of a scanned model in the places of an unrolled one."""
+    """Parameters of a scanned model, as those of an unrolled one."""
     layers = reference.layer_weights(config, parameters)
     outside = {name: value for name, value in parameters.items() if name not in ("before", "period", "after")}
     return outside | {"before": dict(enumerate(layers))}
 
 
 def differentiate(config: ModelConfig, parameters: dict, jit=reference.fast_jit):
-    """A loss, the logits and the gradient."""
+    """Returns a loss, the logits and the gradient."""
 
     def loss(parameters):
         logits = Functional(config).bind(parameters)(jnp.asarray(TOKENS))
@@ -82,7 +82,7 @@ def differentiate(config: ModelConfig, parameters: dict, jit=reference.fast_jit)
 
 
 def assert_same_trees(actual, expected):
-    """Equal but for rounding, each array at its own scale."""
+    """Compares two trees up to rounding, relative to the scale of each array."""
     assert jax.tree.structure(actual) == jax.tree.structure(expected)
     for (path, a), b in zip(jax.tree.leaves_with_path(actual), jax.tree.leaves(expected), strict=True):
         scale = np.abs(b).max()
@@ -97,13 +97,13 @@ def parameters():
 
 @pytest.fixture(scope="module")
 def scanned(parameters):
-    """Loss, logits and gradient of the model as it would train: scanned, activations computed again."""
+    """Loss, logits and gradient of the scanned model with rematerialization."""
     layers = {name: dataclasses.replace(layer, remat=True) for name, layer in CONFIG.layers.items()}
     return differentiate(change(layers=layers), parameters)
 
 
 def drop(config: ModelConfig, parameters: dict, seed: int):
-    """Logits and gradient with half of the stream dropped."""
+    """Logits and gradient at a dropout rate of 0.5."""
 
     def loss(parameters):
         context = Context(extras=Extras(dropout=Dropout(jax.random.key(seed), 0.5)))
@@ -154,7 +154,7 @@ def test_an_untied_post_norm_model_without_a_period_whose_logits_depend_on_the_p
     layer = dataclasses.replace(CONFIG.layers["ssm"], norm_position="post", norm=NormConfig(kind="layer", eps=1e-6))
     config = change(tied=False, schedule="ssm local", layers=CONFIG.layers | {"ssm": layer})
     held = fill(config)
-    tokens = jnp.arange(LENGTH)[None]  # every position has a row of the embedding to itself
+    tokens = jnp.arange(LENGTH)[None]  # every position has its own row of the embedding
     mix = np.random.default_rng(1).normal(size=VOCAB).astype(np.float32)
 
     def run(embedding):
@@ -179,13 +179,13 @@ def test_bfloat16_is_close_and_its_logits_are_not_rounded():
     logits = jax.jit(lambda held: Functional(config).bind(held)(jnp.asarray(TOKENS)))(held)
     expected = reference.model(config, jax.tree.map(np.float64, held), TOKENS)
     np.testing.assert_allclose(logits, expected, atol=0.03 * np.abs(expected).max())
-    assert (logits != logits.astype(jnp.bfloat16)).any()  # float32 ones, not bfloat16 ones made wider
+    assert (logits != logits.astype(jnp.bfloat16)).any()  # accumulated in float32, not widened from bfloat16
 
 
 def test_the_cache_is_what_the_layers_keep():
     cache = jax.eval_shape(lambda: Functional(CONFIG).bind(fill(CONFIG)).init_cache(BATCH, 100))
-    full = 4 * (2 * BATCH * 100 * 4 + 100)  # keys and values of one head of 4, and where each slot is from
-    local = 4 * (2 * BATCH * 6 * 4 + 6)  # 3 keys back, the token's own and 2 sinks
+    full = 4 * (2 * BATCH * 100 * 4 + 100)  # keys and values of a head of 4, and positions
+    local = 4 * (2 * BATCH * 6 * 4 + 6)  # 3 previous keys, the token itself and 2 sinks
     ssm = 4 * BATCH * ((4 - 1) * 12 + 12 * 3)
     assert sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(cache)) == 2 * (ssm + local) + full
 
@@ -201,7 +201,7 @@ def test_constrain_is_applied_to_the_stream_between_layers():
         lambda p: Functional(CONFIG).bind(p).forward(jnp.asarray(TOKENS), constrain=constrain),
         Functional(CONFIG).shapes,
     )
-    assert seen == [(BATCH, LENGTH, WIDTH)] * 4  # the embedding, the period's two, full
+    assert seen == [(BATCH, LENGTH, WIDTH)] * 4  # after the embedding, the two layers of the period, and full
 
 
 # Parameters.
@@ -219,7 +219,7 @@ def test_every_parameter_has_axes(schedule, scan):
         assert len(names) == len(leaf.shape)
         assert {type(name) for name in names} <= {str, type(None)}
 
-    jax.tree.map(check, functional.shapes, functional.axes)  # fails where the trees differ
+    jax.tree.map(check, functional.shapes, functional.axes)  # fails if the trees differ
 
 
 def test_axes_of_a_scanned_and_of_an_unrolled_layer():
@@ -248,7 +248,7 @@ def test_the_number_of_parameters_by_hand():
 
 @pytest.fixture(scope="module")
 def queries():
-    """Fresh query projections of all layers of a small model with a period, as a function of the key."""
+    """Initial query projections of all layers of a small model with a period, as a function of the key."""
     config = change(schedule="2x(one two) one", layers={"one": BARE(mixer=ATTENTION), "two": BARE(mixer=ATTENTION)})
 
     def init(key):

@@ -1,4 +1,4 @@
-"""The presets, held against what is published about the models that they are named after."""
+"""The presets, compared with what is published about the models that they are named after."""
 
 import dataclasses
 import json
@@ -32,9 +32,9 @@ class Published(NamedTuple):
 
     total: str
     active: str | None = None
-    beside: float = 0.0  # of the published total, parts that the preset does not have
-    uncounted: int = 0  # how many of the model's tables (embedding, head) the published active count leaves out
-    untotalled: int = 0  # the same of the total
+    beside: float = 0.0  # parts of the published total that the preset does not have
+    uncounted: int = 0  # tables (embedding, head) that the published active count excludes
+    untotalled: int = 0  # tables that the published total excludes
 
 
 PUBLISHED = {
@@ -54,10 +54,10 @@ PUBLISHED = {
     "samba": Published("0.421"),  # arXiv:2406.07522
     "griffin": Published("2.7"),  # arXiv:2404.07839; safetensors: 2,682,862,080
 }
-# Printed with so few digits that the true count may be further off than 1 %: it has to round to them.
+# Published with few digits: the count must round to them, and may differ by more than 1 %.
 ROUNDED = {("llama4", "17"), ("qwen3_next", "3"), ("kimi_linear", "3")}
 
-# The facts of each config.json as released, in its own words.
+# Entries of the released config.json files.
 RELEASED = {
     "mistral_7b": {
         "model_type": "mistral",
@@ -250,7 +250,7 @@ def close(name, actual, published):
 
 
 def kinds(name, kind, part="mixer"):
-    """The numbers of the layers whose mixer or feed-forward part is of a kind."""
+    """Indices of the layers whose mixer or feed-forward part is of a kind."""
     model = load(name).model
     return [i for i, layer in enumerate(model.names) if isinstance(getattr(model.layers[layer], part), kind)]
 
@@ -296,7 +296,7 @@ def test_released_checkpoints_hold_as_many(name, count):
 
 
 def plain(model):
-    """What two descriptions of a model must agree on: not the names of layers, nor what is only about training."""
+    """A model without the names of layers and the settings of training, for comparisons."""
 
     def strip(layer):
         routed = isinstance(layer.mlp, ExpertsConfig)
@@ -313,7 +313,7 @@ def plain(model):
 def test_presets_are_what_the_released_configuration_says(name, tmp_path):
     (tmp_path / "config.json").write_text(json.dumps(RELEASED[name]))
     released, _ = huggingface.describe(tmp_path)
-    # transformers turns whole heads, the paper and the released code half of each.
+    # transformers rotates whole heads; the paper and the released code rotate half of each.
     changes = ["model.layers.full.mixer.rope.fraction=1.0"] if name == "minimax_text_01" else []
     assert plain(load(name, *changes).model) == plain(released)
 
@@ -400,7 +400,7 @@ def test_bigbird_is_an_encoder_with_tiles_or_tokens_that_are_global():
     itc, etc = load("bigbird_base:itc").model, load("bigbird_base:etc").model
     assert not itc.causal
     assert not etc.causal
-    assert len({str(pattern) for _, pattern in itc.connectivity}) == 12  # a draw for each layer
+    assert len({str(pattern) for _, pattern in itc.connectivity}) == 12  # a draw per layer
     assert {str(pattern) for _, pattern in etc.connectivity} == {
         "chunk(84) | shift(chunk(84), 84) | shift(chunk(84), -84) | globals(256)"
     }
@@ -414,7 +414,7 @@ def test_rejects_an_unknown_argument(name):
 
 def test_tiny_forms_are_small_and_keep_the_schedule(name):
     full, tiny = load(name).model, load(f"{name}:tiny")
-    # They start as the full ones do, with the same kinds of layers.
+    # Tiny forms begin with the same kinds of layers as the full forms.
     assert full.names[: len(tiny.model.names)] == tiny.model.names
     for layer in tiny.model.layers:
         for part in ("mixer", "mlp"):
@@ -426,7 +426,7 @@ def test_tiny_forms_are_small_and_keep_the_schedule(name):
     functions, tokens = Functional(tiny.model), jnp.zeros((1, tiny.data.length), jnp.int32)
     assert sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(functions.shapes)) < 1_000_000
     logits = jax.eval_shape(lambda p: functions.bind(p)(tokens), functions.shapes)
-    # One id more is the mask.
+    # The additional id is the mask.
     assert logits.shape == (1, tiny.data.length, 256 if tiny.model.causal else 257)
 
 
@@ -473,7 +473,7 @@ DECAY = {
 
 
 def read_decay(model: nnx.Module) -> set[tuple[str, bool]]:
-    """`Module.attribute` of every parameter of a model, and whether it is decayed."""
+    """Returns `Module.attribute` of every parameter of a model, and whether weight decay applies to it."""
     nodes = dict(nnx.iter_graph(model))
     actual = set()
     for path, node in nodes.items():
@@ -503,7 +503,7 @@ def test_weight_decay_of_parameters_that_no_preset_has():
 
 @pytest.mark.parametrize("name", ["mistral_7b", "gpt_oss_20b"])
 def test_tiny_forms_learn(name):
-    """All of them: scripts/train_presets.py."""
+    """scripts/train_presets.py trains all tiny forms."""
     config = load(f"{name}:tiny")
     model, mesh = Functional(config.model), sharding.make_mesh(config.sharding)
     optimizer, steps = build_optimizer(config.optimizer, config.train.steps, decay=model.decay), config.train.steps

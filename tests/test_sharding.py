@@ -1,4 +1,4 @@
-"""Where parameters, moments and batches live."""
+"""Sharding of parameters, moments and batches."""
 
 import json
 import math
@@ -37,7 +37,7 @@ def test_eight_devices_hold_a_part_each():
     for shape, part in embedding.values():
         assert (shape, part) == ([256, 16], [128, 8])
     size, held = (sum(math.prod(value[i]) for value in shards.values()) for i in (0, 1))
-    assert held < size / 3  # most of it is split four ways
+    assert held < size / 3  # most of the state is split four ways
 
 
 def test_axes_that_do_not_divide_are_replicated():

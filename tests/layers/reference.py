@@ -1,6 +1,6 @@
-"""The layers a second time, in plain float64 NumPy: what the modules are held against.
+"""Oracles of the layers in float64 NumPy.
 
-Weights are the modules' own, as nested dicts: see `weights`.
+Weights are those of the modules, as nested dicts; see `weights`.
 """
 
 import math
@@ -18,12 +18,12 @@ from tests.patterns import definition
 
 
 def weights(module: nnx.Module) -> dict:
-    """A module's parameters as float64 arrays."""
+    """Parameters of a module as float64 arrays."""
     return jax.tree.map(lambda leaf: np.asarray(leaf, np.float64), nnx.to_pure_dict(nnx.state(module)))
 
 
 def fill(build: Callable[[], nnx.Module], seed: int = 0) -> nnx.Module:
-    """A module with random parameters, none of them 0 or 1, so that no mistake hides behind its start."""
+    """A module with random parameters; initial values of 0 and 1 would hide errors."""
     random = np.random.default_rng(seed)
 
     def draw(leaf):
@@ -35,7 +35,7 @@ def fill(build: Callable[[], nnx.Module], seed: int = 0) -> nnx.Module:
 
 
 def parameters(module: nnx.Module) -> list:
-    """A module's parameters as they are."""
+    """Parameters of a module."""
     return jax.tree.leaves(nnx.to_pure_dict(nnx.state(module)))
 
 
@@ -71,13 +71,13 @@ def mlp(config, w, x):
 
 
 def frequencies(rope, width):
-    """Radians for each position of each pair, and the factor on what is turned, pair by pair."""
+    """Radians per position of each pair, and the factor on queries and keys, pair by pair."""
     how, plain = rope.scaling, [rope.base ** (-2 * i / width) for i in range(width // 2)]
     if how is None:
         return np.array(plain), 1.0
     if how.kind == "linear":
         return np.array(plain) / how.factor, 1.0
-    if how.kind == "ntk":  # the last pair is divided by the factor, the first stays
+    if how.kind == "ntk":  # divides the last pair by the factor and keeps the first
         return np.array([f * how.factor ** (-2 * i / (width - 2)) for i, f in enumerate(plain)]), 1.0
     waves = [2 * math.pi / f for f in plain]
     if how.kind == "llama3":
@@ -91,7 +91,7 @@ def frequencies(rope, width):
                 smooth = (how.original_length / wave - how.slow) / (how.fast - how.slow)
                 rotated.append((1 - smooth) * f / how.factor + smooth * f)
         return np.array(rotated), 1.0
-    # YaRN: the pair, not a whole number, that turns so often over the original length.
+    # YaRN: the fractional index of the pair with this many rotations over the original length.
     low, high = (
         width / 2 * math.log(how.original_length / (rotations * 2 * math.pi), rope.base)
         for rotations in (how.fast, how.slow)
@@ -105,7 +105,7 @@ def frequencies(rope, width):
 
 
 def rotate(x, rope):
-    """Turns the first numbers of x[b, t, h, d] as complex numbers."""
+    """Rotates the first features of x [b, t, h, d] as complex numbers."""
     width = int(x.shape[-1] * rope.fraction)
     turning, rest = x[..., :width], x[..., width:]
     radians, grow = frequencies(rope, width)
@@ -124,7 +124,7 @@ def linear(w, x):
 
 
 def attention(config, w, x, mask=None, segments=None, tokens=None):
-    """`tokens`: of each sequence the positions of its global tokens."""
+    """Attention; `tokens` lists the positions of the global tokens of each sequence."""
     b, t, _ = x.shape
     real = np.ones((b, t), bool) if mask is None else mask
     ids = np.zeros((b, t)) if segments is None else segments
@@ -144,7 +144,7 @@ def attention(config, w, x, mask=None, segments=None, tokens=None):
 
 
 def heads(config, w, x, allowed, projections):
-    """What each head [b, t, h, d] takes from the keys that are allowed [b, h, t, t]."""
+    """Outputs of the heads [b, t, h, d] under a mask [b, h, t, t]."""
     b, t, _ = x.shape
     q, k, v = (
         linear(w[name + projections], x).reshape(b, t, -1, config.head_width) for name in ("query", "key", "value")
@@ -178,7 +178,7 @@ def conv(w, x):
     taps, y = w["weight"], np.zeros_like(x) + w.get("bias", 0)
     for now in range(x.shape[1]):
         for back in range(min(len(taps), now + 1)):
-            y[:, now] += taps[len(taps) - 1 - back] * x[:, now - back]  # the last tap is the token's own
+            y[:, now] += taps[len(taps) - 1 - back] * x[:, now - back]  # the last tap is that of the current token
     return y
 
 
@@ -221,7 +221,7 @@ def model(config, w, tokens):
 
 
 def layer_weights(config, w) -> list[dict]:
-    """The parameters of each layer in order, whether they lie in a scanned period or not."""
+    """Parameters of each layer in order, from the scanned period or outside it."""
     fold = schedule.fold(config.names) if config.scan else schedule.Fold(config.names, (), 0, ())
     rotations = [jax.tree.map(lambda leaf, i=i: leaf[i], w["period"]) for i in range(fold.repeats)]
     parts = [w.get("before", {}), *rotations, w.get("after", {})]

@@ -41,7 +41,7 @@ CONFIG = AttentionConfig(
 )
 
 
-# Each option, some beside others; forward here, gradients and decoding of each elsewhere.
+# Every option, some combined.
 OPTIONS = [
     {"bias": True, "out_bias": True, "scale": 0.3},
     {"softcap": 1.2, "sinks": True},
@@ -132,13 +132,13 @@ def test_rejects(change, argument):
 
 
 def slope(function, point, direction, step=1e-5):
-    """The derivative of a function of float64 arrays along a direction, by central difference."""
+    """Directional derivative of a function of float64 arrays, by central difference."""
     ends = (jax.tree.map(lambda x, d, sign=sign: x + sign * step * d, point, direction) for sign in (1, -1))
     return (function(*next(ends)) - function(*next(ends))) / (2 * step)
 
 
 def check_gradients(module, expected, context=EMPTY):
-    """Gradients along random directions of all parameters and of the input, by float64 NumPy."""
+    """Compares gradients with float64 NumPy along random directions of all parameters and of the input."""
     random = np.random.default_rng(2)
     cotangent = random.normal(size=X.shape)
     graph, state = nnx.split(module)
@@ -168,7 +168,7 @@ def test_gradients_equal_the_reference(change):
 
 
 def test_alibi_slopes():
-    # As the paper gives them for 8 heads, and as its released code does where the number is no power of two.
+    # From the paper for 8 heads, and from its released code for numbers that are no power of two.
     np.testing.assert_allclose(alibi_slopes(8), [2.0**-i for i in range(1, 9)])
     np.testing.assert_allclose(alibi_slopes(6), [1 / 4, 1 / 16, 1 / 64, 1 / 256, 1 / 2, 1 / 8])
     np.testing.assert_allclose(alibi_slopes(1), [1 / 256])
@@ -185,7 +185,7 @@ def test_a_mixer_may_read_more_than_the_stream_has():
 
 MASK = np.arange(LENGTH) < np.array([[LENGTH], [8]])
 SEGMENTS = np.array([[0] * 4 + [1] * 7, [3] * 8 + [2] * 3])
-# Inside windows and out of them, in no order, of another number in each sequence, and one of them at padding.
+# Inside and outside windows, unordered, a different number per sequence, and one of them at padding.
 TOKENS = [[7, 0, 3], [5, 9]]
 GLOBALS = np.array([[7, 0, 3, -1], [-1, 5, 9, -1]], np.int32)
 BOTH_WAYS = {"pattern": "window(2, 3)", "bias": True, "out_bias": True}

@@ -39,7 +39,7 @@ def build(config: DeltaConfig, dtype=jnp.float32) -> Delta:
 
 
 def delta(config, w, x):
-    """One position after the other, head by head."""
+    """The recurrence, position by position and head by head."""
     b, t, _ = x.shape
     h, g, n, p = config.heads, config.key_heads, config.key_width, config.value_width
 
@@ -53,7 +53,7 @@ def delta(config, w, x):
     q, k = (a / np.sqrt((a**2).sum(-1, keepdims=True) + 1e-6) for a in (q, k))
     v, beta = short("value").reshape(b, t, h, p), reference.sigmoid(reference.linear(w["beta"], x))
     steps = np.log1p(np.exp(reference.linear(w["decay"], low("decay")) + w["dt_bias"])).reshape(b, t, h, -1)
-    kept = np.exp(-np.exp(w["log_decay"])[:, None] * steps)  # one for each head, or one for each channel
+    kept = np.exp(-np.exp(w["log_decay"])[:, None] * steps)  # per head, or per channel
     y = np.zeros((b, t, h, p))
     for row, head in np.ndindex(b, h):
         state, shared = np.zeros((n, p)), head // (h // g)
@@ -99,7 +99,7 @@ def test_padding_between_tokens_does_what_zeros_do():
     mask[:, 9:12] = False
     y = jax.jit(lambda x: module(x, Context(Tokens(mask=jnp.asarray(mask)))))(X)
     zeros = np.where(mask[..., None], X, 0)
-    far = 12 + KIMI.conv - 1  # behind the taps, which see the tokens before the padding in one case alone
+    far = 12 + KIMI.conv - 1  # beyond the taps, which read the tokens before the padding in only one of the cases
     with_zeros = jax.jit(lambda x: module(x))(zeros)
     assert_close("before", y[:, :9], with_zeros[:, :9], "float32")
     assert np.abs(y[:, far:] - with_zeros[:, far:]).max() < 0.1 * np.abs(y[:, far:]).max()
@@ -167,7 +167,7 @@ def test_the_cost_is_counted_from_projections_state_and_chunk():
     conv, state = 4 * (6 + 6 + 20), 4 * 3 * 5
     for length, seen in ((1, 1), (5, 5), (1000, 8)):
         cost = build(QWEN).cost(length)
-        # Half of what is seen on average, for two products of 2 x 3 numbers and two sums of 4 x 5.
+        # Half a chunk on average, for two products of 2 x 3 elements and two sums of 4 x 5.
         assert (cost.pairs, cost.flops) == (0, 2 * (linear + conv) + 6 * state + seen / 2 * (4 * 6 + 4 * 20))
     low = WIDTH * (8 + 8 + 8) + WIDTH * (2 + 3 + 3) + 3 * (8 + 8) + 8 * WIDTH
     assert build(KIMI).cost(1000).flops == 2 * (low + 3 * 24) + 6 * 2 * 16 + 8 / 2 * (4 * 8 + 4 * 8)

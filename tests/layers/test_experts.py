@@ -46,7 +46,7 @@ def build(dtype=jnp.float32, **change) -> Experts:
 
 
 def expert(config, w, number, x):
-    """One expert, of one token."""
+    """Output of an expert for a token."""
     if number is None:
         part, limit = {name: w["shared"][name]["weight"] for name in w["shared"]}, None
     else:
@@ -68,7 +68,7 @@ def expert(config, w, number, x):
 
 
 def mixture(config, w, x):
-    """Each token alone."""
+    """The mixture, token by token."""
     y = np.zeros(x.shape)
     for slot in np.ndindex(x.shape[:-1]):
         token = np.asarray(x[slot], np.float64)
@@ -134,7 +134,7 @@ def test_a_model_of_experts_adds_up_their_losses_and_has_gradients_scanned_or_no
         config = ModelConfig(11, WIDTH, "3x(moe)", {"moe": layer}, layer.norm, tied=True, dtype="float32", scan=scan)
         model = Functional(config)
         parameters = model.init(jax.random.key(0))
-        if not scan:  # the same numbers, layer by layer
+        if not scan:  # the same parameters, layer by layer
             stacked = results[0][2]["period"][0]
             parameters |= {"before": {i: jax.tree.map(lambda leaf, i=i: leaf[i], stacked) for i in range(3)}}
             parameters |= {name: results[0][2][name] for name in ("embedding", "norm")}
@@ -146,7 +146,7 @@ def test_a_model_of_experts_adds_up_their_losses_and_has_gradients_scanned_or_no
         (value, balance), gradient = reference.fast_jit(jax.value_and_grad(total, has_aux=True))(parameters)
         results.append((value, balance, parameters, gradient["embedding"]["tokens"]))
     (scanned, first, _, gradient), (unrolled, second, _, other) = results
-    assert 0.3 <= float(first) < 0.3 * 4  # 3 layers; 8 experts of which 2 serve a token
+    assert 0.3 <= float(first) < 0.3 * 4  # 3 layers; 8 experts, of which a token uses 2
     assert_close("loss", scanned, unrolled, "float32")
     assert_close("balance", first, second, "float32")
     assert_close("gradient", gradient, other, "float32")

@@ -1,4 +1,4 @@
-"""Latent attention against float64 NumPy: keys and values expanded, one query and head at a time."""
+"""Latent attention against float64 NumPy, with expanded keys and values, query by query and head by head."""
 
 import dataclasses
 
@@ -58,7 +58,7 @@ def build(config: LatentConfig, dtype=jnp.float32) -> Latent:
 
 
 def rotate_pairs(x, rope, interleaved):
-    """Turns x[t, d] pair by pair."""
+    """Rotates x [t, d] pair by pair."""
     if rope is None:
         return x
     y, half = x.copy(), x.shape[-1] // 2
@@ -70,7 +70,7 @@ def rotate_pairs(x, rope, interleaved):
 
 
 def latent_attention(config, w, x, segments=None):
-    """One sequence x [t, m]."""
+    """Output for one sequence x [t, m]."""
     t, d, e, rms = len(x), config.nope_width, config.value_width, NormConfig(kind="rms", eps=config.norm_eps)
     q_latent, rope = x, config.rope
 
@@ -101,7 +101,7 @@ def latent_attention(config, w, x, segments=None):
 
 
 def selected(config, w, x, q_latent, allowed, linear):
-    """Booleans [t, t]."""
+    """Mask of the selected keys, bool [t, t]."""
     indexer, p, t = config.indexer, config.rope_width, len(x)
     k = reference.norm(NormConfig(kind="layer", eps=indexer.norm_eps), w["key_norm"], linear("keys", x, w))
     k = np.concatenate([rotate_pairs(k[:, :p], config.rope, False), k[:, p:]], axis=-1)
@@ -153,7 +153,7 @@ def test_gradients_are_those_of_the_reference_by_differences():
     w, x = reference.weights(module), X[0].astype(np.float64)
     direction = np.random.default_rng(1).normal(size=x.shape)
     mix = np.random.default_rng(2).normal(size=x.shape)
-    step = 1e-6  # so small that the same keys are selected
+    step = 1e-6  # small enough to select the same keys
     ends = [(mix * latent_attention(SPARSE, w, x + s * step * direction)).sum() for s in (1, -1)]
     gradient = jax.jit(jax.grad(lambda x: (mix.astype(np.float32) * module(x[None])[0]).sum()))(X[0])
     expected = (ends[0] - ends[1]) / (2 * step)

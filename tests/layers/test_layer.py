@@ -1,4 +1,4 @@
-"""A layer: a mixer and an MLP on the stream, each with its norm before or after."""
+"""Layers against float64 NumPy, over norm positions and residual connections."""
 
 import dataclasses
 
@@ -81,7 +81,7 @@ def test_remat_keeps_nothing_but_inputs_for_the_backward_pass():
         _, vjp = jax.eval_shape(lambda p, x: jax.vjp(lambda p, x: nnx.merge(graph, p)(x)[0], p, x), parameters, x)
         return sum(leaf.size for leaf in jax.tree.leaves(vjp))
 
-    mixer = dataclasses.replace(CONFIG.mixer, impl="gather")  # the edge list of `segment` would be kept too
+    mixer = dataclasses.replace(CONFIG.mixer, impl="gather")  # `segment` would also keep its edge list
     size = sum(leaf.size for leaf in reference.parameters(build()))
     assert kept(build(mixer=mixer, remat=True)) < 2 * 200 * WIDTH + size + 100 < kept(build(mixer=mixer)) / 10
 

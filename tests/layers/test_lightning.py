@@ -1,4 +1,4 @@
-"""Lightning attention against a loop over pairs of positions in float64; documents and padding apart."""
+"""Lightning attention against a float64 loop over pairs of positions."""
 
 import jax.numpy as jnp
 import numpy as np

@@ -75,7 +75,7 @@ def test_a_step_is_the_last_row_of_a_call_over_the_tokens_so_far():
 
 def test_the_cost_and_the_cache():
     cost = build().cost(10)
-    pairs = 2 * (2 * 12) * (2 * 3)  # heads; rows of two rounds of padded length; keys of two chunks
+    pairs = 2 * (2 * 12) * (2 * 3)  # heads x queries of two padded rounds x keys of two chunks
     assert cost.pairs == pairs
     assert cost.flops == pytest.approx(2 * 3 * WIDTH * 10 + 2 * 2 * 2 * 5 * 3 + 4 * 5 * pairs / 10)
     shapes = {name: leaf.shape for name, leaf in build().init_cache(2, 10).items()}
@@ -83,7 +83,7 @@ def test_the_cost_and_the_cache():
 
 
 def test_bfloat16():
-    module = build(jnp.bfloat16, chunk=16)  # one chunk: rounding moves no token to another
+    module = build(jnp.bfloat16, chunk=16)  # a single chunk, so that rounding cannot move a token to another
     y, steps = jax.jit(lambda x: (module(x), decode(module, x, LENGTH)))(X)
     assert y.dtype == steps.dtype == jnp.bfloat16
     assert_close("lsh", y.astype(jnp.float32), expected(module, X, ROTATIONS), "bfloat16")

@@ -1,4 +1,4 @@
-"""What every mixer promises, one suite for all: causality, a step that equals the call, caches, costs.
+"""The contract of mixers: causality, steps that equal the call, caches, costs.
 
 A mixer that is missing in `MIXED`, or a pattern of the library that is missing in `PATTERNS`, fails here.
 """
@@ -38,12 +38,12 @@ from tests.tolerances import assert_close
 
 LENGTH, WIDTH, BATCH = 13, 6, 2
 
-# Causal patterns of four heads, and the cache slots that decoding LENGTH tokens takes where that is easily said.
+# Causal patterns of four heads, and the number of cache slots to decode LENGTH tokens, where it is easy to state.
 PATTERNS = {
     "causal & window(3, 5)": 4,
     "causal & full & chunk(4)": 4,
     "causal & (window(4) | sink(3))": 3 + 4 + 1,
-    "causal & (window(11) | globals([0, 5]))": None,  # the window is longer than what is left beside the globals
+    "causal & (window(11) | globals([0, 5]))": None,  # the window is longer than the remaining slots
     "causal & (window(1) | globals([3, -1]))": None,
     "causal & (window(1) | dilated(2, stride=3))": 2 * 3 + 1,
     "causal & (window(3) | strided(4))": LENGTH,
@@ -65,7 +65,7 @@ def attention(pattern: str, impl: str = "auto") -> AttentionConfig:
     )
 
 
-# Options of attention, each beside others and some with caches that are rings.
+# Options of attention, combined with each other and with ring caches.
 OPTIONS = {
     "sinks, softcap, gate, biases": dataclasses.replace(
         attention("causal & (window(4) | sink(1))"),
@@ -115,7 +115,7 @@ MIXED = {
             impl="auto",
         ),
     },
-    # A chunk holds all tokens: of more, a step is what a call over the tokens so far gives, see test_lsh.
+    # A single chunk holds all tokens; test_lsh covers several chunks.
     "lsh": {"lsh": LshConfig(heads=2, head_width=3, chunk=40, buckets=(4,), hashes=2, causal=True, seed=0)},
     "lightning": {"lightning": LightningConfig(heads=3, head_width=4, chunk=16)},
     "conv": {"conv": ConvConfig(conv=3, bias=True)},
@@ -202,7 +202,7 @@ def make_x(length: int = LENGTH) -> np.ndarray:
 
 
 def allowed(config, length: int) -> np.ndarray:
-    """Booleans [t, t']: whether output t may depend on input t', by what the config says it sees."""
+    """Whether output t may depend on input t', by the connectivity of the config; bool [t, t']."""
     mask = definition.mask(config.connectivity, length, length)
     seen = mask.any(axis=0) if mask.ndim == 3 else mask
     assert not (seen & ~np.tri(length, dtype=bool)).any()
@@ -210,7 +210,7 @@ def allowed(config, length: int) -> np.ndarray:
 
 
 def decode(module: nnx.Module, x: np.ndarray, length: int) -> jax.Array:
-    """The outputs of the module's steps over all positions."""
+    """Outputs of the steps over all positions."""
 
     def step(cache, token):
         y, cache = module.step(token[0], cache, token[1], length)
@@ -221,7 +221,7 @@ def decode(module: nnx.Module, x: np.ndarray, length: int) -> jax.Array:
 
 
 def influence(module: nnx.Module, x: np.ndarray) -> jax.Array:
-    """Booleans [t, t']: whether the gradient of output t in input t' is anything but exactly 0."""
+    """Whether the gradient of output t with respect to input t' is not exactly 0; bool [t, t']."""
     mix = np.random.default_rng(1).normal(size=x.shape[1:]).astype(np.float32)
     jacobian = jax.jacrev(lambda x: (module(x[None])[0] * mix).sum(-1))(x[0])
     return (jacobian != 0).any(-1) | jnp.isnan(jacobian).any()
@@ -239,14 +239,14 @@ def test_steps_equal_the_call_and_only_the_past_that_is_allowed_has_any_influenc
     y, steps, influences = reference.fast_jit(lambda x: (module(x), decode(module, x, length), influence(module, x)))(x)
     assert_close("steps", steps, y, "float32")
     influences, expected = np.array(influences), allowed(config, length)
-    if isinstance(config, LshConfig):  # the second token looks at the first alone: by a weight of 1, but for rounding
+    if isinstance(config, LshConfig):  # the second token attends only to the first, with a weight of 1 up to rounding
         influences[1, 1] = expected[1, 1]
     np.testing.assert_array_equal(influences, expected)
 
 
 def test_tiles_let_only_the_past_that_is_allowed_have_any_influence():
     config = attention("causal & (window(4) | globals([70, 3]) | chunk(16))", "gather")
-    module, x = build(config), make_x(150)  # three tiles, the last not whole
+    module, x = build(config), make_x(150)  # three tiles, the last of them partial
     np.testing.assert_array_equal(reference.fast_jit(lambda x: influence(module, x))(x), allowed(config, 150))
 
 
@@ -280,7 +280,7 @@ def cache_bytes(config, length: int) -> int:
 )
 def test_an_attention_cache_has_as_many_slots_as_the_pattern_keeps_keys(pattern, slots):
     key_heads, head_width = 2, 4
-    expected = 2 * 4 * BATCH * slots * key_heads * head_width + 4 * slots  # keys, values; where each is from
+    expected = 2 * 4 * BATCH * slots * key_heads * head_width + 4 * slots  # keys, values, and their positions
     assert cache_bytes(attention(pattern), LENGTH) == expected
 
 
@@ -298,7 +298,7 @@ def test_the_cost_of_attention_is_counted_from_its_pairs(pattern):
     pairs = int(np.broadcast_to(allowed, (4, LENGTH, LENGTH)).sum())
     cost = build(attention(pattern)).cost(LENGTH)
     assert cost.pairs == pairs
-    # A pair is a dot product of 4 numbers and a sum of 4 more; the projections have 16, 8, 8 and 16 columns or rows.
+    # A pair is a dot product and a sum of 4 elements; the projections have 16, 8, 8 and 16 columns or rows.
     assert cost.flops == pytest.approx(2 * 2 * 4 * pairs / LENGTH + 2 * WIDTH * (16 + 8 + 8 + 16))
 
 

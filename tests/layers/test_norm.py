@@ -33,7 +33,7 @@ def test_starts_as_the_plain_norm():
 
 
 def test_bfloat16_is_normalised_in_float32():
-    x = jnp.asarray(1000 + X, jnp.bfloat16)  # in bfloat16, the mean of these would lose what differs
+    x = jnp.asarray(1000 + X, jnp.bfloat16)  # a mean in bfloat16 would lose the differences
     config = NormConfig(kind="layer", eps=1e-6)
     module = Norm(config, 12, nnx.Rngs(0))
     assert module(x).dtype == jnp.bfloat16

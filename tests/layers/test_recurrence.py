@@ -1,4 +1,4 @@
-"""Every recurrent mixer is one function in three forms: chunks, chunks of another length, and step by step."""
+"""Recurrent mixers compute the same function in chunks of any length and step by step."""
 
 import dataclasses
 import itertools
@@ -15,7 +15,7 @@ from tests.layers.test_mixers import BATCH, MIXED, build, decode, make_x
 from tests.tolerances import assert_close
 
 CHUNK = 8
-# Chunks of a fixed length, where the config has none.
+# Chunk lengths of mixers whose config has none.
 FIXED = {"mamba": SCAN_CHUNK, "rglru": LINEAR_CHUNK, "conv": CHUNK}
 RECURRENT = {
     name: (kind, dataclasses.replace(config, chunk=CHUNK) if hasattr(config, "chunk") else config)
@@ -54,7 +54,7 @@ def test_documents_are_as_if_each_were_alone(name):
     kind, config = RECURRENT[name]
     module, x = build(config), make_x(longest(kind))
     length, chunk = x.shape[1], FIXED.get(kind, CHUNK)
-    borders = [0, 1, chunk, chunk + 3, 2 * chunk + 1, length]  # one alone, one as long as a chunk less one, ...
+    borders = [0, 1, chunk, chunk + 3, 2 * chunk + 1, length]  # documents of 1, chunk - 1, ... tokens
     segments = np.zeros((BATCH, length), np.int32)
     for border in borders[1:-1]:
         segments[:, border:] += 1

@@ -16,7 +16,7 @@ from tests.tolerances import assert_close
 
 LENGTH, WIDTH = 70, 6  # more than a chunk of the scan
 X = np.random.default_rng(0).normal(size=(2, LENGTH, WIDTH)).astype(np.float32)
-CONFIG = RgLruConfig(inner=12, heads=3, conv=4, power=0.5)  # which keeps more than the default
+CONFIG = RgLruConfig(inner=12, heads=3, conv=4, power=0.5)  # keeps more than the default
 
 
 def build(config: RgLruConfig, dtype=jnp.float32) -> RgLru:
@@ -24,7 +24,7 @@ def build(config: RgLruConfig, dtype=jnp.float32) -> RgLru:
 
 
 def rglru(config, w, x):
-    """One position after the other; the first input is not scaled."""
+    """The recurrence, position by position; the first input is not scaled."""
 
     def block(name, u):
         parts = np.split(u, config.heads, axis=-1)
@@ -78,7 +78,7 @@ def test_padding_inside_a_document_begins_none():
     mask[:, 9] = False
     y = jax.jit(lambda x: module(x, Context(Tokens(mask=jnp.asarray(mask)))))(X)
     alone = jax.jit(lambda x: module(x))(X[:, 10:])
-    assert np.abs(y[:, 13:18] - alone[:, 3:8]).max() > 1e-2  # the state of the first tokens is still there
+    assert np.abs(y[:, 13:18] - alone[:, 3:8]).max() > 1e-2  # the state of the first tokens is kept
 
 
 def test_gradients_are_finite_where_everything_is_kept():

@@ -1,4 +1,4 @@
-"""Rotary positions: a turn by position and pair, so that scores depend on distances alone."""
+"""Rotary positions against float64 NumPy; scores depend only on distances."""
 
 import dataclasses
 
@@ -121,7 +121,7 @@ def test_scores_depend_on_the_distance_alone():
     for distance in range(-39, 40):
         np.testing.assert_allclose(np.diagonal(near, distance), np.diagonal(near, distance)[0], atol=1e-4)
     np.testing.assert_allclose(scores(500), near, atol=1e-3)
-    assert np.ptp(near[0]) > 1  # and do depend on it
+    assert np.ptp(near[0]) > 1  # and they do depend on it
 
 
 def test_any_positions_in_any_order():

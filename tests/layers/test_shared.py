@@ -1,4 +1,4 @@
-"""Blocks whose weights several layers share, with adapters of their own."""
+"""Shared blocks with adapters per layer."""
 
 import dataclasses
 import math
@@ -59,7 +59,7 @@ def fill(config: ModelConfig) -> dict:
 
 
 def expected_logits(parameters: dict) -> np.ndarray:
-    """The model in float64: the block reads [x, embedding], and adapters are applied as maps of their own."""
+    """The model in float64: the block reads [x, embedding], and adapters are separate linear maps."""
     w = jax.tree.map(np.float64, parameters)
     x = start = w["embedding"]["tokens"][TOKENS]
     repetitions = [jax.tree.map(lambda leaf, i=i: leaf[i], w["period"]) for i in range(2)]

@@ -1,4 +1,4 @@
-"""Linear maps and parameters of the stream."""
+"""Linear maps and parameters."""
 
 import jax.numpy as jnp
 import numpy as np
