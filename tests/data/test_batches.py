@@ -93,7 +93,7 @@ def test_orbax_saves_and_restores_the_iterator(tmp_path):
 
 
 @pytest.mark.parametrize("count", [1, 2, 3, 6])
-def test_processes_share_one_global_batch(count):
+def test_processes_share_the_global_batch(count):
     whole = list(islice(train_batches(UNEVEN, LENGTH, BATCH, seed=2), 7))
     shares = [
         islice(train_batches(UNEVEN, LENGTH, BATCH, 2, process_index=i, process_count=count), 7) for i in range(count)

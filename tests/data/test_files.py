@@ -36,7 +36,7 @@ def assert_rejected(argument, files, **arguments):
         load_corpus(str(files), **arguments)
 
 
-def test_jsonl_has_one_document_per_line(tmp_path):
+def test_jsonl_documents_are_lines(tmp_path):
     path = write_records(tmp_path / "a.jsonl", [{"text": text, "id": i} for i, text in enumerate(TEXTS)])
     corpus = load_corpus(str(path))
     assert both(corpus) == sorted(TEXTS)

@@ -29,7 +29,7 @@ def test_against_a_dictionary():
 
 
 @pytest.mark.parametrize("context", [b"", b"a", b"ab", b"dcb", b"zz", b"abcdabcd"])
-def test_probabilities_sum_to_one(context):
+def test_probabilities_are_normalized(context):
     last = [witten_bell(TRAIN, np.frombuffer(context + bytes([byte]), np.uint8), 7)[:, -1] for byte in range(256)]
     np.testing.assert_allclose(np.sum(last, axis=0), 1, rtol=1e-12)
 

@@ -285,13 +285,13 @@ def test_malformed_weight_map(folder, index):
     assert_rejected(folder, "weight_map")
 
 
-def test_shards_are_one_checkpoint(folder, mistral):
+def test_shards_form_a_checkpoint(folder, mistral):
     sharded = huggingface.load(split(folder))
     assert sharded.dtypes == mistral.dtypes
     jax.tree.map(np.testing.assert_array_equal, sharded.parameters, mistral.parameters)
 
 
-def test_tensors_are_read_one_at_a_time(folder, monkeypatch):
+def test_tensors_are_read_individually(folder, monkeypatch):
     sharded, read, alive, usage = split(folder), Checkpoint.read, weakref.WeakSet(), []
 
     class Tracked(np.ndarray):
@@ -423,7 +423,7 @@ def test_random_plans_for_another_length():
         model(np.ones((1, 15 * 16), int))
 
 
-def test_more_tokens_than_positions():
+def test_too_many_tokens():
     model = huggingface.load(GOLDEN / "longformer")
     with rejects(ValueError, "140"):
         model(np.full((1, 139), 3))

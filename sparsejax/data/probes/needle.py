@@ -89,20 +89,20 @@ class KeyValue(Probe):
     replaces the punctuation of JSON. Tokens are 16 digits, then KEY, then VALUE.
 
     Published results: language models are most accurate for the first and last pairs and least accurate in the middle,
-    a U-shaped curve over `asked`. Accuracy by distance shows the same curve, so one run with a random `asked` measures
+    a U-shaped curve over `query`. Accuracy by distance shows the same curve, so one run with a random `query` measures
     all of it.
     """
 
     pairs: int = 75
     digits: int = 32  # per key and per value
-    asked: int | None = None  # index of the queried pair, from 0; None is random
+    query: int | None = None  # index of the queried pair, from 0; None is random
 
     def __post_init__(self):
         require(self, pairs=1, digits=1)
         if HEX**self.digits < self.pairs:
             raise InputError("pairs", f"{self.pairs} is above 16 ** digits = {HEX**self.digits}, the number of keys")
-        if self.asked is not None and not 0 <= self.asked < self.pairs:
-            raise InputError("asked", f"{self.asked} is not between 0 and pairs - 1 = {self.pairs - 1}")
+        if self.query is not None and not 0 <= self.query < self.pairs:
+            raise InputError("query", f"{self.query} is not between 0 and pairs - 1 = {self.pairs - 1}")
 
     @property
     def vocab(self) -> int:
@@ -118,10 +118,10 @@ class KeyValue(Probe):
         while len(drawn) < self.pairs:
             drawn |= dict.fromkeys(map(bytes, rng.integers(HEX, size=(self.pairs, width), dtype=np.uint8)))
         keys = np.frombuffer(b"".join([*drawn][: self.pairs]), np.uint8).reshape(self.pairs, width)
-        asked = int(rng.integers(self.pairs)) if self.asked is None else self.asked
+        query = int(rng.integers(self.pairs)) if self.query is None else self.query
         values = rng.integers(HEX, size=(self.pairs, width))
         key, value = np.full((self.pairs, 1), HEX), np.full((self.pairs, 1), HEX + 1)
         pairs = np.concatenate([key, keys, value, values], axis=1)
-        inputs = np.concatenate([pairs.ravel(), pairs[asked, :-1]])
+        inputs = np.concatenate([pairs.ravel(), pairs[query, :-1]])
         digits = np.arange(width)
-        return recall_example(inputs, self.length - width + digits, asked * pairs.shape[1] + width + 2 + digits)
+        return recall_example(inputs, self.length - width + digits, query * pairs.shape[1] + width + 2 + digits)

@@ -73,7 +73,7 @@ def read_ropes(fields: Fields, bases: dict[str, tuple[str, float]], scaled: Sequ
     parameters, scaling = (fields.take(key, None) or {} for key in ("rope_parameters", "rope_scaling"))
     for layer_type in parameters:
         if layer_type not in bases:
-            raise fields.error(f"rope_parameters.{layer_type}", f"expected an entry for each of {', '.join(bases)}")
+            raise fields.error(f"rope_parameters.{layer_type}", f"not a layer type; expected {', '.join(bases)}")
     ropes = {}
     for layer_type, (key, base) in bases.items():
         legacy = fields.take(key, None)

@@ -46,7 +46,7 @@ INVALID = [
     ("passkey", {"haystack": "essay"}, "haystack"),
     ("passkey", {"depth": 1.5}, "depth"),
     ("key_value", {"pairs": 17, "digits": 1}, "pairs"),
-    ("key_value", {"asked": 75}, "asked"),
+    ("key_value", {"query": 75}, "query"),
     ("listops", {"length": 501}, "length"),
     ("listops", {"max_args": 1}, "max_args"),
     ("listops", {"max_depth": 3}, "min_length"),

@@ -62,9 +62,9 @@ def test_grid_is_every_length_at_every_depth():
     assert probes[100, 1.0] == Passkey(length=100, digits=3, depth=1.0)
 
 
-@pytest.mark.parametrize("probe", [KeyValue(pairs=20, digits=4), KeyValue(pairs=16, digits=1), KeyValue(asked=3)])
+@pytest.mark.parametrize("probe", [KeyValue(pairs=20, digits=4), KeyValue(pairs=16, digits=1), KeyValue(query=3)])
 def test_key_value_answer_is_the_value_of_the_key(probe):
-    asked = []
+    queries = []
     for index in range(60):
         example = probe.example(0, index)
         text = "".join("0123456789abcdef K:"[token + (token > 15)] for token in example["inputs"])
@@ -76,5 +76,5 @@ def test_key_value_answer_is_the_value_of_the_key(probe):
         assert targets == pairs[key]
         assert prefix == pairs[key][:-1]
         assert not example["weights"][: -probe.digits].any()
-        asked.append(list(pairs).index(key))
-    assert set(asked) == {3} if probe.asked else len(set(asked)) > 10
+        queries.append(list(pairs).index(key))
+    assert set(queries) == {3} if probe.query else len(set(queries)) > 10
