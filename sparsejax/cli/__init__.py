@@ -33,6 +33,8 @@ VERBS = {
     "doctor": "check the attention kernels of this machine, and record which are verified",
     "report": "compare runs: tables, statistics, figures and a page",
 }
+# Packages that verbs import, and the extras that install them.
+EXTRAS = {"filelock": "train", "grain": "train", "tensorboardX": "train", "safetensors": "interop"}
 PLAIN_WIDTH = 160  # columns of a table that goes to a file or a pipe
 
 
@@ -40,24 +42,28 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Runs a verb and returns the exit code."""
     _silence_libraries()
     arguments = sys.argv[1:] if arguments is None else arguments
-    verb, parser = None, _build_parser()
-    if arguments and arguments[0] in VERBS:
-        verb = importlib.import_module(f"sparsejax.cli.{arguments[0]}")
-        purpose = VERBS[arguments[0]]
-        description = f"{purpose[0].upper()}{purpose[1:]}."
-        parser = Parser(prog=f"sparsejax {arguments[0]}", description=description, allow_abbrev=False)
-        verb.add_arguments(parser)
+    parser = _build_parser()
     try:
-        if verb is None:
+        if not arguments or arguments[0] not in VERBS:
             parser.parse_args(arguments)  # prints the help and exits, or raises
             parser.error("the verb must come first")
-        return _run(verb, parser, arguments[1:])
+        name, *remaining = arguments
+        verb = importlib.import_module(f"sparsejax.cli.{name}")
+        description = f"{VERBS[name][0].upper()}{VERBS[name][1:]}."
+        parser = Parser(prog=f"sparsejax {name}", description=description, allow_abbrev=False)
+        verb.add_arguments(parser)
+        return _run(verb, parser, remaining)
     except InputError as error:
         return _fail(parser.render(error), USAGE_ERROR)
     except OSError as error:
         full = error.errno in (errno.ENOSPC, errno.EDQUOT)
         problem = "no space left on the disk of the workdir" if full else str(error.strerror or error)
         return _fail(parser.render(InputError(error.filename or "workdir", problem)), USAGE_ERROR)
+    except ModuleNotFoundError as error:
+        package = (error.name or "").partition(".")[0]
+        if package not in EXTRAS:
+            raise
+        return _fail(f"{package} is not installed; pip install 'sparsejax[{EXTRAS[package]}]'", USAGE_ERROR)
     except KeyboardInterrupt:
         return _fail("stopped by SIGINT; run the same command again", INTERRUPTED)
 
