@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable
 from typing import Any
 
@@ -77,7 +78,7 @@ class Fields:
     def _expect(self, key: str, value: Any, expected: str, *types: type) -> None:
         """Rejects values of other types; null is left to the caller."""
         if value is not None and not (isinstance(value, types) and (bool in types or not isinstance(value, bool))):
-            raise self.error(key, f"{value!r}: expected {expected}")
+            raise self.error(key, f"{json.dumps(value)}: expected {expected}")
 
     def error(self, key: str, problem: str) -> ConversionError:
         """Returns an error about a key."""
@@ -85,7 +86,8 @@ class Fields:
 
     def unsupported(self, key: str, value: Any, options: Iterable[Any]) -> ConversionError:
         """Returns an error about a value that is none of the supported ones."""
-        return self.error(key, f"{value!r} is not supported; supported: {', '.join(map(str, options))}")
+        supported = ", ".join(option if isinstance(option, str) else json.dumps(option) for option in options)
+        return self.error(key, f"{json.dumps(value)} is not supported; supported: {supported}")
 
     def finish(self) -> None:
         """Rejects keys that were not read, unless they are null or in `INERT`."""
