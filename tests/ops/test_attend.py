@@ -337,7 +337,7 @@ def test_under_checkpoint(impl):
 def test_without_jit(impl):
     inputs = draw_inputs(PLAIN)
     expected = reference(PLAIN, inputs, counts_of(PLAIN, inputs))
-    options = {"sink_logits": inputs.sink, "segment_ids": inputs.segments}
+    options = {"sink_logits": jnp.asarray(inputs.sink), "segment_ids": jnp.asarray(inputs.segments)}
     with unless_unsupported(impl, pytest.skip):
         out, lse = attend_by(impl, *map(jnp.asarray, inputs[:3]), parse(PLAIN.pattern), return_lse=True, **options)
     assert_close("out", out, expected.out, "float32")
@@ -693,7 +693,7 @@ def test_merge_lse_of_parts_without_keys_is_zeros():
 
 @pytest.mark.parametrize("impl", IMPLS)
 def test_slopes_are_constants(impl):
-    q, k, v = draw_inputs(Case("causal", 9, 9, (4, 2)))[:3]
+    q, k, v = map(jnp.asarray, draw_inputs(Case("causal", 9, 9, (4, 2)))[:3])
     loss = lambda slopes: attend_by(impl, q, k, v, parse("causal"), alibi_slopes=slopes).sum()  # noqa: E731
     with unless_unsupported(impl, pytest.skip):
         np.testing.assert_array_equal(jax.grad(loss)(jnp.ones(4)), 0)
