@@ -33,13 +33,13 @@ BATCH, LENGTH, WIDTH, VOCAB = 2, 128, 64, 256
 
 def build_config(depth: int, scan: bool) -> ModelConfig:
     """A hybrid of `depth` layers with a period of 4."""
-    norm = NormConfig("rms", 1e-6)
+    norm = NormConfig(kind="rms", eps=1e-6)
 
     def layer(mixer: MixerConfig) -> LayerConfig:
-        return LayerConfig(mixer, MlpConfig("gated", 2 * WIDTH, "silu"), norm, norm_position="pre", remat=False)
+        return LayerConfig(mixer=mixer, mlp=MlpConfig(kind="gated", width=2 * WIDTH, activation="silu"), norm=norm, norm_position="pre", remat=False)
 
     def attention(pattern: str) -> LayerConfig:
-        return layer(AttentionConfig(pattern, 4, 2, WIDTH // 4, rope=RopeConfig(1e4), qk_norm=norm, impl="auto"))
+        return layer(AttentionConfig(pattern=pattern, heads=4, kv_heads=2, head_width=WIDTH // 4, rope=RopeConfig(base=1e4), qk_norm=norm, impl="auto"))
 
     return ModelConfig(
         vocab=VOCAB,

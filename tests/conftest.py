@@ -5,8 +5,7 @@ from jaxtyping import install_import_hook
 
 # Shapes and types of every annotated function in these packages are checked when tests call it.
 CHECKED = ["ops", "layers", "embedding", "model", "train"]
-if os.environ.get("SPARSEJAX_CHECK_TYPES"):
-    install_import_hook([f"sparsejax.{name}" for name in CHECKED], "beartype.beartype")
+install_import_hook([f"sparsejax.{name}" for name in CHECKED], "beartype.beartype")
 
 # Most of the time of a test is compilation, of which LLVM's optimizations are a third. The nightly run keeps them.
 if "xla_backend_optimization_level" not in os.environ.get("XLA_FLAGS", ""):

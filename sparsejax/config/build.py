@@ -16,6 +16,7 @@ from sparsejax.data.probes import PROBES, Probe
 from sparsejax.errors import InputError
 from sparsejax.layers import FEEDFORWARDS, MIXERS, FeedForwardConfig, MixerConfig
 from sparsejax.overrides import Overrides, flatten
+from sparsejax.patterns import Pattern
 
 # Annotations of several classes, of which a section has one, by kind. The kind is the section's key `kind`, or the
 # value of the sibling that the field's metadata name.
@@ -153,11 +154,11 @@ def _expect(expected: str, holds: Any, path: str, value: Any) -> None:
 
 
 def _split_none(annotation: Any) -> tuple[Any, bool]:
-    """An annotation without None, and whether it has None."""
+    """An annotation without None and Pattern, whose text a configuration holds, and whether it has None."""
     if not isinstance(annotation, types.UnionType):
         return annotation, False
-    members = [member for member in typing.get_args(annotation) if member is not types.NoneType]
-    return functools.reduce(operator.or_, members), len(members) < len(typing.get_args(annotation))
+    members = [member for member in typing.get_args(annotation) if member not in (types.NoneType, Pattern)]
+    return functools.reduce(operator.or_, members), types.NoneType in typing.get_args(annotation)
 
 
 def _is_section(annotation: Any) -> bool:

@@ -26,7 +26,7 @@ MASKED_SEGMENT = -3  # a segment id that no query has
 class AttentionConfig:
     """Softmax attention with grouped queries under a pattern."""
 
-    pattern: str  # text form, see `sparsejax.patterns`; Python code may give a Pattern
+    pattern: str | patterns.Pattern  # a configuration has the text form, see `sparsejax.patterns`
     heads: int
     kv_heads: int  # divides heads
     head_width: int

@@ -88,7 +88,7 @@ class UnpatternedConfig:
         """Accepts every length."""
 
 
-def parse_pattern(text: str, heads: int, length: int | None = None) -> patterns.Pattern:
+def parse_pattern(text: str | patterns.Pattern, heads: int, length: int | None = None) -> patterns.Pattern:
     """Parses the `pattern` argument of an attention mixer.
 
     Raises:
