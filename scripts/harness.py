@@ -21,7 +21,7 @@ TOLERANCE = 1e-4  # between results
 
 
 class Contender:
-    """A function to time; `run(keep)` does a forward and backward pass and returns its seconds and, if kept, results."""
+    """A function to time. `run(keep)` runs it forward and backward; returns seconds and, if kept, results."""
 
     def __init__(self, run: Callable[[bool], tuple[float, list | None]], temporary_mib: float | None = None):
         self.run, self.temporary_mib = run, temporary_mib

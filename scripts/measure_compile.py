@@ -36,10 +36,26 @@ def build_config(depth: int, scan: bool) -> ModelConfig:
     norm = NormConfig(kind="rms", eps=1e-6)
 
     def layer(mixer: MixerConfig) -> LayerConfig:
-        return LayerConfig(mixer=mixer, mlp=MlpConfig(kind="gated", width=2 * WIDTH, activation="silu"), norm=norm, norm_position="pre", remat=False)
+        return LayerConfig(
+            mixer=mixer,
+            mlp=MlpConfig(kind="gated", width=2 * WIDTH, activation="silu"),
+            norm=norm,
+            norm_position="pre",
+            remat=False,
+        )
 
     def attention(pattern: str) -> LayerConfig:
-        return layer(AttentionConfig(pattern=pattern, heads=4, kv_heads=2, head_width=WIDTH // 4, rope=RopeConfig(base=1e4), qk_norm=norm, impl="auto"))
+        return layer(
+            AttentionConfig(
+                pattern=pattern,
+                heads=4,
+                kv_heads=2,
+                head_width=WIDTH // 4,
+                rope=RopeConfig(base=1e4),
+                qk_norm=norm,
+                impl="auto",
+            )
+        )
 
     return ModelConfig(
         vocab=VOCAB,

@@ -47,7 +47,7 @@ def initialize_distributed(address: str) -> None:
     try:
         jax.distributed.initialize(**cluster)
     except (ValueError, RuntimeError) as error:
-        raise InputError("distributed", f"{address!r} cannot be used: {error}") from error
+        raise InputError("distributed", f"connecting to {address!r} failed: {error}") from error
     verification.agree()
 
 

@@ -200,7 +200,7 @@ class Layer(nnx.Module):
           x: The residual stream.
           residual: Norms and residual connection of the branch.
           run: The branch; returns its output and an auxiliary result.
-          written: Index of the branch; of two streams, the one that is written, while the other is read.
+          written: Index of the branch, and of the stream that it writes; with two streams it reads the other one.
           dropout: Applied to the output with the index of the branch.
           extra: Added to the input of the branch, and not to the stream.
 
