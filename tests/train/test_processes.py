@@ -9,7 +9,7 @@ import sys
 import pytest
 
 from sparsejax import sharding
-from sparsejax.config import ConfigError
+from sparsejax.errors import InputError
 from sparsejax.workdir import Workdir, read_rows
 from tests.messages import rejects
 from tests.train import runs
@@ -62,7 +62,7 @@ def test_two_processes_train_together(trained, text, tmp_path):
     assert "at step 20\n" in runs.train_here(runs.load(text, {"model.dropout": 0.1}), workdir)
 
 
-@pytest.mark.parametrize("address", ["somewhere", "127.0.0.1:1,2/2", "127.0.0.1,0/2"])
+@pytest.mark.parametrize("address", ["somewhere", "127.0.0.1:1,2/2", "127.0.0.1,0/2"], ids=["text", "index", "port"])
 def test_an_invalid_address_is_named(address):
-    with rejects(ConfigError, "distributed"):
+    with rejects(InputError, "distributed"):
         sharding.initialize_distributed(address)
