@@ -47,10 +47,10 @@ def check(torch: OtherProcess, family: str, seed: int, number: int) -> Result:
     case = draw_case(family, seed, number)
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch) / "model"
-        answer = torch.request(do="make", family=family, seed=seed, number=number, folder=str(folder))
-        if "error" in answer:
-            return Result(number, problem=f"transformers: {answer['error']}")
-        result = Result(number, noise=answer["noise"], gain=answer["gain"])
+        response = torch.request(do="make", family=family, seed=seed, number=number, folder=str(folder))
+        if "error" in response:
+            return Result(number, problem=f"transformers: {response['error']}")
+        result = Result(number, noise=response["noise"], gain=response["gain"])
         try:
             compare(case, folder, result)
         except Exception as error:  # a failure is reported like a difference

@@ -1,10 +1,10 @@
 """sparsejax attention on several CPU devices, for `measure_cpu_attention.py`.
 
-A separate process, as JAX fixes the number of devices when it starts
-(`XLA_FLAGS=--xla_force_host_platform_device_count=N`). It answers one request per line of standard input (JSON) with
-one line (JSON):
+It runs in a separate process because JAX fixes the number of devices when it starts
+(`XLA_FLAGS=--xla_force_host_platform_device_count=N`). It reads one JSON request per line of standard input, and writes
+one JSON response per line:
 
-    {"do": "attend", "pattern": TEXT, "length": N, "save": FILE or null}     seconds of one forward and backward pass
+    {"do": "attend", "pattern": TEXT, "length": N, "save": FILE or null}     seconds per forward and backward pass
     {"do": "memory", "pattern": TEXT, "length": N}                           temporary MiB, summed over the devices
 """
 
@@ -27,7 +27,7 @@ from sparsejax.ops import attend
 
 @functools.cache
 def compile_attention(text: str, length: int) -> tuple[Callable, list[jax.Array]]:
-    """Compiles attention with its gradients; returns it with its inputs, whose heads are sharded over the devices."""
+    """Compiles attention together with its gradients; returns it and its inputs, with heads sharded over devices."""
     pattern = patterns.parse(text)
 
     def differentiate(q, k, v, do):
@@ -41,7 +41,7 @@ def compile_attention(text: str, length: int) -> tuple[Callable, list[jax.Array]
 
 
 def time_attention(pattern: str, length: int, save: str | None) -> dict:
-    """Seconds of one forward and backward pass. Writes the output and the gradients to `save` unless it is None."""
+    """Times a forward and backward pass; writes output and gradients to `save`, if any."""
     compiled, arrays = compile_attention(pattern, length)
     start = time.perf_counter()
     results = jax.block_until_ready(compiled(*arrays))
@@ -52,13 +52,13 @@ def time_attention(pattern: str, length: int, save: str | None) -> dict:
 
 
 def report_memory(pattern: str, length: int) -> dict:
-    """Temporary memory per device by the compiler, times the number of devices."""
+    """Returns the compiler's temporary memory per device times the number of devices."""
     compiled, _ = compile_attention(pattern, length)
     return {"mib": jax.device_count() * compiled.memory_analysis().temp_size_in_bytes / 2**20}
 
 
 def main() -> None:
-    """Answers requests until standard input ends."""
+    """Serves requests until standard input ends."""
     actions = {"attend": time_attention, "memory": report_memory}
     for line in sys.stdin:
         request = json.loads(line)

@@ -159,7 +159,7 @@ def measure_ngrams(split: Split) -> dict[str, float]:
 def main() -> None:
     """Fetches, builds, writes and measures a corpus."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("name", choices=sorted(BUILD))
+    parser.add_argument("name", choices=sorted(BUILD), help="corpus to build")
     parser.add_argument("--out", type=Path, required=True, help="folder to write")
     flags = parser.parse_args()
     with tempfile.TemporaryDirectory() as scratch:

@@ -2,10 +2,10 @@
 
     python scripts/kill_runs.py [--kills 10] [--seed 0] [--out FILE.json]
 
-One run is left alone. Another run of the same config is killed (SIGKILL) again and again: while it starts, at any
-moment, or during a save. After each kill the same command must resume from a checkpoint at least as new as the newest
-complete one before the kill. In the end both runs must have the same parameters, optimizer state and data iterator, to
-the bit, and the same metrics.
+One run is undisturbed. Another run of the same config is killed (SIGKILL) repeatedly: during start-up, at random
+moments, or during a save. After each kill the same command must resume from a checkpoint at least as new as the newest
+complete one before the kill. In the end the parameters, optimizer states, data iterators and metrics of both runs must
+be bitwise equal.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import jax
@@ -47,7 +48,7 @@ START_TIME = 5.0  # seconds, approximately
 
 
 def start(workdir: Path, compiled: Path) -> subprocess.Popen:
-    """Starts or resumes the run, which prints to `workdir`.log."""
+    """Starts or resumes the run; writes its output to `workdir`.log."""
     settings = [f"--config.{key}={value}" for key, value in SETTINGS.items()]
     command = [sys.executable, "-m", "sparsejax", "train", f"--config={CONFIG}", f"--workdir={workdir}", *settings]
     cache = {"JAX_COMPILATION_CACHE_DIR": str(compiled), "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}
@@ -56,34 +57,34 @@ def start(workdir: Path, compiled: Path) -> subprocess.Popen:
 
 
 def finish(process: subprocess.Popen, workdir: Path) -> None:
-    """Waits for the end of a run; exits with its printed text if it failed."""
+    """Waits for the end of a run; exits with its output if it failed."""
     if process.wait():
         sys.exit(f"the run in {workdir} failed:\n{workdir.with_suffix('.log').read_text()}")
 
 
-def logged(workdir: Path) -> int:
-    """The last step in the metrics."""
+def last_step(workdir: Path) -> int:
+    """Returns the last step in the metrics; 0 if there is none."""
     return max((row["step"] for row in read_rows(Workdir(workdir).metrics)), default=0)
 
 
 def is_saving(workdir: Path) -> bool:
-    """Whether a save is in progress, or was when the run was killed."""
+    """Whether a save is in progress, or was in progress when the run was killed."""
     return any("tmp" in path.name for path in Workdir(workdir).checkpoints.glob("*"))
 
 
-def wait_for(process: subprocess.Popen, condition) -> None:
+def wait_for(process: subprocess.Popen, condition: Callable[[], bool]) -> None:
     """Returns as soon as the condition holds or the run has ended."""
     while process.poll() is None and not condition():
         time.sleep(0.0005)
 
 
 def wait_for_moment(process: subprocess.Popen, workdir: Path, moment: str, draw: random.Random) -> None:
-    """Returns at a random moment: during the start, at any time or during a save."""
+    """Returns at a random moment: during start-up, at any time or during a save."""
     if moment == "start":
         time.sleep(draw.uniform(0, START_TIME))
         return
-    before = logged(workdir)
-    wait_for(process, lambda: logged(workdir) > before)  # past the first compilation
+    before = last_step(workdir)
+    wait_for(process, lambda: last_step(workdir) > before)  # past the first compilation
     time.sleep(draw.uniform(0, 1.5))
     if moment == "save":
         wait_for(process, lambda: not is_saving(workdir))
@@ -92,7 +93,7 @@ def wait_for_moment(process: subprocess.Popen, workdir: Path, moment: str, draw:
 
 
 def kill_once(workdir: Path, compiled: Path, draw: random.Random) -> dict:
-    """Starts the run, kills it and describes the kill."""
+    """Starts the run and kills it; returns a record of the kill."""
     moment = draw.choice(MOMENTS)
     process = start(workdir, compiled)
     wait_for_moment(process, workdir, moment, draw)
@@ -106,12 +107,12 @@ def kill_once(workdir: Path, compiled: Path, draw: random.Random) -> dict:
         "resumed at": resumed_at(workdir),
         "complete before the kill": max(complete, default=0),
         "complete after it": max(list_steps(Workdir(workdir).checkpoints), default=0),
-        "logged": logged(workdir),
+        "logged": last_step(workdir),
     }
 
 
 def resumed_at(workdir: Path) -> int | None:
-    """Step from which the run resumed; None if it was killed before that."""
+    """Returns the step from which the run resumed; None if it was killed before that."""
     match = re.search(r"^resuming .* at step (\d+)$", workdir.with_suffix(".log").read_text(), re.MULTILINE)
     return int(match[1]) if match else None
 
@@ -135,11 +136,11 @@ def _same_bits(path: str, first: dict, second: dict) -> bool:
 
 
 def main() -> None:
-    """Prints one line per kill; with --out also writes the record. Exits with 1 if anything was lost."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--kills", type=int, default=10)
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--out", type=Path)
+    """Prints a line per kill, and writes the record to `--out`; the exit code is 1 if anything is lost or differs."""
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--kills", type=int, default=10, help="number of kills; defaults to 10")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the moments; defaults to 0")
+    parser.add_argument("--out", type=Path, help="JSON file to write")
     options = parser.parse_args()
     draw, console, kills, newest = random.Random(options.seed), Console(), [], 0
     with tempfile.TemporaryDirectory(prefix="sparsejax-kills-") as name:

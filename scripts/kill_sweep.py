@@ -3,9 +3,9 @@
     python scripts/kill_sweep.py [--runs 8] [--kills 16] [--seed 0] [--jobs 2] [--out FILE.json]
 
 One sweep runs undisturbed. A second sweep of the same runs is disturbed repeatedly: its launcher is killed (SIGKILL),
-one of its runs is killed, the process that waits for a run is killed, or the launcher is asked to stop (SIGINT). After
-each disturbance the same command, with --retry, has to resume. At no time may two processes work on one workdir. In the
-end every run has bitwise the same metrics and last checkpoint in both sweeps.
+one of its runs is killed, the process that supervises a run is killed, or the launcher is asked to stop (SIGINT). After
+each disturbance the same command, with --retry, must resume the sweep. At no time may two processes work on one
+workdir. In the end the metrics and the last checkpoint of every run must be bitwise equal in both sweeps.
 """
 
 from __future__ import annotations
@@ -24,13 +24,13 @@ import time
 from pathlib import Path
 
 import jax
-from kill_runs import differences
+from kill_runs import find_differences
 from rich.console import Console
 
 from sparsejax.job import Job
 from sparsejax.sweep import grid, plan_runs
 from sparsejax.sweep.executors import build_job
-from sparsejax.workdir import Workdir, read_json
+from sparsejax.workdir import read_json
 
 STEPS, EVERY = 2000, 100
 CONFIG = Path(__file__).parents[1] / "configs" / "mqar.py"
@@ -46,10 +46,10 @@ DISTURBANCES = ("kill the launcher", "kill a run", "kill the job of a run", "ask
 
 
 class Watch:
-    """Samples the training processes, and counts those that share a workdir with another one."""
+    """Samples the training processes, and counts those that share a workdir with another process."""
 
     def __init__(self, folder: Path):
-        self._folder, self.samples, self.clashes, self._over = str(folder), 0, 0, False
+        self._folder, self.samples, self.clashes, self._stopped = str(folder), 0, 0, False
         self._thread = threading.Thread(target=self._sample, daemon=True)
 
     def __enter__(self) -> Watch:
@@ -57,11 +57,11 @@ class Watch:
         return self
 
     def __exit__(self, *exception: object) -> None:
-        self._over = True
+        self._stopped = True
         self._thread.join()
 
     def _sample(self) -> None:
-        while not self._over:
+        while not self._stopped:
             ours = {pid: info for pid, info in list_processes().items() if f"--workdir={self._folder}/runs/" in info[1]}
             # A run that starts another program, such as git, exists twice for a moment.
             counts = collections.Counter(line for parent, line in ours.values() if ours.get(parent, (0, ""))[1] != line)
@@ -71,14 +71,14 @@ class Watch:
 
 
 def list_processes() -> dict[int, tuple[int, str]]:
-    """Parent and command line of every training process."""
+    """Returns parent and command line of every training process by process id."""
     processes = {}
     for entry in Path("/proc").glob("[0-9]*"):
         try:
             words = (entry / "cmdline").read_bytes().decode(errors="replace").split("\0")
             if "train" in words[:4]:
                 processes[int(entry.name)] = parent_of(int(entry.name)), " ".join(words)
-        except OSError:  # it has just ended
+        except OSError:  # the process has just ended
             continue
     return processes
 
@@ -93,12 +93,12 @@ def start(folder: Path, count: int, jobs: int, log: Path) -> subprocess.Popen:
 
 
 def parent_of(process: int) -> int:
-    """The parent of a process."""
+    """Returns the id of the parent of a process."""
     return int(Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[1])
 
 
 def find_running(jobs: list[Job]) -> list[Job]:
-    """The jobs whose run is running."""
+    """Returns the jobs whose run is running."""
     return [job for job in jobs if job.files.process() is not None]
 
 
@@ -114,7 +114,7 @@ def disturb(kind: str, launcher: subprocess.Popen, jobs: list[Job], draw: random
         process = draw.choice(running).files.process()
         if process is not None:
             os.kill(process[0] if kind == "kill a run" else parent_of(process[0]), signal.SIGKILL)
-        if draw.random() < 0.5:  # the launcher may observe it, or is killed as well
+        if draw.random() < 0.5:  # the launcher is killed too, before or after it observes the end of the run
             time.sleep(draw.uniform(0, 1))
             launcher.kill()
     if kind == "ask the launcher to stop":
@@ -123,11 +123,13 @@ def disturb(kind: str, launcher: subprocess.Popen, jobs: list[Job], draw: random
 
 
 def main() -> None:
-    """Prints a line per disturbance and writes the record to --out. Exits with 1 if anything was lost."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    for name, default in {"runs": 8, "kills": 16, "seed": 0, "jobs": 2}.items():
-        parser.add_argument(f"--{name}", type=int, default=default)
-    parser.add_argument("--out", type=Path)
+    """Prints a line per disturbance, and writes the record to `--out`; the exit code is 1 if anything is lost."""
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--runs", type=int, default=8, help="number of runs; defaults to 8")
+    parser.add_argument("--kills", type=int, default=16, help="maximal number of disturbances; defaults to 16")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the moments; defaults to 0")
+    parser.add_argument("--jobs", type=int, default=2, help="concurrent runs; defaults to 2")
+    parser.add_argument("--out", type=Path, help="JSON file to write")
     options = parser.parse_args()
     draw, console, kills = random.Random(options.seed), Console(), []
     with tempfile.TemporaryDirectory(prefix="sparsejax-kills-") as name:
@@ -138,7 +140,7 @@ def main() -> None:
             sys.exit(f"the undisturbed sweep failed:\n{log.read_text()}")
         console.print(f"undisturbed sweep: {options.runs} runs of {STEPS} steps, {options.jobs} at a time")
         runs = plan_runs(str(CONFIG), grid({"train.seed": range(options.runs)}), SETTINGS)
-        jobs, expected = ([build_job(run, folder) for run in runs] for folder in (killed, whole))
+        jobs = [build_job(run, killed) for run in runs]
         with Watch(killed) as watch:
             for number in range(options.kills):
                 if all(job.result.exists() for job in jobs):
@@ -159,10 +161,10 @@ def main() -> None:
                     launcher.kill()
                 launcher.wait()
             code = start(killed, options.runs, options.jobs, log).wait()
-        workdirs = [[job.result.parent for job in pair] for pair in zip(jobs, expected, strict=True)]
-        changes = {run.name: differences(*pair) for run, pair in zip(runs, workdirs, strict=True)}
+        pairs = [[run.workdir(folder) for folder in (killed, whole)] for run in runs]
+        changes = {run.name: find_differences(*pair) for run, pair in zip(runs, pairs, strict=True)}
         changes = {name: change for name, change in changes.items() if change}
-        starts = [len(read_json(Workdir(job.result.parent).versions)) for job in jobs]
+        starts = [len(read_json(run.workdir(killed).versions)) for run in runs]
     console.print(f"last exit code {code}; starts per run {starts}; clashes on a workdir: {watch.clashes}")
     console.print(f"differences: {changes or 'none'}")
     if options.out:

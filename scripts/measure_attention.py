@@ -1,10 +1,10 @@
-"""Times `attend` forward and backward, implementation against implementation, on this machine.
+"""Compares implementations of `attend` on this machine: time of the forward and backward pass, and temporary memory.
 
     python scripts/measure_attention.py [--out FILE.json]
 
-Sizes bracket the thresholds of `sparsejax.ops.attention`: below which length and above which share of live
-tiles the dense product wins, and below which share of allowed pairs in the live tiles (`fill`) the edge list
-does. Each line holds medians of runs taken in turn.
+The cases bracket the thresholds `DENSE_LENGTH` and `SEGMENT_FILL` of `sparsejax.ops.attention`. `density` is the
+fraction of live tiles, `fill` the fraction of allowed pairs in live tiles. The implementations alternate; times are
+medians.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import json
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import jax
@@ -49,8 +50,8 @@ IMPLS = ("dense", "gather", "segment")
 HEADS, WIDTH, REPEATS = 4, 32, 7
 
 
-def compile_gradient(batch: int, length: int, text: str, impl: str):
-    """The compiled value and gradient, its arguments, and its temporary memory in MiB."""
+def compile_gradient(batch: int, length: int, text: str, impl: str) -> tuple[Callable, list[jax.Array], float]:
+    """Returns the compiled gradient of a loss, its arguments, and its temporary memory in MiB."""
     pattern = patterns.parse(text)
     rng = np.random.default_rng(0)
     arrays = [jnp.asarray(rng.normal(size=(batch, length, HEADS, WIDTH)), jnp.float32) for _ in range(3)]
@@ -63,7 +64,7 @@ def compile_gradient(batch: int, length: int, text: str, impl: str):
 
 
 def measure(batch: int, length: int, text: str) -> dict:
-    """Median milliseconds and temporary memory of all implementations, run in turn."""
+    """Measures all implementations in alternation; returns a row of the table."""
     runs = {impl: compile_gradient(batch, length, text, impl) for impl in IMPLS}
     seconds: dict[str, list[float]] = {impl: [] for impl in runs}
     for _ in range(REPEATS + 1):
@@ -79,20 +80,21 @@ def measure(batch: int, length: int, text: str) -> dict:
         "pattern": text,
         "density": layout.density,
         "fill": pattern.pairs(length) / (len(layout.columns) * SMALL**2),
-        **{f"{impl}_ms": 1e3 * float(np.median(each[1:])) for impl, each in seconds.items()},
+        **{f"{impl}_ms": 1e3 * float(np.median(times[1:])) for impl, times in seconds.items()},
         **{f"{impl}_mib": runs[impl][2] for impl in IMPLS},
     }
 
 
 def main() -> None:
-    """Prints a table; with --out also writes the rows."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--out", type=Path)
+    """Prints a table, and writes it to `--out`."""
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--out", type=Path, help="JSON file to write")
     options = parser.parse_args()
     rows = []
     for case in CASES:
         rows.append(measure(*case))
-        print(f"{len(rows)}/{len(CASES)} {case}: fastest {min(IMPLS, key=lambda i: rows[-1][f'{i}_ms'])}", flush=True)
+        fastest = min(IMPLS, key=lambda impl: rows[-1][f"{impl}_ms"])
+        print(f"{len(rows)}/{len(CASES)} {case}: fastest {fastest}", flush=True)
     table = Table(*rows[0])
     for row in rows:
         table.add_row(*(f"{value:.3g}" if isinstance(value, float) else str(value) for value in row.values()))

@@ -1,9 +1,9 @@
-"""How time and memory of each method grow with the length, on this machine.
+"""Measures how time and memory of each method grow with the length on this machine.
 
     python scripts/measure_complexity.py [--out FOLDER]
 
-The same table as `sparsejax show --table=complexity --measure`; with --out written down as `result.json` (all that
-was measured) and `table.md`.
+Prints the table of `sparsejax show --table=complexity --measure` in Markdown, and writes it to FOLDER/table.md and all
+measurements to FOLDER/result.json.
 """
 
 from __future__ import annotations
@@ -23,9 +23,9 @@ COMMAND = "python scripts/measure_complexity.py --out experiments/complexity"
 
 
 def main() -> None:
-    """Prints the table in Markdown; with --out also writes it."""
+    """Measures all methods, prints the table, and writes it to `--out`."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--out", type=Path, help="a folder to write to")
+    parser.add_argument("--out", type=Path, help="folder to write")
     options = parser.parse_args()
     growth = {}
     for method in complexity.METHODS:

@@ -2,10 +2,10 @@
 
     python scripts/measure_data.py [--folder DIR] [--gigabytes 10] [--out FILE.json]
 
-Targets: at least 20 million byte tokens per second for windows of 1,024 and 8,192; a batch is ready well within a
-step of 20 ms; resident memory does not grow over a large corpus. Corpora are written to the folder twice, as text and
-in the cache, and read in training order. Memory is measured on the large corpus; speed on 1 GB, which fits in the page
-cache, and on packed lines of 80 bytes. Linux only.
+Targets: at least 20 million byte tokens per second for windows of 1,024 and 8,192 tokens; every batch ready well within
+a step of 20 ms; resident memory that does not grow while a large corpus is read. The folder holds each corpus twice, as
+text and in the cache. Batches are read in training order. Memory is measured on the large corpus, speed on 1 GB, which
+fits in the page cache, and on packed lines of 80 bytes. Linux only.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ BLOCK = 1 << 24  # bytes per write
 
 
 def write_text(path: Path, size: int) -> None:
-    """Writes repetitions of a block of random letters in lines of 80."""
+    """Writes repetitions of a block of random letters in lines of 80 bytes."""
     block = np.random.default_rng(0).integers(97, 123, BLOCK, dtype=np.uint8)
     block[::80] = 10
     with path.open("wb") as file:
@@ -48,9 +48,9 @@ def measure_memory() -> dict[str, float]:
 
 
 def measure_speed(dataset: Dataset, rows: int) -> dict[str, float]:
-    """Measures tokens per second and per CPU second, which depends less on other processes, and waiting times.
+    """Measures tokens per second, and waiting times per batch between steps of 20 ms.
 
-    The waiting time is that for a batch between steps of 20 ms.
+    Tokens per CPU second depend less on other processes than tokens per second.
     """
     batches = dataset.train_batches(rows, 0)
     next(batches)

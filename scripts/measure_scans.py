@@ -1,11 +1,12 @@
-"""Times the scans of `sparsejax.ops` on CPU, forward and backward, beside the same written plainly.
+"""Compares the scans of `sparsejax.ops` with plain implementations on a CPU, forward and backward.
 
     python scripts/measure_scans.py [--out FILE.json] [--only PART ...] [--length N]
 
-`mamba` is 512 channels with a state of 16, `ssd` 8 heads of 64 with a state of 64, `ssd_128` with one of 128,
-`lightning` the first with dt = 1 and B and C for each head. Batch 1, float32, two cores. Plainly is one
-`jax.lax.scan` over the positions, and one `jax.lax.associative_scan`. Parts: each of these; `growth` of ours with the
-length; `chunks`, ours by the chunk. The contenders of a part alternate; each number is a median.
+Cases: `mamba`, 512 channels with a state of 16; `ssd`, 8 heads of width 64 with a state of 64; `ssd_128`, a state of
+128; `lightning`, `ssd` with dt = 1 and B and C per head. Batch size 1, float32, two cores. The plain implementations
+are one `jax.lax.scan` and one `jax.lax.associative_scan` over all positions. The parts of the measurement are the
+cases, `chunks` (sparsejax by chunk) and `growth` (sparsejax by length). The contenders of a part alternate; times are
+medians.
 """
 
 from __future__ import annotations
@@ -32,11 +33,11 @@ LENGTH = 4096
 GROWTH_LENGTHS = (1024, 2048, 4096, 8192, 16384)
 CHUNKS = (16, 32, 64, 128)
 CHANNELS, STATE = 512, 16
-CASES = {"mamba": STATE, "ssd": 64, "ssd_128": 128, "lightning": 64}  # and the numbers of a state
+CASES = {"mamba": STATE, "ssd": 64, "ssd_128": 128, "lightning": 64}  # state size per channel or head
 
 
 def draw_inputs(case: str, length: int) -> tuple[list[jax.Array], list[jax.Array]]:
-    """x, dt, A, B, C and a first state, and the cotangents of output and last state."""
+    """Draws x, dt, A, B, C and the initial state, and the cotangents of the output and the final state."""
     random = np.random.default_rng(0)
     n = CASES[case]
 
@@ -61,7 +62,7 @@ def draw_inputs(case: str, length: int) -> tuple[list[jax.Array], list[jax.Array
 
 
 def discretise(x, dt, A, B):
-    """The decays and what is added to the state, [b, t, ...state]: of Mamba for x [b, t, d], else of SSD."""
+    """Returns decays and inputs of the state, [b, t, ...state]: of Mamba for x [b, t, d], of SSD for x [b, t, h, p]."""
     if x.ndim == 3:
         return jnp.exp(dt[..., None] * A), (dt * x)[..., None] * B[:, :, None]
     B = jnp.repeat(B, x.shape[2] // B.shape[2], axis=2)
@@ -69,14 +70,14 @@ def discretise(x, dt, A, B):
 
 
 def read_out(states, C):
-    """[b, t, ...] from the states of all positions."""
+    """Returns the outputs, [b, t, ...], of the states of all positions."""
     if states.ndim == 4:
         return jnp.einsum("btdn,btn->btd", states, C)
     return jnp.einsum("bthpn,bthn->bthp", states, jnp.repeat(C, states.shape[2] // C.shape[2], axis=2))
 
 
 def associative(x, dt, A, B, C, state):
-    """All states at once, by `jax.lax.associative_scan`."""
+    """Scans with one `jax.lax.associative_scan`, which keeps all states."""
     decay, added = discretise(x, dt, A, B)
     added = added.at[:, 0].add(decay[:, 0] * state)
 
@@ -88,7 +89,7 @@ def associative(x, dt, A, B, C, state):
 
 
 def sequential(x, dt, A, B, C, state):
-    """One position after the other, by `jax.lax.scan`."""
+    """Scans position by position with `jax.lax.scan`."""
 
     def advance(state, position):
         x, dt, B, C = (a[:, None] for a in position)
@@ -101,64 +102,64 @@ def sequential(x, dt, A, B, C, state):
 
 
 def our_scan(case: str) -> Callable:
-    """The one of `sparsejax.ops`."""
+    """Returns the scan of `sparsejax.ops` for a case."""
     return selective_scan if case == "mamba" else ssd
 
 
-def time_scan(scan: Callable, case: str, length: int) -> Contender:
-    """A scan, compiled with its gradients."""
+def scan_contender(scan: Callable, case: str, length: int) -> Contender:
+    """Compiles a scan together with its gradients."""
     inputs, cotangents = draw_inputs(case, length)
     return jax_contender(scan, inputs, tuple(cotangents))
 
 
 def race(make: dict[str, Callable[[], Contender]], error: Callable | None = relative_error) -> dict:
-    """What the contenders need, and the machine's load before and after."""
+    """Times the contenders; returns their rows, and the load average of the machine before and after."""
     load = os.getloadavg()[0]
     rows = time_alternating(make, error)
     return {"load": [load, os.getloadavg()[0]], "contenders": rows}
 
 
 def measure_case(case: str, length: int) -> dict:
-    """Ours, and the two plain ways."""
-    ways = {"sparsejax": our_scan(case), "lax.scan": sequential, "associative_scan": associative}
-    found = race({name: functools.partial(time_scan, way, case, length) for name, way in ways.items()})
-    rows = found["contenders"]
+    """Compares the scan of sparsejax with the two plain implementations."""
+    scans = {"sparsejax": our_scan(case), "lax.scan": sequential, "associative_scan": associative}
+    result = race({name: functools.partial(scan_contender, scan, case, length) for name, scan in scans.items()})
+    rows = result["contenders"]
     ratios = {
         f"{name} / sparsejax, {field}": rows[name][field] / rows["sparsejax"][field]
         for name in ("lax.scan", "associative_scan")
         for field in ("seconds", "temporary_mib")
     }
-    return {"title": f"{case}, {length} positions", "length": length, **found, "ratios": ratios}
+    return {"title": f"{case}, {length} positions", "length": length, **result, "ratios": ratios}
 
 
 def measure_growth(case: str) -> dict:
-    """Ours at growing lengths, and the exponents of time and memory."""
-    way = our_scan(case)
-    lengths = {str(n): functools.partial(time_scan, way, case, n) for n in GROWTH_LENGTHS}
-    found = race(lengths, error=None)
-    return {"title": f"{case} by length", **found, "ratios": fit_exponents(found["contenders"])}
+    """Measures the scan of sparsejax at growing lengths, and fits the exponents of time and memory."""
+    scan = our_scan(case)
+    result = race({str(n): functools.partial(scan_contender, scan, case, n) for n in GROWTH_LENGTHS}, error=None)
+    return {"title": f"{case} by length", **result, "ratios": fit_exponents(result["contenders"])}
 
 
 def measure_chunks(case: str, length: int) -> dict:
-    """Ours by the chunk, and the bytes of the states alone that are kept."""
-    way = our_scan(case)
-    make = {str(c): functools.partial(time_scan, functools.partial(way, chunk=c), case, length) for c in CHUNKS}
-    found = race(make)
+    """Measures the scan of sparsejax by chunk, and computes the size of the saved states, one per chunk."""
+    scan = our_scan(case)
+    chunked = {str(chunk): functools.partial(scan, chunk=chunk) for chunk in CHUNKS}
+    result = race({name: functools.partial(scan_contender, scan, case, length) for name, scan in chunked.items()})
+    rows = result["contenders"]
     state_mib = draw_inputs(case, 1)[0][-1].nbytes / 2**20
-    for name, row in found["contenders"].items():
+    for name, row in rows.items():
         row["states_mib"] = -(-length // int(name)) * state_mib
-    best = min(found["contenders"], key=lambda name: found["contenders"][name]["seconds"])
-    ratios = {"fastest chunk": int(best), "MiB of a state at each position": length * state_mib}
-    return {"title": f"{case} by chunk, {length} positions", "length": length, **found, "ratios": ratios}
+    best = min(rows, key=lambda name: rows[name]["seconds"])
+    ratios = {"fastest chunk": int(best), "MiB of one state per position": length * state_mib}
+    return {"title": f"{case} by chunk, {length} positions", "length": length, **result, "ratios": ratios}
 
 
 def main() -> None:
-    """Prints a table for each part; with --out also writes what was measured, as it goes."""
+    """Prints a table per part, and writes the measurements to `--out` after every part."""
     parts = (*CASES, "chunks", "growth")
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--out", type=Path, help="a JSON file to write")
-    parser.add_argument("--only", nargs="+", choices=parts, default=parts)
-    parser.add_argument("--length", type=int, default=LENGTH, help="of all parts but `growth`")
+    parser.add_argument("--out", type=Path, help="JSON file to write")
+    parser.add_argument("--only", nargs="+", choices=parts, default=parts, help="parts to measure; all by default")
+    parser.add_argument("--length", type=int, default=LENGTH, help="positions, except in `growth`")
     options = parser.parse_args()
     record = {"command": COMMAND, "python": platform.python_version(), "machine": platform.machine()}
     record |= {"cores": len(pin_cores()), "load_before": os.getloadavg()}
@@ -169,8 +170,8 @@ def main() -> None:
     for part in options.only:
         print(f"{part}:", flush=True)
         record[part] = measures[part]()
-        for one in record[part] if isinstance(record[part], list) else [record[part]]:
-            print_table(one["title"], one)
+        for result in record[part] if isinstance(record[part], list) else [record[part]]:
+            print_table(result["title"], result)
         if options.out:
             options.out.parent.mkdir(parents=True, exist_ok=True)
             options.out.write_text(json.dumps(record, indent=1) + "\n")

@@ -1,10 +1,10 @@
-"""Measures the overhead of a sweep of 30 tiny runs, one at a time, over the same command lines in sequence.
+"""Measures the overhead of a sweep of tiny runs, one at a time, over the same command lines in sequence.
 
     python scripts/measure_sweep.py [--runs 30] [--out FILE.json]
 
-Half of the command lines run before the sweep and half after it, so that a drift of the machine's load cancels. The
-difference is divided by the number of runs. Commands that do nothing (`true`), launched in the same way, and the
-imports of each process show its parts.
+Half of the command lines run before the sweep and half after it, so that a linear drift of the machine's load cancels.
+The overhead per run is the difference of the total times, divided by the number of runs. To break it down, the script
+also launches commands that do nothing (`true`) as runs, and times the imports of each process.
 """
 
 from __future__ import annotations
@@ -28,32 +28,32 @@ CONFIG = Path(__file__).parents[1] / "configs" / "mqar.py"
 SETTINGS = {"train.steps": 2, "train.batch": 2, "model.schedule": "full", "checkpoint.every": 2, "eval.every": 2}
 IMPORTS = {
     "python": "pass",
-    "python, what submitit's controller imports": "import submitit.local.local",
-    "python, what submitit's job imports": "import submitit.core._submit, submitit.core.submission, sparsejax.job",
-    "python, what the launcher imports": "import sparsejax.cli",
+    "python and the imports of submitit's controller": "import submitit.local.local",
+    "python and the imports of submitit's job": "import submitit.core._submit, submitit.core.submission, sparsejax.job",
+    "python and the imports of the launcher": "import sparsejax.cli",
 }
 REPEATS = 5
 
 
 def timed(work: Callable[[], object]) -> float:
-    """Seconds that a call takes."""
+    """Calls a function; returns the seconds that it takes."""
     start = time.perf_counter()
     work()
     return time.perf_counter() - start
 
 
 def run(command: Sequence[str]) -> None:
-    """Runs a command to its end; exits with its output if it fails."""
-    done = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, text=True)
-    if done.returncode:
-        sys.exit(f"{' '.join(command)}: exit code {done.returncode}\n{done.stdout}{done.stderr}")
+    """Runs a command; exits with its output if it fails."""
+    process = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, text=True)
+    if process.returncode:
+        sys.exit(f"{' '.join(command)}: exit code {process.returncode}\n{process.stdout}{process.stderr}")
 
 
-def launch_nothing(count: int, folder: Path) -> float:
-    """Seconds per command that does nothing, launched as runs are."""
+def launch_empty(count: int, folder: Path) -> float:
+    """Launches commands that do nothing as runs, one at a time; returns seconds per command."""
     from sparsejax.sweep.executors import Attempt, Local, build_job
 
-    class Nothing(Run):
+    class EmptyRun(Run):
         def command(self, folder: Path) -> list[str]:
             return ["true"]
 
@@ -61,8 +61,8 @@ def launch_nothing(count: int, folder: Path) -> float:
 
     def launch_all():
         for seed in range(count):
-            nothing = Nothing(str(CONFIG), (("train.seed", seed),), "nothing")
-            attempt = Attempt(nothing, build_job(nothing, folder))
+            empty = EmptyRun(str(CONFIG), (("train.seed", seed),), "empty")
+            attempt = Attempt(empty, build_job(empty, folder))
             executor.launch([attempt], [])
             while not executor.ended(attempt):
                 time.sleep(executor.poll_interval)
@@ -71,7 +71,7 @@ def launch_nothing(count: int, folder: Path) -> float:
 
 
 def measure(count: int, folder: Path) -> dict[str, object]:
-    """All times in seconds."""
+    """Measures a sweep of `count` runs; returns times in seconds."""
     runs = plan_runs(str(CONFIG), grid({"train.seed": range(count)}), SETTINGS)
     commands = [planned.command(folder / "serial") for planned in runs]
     settings = [f"--config.{key}={value}" for key, value in SETTINGS.items()]
@@ -92,17 +92,17 @@ def measure(count: int, folder: Path) -> dict[str, object]:
         "sweep": whole,
         "sequential runs": sum(serial),
         "overhead per run": (whole - sum(serial)) / count,
-        "a command that does nothing, launched": launch_nothing(count, folder / "nothing"),
+        "launch of a command that does nothing": launch_empty(count, folder / "empty"),
         "imports": imports,
         "each sequential run": serial,
     }
 
 
 def main() -> None:
-    """Prints the measurement and writes it to --out."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--runs", type=int, default=30)
-    parser.add_argument("--out", type=Path)
+    """Prints the measurement, and writes it to `--out`."""
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--runs", type=int, default=30, help="number of runs; defaults to 30")
+    parser.add_argument("--out", type=Path, help="JSON file to write")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory(prefix="sparsejax-sweep-") as name:
         cache = {"JAX_COMPILATION_CACHE_DIR": f"{name}/compiled", "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}

@@ -2,8 +2,9 @@
 
     python scripts/reference_bits.py [--files FILES] [--out FILE.json]
 
-Order k is a Witten-Bell byte n-gram model with a context of k bytes, estimated on the training bytes; like a model, it
-scores every validation byte but the first. gzip and xz compress the validation bytes alone. Takes about ten seconds.
+Order k is a Witten-Bell byte n-gram model with a context of k bytes, estimated on the training bytes; like a neural
+model, it scores every validation byte but the first. gzip and xz compress the validation bytes alone. The script takes
+about ten seconds.
 """
 
 import argparse
@@ -38,7 +39,7 @@ def measure_bits(corpus: Corpus) -> dict[str, float]:
 def main() -> None:
     """Prints the table, and writes it to `--out`."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--files", default="", help="see `data.files`; defaults to the sources of the standard library")
+    parser.add_argument("--files", default="", help="as `data.files`; defaults to the sources of the standard library")
     parser.add_argument("--out", type=Path, help="JSON file to write")
     flags = parser.parse_args()
     try:

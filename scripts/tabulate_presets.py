@@ -1,8 +1,8 @@
-"""Prints the table of presets: parameters, active parameters, and the cache of 256K tokens.
+"""Prints the table of presets: parameters, active parameters, and the size of the cache at 256K tokens.
 
     python scripts/tabulate_presets.py
 
-Models are built as shapes, which takes seconds.
+The script builds shapes and allocates no parameters; it takes seconds.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from sparsejax import config as configs
 from sparsejax.account import account_model
 
 LENGTH = 262_144
-HEADING = ("config", "what it is", "sizes from", "parameters", "active", "cache at 256K")
+HEADING = ("config", "model", "sizes from", "parameters", "active", "cache at 256K")
 
 
 def tabulate(name: str) -> tuple[str, ...]:

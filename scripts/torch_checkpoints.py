@@ -129,7 +129,7 @@ def measure(model: torch.nn.Module, case: Case) -> dict[str, Any]:
 
 
 def measure_exactly(model: torch.nn.Module, case: Case) -> dict[str, Any]:
-    """Computes `measure` in float64, including softmaxes that models request in float32, whose masks would overflow."""
+    """Runs `measure` in float64, also where models request a float32 softmax, in which float64 masks would overflow."""
     softmax = functional.softmax
     wide = mock.patch.object(functional, "softmax", lambda x, dim, dtype=None: softmax(x, dim))
     with wide:

@@ -40,7 +40,7 @@ class Inputs(NamedTuple):
 
 @functools.cache
 def draw_inputs(length: int) -> Inputs:
-    """Draws the arrays on which all contenders are measured."""
+    """Draws the inputs of all contenders."""
     return Inputs(*(torch.from_numpy(x).requires_grad_(i < 3) for i, x in enumerate(draw_arrays(length))))
 
 
@@ -114,7 +114,7 @@ def longformer(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tenso
 
 
 def big_bird_layer(length: int) -> tuple[torch.nn.Module, tuple[torch.Tensor, ...]]:
-    """BigBird attention of transformers in training mode, which alone has random tiles, and its masks."""
+    """BigBird attention of transformers and its masks, in training mode: evaluation mode has no random tiles."""
     config = transformers.BigBirdConfig(
         hidden_size=HEADS * WIDTH,
         num_attention_heads=HEADS,

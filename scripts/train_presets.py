@@ -1,9 +1,9 @@
-"""Trains the tiny form of every preset, and prints its losses and its time on this machine.
+"""Trains the tiny variant of every preset, and prints losses and times on this machine.
 
     python scripts/train_presets.py [--only NAME ...]
 
-Each run is `sparsejax train --config=configs/NAME.py:tiny` with a new workdir; its time includes compilation, the
-evaluation on all held-out text, and checkpoints. Exits with status 1 if a loss did not fall.
+Each run is `sparsejax train --config=configs/NAME.py:tiny` with a new workdir. Times include compilation, checkpoints
+and the evaluation on all held-out text. The exit code is 1 if a loss did not fall.
 """
 
 from __future__ import annotations
@@ -31,13 +31,13 @@ def list_presets() -> list[str]:
 
 
 def train_preset(name: str) -> tuple[float, float, float, float]:
-    """Returns the training loss at the first and the last step, seconds, and CPU seconds."""
+    """Trains a preset; returns the losses of the first and the last step, seconds, and CPU seconds."""
     settings = configs.load(str(CONFIGS / f"{name}.py:tiny"), {"train.log_every": 1})
-    start, busy = time.perf_counter(), time.process_time()
+    start, cpu_start = time.perf_counter(), time.process_time()
     with tempfile.TemporaryDirectory() as folder:
         train(settings, Path(folder), Console(file=io.StringIO()))
         losses = [row["train/loss"] for row in read_rows(Workdir(Path(folder)).metrics) if "train/loss" in row]
-    return losses[0], losses[-1], time.perf_counter() - start, time.process_time() - busy
+    return losses[0], losses[-1], time.perf_counter() - start, time.process_time() - cpu_start
 
 
 def main() -> None:
@@ -47,9 +47,9 @@ def main() -> None:
     names = parser.parse_args().only or list_presets()
     table, fell = Table("preset", "first loss", "last loss", "seconds", "CPU seconds"), True
     for name in names:
-        first, last, seconds, busy = train_preset(name)
+        first, last, seconds, cpu_seconds = train_preset(name)
         fell &= last < first
-        table.add_row(name, f"{first:.3f}", f"{last:.3f}", f"{seconds:.0f}", f"{busy:.0f}")
+        table.add_row(name, f"{first:.3f}", f"{last:.3f}", f"{seconds:.0f}", f"{cpu_seconds:.0f}")
     Console().print(table)
     sys.exit(0 if fell else 1)
 
