@@ -152,7 +152,7 @@ def main() -> None:
                 while aims_at_runs and launcher.poll() is None and not find_running(jobs):
                     time.sleep(0.1)
                 while kind == "ask the launcher to stop" and launcher.poll() is None and log.stat().st_size == size:
-                    time.sleep(0.1)  # imports handle Ctrl-C in their own ways
+                    time.sleep(0.1)  # during imports, Ctrl-C may be swallowed
                 time.sleep(draw.uniform(0, 6))
                 kills.append(disturb(kind, launcher, jobs, draw))
                 console.print(str(kills[-1]), highlight=False, soft_wrap=True)

@@ -14,7 +14,7 @@ import numpy as np
 
 
 class Draw:
-    """Random choices."""
+    """A source of random choices."""
 
     def __init__(self, random: np.random.Generator):
         self.random = random
@@ -31,9 +31,9 @@ class Draw:
         """A number with three decimals."""
         return round(float(self.random.uniform(low, high)), 3)
 
-    def chance(self, of: float = 0.5) -> bool:
-        """True with probability `of`."""
-        return bool(self.random.random() < of)
+    def chance(self, probability: float = 0.5) -> bool:
+        """True with this probability."""
+        return bool(self.random.random() < probability)
 
     def maybe(self, **keys: Any) -> dict[str, Any]:
         """A random subset of these keys."""
@@ -99,19 +99,19 @@ def draw_inputs(draw: Draw, vocab: int, traits: Traits) -> dict[str, np.ndarray]
     return inputs
 
 
-def some_length(draw: Draw, most: int = 70) -> int:
-    """A length, often a short one."""
-    return draw.pick(1, 2, 3, draw.number(4, 20), draw.number(4, most), draw.number(min(20, most), most))
+def draw_length(draw: Draw, longest: int = 70) -> int:
+    """Draws a length, often a short one."""
+    return draw.pick(1, 2, 3, draw.number(4, 20), draw.number(4, longest), draw.number(min(20, longest), longest))
 
 
-def some_heads(draw: Draw) -> tuple[int, int]:
-    """Numbers of query heads and key/value heads."""
+def draw_heads(draw: Draw) -> tuple[int, int]:
+    """Draws numbers of query heads and key/value heads."""
     shared = draw.number(1, 3)
     return shared * draw.number(1, 3), shared
 
 
-def some_rope(draw: Draw) -> dict[str, Any]:
-    """Rotary positions of any type."""
+def draw_rope(draw: Draw) -> dict[str, Any]:
+    """Draws rotary positions of any type."""
     kind = draw.pick("default", "default", "linear", "yarn", "llama3")
     rope = {"rope_type": kind, "rope_theta": draw.pick(100.0, 1000.0, 10_000.0, 500_000.0)}
     if kind != "default":
@@ -127,21 +127,21 @@ def some_rope(draw: Draw) -> dict[str, Any]:
     return rope
 
 
-def some_ropes(draw: Draw) -> dict[str, Any]:
-    """Rotary positions per layer type."""
-    ropes = {kind: some_rope(draw) for kind in ("full_attention", "sliding_attention")}
+def draw_ropes(draw: Draw) -> dict[str, Any]:
+    """Draws rotary positions per layer type."""
+    ropes = {kind: draw_rope(draw) for kind in ("full_attention", "sliding_attention")}
     for rope in ropes.values():
         rope.pop("truncate", None)  # transformers reads it from the wrong level
     return ropes
 
 
-def some_types(draw: Draw, depth: int, *types: str) -> dict[str, list[str]]:
-    """Layer types in any order, or in that of the family."""
+def draw_types(draw: Draw, depth: int, *types: str) -> dict[str, list[str]]:
+    """Draws layer types in any order, or leaves them to the family."""
     return draw.maybe(layer_types=[draw.pick(*types) for _ in range(depth)])
 
 
-def some_encoder(draw: Draw, longest: int) -> dict[str, Any]:
-    """Keys that Longformer and BigBird share."""
+def draw_encoder(draw: Draw, longest: int) -> dict[str, Any]:
+    """Draws the keys that Longformer and BigBird share."""
     heads = draw.number(1, 4)
     return {
         "hidden_size": heads * draw.pick(4, 6, 8),
@@ -158,23 +158,24 @@ def some_encoder(draw: Draw, longest: int) -> dict[str, Any]:
 
 
 def longformer(draw: Draw) -> tuple[dict, Traits]:
-    """Windows that divide the longest, as transformers requires; any number of global tokens."""
-    length = some_length(draw, 90)
-    config = some_encoder(draw, length + 2 + draw.number(0, 5))
-    most = draw.pick(4, 8, 12, 24)  # transformers fails with windows of 2
-    windows = [draw.pick(*(w for w in (4, 6, 8, 12, 24) if most % w == 0)) for _ in range(config["num_hidden_layers"])]
-    windows[-1] = most
-    config["attention_window"] = draw.pick(windows, most)
+    """Windows that divide the widest, as transformers requires; any number of global tokens."""
+    length = draw_length(draw, 90)
+    config = draw_encoder(draw, length + 2 + draw.number(0, 5))
+    widest = draw.pick(4, 8, 12, 24)  # transformers fails with windows of 2
+    divisors = [width for width in (4, 6, 8, 12, 24) if widest % width == 0]
+    windows = [draw.pick(*divisors) for _ in range(config["num_hidden_layers"])]
+    windows[-1] = widest
+    config["attention_window"] = draw.pick(windows, widest)
     return config | {"pad_token_id": 1, "bos_token_id": 0}, Traits(length, marked=draw.chance(0.8), pad=1)
 
 
 def big_bird(draw: Draw) -> tuple[dict, Traits]:
     """Lengths on both sides of the threshold of full attention; random tiles in training."""
-    tile, most = draw.pick(3, 4, 8), draw.number(1, 3)
+    tile, random_tiles = draw.pick(3, 4, 8), draw.number(1, 3)
     sparse = draw.chance(0.75)
-    length = (5 + 2 * most) * tile + draw.number(1, 5 * tile) if sparse else some_length(draw, 5 * tile)
-    config = some_encoder(draw, length + -length % tile + draw.number(0, 5))  # padding has positions too
-    config |= {"block_size": tile, "num_random_blocks": most}
+    length = (5 + 2 * random_tiles) * tile + draw.number(1, 5 * tile) if sparse else draw_length(draw, 5 * tile)
+    config = draw_encoder(draw, length + -length % tile + draw.number(0, 5))  # padding has positions too
+    config |= {"block_size": tile, "num_random_blocks": random_tiles}
     config |= draw.maybe(use_bias=draw.chance(), rescale_embeddings=draw.chance())
     full = {} if draw.chance(0.8) else {"attention_type": "original_full"}
     return config | full, Traits(length, plans=sparse and not full and draw.chance())
@@ -182,8 +183,8 @@ def big_bird(draw: Draw) -> tuple[dict, Traits]:
 
 def mistral(draw: Draw) -> tuple[dict, Traits]:
     """Windows of any width, or none."""
-    length = some_length(draw)
-    heads, shared = some_heads(draw)
+    length = draw_length(draw)
+    heads, shared = draw_heads(draw)
     head = draw.pick(None, 4, 6, 8, 12)
     config = {
         "hidden_size": heads * 2 * draw.number(2, 6) if head is None else draw.number(10, 40),
@@ -194,7 +195,7 @@ def mistral(draw: Draw) -> tuple[dict, Traits]:
         "intermediate_size": draw.number(10, 40),
         "sliding_window": draw.pick(None, 1, 2, draw.number(3, 20), 200),
         "max_position_embeddings": draw.pick(64, 128),
-        "rope_parameters": some_rope(draw),
+        "rope_parameters": draw_rope(draw),
         **draw.maybe(hidden_act=draw.pick("silu", "gelu", "relu", "gelu_pytorch_tanh"), rms_norm_eps=1e-3),
         **draw.maybe(tie_word_embeddings=draw.chance()),
     }
@@ -203,7 +204,7 @@ def mistral(draw: Draw) -> tuple[dict, Traits]:
 
 def gemma2(draw: Draw) -> tuple[dict, Traits]:
     """Layer types in any order; soft caps of scores and logits, or none."""
-    heads, shared = some_heads(draw)
+    heads, shared = draw_heads(draw)
     depth = draw.number(1, 4)
     config = {
         "hidden_size": heads * draw.number(4, 10),
@@ -215,19 +216,19 @@ def gemma2(draw: Draw) -> tuple[dict, Traits]:
         "sliding_window": draw.pick(1, 2, draw.number(3, 20), 200),
         "query_pre_attn_scalar": draw.number(4, 30),
         "max_position_embeddings": draw.pick(64, 128),
-        "rope_parameters": some_rope(draw),
-        **some_types(draw, depth, "sliding_attention", "full_attention"),
+        "rope_parameters": draw_rope(draw),
+        **draw_types(draw, depth, "sliding_attention", "full_attention"),
         **draw.maybe(attn_logit_softcapping=draw.pick(None, 3.0), final_logit_softcapping=draw.pick(None, 5.0)),
         **draw.maybe(hidden_activation=draw.pick("gelu", "silu"), attention_bias=draw.chance(), rms_norm_eps=1e-3),
         **draw.maybe(tie_word_embeddings=draw.chance()),
     }
-    return config, Traits(some_length(draw), left=True)
+    return config, Traits(draw_length(draw), left=True)
 
 
 def gemma3_text(draw: Draw) -> tuple[dict, Traits]:
     """Like Gemma 2, with rotary positions per layer type and any period."""
     config, traits = gemma2(draw)
-    config["rope_parameters"] = some_ropes(draw)
+    config["rope_parameters"] = draw_ropes(draw)
     config.pop("attn_logit_softcapping", None)  # transformers does not apply it
     if "layer_types" not in config:
         config |= {"num_hidden_layers": draw.number(1, 7), **draw.maybe(sliding_window_pattern=draw.number(1, 4))}
@@ -245,17 +246,17 @@ def modernbert(draw: Draw) -> tuple[dict, Traits]:
         "intermediate_size": draw.number(10, 40),
         "local_attention": draw.number(2, 30),
         "max_position_embeddings": draw.pick(64, 128),
-        "rope_parameters": some_ropes(draw),
+        "rope_parameters": draw_ropes(draw),
         "cls_token_id": 1,
         "sep_token_id": 2,
-        **some_types(draw, depth, "sliding_attention", "full_attention"),
+        **draw_types(draw, depth, "sliding_attention", "full_attention"),
         **draw.maybe(**{key: draw.chance() for key in biases}),
         **draw.maybe(hidden_activation=draw.pick("gelu", "silu"), classifier_activation=draw.pick("relu", "silu")),
         **draw.maybe(norm_eps=1e-3, tie_word_embeddings=draw.chance()),
     }
     if "layer_types" not in config:
         config |= draw.maybe(global_attn_every_n_layers=draw.number(1, 4))
-    return config, Traits(some_length(draw))
+    return config, Traits(draw_length(draw))
 
 
 def mamba(draw: Draw) -> tuple[dict, Traits]:
@@ -269,23 +270,23 @@ def mamba(draw: Draw) -> tuple[dict, Traits]:
         **draw.maybe(expand=draw.number(1, 3), use_bias=draw.chance(), use_conv_bias=draw.chance()),
         **draw.maybe(layer_norm_epsilon=1e-3, tie_word_embeddings=draw.chance()),
     }
-    return config, Traits(some_length(draw), left=not config.get("use_bias"))
+    return config, Traits(draw_length(draw), left=not config.get("use_bias"))
 
 
-def some_groups(draw: Draw) -> tuple[int, int, int]:
-    """Heads, head width and groups of a Mamba-2 mixer."""
+def draw_groups(draw: Draw) -> tuple[int, int, int]:
+    """Draws heads, head width and groups of a Mamba-2 mixer."""
     groups = draw.number(1, 3)
     return groups * draw.number(1, 3), draw.pick(2, 4, 6), groups
 
 
-def some_limit(draw: Draw) -> list[float]:
-    """Bounds of step sizes that take effect."""
+def draw_limit(draw: Draw) -> list[float]:
+    """Draws bounds of step sizes that take effect."""
     return draw.pick([0.0, 0.9], [0.4, float("inf")], [0.3, 1.2], [0.0, float("inf")])
 
 
 def mamba2(draw: Draw) -> tuple[dict, Traits]:
     """Any numbers of heads, groups and chunks."""
-    heads, head, groups = some_groups(draw)
+    heads, head, groups = draw_groups(draw)
     expand = draw.pick(*(n for n in (1, 2, 3) if heads * head % n == 0))
     config = {
         "hidden_size": heads * head // expand,
@@ -297,16 +298,16 @@ def mamba2(draw: Draw) -> tuple[dict, Traits]:
         "state_size": draw.number(1, 9),
         "conv_kernel": draw.number(2, 5),
         "chunk_size": draw.pick(1, 4, 7, 16, 256),
-        **draw.maybe(use_bias=draw.chance(), use_conv_bias=draw.chance(), time_step_limit=some_limit(draw)),
+        **draw.maybe(use_bias=draw.chance(), use_conv_bias=draw.chance(), time_step_limit=draw_limit(draw)),
         **draw.maybe(layer_norm_epsilon=1e-3, tie_word_embeddings=draw.chance()),
     }
-    return config, Traits(some_length(draw), left=not config.get("use_bias"))
+    return config, Traits(draw_length(draw), left=not config.get("use_bias"))
 
 
-def some_hybrid(draw: Draw) -> dict[str, Any]:
-    """Keys that Bamba and Falcon-H1 share, without the size of the mixer."""
-    heads, shared = some_heads(draw)
-    mixer_heads, mixer_head, groups = some_groups(draw)
+def draw_hybrid(draw: Draw) -> dict[str, Any]:
+    """Draws the keys that Bamba and Falcon-H1 share, without the size of the mixer."""
+    heads, shared = draw_heads(draw)
+    mixer_heads, mixer_head, groups = draw_groups(draw)
     config = {
         "hidden_size": heads * 2 * draw.number(2, 5),
         "num_attention_heads": heads,
@@ -319,9 +320,9 @@ def some_hybrid(draw: Draw) -> dict[str, Any]:
         "mamba_d_state": draw.number(1, 9),
         "mamba_d_conv": draw.number(2, 5),
         "mamba_chunk_size": draw.pick(1, 4, 7, 16, 256),
-        "rope_parameters": some_rope(draw),
+        "rope_parameters": draw_rope(draw),
         "max_position_embeddings": draw.pick(64, 128),
-        **draw.maybe(time_step_limit=some_limit(draw), rms_norm_eps=1e-3, tie_word_embeddings=draw.chance()),
+        **draw.maybe(time_step_limit=draw_limit(draw), rms_norm_eps=1e-3, tie_word_embeddings=draw.chance()),
         **draw.maybe(attention_bias=draw.chance(), mlp_bias=draw.chance(), mamba_conv_bias=draw.chance()),
     }
     return config | draw.maybe(mamba_proj_bias=draw.chance())
@@ -329,7 +330,7 @@ def some_hybrid(draw: Draw) -> dict[str, Any]:
 
 def bamba(draw: Draw) -> tuple[dict, Traits]:
     """Attention in any layers; mixers of `mamba_expand` times the width."""
-    config = some_hybrid(draw)
+    config = draw_hybrid(draw)
     heads, expand = config["num_attention_heads"], draw.pick(1, 2, 3)
     config["hidden_size"] = width = heads * draw.pick(4, 8, 12)
     fitting = [n for n in range(1, 9) if expand * width % n == 0]
@@ -340,12 +341,12 @@ def bamba(draw: Draw) -> tuple[dict, Traits]:
     config["attn_layer_indices"] = draw.pick(None, [i for i in range(depth) if draw.chance()])
     if draw.chance(0.3):
         config["rope_parameters"]["partial_rotary_factor"] = draw.pick(0.5, 1.0)
-    return config, Traits(some_length(draw), left=not config.get("mamba_proj_bias"))
+    return config, Traits(draw_length(draw), left=not config.get("mamba_proj_bias"))
 
 
 def falcon_h1(draw: Draw) -> tuple[dict, Traits]:
     """Any factors; a norm before or after the gate, or none."""
-    config = some_hybrid(draw)
+    config = draw_hybrid(draw)
     inner = config["mamba_n_heads"] * config["mamba_d_head"]
     config["mamba_d_ssm"] = inner
     if draw.chance(0.2):
@@ -359,12 +360,12 @@ def falcon_h1(draw: Draw) -> tuple[dict, Traits]:
     config |= draw.maybe(ssm_multipliers=[draw.real(0.5, 1.5) for _ in range(5)])
     config |= draw.maybe(mamba_rms_norm=draw.chance(0.7), mamba_norm_before_gate=draw.chance())
     config |= draw.maybe(projectors_bias=draw.chance())
-    return config, Traits(some_length(draw), left=not config.get("mamba_proj_bias"))
+    return config, Traits(draw_length(draw), left=not config.get("mamba_proj_bias"))
 
 
 def zamba2(draw: Draw) -> tuple[dict, Traits]:
     """Alternating shared blocks with adapters of any rank."""
-    heads, shared = some_heads(draw)
+    heads, shared = draw_heads(draw)
     depth, groups, expand = draw.number(1, 6), draw.number(1, 3), draw.pick(1, 2)
     mixer_heads = groups * draw.number(1, 2)
     width = mixer_heads * heads * draw.pick(2, 4)
@@ -384,7 +385,7 @@ def zamba2(draw: Draw) -> tuple[dict, Traits]:
         "chunk_size": draw.pick(1, 4, 7, 16, 256),
         "num_mem_blocks": draw.number(1, 3),
         "adapter_rank": draw.number(1, 5),
-        "rope_parameters": some_rope(draw),
+        "rope_parameters": draw_rope(draw),
         "max_position_embeddings": draw.pick(64, 128),
         **draw.maybe(time_step_min=draw.pick(0.3, 0.8), rms_norm_eps=1e-3, hidden_act=draw.pick("gelu", "silu")),
         **draw.maybe(use_conv_bias=draw.chance(), add_bias_linear=draw.chance(), use_mem_rope=draw.chance(0.8)),
@@ -392,17 +393,17 @@ def zamba2(draw: Draw) -> tuple[dict, Traits]:
     }
     if config.get("use_shared_attention_adapter"):
         config["num_key_value_heads"] = heads  # adapters of transformers do not support grouped heads
-    return config, Traits(some_length(draw), left=not config.get("add_bias_linear"))
+    return config, Traits(draw_length(draw), left=not config.get("add_bias_linear"))
 
 
-def some_experts(draw: Draw, *names: str) -> dict[str, Any]:
-    """Numbers of experts and of experts per token, and their width, under these keys."""
+def draw_experts(draw: Draw, *names: str) -> dict[str, Any]:
+    """Draws numbers of experts and of experts per token, and their width, under these keys."""
     count = draw.number(2, 6)
     return dict(zip(names, (count, draw.number(1, min(3, count)), draw.number(4, 20)), strict=True))
 
 
-def some_groups_of_experts(draw: Draw) -> dict[str, int]:
-    """Groups of at least two experts, and the number of selected groups."""
+def draw_groups_of_experts(draw: Draw) -> dict[str, int]:
+    """Draws groups of at least two experts, and the number of selected groups."""
     groups, size = draw.number(1, 3), draw.number(2, 3)
     chosen = draw.number(1, groups)
     return {"experts": groups * size, "n_group": groups, "topk_group": chosen, "top": draw.number(1, chosen * size)}
@@ -410,7 +411,7 @@ def some_groups_of_experts(draw: Draw) -> dict[str, int]:
 
 def jamba(draw: Draw) -> tuple[dict, Traits]:
     """Any periods and offsets of attention and experts."""
-    heads, shared = some_heads(draw)
+    heads, shared = draw_heads(draw)
     attend, route = draw.number(1, 4), draw.number(1, 3)
     config = {
         "hidden_size": heads * draw.number(3, 8),
@@ -424,18 +425,18 @@ def jamba(draw: Draw) -> tuple[dict, Traits]:
         "mamba_d_state": draw.number(1, 9),
         "mamba_d_conv": draw.number(2, 5),
         "mamba_dt_rank": draw.pick("auto", 1, draw.number(2, 5)),
-        **some_experts(draw, "num_experts", "num_experts_per_tok", "intermediate_size"),
+        **draw_experts(draw, "num_experts", "num_experts_per_tok", "intermediate_size"),
         **draw.maybe(mamba_expand=draw.number(1, 3), mamba_proj_bias=draw.chance(), mamba_conv_bias=draw.chance()),
         **draw.maybe(rms_norm_eps=1e-3, tie_word_embeddings=draw.chance()),
     }
     if draw.chance(0.2):
         config |= {"num_experts": 1, "num_experts_per_tok": 1}
-    return config, Traits(some_length(draw), left=not config.get("mamba_proj_bias"))
+    return config, Traits(draw_length(draw), left=not config.get("mamba_proj_bias"))
 
 
 def gpt_oss(draw: Draw) -> tuple[dict, Traits]:
     """Windows in any order, and clamps that take effect."""
-    heads, shared = some_heads(draw)
+    heads, shared = draw_heads(draw)
     depth = draw.number(1, 4)
     config = {
         "hidden_size": draw.number(10, 40),
@@ -445,17 +446,17 @@ def gpt_oss(draw: Draw) -> tuple[dict, Traits]:
         "num_hidden_layers": depth,
         "sliding_window": draw.pick(1, 2, draw.number(3, 20), 200),
         "max_position_embeddings": draw.pick(64, 128),
-        **some_experts(draw, "num_local_experts", "num_experts_per_tok", "intermediate_size"),
-        **some_types(draw, depth, "sliding_attention", "full_attention"),
-        **draw.maybe(rope_parameters=some_rope(draw), swiglu_limit=draw.real(0.5, 2), swiglu_alpha=draw.real(1, 2)),
+        **draw_experts(draw, "num_local_experts", "num_experts_per_tok", "intermediate_size"),
+        **draw_types(draw, depth, "sliding_attention", "full_attention"),
+        **draw.maybe(rope_parameters=draw_rope(draw), swiglu_limit=draw.real(0.5, 2), swiglu_alpha=draw.real(1, 2)),
         **draw.maybe(attention_bias=draw.chance(), rms_norm_eps=1e-3, tie_word_embeddings=draw.chance()),
     }
-    return config, Traits(some_length(draw), left=True)
+    return config, Traits(draw_length(draw), left=True)
 
 
 def minimax(draw: Draw) -> tuple[dict, Traits]:
     """Lightning and softmax attention in any order; any residual factors."""
-    heads, shared = some_heads(draw)
+    heads, shared = draw_heads(draw)
     depth = draw.number(1, 4)
     names = [f"{part}_{name}_factor" for part in ("full_attn", "linear_attn", "mlp") for name in ("alpha", "beta")]
     config = {
@@ -466,21 +467,21 @@ def minimax(draw: Draw) -> tuple[dict, Traits]:
         "num_hidden_layers": depth,
         "block_size": draw.pick(1, 4, 7, 16, 256),
         "max_position_embeddings": draw.pick(64, 128),
-        "rope_parameters": some_rope(draw),
-        **some_experts(draw, "num_local_experts", "num_experts_per_tok", "intermediate_size"),
-        **some_types(draw, depth, "linear_attention", "full_attention"),
+        "rope_parameters": draw_rope(draw),
+        **draw_experts(draw, "num_local_experts", "num_experts_per_tok", "intermediate_size"),
+        **draw_types(draw, depth, "linear_attention", "full_attention"),
         **draw.maybe(**{name: draw.real(0.5, 2.0) for name in names}),
         **draw.maybe(sliding_window=draw.number(1, 20), rms_norm_eps=1e-3, tie_word_embeddings=draw.chance()),
     }
-    return config, Traits(some_length(draw), left=True)
+    return config, Traits(draw_length(draw), left=True)
 
 
 def nemotron_h(draw: Draw) -> tuple[dict, Traits]:
     """Layer types in any order; experts in groups or in a latent space."""
-    heads, shared = some_heads(draw)
-    mixer_heads, mixer_head, groups = some_groups(draw)
+    heads, shared = draw_heads(draw)
+    mixer_heads, mixer_head, groups = draw_groups(draw)
     kinds = [draw.pick("linear_attention", "full_attention", "mlp", "moe") for _ in range(draw.number(1, 5))]
-    experts = some_groups_of_experts(draw)
+    experts = draw_groups_of_experts(draw)
     config = {
         "hidden_size": draw.number(8, 40),
         "layers_block_type": kinds,
@@ -506,11 +507,11 @@ def nemotron_h(draw: Draw) -> tuple[dict, Traits]:
         **draw.maybe(use_bias=draw.chance(), use_conv_bias=draw.chance(), attention_bias=draw.chance()),
         **draw.maybe(mlp_bias=draw.chance(), mlp_hidden_act=draw.pick("relu2", "silu"), tie_word_embeddings=True),
     }
-    return config, Traits(some_length(draw), left=not config.get("use_bias"))
+    return config, Traits(draw_length(draw), left=not config.get("use_bias"))
 
 
-def some_latent(draw: Draw, rope_width: int) -> dict[str, Any]:
-    """Ranks and widths of latent attention."""
+def draw_latent(draw: Draw, rope_width: int) -> dict[str, Any]:
+    """Draws ranks and widths of latent attention."""
     return {
         "kv_lora_rank": draw.number(4, 20),
         "qk_nope_head_dim": draw.number(2, 10),
@@ -522,7 +523,7 @@ def some_latent(draw: Draw, rope_width: int) -> dict[str, Any]:
 def deepseek_v32(draw: Draw) -> tuple[dict, Traits]:
     """Indexers that select few keys or all; enough heads that few index scores are zero."""
     heads, depth, rope_width = draw.number(1, 4), draw.number(1, 3), draw.pick(2, 4, 8)
-    experts = some_groups_of_experts(draw)
+    experts = draw_groups_of_experts(draw)
     config = {
         "hidden_size": draw.number(8, 40),
         "num_hidden_layers": depth,
@@ -539,21 +540,21 @@ def deepseek_v32(draw: Draw) -> tuple[dict, Traits]:
         "index_n_heads": draw.number(16, 24),
         "index_head_dim": rope_width + 2 * draw.number(0, 4),
         "max_position_embeddings": draw.pick(64, 128),
-        "rope_parameters": some_rope(draw),
-        **some_latent(draw, rope_width),
+        "rope_parameters": draw_rope(draw),
+        **draw_latent(draw, rope_width),
         **draw.maybe(first_k_dense_replace=draw.number(0, depth), rms_norm_eps=1e-3, norm_topk_prob=draw.chance()),
         **draw.maybe(routed_scaling_factor=draw.real(0.5, 2.5), n_shared_experts=draw.number(1, 2)),
         **draw.maybe(mlp_layer_types=[draw.pick("dense", "sparse") for _ in range(depth)]),
         **draw.maybe(attention_bias=draw.chance(), tie_word_embeddings=draw.chance()),
     }
-    return config, Traits(some_length(draw), left=True)
+    return config, Traits(draw_length(draw), left=True)
 
 
 def qwen3_next(draw: Draw) -> tuple[dict, Traits]:
     """Delta rule and gated attention in any order; experts in some layers."""
-    heads, shared = some_heads(draw)
+    heads, shared = draw_heads(draw)
     keys, depth = draw.number(1, 3), draw.number(1, 4)
-    rope = some_rope(draw) | {"partial_rotary_factor": draw.pick(0.25, 0.5, 1.0)}
+    rope = draw_rope(draw) | {"partial_rotary_factor": draw.pick(0.25, 0.5, 1.0)}
     config = {
         "hidden_size": draw.number(8, 40),
         "num_hidden_layers": depth,
@@ -569,19 +570,19 @@ def qwen3_next(draw: Draw) -> tuple[dict, Traits]:
         "shared_expert_intermediate_size": draw.number(4, 20),
         "max_position_embeddings": draw.pick(64, 128),
         "rope_parameters": rope,
-        **some_experts(draw, "num_experts", "num_experts_per_tok", "moe_intermediate_size"),
-        **some_types(draw, depth, "linear_attention", "full_attention"),
+        **draw_experts(draw, "num_experts", "num_experts_per_tok", "moe_intermediate_size"),
+        **draw_types(draw, depth, "linear_attention", "full_attention"),
         **draw.maybe(decoder_sparse_step=draw.number(1, 3), mlp_only_layers=[draw.number(0, depth - 1)]),
         **draw.maybe(norm_topk_prob=draw.chance(), attention_bias=draw.chance(), rms_norm_eps=1e-3),
         **draw.maybe(tie_word_embeddings=draw.chance()),
     }
-    return config, Traits(some_length(draw), left=True)
+    return config, Traits(draw_length(draw), left=True)
 
 
 def kimi_linear(draw: Draw) -> tuple[dict, Traits]:
     """Delta rule with a decay per channel and latent attention in any order; experts in some layers."""
     heads, depth = draw.number(1, 4), draw.number(1, 4)
-    experts = some_groups_of_experts(draw)
+    experts = draw_groups_of_experts(draw)
     config = {
         "hidden_size": draw.number(8, 40),
         "num_hidden_layers": depth,
@@ -597,13 +598,13 @@ def kimi_linear(draw: Draw) -> tuple[dict, Traits]:
         "linear_num_heads": draw.number(1, 4),
         "linear_conv_kernel_dim": draw.number(2, 5),
         "max_position_embeddings": draw.pick(64, 128),
-        **some_latent(draw, draw.pick(2, 4)),
-        **some_types(draw, depth, "linear_attention", "full_attention"),
+        **draw_latent(draw, draw.pick(2, 4)),
+        **draw_types(draw, depth, "linear_attention", "full_attention"),
         **draw.maybe(mlp_layer_types=[draw.pick("dense", "sparse") for _ in range(depth)]),
         **draw.maybe(norm_topk_prob=draw.chance(), routed_scaling_factor=draw.real(0.5, 2.5), rms_norm_eps=1e-3),
         **draw.maybe(n_shared_experts=draw.number(1, 2), tie_word_embeddings=draw.chance()),
     }
-    return config, Traits(some_length(draw), left=True)
+    return config, Traits(draw_length(draw), left=True)
 
 
 def reformer(draw: Draw) -> tuple[dict, Traits]:
@@ -611,7 +612,7 @@ def reformer(draw: Draw) -> tuple[dict, Traits]:
     heads = draw.number(1, 4)
     local, lsh = draw.pick(4, 6, 8), draw.pick(4, 8)
     rows, columns = draw.number(3, 9), draw.number(8, 12)
-    most = rows * columns
+    positions = rows * columns
     first = draw.number(2, 10)
     causal = draw.chance(0.7)
     config = {
@@ -629,7 +630,7 @@ def reformer(draw: Draw) -> tuple[dict, Traits]:
         "local_num_chunks_after": 0 if causal else draw.number(0, 1),
         "lsh_num_chunks_before": draw.number(0, 2),
         "lsh_num_chunks_after": 0 if causal else draw.number(0, 1),
-        "max_position_embeddings": most,
+        "max_position_embeddings": positions,
         "num_buckets": draw.pick(None, 2, 4, 8, [2, 4]),
         "num_hashes": draw.number(1, 3),
         "hash_seed": draw.number(0, 99),
@@ -638,7 +639,7 @@ def reformer(draw: Draw) -> tuple[dict, Traits]:
         "local_attention_probs_dropout_prob": 0.0,
         **draw.maybe(hidden_act=draw.pick("relu", "gelu"), layer_norm_eps=1e-5),
     }
-    length = draw.number(1, most - most % (local * lsh) or most)
+    length = draw.number(1, positions - positions % (local * lsh) or positions)
     return config, Traits(length, gradients=False)
 
 
