@@ -245,7 +245,7 @@ def account(model, length):
 
 def close(name, actual, published):
     if (name, published) in ROUNDED:
-        return f"{found:.0f}" == published
+        return f"{actual:.0f}" == published
     return actual == pytest.approx(float(published), rel=0.01)
 
 

@@ -6,7 +6,7 @@ ROWS = {"full": "full", "R": "random", "W": "window", "R+W": "random_window", "R
 
 
 def write_schedule(row, layers):
-    """The schedule of a row in layers of configs/bigbird_mlm.py; layers with random tiles differ in their number."""
+    """The schedule of a row in layers of configs/bigbird_mlm.py; layers with random tiles have one name per layer."""
     return " ".join(f"{row}{i}" for i in range(layers)) if "random" in row else f"{layers}x({row})"
 
 

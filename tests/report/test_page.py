@@ -124,6 +124,7 @@ def browse(page, *options):
     return process.stdout, [line for line in process.stderr.splitlines() if "CONSOLE" in line]
 
 
+@pytest.mark.external
 @pytest.mark.skipif(BROWSER is None, reason="no chromium or chrome is installed")
 def test_a_browser_shows_it_and_says_nothing(out, tmp_path):
     profile = f"--user-data-dir={tmp_path / 'profile'}"

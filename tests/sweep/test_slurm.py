@@ -26,6 +26,7 @@ MISSING = [name for name in ("slurmctld", "slurmd", "munged", "sbatch") if shuti
 SETTINGS = {"cpus": "1", "time": "10"}
 
 pytestmark = [
+    pytest.mark.external,
     pytest.mark.skipif(bool(MISSING), reason=f"Slurm is not installed: no {', '.join(MISSING)}"),
     pytest.mark.skipif(os.geteuid() != 0, reason="a Slurm can be started by root alone"),
 ]
