@@ -70,7 +70,7 @@ def unroll(config: ModelConfig, parameters: dict) -> dict:
     return outside | {"before": dict(enumerate(layers))}
 
 
-def differentiate(config: ModelConfig, parameters: dict, jit=reference.fast_jit):
+def differentiate(config: ModelConfig, parameters: dict, jit=jax.jit):
     """Returns a loss, the logits and the gradient."""
 
     def loss(parameters):
@@ -110,7 +110,7 @@ def drop(config: ModelConfig, parameters: dict, seed: int):
         logits, _ = Functional(config).bind(parameters).forward(jnp.asarray(TOKENS), context)
         return -jax.nn.log_softmax(logits)[:, :, 3].mean(), logits
 
-    return reference.fast_jit(jax.grad(loss, has_aux=True))(parameters)[::-1]
+    return jax.jit(jax.grad(loss, has_aux=True))(parameters)[::-1]
 
 
 def test_dropout_draws_the_same_in_scanned_unrolled_and_recomputed_layers(parameters):
@@ -161,7 +161,7 @@ def test_an_untied_post_norm_model_without_a_period_whose_logits_depend_on_the_p
         logits = Functional(config).bind(held | {"embedding": {"tokens": embedding}})(tokens)
         return (logits[0] * mix).sum(-1), logits
 
-    jacobian, logits = reference.fast_jit(jax.jacrev(run, has_aux=True))(held["embedding"]["tokens"])
+    jacobian, logits = jax.jit(jax.jacrev(run, has_aux=True))(held["embedding"]["tokens"])
     assert_close("logits", logits, reference.model(config, jax.tree.map(np.float64, held), tokens), "float32")
     np.testing.assert_array_equal((jacobian[:, :LENGTH] != 0).any(-1), np.tri(LENGTH, dtype=bool))
 

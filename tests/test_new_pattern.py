@@ -4,6 +4,7 @@ import dataclasses
 import inspect
 from typing import ClassVar
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -59,7 +60,7 @@ def test_views(new):
 
 @pytest.mark.parametrize("impl", ["gather", "segment"])
 def test_attention(new, impl):
-    arrays = np.random.default_rng(0).normal(size=(3, 1, 200, 2, 8)).astype(np.float32)
+    arrays = jnp.asarray(np.random.default_rng(0).normal(size=(3, 1, 200, 2, 8)), jnp.float32)
     assert_close(impl, attend(*arrays, new, impl=impl), attend(*arrays, new, impl="dense"), "float32")
 
 

@@ -74,4 +74,5 @@ def relative_error(actual: Num[np.ndarray, "*shape"], expected: Num[np.ndarray, 
     finite = np.isfinite(expected)
     if not np.array_equal(actual[~finite], expected[~finite]) or not np.isfinite(actual[finite]).all():
         return np.inf
-    return float(abs(actual[finite] - expected[finite]).max(initial=0.0) / max(1.0, abs(expected[finite]).max(initial=0.0)))
+    actual, expected = actual[finite], expected[finite]
+    return float(abs(actual - expected).max(initial=0.0) / max(1.0, abs(expected).max(initial=0.0)))

@@ -39,11 +39,6 @@ def parameters(module: nnx.Module) -> list:
     return jax.tree.leaves(nnx.to_pure_dict(nnx.state(module)))
 
 
-def fast_jit(function: Callable) -> Callable:
-    """`jax.jit` without LLVM's optimizations, which halves the time of tests that mostly compile."""
-    return jax.jit(function, compiler_options={"xla_backend_optimization_level": 0})
-
-
 def sigmoid(x):
     return 1 / (1 + np.exp(-x))
 

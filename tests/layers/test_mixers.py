@@ -236,7 +236,7 @@ def test_every_mixer_and_every_pattern_is_here():
 def test_steps_equal_the_call_and_only_the_past_that_is_allowed_has_any_influence(config):
     length = LENGTH if isinstance(config, AttentionConfig) else 40  # more than a chunk of a scan
     module, x = build(config), make_x(length)
-    y, steps, influences = reference.fast_jit(lambda x: (module(x), decode(module, x, length), influence(module, x)))(x)
+    y, steps, influences = jax.jit(lambda x: (module(x), decode(module, x, length), influence(module, x)))(x)
     assert_close("steps", steps, y, "float32")
     influences, expected = np.array(influences), allowed(config, length)
     if isinstance(config, LshConfig):  # the second token attends only to the first, with a weight of 1 up to rounding
@@ -247,7 +247,7 @@ def test_steps_equal_the_call_and_only_the_past_that_is_allowed_has_any_influenc
 def test_tiles_let_only_the_past_that_is_allowed_have_any_influence():
     config = attention("causal & (window(4) | globals([70, 3]) | chunk(16))", "gather")
     module, x = build(config), make_x(150)  # three tiles, the last of them partial
-    np.testing.assert_array_equal(reference.fast_jit(lambda x: influence(module, x))(x), allowed(config, 150))
+    np.testing.assert_array_equal(jax.jit(lambda x: influence(module, x))(x), allowed(config, 150))
 
 
 def test_a_sequence_may_be_shorter_than_its_cache():

@@ -10,7 +10,6 @@ import pytest
 from sparsejax.layers import Context, Tokens
 from sparsejax.ops.linear_scan import CHUNK as LINEAR_CHUNK
 from sparsejax.ops.scan import CHUNK as SCAN_CHUNK
-from tests.layers.reference import fast_jit
 from tests.layers.test_mixers import BATCH, MIXED, build, decode, make_x
 from tests.tolerances import assert_close
 
@@ -33,8 +32,8 @@ def longest(kind: str) -> int:
 def test_chunks_equal_the_steps_at_every_length(name):
     kind, config = RECURRENT[name]
     chunk, module, x = FIXED.get(kind, CHUNK), build(config), make_x(longest(kind))
-    steps = fast_jit(lambda x: decode(module, x, x.shape[1]))(x)
-    run = fast_jit(lambda x: module(x))
+    steps = jax.jit(lambda x: decode(module, x, x.shape[1]))(x)
+    run = jax.jit(lambda x: module(x))
     for length in (1, chunk - 1, chunk, chunk + 1, 3 * chunk + 7):
         assert_close(f"{length} positions", run(x[:, :length]), steps[:, :length], "float32")
 
@@ -43,9 +42,9 @@ def test_chunks_equal_the_steps_at_every_length(name):
 def test_the_length_of_a_chunk_does_not_matter(name):
     kind, config = RECURRENT[name]
     x = make_x(longest(kind))
-    expected = fast_jit(build(config))(x)
+    expected = jax.jit(build(config))(x)
     for chunk in (1, 5, 64):
-        actual = fast_jit(build(dataclasses.replace(config, chunk=chunk)))(x)
+        actual = jax.jit(build(dataclasses.replace(config, chunk=chunk)))(x)
         assert_close(f"chunks of {chunk}", actual, expected, "float32")
 
 
@@ -58,8 +57,8 @@ def test_documents_are_as_if_each_were_alone(name):
     segments = np.zeros((BATCH, length), np.int32)
     for border in borders[1:-1]:
         segments[:, border:] += 1
-    packed = fast_jit(lambda x, segments: module(x, Context(Tokens(segments=segments))))(x, jnp.asarray(segments))
-    steps = fast_jit(lambda x: decode(module, x, length))
+    packed = jax.jit(lambda x, segments: module(x, Context(Tokens(segments=segments))))(x, jnp.asarray(segments))
+    steps = jax.jit(lambda x: decode(module, x, length))
     for start, stop in itertools.pairwise(borders):
         alone = steps(np.pad(x[:, start:stop], ((0, 0), (0, length - stop + start), (0, 0))))[:, : stop - start]
         assert_close(f"document of {stop - start}", packed[:, start:stop], alone, "float32")

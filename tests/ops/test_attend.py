@@ -32,7 +32,6 @@ from sparsejax.ops.verification import write_record
 from sparsejax.patterns import Pattern, parse
 from sparsejax.patterns.library import NAMES
 from tests.messages import check_message, rejects
-from tests.ops.quick import QUICK, quick_jit
 from tests.patterns.strategies import patterns_with_heads, shared_patterns
 from tests.tolerances import assert_close, assert_norm_close
 
@@ -138,7 +137,7 @@ def compute(impl: str, case: Case, inputs: Inputs, transform=lambda function: fu
         (out, lse), backward = jax.vjp(transform(forward), q, k, v, sink)
         return Attention(out, lse, *backward((d_out, d_lse)))
 
-    return quick_jit(run)(*inputs)
+    return jax.jit(run)(*inputs)
 
 
 def check(impl: str, case: Case, inputs: Inputs | None = None, **how):
@@ -359,8 +358,8 @@ def test_under_vmap(impl):
 
     q, k, v, _, segments, d_out, _ = inputs
     with unless_unsupported(impl, pytest.skip):
-        mapped = quick_jit(jax.vmap(gradients))(q, k, v, segments, d_out)
-        share_keys = quick_jit(jax.vmap(attend_sequence, in_axes=(0, None, None, None)))
+        mapped = jax.jit(jax.vmap(gradients))(q, k, v, segments, d_out)
+        share_keys = jax.jit(jax.vmap(attend_sequence, in_axes=(0, None, None, None)))
         out = share_keys(q, k[0], v[0], segments[0])
     expected = reference(PLAIN, inputs, counts_of(PLAIN, inputs))
     for name, gradient in zip("qkv", mapped, strict=True):
@@ -386,8 +385,7 @@ def gradients(q, k, v, d_out):
     return out, *backward(d_out)
 
 def compiled(**shardings):
-    quick = {"xla_backend_optimization_level": 0}
-    return jax.jit(gradients, compiler_options=quick, **shardings).lower(*arrays).compile()
+    return jax.jit(gradients, **shardings).lower(*arrays).compile()
 
 for impl in sys.argv[1:]:
     sharded = compiled(in_shardings=sharding, out_shardings=sharding)
@@ -410,7 +408,7 @@ def largest_array(impl: str, length: int) -> int:
     """Elements of the largest array in the compiled forward and backward pass."""
     shape = jax.ShapeDtypeStruct((1, length, 1, 8), jnp.float32)
     loss = lambda q, k, v: attend_by(impl, q, k, v, parse("window(64)")).sum()  # noqa: E731
-    compiled = jax.jit(jax.grad(loss, argnums=(0, 1, 2))).lower(shape, shape, shape).compile(QUICK)
+    compiled = jax.jit(jax.grad(loss, argnums=(0, 1, 2))).lower(shape, shape, shape).compile()
     shapes = re.findall(r"\b[a-z]+\d*\[([\d,]+)\]", compiled.as_text())
     return max(math.prod(map(int, dims.split(","))) for dims in shapes)
 
@@ -426,7 +424,7 @@ def test_no_array_of_all_pairs(impl):
 def test_auto_computes_the_same():
     case = Case("causal & window(16)", 300, 300)
     inputs = draw_inputs(case)
-    out = quick_jit(lambda *x: attend(*x, parse(case.pattern)))(*inputs[:3])
+    out = jax.jit(lambda *x: attend(*x, parse(case.pattern)))(*inputs[:3])
     assert isinstance(out, jax.Array), "the log-sum-exp is returned on request only"
     assert_close("out", out, reference(case, inputs, counts_of(case, inputs)).out, "float32")
 
@@ -644,7 +642,7 @@ def test_decode_attend(rows, options):
     mask = np.random.default_rng(rows).random((rows, case.s)) < 0.4
     mask[2:3] = False  # a head without keys in the cache
     expected = reference(case, inputs, np.broadcast_to(mask[:, None], (2, 4, 1, case.s)))
-    decode = quick_jit(functools.partial(decode_attend, scale=0.9, softcap=case.softcap))
+    decode = jax.jit(functools.partial(decode_attend, scale=0.9, softcap=case.softcap))
     out = decode(inputs.q[:, 0], inputs.k, inputs.v, mask, sink_logits=inputs.sink)
     assert out.dtype == case.dtype
     assert_close("out", out, expected.out[:, 0], case.dtype)
@@ -662,7 +660,7 @@ def test_merge_lse_of_parts_is_attention_over_the_whole():
     segments = tuple(map(jnp.asarray, inputs.segments))
     assert (counts.sum(axis=-1) == 0).any()
 
-    @quick_jit
+    @jax.jit
     def gradients(q, k, v, sink, d_out, d_lse):
         def forward(q, k, v, sink):
             parts = [

@@ -6,7 +6,6 @@ import numpy as np
 import pytest
 
 from sparsejax.ops.chunks import broadcast_axis, scan_chunks
-from tests.ops.quick import quick_jit
 
 CHUNK = 4
 
@@ -24,7 +23,7 @@ def test_scan_chunks_computes_cumulative_sums(length):
     a, b = random.integers(9, size=(2, length)), random.integers(9, size=(2, length, 3, 5))
     start = {"a": np.array([1, 2]), "b": np.ones((2, 3, 5), int)}
     inputs = jax.tree.map(jnp.asarray, (start, {"a": a, "b": b}))
-    state, (sums_a, sums_b) = quick_jit(lambda state, inputs: scan_chunks(run, state, inputs, CHUNK))(*inputs)
+    state, (sums_a, sums_b) = jax.jit(lambda state, inputs: scan_chunks(run, state, inputs, CHUNK))(*inputs)
     np.testing.assert_array_equal(sums_a, start["a"][:, None] + np.cumsum(a, axis=1))
     np.testing.assert_array_equal(sums_b, start["b"][:, None] + np.cumsum(b, axis=1))
     np.testing.assert_array_equal(state["a"], sums_a[:, -1])

@@ -8,7 +8,6 @@ import numpy as np
 import pytest
 
 from sparsejax.ops import delta_rule, delta_step
-from tests.ops.quick import quick_jit
 from tests.tolerances import assert_close
 
 BATCH, HEADS, GROUPS, KEY, VALUE, CHUNK = 2, 4, 2, 5, 3, 8
@@ -63,7 +62,7 @@ def recur(q, k, v, log_decay, beta, state, starts=None):
     return jnp.swapaxes(y, 0, 1), state
 
 
-@functools.partial(quick_jit, static_argnums=0)
+@functools.partial(jax.jit, static_argnums=0)
 def run(function, inputs, starts=None):
     """Outputs, and gradients of a weighted sum of them."""
     random = np.random.default_rng(3)
@@ -111,8 +110,8 @@ def test_the_chunk_does_not_matter(chunk, channels):
 @EACH_DECAY
 def test_steps_equal_the_chunks(channels):
     *inputs, state = (jnp.asarray(a, jnp.float32) for a in make_inputs(11, channels))
-    y, last = quick_jit(CHUNKS)(*inputs, state)
-    step = quick_jit(delta_step)
+    y, last = jax.jit(CHUNKS)(*inputs, state)
+    step = jax.jit(delta_step)
     for t in range(11):
         y_t, state = step(*(a[:, t] for a in inputs), state)
         assert_close("y", y_t, y[:, t], "float32")
@@ -122,7 +121,7 @@ def test_steps_equal_the_chunks(channels):
 @pytest.mark.parametrize("cut", [CHUNK, 13])
 def test_two_parts_equal_the_whole(cut):
     *inputs, state = (jnp.asarray(a, jnp.float32) for a in make_inputs(29, channels=True))
-    rule = quick_jit(CHUNKS)
+    rule = jax.jit(CHUNKS)
     whole, last = rule(*inputs, state)
     first, state = rule(*(a[:, :cut] for a in inputs), state)
     second, state = rule(*(a[:, cut:] for a in inputs), state)
@@ -133,7 +132,7 @@ def test_two_parts_equal_the_whole(cut):
 def test_equal_decays_of_all_channels_are_a_decay_of_the_head():
     q, k, v, decay, beta, state = (jnp.asarray(a, jnp.float32) for a in make_inputs(29, channels=False))
     channels = jnp.broadcast_to(decay[..., None], (*decay.shape, KEY))
-    rule = quick_jit(CHUNKS)
+    rule = jax.jit(CHUNKS)
     for name, *pair in zip(
         ("y", "last"), rule(q, k, v, channels, beta, state), rule(q, k, v, decay, beta, state), strict=True
     ):
@@ -157,19 +156,19 @@ def test_equal_keys_without_decay_lose_no_digits(channels):
 
 def test_a_full_step_stores_the_value_for_its_key():
     _, k, v, decay, beta, state = (np.float32(a) for a in make_inputs(9, channels=False))
-    y, _ = quick_jit(CHUNKS)(k, k, v, decay, 0 * beta + 1, state)
+    y, _ = jax.jit(CHUNKS)(k, k, v, decay, 0 * beta + 1, state)
     assert_close("the value of the key just stored", y, v, "float32")
 
 
 def test_starts_from_zeros_by_default():
     *inputs, state = make_inputs(5, channels=True)
-    y, _ = quick_jit(delta_rule)(*map(np.float32, inputs))
+    y, _ = jax.jit(delta_rule)(*map(np.float32, inputs))
     assert_close("y", y, run_wide(recur, [*inputs, 0 * state])[0][0], "float32")
 
 
 def test_bfloat16_inputs_are_computed_in_float32():
     *inputs, state = (jnp.asarray(a, jnp.bfloat16) for a in make_inputs(29, channels=True))
-    y, last = quick_jit(CHUNKS)(*inputs, state)
+    y, last = jax.jit(CHUNKS)(*inputs, state)
     assert (y.dtype, last.dtype) == (jnp.bfloat16, jnp.float32)
     true_y, true_last = run_wide(recur, [*inputs, state])[0]  # of the rounded inputs
     assert_close("last", last, true_last, "float32")

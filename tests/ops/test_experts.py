@@ -8,7 +8,6 @@ import numpy as np
 import pytest
 
 from sparsejax.ops import experts as ops
-from tests.ops.quick import quick_jit
 from tests.tolerances import assert_close
 
 EXPERTS, WIDTH, OUT = 6, 5, 7
@@ -110,8 +109,8 @@ def test_equals_the_dense_mixture_with_its_gradients(impl, tokens, top_k, tile, 
             y, vjp = jax.vjp(lambda *inputs: function(*inputs, jnp.asarray(experts)), *inputs)
             return y, *vjp(d_y)
 
-        actual = quick_jit(lambda: differentiate(functools.partial(mix, impl, tile)))()
-        expected = quick_jit(lambda: differentiate(mix_densely))()
+        actual = jax.jit(lambda: differentiate(functools.partial(mix, impl, tile)))()
+        expected = jax.jit(lambda: differentiate(mix_densely))()
     for name, a, b in zip(("y", "x", "weights", "bias", "gates"), actual, expected, strict=True):
         assert a.dtype == jnp.float64
         assert_close(name, a, b, "float64")

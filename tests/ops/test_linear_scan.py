@@ -8,7 +8,6 @@ import numpy as np
 import pytest
 
 from sparsejax.ops import linear_scan, linear_step
-from tests.ops.quick import quick_jit
 from tests.tolerances import assert_close
 
 BATCH, WIDTH, CHUNK = 2, 5, 8
@@ -67,7 +66,7 @@ def run(function, inputs):
         outputs, vjp = jax.vjp(function, *inputs)
         return outputs, vjp(tuple(jnp.asarray(w, o.dtype) for w, o in zip(weights, outputs, strict=True)))
 
-    return quick_jit(differentiate)(*inputs)
+    return jax.jit(differentiate)(*inputs)
 
 
 def compare(actual, expected, dtype: str):
@@ -92,7 +91,7 @@ def test_linear_scan_and_its_gradients(length, documents):
 @pytest.mark.parametrize("chunk", [1, 3, 64])
 def test_the_chunk_does_not_matter(chunk):
     inputs = [np.float32(a) for a in make_inputs(31)]
-    actual = quick_jit(functools.partial(linear_scan, chunk=chunk))(*inputs)
+    actual = jax.jit(functools.partial(linear_scan, chunk=chunk))(*inputs)
     for name, *pair in zip(("y", "last"), actual, recur_wide(*inputs), strict=True):
         assert_close(name, *pair, "float32")
 
@@ -114,7 +113,7 @@ def test_strong_decay_gives_no_nan_forward_or_backward():
 
 def test_starts_from_zeros_by_default():
     x, log_decay, state = make_inputs(5)
-    y, _ = quick_jit(linear_scan)(np.float32(x), np.float32(log_decay))
+    y, _ = jax.jit(linear_scan)(np.float32(x), np.float32(log_decay))
     assert_close("y", y, recur_wide(x, log_decay, 0 * state)[0], "float32")
 
 

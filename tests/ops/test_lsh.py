@@ -8,7 +8,6 @@ import numpy as np
 import pytest
 
 from sparsejax.ops import attend_hashed, decode_attend_hashed, hash_buckets
-from tests.ops.quick import quick_jit
 from tests.tolerances import assert_close
 
 HEADS, WIDTH, OUT, ROUNDS, BUCKETS = 2, 4, 3, 3, (4, 2)
@@ -102,7 +101,7 @@ def test_attend_hashed_and_its_gradients(length, options):
             y = attend_hashed(qk, v, buckets, **options)
             return (mix * y).sum(), y
 
-        (_, actual), gradients = quick_jit(jax.value_and_grad(total, argnums=(0, 1), has_aux=True))(*inputs)
+        (_, actual), gradients = jax.jit(jax.value_and_grad(total, argnums=(0, 1), has_aux=True))(*inputs)
     numbers = np.asarray(buckets)
     assert_close("y", actual, loop(qk, v, numbers, **options), "float64")
     random, step = np.random.default_rng(1), 1e-5
@@ -119,7 +118,7 @@ def test_attend_hashed_and_its_gradients(length, options):
 def test_float32_is_exact_for_a_token_without_other_keys():
     qk, v, rotations = (x.astype(np.float32) for x in make_inputs(19))
     buckets = hash_buckets(jnp.asarray(qk), jnp.asarray(rotations), BUCKETS)
-    actual = quick_jit(functools.partial(attend_hashed, chunk=CHUNK))(qk, v, buckets)
+    actual = jax.jit(functools.partial(attend_hashed, chunk=CHUNK))(qk, v, buckets)
     expected = loop(*(x.astype(np.float64) for x in (qk, v)), np.asarray(buckets), CHUNK)
     assert_close("y", actual, expected, "float32")
     assert_close("the first token", actual[:, 0], v[:, 0], "float32")
@@ -130,7 +129,7 @@ def test_documents_and_padding():
     buckets = hash_buckets(jnp.asarray(qk), jnp.asarray(rotations), BUCKETS)
     segments = np.array([[7] * 6 + [2] * 13, [0] * 19])
     mask = np.arange(19) < np.array([[17], [10]])
-    run = quick_jit(functools.partial(attend_hashed, chunk=CHUNK))
+    run = jax.jit(functools.partial(attend_hashed, chunk=CHUNK))
     actual = run(qk, v, buckets, segments=jnp.asarray(segments), mask=jnp.asarray(mask))
     wide = [x.astype(np.float64) for x in (qk, v)]
     expected = loop(*wide, np.asarray(buckets), CHUNK, segments=segments, mask=mask)
@@ -147,7 +146,7 @@ def test_decode_attend_hashed_is_the_last_row_of_attend_hashed(rounds, options):
     length = 14
     qk, v, rotations = (x.astype(np.float32) for x in make_inputs(length, rounds))
     buckets = hash_buckets(jnp.asarray(qk), jnp.asarray(rotations), BUCKETS)
-    run = quick_jit(functools.partial(decode_attend_hashed, chunk=CHUNK, **options))
+    run = jax.jit(functools.partial(decode_attend_hashed, chunk=CHUNK, **options))
     wide = [x.astype(np.float64) for x in (qk, v)]
     for position in range(length):
         n = position + 1
@@ -161,7 +160,7 @@ def test_decode_attend_hashed_is_the_last_row_of_attend_hashed(rounds, options):
 def test_a_later_token_can_move_the_chunks_of_earlier_ones():
     qk, v, rotations = (x.astype(np.float32) for x in make_inputs(19))
     buckets = np.array(hash_buckets(jnp.asarray(qk), jnp.asarray(rotations), BUCKETS))
-    run = quick_jit(functools.partial(attend_hashed, chunk=CHUNK))
+    run = jax.jit(functools.partial(attend_hashed, chunk=CHUNK))
     before = run(qk, v, jnp.asarray(buckets))
     buckets[..., -1] = 7 - buckets[..., -1]
     assert np.abs(run(qk, v, jnp.asarray(buckets)) - before)[:, :-1].max() > 1e-2

@@ -9,7 +9,6 @@ import numpy as np
 import pytest
 
 from sparsejax.ops import selective_scan, selective_step
-from tests.ops.quick import quick_jit
 from tests.tolerances import assert_close
 
 BATCH, WIDTH, STATE, CHUNK = 2, 3, 4, 8
@@ -89,12 +88,12 @@ def differentiate(scan, inputs):
 def test_selective_scan_and_its_gradients(length, documents):
     inputs, starts = make_inputs(length), jnp.asarray(make_starts(length)) if documents else None
     scan = functools.partial(selective_scan, starts=starts, chunk=CHUNK)
-    outputs, gradients = quick_jit(functools.partial(differentiate, scan))(inputs)
+    outputs, gradients = jax.jit(functools.partial(differentiate, scan))(inputs)
     for name, *pair in zip(("y", "last"), outputs, loop(*inputs, starts), strict=True):
         assert_close(name, *pair, "float32")
     plain = functools.partial(differentiate, functools.partial(plain_scan, starts=starts))
     with jax.enable_x64(True):
-        expected_gradients = jax.tree.map(np.asarray, quick_jit(plain)([np.float64(array) for array in inputs])[1])
+        expected_gradients = jax.tree.map(np.asarray, jax.jit(plain)([np.float64(array) for array in inputs])[1])
     for name, gradient, expected in zip(NAMES, gradients, expected_gradients, strict=True):
         scale = np.abs(expected).max(axis=tuple(range(1, expected.ndim)), keepdims=True)
         scale = np.where(scale > 0, scale, 1)
@@ -107,7 +106,7 @@ def test_selective_scan_and_its_gradients(length, documents):
 @pytest.mark.parametrize("chunk", [1, 3, 64])
 def test_the_chunk_does_not_matter(chunk):
     inputs = make_inputs(31)
-    actual = quick_jit(functools.partial(selective_scan, chunk=chunk))(*inputs)
+    actual = jax.jit(functools.partial(selective_scan, chunk=chunk))(*inputs)
     for name, *pair in zip(("y", "last"), actual, loop(*inputs), strict=True):
         assert_close(name, *pair, "float32")
 
@@ -117,8 +116,8 @@ def test_documents_do_not_affect_each_other(length):
     inputs = make_inputs(length)
     starts = np.zeros((BATCH, length), bool)
     starts[0, [0, 4, length - 1]] = starts[1, length // 2] = True
-    scan = quick_jit(functools.partial(scan_documents, jnp.asarray(starts)))
-    (y, last), d_inputs = quick_jit(functools.partial(differentiate, scan))(inputs)
+    scan = jax.jit(functools.partial(scan_documents, jnp.asarray(starts)))
+    (y, last), d_inputs = jax.jit(functools.partial(differentiate, scan))(inputs)
     x, dt, A, B, C, state = inputs
     for row in range(BATCH):
         borders = [0, *np.flatnonzero(starts[row]), length]
@@ -150,14 +149,14 @@ def scan_documents(starts, *inputs):
 
 def test_starts_from_zeros_by_default():
     *inputs, state = make_inputs(5)
-    y, _ = quick_jit(selective_scan)(*inputs)
+    y, _ = jax.jit(selective_scan)(*inputs)
     assert_close("y", y, loop(*inputs, np.zeros_like(state))[0], "float32")
 
 
 def test_gradients_are_finite_where_the_decay_underflows():
     x, dt, A, B, C, state = make_inputs(33)
     inputs = x, 0 * dt + 60, 5 * A, B, C, state  # exp(dt A) underflows to 0
-    _, gradients = quick_jit(functools.partial(differentiate, selective_scan))(inputs)
+    _, gradients = jax.jit(functools.partial(differentiate, selective_scan))(inputs)
     for name, gradient in zip(NAMES, gradients, strict=True):
         assert np.isfinite(gradient).all(), name
 
@@ -165,8 +164,8 @@ def test_gradients_are_finite_where_the_decay_underflows():
 def test_steps_equal_the_scan():
     *inputs, A, B, C, state = make_inputs(33)
     inputs = (*inputs, B, C)
-    y, last = quick_jit(selective_scan)(*inputs[:2], A, *inputs[2:], state)
-    step = quick_jit(selective_step)
+    y, last = jax.jit(selective_scan)(*inputs[:2], A, *inputs[2:], state)
+    step = jax.jit(selective_step)
     for t in range(33):
         x, dt, b, c = (array[:, t] for array in inputs)
         y_t, state = step(x, dt, A, b, c, state)
@@ -177,7 +176,7 @@ def test_steps_equal_the_scan():
 @pytest.mark.parametrize("cut", [1, 45])
 def test_two_parts_equal_the_whole(cut):
     x, dt, A, B, C, state = make_inputs(70)
-    scan = quick_jit(selective_scan)
+    scan = jax.jit(selective_scan)
     whole, last = scan(x, dt, A, B, C, state)
     parts = []
     for part in (slice(None, cut), slice(cut, None)):
@@ -189,7 +188,7 @@ def test_two_parts_equal_the_whole(cut):
 
 def test_bfloat16_inputs_are_computed_in_float32():
     inputs = [jnp.asarray(array, jnp.bfloat16) for array in make_inputs(70)]
-    y, state = quick_jit(selective_scan)(*inputs)
+    y, state = jax.jit(selective_scan)(*inputs)
     assert (y.dtype, state.dtype) == (jnp.bfloat16, jnp.float32)
     expected_y, expected_state = loop(*inputs)  # of the rounded inputs; only the output is rounded again
     assert_close("last", state, expected_state, "float32")
@@ -199,7 +198,7 @@ def test_bfloat16_inputs_are_computed_in_float32():
 def test_a_bfloat16_step_equals_the_scan():
     x, dt, A, B, C, state = (jnp.asarray(array, jnp.bfloat16) for array in make_inputs(1))
     y, after = selective_step(x[:, 0], dt[:, 0], A, B[:, 0], C[:, 0], state.astype(jnp.float32))
-    expected_y, expected = quick_jit(selective_scan)(x, dt, A, B, C, state)
+    expected_y, expected = jax.jit(selective_scan)(x, dt, A, B, C, state)
     assert (y.dtype, after.dtype) == (expected_y.dtype, expected.dtype)
     assert_close("y", y.astype(jnp.float32), expected_y[:, 0].astype(jnp.float32), "bfloat16")
     assert_close("last", after, expected, "float32")
@@ -215,8 +214,8 @@ def test_gradients_have_the_dtypes_of_the_inputs():
 def test_vmap_with_its_gradients():
     x, dt, A, B, C, state = (np.stack(pair) for pair in zip(make_inputs(33, 0), make_inputs(33, 1), strict=True))
     run = functools.partial(differentiate, selective_scan)
-    actual = quick_jit(jax.vmap(lambda x, dt, B, C, state: run([x, dt, A[0], B, C, state])))(x, dt, B, C, state)
-    single = quick_jit(run)
+    actual = jax.jit(jax.vmap(lambda x, dt, B, C, state: run([x, dt, A[0], B, C, state])))(x, dt, B, C, state)
+    single = jax.jit(run)
     for i in range(2):
         expected = single([x[i], dt[i], A[0], B[i], C[i], state[i]])
         for a, b in zip(jax.tree.leaves(actual), jax.tree.leaves(expected), strict=True):

@@ -10,7 +10,6 @@ from sparsejax.ops import ImplementationError, attend, attend_edges, segment
 from sparsejax.ops.reference import Attention
 from sparsejax.patterns import parse
 from tests.messages import rejects
-from tests.ops.quick import QUICK, quick_jit
 from tests.ops.test_attend import Case, draw_inputs, reference
 from tests.tolerances import assert_close
 
@@ -36,7 +35,7 @@ def test_a_traced_list_per_sequence(monkeypatch, count, chunk):
     lists = np.stack([draw_edges(np.random.default_rng(i), count, case.t, case.s) for i in range(2)])
     monkeypatch.setattr(segment, "CHUNK", chunk * 4 * 8)
 
-    @quick_jit
+    @jax.jit
     def compute(q, k, v, sink, lists, d_out, d_lse):
         def attend_sequence(q, k, v, edges, sink):
             arrays = (x[None] for x in (q, k, v))
@@ -102,7 +101,7 @@ def test_edges_that_memory_cannot_hold(monkeypatch):
 def temporary_mib(text: str, batch: int = 1) -> float:
     shape = jax.ShapeDtypeStruct((batch, 1024, 4, 16), jnp.float32)
     loss = lambda q, k, v: attend(q, k, v, parse(text), impl="segment").sum()  # noqa: E731
-    compiled = jax.jit(jax.grad(loss, argnums=(0, 1, 2))).lower(shape, shape, shape).compile(QUICK)
+    compiled = jax.jit(jax.grad(loss, argnums=(0, 1, 2))).lower(shape, shape, shape).compile()
     return compiled.memory_analysis().temp_size_in_bytes / 2**20
 
 

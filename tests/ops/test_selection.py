@@ -7,7 +7,6 @@ import pytest
 
 from sparsejax.ops import attend_selected, index_scores, select_keys, top_keys
 from sparsejax.patterns import parse
-from tests.ops.quick import quick_jit
 from tests.tolerances import assert_close
 
 HEADS, WIDTH = 3, 4
@@ -40,7 +39,7 @@ def test_ties_go_to_the_lower_position_and_missing_keys_are_minus_one():
 def test_every_query_selects_its_best_keys_of_its_document(length, top_k):
     index, segments = make_index(length), np.sort(np.random.default_rng(0).integers(0, 3, size=(2, length)))
     ids = jnp.asarray(segments)
-    select = quick_jit(lambda index: select_keys(*index, top_k, parse("causal"), (ids, ids)))
+    select = jax.jit(lambda index: select_keys(*index, top_k, parse("causal"), (ids, ids)))
     selected = np.asarray(select([jnp.asarray(x) for x in index]))
     scores = scores_of(*index)
     assert selected.shape == (2, length, min(top_k, length))
@@ -63,7 +62,7 @@ def test_attends_to_the_selected_keys_only():
         scores = 0.7 * k[row, chosen, head // 2].astype(np.float64) @ q[row, query, head]
         p = np.exp(scores)
         expected[row, query, head] = p @ v[row, chosen, head // 2] / max(p.sum(), 1e-30)
-    out = quick_jit(lambda *x: attend_selected(*x, scale=0.7))(q, k, v, keys)
+    out = jax.jit(lambda *x: attend_selected(*x, scale=0.7))(q, k, v, keys)
     assert_close("out", out, expected, "float32")
 
 
@@ -74,5 +73,5 @@ def test_no_gradient_flows_through_a_selection():
         keys = select_keys(*index, 2, parse("causal"))
         return sum(x.sum() for x in index) + keys.sum().astype(jnp.float32)
 
-    for gradient in quick_jit(jax.grad(total))(index):
+    for gradient in jax.jit(jax.grad(total))(index):
         np.testing.assert_array_equal(gradient, 1)

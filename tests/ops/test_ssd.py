@@ -8,7 +8,6 @@ import numpy as np
 import pytest
 
 from sparsejax.ops import ssd, ssd_step
-from tests.ops.quick import quick_jit
 from tests.tolerances import assert_close
 
 BATCH, HEADS, GROUPS, WIDTH, STATE, CHUNK = 2, 4, 2, 3, 5, 8
@@ -72,7 +71,7 @@ def run(function, inputs):
         outputs, vjp = jax.vjp(function, *inputs)
         return outputs, vjp(tuple(jnp.asarray(w, o.dtype) for w, o in zip(weights, outputs, strict=True)))
 
-    return quick_jit(differentiate)(*inputs)
+    return jax.jit(differentiate)(*inputs)
 
 
 @pytest.mark.parametrize("documents", [False, True])
@@ -94,7 +93,7 @@ def test_ssd_and_its_gradients(length, documents):
 @pytest.mark.parametrize("chunk", [1, 3, 64])
 def test_the_chunk_does_not_matter(chunk):
     inputs = [np.float32(a) for a in make_inputs(31)]
-    actual = quick_jit(functools.partial(ssd, chunk=chunk))(*inputs)
+    actual = jax.jit(functools.partial(ssd, chunk=chunk))(*inputs)
     for name, *pair in zip(("y", "last"), actual, recur_wide(*inputs), strict=True):
         assert_close(name, *pair, "float32")
 
@@ -102,8 +101,8 @@ def test_the_chunk_does_not_matter(chunk):
 def test_steps_equal_the_chunks():
     *inputs, state = (jnp.asarray(a, jnp.float32) for a in make_inputs(11))
     x, dt, A, B, C = inputs
-    y, last = quick_jit(functools.partial(ssd, chunk=CHUNK))(*inputs, state)
-    step = quick_jit(ssd_step)
+    y, last = jax.jit(functools.partial(ssd, chunk=CHUNK))(*inputs, state)
+    step = jax.jit(ssd_step)
     for t in range(11):
         y_t, state = step(x[:, t], dt[:, t], A, B[:, t], C[:, t], state)
         assert_close("y", y_t, y[:, t], "float32")

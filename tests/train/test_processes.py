@@ -52,8 +52,8 @@ def test_two_processes_train_together(trained, text, tmp_path):
     (code, out, err), (second_code, second_out, second_err) = [runs.finish(process) for process in pair]
     assert (code, second_code) == (0, 0), err + second_err
     assert "validation:" in out
-    # Gloo's threads print too, and now and then two of their lines become one.
-    assert not re.sub(r"\[Gloo\] [^\[\n]*", "", second_out).strip()
+    # Gloo's threads print too, and their lines can mix.
+    assert not re.sub(r"\[Gloo\]|Rank \d|is connected to \d peer ranks\.|Expected .*? is : \d", "", second_out).strip()
     alone, together = (read_rows(Workdir(path).metrics) for path in (trained[0], workdir))
     assert [row["step"] for row in alone] == [row["step"] for row in together]
     for a, b in zip(alone, together, strict=True):

@@ -77,8 +77,7 @@ def measure(
         losses = -jnp.take_along_axis(jax.nn.log_softmax(logits), jnp.asarray(labels)[..., None], axis=-1)[..., 0]
         return jnp.where(valid, losses, 0).sum() / valid.sum(), logits
 
-    # The program runs once on a tiny model, so compile time dominates.
-    compiled = jax.jit(jax.value_and_grad(run, has_aux=True), compiler_options={"xla_backend_optimization_level": 0})
+    compiled = jax.jit(jax.value_and_grad(run, has_aux=True))
     (loss, logits), gradient = compiled(model.parameters)
     return logits, float(loss), model.tensors(gradient)
 
