@@ -26,6 +26,8 @@ from sparsejax.model import Functional
 from sparsejax.patterns import parse
 from tests.messages import rejects
 
+pytestmark = pytest.mark.quick
+
 LENGTH, WIDTH = 256, 256
 NORM = NormConfig(kind="rms", eps=1e-6)
 MLP = MlpConfig(kind="gated", width=512, activation="silu")

@@ -14,6 +14,8 @@ from sparsejax.sweep import plan_runs, sweep
 from tests.messages import rejects
 from tests.train.runs import RECIPE
 
+pytestmark = pytest.mark.quick
+
 CONFIG = str(RECIPE)
 WIDTH, VOCAB, HEADS, KV_HEADS, HEAD_WIDTH, LENGTH, BATCH = 16, 256, 2, 1, 8, 32, 4
 PROJECTIONS = 2 * WIDTH * (HEADS + KV_HEADS) * HEAD_WIDTH  # queries and output, keys and values

@@ -14,6 +14,8 @@ from sparsejax.layers import AttentionConfig, MambaConfig
 from sparsejax.overrides import flatten, parse_overrides, write_overrides
 from tests.messages import check_message, rejects
 
+pytestmark = pytest.mark.quick
+
 LOCAL = "model.layers.local.mixer"
 SSM = "model.layers.ssm.mixer"
 

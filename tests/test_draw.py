@@ -18,6 +18,8 @@ from sparsejax.patterns import draw_pattern, parse
 from tests.messages import check_message
 from tests.train import recipe, runs
 
+pytestmark = pytest.mark.quick
+
 PNG = b"\x89PNG\r\n\x1a\n"
 
 

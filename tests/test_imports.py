@@ -5,7 +5,11 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
+import pytest
+
 import sparsejax
+
+pytestmark = pytest.mark.quick
 
 PACKAGE = Path(sparsejax.__file__).parent
 

@@ -4,6 +4,8 @@ import pytest
 
 from sparsejax.machine import find_cores, find_devices, share_out
 
+pytestmark = pytest.mark.quick
+
 
 @pytest.mark.parametrize("count", range(9))
 @pytest.mark.parametrize("slots", range(1, 9))

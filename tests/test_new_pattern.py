@@ -17,6 +17,8 @@ from tests.messages import rejects
 from tests.tolerances import assert_close
 from tests.train import runs
 
+pytestmark = pytest.mark.quick
+
 
 # fmt: off
 @dataclasses.dataclass(frozen=True)

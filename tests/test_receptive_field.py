@@ -9,6 +9,8 @@ from sparsejax.model import Functional
 from sparsejax.patterns import parse, receptive_field
 from tests.train import recipe
 
+pytestmark = pytest.mark.quick
+
 LENGTH = 24
 ATTENTION = {
     "local": "causal & window(3)",

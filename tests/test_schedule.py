@@ -8,6 +8,8 @@ from sparsejax import schedule
 from sparsejax.schedule import Fold, ScheduleError
 from tests.messages import rejects
 
+pytestmark = pytest.mark.quick
+
 GOOD = {
     "a": "a",
     "  a  b ": "a b",

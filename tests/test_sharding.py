@@ -4,12 +4,15 @@ import json
 import math
 
 import jax
+import pytest
 from jax.sharding import AbstractMesh, PartitionSpec
 
 from sparsejax import sharding
 from sparsejax.config import ConfigError, ShardingConfig
 from tests.messages import rejects
 from tests.train import runs
+
+pytestmark = pytest.mark.quick
 
 SHOW_SHARDS = """
 import json, pathlib, jax

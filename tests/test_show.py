@@ -15,6 +15,8 @@ from sparsejax.show import show
 from tests.messages import check_message, rejects
 from tests.train import recipe
 
+pytestmark = pytest.mark.quick
+
 LENGTH = 64
 # Width 16. Every layer has two norms of 16 and an MLP of 16 x 16 and back: 544 parameters, 1,024 FLOPs.
 MLP = 2 * 16 + 2 * 16 * 16, 2 * 2 * 16 * 16

@@ -11,6 +11,8 @@ from sparsejax.data.config import MaskConfig
 from sparsejax.data.probes import PROBES
 from tests.messages import rejects
 
+pytestmark = pytest.mark.quick
+
 SOURCES = {
     "bytes": {},
     "chars": {"tokenizer": "chars"},

@@ -14,6 +14,8 @@ from sparsejax.data.files import Files
 from sparsejax.data.formats import read_chunks
 from tests.messages import rejects
 
+pytestmark = pytest.mark.quick
+
 TEXTS = [f"text {i} é" for i in range(60)]
 
 

@@ -7,6 +7,8 @@ import pytest
 
 from sparsejax.data.ngram import witten_bell
 
+pytestmark = pytest.mark.quick
+
 RANDOM = np.random.default_rng(0)
 TRAIN = RANDOM.choice(np.frombuffer(b"abcd\xff\0", np.uint8), 400)
 TEXT = np.concatenate([RANDOM.choice(np.frombuffer(b"abcd\xff\0", np.uint8), 60), [101, 97, 98]]).astype(np.uint8)

@@ -9,6 +9,8 @@ from sparsejax.data.config import DataConfig, MaskConfig
 from sparsejax.data.objectives import apply_objective
 from sparsejax.data.tokenizers import Bytes, Characters
 
+pytestmark = pytest.mark.quick
+
 LENGTH, ROWS = 200, 40
 TOKENIZER = Bytes()
 

@@ -9,6 +9,8 @@ from sparsejax.data import ordered_batches
 from sparsejax.data.packing import pack
 from sparsejax.data.rows import Labelled, Packed, Windows
 
+pytestmark = pytest.mark.quick
+
 SEPARATOR = 99
 
 

@@ -9,6 +9,8 @@ import pytest
 from sparsejax.data import DataError, load_corpus
 from tests.messages import rejects
 
+pytestmark = pytest.mark.quick
+
 NAMES = [f"part{i % 3}/chapter{i}.txt" for i in range(60)]
 
 

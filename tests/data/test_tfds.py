@@ -14,6 +14,8 @@ from sparsejax.data import DataConfig, DataError, load_dataset
 from sparsejax.data.builders import _Bytes, prepare
 from tests.messages import rejects
 
+pytestmark = pytest.mark.quick
+
 DATA = np.random.default_rng(0).integers(0, 256, 10_000, dtype=np.uint8).tobytes()
 
 

@@ -12,6 +12,8 @@ from sparsejax.data import tokenizers as tokenizers_module
 from sparsejax.data.tokenizers import PART, Bytes, Characters, _split_lines, load_tokenizer, vocabulary
 from tests.messages import rejects
 
+pytestmark = pytest.mark.quick
+
 WORDS = ["sparse", "dense", "window", "sink", "scan", "tile", "é"]
 TEXT = " ".join(np.random.default_rng(0).choice(WORDS, 4000)) + ".\n"
 

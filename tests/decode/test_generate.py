@@ -3,10 +3,13 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 
 from sparsejax import config
 from sparsejax.decode import generate
 from sparsejax.model import Functional
+
+pytestmark = pytest.mark.quick
 
 
 def test_greedy_generation_equals_the_forward_pass(tiny_config):

@@ -27,6 +27,8 @@ from tests.messages import rejects
 from tests.patterns.definition import mask
 from tests.tolerances import assert_close
 
+pytestmark = pytest.mark.quick
+
 LENGTH, WIDTH = 13, 10
 X = np.random.default_rng(0).normal(size=(2, LENGTH, WIDTH)).astype(np.float32)
 CONFIG = LatentConfig(

@@ -14,6 +14,8 @@ from tests.layers import reference
 from tests.messages import rejects
 from tests.tolerances import assert_close
 
+pytestmark = pytest.mark.quick
+
 LENGTH, WIDTH = 35, 6  # more than a chunk of the scan
 X = np.random.default_rng(0).normal(size=(2, LENGTH, WIDTH)).astype(np.float32)
 CONFIG = MambaConfig(inner=10, state=3, conv=4, dt_rank=2, dt_min=1e-3, dt_max=0.1)

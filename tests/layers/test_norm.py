@@ -11,6 +11,8 @@ from tests.layers import reference
 from tests.messages import rejects
 from tests.tolerances import assert_close
 
+pytestmark = pytest.mark.quick
+
 X = np.random.default_rng(0).normal(1, 3, size=(2, 5, 12)).astype(np.float32)
 
 

@@ -12,6 +12,8 @@ from tests.layers import reference
 from tests.messages import rejects
 from tests.tolerances import assert_close
 
+pytestmark = pytest.mark.quick
+
 RANDOM = np.random.default_rng(0)
 X = RANDOM.normal(size=(2, 40, 3, 8)).astype(np.float32)
 

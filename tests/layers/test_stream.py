@@ -10,6 +10,8 @@ from sparsejax.layers.stream import output_scale
 from tests.layers import reference
 from tests.tolerances import assert_close
 
+pytestmark = pytest.mark.quick
+
 
 def build(**options) -> Linear:
     return Linear(200, 100, ("width", "heads"), rngs=nnx.Rngs(0), **{"dtype": jnp.float32} | options)

@@ -7,6 +7,8 @@ import pytest
 
 from sparsejax.ops.chunks import broadcast_axis, scan_chunks
 
+pytestmark = pytest.mark.quick
+
 CHUNK = 4
 
 

@@ -15,6 +15,8 @@ from sparsejax.patterns import parse
 from tests.messages import check_message
 from tests.tolerances import assert_close
 
+pytestmark = pytest.mark.quick
+
 T = 70
 
 

@@ -10,6 +10,8 @@ import pytest
 from sparsejax.ops import linear_scan, linear_step
 from tests.tolerances import assert_close
 
+pytestmark = pytest.mark.quick
+
 BATCH, WIDTH, CHUNK = 2, 5, 8
 # One position, one whole chunk, and several with a remainder; the neighbours of a whole chunk are nightly.
 LENGTHS = [

@@ -13,6 +13,8 @@ from tests.messages import rejects
 from tests.ops.test_attend import Case, draw_inputs, reference
 from tests.tolerances import assert_close
 
+pytestmark = pytest.mark.quick
+
 
 def draw_edges(random: np.random.Generator, count: int, t: int, s: int) -> np.ndarray:
     """Distinct edges in random order, four of them outside the sequences, int32 [2, count]."""

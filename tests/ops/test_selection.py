@@ -9,6 +9,8 @@ from sparsejax.ops import attend_selected, index_scores, select_keys, top_keys
 from sparsejax.patterns import parse
 from tests.tolerances import assert_close
 
+pytestmark = pytest.mark.quick
+
 HEADS, WIDTH = 3, 4
 
 

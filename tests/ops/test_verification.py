@@ -7,6 +7,8 @@ import pytest
 from sparsejax.ops import verification
 from tests.messages import check_message
 
+pytestmark = pytest.mark.quick
+
 KIND = "TPU v5 lite"
 
 

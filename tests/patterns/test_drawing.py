@@ -9,6 +9,8 @@ from sparsejax.patterns import draw_mask, draw_pattern, format_numbers, parse
 from sparsejax.patterns.drawing import COUNTED_TILE, MAX_HEADS
 from tests.patterns.strategies import shared_patterns
 
+pytestmark = pytest.mark.quick
+
 
 @given(shared_patterns(), st.integers(1, 45), st.integers(2, 9))
 def test_panels_are_the_mask_and_the_layout(pattern, length, tile):

@@ -5,6 +5,8 @@ import sys
 
 import pytest
 
+pytestmark = pytest.mark.quick
+
 LOADED = """
 import sys, numpy
 before = set(sys.modules)

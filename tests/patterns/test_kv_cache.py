@@ -8,6 +8,8 @@ from hypothesis import strategies as st
 from sparsejax.patterns import Pattern, parse, plan_cache
 from tests.patterns.strategies import patterns
 
+pytestmark = pytest.mark.quick
+
 
 def lost_keys(pattern: Pattern, length: int) -> list[tuple[int, int]]:
     """Decodes token by token: the (query, key) pairs whose key was overwritten before the query."""

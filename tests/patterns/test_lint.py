@@ -6,6 +6,8 @@ from sparsejax.patterns import Pattern, lint_schedule, parse
 from tests.messages import check_message
 from tests.patterns.test_receptive_field import Steps
 
+pytestmark = pytest.mark.quick
+
 
 def warnings(n, *layers):
     """The warnings about layers named a, b, ...; equal patterns have equal names."""

@@ -14,6 +14,8 @@ from tests.messages import rejects
 from tests.patterns.definition import count, mask
 from tests.patterns.strategies import LIBRARY, patterns
 
+pytestmark = pytest.mark.quick
+
 BY_HAND = {
     "full": """
         xxxx

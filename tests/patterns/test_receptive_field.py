@@ -14,6 +14,8 @@ from tests.messages import rejects
 from tests.patterns import definition
 from tests.patterns.strategies import patterns
 
+pytestmark = pytest.mark.quick
+
 
 @dataclasses.dataclass(frozen=True)
 class Steps(Pattern):

@@ -10,6 +10,8 @@ from hypothesis import strategies as st
 from sparsejax.patterns import RECIPES, PatternError, parse, recipes
 from tests.messages import rejects
 
+pytestmark = pytest.mark.quick
+
 
 @pytest.mark.parametrize(
     ("pattern", "text"),

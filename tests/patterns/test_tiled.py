@@ -8,6 +8,8 @@ import pytest
 from sparsejax.patterns import parse
 from sparsejax.patterns.tiled import released_plan
 
+pytestmark = pytest.mark.quick
+
 # length, tile, r, heads, seed, longest: the first and last row of the first head, and the SHA-256 of the plan as int64.
 RECORDED = {
     (4096, 64, 3, 12, 0, 4096): ([9, 14, 7], [6, 12, 5], "c82ec3b78fbaa5d3"),

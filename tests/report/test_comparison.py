@@ -11,6 +11,8 @@ from sparsejax.report.summary import count_runs, describe_notes, summarize, writ
 from tests.messages import check_message
 from tests.report.workdirs import settings_of, write_sweep, write_workdir
 
+pytestmark = pytest.mark.quick
+
 FULL, LOCAL, SSM = "2x(full)", "2x(local)", "2x(ssm)"
 # Differences from full by seed: local 0.1, 0.1, 0.4; ssm 0.1, -0.1 and nothing.
 VALUES = {

@@ -14,6 +14,8 @@ from tests.train.runs import RECIPE
 pytest.importorskip("optuna", reason="needs the extra search")
 from optuna.trial import TrialState, create_trial
 
+pytestmark = pytest.mark.quick
+
 LOSS, BYTES = Objective("eval/loss", "min"), Objective("kv", "min")
 ACCURACY = Objective("eval/accuracy", "max")
 

@@ -8,6 +8,8 @@ from scipy import stats
 
 from sparsejax.report.statistics import estimate, paired_difference, pool_deviations
 
+pytestmark = pytest.mark.quick
+
 
 def test_an_estimate_by_hand():
     result = estimate([1.0, 2.0, 6.0])

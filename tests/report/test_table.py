@@ -16,6 +16,8 @@ from sparsejax.workdir import Workdir
 from tests.messages import rejects
 from tests.report.workdirs import TOKENS, dump, settings_of, write_sweep, write_workdir
 
+pytestmark = pytest.mark.quick
+
 FULL, LOCAL = "2x(full)", "2x(local)"
 VALUES = {
     ("full", FULL, 0): 2.0,

@@ -4,6 +4,8 @@ from sparsejax.sweep import SweepError, align, chain, grid, product, seeds
 from sparsejax.sweep.grid import parse
 from tests.messages import rejects
 
+pytestmark = pytest.mark.quick
+
 
 def test_grid_changes_the_last_key_fastest():
     assert grid({"a": [1, 2], "b": "xy"}) == [

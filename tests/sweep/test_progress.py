@@ -11,6 +11,8 @@ from sparsejax.sweep.progress import Progress, RunProgress, read_progress
 from sparsejax.workdir import Workdir
 from tests.train.runs import RECIPE
 
+pytestmark = pytest.mark.quick
+
 
 @pytest.fixture
 def attempts(tmp_path, monkeypatch):

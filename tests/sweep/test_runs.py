@@ -6,6 +6,8 @@ import pytest
 from sparsejax.sweep import SweepError, plan_runs, read_sweep, show_command
 from tests.messages import rejects
 
+pytestmark = pytest.mark.quick
+
 RECIPE = str(Path(__file__).parents[1] / "train" / "recipe.py")
 
 

@@ -7,6 +7,8 @@ from sparsejax.schedule import ScheduleError
 from sparsejax.sweep import place_layers, repeat_period, suggest_period, suggest_placement
 from tests.messages import rejects
 
+pytestmark = pytest.mark.quick
+
 
 class Draws(SimpleNamespace):
     """A trial that draws fixed values, and records the choices."""

@@ -9,6 +9,8 @@ from sparsejax.cli import main
 from sparsejax.workdir import SweepFolder
 from tests.messages import check_message
 
+pytestmark = pytest.mark.quick
+
 RECIPE = Path(__file__).parents[1] / "train" / "recipe.py"
 
 

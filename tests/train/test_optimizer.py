@@ -10,6 +10,8 @@ import pytest
 from sparsejax.config import OptimizerConfig
 from sparsejax.train import build_optimizer, build_schedule
 
+pytestmark = pytest.mark.quick
+
 STEPS = 104
 CONFIG = OptimizerConfig(
     learning_rate=0.5, final_rate=0.1, warmup=4, beta1=0.9, beta2=0.99, eps=1e-8, weight_decay=0.2, clip=1e9

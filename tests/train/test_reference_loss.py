@@ -12,6 +12,8 @@ import pytest
 from sparsejax.workdir import Workdir, read_rows
 from tests.train import runs
 
+pytestmark = pytest.mark.quick
+
 STEPS = 50
 REFERENCE = {
     "train/loss": 0.68004894,

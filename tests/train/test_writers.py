@@ -12,6 +12,8 @@ from sparsejax.train.progress import ProgressReport
 from sparsejax.train.writers import Writers, describe_versions
 from sparsejax.workdir import Workdir, read_rows, write_json
 
+pytestmark = pytest.mark.quick
+
 
 def read_events(folder):
     """Scalars by step from the event files, oldest first: each record is length, checksum, data, checksum."""

@@ -1,8 +1,11 @@
 """Copying: the targets repeat the input in order."""
 
 import numpy as np
+import pytest
 
 from sparsejax.data.probes import Duplication, SelectiveCopying
+
+pytestmark = pytest.mark.quick
 
 
 def test_selective_copying_answers_are_the_data_in_order():

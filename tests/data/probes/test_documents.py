@@ -7,6 +7,8 @@ from sparsejax.data import DataError
 from sparsejax.data.probes import TextClassification, TextRetrieval
 from tests.messages import rejects
 
+pytestmark = pytest.mark.quick
+
 
 @pytest.fixture
 def reviews(tmp_path):

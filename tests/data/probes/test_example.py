@@ -15,6 +15,8 @@ from sparsejax.data.probes.example import build_example, final_example, open_str
 from sparsejax.errors import InputError
 from tests.messages import rejects
 
+pytestmark = pytest.mark.quick
+
 FIXED_SETS = {"digits", "text_classification", "text_retrieval"}
 GENERATED = {name: kind() for name, kind in PROBES.items() if name not in FIXED_SETS}
 SMALLEST = {

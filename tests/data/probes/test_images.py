@@ -10,6 +10,8 @@ from sparsejax.data import DataError
 from sparsejax.data.probes import Digits, Pathfinder, images
 from tests.messages import rejects
 
+pytestmark = pytest.mark.quick
+
 
 def trace(image, link):
     """Labels the components of white pixels that are linked by steps of at most `link` pixels."""

@@ -10,6 +10,8 @@ from sparsejax.data.probes import ListOps
 from sparsejax.errors import InputError
 from tests.messages import rejects
 
+pytestmark = pytest.mark.quick
+
 SMALL = ListOps(length=4000, min_length=0, max_depth=4)
 
 

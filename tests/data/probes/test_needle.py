@@ -5,6 +5,8 @@ import pytest
 
 from sparsejax.data.probes import KeyValue, Passkey, grid
 
+pytestmark = pytest.mark.quick
+
 
 @pytest.mark.parametrize(
     "probe",

@@ -5,6 +5,8 @@ import pytest
 
 from sparsejax.data.probes import InductionHeads, Mqar
 
+pytestmark = pytest.mark.quick
+
 
 @pytest.mark.parametrize("probe", [Mqar(), Mqar(length=256, pairs=64), Mqar(length=40, pairs=3, vocab=50)])
 def test_mqar_answers_are_the_values_of_the_keys(probe):

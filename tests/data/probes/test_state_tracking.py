@@ -7,6 +7,8 @@ import pytest
 
 from sparsejax.data.probes import StateTracking
 
+pytestmark = pytest.mark.quick
+
 
 def parity_of(permutation):
     """1 if the permutation is odd, by sorting it with swaps."""

@@ -8,6 +8,8 @@ from sparsejax.data import load_dataset
 from sparsejax.data.probes import PROBES
 from tests.data.probes.test_example import GENERATED
 
+pytestmark = pytest.mark.quick
+
 
 @pytest.mark.parametrize("name", PROBES)
 def test_a_probe_is_a_task(name):
