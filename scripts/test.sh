@@ -16,5 +16,4 @@ if [ "${1-}" = --quick ]; then
 else
   "$bin/mypy"
 fi
-exec "$bin/python" -m pytest --numprocesses=auto --maxprocesses=4 --dist=loadfile --no-loadscope-reorder \
-  --durations=20 "$@"
+exec "$bin/python" -m pytest --numprocesses=auto --maxprocesses=4 --dist=loadfile --durations=20 "$@"

@@ -14,6 +14,8 @@ from sparsejax.workdir import Workdir, read_rows
 from tests.messages import rejects
 from tests.train import runs
 
+GLOO = {"Gloo", "Rank", "is", "connected", "to", "peer", "ranks", "Expected", "number", "of"}
+
 
 def find_port() -> int:
     with socket.socket() as free:
@@ -52,8 +54,8 @@ def test_two_processes_train_together(trained, text, tmp_path):
     (code, out, err), (second_code, second_out, second_err) = [runs.finish(process) for process in pair]
     assert (code, second_code) == (0, 0), err + second_err
     assert "validation:" in out
-    # Gloo's threads print too, and their lines can mix.
-    assert not re.sub(r"\[Gloo\]|Rank \d|is connected to \d peer ranks\.|Expected .*? is : \d", "", second_out).strip()
+    # The threads of Gloo print too, and their lines mix.
+    assert set(re.findall(r"[A-Za-z]+", second_out)) <= GLOO
     alone, together = (read_rows(Workdir(path).metrics) for path in (trained[0], workdir))
     assert [row["step"] for row in alone] == [row["step"] for row in together]
     for a, b in zip(alone, together, strict=True):
