@@ -18,10 +18,10 @@ class Parser(argparse.ArgumentParser):
         raise InputError(None, f"{message} (see {self.prog} --help)")
 
     def render(self, error: InputError) -> str:
-        """Renders an error in one line, in which an argument that is an option of this parser is a flag."""
+        """Renders an error, in which an argument that is an option of this parser is a flag."""
         flag = f"--{(error.argument or '').replace('_', '-')}"
         known = re.search(rf"(?<![\w-]){re.escape(flag)}(?![\w.-])", self.format_usage())
-        return " ".join((f"{flag}: {error.problem}" if known else str(error)).split())
+        return f"{flag}: {error.problem}" if known else str(error)
 
 
 def add_config(parser: argparse.ArgumentParser) -> None:
