@@ -3,6 +3,7 @@
     python scripts/fetch_corpus.py linux-doc --out=corpora/linux-doc
 
     linux-doc  the documentation of Linux: long technical documents, one jsonl record per document
+    sympy      the source of SymPy 1.14.0: Python code, one jsonl record per file
     gcide      an English dictionary in the 27 characters of text8, split 90/5/5: --config.data.tokenizer=chars
     dna        bacterial genomes in A, C, G, T and N, one jsonl record per sequence, split by species
 
@@ -20,6 +21,7 @@ import re
 import subprocess
 import sys
 import tempfile
+import zipfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -37,6 +39,14 @@ PACKAGES = {
         "sibelia-examples": "GPL-2; sequences from GenBank",
         "kleborate-examples": "GPL-3+; sequences from GenBank",
     },
+}
+# Wheels: version, licence and digest, which pip compares.
+WHEELS = {
+    "sympy": {
+        "sympy": ("1.14.0", "BSD-3-Clause", "e091cc3e99d2141a0ba2847328f5479b05d94a6635cb96148ccb3f34671bd8f5"),
+    }
+}
+    "sympy": {"sympy": ("1.14.0", "BSD-3-Clause", "e091cc3e99d2141a0ba2847328f5479b05d94a6635cb96148ccb3f34671bd8f5")}
 }
 # Strains of a species have nearly equal sequences: a split within a species would measure memorization.
 SPECIES = {
@@ -68,6 +78,19 @@ def unpack(packages: dict[str, str], folder: Path) -> dict[str, dict[str, str]]:
     return unpacked
 
 
+def download(wheels: dict[str, tuple[str, str, str]], folder: Path) -> dict[str, dict[str, str]]:
+    """Downloads wheels into `folder` with pip, which compares their digests; returns versions and licences."""
+    for name, (version, _, digest) in wheels.items():
+        requirement = folder / "requirement.txt"
+        requirement.write_text(f"{name}=={version} --hash=sha256:{digest}\n")
+        pip = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--only-binary=:all:"]
+        subprocess.run([*pip, f"--dest={folder}", f"--requirement={requirement}"], check=True)
+    return {
+        name: {"version": version, "licence": licence, "sha256": digest}
+        for name, (version, licence, digest) in wheels.items()
+    }
+
+
 def read(path: Path) -> bytes:
     """Reads a file, decompressed according to its suffix."""
     opener = {".gz": gzip.open, ".dz": gzip.open, ".xz": lzma.open}.get(path.suffix, open)
@@ -87,10 +110,27 @@ def build_linux_doc(folder: Path) -> Split:
             continue
         seen.add(data)
         name = path.relative_to(root).as_posix().removesuffix(".gz")
-        number = int.from_bytes(hashlib.sha256(name.encode()).digest()[:8], "big") % HELD_OUT
-        side = {HELD_OUT_REMAINDER: "validation", HELD_OUT_REMAINDER + 1: "test"}.get(number, "train")
-        split[side].append((name, data.decode()))
+        split[choose_side(name)].append((name, data.decode()))
     return split
+
+
+def build_sympy(folder: Path) -> Split:
+    """Collects the distinct source files, split by a hash of their names."""
+    split, seen = {"train": [], "validation": [], "test": []}, set()
+    (wheel,) = folder.glob("sympy-*.whl")
+    with zipfile.ZipFile(wheel) as archive:
+        for name in sorted(archive.namelist()):
+            data = archive.read(name)
+            if name.endswith(".py") and data.strip() and data not in seen:
+                seen.add(data)
+                split[choose_side(name)].append((name, data.decode()))
+    return split
+
+
+def choose_side(name: str) -> str:
+    """Returns the side of a document: two of `HELD_OUT` hashes of names are held out."""
+    number = int.from_bytes(hashlib.sha256(name.encode()).digest()[:8], "big") % HELD_OUT
+    return {HELD_OUT_REMAINDER: "validation", HELD_OUT_REMAINDER + 1: "test"}.get(number, "train")
 
 
 def build_gcide(folder: Path) -> Split:
@@ -126,7 +166,7 @@ def read_fasta(text: str) -> Iterator[tuple[str, str]]:
         yield title, re.sub(r"[^ACGT]", "N", re.sub(r"\s", "", bases).upper())
 
 
-BUILD = {"linux-doc": build_linux_doc, "gcide": build_gcide, "dna": build_dna}
+BUILD = {"linux-doc": build_linux_doc, "sympy": build_sympy, "gcide": build_gcide, "dna": build_dna}
 
 
 def write(split: Split, out: Path, records: bool) -> dict[str, dict]:
@@ -164,7 +204,10 @@ def main() -> None:
     flags = parser.parse_args()
     with tempfile.TemporaryDirectory() as scratch:
         try:
-            packages = unpack(PACKAGES[flags.name], Path(scratch))
+            if flags.name in WHEELS:
+                packages = download(WHEELS[flags.name], Path(scratch))
+            else:
+                packages = unpack(PACKAGES[flags.name], Path(scratch))
         except (OSError, subprocess.CalledProcessError) as error:
             sys.exit(f"fetch_corpus: {error}; requires Debian with current package lists")
         split = BUILD[flags.name](Path(scratch))
