@@ -46,8 +46,6 @@ WHEELS = {
         "sympy": ("1.14.0", "BSD-3-Clause", "e091cc3e99d2141a0ba2847328f5479b05d94a6635cb96148ccb3f34671bd8f5"),
     }
 }
-    "sympy": {"sympy": ("1.14.0", "BSD-3-Clause", "e091cc3e99d2141a0ba2847328f5479b05d94a6635cb96148ccb3f34671bd8f5")}
-}
 # Strains of a species have nearly equal sequences: a split within a species would measure memorization.
 SPECIES = {
     "train": {
