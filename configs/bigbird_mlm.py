@@ -12,7 +12,7 @@ from context with learned positions and subwords, so that this model has rotary 
 layers. `data.files` selects the text.
 """
 
-import recipe
+from sparsejax.presets import recipe
 
 RANDOM = 3  # random tiles per query tile
 PAPER = dict(layers=12, width=768, heads=12, tile=64, vocab=30_522)
@@ -58,12 +58,11 @@ def build(layers, width, heads, tile, vocab, learned=True):
 
 
 def get_config(argument="paper"):
+    recipe.check_argument(argument, "paper", "mini")
     if argument == "paper":
         run = dict(length=512, steps=500_000, batch=256, learning_rate=1e-4, warmup=10_000)
         config = recipe.make_run(build(**PAPER), **run)
         config.data.tokenizer = f"bpe:{PAPER['vocab'] - 1}"
         return config
-    if argument != "mini":
-        raise ValueError(f"the argument {argument!r} is not paper or mini")
     config = recipe.make_run(build(**MINI), length=512, steps=500, batch=8, learning_rate=2e-3, warmup=50)
     return recipe.fit_cpu(config, evaluations=4)

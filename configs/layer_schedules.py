@@ -9,7 +9,7 @@ compares its ratios; `:mini` has eight layers of width 64 and takes a minute or 
 tokens; `ssm` and `lightning` have as many parameters as attention. experiments/layer_schedules has the schedules.
 """
 
-import recipe
+from sparsejax.presets import recipe
 
 PAPER = dict(repeats=3, width=2048, heads=16, inner=2600, mlp=5632, window=1023, vocab=65_536)
 MINI = dict(repeats=1, width=64, heads=2, inner=64, mlp=128, window=31, vocab=256)
@@ -38,9 +38,8 @@ def build(repeats, width, heads, inner, mlp, window, vocab):
 
 
 def get_config(argument="paper"):
+    recipe.check_argument(argument, "paper", "mini")
     if argument == "paper":
         return recipe.make_run(build(**PAPER), length=4096, steps=100_000, batch=256, learning_rate=3e-4, warmup=2000)
-    if argument != "mini":
-        raise ValueError(f"the argument {argument!r} is not paper or mini")
     config = recipe.make_run(build(**MINI), length=256, steps=400, batch=8, learning_rate=3e-3, warmup=50)
     return recipe.fit_cpu(config, evaluations=4)

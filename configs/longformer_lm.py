@@ -16,7 +16,7 @@ phase one has is inferred. (The sinusoids of the relative positions stay at 512 
 `data.files` selects the text.
 """
 
-import recipe
+from sparsejax.presets import recipe
 
 # Divisors of the widest window per layer, from bottom to top. The mean window is that of the fixed row.
 PAPER = dict(parts=(16, 16, 8, 8, 4, 4, 2, 2, 2, 1, 1, 1), width=512, heads=8, widest=512, relative=512, vocab=27)
@@ -66,6 +66,7 @@ def plan_stages(rate):
 
 
 def get_config(argument="paper"):
+    recipe.check_argument(argument, "paper", "staged", "mini")
     if argument in ("paper", "staged"):
         run = dict(length=2048, steps=150_000, batch=32, learning_rate=2.5e-4, warmup=10_000)
         config = recipe.make_run(build(**PAPER), **run)
@@ -76,7 +77,5 @@ def get_config(argument="paper"):
             config.model.schedule = DILATED
             config.train.phases, config.train.steps = plan_stages(config.optimizer.learning_rate)
         return config
-    if argument != "mini":
-        raise ValueError(f"the argument {argument!r} is not paper, staged or mini")
     config = recipe.make_run(build(**MINI), length=512, steps=600, batch=8, learning_rate=3e-3, warmup=60)
     return recipe.fit_cpu(config, evaluations=4)

@@ -7,7 +7,7 @@ Four pairs in 32 tokens of a vocabulary of 64. Two layers without MLPs suffice: 
 other finds the pair of a query.
 """
 
-from quickstart import get_config as get_quickstart
+from sparsejax.presets.quickstart import get_config as get_quickstart
 
 
 def get_config():

@@ -10,7 +10,7 @@ have that many rounds of hashing. At the end the model is evaluated as each of t
 has the schedules for training.
 """
 
-import recipe
+from sparsejax.presets import recipe
 
 HASHES = (8, 4, 2, 1)
 PAPER = dict(width=256, heads=4, mlp=256, length=1024, chunk=32)
@@ -31,8 +31,7 @@ def build(width, heads, mlp, length, chunk):
 
 
 def get_config(argument="paper"):
-    if argument not in ("paper", "mini"):
-        raise ValueError(f"the argument {argument!r} is not paper or mini")
+    recipe.check_argument(argument, "paper", "mini")
     sizes = PAPER if argument == "paper" else MINI
     run = dict(steps=150_000, batch=32, learning_rate=1e-3, warmup=1000)
     if argument == "mini":

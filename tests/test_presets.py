@@ -18,11 +18,11 @@ from sparsejax.interop import huggingface
 from sparsejax.layers import AttentionConfig, ExpertsConfig, LatentConfig, LightningConfig, MambaConfig
 from sparsejax.model import Functional, Model
 from sparsejax.overrides import parse_overrides
+from sparsejax.presets import find_preset, list_presets, summarize_presets
 from sparsejax.train import build_optimizer, build_schedule, build_step, init_state
 from tests.layers import test_shared
 from tests.messages import rejects
 
-FOLDER = Path(__file__).parent.parent / "configs"
 K256 = 262_144
 GIB = 2**30
 
@@ -232,10 +232,7 @@ RELEASED = {
 
 
 def load(config, *overrides):
-    name, _, argument = config.partition(":")
-    return configs.check(
-        configs.load(f"{FOLDER}/{name}.py{':' if argument else ''}{argument}", parse_overrides(overrides))
-    )
+    return configs.check(configs.load(f"preset:{config}", parse_overrides(overrides)))
 
 
 def account(model, length):
@@ -265,9 +262,25 @@ def name(request):
 
 
 def test_every_preset_is_in_the_table():
-    others = {"quickstart", "dense", "window", "hybrid", "recipe", "mqar", "duplication"}
-    others |= {"longformer_lm", "bigbird_mlm", "layer_schedules", "reformer_duplication"}  # see test_experiments
-    assert {path.stem for path in FOLDER.glob("*.py")} - others == set(PUBLISHED)
+    assert set(list_presets()) == {*PUBLISHED, "quickstart", "dense", "window", "hybrid"}
+
+
+def test_an_unknown_preset_lists_the_presets():
+    with rejects(configs.ConfigError, "config") as caught:
+        load("jambo")
+    assert ", ".join(list_presets()) in str(caught.value)
+
+
+def test_summaries_are_sentences():
+    summaries = summarize_presets()
+    assert list(summaries) == list_presets()
+    assert all(summary.endswith(".") for summary in summaries.values())
+
+
+def test_a_copy_of_a_preset_is_a_config_file(name, tmp_path):
+    file = tmp_path / "mine.py"
+    file.write_text(Path(find_preset(name).__file__).read_text())
+    assert configs.load(f"{file}:tiny") == configs.load(f"preset:{name}:tiny")
 
 
 def test_parameters_are_those_published(name):
@@ -408,7 +421,7 @@ def test_bigbird_is_an_encoder_with_tiles_or_tokens_that_are_global():
 
 
 def test_rejects_an_unknown_argument(name):
-    with rejects(configs.ConfigError, f"configs/{name}.py"):
+    with rejects(configs.ConfigError, f"preset:{name}"):
         load(f"{name}:small")
 
 

@@ -56,8 +56,8 @@ def test_drawing_needs_no_jax(arguments, limit):
     "arguments",
     [
         ["show", f"--hf={GOLDEN / 'jamba'}", "--length=100"],
-        ["show", f"--config={ROOT / 'configs' / 'quickstart.py'}"],
-        ["draw", f"--config={ROOT / 'configs' / 'quickstart.py'}", "--length=32"],
+        ["show", "--config=preset:quickstart"],
+        ["draw", "--config=preset:quickstart", "--length=32"],
     ],
     ids=["show-hf", "show", "draw"],
 )

@@ -6,7 +6,7 @@ digests cover the whole configuration. A key without a default must be present.
 
 from sparsejax.config.build import ConfigError, build, complete
 from sparsejax.config.diff import difference, digest
-from sparsejax.config.load import load, run_file
+from sparsejax.config.load import load, resolve_source, run_file
 from sparsejax.config.override import check, check_evaluation, check_phase, override
 from sparsejax.config.schema import (
     BASE_PHASE,
@@ -46,5 +46,6 @@ __all__ = [
     "digest",
     "load",
     "override",
+    "resolve_source",
     "run_file",
 ]

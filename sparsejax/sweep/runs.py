@@ -135,7 +135,7 @@ def plan_runs(
 def check_record(folder: Path, config: str, runs: Iterable[Run]) -> None:
     """Raises SweepError if the folder belongs to another configuration, or a run was started with other settings."""
     recorded = SweepFolder(folder).read()["config"]
-    if recorded is not None and _resolve(recorded) != _resolve(config):
+    if recorded is not None and configs.resolve_source(recorded) != configs.resolve_source(config):
         raise SweepError("workdir", f"{folder} is a sweep of {recorded}, not of {config}")
     for run in runs:
         workdir = run.workdir(folder).path
@@ -147,8 +147,3 @@ def write_record(folder: Path, config: str, sweep: str, runs: Iterable[Run]) -> 
     """Adds runs to the record of a folder. The last label of a run counts."""
     added = {run.name: {"label": run.label, "seed": run.seed, "overrides": dict(run.overrides)} for run in runs}
     SweepFolder(folder).add(config, sweep, added)
-
-
-def _resolve(config: str) -> tuple[Path, str]:
-    path, _, argument = config.partition(":")
-    return Path(path).resolve(), argument

@@ -9,7 +9,6 @@ import subprocess
 import sys
 import threading
 import time
-from pathlib import Path
 
 import pytest
 from rich.console import Console
@@ -269,7 +268,7 @@ def test_a_share_of_the_cores_changes_no_bit(tmp_path, text, monkeypatch):
         "checkpoint.keep_best": 0,
     }
     overrides |= {"train.log_every": 1, "model.schedule": "ssm", "eval.every": 2, "eval.batch": 4}
-    (run,) = plan_runs(str(Path(__file__).parents[2] / "configs" / "quickstart.py"), [{}], overrides)
+    (run,) = plan_runs("preset:quickstart", [{}], overrides)
     subprocess.run(run.command(tmp_path / "alone"), check=True, capture_output=True)
     out, error = launch_here([run], tmp_path / "shared", jobs=len(cores))
     assert error is None, out

@@ -15,14 +15,14 @@ pytestmark = pytest.mark.quick
 def test_a_probe_is_a_task(name):
     probe = PROBES[name]()
     overrides = {"data.task": name, "data.length": probe.length, "model.vocab": max(probe.vocab, 256)}
-    assert config.check(config.load("configs/quickstart.py", overrides)).data.probe == probe
+    assert config.check(config.load("preset:quickstart", overrides)).data.probe == probe
 
 
 @pytest.mark.parametrize("name", GENERATED)
 def test_batches_resume(name):
     probe = GENERATED[name]
     overrides = {"data.task": name, "data.length": probe.length, "model.vocab": max(probe.vocab, 256)}
-    dataset = load_dataset(config.check(config.load("configs/quickstart.py", overrides)).data)
+    dataset = load_dataset(config.check(config.load("preset:quickstart", overrides)).data)
     batches = dataset.train_batches(2, seed=4)
     for _ in range(3):
         next(batches)

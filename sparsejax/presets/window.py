@@ -1,11 +1,11 @@
 """Window: the quickstart with windows of 64 keys and 4 sinks in all five layers, at the same number of parameters.
 
-    sparsejax train --config=configs/window.py --workdir=runs/window
+    sparsejax train --config=preset:window --workdir=runs/window
 
 Reaches 2.296 bits per byte, where the quickstart reaches 2.091, in less than four minutes on 2 CPU cores.
 """
 
-from quickstart import get_config as get_quickstart
+from sparsejax.presets.quickstart import get_config as get_quickstart
 
 
 def get_config():

@@ -1,7 +1,7 @@
 """Longformer base: an encoder with windows of 256 keys on either side and global tokens that the batch selects.
 
-    sparsejax show --config=configs/longformer_base.py --length=4096
-    sparsejax train --config=configs/longformer_base.py:tiny --workdir=runs/longformer_base
+    sparsejax show --config=preset:longformer_base --length=4096
+    sparsejax train --config=preset:longformer_base:tiny --workdir=runs/longformer_base
 
 Each batch selects its global tokens (`layers.Extras.globals`), which have separate projections; the released
 weights have values for them, and this config counts them. Sizes: arXiv:2004.05150 and the released config.json
@@ -11,7 +11,7 @@ size is for the account and for loading. In the tiny form the pattern makes the 
 `:tiny` goes from 6.51 to 3.34 nats in 30 steps, which take 22 CPU seconds with compilation and evaluation.
 """
 
-import recipe
+from sparsejax.presets import recipe
 
 
 def get_config(argument=""):

@@ -1,12 +1,12 @@
 """Hybrid: the layers of the quickstart, seven of them, on windows of 512 bytes, for half an hour on 2 CPU cores.
 
-    sparsejax train --config=configs/hybrid.py --workdir=runs/hybrid
+    sparsejax train --config=preset:hybrid --workdir=runs/hybrid
 
 Reached 1.651 bits per byte on the validation text of CPython 3.11.7 (order-4 n-gram 2.253, gzip -9 1.965, xz -9e 1.672)
 in 38 minutes on 2 CPU cores that other work shared. See experiments/byte_lm.
 """
 
-from quickstart import get_config as get_quickstart
+from sparsejax.presets.quickstart import get_config as get_quickstart
 
 
 def get_config():

@@ -1,7 +1,7 @@
 """Griffin, as released in RecurrentGemma 2B: two layers of a gated linear recurrence per layer with windows of 2,048.
 
-    sparsejax show --config=configs/griffin.py --length=262144
-    sparsejax train --config=configs/griffin.py:tiny --workdir=runs/griffin
+    sparsejax show --config=preset:griffin --length=262144
+    sparsejax train --config=preset:griffin:tiny --workdir=runs/griffin
 
 All ten query heads share one key and value head; rotary positions apply to half of its width. Sizes: arXiv:2402.19427,
 arXiv:2404.07839 and the released config.json. Published: 2.7B parameters, of which the embedding has 0.7B
@@ -10,7 +10,7 @@ arXiv:2404.07839 and the released config.json. Published: 2.7B parameters, of wh
 `:tiny` goes from 5.42 to 2.79 nats in 30 steps, which take 31 CPU seconds with compilation and evaluation.
 """
 
-import recipe
+from sparsejax.presets import recipe
 
 
 def get_config(argument=""):

@@ -1,7 +1,7 @@
 """Qwen3-Next-80B-A3B: three layers of the gated delta rule, then one of gated attention; 10 of 512 experts per token.
 
-    sparsejax show --config=configs/qwen3_next.py --length=262144
-    sparsejax train --config=configs/qwen3_next.py:tiny --workdir=runs/qwen3_next
+    sparsejax show --config=preset:qwen3_next --length=262144
+    sparsejax train --config=preset:qwen3_next:tiny --workdir=runs/qwen3_next
 
 Attention is dense, with an output gate and rotary positions on a quarter of each head; a gated shared expert serves
 every token. Sizes: the released config.json; gated delta rule: arXiv:2412.06464. Published (model card): 80B
@@ -11,7 +11,7 @@ parameters, 79B without embeddings, 3B active. The last number is rounded and le
 `:tiny` goes from 6.08 to 2.96 nats in 30 steps, which take 72 CPU seconds with compilation and evaluation.
 """
 
-import recipe
+from sparsejax.presets import recipe
 
 
 def get_config(argument=""):

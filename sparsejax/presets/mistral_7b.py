@@ -1,7 +1,7 @@
 """Mistral 7B v0.1: causal windows of 4,096 keys in all 32 layers, with four query heads per key and value head.
 
-    sparsejax show --config=configs/mistral_7b.py --length=262144
-    sparsejax train --config=configs/mistral_7b.py:tiny --workdir=runs/mistral_7b
+    sparsejax show --config=preset:mistral_7b --length=262144
+    sparsejax train --config=preset:mistral_7b:tiny --workdir=runs/mistral_7b
 
 Sizes: arXiv:2310.06825, table 1, and the released config.json. Published: 7.24B parameters (7,241,732,096 in the
 checkpoint; the announcement rounds to 7.3B). The cache stops growing at the window: 0.50 GiB in bfloat16. The full size
@@ -10,7 +10,7 @@ is for the account and for loading.
 `:tiny` goes from 6.06 to 2.83 nats in 30 steps, which take 19 CPU seconds with compilation and evaluation.
 """
 
-import recipe
+from sparsejax.presets import recipe
 
 
 def get_config(argument=""):

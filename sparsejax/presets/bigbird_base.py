@@ -1,8 +1,8 @@
 """BigBird base: an encoder with neighbouring tiles, global tiles or tokens, and random tiles per layer.
 
-    sparsejax show --config=configs/bigbird_base.py:itc --length=4096
-    sparsejax show --config=configs/bigbird_base.py:etc --length=4096
-    sparsejax train --config=configs/bigbird_base.py:tiny --workdir=runs/bigbird_base
+    sparsejax show --config=preset:bigbird_base:itc --length=4096
+    sparsejax show --config=preset:bigbird_base:etc --length=4096
+    sparsejax train --config=preset:bigbird_base:tiny --workdir=runs/bigbird_base
 
 `:itc` (the default) has tiles of 64 tokens, of which the first and the last are global, and three random tiles per
 query tile. `:etc` has tiles of 84 tokens, 256 global tokens in front and no random tiles. Sizes: arXiv:2007.14062,
@@ -13,7 +13,7 @@ count twice where two draws coincide; `sparsejax.interop` loads them.)
 `:tiny` goes from 5.99 to 3.36 nats in 30 steps, which take 25 CPU seconds with compilation and evaluation.
 """
 
-import recipe
+from sparsejax.presets import recipe
 
 LAYERS = 12
 

@@ -1,7 +1,7 @@
 """Jamba v0.1: dense attention in one of eight layers, Mamba in the others, experts in every second, no positions.
 
-    sparsejax show --config=configs/jamba.py --length=262144
-    sparsejax train --config=configs/jamba.py:tiny --workdir=runs/jamba
+    sparsejax show --config=preset:jamba --length=262144
+    sparsejax train --config=preset:jamba:tiny --workdir=runs/jamba
 
 Layer i has attention where i % 8 == 4, and experts where i % 2 == 1. Jamba uses no sparse attention: its cache is small
 because only four of 32 layers have one. Sizes: arXiv:2403.19887 and the released config.json. Published: 52B
@@ -11,7 +11,7 @@ and for loading.
 `:tiny` goes from 6.04 to 2.32 nats in 30 steps, which take 75 CPU seconds with compilation and evaluation.
 """
 
-import recipe
+from sparsejax.presets import recipe
 
 PERIOD = "ssm ssm_experts ssm ssm_experts full ssm_experts ssm ssm_experts"
 

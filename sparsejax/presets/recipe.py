@@ -3,6 +3,7 @@
 from ml_collections import ConfigDict
 
 from sparsejax import schedule as schedules
+from sparsejax.errors import InputError
 
 # Sizes of tiny forms by kind. A key that the full form leaves out is left out.
 MIXERS = {
@@ -73,9 +74,14 @@ def choose(argument, full, length, **tiny):
     """
     if argument == "tiny":
         return make_run(shrink(full, **tiny), length=128, steps=30, batch=8, learning_rate=4e-3, warmup=5)
-    if argument:
-        raise ValueError(f"the argument {argument!r} is not tiny")
+    check_argument(argument, "", "tiny")
     return make_run(full, length=length, steps=100_000, batch=256, learning_rate=3e-4, warmup=2000)
+
+
+def check_argument(argument, *known):
+    """Raises InputError if the argument of a config is none of the known ones."""
+    if argument not in known:
+        raise InputError("argument", f"{argument!r} is not one of {', '.join(filter(None, known))}")
 
 
 def make_run(model, length, steps, batch, learning_rate, warmup):

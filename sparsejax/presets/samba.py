@@ -1,7 +1,7 @@
 """Samba 421M: alternating Mamba and windows of 2,048 keys, each followed by an MLP.
 
-    sparsejax show --config=configs/samba.py --length=262144
-    sparsejax train --config=configs/samba.py:tiny --workdir=runs/samba
+    sparsejax show --config=preset:samba --length=262144
+    sparsejax train --config=preset:samba:tiny --workdir=runs/samba
 
 Sizes: arXiv:2406.07522 and the configuration released with its code; the larger models of the paper, up to 3.8B, have
 the same schedule. Published: 421M parameters, with embedding and head tied. The full size is for the account, and small
@@ -10,7 +10,7 @@ enough to train on one accelerator.
 `:tiny` goes from 5.55 to 2.51 nats in 30 steps, which take 28 CPU seconds with compilation and evaluation.
 """
 
-import recipe
+from sparsejax.presets import recipe
 
 
 def get_config(argument=""):

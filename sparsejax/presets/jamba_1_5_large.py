@@ -1,7 +1,7 @@
 """Jamba 1.5 Large: the schedule of Jamba in 72 layers of width 8,192.
 
-    sparsejax show --config=configs/jamba_1_5_large.py --length=262144
-    sparsejax train --config=configs/jamba_1_5_large.py:tiny --workdir=runs/jamba_1_5_large
+    sparsejax show --config=preset:jamba_1_5_large --length=262144
+    sparsejax train --config=preset:jamba_1_5_large:tiny --workdir=runs/jamba_1_5_large
 
 There is no sparse attention: nine of 72 layers have dense attention, the others Mamba (the first version; the paper
 found Mamba-2 no better in a hybrid). Sizes: arXiv:2408.12570 and the released config.json. Published: 398B parameters,
@@ -10,8 +10,8 @@ found Mamba-2 no better in a hybrid). Sizes: arXiv:2408.12570 and the released c
 `:tiny` goes from 6.04 to 2.32 nats in 30 steps, which take 80 CPU seconds with compilation and evaluation.
 """
 
-import recipe
-from jamba import PERIOD, build
+from sparsejax.presets import recipe
+from sparsejax.presets.jamba import PERIOD, build
 
 
 def get_config(argument=""):

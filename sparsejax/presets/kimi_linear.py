@@ -1,7 +1,7 @@
 """Kimi Linear 48B-A3B: the delta rule with a decay per channel, latent attention in every fourth layer, no positions.
 
-    sparsejax show --config=configs/kimi_linear.py --length=262144
-    sparsejax train --config=configs/kimi_linear.py:tiny --workdir=runs/kimi_linear
+    sparsejax show --config=preset:kimi_linear --length=262144
+    sparsejax train --config=preset:kimi_linear:tiny --workdir=runs/kimi_linear
 
 Attention is dense, in layers 3, 7, 11, 15, 19, 23 and 26 of 27. The first layer has an MLP; the others have 256
 experts, eight of them per token, and a shared expert. Sizes: arXiv:2510.26692 and the released config.json. Published:
@@ -11,7 +11,7 @@ experts, eight of them per token, and a shared expert. Sizes: arXiv:2510.26692 a
 `:tiny` goes from 5.92 to 2.90 nats in 30 steps, which take 97 CPU seconds with compilation and evaluation.
 """
 
-import recipe
+from sparsejax.presets import recipe
 
 
 def get_config(argument=""):

@@ -1,7 +1,7 @@
 """Llama 4 Scout, the text model: three layers with attention in chunks of 8,192, then a full layer without positions.
 
-    sparsejax show --config=configs/llama4.py --length=262144
-    sparsejax train --config=configs/llama4.py:tiny --workdir=runs/llama4
+    sparsejax show --config=preset:llama4 --length=262144
+    sparsejax train --config=preset:llama4:tiny --workdir=runs/llama4
 
 Sizes: the released config.json. Published (model card): 109B parameters, 17B active, with the vision encoder and its
 projector, 0.87B that this model leaves out; the text model has 107.8B, of which 17.17B are active. It is in the style
@@ -12,7 +12,7 @@ size is for the account.
 `:tiny` goes from 5.98 to 3.00 nats in 30 steps, which take 34 CPU seconds with compilation and evaluation.
 """
 
-import recipe
+from sparsejax.presets import recipe
 
 
 def get_config(argument=""):

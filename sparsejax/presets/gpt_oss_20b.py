@@ -1,7 +1,7 @@
 """gpt-oss-20b: alternating windows of 128 keys and full attention, both with sink logits; 4 of 32 experts per token.
 
-    sparsejax show --config=configs/gpt_oss_20b.py --length=131072
-    sparsejax train --config=configs/gpt_oss_20b.py:tiny --workdir=runs/gpt_oss_20b
+    sparsejax show --config=preset:gpt_oss_20b --length=131072
+    sparsejax train --config=preset:gpt_oss_20b:tiny --workdir=runs/gpt_oss_20b
 
 Sizes: arXiv:2508.10925, the model card, and the released config.json. Published (table 1): 20.91B parameters, 3.61B
 active; the card counts the head as active, but not the embedding. The cache of the twelve full layers, with eight heads
@@ -11,7 +11,7 @@ at 256K; the windows add 3 MiB. The full size is for the account and for loading
 `:tiny` goes from 6.00 to 2.76 nats in 30 steps, which take 34 CPU seconds with compilation and evaluation.
 """
 
-import recipe
+from sparsejax.presets import recipe
 
 
 def get_config(argument=""):

@@ -1,7 +1,7 @@
 """MiniMax-Text-01: seven layers of lightning attention, then one of softmax attention, ten times; experts in all.
 
-    sparsejax show --config=configs/minimax_text_01.py --length=262144
-    sparsejax train --config=configs/minimax_text_01.py:tiny --workdir=runs/minimax_text_01
+    sparsejax show --config=preset:minimax_text_01 --length=262144
+    sparsejax train --config=preset:minimax_text_01:tiny --workdir=runs/minimax_text_01
 
 Layer i has softmax attention where i % 8 == 7, with rotary positions on half of each head. It is dense: MiniMax-01 uses
 no sparse attention. A residual connection adds the branch to its normalized input times (2 * 80) ** 0.25, not to the
@@ -11,7 +11,7 @@ without embedding and head; 48.4B with them. The full size is for the account.
 `:tiny` goes from 5.89 to 2.75 nats in 30 steps, which take 62 CPU seconds with compilation and evaluation.
 """
 
-import recipe
+from sparsejax.presets import recipe
 
 KEEP = 3.5565588200778455
 

@@ -1,7 +1,7 @@
 """Gemma 3, the 4B text model: five layers with windows of 1,024 keys per layer of full attention.
 
-    sparsejax show --config=configs/gemma3.py --length=131072
-    sparsejax train --config=configs/gemma3.py:tiny --workdir=runs/gemma3
+    sparsejax show --config=preset:gemma3 --length=131072
+    sparsejax train --config=preset:gemma3:tiny --workdir=runs/gemma3
 
 Norms precede and follow each branch and normalize queries and keys. Rotary positions have base 10,000 in windows, and
 base 1,000,000 with linear scaling by 8 in full layers. Sizes: arXiv:2503.19786 and the released config.json. Published
@@ -11,7 +11,7 @@ full size is for the account and for loading.
 `:tiny` goes from 5.57 to 2.67 nats in 30 steps, which take 30 CPU seconds with compilation and evaluation.
 """
 
-import recipe
+from sparsejax.presets import recipe
 
 
 def get_config(argument=""):

@@ -1,7 +1,7 @@
 """Nemotron-H 8B: 24 layers of Mamba-2, 24 MLP layers and four layers of full attention without positions.
 
-    sparsejax show --config=configs/nemotron_h.py --length=262144
-    sparsejax train --config=configs/nemotron_h.py:tiny --workdir=runs/nemotron_h
+    sparsejax show --config=preset:nemotron_h --length=262144
+    sparsejax train --config=preset:nemotron_h:tiny --workdir=runs/nemotron_h
 
 Attention is dense, in layers 7, 18, 29 and 40 of 52. Sizes: arXiv:2504.03624, table 1, and the released config.json.
 Published: 8.1B parameters. The full size is for the account and for loading.
@@ -9,7 +9,7 @@ Published: 8.1B parameters. The full size is for the account and for loading.
 `:tiny` goes from 5.92 to 2.52 nats in 30 steps, which take 74 CPU seconds with compilation and evaluation.
 """
 
-import recipe
+from sparsejax.presets import recipe
 
 
 def get_config(argument=""):
