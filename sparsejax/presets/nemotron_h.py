@@ -14,7 +14,7 @@ from sparsejax.presets import recipe
 
 def get_config(argument=""):
     norm = recipe.rms(1e-5)
-    ssm = recipe.mamba2(128, 64, 128, groups=8, norm_eps=1e-5, norm_groups=8, dt_floor=1e-3)
+    ssm = recipe.mamba2(128, 64, 128, groups=8, norm_eps=1e-5, norm_groups=8)
     full = recipe.model(
         vocab=131_072,
         width=4096,

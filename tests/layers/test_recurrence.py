@@ -63,3 +63,13 @@ def test_documents_are_as_if_each_were_alone(name):
     for start, stop in itertools.pairwise(borders):
         alone = steps(np.pad(x[:, start:stop], ((0, 0), (0, length - stop + start), (0, 0))))[:, : stop - start]
         assert_close(f"document of {stop - start}", packed[:, start:stop], alone, "float32")
+
+
+@EVERY
+def test_padding_on_the_left_changes_nothing(name):
+    kind, config = RECURRENT[name]
+    module, pad = build(config), 5
+    x = make_x(FIXED.get(kind, CHUNK) + pad + 3)
+    mask = jnp.broadcast_to(jnp.arange(x.shape[1]) >= pad, x.shape[:2])
+    padded = jax.jit(lambda x: module(x, Context(Tokens(mask=mask))))(x)
+    assert_close("tokens", padded[:, pad:], jax.jit(lambda x: module(x))(x[:, pad:]), "float32")

@@ -98,9 +98,15 @@ def backbone_tensors(tied: bool) -> list[TensorMap]:
 
 
 def read_limits(fields: Fields) -> dict[str, Any]:
-    """Reads the bounds of step sizes as fields of `Mamba2Config`; an infinite bound is None."""
+    """Reads the bounds of step sizes, by default (0, infinity), as fields of `Mamba2Config`.
+
+    `time_step_min` and `time_step_max` bound initial step sizes only. transformers 5.23 clamps the step sizes of
+    Nemotron-H and Zamba2 to `time_step_min` and ignores `time_step_limit`; the released models do not (Megatron-LM,
+    and transformers pull request 48989).
+    """
     low, high = fields.take("time_step_limit", None) or (0.0, math.inf)
-    return {"dt_floor": float(low), "dt_ceiling": None if math.isinf(high) else float(high)}
+    bounded = high is not None and math.isfinite(high)
+    return {"dt_floor": float(low), "dt_ceiling": float(high) if bounded else None}
 
 
 def mamba_tensors(source: str, target: str, config: MambaConfig) -> list[TensorMap]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from sparsejax.interop.huggingface import tensors
-from sparsejax.interop.huggingface.families.mamba import backbone_tensors, mamba2_tensors
+from sparsejax.interop.huggingface.families.mamba import backbone_tensors, mamba2_tensors, read_limits
 from sparsejax.interop.huggingface.fields import Fields
 from sparsejax.interop.huggingface.tensors import TensorMap, identity, linear, linears
 from sparsejax.interop.huggingface.translation import (
@@ -27,7 +27,7 @@ TYPES = {
 }
 # Initial step sizes, implementation choices, redundant keys, and multi-token prediction, which a forward pass omits.
 IGNORED = """
-    chunk_size time_step_max time_step_floor time_step_limit time_step_rank rescale_prenorm_residual residual_in_fp32
+    chunk_size time_step_min time_step_max time_step_floor time_step_rank rescale_prenorm_residual residual_in_fp32
     mamba_ssm_cache_dtype moe_shared_expert_overlap mtp_layers_block_type mtp_hybrid_override_pattern
     num_nextn_predict_layers n_shared_experts expand num_hidden_layers rms_norm_eps mamba_proj_bias
 """
@@ -96,10 +96,10 @@ def _read_mamba2(fields: Fields, eps: float) -> Mamba2Config:
         dt_max=0.1,
         norm_eps=eps,
         norm_groups=groups,
-        dt_floor=fields.take("time_step_min", 1e-3),  # a bound of all step sizes, not only of initial ones
         bias=bias,
         out_bias=bias,
         conv_bias=fields.take("use_conv_bias", True),
+        **read_limits(fields),
     )
 
 

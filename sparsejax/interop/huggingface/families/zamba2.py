@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from sparsejax.interop.huggingface import tensors
-from sparsejax.interop.huggingface.families.mamba import mamba2_tensors
+from sparsejax.interop.huggingface.families.mamba import mamba2_tensors, read_limits
 from sparsejax.interop.huggingface.fields import Fields
 from sparsejax.interop.huggingface.rope import read_rope
 from sparsejax.interop.huggingface.tensors import QKV, TensorMap, linear, norm, split, split_linear, transposed
@@ -17,9 +17,9 @@ DEFAULT_TYPES = "m mmmmmh mmmmmh mmmmmh mmmmmh mmmmmh mmmmmh mmmmmh mmmmh mmmh m
 
 def translate(fields: Fields) -> Translation:
     """Translates a `Zamba2Config`."""
-    fields.ignore("chunk_size", "time_step_max", "time_step_floor", "use_mem_eff_path", "num_query_groups")
+    fields.ignore("chunk_size", "time_step_min", "time_step_max", "time_step_floor", "use_mem_eff_path")
     fields.ignore("kv_channels", "attention_hidden_size", "hybrid_layer_ids", "num_hidden_layers", "mamba_headdim")
-    fields.ignore("use_conv_bias")  # the reference always has biases
+    fields.ignore("num_query_groups", "use_conv_bias")  # the reference always has biases
     fields.require("use_long_context", False)
     width, types = fields.take("hidden_size", 2560), _read_types(fields)
     layer_norm = NormConfig(kind="rms", eps=fields.take("rms_norm_eps", 1e-5))
@@ -80,10 +80,10 @@ def _read_mamba2(fields: Fields, width: int) -> Mamba2Config:
         dt_max=0.1,
         norm_eps=GATED_NORM_EPS,
         norm_groups=groups,
-        dt_floor=fields.take("time_step_min", 1e-3),  # a bound of all step sizes, not only of initial ones
         bias=bias,
         out_bias=bias,
         conv_bias=True,
+        **read_limits(fields),
     )
 
 
