@@ -5,7 +5,8 @@ import time
 
 import pytest
 
-from scripts import gpu_bench
+from benchmarks import gpu
+from benchmarks.__main__ import main
 from tests.messages import check_message
 
 WORKER = """#!/usr/bin/env python3
@@ -21,16 +22,16 @@ for number in range(skip, {cases}):
 @pytest.fixture
 def run(tmp_path, monkeypatch):
     """Runs a part of four cases with a worker that fails at the second."""
-    cases = [gpu_bench.Case(gpu_bench.WINDOW, 1024 * n) for n in (1, 2, 3, 4)]
-    monkeypatch.setattr(gpu_bench, "FLEX", cases)
-    monkeypatch.setattr(gpu_bench, "PATIENCE", 5.0)
+    cases = [gpu.Case(gpu.WINDOW, 1024 * n) for n in (1, 2, 3, 4)]
+    monkeypatch.setattr(gpu, "FLEX", cases)
+    monkeypatch.setattr(gpu, "PATIENCE", 5.0)
 
     def start(trouble: str, seconds: float = 60.0) -> list[dict]:
         worker = tmp_path / "worker"
         worker.write_text(WORKER.format(cases=len(cases), trouble=trouble))
         worker.chmod(0o755)
-        options = argparse.Namespace(torch=str(worker), rehearse=False, only="")
-        return list(gpu_bench.run_part("flex", options, time.monotonic() + seconds))
+        options = argparse.Namespace(torch=str(worker), quick=False, only="")
+        return list(gpu.run_part("flex", options, time.monotonic() + seconds))
 
     return start
 
@@ -58,17 +59,15 @@ def test_the_time_limit_holds(run):
 
 
 def test_ratios_and_goals():
-    record = {part: [] for part in gpu_bench.SHARES}
-    for case in gpu_bench.TIMED:
+    record = {part: [] for part in gpu.SHARES}
+    for case in gpu.TIMED:
         times = {"gpu": {"forward": 1.0, "backward": 2.5}}
-        if case.pattern == gpu_bench.DENSE:
+        if case.pattern == gpu.DENSE:
             times["cudnn"] = {"forward": 7.0, "backward": 17.5}
-        record["time"].append(gpu_bench.describe(case) | {"error": None, "times": times})
-    flex = gpu_bench.Case("causal & window(511)")
-    record["flex"].append(
-        gpu_bench.describe(flex) | {"error": None, "times": {"flex": {"forward": 1.5, "backward": 2.0}}}
-    )
-    values = {name: value for name, value, *_ in gpu_bench.compare_with_goals(record)}
+        record["time"].append(gpu.describe(case) | {"error": None, "times": times})
+    flex = gpu.Case("causal & window(511)")
+    record["flex"].append(gpu.describe(flex) | {"error": None, "times": {"flex": {"forward": 1.5, "backward": 2.0}}})
+    values = {name: value for name, value, *_ in gpu.compare_with_goals(record)}
     # 8.71875 tiles per row, 128 rows, 16 heads, 4 * 128 operations per pair of a tile
     flops = 8.71875 * 128 * 128**2 * 16 * 4 * 128
     assert values["forward, window 1024 (TFLOP/s)"] == pytest.approx(flops / 1e-3 / 1e12)
@@ -78,18 +77,17 @@ def test_ratios_and_goals():
     assert values["both passes, dense cuDNN / window 1024"] == 7.0
     assert values["forward, dense cuDNN / sparsejax, minimum over density <= 0.5"] == 7.0
     record |= {"gpu": {"before": None}, "date": "2026-01-01", "versions": {}}
-    record["check"] = [gpu_bench.describe(flex) | {"error": "ArithmeticError: out: error 1.0"}]
+    record["check"] = [gpu.describe(flex) | {"error": "ArithmeticError: out: error 1.0"}]
     assert "| causal & window(511), 16,384 x 16 heads of 128 | 4.9 | 1.000 + 2.500 |  | 1.500 + 2.000 |" in (
-        gpu_bench.write_table(record)
+        gpu.write_table(record)
     )
-    assert "heads of 128 | ArithmeticError: out: error 1.0 |" in gpu_bench.write_table(record)
-    assert "not measured" in gpu_bench.write_table(record | {"time": [], "flex": []})
+    assert "heads of 128 | ArithmeticError: out: error 1.0 |" in gpu.write_table(record)
+    assert "not measured" in gpu.write_table(record | {"time": [], "flex": []})
 
 
 def test_without_a_gpu_nothing_is_measured(monkeypatch, capsys, tmp_path):
     out = tmp_path / "out.json"
-    monkeypatch.setattr("sys.argv", ["gpu_bench.py", "--out", str(out)])
-    monkeypatch.setattr(gpu_bench, "describe_gpu", lambda: None)
-    assert gpu_bench.main() == 2
+    monkeypatch.setattr(gpu, "describe_gpu", lambda: None)
+    assert main(["gpu", f"--out={out}"]) == 2
     check_message(capsys.readouterr().err.removesuffix("\n"))
     assert not out.exists()

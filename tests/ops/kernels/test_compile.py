@@ -1,21 +1,21 @@
-"""The kernels compile for TPUs and Hopper GPUs; scripts/compile_check.py has the whole matrix."""
+"""The kernels compile for TPUs and Hopper GPUs; `python -m benchmarks compile` has the whole matrix."""
 
 import jax
 import pytest
 
-from scripts import compile_check
+from benchmarks import compile as compile_check
 
 
 def skip_unless_installed(target: str):
     if not compile_check.compiler_folder(target).is_dir():
-        pytest.skip(f"no compiler; `scripts/compile_check.py {target} --install` installs it")
+        pytest.skip(f"no compiler; `python -m benchmarks compile {target} --install` installs it")
 
 
 def test_forward_and_backward_compile_for_v5e():
     skip_unless_installed("tpu")
     (row,) = compile_check.run_part("compile", "v5e", "1")
     assert row["error"] is None
-    assert row["case"] == "causal & window(1023): 8192, heads 8:2 of 128, bfloat16"
+    assert row["case"] == "causal & window(1023), 8,192 x 8:2 heads of 128"
 
 
 @pytest.mark.skipif(jax.__version_info__ < (0, 11), reason="the GPU kernels need jax 0.11")

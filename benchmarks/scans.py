@@ -1,34 +1,36 @@
-"""Compares the scans of `sparsejax.ops` with plain implementations on a CPU, forward and backward.
-
-    python scripts/measure_scans.py [--out FILE.json] [--only PART ...] [--length N]
+"""How fast are the scans of `sparsejax.ops` on a CPU, forward and backward, compared with plain implementations?
 
 Cases: `mamba`, 512 channels with a state of 16; `ssd`, 8 heads of width 64 with a state of 64; `ssd_128`, a state of
 128; `lightning`, `ssd` with dt = 1 and B and C per head. Batch size 1, float32, two cores. The plain implementations
-are one `jax.lax.scan` and one `jax.lax.associative_scan` over all positions. The parts of the measurement are the
-cases, `chunks` (sparsejax by chunk) and `growth` (sparsejax by length). The contenders of a part alternate; times are
-medians.
+are one `jax.lax.scan` and one `jax.lax.associative_scan` over all positions. The parts of the benchmark are the cases,
+`chunks` (sparsejax by chunk) and `growth` (sparsejax by length).
 """
 
 from __future__ import annotations
 
 import argparse
 import functools
-import importlib.metadata
-import json
-import os
-import platform
-from collections.abc import Callable
-from pathlib import Path
+from collections.abc import Callable, Sequence
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from harness import Contender, fit_exponents, jax_contender, print_table, relative_error, time_alternating
-from protocol import HEADS, WIDTH, pin_cores
 
+from benchmarks.harness import (
+    HEADS,
+    WIDTH,
+    Contender,
+    Save,
+    add_parts,
+    fit_exponents,
+    jax_contender,
+    pin_cores,
+    race,
+    relative_error,
+    run_parts,
+)
 from sparsejax.ops import selective_scan, ssd
 
-COMMAND = "python scripts/measure_scans.py --out FILE.json"
 LENGTH = 4096
 GROWTH_LENGTHS = (1024, 2048, 4096, 8192, 16384)
 CHUNKS = (16, 32, 64, 128)
@@ -112,70 +114,55 @@ def scan_contender(scan: Callable, case: str, length: int) -> Contender:
     return jax_contender(scan, inputs, tuple(cotangents))
 
 
-def race(make: dict[str, Callable[[], Contender]], error: Callable | None = relative_error) -> dict:
-    """Times the contenders; returns their rows, and the load average of the machine before and after."""
-    load = os.getloadavg()[0]
-    rows = time_alternating(make, error)
-    return {"load": [load, os.getloadavg()[0]], "contenders": rows}
-
-
 def measure_case(case: str, length: int) -> dict:
     """Compares the scan of sparsejax with the two plain implementations."""
     scans = {"sparsejax": our_scan(case), "lax.scan": sequential, "associative_scan": associative}
-    result = race({name: functools.partial(scan_contender, scan, case, length) for name, scan in scans.items()})
-    rows = result["contenders"]
+    make = {name: functools.partial(scan_contender, scan, case, length) for name, scan in scans.items()}
+    rows = race(make, relative_error)
     ratios = {
         f"{name} / sparsejax, {field}": rows[name][field] / rows["sparsejax"][field]
         for name in ("lax.scan", "associative_scan")
         for field in ("seconds", "temporary_mib")
     }
-    return {"title": f"{case}, {length} positions", "length": length, **result, "ratios": ratios}
+    title = f"{case}, {length} positions"
+    return {"title": title, "length": length, "contenders": rows, "ratios": ratios}
 
 
-def measure_growth(case: str) -> dict:
+def measure_growth(case: str, lengths: Sequence[int]) -> dict:
     """Measures the scan of sparsejax at growing lengths, and fits the exponents of time and memory."""
     scan = our_scan(case)
-    result = race({str(n): functools.partial(scan_contender, scan, case, n) for n in GROWTH_LENGTHS}, error=None)
-    return {"title": f"{case} by length", **result, "ratios": fit_exponents(result["contenders"])}
+    rows = race({str(n): functools.partial(scan_contender, scan, case, n) for n in lengths}, error=None)
+    return {"title": f"{case} by length", "contenders": rows, "ratios": fit_exponents(rows)}
 
 
 def measure_chunks(case: str, length: int) -> dict:
     """Measures the scan of sparsejax by chunk, and computes the size of the saved states, one per chunk."""
     scan = our_scan(case)
     chunked = {str(chunk): functools.partial(scan, chunk=chunk) for chunk in CHUNKS}
-    result = race({name: functools.partial(scan_contender, scan, case, length) for name, scan in chunked.items()})
-    rows = result["contenders"]
+    make = {name: functools.partial(scan_contender, scan, case, length) for name, scan in chunked.items()}
+    rows = race(make, relative_error)
     state_mib = draw_inputs(case, 1)[0][-1].nbytes / 2**20
     for name, row in rows.items():
         row["states_mib"] = -(-length // int(name)) * state_mib
     best = min(rows, key=lambda name: rows[name]["seconds"])
     ratios = {"fastest chunk": int(best), "MiB of one state per position": length * state_mib}
-    return {"title": f"{case} by chunk, {length} positions", "length": length, **result, "ratios": ratios}
+    title = f"{case} by chunk, {length} positions"
+    return {"title": title, "length": length, "contenders": rows, "ratios": ratios}
 
 
-def main() -> None:
-    """Prints a table per part, and writes the measurements to `--out` after every part."""
-    parts = (*CASES, "chunks", "growth")
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--out", type=Path, help="JSON file to write")
-    parser.add_argument("--only", nargs="+", choices=parts, default=parts, help="parts to measure; all by default")
-    parser.add_argument("--length", type=int, default=LENGTH, help="positions, except in `growth`")
-    options = parser.parse_args()
-    record = {"command": COMMAND, "python": platform.python_version(), "machine": platform.machine()}
-    record |= {"cores": len(pin_cores()), "load_before": os.getloadavg()}
-    record |= {name: importlib.metadata.version(name) for name in ("jax", "jaxlib", "numpy")}
-    measures = {case: functools.partial(measure_case, case, options.length) for case in CASES}
-    measures["chunks"] = lambda: [measure_chunks(case, options.length) for case in CASES]
-    measures["growth"] = lambda: [measure_growth(case) for case in CASES]
-    for part in options.only:
-        print(f"{part}:", flush=True)
-        record[part] = measures[part]()
-        for result in record[part] if isinstance(record[part], list) else [record[part]]:
-            print_table(result["title"], result)
-        if options.out:
-            options.out.parent.mkdir(parents=True, exist_ok=True)
-            options.out.write_text(json.dumps(record, indent=1) + "\n")
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Adds the options."""
+    add_parts(parser, (*CASES, "chunks", "growth"))
+    parser.add_argument(
+        "--length", type=int, default=LENGTH, help=f"positions, except in `growth`; defaults to {LENGTH}"
+    )
 
 
-if __name__ == "__main__":
-    main()
+def run(options: argparse.Namespace, save: Save) -> None:
+    """Measures the parts."""
+    pin_cores()
+    length, lengths = (256, (256, 512)) if options.quick else (options.length, GROWTH_LENGTHS)
+    measures = {case: lambda case=case: [measure_case(case, length)] for case in CASES}
+    measures["chunks"] = lambda: [measure_chunks(case, length) for case in CASES]
+    measures["growth"] = lambda: [measure_growth(case, lengths) for case in CASES]
+    run_parts(measures, options.only, save)

@@ -1,4 +1,4 @@
-"""The PyTorch process of `measure_cpu_attention.py` and `measure_layouts.py`.
+"""The PyTorch process of the benchmarks `cpu_attention` and `layouts`.
 
 It runs under a Python interpreter with torch and transformers, so that the thread pools of PyTorch and XLA do not share
 the cores. It reads one JSON request per line of standard input, and writes one JSON response per line:
@@ -11,10 +11,8 @@ the cores. It reads one JSON request per line of standard input, and writes one 
 from __future__ import annotations
 
 import functools
-import json
 import platform
 import resource
-import sys
 import time
 from pathlib import Path
 from typing import NamedTuple
@@ -22,11 +20,23 @@ from typing import NamedTuple
 import numpy as np
 import torch
 import transformers
-from protocol import BIG_BIRD_TILE, HEADS, LEFT, RADIUS, RANDOM_TILES, SINK, THREADS, WIDTH, draw_arrays
 from torch.nn import functional
 from torch.nn.attention import flex_attention
 from transformers.models.big_bird import modeling_big_bird
 from transformers.models.longformer import modeling_longformer
+
+from benchmarks.harness import (
+    BIG_BIRD_TILE,
+    HEADS,
+    LEFT,
+    RADIUS,
+    RANDOM_TILES,
+    SINK,
+    THREADS,
+    WIDTH,
+    draw_arrays,
+    serve,
+)
 
 
 class Inputs(NamedTuple):
@@ -204,19 +214,7 @@ def report_versions() -> dict:
     }
 
 
-def main() -> None:
-    """Serves requests until standard input ends."""
+if __name__ == "__main__":
     torch.set_num_threads(THREADS)
     actions = {"versions": report_versions, "attend": time_attention, "layout": time_layout}
-    for line in sys.stdin:
-        request = json.loads(line)
-        action = actions[request.pop("do")]
-        try:
-            response = action(**request)
-        except (RuntimeError, MemoryError) as error:
-            response = {"error": str(error).splitlines()[0]}
-        print(json.dumps(response), flush=True)
-
-
-if __name__ == "__main__":
-    main()
+    serve(actions, errors=(RuntimeError, MemoryError))

@@ -1,4 +1,4 @@
-"""sparsejax attention on several CPU devices, for `measure_cpu_attention.py`.
+"""sparsejax attention on several CPU devices, for the benchmark `cpu_attention`.
 
 It runs in a separate process because JAX fixes the number of devices when it starts
 (`XLA_FLAGS=--xla_force_host_platform_device_count=N`). It reads one JSON request per line of standard input, and writes
@@ -11,16 +11,14 @@ one JSON response per line:
 from __future__ import annotations
 
 import functools
-import json
-import sys
 import time
 from collections.abc import Callable
 
 import jax
 import numpy as np
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
-from protocol import draw_arrays
 
+from benchmarks.harness import draw_arrays, serve
 from sparsejax import patterns
 from sparsejax.ops import attend
 
@@ -57,13 +55,5 @@ def report_memory(pattern: str, length: int) -> dict:
     return {"mib": jax.device_count() * compiled.memory_analysis().temp_size_in_bytes / 2**20}
 
 
-def main() -> None:
-    """Serves requests until standard input ends."""
-    actions = {"attend": time_attention, "memory": report_memory}
-    for line in sys.stdin:
-        request = json.loads(line)
-        print(json.dumps(actions[request.pop("do")](**request)), flush=True)
-
-
 if __name__ == "__main__":
-    main()
+    serve({"attend": time_attention, "memory": report_memory})

@@ -1,38 +1,43 @@
-"""Compares `gather` on a CPU with dense attention and with PyTorch, forward and backward.
-
-    python scripts/measure_cpu_attention.py --torch TORCH_PYTHON [--out FILE.json] [--only PART ...]
+"""How fast is `gather` on a CPU, forward and backward, compared with dense attention and with PyTorch?
 
 The measured function is the core of one layer: 8 heads of width 64, batch size 1, float32, two cores. `gather, devices`
 runs on one JAX device per core and shards the heads over them. TORCH_PYTHON is a Python interpreter with torch and
-transformers; without it only JAX is measured. The parts of the measurement are `window`, `big_bird`, `growth` (by
-length) and `tiles` (by tile size); parts of FILE.json that are not measured again stay. The contenders of a part
-alternate; times are medians.
+transformers; without it only JAX is measured. The parts of the benchmark are `window`, `big_bird`, `growth` (by length)
+and `tiles` (by tile size).
 """
 
 from __future__ import annotations
 
 import argparse
 import functools
-import importlib.metadata
-import json
-import os
-import platform
 import sys
 import tempfile
-from collections.abc import Callable
-from pathlib import Path
+from collections.abc import Callable, Sequence
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from harness import Contender, fit_exponents, jax_contender, print_table, time_alternating
-from protocol import BIG_BIRD_TILE, RADIUS, RANDOM_TILES, WIDTH, OtherProcess, draw_arrays, pin_cores
 
+from benchmarks.harness import (
+    BIG_BIRD_TILE,
+    RADIUS,
+    RANDOM_TILES,
+    WIDTH,
+    Contender,
+    OtherProcess,
+    Save,
+    add_parts,
+    draw_arrays,
+    fit_exponents,
+    jax_contender,
+    pin_cores,
+    race,
+    run_parts,
+)
 from sparsejax import patterns
 from sparsejax.ops import attend, gather
 from sparsejax.ops.call import AttentionCall
 
-COMMAND = "python scripts/measure_cpu_attention.py --torch TORCH_PYTHON --out FILE.json"
 WINDOW = patterns.parse(f"window({RADIUS}, {RADIUS})")
 WINDOW_LENGTH, BIG_BIRD_LENGTH = 8192, 4096  # 4096 is the length of the published BigBird models
 GROWTH_LENGTHS = (4096, 8192, 16384, 32768, 65536)
@@ -60,12 +65,12 @@ def attention_contender(attention: Callable, length: int) -> Contender:
 
 
 def torch_contender(torch: OtherProcess, name: str, length: int) -> Contender:
-    """Returns a contender of `torch_contenders.py`."""
+    """Returns a contender of `benchmarks.workers.torch`."""
     return Contender(functools.partial(run_remotely, torch, contender=name, length=length))
 
 
 def device_contender(devices: OtherProcess, pattern: patterns.Pattern, length: int) -> Contender:
-    """Returns the contender of `device_contenders.py`."""
+    """Returns the contender of `benchmarks.workers.devices`."""
     fields = {"pattern": str(pattern), "length": length}
     memory = devices.request(do="memory", **fields)["mib"]
     return Contender(functools.partial(run_remotely, devices, **fields), memory)
@@ -112,24 +117,23 @@ def measure_window(devices: OtherProcess, torch: OtherProcess | None, length: in
     make[DEVICES] = functools.partial(device_contender, devices, WINDOW, length)
     if torch:
         make |= {name: functools.partial(torch_contender, torch, name, length) for name in TORCH_WINDOW}
-    rows = time_alternating(make)
+    rows = race(make)
     others = {"best dense JAX": min_seconds(rows, list(attentions)[1:])}
     if torch:
         others["best PyTorch"] = min_seconds(rows, TORCH_WINDOW)
     ratios = compare(others, rows)
-    return {"pattern": str(WINDOW), "length": length, "contenders": rows, "ratios": ratios}
+    return result_of(WINDOW, length, rows, ratios)
 
 
-def measure_big_bird(devices: OtherProcess, torch: OtherProcess | None) -> dict:
+def measure_big_bird(devices: OtherProcess, torch: OtherProcess | None, length: int) -> dict:
     """Compares times only: random tiles are shared by all heads here and differ per head in transformers."""
-    length = BIG_BIRD_LENGTH
     make = {"gather": functools.partial(attention_contender, sparsejax_attention("gather", BIG_BIRD), length)}
     make[DEVICES] = functools.partial(device_contender, devices, BIG_BIRD, length)
     if torch:
         make |= {name: functools.partial(torch_contender, torch, name, length) for name in TORCH_BIG_BIRD}
-    rows = time_alternating(make, error=None)
+    rows = race(make, error=None)
     ratios = compare({name: rows[name]["seconds"] for name in TORCH_BIG_BIRD if name in rows}, rows)
-    return {"pattern": str(BIG_BIRD), "length": length, "contenders": rows, "ratios": ratios}
+    return result_of(BIG_BIRD, length, rows, ratios)
 
 
 def compare(others: dict[str, float], rows: dict[str, dict]) -> dict[str, float]:
@@ -137,24 +141,24 @@ def compare(others: dict[str, float], rows: dict[str, dict]) -> dict[str, float]
     return {f"{name} / {ours}": time / rows[ours]["seconds"] for name, time in others.items() for ours in OURS}
 
 
-def measure_growth() -> dict:
+def measure_growth(lengths: Sequence[int]) -> dict:
     """Measures the window at growing lengths, and fits the exponents of time and memory."""
     run = sparsejax_attention("gather", WINDOW)
-    make = {str(n): functools.partial(attention_contender, run, n) for n in GROWTH_LENGTHS}
-    rows = time_alternating(make, error=None)
-    return {"pattern": str(WINDOW), "contenders": rows, "ratios": fit_exponents(rows)}
+    make = {str(n): functools.partial(attention_contender, run, n) for n in lengths}
+    rows = race(make, error=None)
+    return result_of(WINDOW, None, rows, fit_exponents(rows))
 
 
-def measure_tiles() -> list[dict]:
+def measure_tiles(cases: Sequence[tuple[int, str]]) -> list[dict]:
     """Measures `gather` by tile size on several patterns and lengths."""
     results = []
-    for length, text in TILE_CASES:
+    for length, text in cases:
         print(f"  {text}, {length} tokens", flush=True)
         runs = {str(tile): tiled_attention(patterns.parse(text), tile) for tile in TILES}
         make = {name: functools.partial(attention_contender, run, length) for name, run in runs.items()}
-        rows = time_alternating(make)
+        rows = race(make)
         ratios = {"best tile": float(min(rows, key=lambda name: rows[name]["seconds"]))}
-        results.append({"pattern": text, "length": length, "contenders": rows, "ratios": ratios})
+        results.append(result_of(text, length, rows, ratios))
     return results
 
 
@@ -163,41 +167,33 @@ def min_seconds(rows: dict[str, dict], names: list[str]) -> float:
     return min(rows[name]["seconds"] for name in names)
 
 
-def main() -> None:
-    """Prints a table per part, and writes the measurements to `--out` after every part."""
-    parts = ("window", "big_bird", "growth", "tiles")
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--torch", help="a Python interpreter with torch and transformers")
-    parser.add_argument("--out", type=Path, help="JSON file to write")
-    parser.add_argument("--only", nargs="+", choices=parts, default=parts, help="parts to measure; all by default")
-    parser.add_argument("--length", type=int, default=WINDOW_LENGTH, help="tokens in `window`, a multiple of 512")
-    options = parser.parse_args()
-    facts = {"command": COMMAND, "python": platform.python_version(), "machine": platform.machine()}
-    facts |= {"cores": len(pin_cores())}
-    facts |= {name: importlib.metadata.version(name) for name in ("jax", "jaxlib", "numpy")}
-    devices = OtherProcess(sys.executable, "device_contenders.py", XLA_FLAGS=f"{DEVICE_FLAG}={facts['cores']}")
-    torch = OtherProcess(options.torch) if options.torch else None
-    if torch:
-        facts["torch_side"] = torch.request(do="versions")
-    else:
+def result_of(pattern: object, length: int | None, rows: dict[str, dict], ratios: dict[str, float]) -> dict:
+    """Returns the result of a part."""
+    title = str(pattern) if length is None else f"{pattern}, {length} tokens"
+    return {"title": title, "pattern": str(pattern), "length": length, "contenders": rows, "ratios": ratios}
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Adds the options."""
+    parser.add_argument("--torch", metavar="TORCH_PYTHON", help="a Python interpreter with torch and transformers")
+    add_parts(parser, ("window", "big_bird", "growth", "tiles"))
+
+
+def run(options: argparse.Namespace, save: Save) -> None:
+    """Measures the parts."""
+    window, big_bird, growth, tiles = WINDOW_LENGTH, BIG_BIRD_LENGTH, GROWTH_LENGTHS, TILE_CASES
+    if options.quick:
+        window, big_bird, growth, tiles = 1024, 1024, (1024, 2048), TILE_CASES[:1]
+    cores = pin_cores()
+    devices = OtherProcess(sys.executable, "benchmarks.workers.devices", XLA_FLAGS=f"{DEVICE_FLAG}={len(cores)}")
+    torch = OtherProcess(options.torch, "benchmarks.workers.torch") if options.torch else None
+    if torch is None:
         print("no --torch: skipping PyTorch")
+    facts = {"torch_side": torch.request(do="versions") if torch else None}
     measures = {
-        "window": functools.partial(measure_window, devices, torch, options.length),
-        "big_bird": functools.partial(measure_big_bird, devices, torch),
-        "growth": measure_growth,
-        "tiles": measure_tiles,
+        "window": lambda: [measure_window(devices, torch, window)],
+        "big_bird": lambda: [measure_big_bird(devices, torch, big_bird)],
+        "growth": lambda: [measure_growth(growth)],
+        "tiles": lambda: measure_tiles(tiles),
     }
-    record = json.loads(options.out.read_text()) if options.out and options.out.exists() else {}
-    for part in options.only:
-        print(f"{part}:", flush=True)
-        record[f"{part}_on"] = facts | {"load_before": os.getloadavg()[0]}
-        record[part] = measures[part]()
-        for result in record[part] if isinstance(record[part], list) else [record[part]]:
-            tokens = f", {result['length']} tokens" if "length" in result else ""
-            print_table(result["pattern"] + tokens, result)
-        if options.out:
-            options.out.write_text(json.dumps(record, indent=1) + "\n")
-
-
-if __name__ == "__main__":
-    main()
+    run_parts(measures, options.only, lambda record: save(facts | record))

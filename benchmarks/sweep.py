@@ -1,10 +1,8 @@
-"""Measures the overhead of a sweep of tiny runs, one at a time, over the same command lines in sequence.
-
-    python scripts/measure_sweep.py [--runs 30] [--out FILE.json]
+"""How much time does a sweep of tiny runs, one at a time, add to the same command lines in sequence?
 
 Half of the command lines run before the sweep and half after it, so that a linear drift of the machine's load cancels.
-The overhead per run is the difference of the total times, divided by the number of runs. To break it down, the script
-also launches commands that do nothing (`true`) as runs, and times the imports of each process.
+The overhead per run is the difference of the total times, divided by the number of runs. To break it down, the
+benchmark also launches commands that do nothing (`true`) as runs, and times the imports of each process.
 """
 
 from __future__ import annotations
@@ -12,19 +10,17 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import statistics
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
-import jax
-
+from benchmarks.harness import ROOT, Save, alternate, timed
 from sparsejax.sweep import Run, grid, plan_runs
 
-CONFIG = Path(__file__).parents[1] / "configs" / "mqar.py"
+CONFIG = ROOT / "configs" / "mqar.py"
 SETTINGS = {"train.steps": 2, "train.batch": 2, "model.schedule": "full", "checkpoint.every": 2, "eval.every": 2}
 IMPORTS = {
     "python": "pass",
@@ -32,17 +28,10 @@ IMPORTS = {
     "python and the imports of submitit's job": "import submitit.core._submit, submitit.core.submission, sparsejax.job",
     "python and the imports of the launcher": "import sparsejax.cli",
 }
-REPEATS = 5
+REPETITIONS = 5
 
 
-def timed(work: Callable[[], object]) -> float:
-    """Calls a function; returns the seconds that it takes."""
-    start = time.perf_counter()
-    work()
-    return time.perf_counter() - start
-
-
-def run(command: Sequence[str]) -> None:
+def execute(command: Sequence[str]) -> None:
     """Runs a command; exits with its output if it fails."""
     process = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, text=True)
     if process.returncode:
@@ -78,15 +67,14 @@ def measure(count: int, folder: Path) -> dict[str, object]:
     options = [f"--config={CONFIG}", f"--sweep=seed=range({count})", f"--workdir={folder / 'sweep'}", "--jobs=1"]
     sweep = [sys.executable, "-m", "sparsejax", "sweep", *options, *settings]
     warm_up = plan_runs(str(CONFIG), [{"train.seed": count}], SETTINGS)[0]
-    run(warm_up.command(folder / "warm"))  # fills the compilation cache
+    execute(warm_up.command(folder / "warm"))  # fills the compilation cache
     half = count // 2
-    serial = [timed(lambda command=command: run(command)) for command in commands[:half]]
-    whole = timed(lambda: run(sweep))
-    serial += [timed(lambda command=command: run(command)) for command in commands[half:]]
-    imports = {
-        name: statistics.median(timed(lambda code=code: run([sys.executable, "-c", code])) for _ in range(REPEATS))
-        for name, code in IMPORTS.items()
-    }
+    serial = [timed(lambda command=command: execute(command)) for command in commands[:half]]
+    whole = timed(lambda: execute(sweep))
+    serial += [timed(lambda command=command: execute(command)) for command in commands[half:]]
+    commands = {name: [sys.executable, "-c", code] for name, code in IMPORTS.items()}
+    starts = {name: lambda command=command: timed(lambda: execute(command)) for name, command in commands.items()}
+    imports = {name: row["seconds"] for name, row in alternate(starts, REPETITIONS).items()}
     return {
         "runs": count,
         "sweep": whole,
@@ -98,24 +86,16 @@ def measure(count: int, folder: Path) -> dict[str, object]:
     }
 
 
-def main() -> None:
-    """Prints the measurement, and writes it to `--out`."""
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Adds the options."""
     parser.add_argument("--runs", type=int, default=30, help="number of runs; defaults to 30")
-    parser.add_argument("--out", type=Path, help="JSON file to write")
-    options = parser.parse_args()
+
+
+def run(options: argparse.Namespace, save: Save) -> None:
+    """Measures a sweep with an empty compilation cache."""
     with tempfile.TemporaryDirectory(prefix="sparsejax-sweep-") as name:
         cache = {"JAX_COMPILATION_CACHE_DIR": f"{name}/compiled", "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}
         os.environ |= cache
-        load = os.getloadavg()[0]
-        measured = measure(options.runs, Path(name))
-    about = {"python": sys.version.split()[0], "jax": jax.__version__, "cores": os.cpu_count(), "load before": load}
-    text = json.dumps(about | measured, indent=1)
-    print(text)
-    if options.out:
-        options.out.parent.mkdir(parents=True, exist_ok=True)
-        options.out.write_text(text + "\n")
-
-
-if __name__ == "__main__":
-    main()
+        measured = measure(2 if options.quick else options.runs, Path(name))
+    print(json.dumps(measured, indent=1))
+    save(measured)

@@ -1,11 +1,9 @@
-"""Checks and times the kernels on a Hopper GPU, next to cuDNN and FlexAttention.
+"""Are the kernels correct and fast on a Hopper GPU, next to cuDNN and FlexAttention?
 
-    python scripts/gpu_bench.py --out benchmarks/NAME.json --table benchmarks/NAME.md
-    python scripts/gpu_bench.py --rehearse --minutes 60     # the same on a CPU, tiny and interpreted
-
-One run takes at most `--minutes` (9) and no network. It needs jax 0.11 with CUDA, and PyTorch for FlexAttention
+A run takes at most `--minutes` (9) and no network. It needs jax 0.11 with CUDA, and PyTorch for FlexAttention
 (`--torch`: a different Python that has it). Worker processes do the work. A worker that does not answer is stopped and
 replaced by one that starts with the next case, so a kernel that hangs costs one row. Rows are written as they arrive.
+`--quick` runs tiny cases on a CPU, interpreted (jax 0.12).
 
 Times are medians of 21 samples; a sample is 10 ms of consecutive calls. The backward pass is timed alone, from the
 residuals of the forward pass. FLOPs are those of whole live tiles: 4 d per pair forward, 10 d backward, however often a
@@ -16,14 +14,11 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import datetime
 import functools
-import importlib.metadata
 import json
 import math
 import operator
 import os
-import platform
 import queue
 import statistics
 import subprocess
@@ -31,13 +26,9 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
-from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))
-
-from sparsejax.patterns import And, Or, Random, parse, recipes  # noqa: E402
-from tests.tolerances import TOLERANCE  # noqa: E402
+from benchmarks.harness import ROOT, Case, Save, describe_machine, write_markdown
+from sparsejax.patterns import And, Or, Random, parse, recipes
 
 TILE = 128
 SAMPLES, SAMPLE_MS = 21, 10.0
@@ -47,24 +38,6 @@ FIELDS = ("name", "driver_version", "clocks.sm", "clocks.mem", "clocks.max.sm", 
 DENSE, CAUSAL, WINDOW = "full", "causal", "causal & window(1023)"
 PASSES = "forward", "backward"
 LONG_ROWS = "causal & window(5119)"  # 34.6 tiles per row at 16,384 tokens
-
-
-@dataclasses.dataclass(frozen=True)
-class Case:
-    """An attention to measure: [1, t, heads, width], bfloat16 by default."""
-
-    pattern: str
-    t: int = 16_384
-    heads: tuple[int, int] = (16, 16)
-    width: int = 128
-    dtype: str = "bfloat16"
-    options: bool = False  # softcap, sink logits, segments; only for checks
-
-    def __str__(self):
-        heads = f"{self.heads[0]}" if self.heads[0] == self.heads[1] else f"{self.heads[0]}:{self.heads[1]}"
-        dtype = "" if self.dtype == "bfloat16" else f", {self.dtype}"
-        options = ", softcap, sink, segments" if self.options else ""
-        return f"{self.pattern}, {self.t:,} x {heads} heads of {self.width}{dtype}{options}"
 
 
 MASKS = (
@@ -104,58 +77,47 @@ CHECKED = (
 )
 
 
-def main() -> int:
-    """Runs all parts; writes the record and the table after each row."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, help="write the record as JSON")
-    parser.add_argument("--table", type=Path, help="write the record as a Markdown table")
-    parser.add_argument("--minutes", type=float, default=9.0, help="time limit; later cases are skipped")
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Adds the options."""
+    parser.add_argument("--minutes", type=float, default=9.0, help="time limit; later cases are skipped; defaults to 9")
     parser.add_argument("--only", default="", help="run only cases whose pattern contains this text")
     parser.add_argument("--torch", default=sys.executable, help="Python interpreter with PyTorch")
-    parser.add_argument("--rehearse", action="store_true", help="run tiny cases on the CPU, interpreted")
     parser.add_argument("--part", choices=SHARES, help=argparse.SUPPRESS)  # run as a worker
     parser.add_argument("--skip", type=int, default=0, help=argparse.SUPPRESS)
-    options = parser.parse_args()
+
+
+def run(options: argparse.Namespace, save: Save) -> int:
+    """Runs all parts; saves the record and the table after each row."""
     if options.part:
         return work(options)
-    from rich.console import Console  # not a dependency of workers
-    from rich.markdown import Markdown
-
     gpu = describe_gpu()
-    if gpu is None and not options.rehearse:
-        print("gpu_bench: nvidia-smi reports no GPU; use --rehearse to run on the CPU", file=sys.stderr)
+    if gpu is None and not options.quick:
+        print("gpu: nvidia-smi reports no GPU; use --quick to run on the CPU", file=sys.stderr)
         return 2
     started = time.monotonic()
-    record = {"date": datetime.date.today().isoformat(), "rehearsal": options.rehearse, "versions": list_versions()}
-    record |= {"python": platform.python_version(), "gpu": {"before": gpu}} | {part: [] for part in SHARES}
+    record = describe_machine() | {"quick": options.quick, "gpu": {"before": gpu}} | {part: [] for part in SHARES}
     for part, share in SHARES.items():
         for row in run_part(part, options, started + 60 * options.minutes * share):
             record[part].append(row)
             print(f"{time.monotonic() - started:4.0f} s  {part}: {': '.join(summarize(row))}", flush=True)
-            save(record, options)
+            save(record, write_table(record))
     record["gpu"]["after"] = describe_gpu()
     record["seconds"] = round(time.monotonic() - started)
-    save(record, options)
-    Console(width=150).print(Markdown(write_table(record)))
+    table = write_table(record)
+    save(record, table)
+    print(table)
     return int(any(row["error"] for row in record["check"]))
 
 
 def list_cases(part: str, options: argparse.Namespace) -> list[Case]:
-    """Cases of a part; much smaller ones in a rehearsal."""
+    """Cases of a part; much smaller ones with `--quick`."""
     cases = {"check": CHECKED, "time": TIMED, "flex": FLEX}[part]
     cases = [case for case in cases if options.only in case.pattern]
-    if not options.rehearse:
+    if not options.quick:
         return cases
     small = [dataclasses.replace(case, t=384, heads=(2, 1), width=min(case.width, 64)) for case in cases]
     small = [case for case in dict.fromkeys(small) if "per_head" not in case.pattern]
     return small if part == "flex" else [*small[:2], small[-1]]
-
-
-def list_versions() -> dict[str, str]:
-    """Versions of the installed packages that matter."""
-    installed = {package.metadata["Name"].lower(): package.version for package in importlib.metadata.distributions()}
-    names = ("jax", "jaxlib", "jax-cuda13-plugin", "nvidia-cudnn-cu13", "torch", "triton")
-    return {name: installed[name] for name in names if name in installed}
 
 
 def describe_gpu() -> dict[str, str] | None:
@@ -166,13 +128,6 @@ def describe_gpu() -> dict[str, str] | None:
     except (OSError, subprocess.CalledProcessError):
         return None
     return dict(zip(FIELDS, output.splitlines()[0].split(", "), strict=True))
-
-
-def save(record: dict, options: argparse.Namespace) -> None:
-    """Writes the record and its table."""
-    for path, text in ((options.out, json.dumps(record, indent=1) + "\n"), (options.table, write_table(record))):
-        if path:
-            path.write_text(text)
 
 
 # Workers, and their supervisor.
@@ -195,11 +150,12 @@ def run_part(part: str, options: argparse.Namespace, end: float) -> Iterator[dic
 def read_lines(part: str, options: argparse.Namespace, skip: int, end: float) -> Iterator[dict]:
     """The rows of one worker, with an error at the end unless it finished."""
     python = options.torch if part == "flex" else sys.executable
-    command = [python, __file__, "--part", part, "--skip", str(skip), "--only", options.only]
+    command = [python, "-m", "benchmarks", "gpu", "--part", part, "--skip", str(skip), "--only", options.only]
     environment = os.environ | {"PYTHONUNBUFFERED": "1", "XLA_PYTHON_CLIENT_PREALLOCATE": "false"}
-    if options.rehearse:
-        command, environment = [*command, "--rehearse"], environment | {"JAX_PLATFORMS": "cpu", "NPROC": "8"}
-    patience = PATIENCE * (10 if options.rehearse else 1)
+    environment |= {"PYTHONPATH": str(ROOT)}
+    if options.quick:
+        command, environment = [*command, "--quick"], environment | {"JAX_PLATFORMS": "cpu", "NPROC": "8"}
+    patience = PATIENCE * (10 if options.quick else 1)
     process = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     lines: queue.Queue[str] = queue.Queue()
     errors: list[str] = []
@@ -239,7 +195,7 @@ def work(options: argparse.Namespace) -> int:
     measure = {"check": check, "time": time_jax, "flex": time_flex}[options.part]
     for case in list_cases(options.part, options)[options.skip :]:
         try:
-            row = measure(case, options.rehearse) | {"error": None}
+            row = measure(case, options.quick) | {"error": None}
         except Exception as error:  # any error belongs in the record
             row = {"error": f"{type(error).__name__}: {str(error).strip()[:300]}"}
         print(json.dumps(row))
@@ -260,13 +216,14 @@ def describe(case: Case) -> dict:
 # Measurements.
 
 
-def check(case: Case, rehearse: bool) -> dict:
+def check(case: Case, quick: bool) -> dict:
     """Largest errors of output, log-sum-exp and gradients, relative to the largest entry of each in float64."""
     import jax
     import jax.numpy as jnp
     import numpy as np
 
     from sparsejax.ops import attend
+    from sparsejax.ops.reference import TOLERANCE
 
     pattern, arrays = parse(case.pattern), draw(case)
     random = np.random.default_rng(1)
@@ -288,7 +245,7 @@ def check(case: Case, rehearse: bool) -> dict:
         wide = jnp.promote_types(dtype, "float32")
         return compute(*(jnp.asarray(x, dtype) for x in (*arrays, do)), jnp.asarray(dlse, wide))
 
-    results = differentiate("gpu", case.dtype, rehearse)
+    results = differentiate("gpu", case.dtype, quick)
     with jax.enable_x64(True):
         expected = differentiate("dense", "float64")
     errors = {}
@@ -314,14 +271,14 @@ def draw(case: Case) -> list:
     return [jnp.asarray(random.standard_normal(shape, np.float32), case.dtype) for shape in shapes]
 
 
-def time_jax(case: Case, rehearse: bool) -> dict:
+def time_jax(case: Case, quick: bool) -> dict:
     """Times the kernels, and cuDNN if it supports the mask."""
     from sparsejax.ops import ImplementationError, attend
 
     pattern, arrays, times = parse(case.pattern), draw(case), {}
     for impl in ("gpu", "cudnn"):
         try:
-            options = {"impl": impl, "interpret": rehearse and impl == "gpu"}
+            options = {"impl": impl, "interpret": quick and impl == "gpu"}
             times[impl] = time_passes(lambda *x, options=options: attend(*x, pattern, **options), arrays)
         except ImplementationError:
             if impl == "gpu":
@@ -360,12 +317,12 @@ def sample(call: Callable, wait: Callable) -> float:
     return statistics.median(measure(calls) for _ in range(SAMPLES))
 
 
-def time_flex(case: Case, rehearse: bool) -> dict:
+def time_flex(case: Case, quick: bool) -> dict:
     """Times FlexAttention of PyTorch under the same mask."""
     import torch
     from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
-    device = "cpu" if rehearse else "cuda"
+    device = "cpu" if quick else "cuda"
     torch._dynamo.reset()
     small, position = dataclasses.replace(case, t=384), torch.arange(384, device=device)
     same = write_mask(small, torch, device)(None, None, position[:, None], position)
@@ -374,8 +331,8 @@ def time_flex(case: Case, rehearse: bool) -> dict:
     allows = write_mask(case, torch, device)
     mask = create_block_mask(allows, None, None, case.t, case.t, device=device, BLOCK_SIZE=TILE)
     shapes = [(1, heads, case.t, case.width) for heads in (case.heads[0], *case.heads[1:] * 2)]
-    dtype = torch.float32 if rehearse else torch.bfloat16
-    q, k, v = (torch.randn(shape, dtype=dtype, device=device, requires_grad=not rehearse) for shape in shapes)
+    dtype = torch.float32 if quick else torch.bfloat16
+    q, k, v = (torch.randn(shape, dtype=dtype, device=device, requires_grad=not quick) for shape in shapes)
     attend = torch.compile(flex_attention, dynamic=False)
 
     def forward():
@@ -387,13 +344,13 @@ def time_flex(case: Case, rehearse: bool) -> dict:
         return torch.autograd.grad(out, (q, k, v), do, retain_graph=True)
 
     def wait(_):
-        if not rehearse:
+        if not quick:
             torch.cuda.synchronize()
 
     do = torch.randn_like(out)
     with torch.no_grad():
         times = {"forward": sample(forward, wait)}
-    if not rehearse:  # FlexAttention has no backward pass on a CPU
+    if not quick:  # FlexAttention has no backward pass on a CPU
         times["backward"] = sample(backward, wait)
     return {"times": {"flex": times}}
 
@@ -420,6 +377,11 @@ def write_mask(case: Case, torch, device: str) -> Callable:
 
 
 # Results.
+
+
+def case_of(row: dict) -> Case:
+    """The case of a row."""
+    return Case(**{field.name: row[field.name] for field in dataclasses.fields(Case)})
 
 
 def find_times(record: dict, pattern: str, **case) -> dict[str, dict]:
@@ -472,7 +434,7 @@ def least_ratio(record: dict, contender: str, direction: str) -> float | None:
 
 def summarize(row: dict) -> tuple[str, str]:
     """The case of a row and its result, each as text."""
-    case = str(Case(**{field.name: row[field.name] for field in dataclasses.fields(Case)}))
+    case = str(case_of(row))
     if row["error"]:
         return case, row["error"]
     if "errors" in row:
@@ -483,34 +445,24 @@ def summarize(row: dict) -> tuple[str, str]:
 
 def write_table(record: dict) -> str:
     """The record in Markdown."""
-    gpu = (record["gpu"]["before"] or {}).get("name", "no GPU: a rehearsal, whose times are meaningless")
+    gpu = (record["gpu"]["before"] or {}).get("name", "no GPU: the times are meaningless")
     versions = ", ".join(f"{name} {version}" for name, version in record["versions"].items())
-    lines = [
-        f"{gpu}, {record['date']}; {versions}",
-        "",
-        "| goal | measured | minimum | target |",
-        "| --- | ---: | ---: | ---: |",
+    goals = [
+        (name, "not measured" if value is None else f"{value:.3g}", str(low), str(high))
+        for name, value, low, high in compare_with_goals(record)
     ]
-    for name, value, low, high in compare_with_goals(record):
-        lines.append(f"| {name} | {'not measured' if value is None else f'{value:.3g}'} | {low} | {high} |")
-    names = "gpu", "cudnn", "flex"
-    lines += [
-        "",
-        f"| ms forward + backward | tiles per row | {' | '.join(names)} | sparsejax, TFLOP/s |",
-        "| --- " + "| ---: " * 5 + "|",
-    ]
+    contenders = "gpu", "cudnn", "flex"
+    timed = []
     for row in record["time"]:
-        case = {field.name: row[field.name] for field in dataclasses.fields(Case)}
-        times = find_times(record, **case)
-        cells = [" + ".join(f"{ms:.3f}" for ms in times[name].values()) if name in times else "" for name in names]
+        case = case_of(row)
+        times = find_times(record, **dataclasses.asdict(case))
+        cells = [" + ".join(f"{ms:.3f}" for ms in times.get(name, {}).values()) for name in contenders]
         rates = [f"{rate(row, ms, direction == 'backward'):.0f}" for direction, ms in times.get("gpu", {}).items()]
-        label = str(Case(**case)).replace("|", "\\|") + (f" ({row['error']})" if row["error"] else "")
-        lines.append(f"| {label} | {row['tiles_per_row']:.1f} | {' | '.join(cells)} | {' + '.join(rates)} |")
-    lines += ["", "| check | largest error |", "| --- | --- |"]
-    for row in record["check"]:
-        lines.append(f"| {' | '.join(text.replace('|', chr(92) + '|') for text in summarize(row))} |")
-    return "\n".join(lines) + "\n"
-
-
-if __name__ == "__main__":
-    sys.exit(main())
+        label = f"{case}" + (f" ({row['error']})" if row["error"] else "")
+        timed.append((label, f"{row['tiles_per_row']:.1f}", *cells, " + ".join(rates)))
+    tables = (
+        write_markdown(("goal", "measured", "minimum", "target"), goals, 1),
+        write_markdown(("ms forward + backward", "tiles per row", *contenders, "sparsejax, TFLOP/s"), timed, 1),
+        write_markdown(("check", "largest error"), [summarize(row) for row in record["check"]], 2),
+    )
+    return "\n".join((f"{gpu}, {record['date']}; {versions}\n", *tables))

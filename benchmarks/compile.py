@@ -1,7 +1,4 @@
-"""Compiles the kernels for TPUs and Hopper GPUs on a machine that has neither, and reports what the compilers say.
-
-    python scripts/compile_check.py tpu [--out FILE.json] [--table FILE.md]
-    python scripts/compile_check.py gpu [--out FILE.json] [--table FILE.md]
+"""Do the kernels compile for TPUs and Hopper GPUs, and what do the compilers report? Needs no such device.
 
 TPU: libtpu (installed into build/compile_check, not into the environment) compiles ahead of time: per generation the
 forward pass, dq, dk and dv for short and long sequences, and one training step on 16 chips. It reports overflows of
@@ -18,12 +15,11 @@ are spilled, if products are serialized, or if a kernel has no wgmma or TMA inst
 from __future__ import annotations
 
 import argparse
-import dataclasses
+import functools
 import importlib.metadata
 import json
 import math
 import os
-import platform
 import re
 import subprocess
 import sys
@@ -32,7 +28,8 @@ import time
 from pathlib import Path
 from typing import NamedTuple
 
-ROOT = Path(__file__).resolve().parents[1]
+from benchmarks.harness import ROOT, Case, Save, write_markdown
+
 LIBTPU = "libtpu==0.0.52"
 CACHE = ROOT / "build" / "compile_check"  # one folder per set of versions
 TOPOLOGIES = {"v5e": "v5e:2x2", "v5p": "v5p:2x2x1", "v6e": "v6e:2x2", "tpu7x": "tpu7x:2x2x1"}
@@ -46,40 +43,20 @@ SCHEDULED = ("v5e", "v6e", "tpu7x")  # generations whose schedule is read
 SPLASH = {"v5e": 1323, "v6e": 1102, "tpu7x": 1183}  # bundles per 512 x 512 tile of JAX's splash attention
 
 
-@dataclasses.dataclass(frozen=True)
-class Case:
-    """An attention call to compile with its gradients."""
-
-    pattern: str
-    t: int
-    heads: tuple[int, int] = (8, 2)
-    width: int = 128
-    tile: int | None = None
-    dtype: str = "bfloat16"
-    options: bool = False  # softcap, sink logits, segments
-
-    def __str__(self):
-        options = ", softcap, sink, segments" if self.options else ""
-        tile = "" if self.tile is None else f", tile {self.tile}"
-        pattern = self.pattern if len(self.pattern) < 60 else f"{self.pattern[:57]}..."
-        return (
-            f"{pattern}: {self.t}, heads {self.heads[0]}:{self.heads[1]} of {self.width}, {self.dtype}{tile}{options}"
-        )
-
-
+call = functools.partial(Case, heads=(8, 2))
 WINDOWS = ", ".join(["causal & window(500)"] * 6 + ["causal & dilated(500, stride=3)"] * 2)
 CASES = (
-    Case("causal & window(1023)", 8192),
-    Case("causal & window(1023)", 131_072),
-    Case("causal", 131_072, tile=128, heads=(2, 2)),  # 524,800 tiles: five launches
+    call("causal & window(1023)", 8192),
+    call("causal & window(1023)", 131_072),
+    call("causal", 131_072, tile=128, heads=(2, 2)),  # 524,800 tiles: five launches
 )
 # Variants of the code, compiled for one generation only.
 VARIANTS = (
-    Case("window(256, 256) | globals(128)", 8192, options=True),
-    Case(f"per_head({WINDOWS})", 8192, width=64),
-    Case("causal & (window(255) | random(3, tile=64, seed=1))", 8192, width=96, dtype="float32"),
-    Case("causal & window(1023)", 8192, width=256, dtype="float32"),
-    Case("causal & (window(30) | strided(130))", 8192, tile=128, dtype="float16"),
+    call("window(256, 256) | globals(128)", 8192, options=True),
+    call(f"per_head({WINDOWS})", 8192, width=64),
+    call("causal & (window(255) | random(3, tile=64, seed=1))", 8192, width=96, dtype="float32"),
+    call("causal & window(1023)", 8192, width=256, dtype="float32"),
+    call("causal & (window(30) | strided(130))", 8192, tile=128, dtype="float16"),
 )
 
 # Installed with the plugins of the running version of jax.
@@ -100,62 +77,63 @@ device_description_str: "NVIDIA H100 80GB HBM3"
 """
 HEADS = "causal, causal & window(300), causal, causal, causal, causal, causal, causal & dilated(90, stride=3)"
 GPU_CASES = (
-    Case("causal & window(1023)", 8192),
-    Case("causal & window(1023)", 8192, width=64),
-    Case("causal & window(1023)", 8192, width=256),
-    Case("window(256, 256) | globals(128)", 8192, options=True),
-    Case("window(256, 256) | globals(128)", 8192, width=64, options=True),
-    Case(f"per_head({HEADS})", 2048, width=96, dtype="float16"),
-    Case("causal", 131_072, heads=(2, 2)),
-    Case("causal & window(1023)", 8192, dtype="float32"),
-    Case("causal & window(1023)", 8192, width=256, dtype="float32"),
-    Case("window(256, 256) | globals(128)", 8192, dtype="float32", options=True),
-    Case(f"per_head({HEADS})", 2048, width=64, dtype="float32"),
+    call("causal & window(1023)", 8192),
+    call("causal & window(1023)", 8192, width=64),
+    call("causal & window(1023)", 8192, width=256),
+    call("window(256, 256) | globals(128)", 8192, options=True),
+    call("window(256, 256) | globals(128)", 8192, width=64, options=True),
+    call(f"per_head({HEADS})", 2048, width=96, dtype="float16"),
+    call("causal", 131_072, heads=(2, 2)),
+    call("causal & window(1023)", 8192, dtype="float32"),
+    call("causal & window(1023)", 8192, width=256, dtype="float32"),
+    call("window(256, 256) | globals(128)", 8192, dtype="float32", options=True),
+    call(f"per_head({HEADS})", 2048, width=64, dtype="float32"),
 )
 
 
-def main() -> int:
-    """Runs all parts, or one of them in the process of its compiler."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Adds the options."""
     parser.add_argument("target", choices=["tpu", "gpu"], help="compiler to use")
-    parser.add_argument("--out", type=Path, help="write the results as JSON")
-    parser.add_argument("--table", type=Path, help="write the results as a Markdown table")
     parser.add_argument("--install", action="store_true", help="only install the compiler")
     parser.add_argument("--part", help=argparse.SUPPRESS)  # run one part in this process
-    arguments = parser.parse_args()
-    if arguments.part:
-        print(json.dumps(PARTS[arguments.part.split(":")[0]](*arguments.part.split(":")[1:])))
+
+
+def run(options: argparse.Namespace, save: Save) -> int:
+    """Runs all parts, or one of them in the process of its compiler."""
+    if options.part:
+        name, *arguments = options.part.split(":")
+        print(json.dumps(PARTS[name](*arguments)))
         return 0
-    packages = list_packages(arguments.target)
-    install(compiler_folder(arguments.target), *packages)
-    if arguments.install:
+    packages = list_packages(options.target)
+    install(compiler_folder(options.target), *packages)
+    if options.install:
         return 0
     started = time.perf_counter()
-    results, table, failed = check_tpu() if arguments.target == "tpu" else check_gpu()
+    check = check_tpu if options.target == "tpu" else check_gpu
+    results, table, failed = check(options.quick)
     print(table)
     print(f"{time.perf_counter() - started:.0f} s")
-    versions = {"jax": importlib.metadata.version("jax")} | dict(package.split("==") for package in packages)
-    results = {"python": platform.python_version(), "versions": versions} | results
-    if arguments.out:
-        arguments.out.write_text(json.dumps(results, indent=1) + "\n")
-    if arguments.table:
-        arguments.table.write_text(table)
+    save({"compilers": packages} | results, table)
     return int(failed)
 
 
-def check_tpu() -> tuple[dict, str, bool]:
+def check_tpu(quick: bool) -> tuple[dict, str, bool]:
     """The results of all generations, the same as a table, and whether anything does not compile."""
-    parts = [*(run_part("compile", name) for name in TOPOLOGIES), run_part("train", "tpu")]
+    if quick:
+        parts, scheduled = [run_part("compile", "v5e", "1")], SCHEDULED[:1]
+    else:
+        parts, scheduled = [*(run_part("compile", name) for name in TOPOLOGIES), run_part("train", "tpu")], SCHEDULED
     rows = [row for part in parts for row in part]
-    schedules = [row for name in SCHEDULED for row in run_part("schedule", name)]
+    schedules = [row for name in scheduled for row in run_part("schedule", name)]
     failed = any(row["error"] for row in rows)
     return {"compiled": rows, "scheduled": schedules}, write_table(rows, schedules), failed
 
 
-def check_gpu() -> tuple[dict, str, bool]:
+def check_gpu(quick: bool) -> tuple[dict, str, bool]:
     """The same for an H100; fails also if registers are spilled or an instruction is missing."""
-    rows = [row for i in range(len(GPU_CASES)) for row in run_part("hopper", str(i), target="gpu")]
-    trained = run_part("train", "gpu", target="gpu")
+    cases = range(1 if quick else len(GPU_CASES))
+    rows = [row for i in cases for row in run_part("hopper", str(i), target="gpu")]
+    trained = [] if quick else run_part("train", "gpu", target="gpu")
     failed = any(row["error"] for row in rows + trained)
     failed |= any(row["spilled"] or row["serialized"] or not row["wgmma"] or not row["tma"] for row in rows)
     table = f"{write_gpu_table(rows)}\n{write_compiled_table(trained)}"
@@ -197,13 +175,13 @@ def run_part(*part: str, target: str = "tpu") -> list[dict]:
         else:
             environment = {"JAX_PLATFORMS": "cpu", "MOSAIC_GPU_DUMP_TO": dump}
         run = subprocess.run(
-            [sys.executable, __file__, target, "--part", ":".join(part)],
+            [sys.executable, "-m", "benchmarks", "compile", target, "--part", ":".join(part)],
             env=os.environ | {"PYTHONPATH": paths} | environment,
             capture_output=True,
             text=True,
         )
     if run.returncode:
-        raise SystemExit(f"compile_check: {' '.join(part)}: {run.stderr.strip()[-2000:]}")
+        raise SystemExit(f"compile: {' '.join(part)}: {run.stderr.strip()[-2000:]}")
     return json.loads(run.stdout.splitlines()[-1])
 
 
@@ -436,38 +414,32 @@ PARTS = {"compile": compile_cases, "train": compile_training, "schedule": read_s
 
 def write_table(rows: list[dict], schedules: list[dict]) -> str:
     """The results for TPUs in Markdown."""
-    lines = [
-        write_compiled_table(rows),
-        "| bundles of a tile of 512 x 512, forward | full | partial | ratio | splash, full |",
-        "| --- | ---: | ---: | ---: | ---: |",
-    ]
+    heading = "bundles of a tile of 512 x 512, forward", "full", "partial", "ratio", "splash, full"
+    cells = []
     for row in schedules:
-        ratio = row["partial"] / row["full"]
-        lines.append(f"| {row['machine']} | {row['full']} | {row['partial']} | {ratio:.2f} | {row['splash']} |")
-    return "\n".join(lines) + "\n"
+        full, partial = row["full"], row["partial"]
+        cells.append((row["machine"], str(full), str(partial), f"{partial / full:.2f}", str(row["splash"])))
+    return f"{write_compiled_table(rows)}\n{write_markdown(heading, cells, 1)}"
 
 
 def write_compiled_table(rows: list[dict]) -> str:
     """Time and memory of each case in Markdown."""
-    lines = ["| machine | case | compiled in | temporary memory |", "| --- | --- | ---: | ---: |"]
-    for row in rows:
-        cells = row["error"] or f"{row['seconds']} s | {row['temporary_mib']:,} MiB"
-        lines.append(f"| {row['machine']} | {row['case'].replace('|', chr(92) + '|')} | {cells} |")
-    return "\n".join(lines) + "\n"
+    cells = [
+        (row["machine"], row["case"], row["error"])
+        if row["error"]
+        else (row["machine"], row["case"], f"{row['seconds']} s", f"{row['temporary_mib']:,} MiB")
+        for row in rows
+    ]
+    return write_markdown(("machine", "case", "compiled in", "temporary memory"), cells, 2)
 
 
 def write_gpu_table(rows: list[dict]) -> str:
     """The kernels of each case in Markdown."""
     names = "registers", "bytes spilled", "wgmma", "TMA", "cycles per step (full, partial)", "of tensor cores"
-    lines = [f"| case | kernel | {' | '.join(names)} |", "| --- | --- " + "| ---: " * len(names) + "|"]
+    cells = []
     for row in rows:
-        cells = [row["case"].replace("|", chr(92) + "|"), row["error"] or row["kernel"]]
+        cells.append([row["case"], row["error"] or row["kernel"]])
         if not row["error"]:
             cycles = (", ".join(f"{step[name]:,}" for step in row["steps"]) for name in ("cycles", "tensor_cycles"))
-            cells += [*(f"{row[name]}" for name in ("registers", "spilled", "wgmma", "tma")), *cycles]
-        lines.append(f"| {' | '.join(cells)} |")
-    return "\n".join(lines) + "\n"
-
-
-if __name__ == "__main__":
-    sys.exit(main())
+            cells[-1] += [*(f"{row[name]}" for name in ("registers", "spilled", "wgmma", "tma")), *cycles]
+    return write_markdown(("case", "kernel", *names), cells, 2)
