@@ -44,7 +44,7 @@ class DataConfig:
     tfds: str = ""  # "name:version" of a TFDS data set, an alternative to `files`
     tfds_dir: str = ""  # folder of TFDS data sets; empty for the default of TFDS
     train_split: str = "train"  # of the TFDS data set, with slices such as "train[:90%]"
-    validation_split: str = "validation"
+    validation_split: str = "validation"  # of the TFDS data set
     field: str = "text"  # field of jsonl, parquet and TFDS records that holds the text
     label: str = ""  # field that holds the class, for the objective "classify"
     separator: str = ""  # between the documents of a text file, with escapes such as \n; empty: a file is a document

@@ -32,8 +32,8 @@ class ListOps(Probe):
 
     length: int = 2000  # tokens, exclusive upper bound of a tree
     min_length: int = 500  # tokens, exclusive lower bound of a tree
-    max_depth: int = 10
-    max_args: int = 10
+    max_depth: int = 10  # of a tree
+    max_args: int = 10  # arguments of an operator
 
     def __post_init__(self):
         require(self, min_length=0, length=self.min_length + 2, max_depth=1, max_args=2)

@@ -31,7 +31,7 @@ class Passkey(Probe):
     length: int = 1024  # haystack, needles and question
     needles: int = 1  # with distinct names; all but one are distractors
     digits: int = 5  # per number
-    names: int = 64
+    names: int = 64  # distinct names of needles
     fillers: int = 32  # distinct tokens of the haystack
     haystack: str = "repeat"  # "repeat" cycles through the fillers, "random" draws them
     depth: float | None = None  # share of the haystack before the target needle, 0 to 1; None is random
@@ -93,7 +93,7 @@ class KeyValue(Probe):
     all of it.
     """
 
-    pairs: int = 75
+    pairs: int = 75  # keys and values
     digits: int = 32  # per key and per value
     query: int | None = None  # index of the queried pair, from 0; None is random
 

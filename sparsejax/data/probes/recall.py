@@ -26,7 +26,7 @@ class Mqar(Probe):
     """
 
     length: int = 64  # tokens, even
-    pairs: int = 4
+    pairs: int = 4  # keys and values
     vocab: int = 8192
     gap_power: float = 0.01  # a; with 1, all slots are equally likely
     random_non_queries: bool = False  # random tokens instead of blanks, which may repeat a key; on in the paper's code

@@ -28,7 +28,7 @@ class StateTracking(Probe):
 
     length: int = 64
     group: str = "symmetric"  # "symmetric", "alternating" or "cyclic"
-    symbols: int = 5
+    symbols: int = 5  # that the elements of the group permute
     last_only: bool = False  # score only the last token
 
     def __post_init__(self):
