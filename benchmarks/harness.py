@@ -86,7 +86,7 @@ def describe_machine() -> dict[str, Any]:
     """Returns the command line, the date, the machine with its load, and the versions of Python and of packages."""
     installed = {package.metadata["Name"].lower(): package.version for package in importlib.metadata.distributions()}
     return {
-        "command": shlex.join(["python", "-m", "benchmarks", *sys.argv[1:]]),
+        "command": shlex.join(["python", *sys.orig_argv[1:]]),
         "date": datetime.date.today().isoformat(),
         "machine": platform.machine(),
         "cores": os.cpu_count(),

@@ -1,4 +1,4 @@
-"""Random valid models of each family and their inputs, shared by both processes of `check_huggingface.py`.
+"""Random valid models of each family and their inputs, shared by both processes of `parity.py`.
 
 A family is a function from a `Draw` to the keys of its configuration. Other keys keep the default of transformers.
 """

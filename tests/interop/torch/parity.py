@@ -1,9 +1,10 @@
 """Compares the Hugging Face importer with transformers on random configurations of every family.
 
-    python scripts/check_huggingface.py --torch TORCH_PYTHON [--family NAME ...] [--cases N] [--seed S] [--only NUMBER]
+    python -m tests.interop.torch.parity --torch=TORCH_PYTHON [--family NAME ...] [--cases N] [--seed S] [--only NUMBER]
 
 TORCH_PYTHON is a Python interpreter with torch and transformers. It writes models and their outputs; this process loads
 a model, runs and differentiates it, saves it and loads it again. The exit code is 1 if an error exceeds its tolerance.
+`tests/interop/torch/test_parity.py` runs the first cases of every family.
 """
 
 from __future__ import annotations
@@ -18,14 +19,14 @@ from pathlib import Path
 
 import jax
 import numpy as np
-from protocol import OtherProcess, pin_cores
-from random_models import FAMILIES, Case, draw_case
-from rich.console import Console
-from rich.table import Table
 
+from benchmarks.harness import OtherProcess, pin_cores, print_rows
 from sparsejax.interop import huggingface
 from sparsejax.interop.huggingface import parity
 from sparsejax.interop.huggingface.checkpoint import Checkpoint
+from tests.interop.torch.random_models import FAMILIES, Case, draw_case
+
+WORKER = "tests.interop.torch.reference"
 
 
 @dataclasses.dataclass
@@ -134,16 +135,18 @@ def print_result(case: Case, result: Result, seconds: float) -> None:
 
 def print_summary(results: dict[str, list[Result]]) -> None:
     """Prints the largest errors per family."""
-    table = Table("family", "cases", "failed", "logits", "loss", "gradients", "float32 noise", "smallest gain")
+    rows = []
     for family, cases in results.items():
-        largest = (max(getattr(case, field) for case in cases) for field in ("logits", "loss", "gradients", "noise"))
-        failed, gain = sum(bool(case.problem) for case in cases), min(case.gain for case in cases)
-        table.add_row(family, str(len(cases)), str(failed), *(f"{x:.1e}" for x in largest), f"{gain:.2f}")
-    Console(width=120).print(table)
+        largest = {
+            name: max(getattr(case, name) for case in cases) for name in ("logits", "loss", "gradients", "noise")
+        }
+        counts = {"cases": len(cases), "failed": sum(bool(case.problem) for case in cases)}
+        rows.append({"family": family} | counts | largest | {"smallest gain": min(case.gain for case in cases)})
+    print_rows(rows)
 
 
-def main() -> None:
-    """Checks the families of the command line."""
+def main() -> int:
+    """Checks the families of the command line; returns the exit code."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--torch", required=True, help="a Python interpreter with torch and transformers")
     parser.add_argument("--family", nargs="+", choices=sorted(FAMILIES), default=sorted(FAMILIES))
@@ -153,9 +156,8 @@ def main() -> None:
     options = parser.parse_args()
     pin_cores()
     results: dict[str, list[Result]] = {}
-    with OtherProcess(options.torch, "torch_checkpoints.py") as torch:
-        versions = torch.request(do="versions")
-        print(", ".join(f"{name} {version}" for name, version in versions.items()), f"jax {jax.__version__}", sep=", ")
+    with OtherProcess(options.torch, WORKER) as torch:
+        print({"jax": jax.__version__} | torch.request(do="versions"))
         for family in options.family:
             for number in options.only or range(options.cases):
                 start = time.perf_counter()
@@ -165,8 +167,8 @@ def main() -> None:
                 results.setdefault(family, []).append(result)
             jax.clear_caches()
     print_summary(results)
-    sys.exit(any(case.problem for cases in results.values() for case in cases))
+    return int(any(case.problem for cases in results.values() for case in cases))
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -1,11 +1,11 @@
 """Kills a training run at random moments, also during saves, and checks that nothing is lost.
 
-    python scripts/kill_runs.py [--kills 10] [--seed 0] [--out FILE.json]
+    python -m tests.stress.kill_runs [--kills=10] [--seed=0] [--out=FILE.json]
 
 One run is undisturbed. Another run of the same config is killed (SIGKILL) repeatedly: during start-up, at random
 moments, or during a save. After each kill the same command must resume from a checkpoint at least as new as the newest
-complete one before the kill. In the end the parameters, optimizer states, data iterators and metrics of both runs must
-be bitwise equal.
+complete checkpoint before the kill. In the end the parameters, optimizer states, data iterators and metrics of both
+runs must be bitwise equal. The exit code is 1 if anything is lost or differs.
 """
 
 from __future__ import annotations
@@ -22,15 +22,12 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-import jax
-from rich.console import Console
-from rich.progress import track
-
+from benchmarks.harness import describe_machine
 from sparsejax.train import list_steps, read_arrays, read_iterator
 from sparsejax.workdir import Workdir, read_rows
 
 STEPS, EVERY = 600, 10
-CONFIG = Path(__file__).parents[1] / "configs" / "quickstart.py"
+CONFIG = "preset:quickstart"
 SETTINGS = {
     "train.steps": STEPS,
     "train.batch": 2,
@@ -135,37 +132,42 @@ def _same_bits(path: str, first: dict, second: dict) -> bool:
     return path in first and path in second and first[path].tobytes() == second[path].tobytes()
 
 
-def main() -> None:
-    """Prints a line per kill, and writes the record to `--out`; the exit code is 1 if anything is lost or differs."""
+def measure(kills: int, seed: int, folder: Path) -> dict:
+    """Trains an undisturbed run and a run that is killed; returns the record, and prints a line per kill."""
+    draw, records, newest = random.Random(seed), [], 0
+    whole, killed, compiled = folder / "whole", folder / "killed", folder / "compiled"
+    finish(start(whole, compiled), whole)
+    print(f"undisturbed run: {STEPS} steps, a save every {EVERY}", flush=True)
+    for _ in range(kills):
+        kill = kill_once(killed, compiled, draw)
+        kill["lost"] = kill["resumed at"] is not None and kill["resumed at"] < newest
+        newest = max(newest, kill["complete before the kill"])
+        kill["lost"] |= kill["complete after it"] < newest
+        records.append(kill)
+        print(f"{len(records)}/{kills}", *(f"{key}: {value}" for key, value in kill.items()), sep=", ", flush=True)
+    finish(start(killed, compiled), killed)
+    differences = find_differences(Workdir(whole), Workdir(killed))
+    lost = sum(kill["lost"] for kill in records)
+    sizes = {"seed": seed, "steps": STEPS, "save every": EVERY}
+    return sizes | {"kills": records, "lost": lost, "differences": differences}
+
+
+def main() -> int:
+    """Measures, and writes the record to `--out`; returns the exit code."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--kills", type=int, default=10, help="number of kills; defaults to 10")
     parser.add_argument("--seed", type=int, default=0, help="seed of the moments; defaults to 0")
     parser.add_argument("--out", type=Path, help="JSON file to write")
     options = parser.parse_args()
-    draw, console, kills, newest = random.Random(options.seed), Console(), [], 0
-    with tempfile.TemporaryDirectory(prefix="sparsejax-kills-") as name:
-        folder = Path(name)
-        whole, killed, compiled = folder / "whole", folder / "killed", folder / "compiled"
-        finish(start(whole, compiled), whole)
-        console.print(f"undisturbed run: {STEPS} steps, a save every {EVERY}", highlight=False)
-        for _ in track(range(options.kills), "kills", console=console):
-            kill = kill_once(killed, compiled, draw)
-            kill["lost"] = kill["resumed at"] is not None and kill["resumed at"] < newest
-            newest = max(newest, kill["complete before the kill"])
-            kill["lost"] |= kill["complete after it"] < newest
-            kills.append(kill)
-            console.print(", ".join(f"{key}: {value}" for key, value in kill.items()), highlight=False, soft_wrap=True)
-        finish(start(killed, compiled), killed)
-        differences = find_differences(Workdir(whole), Workdir(killed))
-    lost = sum(kill["lost"] for kill in kills)
-    during = sum(kill["during a save"] for kill in kills)
-    console.print(f"{len(kills)} kills, {during} during a save: {lost} lost; differences: {differences or 'none'}")
+    facts = describe_machine()
+    with tempfile.TemporaryDirectory(prefix="sparsejax-kills-") as folder:
+        record = facts | measure(options.kills, options.seed, Path(folder))
+    during = sum(kill["during a save"] for kill in record["kills"])
+    print(f"{during} kills during a save; {record['lost']} lost; differences: {record['differences'] or 'none'}")
     if options.out:
-        versions = {"python": sys.version.split()[0], "jax": jax.__version__, "seed": options.seed, "steps": STEPS}
-        record = versions | {"save every": EVERY, "kills": kills, "lost": lost, "differences": differences}
         options.out.write_text(json.dumps(record, indent=1) + "\n")
-    sys.exit(bool(lost or differences))
+    return int(bool(record["lost"] or record["differences"]))
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -1,4 +1,4 @@
-"""The PyTorch process of `check_huggingface.py`, for a Python interpreter with torch and transformers.
+"""The PyTorch process of `parity.py`, for a Python interpreter with torch and transformers.
 
 It reads one JSON request per line of standard input, and writes one JSON response per line:
 
@@ -13,11 +13,9 @@ from __future__ import annotations
 
 import contextlib
 import copy
-import functools
 import json
 import platform
 import re
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -26,9 +24,10 @@ from unittest import mock
 import numpy as np
 import torch
 import transformers
-from protocol import THREADS
-from random_models import Case, draw_case, to_legacy
 from torch.nn import functional
+
+from benchmarks.harness import THREADS, serve
+from tests.interop.torch.random_models import Case, draw_case, to_legacy
 
 # A model whose rounding errors exceed these (logits absolute, gradients relative) is redrawn with a smaller gain.
 LOGIT_NOISE, GRADIENT_NOISE = 5e-5, 2e-4
@@ -201,22 +200,7 @@ def report_versions() -> dict[str, str]:
     }
 
 
-def main() -> None:
-    """Serves requests until standard input ends."""
+if __name__ == "__main__":
     torch.set_num_threads(THREADS)
     transformers.utils.logging.disable_progress_bar()
-    respond = functools.partial(print, file=sys.stdout, flush=True)
-    sys.stdout = sys.stderr  # output of libraries is not a response
-    actions = {"versions": report_versions, "make": make}
-    for line in sys.stdin:
-        request = json.loads(line)
-        action = actions[request.pop("do")]
-        try:
-            response = action(**request)
-        except Exception as error:
-            response = {"error": f"{type(error).__name__}: {error}".splitlines()[0]}
-        respond(json.dumps(response))
-
-
-if __name__ == "__main__":
-    main()
+    serve({"versions": report_versions, "make": make}, errors=(Exception,))

@@ -1,11 +1,12 @@
 """Kills the launcher and the runs of a sweep at random moments, and checks that nothing is lost or repeated.
 
-    python scripts/kill_sweep.py [--runs 8] [--kills 16] [--seed 0] [--jobs 2] [--out FILE.json]
+    python -m tests.stress.kill_sweep [--runs=8] [--kills=16] [--seed=0] [--jobs=2] [--out=FILE.json]
 
 One sweep runs undisturbed. A second sweep of the same runs is disturbed repeatedly: its launcher is killed (SIGKILL),
 one of its runs is killed, the process that supervises a run is killed, or the launcher is asked to stop (SIGINT). After
 each disturbance the same command, with --retry, must resume the sweep. At no time may two processes work on one
-workdir. In the end the metrics and the last checkpoint of every run must be bitwise equal in both sweeps.
+workdir. In the end the metrics and the last checkpoint of every run must be bitwise equal in both sweeps. The exit code
+is 1 if anything is lost, repeated or different.
 """
 
 from __future__ import annotations
@@ -21,19 +22,18 @@ import sys
 import tempfile
 import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
 
-import jax
-from kill_runs import find_differences
-from rich.console import Console
-
+from benchmarks.harness import ROOT, describe_machine
 from sparsejax.job import Job
 from sparsejax.sweep import grid, plan_runs
 from sparsejax.sweep.executors import build_job
 from sparsejax.workdir import read_json
+from tests.stress.kill_runs import find_differences
 
 STEPS, EVERY = 2000, 100
-CONFIG = Path(__file__).parents[1] / "configs" / "mqar.py"
+CONFIG = ROOT / "configs" / "mqar.py"
 SETTINGS = {
     "train.steps": STEPS,
     "train.batch": 4,
@@ -122,8 +122,68 @@ def disturb(kind: str, launcher: subprocess.Popen, jobs: list[Job], draw: random
     return record
 
 
-def main() -> None:
-    """Prints a line per disturbance, and writes the record to `--out`; the exit code is 1 if anything is lost."""
+def measure(count: int, kills: int, seed: int, jobs_at_once: int, folder: Path) -> dict:
+    """Trains an undisturbed sweep and a sweep that is disturbed; returns the record, and prints each disturbance."""
+    draw, records = random.Random(seed), []
+    whole, killed, log = folder / "whole", folder / "killed", folder / "log"
+    if start(whole, count, jobs_at_once, log).wait():
+        raise SystemExit(f"the undisturbed sweep failed:\n{log.read_text()}")
+    print(f"undisturbed sweep: {count} runs of {STEPS} steps, {jobs_at_once} at a time", flush=True)
+    runs = plan_runs(str(CONFIG), grid({"train.seed": range(count)}), SETTINGS)
+    jobs = [build_job(run, killed) for run in runs]
+    with Watch(killed) as watch:
+        for number in range(kills):
+            if all(job.result.exists() for job in jobs):
+                break
+            size = log.stat().st_size
+            launcher = start(killed, count, jobs_at_once, log)
+            kind = DISTURBANCES[number % len(DISTURBANCES)]
+            wait_for_moment(kind, number, launcher, jobs, lambda size=size: log.stat().st_size > size)
+            time.sleep(draw.uniform(0, 6))
+            records.append(disturb(kind, launcher, jobs, draw))
+            print(records[-1], flush=True)
+            if launcher.poll() is None:  # two launchers cannot run at once
+                time.sleep(draw.uniform(0, 2))
+                launcher.kill()
+            launcher.wait()
+        code = start(killed, count, jobs_at_once, log).wait()
+    if code:
+        print(log.read_text(), flush=True)
+    pairs = [[run.workdir(path) for path in (killed, whole)] for run in runs]
+    differences = {run.name: find_differences(*pair) for run, pair in zip(runs, pairs, strict=True)}
+    return {
+        "seed": seed,
+        "jobs": jobs_at_once,
+        "runs": count,
+        "steps": STEPS,
+        "save every": EVERY,
+        "disturbances": records,
+        "last exit code": code,
+        "starts per run": [len(read_json(run.workdir(killed).versions)) for run in runs],
+        "samples": watch.samples,
+        "clashes on a workdir": watch.clashes,
+        "differences": {name: change for name, change in differences.items() if change},
+    }
+
+
+def wait_for_moment(
+    kind: str, number: int, launcher: subprocess.Popen, jobs: list[Job], has_printed: Callable[[], bool]
+) -> None:
+    """Returns when a disturbance can take effect, or when the launcher has ended."""
+    aims_at_runs = number == 0 or kind in ("kill a run", "kill the job of a run")
+    while aims_at_runs and launcher.poll() is None and not find_running(jobs):
+        time.sleep(0.1)
+    while kind == "ask the launcher to stop" and launcher.poll() is None and not has_printed():
+        time.sleep(0.1)  # during imports, Ctrl-C may be swallowed
+
+
+def is_intact(record: dict) -> bool:
+    """Whether nothing was lost, repeated or changed."""
+    return not (record["last exit code"] or record["differences"] or record["clashes on a workdir"])
+
+
+def main() -> int:
+    """Measures, and writes the record to `--out`; returns the exit code."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--runs", type=int, default=8, help="number of runs; defaults to 8")
     parser.add_argument("--kills", type=int, default=16, help="maximal number of disturbances; defaults to 16")
@@ -131,51 +191,17 @@ def main() -> None:
     parser.add_argument("--jobs", type=int, default=2, help="concurrent runs; defaults to 2")
     parser.add_argument("--out", type=Path, help="JSON file to write")
     options = parser.parse_args()
-    draw, console, kills = random.Random(options.seed), Console(), []
-    with tempfile.TemporaryDirectory(prefix="sparsejax-kills-") as name:
-        os.environ["JAX_COMPILATION_CACHE_DIR"] = f"{name}/compiled"
+    facts = describe_machine()
+    with tempfile.TemporaryDirectory(prefix="sparsejax-kills-") as folder:
+        os.environ["JAX_COMPILATION_CACHE_DIR"] = f"{folder}/compiled"
         os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
-        whole, killed, log = Path(name, "whole"), Path(name, "killed"), Path(name, "log")
-        if start(whole, options.runs, options.jobs, log).wait():
-            sys.exit(f"the undisturbed sweep failed:\n{log.read_text()}")
-        console.print(f"undisturbed sweep: {options.runs} runs of {STEPS} steps, {options.jobs} at a time")
-        runs = plan_runs(str(CONFIG), grid({"train.seed": range(options.runs)}), SETTINGS)
-        jobs = [build_job(run, killed) for run in runs]
-        with Watch(killed) as watch:
-            for number in range(options.kills):
-                if all(job.result.exists() for job in jobs):
-                    break
-                size = log.stat().st_size
-                launcher = start(killed, options.runs, options.jobs, log)
-                kind = DISTURBANCES[number % len(DISTURBANCES)]
-                aims_at_runs = number == 0 or kind in ("kill a run", "kill the job of a run")
-                while aims_at_runs and launcher.poll() is None and not find_running(jobs):
-                    time.sleep(0.1)
-                while kind == "ask the launcher to stop" and launcher.poll() is None and log.stat().st_size == size:
-                    time.sleep(0.1)  # during imports, Ctrl-C may be swallowed
-                time.sleep(draw.uniform(0, 6))
-                kills.append(disturb(kind, launcher, jobs, draw))
-                console.print(str(kills[-1]), highlight=False, soft_wrap=True)
-                if launcher.poll() is None:  # two launchers cannot run at once
-                    time.sleep(draw.uniform(0, 2))
-                    launcher.kill()
-                launcher.wait()
-            code = start(killed, options.runs, options.jobs, log).wait()
-        pairs = [[run.workdir(folder) for folder in (killed, whole)] for run in runs]
-        changes = {run.name: find_differences(*pair) for run, pair in zip(runs, pairs, strict=True)}
-        changes = {name: change for name, change in changes.items() if change}
-        starts = [len(read_json(run.workdir(killed).versions)) for run in runs]
-    console.print(f"last exit code {code}; starts per run {starts}; clashes on a workdir: {watch.clashes}")
-    console.print(f"differences: {changes or 'none'}")
+        record = facts | measure(options.runs, options.kills, options.seed, options.jobs, Path(folder))
+    for name in ("last exit code", "starts per run", "clashes on a workdir", "differences"):
+        print(f"{name}: {record[name]}")
     if options.out:
-        about = {"python": sys.version.split()[0], "jax": jax.__version__, "seed": options.seed, "jobs": options.jobs}
-        about |= {"runs": options.runs, "steps": STEPS, "save every": EVERY, "disturbances": kills}
-        ends = {"last exit code": code, "starts per run": starts, "samples": watch.samples}
-        record = about | ends | {"clashes on a workdir": watch.clashes, "differences": changes}
-        options.out.parent.mkdir(parents=True, exist_ok=True)
         options.out.write_text(json.dumps(record, indent=1) + "\n")
-    sys.exit(bool(code or changes or watch.clashes))
+    return int(not is_intact(record))
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())
