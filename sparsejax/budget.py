@@ -93,7 +93,7 @@ def match_runs(
     """Adjusts each run of a sweep to a budget, as closely as an integer allows.
 
     Args:
-      config: Configuration, `FILE` or `FILE:ARGUMENT`.
+      config: Source of the configuration, see `config.load`.
       sweep: Overrides per run.
       budget: The common cost.
       common: Overrides of all runs; those of a run take precedence.

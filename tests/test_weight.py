@@ -68,11 +68,9 @@ def test_describing_a_model_needs_no_training_package(arguments):
 
 
 def test_a_missing_extra_is_named():
-    hide = (
-        "import sys; sys.modules['tensorboardX'] = None; from sparsejax.cli import main; sys.exit(main(sys.argv[1:]))"
-    )
-    command = [sys.executable, "-c", hide, "train", "--config=absent.py", "--workdir=absent"]
+    hide = "import sys; sys.modules['safetensors'] = None; from sparsejax.cli import main; sys.exit(main(sys.argv[1:]))"
+    command = [sys.executable, "-c", hide, "show", f"--hf={GOLDEN / 'jamba'}"]
     done = subprocess.run(command, cwd=ROOT, text=True, capture_output=True)
     assert done.returncode == 2
-    assert "sparsejax[train]" in done.stderr
+    assert "sparsejax[interop]" in done.stderr
     assert done.stderr.count("\n") == 1

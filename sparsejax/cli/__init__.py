@@ -1,12 +1,13 @@
-"""The command line: `sparsejax VERB --config=FILE [--config.KEY=VALUE ...] [...]`.
+"""The command line: `sparsejax VERB [...]`.
 
 Each verb is a module of this package, which is imported when the verb is chosen. It defines
 
-- `add_arguments(parser)`;
-- `run(options, console)`;
-- `EXIT_CODES`: the exceptions that end the verb after its work is saved, with their exit codes;
+- `EXAMPLE`: a command line, which ends its help;
 - `OVERRIDES`: the sections whose keys are options, such as "config" for `--config.KEY=VALUE`; `options.overrides` holds
-  a dict per section.
+  a dict per section;
+- `EXIT_CODES`: the exceptions that end the verb after its work is saved, with their exit codes;
+- `add_arguments(parser)`;
+- `run(options, console)`.
 """
 
 from __future__ import annotations
@@ -19,22 +20,24 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
-from sparsejax.cli.arguments import Parser, split_overrides
+import sparsejax
+from sparsejax.cli.arguments import Parser, check_overrides, split_overrides
 from sparsejax.cli.exit_codes import INTERRUPTED, LOSS_DIVERGED, RUNS_FAILED, USAGE_ERROR
 from sparsejax.errors import InputError
 
-__all__ = ["INTERRUPTED", "LOSS_DIVERGED", "RUNS_FAILED", "USAGE_ERROR", "VERBS", "main"]
+__all__ = ["INTERRUPTED", "LOSS_DIVERGED", "RUNS_FAILED", "USAGE_ERROR", "VERBS", "build_parser", "main"]
 
 VERBS = {
     "train": "train a model, or resume its run",
     "show": "describe a model: layers, costs, receptive field and warnings",
+    "data show": "describe the data of a config, with its first training rows",
     "draw": "draw patterns, or the layers of a config",
-    "sweep": "train variants of a config, or search among them",
-    "doctor": "check the attention kernels of this machine, and record which are verified",
+    "sweep": "train variants of a config",
+    "search": "search among variants of a config with Optuna",
     "report": "compare runs: tables, statistics, figures and a page",
+    "doctor": "check the attention kernels of this machine, and record which are verified",
 }
-# Packages that verbs import, and the extras that install them.
-EXTRAS = {"filelock": "train", "grain": "train", "tensorboardX": "train", "safetensors": "interop"}
+EXTRAS = {"safetensors": "interop"}  # packages that verbs import, and the extras that install them
 PLAIN_WIDTH = 160  # columns of a table that goes to a file or a pipe
 
 
@@ -42,17 +45,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Runs a verb and returns the exit code."""
     _silence_libraries()
     arguments = sys.argv[1:] if arguments is None else arguments
-    parser = _build_parser()
+    name = next((name for name in VERBS if list(arguments[: len(name.split())]) == name.split()), None)
+    group = next((word for word in arguments[:1] if any(name.startswith(f"{word} ") for name in VERBS)), None)
+    parser = _build_index(group)
     try:
-        if not arguments or arguments[0] not in VERBS:
-            parser.parse_args(arguments)  # prints the help and exits, or raises
+        if name is None:
+            parser.parse_args(arguments[1:] if group else arguments)  # prints the help and exits, or raises
             parser.error("the verb must come first")
-        name, *remaining = arguments
-        verb = importlib.import_module(f"sparsejax.cli.{name}")
-        description = f"{VERBS[name][0].upper()}{VERBS[name][1:]}."
-        parser = Parser(prog=f"sparsejax {name}", description=description, allow_abbrev=False)
-        verb.add_arguments(parser)
-        return _run(verb, parser, remaining)
+        parser = build_parser(name)
+        return _run(_import_verb(name), parser, arguments[len(name.split()) :])
     except InputError as error:
         return _fail(parser.render(error), USAGE_ERROR)
     except OSError as error:
@@ -68,9 +69,40 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return _fail("stopped by SIGINT; run the same command again", INTERRUPTED)
 
 
+def build_parser(name: str) -> Parser:
+    """Returns the parser of a verb of `VERBS`."""
+    verb = _import_verb(name)
+    parser = Parser(f"sparsejax {name}", f"{VERBS[name][0].upper()}{VERBS[name][1:]}.", verb.EXAMPLE)
+    verb.add_arguments(parser)
+    return parser
+
+
+def _import_verb(name: str) -> Any:
+    return importlib.import_module(f"sparsejax.cli.{name.replace(' ', '_')}")
+
+
+def _build_index(group: str | None) -> Parser:
+    """The parser that lists the verbs, or those that start with the word `group`."""
+    prefix = f"{group} " if group else ""
+    verbs = {name.removeprefix(prefix): VERBS[name] for name in VERBS if name.startswith(prefix)}
+    lines = [f"  {name:<12}{purpose}" for name, purpose in verbs.items()]
+    description = "\n".join(["Sparse and hybrid sequence models in JAX.", "", "verbs:", *lines])
+    program = f"sparsejax {prefix}".strip()
+    parser = Parser(program, description, f"{program} {next(iter(verbs))} --help")
+    parser.add_argument("verb", metavar="VERB", choices=list(verbs), help="one of the verbs above")
+    parser.add_argument("--version", action="version", version=f"sparsejax {sparsejax.__version__}")
+    return parser
+
+
 def _run(verb: Any, parser: Parser, arguments: Sequence[str]) -> int:
     others, overrides = split_overrides(arguments, verb.OVERRIDES)
     options = parser.parse_args(others, argparse.Namespace(overrides=overrides))
+    check_overrides(options)
+    if imports := getattr(options, "imports", ()):
+        from sparsejax.extensions import import_source
+
+        for source in imports:
+            import_source(source)
     from rich.console import Console  # slow, and --help does not need it
 
     try:
@@ -78,14 +110,6 @@ def _run(verb: Any, parser: Parser, arguments: Sequence[str]) -> int:
     except tuple(verb.EXIT_CODES) as error:
         return _fail(str(error), verb.EXIT_CODES[type(error)])
     return 0
-
-
-def _build_parser() -> Parser:
-    parser = Parser(prog="sparsejax", description="Sparse and hybrid sequence models in JAX.")
-    verbs = parser.add_subparsers(required=True, metavar="VERB")
-    for name, purpose in VERBS.items():
-        verbs.add_parser(name, help=purpose)
-    return parser
 
 
 def _silence_libraries() -> None:

@@ -9,6 +9,7 @@ from rich.console import Console
 from sparsejax import doctor
 from sparsejax.cli.exit_codes import VERIFICATION_FAILED
 
+EXAMPLE = "sparsejax doctor"
 OVERRIDES = ()
 EXIT_CODES: dict[type[Exception], int] = {doctor.VerificationError: VERIFICATION_FAILED}
 

@@ -8,6 +8,7 @@ from rich.console import Console
 
 from sparsejax.report import report
 
+EXAMPLE = "sparsejax report runs/sweep --out=report --metric=eval/bits_per_byte --baseline=dense"
 OVERRIDES = ()
 EXIT_CODES: dict[type[Exception], int] = {}
 

@@ -6,31 +6,40 @@ import argparse
 
 from rich.console import Console
 
-from sparsejax.cli.arguments import add_config, require_config
-from sparsejax.errors import InputError
+from sparsejax.cli.arguments import add_config
 
+EXAMPLE = "sparsejax show --config=preset:jamba --length=262144"
 OVERRIDES = ("config",)
 EXIT_CODES: dict[type[Exception], int] = {}
-EXAMPLES = 3  # rows that `--data` prints
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the options of the verb."""
-    add_config(parser)
-    parser.add_argument("--length", type=int, metavar="N", help="tokens per sequence; defaults to that of the model")
-    parser.add_argument("--hf", metavar="PATH", help="instead of a config: a Hugging Face folder or config.json")
-    parser.add_argument("--table", choices=["complexity"], help="instead of a config: how methods grow with the length")
-    parser.add_argument("--measure", action="store_true", help="with --table: measure time and memory, in minutes")
-    parser.add_argument("--data", action="store_true", help="describe the data of the config, with some training rows")
+    subject = parser.add_mutually_exclusive_group(required=True)
+    add_config(parser, subject)
+    subject.add_argument("--hf", metavar="PATH", help="a Hugging Face model: its folder or its config.json")
+    subject.add_argument(
+        "--complexity",
+        nargs="?",
+        const="counted",
+        choices=["counted", "measured"],
+        help="compare how the costs of attention patterns and state-space models grow with the length: by counting"
+        " pairs (the default), or also by measuring time and memory on this machine, which takes minutes",
+    )
+    parser.add_argument(
+        "--length",
+        type=int,
+        metavar="N",
+        help="tokens per sequence; defaults to the length of the config or the model, and to 131072 with --complexity",
+    )
 
 
 def run(options: argparse.Namespace, console: Console) -> None:
-    """Describes a model, its data, or the methods."""
-    _check(options)
+    """Describes a model, or compares the growth of methods."""
     from sparsejax import show
 
-    if options.table:
-        show.show_complexity(options.length, options.measure, console)
+    if options.complexity:
+        show.show_complexity(options.length, options.complexity == "measured", console)
     elif options.hf:
         from sparsejax.interop import huggingface
 
@@ -38,20 +47,5 @@ def run(options: argparse.Namespace, console: Console) -> None:
     else:
         from sparsejax import config as configs
 
-        config = configs.check(configs.load(require_config(options), options.overrides["config"]))
-        if options.data:
-            show.show_data(config, EXAMPLES, console)
-        else:
-            show.show(config.model, config.data.length if options.length is None else options.length, console)
-
-
-def _check(options: argparse.Namespace) -> None:
-    subjects = [name for name in ("table", "hf") if getattr(options, name)]
-    if len(subjects) > 1:
-        raise InputError("hf", "cannot be combined with --table")
-    if subjects and (options.config or options.overrides["config"]):
-        raise InputError(subjects[0], "cannot be combined with --config")
-    if options.data and (subjects or options.length is not None):
-        raise InputError("data", "can only be combined with --config")
-    if options.measure and not options.table:
-        raise InputError("measure", "needs --table=complexity")
+        config = configs.check(configs.load(options.config, options.overrides["config"]))
+        show.show(config.model, config.data.length if options.length is None else options.length, console)

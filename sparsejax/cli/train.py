@@ -9,10 +9,11 @@ from rich.console import Console
 
 from sparsejax import config as configs
 from sparsejax import sharding
-from sparsejax.cli.arguments import add_config, require_config
+from sparsejax.cli.arguments import add_config
 from sparsejax.cli.exit_codes import INTERRUPTED, LOSS_DIVERGED
 from sparsejax.train import Interrupted, LossDiverged, train
 
+EXAMPLE = "sparsejax train --config=preset:quickstart --workdir=runs/quickstart --config.train.steps=100"
 OVERRIDES = ("config",)
 EXIT_CODES = {Interrupted: INTERRUPTED, LossDiverged: LOSS_DIVERGED}
 
@@ -33,7 +34,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace, console: Console) -> None:
     """Trains a model."""
-    settings = configs.load(require_config(options), options.overrides["config"])
+    settings = configs.load(options.config, options.overrides["config"])
     if options.distributed is not None:
         sharding.initialize_distributed(options.distributed)
         console.quiet = not sharding.is_coordinator()

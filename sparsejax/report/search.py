@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import dataclasses
+import shlex
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -53,6 +54,7 @@ def write_results(
     trials: Sequence[FrozenTrial],
     objectives: Sequence[Objective],
     settings: Mapping[int, Mapping[str, Any]],
+    imports: Sequence[str] = (),
 ) -> list[Path]:
     """Writes tables of all trials and of the best ones, a figure, and the configuration files of the best ones.
 
@@ -61,6 +63,7 @@ def write_results(
       trials: All trials that have ended; their user attributes are `run`, its name, and `overrides`, texts by key.
       objectives: One or two.
       settings: The resolved configurations of the best trials by number, in order.
+      imports: Files and modules that every run imports first.
 
     Returns:
       The files.
@@ -78,7 +81,7 @@ def write_results(
         old.unlink()
     configs = [folder / config.format(rank) for rank in range(1, len(front) + 1)]
     for path, trial in zip(configs, front, strict=True):
-        path.write_text(write_config(settings[trial.number], _docstring(trial, objectives, path)))
+        path.write_text(write_config(settings[trial.number], _docstring(trial, objectives, path, imports)))
     figures = [folder / f"{stem}{suffix}" for suffix in (".png", ".svg")]
     draw = _draw_front if two else _draw_curves
     for path in figures:
@@ -116,10 +119,11 @@ def _write_markdown(front: Sequence[FrozenTrial], objectives: Sequence[Objective
     return "".join(f"| {' | '.join(line)} |\n" for line in lines)
 
 
-def _docstring(trial: FrozenTrial, objectives: Sequence[Objective], path: Path) -> str:
+def _docstring(trial: FrozenTrial, objectives: Sequence[Objective], path: Path, imports: Sequence[str]) -> str:
     pairs = zip(objectives, trial.values, strict=True)
     values = ", ".join(f"{objective.name} {value:.6g}" for objective, value in pairs)
-    command = f"sparsejax train --config={path.name} --workdir=runs/{path.stem}"
+    options = [f"--config={path.name}", *(f"--import={source}" for source in imports), f"--workdir=runs/{path.stem}"]
+    command = shlex.join(["sparsejax", "train", *options])
     return f"Result of a search, trial {trial.number}: {values}.\n\n    {command}\n"
 
 

@@ -26,9 +26,10 @@ from sparsejax.workdir import SweepFolder, Workdir
 class Run:
     """A run of a sweep."""
 
-    config: str  # FILE or FILE:ARGUMENT
+    config: str  # source of the configuration, see `config.load`
     overrides: tuple[tuple[str, Any], ...]  # key and value, sorted by key
     label: str  # name in tables, the same for all seeds
+    imports: tuple[str, ...] = ()  # files and modules that the run imports first
 
     @property
     def name(self) -> str:
@@ -63,8 +64,9 @@ class Run:
     def command(self, folder: Path) -> list[str]:
         """The command line that trains or resumes the run."""
         train = [sys.executable, "-m", "sparsejax", "train", f"--config={self.config}"]
+        imports = [f"--import={source}" for source in self.imports]
         overrides = [f"--config.{text}" for text in write_overrides(dict(self.overrides))]
-        return [*train, *overrides, f"--workdir={self.workdir(folder).path}"]
+        return [*train, *imports, *overrides, f"--workdir={self.workdir(folder).path}"]
 
 
 def show_command(command: Iterable[str]) -> str:
@@ -102,15 +104,20 @@ def read_function(argument: str, path: str, name: str) -> Callable[..., Any]:
 
 
 def plan_runs(
-    config: str, sweep: Iterable[Overrides], common: Overrides | None = None, max_steps: int | None = None
+    config: str,
+    sweep: Iterable[Overrides],
+    common: Overrides | None = None,
+    max_steps: int | None = None,
+    imports: Iterable[str] = (),
 ) -> list[Run]:
     """Returns the runs of a sweep, each checked and each once.
 
     Args:
-      config: Configuration, `FILE` or `FILE:ARGUMENT`.
+      config: Source of the configuration, see `config.load`.
       sweep: Overrides per run.
       common: Overrides of all runs; those of a run take precedence.
       max_steps: Rejects runs of more steps.
+      imports: Files and modules that every run imports first.
 
     Raises:
       SweepError: A run is invalid, or it has two labels.
@@ -120,7 +127,7 @@ def plan_runs(
     for specific, name, words in zip(sweep, name_runs(sweep), name_runs(sweep, {SEED}), strict=True):
         overrides = {**(common or {}), **specific}
         label = str(overrides.pop(LABEL, words))
-        run = Run(config, tuple(sorted(overrides.items())), label)
+        run = Run(config, tuple(sorted(overrides.items())), label, tuple(imports))
         try:
             steps = run.checked.train.steps
         except ConfigError as error:

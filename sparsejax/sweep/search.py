@@ -1,6 +1,6 @@
 """Search over schedules and other settings with Optuna; every trial is an ordinary run.
 
-The function `search(trial)` of a file draws overrides. `sparsejax.sweep.suggest_period` and `suggest_placement` draw
+The function `space(trial)` of a file draws overrides. `sparsejax.sweep.suggest_period` and `suggest_placement` draw
 schedules. A search with one objective uses asynchronous successive halving (ASHA, arXiv:1810.05934): a trial that is
 not among the best third of those that reached its rung is asked to stop, and saves. A search with two objectives, such
 as the loss and the bytes of the cache, finds their Pareto front; Optuna prunes none of its trials.
@@ -54,7 +54,7 @@ REDUCTION = 3  # of successive halving: one in three trials of a rung continues
 class Search:
     """A search."""
 
-    config: str  # FILE or FILE:ARGUMENT
+    config: str  # source of the configuration, see `config.load`
     draw: Callable[[Trial], Overrides]  # the overrides of a trial
     objectives: tuple[Objective, ...]  # one or two; the first is a metric
     trials: int  # number of trials
@@ -63,6 +63,7 @@ class Search:
     sampler: str = "tpe"  # "tpe" (arXiv:2304.11127), "nsga2" (Deb et al., 2002) or "random"
     seed: int = 0  # of the sampler. With one job, searches with equal seeds draw equal trials
     max_steps: int | None = None  # rejects runs of more steps
+    imports: tuple[str, ...] = ()  # files and modules that every run imports first
 
     def __post_init__(self) -> None:
         if self.trials < 1:
@@ -84,10 +85,10 @@ class Search:
         }
 
 
-def read_search(source: str) -> Callable[[Trial], Overrides]:
-    """Returns the function `search` of `FILE.py`, or the function of `FILE.py:NAME`."""
+def read_space(source: str) -> Callable[[Trial], Overrides]:
+    """Returns the function `space` of `FILE.py`, or the function of `FILE.py:NAME`."""
     path, _, name = source.partition(":")
-    return read_function("search", path, name or "search")
+    return read_function("space", path, name or "space")
 
 
 def read_objectives(text: str) -> tuple[Objective, ...]:
@@ -127,7 +128,7 @@ def run_search(
             raise SweepError("search", f"no trial was completed; logs: {SweepFolder(folder).jobs}")
         overrides = {trial.number: trial.user_attrs["overrides"] for trial in best}
         settings = {number: configs.load(search.config, drawn).to_dict() for number, drawn in overrides.items()}
-        return write_results(folder, trials, search.objectives, settings)
+        return write_results(folder, trials, search.objectives, settings, search.imports)
 
 
 def _claim_folder(folder: SweepFolder, search: Search) -> None:
@@ -246,14 +247,14 @@ class _Trials(Supervisor):
         except optuna.TrialPruned:
             raise
         except Exception as error:
-            raise SweepError("search", f"trial {trial.number}: {type(error).__name__}: {error}") from error
+            raise SweepError("space", f"trial {trial.number}: {type(error).__name__}: {error}") from error
         if not isinstance(drawn, dict):
-            raise SweepError("search", f"must return a dict of overrides, got {type(drawn).__name__}")
+            raise SweepError("space", f"must return a dict of overrides, got {type(drawn).__name__}")
         if search.match:
             (matched,) = match_runs(search.config, [drawn], search.match, search.common)
             self._print(trial, str(matched))
             drawn = matched.overrides
-        (run,) = plan_runs(search.config, [drawn], search.common, search.max_steps)
+        (run,) = plan_runs(search.config, [drawn], search.common, search.max_steps, search.imports)
         return run
 
     def observe(self, attempt: Attempt) -> bool:

@@ -44,12 +44,13 @@ def sweep(
     max_steps: int | None = None,
     max_hours: float | None = None,
     match: Budget | None = None,
+    imports: Sequence[str] = (),
 ) -> None:
     """Plans all runs of a sweep, checks them, and launches those that are not done.
 
     Args:
       axes: The runs, see `read_sweep`.
-      config: Configuration of all runs, `FILE` or `FILE:ARGUMENT`.
+      config: Source of the configuration of all runs, see `config.load`.
       overrides: Overrides of all runs; those of a run take precedence.
       folder: Folder of the sweep.
       console: Where to print.
@@ -60,6 +61,7 @@ def sweep(
       max_steps: Rejects runs of more steps.
       max_hours: Time after which no run starts, and the running ones are asked to save and stop.
       match: Budget of all runs.
+      imports: Files and modules that every run imports first.
 
     Raises:
       InputError: Invalid input; no run was started.
@@ -71,7 +73,7 @@ def sweep(
         matched = match_runs(config, planned, match, overrides)
         print_lines(console, *dict.fromkeys(map(str, matched)))
         planned = [run.overrides for run in matched]
-    runs = plan_runs(config, planned, overrides, max_steps)
+    runs = plan_runs(config, planned, overrides, max_steps, imports)
     check_record(folder, config, runs)
     if print_only:
         print_lines(console, *(show_command(run.command(folder)) for run in runs))

@@ -25,7 +25,7 @@ from tests.messages import check_message, rejects
 from tests.train import runs
 
 pytest.importorskip("optuna", reason="needs the extra search")
-from sparsejax.sweep.search import Search, read_objectives, read_search, run_search
+from sparsejax.sweep.search import Search, read_objectives, read_space, run_search
 
 CONFIG = str(runs.RECIPE)
 NAMES = ("ssm", "local", "full")
@@ -299,14 +299,14 @@ INVALID = {
     "no_target": ("match", lambda folder: make(match=read_match("flops:first"))),
     "trials": ("trials", lambda folder: make(trials=0)),
     "sampler": ("sampler", lambda folder: make(sampler="grid")),
-    "no_dict": ("search", lambda folder: run(searching(lambda trial: None), folder)),
-    "exception": ("search", lambda folder: run(searching(lambda trial: 1 / 0), folder)),
+    "no_dict": ("space", lambda folder: run(searching(lambda trial: None), folder)),
+    "exception": ("space", lambda folder: run(searching(lambda trial: 1 / 0), folder)),
     "key": ("train.stepz", lambda folder: run(searching(lambda trial: {"train.stepz": 1}), folder)),
     "three_objectives": ("objective", lambda folder: read_objectives("eval/loss,kv,flops")),
     "no_metric": ("objective", lambda folder: read_objectives("kv,eval/loss")),
     "cost": ("objective", lambda folder: read_objectives("eval/loss,bytes")),
-    "file": ("search", lambda folder: read_search("nowhere.py")),
-    "function": ("search", lambda folder: read_search(f"{CONFIG}:nothing")),
+    "file": ("space", lambda folder: read_space("nowhere.py")),
+    "function": ("space", lambda folder: read_space(f"{CONFIG}:nothing")),
 }
 
 
@@ -318,28 +318,30 @@ def test_invalid_searches(case, tmp_path):
 
 
 COMMAND_LINES = {
-    "no_trials": ["--search=x.py"],
-    "retry": ["--search=x.py", "--trials=3", "--retry"],
-    "file": ["--search=x.py", "--trials=3"],
-    "trials": ["--sweep=seed=range(3)", "--trials=3"],
-    "both": ["--sweep=seed=range(3)", "--search=x.py"],
-    "match": ["--sweep=seed=range(3)", "--match=flops"],
+    "no_trials": ["search", "--space=x.py"],
+    "no_space": ["search", "--trials=3"],
+    "retry": ["search", "--space=x.py", "--trials=3", "--retry"],
+    "file": ["search", "--space=x.py", "--trials=3"],
+    "sampler": ["search", "--space=x.py", "--trials=3", "--sampler=grid"],
+    "trials": ["sweep", "--sweep=seed=range(3)", "--trials=3"],
+    "match": ["sweep", "--sweep=seed=range(3)", "--match=flops"],
 }
 
 
 @pytest.mark.parametrize("case", COMMAND_LINES)
 def test_invalid_command_lines(case, tmp_path, capsys):
-    assert main(["sweep", f"--config={CONFIG}", f"--workdir={tmp_path / 'a'}", *COMMAND_LINES[case]]) == USAGE_ERROR
+    verb, *options = COMMAND_LINES[case]
+    assert main([verb, f"--config={CONFIG}", f"--workdir={tmp_path / 'a'}", *options]) == USAGE_ERROR
     err = capsys.readouterr().err
     assert err.count("\n") == 1
     check_message(err.strip())
     assert not (tmp_path / "a").exists()
 
 
-SEARCH = """
+SPACE = """
 from sparsejax.sweep import suggest_placement
 
-def search(trial):
+def space(trial):
     return {"model.schedule": suggest_placement(trial, "local", "full", layers=2, counts=(0, 1, 2))}
 """
 
@@ -349,9 +351,9 @@ def test_a_search_by_real_runs(tmp_path, monkeypatch):
     for name, value in runs.environment().items():
         monkeypatch.setenv(name, value)
     text = runs.write_text(tmp_path / "text")
-    (tmp_path / "search.py").write_text(SEARCH)
+    (tmp_path / "space.py").write_text(SPACE)
     folder = tmp_path / "search"
-    command = ["sweep", f"--config={CONFIG}", f"--search={tmp_path / 'search.py'}", f"--workdir={folder}", "--jobs=1"]
+    command = ["search", f"--config={CONFIG}", f"--space={tmp_path / 'space.py'}", f"--workdir={folder}", "--jobs=1"]
     command += ["--trials=4", "--objective=eval/loss,kv", "--sampler=random", f"--config.data.files={text}"]
     command += [
         "--config.train.steps=4",

@@ -196,7 +196,7 @@ def test_bits_of_subwords_are_bits_of_their_bytes(text, tmp_path):
 
 
 def test_show_data(text, capsys):
-    arguments = ["show", "--data", f"--config={runs.RECIPE}", f"--config.data.files={text}"]
+    arguments = ["data", "show", f"--config={runs.RECIPE}", f"--config.data.files={text}"]
     assert main([*arguments, "--config.data.packing=packed"]) == 0
     out = capsys.readouterr().out
     assert "40 documents read" not in out  # some are held out
