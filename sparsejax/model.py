@@ -15,6 +15,7 @@ from jaxtyping import Array, Float, Int
 from sparsejax.config import ModelConfig
 from sparsejax.embedding import Embedding, Head, mean_pool
 from sparsejax.layers import EMPTY, Cache, Context, Layer, Losses, Shared, Stream, make_norm, normalize
+from sparsejax.layers.stream import decays, logical_axes
 
 
 class Model(nnx.Module):
@@ -198,16 +199,18 @@ class Functional:
     @property
     def axes(self) -> dict[str, Any]:
         """A tuple of logical axis names per parameter, None for the leading axis of the scanned period."""
-        return self._metadata(lambda v: (None,) * (len(v.shape) - len(v.axes)) + tuple(v.axes))
+        return self._metadata(logical_axes)
 
     @property
     def decay(self) -> dict[str, Any]:
         """Whether weight decay applies, per parameter."""
-        return self._metadata(lambda v: v.decay)
+        return self._metadata(decays)
 
-    def _metadata(self, read: Callable[[nnx.Variable], Any]) -> dict[str, Any]:
-        """The tree of parameters with `read(variable)` instead of each of them."""
-        replaced = jax.tree.map(
-            lambda v: v.replace(read(v)), self._state, is_leaf=lambda leaf: isinstance(leaf, nnx.Variable)
+    def _metadata(self, read: Callable[[nnx.Variable, int], Any]) -> dict[str, Any]:
+        """The tree of parameters with `read(variable, number of stacked axes)` instead of each of them."""
+        replaced = jax.tree_util.tree_map_with_path(
+            lambda path, v: v.replace(read(v, int(path[0].key == "period"))),
+            self._state,
+            is_leaf=lambda leaf: isinstance(leaf, nnx.Variable),
         )
         return nnx.to_pure_dict(replaced)

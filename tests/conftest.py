@@ -19,6 +19,7 @@ import pytest
 from hypothesis import settings
 from ml_collections import ConfigDict
 
+from sparsejax import layers, patterns
 from tests import messages
 
 # The same examples on every machine and in every run; the time of an example is not under test.
@@ -50,6 +51,13 @@ def _compile_once(tmp_path_factory):
     os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.3"
     jax.config.update("jax_compilation_cache_dir", folder)
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.3)
+
+
+@pytest.fixture
+def registries(monkeypatch):
+    """Forgets the patterns and the mixers that a test registers."""
+    for registry in (patterns.REGISTRY, layers.MIXERS):
+        monkeypatch.setattr(registry, "members", dict(registry.members))
 
 
 @pytest.fixture

@@ -10,7 +10,7 @@ import pytest
 
 from sparsejax.cli import main
 from sparsejax.ops import attend
-from sparsejax.patterns import NAMES, Pattern, PatternError, from_ranges, parse, plan_cache, receptive_field
+from sparsejax.patterns import Pattern, PatternError, from_ranges, parse, plan_cache, receptive_field, register
 from sparsejax.patterns.base import require
 from sparsejax.patterns.testing import check_pattern
 from tests.messages import rejects
@@ -40,8 +40,8 @@ TEXT = "causal & (older(3) | window(2)) - sink(1)"
 
 
 @pytest.fixture
-def new(monkeypatch):
-    monkeypatch.setitem(NAMES, Older.name, Older)
+def new(registries):
+    register(Older)
     return parse(TEXT)
 
 

@@ -9,6 +9,7 @@ import math
 import operator
 import types
 import typing
+from collections.abc import Mapping
 from typing import Any
 
 from sparsejax.config.schema import Config
@@ -20,11 +21,7 @@ from sparsejax.patterns import Pattern
 
 # Annotations of several classes, of which a section has one, by kind. The kind is the section's key `kind`, or the
 # value of the sibling that the field's metadata name.
-UNIONS: dict[Any, dict[str, type]] = {
-    MixerConfig: {kind: config for kind, (config, _) in MIXERS.items()},
-    FeedForwardConfig: {kind: config for kind, (config, _) in FEEDFORWARDS.items()},
-    Probe: dict(PROBES),
-}
+UNIONS: dict[Any, Mapping[str, Any]] = {MixerConfig: MIXERS, FeedForwardConfig: FEEDFORWARDS, Probe: PROBES}
 # Key that holds the kind of another section -> name of that section beside it.
 KIND_KEYS = {
     f"{section.name}.{field.metadata['kind']}": field.name
@@ -70,7 +67,7 @@ def _complete(annotation: Any, value: Any, kind: Any = None) -> Any:
     if annotation in UNIONS:
         value = {} if value is None and _is_kind(annotation, kind) else value
         kind = value.get("kind") if kind is None and isinstance(value, dict) else kind
-        annotation = UNIONS[annotation][kind] if _is_kind(annotation, kind) else None
+        annotation = _member(annotation, kind) if _is_kind(annotation, kind) else None
     if not isinstance(value, dict) or annotation == Overrides:
         return value
     if typing.get_origin(annotation) is dict:
@@ -106,6 +103,8 @@ def _build(annotation: Any, value: Any, path: str, kind: Any = None) -> Any:
         finite = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
         _expect(EXPECTED[float], finite, path, value)
         return float(value)
+    if annotation not in EXPECTED:
+        raise ConfigError(path, f"the annotation {annotation} is not one that a configuration can hold")
     _expect(EXPECTED[annotation], type(value) is annotation, path, value)
     return value
 
@@ -114,12 +113,12 @@ def _build_member(union: Any, value: Any, path: str, kind: Any) -> Any:
     if kind is not None:  # of a sibling, which its own section checks
         if not _is_kind(union, kind):
             raise ConfigError(path, f"expected none, since {kind!r} has no keys of its own")
-        return _build_section(UNIONS[union][kind], value, path)
+        return _build_section(_member(union, kind), value, path)
     _expect("a section", isinstance(value, dict), path, value)
     kind = value.get("kind")
     if not _is_kind(union, kind):
         raise ConfigError(f"{path}.kind", f"{kind!r} is not one of {', '.join(UNIONS[union])}")
-    schema = UNIONS[union][kind]
+    schema = _member(union, kind)
     if "kind" not in _fields(schema):  # a class that serves several kinds has a field for it
         value = {name: item for name, item in value.items() if name != "kind"}
     return _build_section(schema, value, path)
@@ -169,6 +168,12 @@ def _is_kind(union: Any, kind: Any) -> bool:
     return isinstance(kind, str) and kind in UNIONS[union]
 
 
+def _member(union: Any, kind: str) -> type:
+    """The config class of a kind; the tables of layers hold its module too."""
+    member = UNIONS[union][kind]
+    return member[0] if isinstance(member, tuple) else member
+
+
 def _kind_of(field: dataclasses.Field, section: dict[str, Any]) -> Any:
     """The kind that a sibling of the field holds; None if the field's section holds its own."""
     return section.get(field.metadata["kind"], "") if "kind" in field.metadata else None
@@ -176,7 +181,8 @@ def _kind_of(field: dataclasses.Field, section: dict[str, Any]) -> Any:
 
 @functools.cache
 def _hints(schema: type) -> dict[str, Any]:
-    return typing.get_type_hints(schema)
+    # A module that a configuration file imports may have left `sys.modules`.
+    return typing.get_type_hints(schema, localns=getattr(vars(schema).get("__init__"), "__globals__", None))
 
 
 @functools.cache

@@ -11,10 +11,10 @@ from sparsejax.layers.lightning import Lightning, LightningConfig
 from sparsejax.layers.lsh import Lsh, LshConfig
 from sparsejax.layers.mamba import Mamba, MambaConfig
 from sparsejax.layers.mamba2 import Mamba2, Mamba2Config
-from sparsejax.layers.mixers import MIXERS, BranchConfig, MixerConfig, Parallel, ParallelConfig
+from sparsejax.layers.mixers import MIXERS, BranchConfig, Parallel, ParallelConfig, register
 from sparsejax.layers.mlp import ACTIVATIONS, Mlp, MlpConfig
 from sparsejax.layers.norm import Norm, NormConfig, make_norm, normalize
-from sparsejax.layers.protocols import Cache, FeedForward, Losses, Mixer, MixerConfigProtocol
+from sparsejax.layers.protocols import Cache, FeedForward, Losses, Mixer, MixerConfig
 from sparsejax.layers.rglru import RgLru, RgLruConfig
 from sparsejax.layers.rotary import RopeConfig, RopeScaling, yarn_growth
 from sparsejax.layers.shared import Shared, SharedConfig, Side, SideConfig
@@ -58,7 +58,6 @@ __all__ = [
     "MambaConfig",
     "Mixer",
     "MixerConfig",
-    "MixerConfigProtocol",
     "Mlp",
     "MlpConfig",
     "Norm",
@@ -81,5 +80,6 @@ __all__ = [
     "make_norm",
     "normalize",
     "parameter",
+    "register",
     "yarn_growth",
 ]

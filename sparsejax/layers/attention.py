@@ -14,7 +14,7 @@ from sparsejax import patterns
 from sparsejax.errors import InputError, require_at_least, require_choice
 from sparsejax.layers.context import EMPTY, Context
 from sparsejax.layers.norm import NormConfig, make_norm, normalize
-from sparsejax.layers.protocols import Cache, implementation_names, parse_pattern
+from sparsejax.layers.protocols import Cache, Mixer, MixerConfig, implementation_names, parse_pattern
 from sparsejax.layers.rotary import RopeConfig, rotate
 from sparsejax.layers.stream import Cost, Linear, Stream, attention_cost, output_scale, parameter
 from sparsejax.ops import add_alibi, attend, decode_attend, log_multiplicity, merge_lse
@@ -23,13 +23,13 @@ MASKED_SEGMENT = -3  # a segment id that no query has
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class AttentionConfig:
+class AttentionConfig(MixerConfig):
     """Softmax attention with grouped queries under a pattern."""
 
     pattern: str | patterns.Pattern  # a configuration has the text form, see `sparsejax.patterns`
-    heads: int
+    heads: int  # of queries
     kv_heads: int  # divides heads
-    head_width: int
+    head_width: int  # of queries, keys and values
     rope: RopeConfig | None  # None: no rotary positions
     qk_norm: NormConfig | None  # over the queries and the keys of a head, before the rotation; None: none
     impl: str  # implementation of `ops.attend`, or "auto"
@@ -40,7 +40,7 @@ class AttentionConfig:
     sinks: bool = False  # a learned logit per head that takes a share of the softmax and has no value (gpt-oss)
     gate: bool = False  # multiplies the output by sigmoid(gate(x)) before the last projection (arXiv:2505.06708)
     bias: bool = False  # on queries, keys, values and gate
-    out_bias: bool = False
+    out_bias: bool = False  # on the last projection
     global_projections: bool = False  # separate projections for the tokens of `Extras.globals` (Longformer)
 
     def __post_init__(self):
@@ -75,7 +75,7 @@ class AttentionConfig:
         parse_pattern(self.pattern, self.heads, length)
 
 
-class Attention(nnx.Module):
+class Attention(Mixer):
     """Softmax attention (arXiv:1706.03762) under a pattern, from `inputs` features, by default those of the stream."""
 
     def __init__(self, config: AttentionConfig, stream: Stream, rngs: nnx.Rngs, inputs: int | None = None):

@@ -13,13 +13,16 @@ from jaxtyping import Array, Float, Int
 from sparsejax import patterns
 from sparsejax.errors import require_at_least
 from sparsejax.layers.context import EMPTY, Context, Tokens
-from sparsejax.layers.protocols import Cache, UnpatternedConfig
+from sparsejax.layers.protocols import Cache, Mixer, MixerConfig
 from sparsejax.layers.stream import Cost, Linear, Stream, output_scale, parameter
 from sparsejax.ops import causal_conv
 
 
 class ShortConv(nnx.Module):
-    """A causal depthwise convolution of a few taps, without activation. It does not cross document boundaries."""
+    """A causal depthwise convolution of a few taps, without activation.
+
+    It reads zeros at padding, as before the first token, and does not cross document boundaries.
+    """
 
     def __init__(
         self, channels: int, taps: int, *, bias: bool, dtype: DTypeLike, rngs: nnx.Rngs, axis: str | None = "inner"
@@ -31,7 +34,7 @@ class ShortConv(nnx.Module):
 
     def __call__(self, x: Float[Array, "b t c"], tokens: Tokens = EMPTY.tokens) -> Float[Array, "b t c"]:
         """Convolves a whole sequence."""
-        return self._add_bias(causal_conv(x, self.weight[...].astype(x.dtype), tokens.starts))
+        return self._add_bias(causal_conv(tokens.zero_padding(x), self.weight[...].astype(x.dtype), tokens.starts))
 
     def init_cache(self, batch: int) -> Float[Array, "b w c"]:
         """Returns the inputs before the first token: zeros, one fewer than taps."""
@@ -55,7 +58,7 @@ class ShortConv(nnx.Module):
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class ConvConfig(UnpatternedConfig):
+class ConvConfig(MixerConfig):
     """A gated short convolution (LFM2, arXiv:2511.23404)."""
 
     conv: int  # taps, including the current token's
@@ -75,7 +78,7 @@ class ConvConfig(UnpatternedConfig):
         return patterns.parse(f"causal & window({self.conv - 1})")
 
 
-class Conv(nnx.Module):
+class Conv(Mixer):
     """out(C · conv(B · x)), where B, C and x are linear in the stream (LFM2, arXiv:2511.23404)."""
 
     def __init__(self, config: ConvConfig, stream: Stream, rngs: nnx.Rngs):
@@ -92,7 +95,7 @@ class Conv(nnx.Module):
         """Mixes a whole sequence."""
         tokens = context.tokens
         x = tokens.zero_padding(x)
-        y = self.conv(tokens.zero_padding(self.gate_in(x) * self.input(x)), tokens)
+        y = self.conv(self.gate_in(x) * self.input(x), tokens)
         return self.out(self.gate_out(x) * y)
 
     def init_cache(self, batch: int, length: int) -> Cache:

@@ -17,7 +17,7 @@ from sparsejax.layers.conv import ShortConv
 from sparsejax.layers.mamba import init_dt_bias, require_dt_range
 from sparsejax.layers.mamba2 import init_log_decay
 from sparsejax.layers.norm import GATES, GatedNorm
-from sparsejax.layers.protocols import Cache, UnpatternedConfig
+from sparsejax.layers.protocols import Cache, Mixer, MixerConfig
 from sparsejax.layers.stream import Cost, Linear, Stream, output_scale, parameter
 from sparsejax.ops import delta_rule, delta_step
 from sparsejax.ops.delta import CHUNK
@@ -26,20 +26,20 @@ UNIT_EPS = 1e-6  # added to the squared norm of queries and keys
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class DeltaConfig(UnpatternedConfig):
+class DeltaConfig(MixerConfig):
     """A mixer of the gated delta rule."""
 
     heads: int  # of values
     key_heads: int  # of queries and keys; each serves heads / key_heads heads of values
     key_width: int  # the state of a head has key_width x value_width elements
-    value_width: int
+    value_width: int  # of the value of a head
     conv: int  # taps of the causal depthwise convolutions, including the current token's
     norm_eps: float  # of the RMSNorm over the values of a head, before the gate
     channel_decay: bool = False  # a decay per channel of a key (Kimi) instead of per head
     rank: int | None = None  # of the maps to decay and gate; None: full rank
     gate: str = "silu"  # activation of the output gate: "silu" or "sigmoid"
     dt_min: float = 1e-3  # step sizes, which scale the decay, are initialized log-uniform in [dt_min, dt_max]
-    dt_max: float = 0.1
+    dt_max: float = 0.1  # see dt_min
     chunk: int = CHUNK  # of the scan; affects speed and memory only
 
     def __post_init__(self):
@@ -62,7 +62,7 @@ class DeltaConfig(UnpatternedConfig):
         return f"delta {self.heads} x {self.key_width} x {self.value_width}"
 
 
-class Delta(nnx.Module):
+class Delta(Mixer):
     """out(gate · norm(delta_rule(unit(q), unit(k), v))), where q, k and v are silu(conv(linear(x)))."""
 
     def __init__(self, config: DeltaConfig, stream: Stream, rngs: nnx.Rngs):

@@ -13,7 +13,7 @@ from sparsejax import patterns
 from sparsejax.errors import InputError, require_at_least, require_choice
 from sparsejax.layers.context import EMPTY, Context
 from sparsejax.layers.norm import Norm, NormConfig
-from sparsejax.layers.protocols import Cache, implementation_names, parse_pattern
+from sparsejax.layers.protocols import Cache, Mixer, MixerConfig, implementation_names, parse_pattern
 from sparsejax.layers.rotary import RopeConfig, rotate
 from sparsejax.layers.stream import Cost, Linear, Stream, attention_cost, output_scale
 from sparsejax.ops import attend, attend_selected, attention_flops, decode_attend, index_scores, select_keys, top_keys
@@ -26,9 +26,9 @@ class IndexerConfig:
     All heads of the attention share the selection. Gradients do not flow through it; ties go to the lower position.
     """
 
-    heads: int
+    heads: int  # of index queries
     width: int  # of an index query or key; the first rope_width features are rotated as halves
-    top_k: int
+    top_k: int  # keys per query
     norm_eps: float = 1e-6  # of the LayerNorm on keys
 
     def __post_init__(self):
@@ -36,7 +36,7 @@ class IndexerConfig:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class LatentConfig:
+class LatentConfig(MixerConfig):
     """Multi-head latent attention: keys and values are expanded from one latent per token, and only it is cached.
 
     The query and the key of a head have `nope_width` features without position and `rope_width` with rotary
@@ -44,12 +44,12 @@ class LatentConfig:
     """
 
     pattern: str  # text form, see `sparsejax.patterns`
-    heads: int
+    heads: int  # of queries, keys and values
     query_rank: int | None  # width of the latent of the queries; None: queries come from the stream
     kv_rank: int  # width of the latent of keys and values
-    nope_width: int
-    rope_width: int
-    value_width: int
+    nope_width: int  # features of a head without position
+    rope_width: int  # features of a head with rotary positions
+    value_width: int  # of the value of a head
     rope: RopeConfig | None  # None: no rotation
     norm_eps: float  # of the RMSNorms on the latents
     impl: str  # implementation of `ops.attend`, or "auto"
@@ -87,7 +87,7 @@ class LatentConfig:
         parse_pattern(self.pattern, self.heads, length)
 
 
-class Latent(nnx.Module):
+class Latent(Mixer):
     """Multi-head latent attention (DeepSeek-V2, arXiv:2405.04434)."""
 
     def __init__(self, config: LatentConfig, stream: Stream, rngs: nnx.Rngs):

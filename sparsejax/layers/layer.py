@@ -15,10 +15,10 @@ from sparsejax import patterns
 from sparsejax.errors import InputError, argument_path, require_choice
 from sparsejax.layers.context import EMPTY, Context
 from sparsejax.layers.experts import Experts, ExpertsConfig
-from sparsejax.layers.mixers import MixerConfig, make_mixer
+from sparsejax.layers.mixers import make_mixer
 from sparsejax.layers.mlp import Mlp, MlpConfig
 from sparsejax.layers.norm import NormConfig, make_norm, normalize
-from sparsejax.layers.protocols import Cache, FeedForward, Losses
+from sparsejax.layers.protocols import Cache, FeedForward, Losses, MixerConfig
 from sparsejax.layers.shared import Side, SideConfig
 from sparsejax.layers.stream import Cost, Stream
 
@@ -39,8 +39,8 @@ class ResidualConfig:
     """
 
     base: str = "stream"  # or "norm": the normalized input of the branch (MiniMax-01, arXiv:2501.08313)
-    keep: float = 1.0
-    scale: float = 1.0
+    keep: float = 1.0  # factor on the base
+    scale: float = 1.0  # factor on the output of the branch
 
     def __post_init__(self):
         require_choice(self, "base", ("stream", "norm"))

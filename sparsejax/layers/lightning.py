@@ -12,7 +12,7 @@ from jaxtyping import Array, Float, Int
 from sparsejax.errors import require_at_least
 from sparsejax.layers.context import EMPTY, Context
 from sparsejax.layers.norm import GatedNorm
-from sparsejax.layers.protocols import Cache, UnpatternedConfig
+from sparsejax.layers.protocols import Cache, Mixer, MixerConfig
 from sparsejax.layers.stream import Cost, Linear, Stream, output_scale
 from sparsejax.ops import ssd, ssd_step
 from sparsejax.ops.ssd import CHUNK
@@ -21,10 +21,10 @@ TINY = 1e-5  # keeps the decay of the last layer above 0, and the rate defined f
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class LightningConfig(UnpatternedConfig):
+class LightningConfig(MixerConfig):
     """Linear attention with fixed decay rates."""
 
-    heads: int
+    heads: int  # of queries, keys and values
     head_width: int  # the state of a head has head_width x head_width elements
     norm_eps: float = 1e-6  # of the RMSNorm over all heads
     chunk: int = CHUNK  # of the scan; affects speed and memory only
@@ -38,7 +38,7 @@ class LightningConfig(UnpatternedConfig):
         return f"lightning attention {self.heads} x {self.head_width}"
 
 
-class Lightning(nnx.Module):
+class Lightning(Mixer):
     """sigmoid(gate(x)) · norm(o), o[t] = sum over s <= t of exp(-rate (t - s)) (q[t] · k[s]) v[s].
 
     Queries, keys and values pass through silu. The rate of head h of H is 2^(-8 (h + 1) / H), times a factor that

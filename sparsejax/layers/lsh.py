@@ -12,28 +12,28 @@ from jaxtyping import Array, Float, Int
 from sparsejax import patterns
 from sparsejax.errors import InputError, require_at_least
 from sparsejax.layers.context import EMPTY, Context
-from sparsejax.layers.protocols import Cache, UnpatternedConfig
+from sparsejax.layers.protocols import Cache, Mixer, MixerConfig
 from sparsejax.layers.stream import Cost, Linear, Stream, output_scale
 from sparsejax.ops import attend_hashed, attention_flops, decode_attend_hashed, hash_buckets, hashed_pairs
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class LshConfig(UnpatternedConfig):
+class LshConfig(MixerConfig):
     """Attention in several rounds, each among chunks of tokens that are sorted by bucket.
 
     Causal LSH attention is not strictly causal: no query reads the value of a later token, but a later token can move
     the chunk borders that determine which earlier keys a query attends to.
     """
 
-    heads: int
-    head_width: int
+    heads: int  # of shared queries and keys, and of values
+    head_width: int  # of keys and values
     chunk: int  # tokens
     buckets: tuple[int, ...]  # number of buckets as factors, which are hashed separately; each is even
     hashes: int  # rounds
-    causal: bool
+    causal: bool  # no query attends to a later key
     seed: int  # of the rotations; layers with the same seed and shape share them
     before: int = 1  # chunks before its own that a token attends to
-    after: int = 0
+    after: int = 0  # chunks after its own that a token attends to
 
     def __post_init__(self):
         require_at_least(self, 1, "heads", "head_width", "chunk", "hashes")
@@ -52,7 +52,7 @@ class LshConfig(UnpatternedConfig):
         return patterns.Causal() if self.causal else patterns.Full()
 
 
-class Lsh(nnx.Module):
+class Lsh(Mixer):
     """Attention with locality-sensitive hashing; queries are also the keys."""
 
     def __init__(self, config: LshConfig, stream: Stream, rngs: nnx.Rngs):

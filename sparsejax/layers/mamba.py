@@ -15,13 +15,13 @@ from sparsejax.errors import InputError, require_at_least
 from sparsejax.layers.context import EMPTY, Context
 from sparsejax.layers.conv import ShortConv
 from sparsejax.layers.norm import NormConfig, make_norm, normalize
-from sparsejax.layers.protocols import Cache, UnpatternedConfig
+from sparsejax.layers.protocols import Cache, Mixer, MixerConfig
 from sparsejax.layers.stream import Cost, Linear, Stream, output_scale, parameter
 from sparsejax.ops import selective_scan, selective_step
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class MambaConfig(UnpatternedConfig):
+class MambaConfig(MixerConfig):
     """A Mamba mixer."""
 
     inner: int  # channels
@@ -29,10 +29,10 @@ class MambaConfig(UnpatternedConfig):
     conv: int  # taps of the causal depthwise convolution, including the current token's
     dt_rank: int  # rank of the map to the step sizes
     dt_min: float  # step sizes are initialized log-uniform in [dt_min, dt_max]
-    dt_max: float
+    dt_max: float  # see dt_min
     norm_eps: float | None = None  # of RMSNorms on low-rank step sizes, B and C (Jamba, arXiv:2403.19887); None: none
     bias: bool = False  # on the projections from and to the stream
-    conv_bias: bool = True
+    conv_bias: bool = True  # on the convolution
 
     def __post_init__(self):
         require_at_least(self, 1, "inner", "state", "conv", "dt_rank")
@@ -44,7 +44,7 @@ class MambaConfig(UnpatternedConfig):
         return f"mamba {self.inner} x {self.state}"
 
 
-class Mamba(nnx.Module):
+class Mamba(Mixer):
     """out(silu(gate(x)) · scan(silu(conv(input(x))))). The cache is a state of constant size."""
 
     def __init__(self, config: MambaConfig, stream: Stream, rngs: nnx.Rngs):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 
 import jax
 import jax.numpy as jnp
@@ -15,7 +16,7 @@ from sparsejax.layers.context import EMPTY, Context
 from sparsejax.layers.conv import ShortConv
 from sparsejax.layers.mamba import init_dt_bias, require_dt_range
 from sparsejax.layers.norm import GatedNorm
-from sparsejax.layers.protocols import Cache, UnpatternedConfig
+from sparsejax.layers.protocols import Cache, Mixer, MixerConfig
 from sparsejax.layers.stream import Cost, Linear, Stream, output_scale, parameter
 from sparsejax.ops import ssd, ssd_step
 from sparsejax.ops.ssd import CHUNK
@@ -24,25 +25,25 @@ MULTIPLIED = ("gate", "x", "B", "C", "dt")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Mamba2Config(UnpatternedConfig):
+class Mamba2Config(MixerConfig):
     """A Mamba-2 mixer."""
 
-    heads: int
+    heads: int  # of the state
     head_width: int  # the state of a head has head_width x state elements
-    state: int
+    state: int  # see head_width
     groups: int  # heads of a group share B and C
     conv: int  # taps of the causal depthwise convolutions, including the current token's
     dt_min: float  # step sizes are initialized log-uniform in [dt_min, dt_max]
-    dt_max: float
+    dt_max: float  # see dt_min
     norm_eps: float | None  # of the gated RMSNorm; None: a gate without a norm
     norm_groups: int = 1  # channels are normalized in this many groups
-    norm_before_gate: bool = False
+    norm_before_gate: bool = False  # the norm comes before the gate instead of after it
     chunk: int = CHUNK  # of the scan; affects speed and memory only
     dt_floor: float = 0.0  # step sizes are clipped to [dt_floor, dt_ceiling]
-    dt_ceiling: float | None = None
+    dt_ceiling: float | None = None  # None: no upper limit
     bias: bool = False  # on the projections from the stream
-    out_bias: bool = False
-    conv_bias: bool = True
+    out_bias: bool = False  # on the projection to the stream
+    conv_bias: bool = True  # on the convolutions
     multipliers: tuple[float, ...] = ()  # factors on gate, x, B, C and dt (Falcon-H1, arXiv:2507.22448); (): none
 
     def __post_init__(self):
@@ -52,6 +53,8 @@ class Mamba2Config(UnpatternedConfig):
         if self.inner % self.norm_groups:
             raise InputError("norm_groups", f"{self.norm_groups} does not divide heads * head_width = {self.inner}")
         require_dt_range(self.dt_min, self.dt_max)
+        if not 0 <= self.dt_floor <= (math.inf if self.dt_ceiling is None else self.dt_ceiling):
+            raise InputError("dt_floor", f"{self.dt_floor} is not in [0, dt_ceiling], where dt_ceiling = {self.dt_ceiling}")
         if len(self.multipliers) not in (0, len(MULTIPLIED)):
             raise InputError("multipliers", f"{len(self.multipliers)} given, expected one per {', '.join(MULTIPLIED)}")
 
@@ -66,7 +69,7 @@ class Mamba2Config(UnpatternedConfig):
         return f"mamba2 {self.heads} x {self.head_width} x {self.state}"
 
 
-class Mamba2(nnx.Module):
+class Mamba2(Mixer):
     """out(norm(ssd(silu(conv(x)), B, C) · silu(gate)))."""
 
     def __init__(self, config: Mamba2Config, stream: Stream, rngs: nnx.Rngs):

@@ -5,7 +5,8 @@ from __future__ import annotations
 import dataclasses
 import functools
 import operator
-from typing import Any
+from collections.abc import Callable
+from typing import TypeVar
 
 from flax import nnx
 from jaxtyping import Array, Float, Int
@@ -21,9 +22,10 @@ from sparsejax.layers.lightning import Lightning, LightningConfig
 from sparsejax.layers.lsh import Lsh, LshConfig
 from sparsejax.layers.mamba import Mamba, MambaConfig
 from sparsejax.layers.mamba2 import Mamba2, Mamba2Config
-from sparsejax.layers.protocols import Cache, Mixer
+from sparsejax.layers.protocols import Cache, Mixer, MixerConfig
 from sparsejax.layers.rglru import RgLru, RgLruConfig
 from sparsejax.layers.stream import Cost, Stream
+from sparsejax.registry import Registry, is_frozen_dataclass
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -36,10 +38,10 @@ class BranchConfig:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class ParallelConfig:
+class ParallelConfig(MixerConfig):
     """Mixers that read the same input and whose outputs are added (Falcon-H1, arXiv:2507.22448)."""
 
-    branches: dict[str, BranchConfig]
+    branches: dict[str, BranchConfig]  # by name
 
     def __post_init__(self):
         if not self.branches:
@@ -62,7 +64,7 @@ class ParallelConfig:
                 branch.mixer.check(length)
 
 
-class Parallel(nnx.Module):
+class Parallel(Mixer):
     """The weighted sum of its branches."""
 
     def __init__(self, config: ParallelConfig, stream: Stream, rngs: nnx.Rngs):
@@ -98,34 +100,67 @@ class Parallel(nnx.Module):
         return functools.reduce(operator.add, (mixer.cost(length) for mixer in self.branches.values()))
 
 
-MixerConfig = (
-    AttentionConfig
-    | ConvConfig
-    | DeltaConfig
-    | LatentConfig
-    | LightningConfig
-    | LshConfig
-    | MambaConfig
-    | Mamba2Config
-    | ParallelConfig
-    | RgLruConfig
-)
 # The config and the module of each value of `kind`.
-MIXERS: dict[str, tuple[type[Any], type[Any]]] = {
-    "attention": (AttentionConfig, Attention),
-    "conv": (ConvConfig, Conv),
-    "delta": (DeltaConfig, Delta),
-    "latent": (LatentConfig, Latent),
-    "lightning": (LightningConfig, Lightning),
-    "lsh": (LshConfig, Lsh),
-    "mamba": (MambaConfig, Mamba),
-    "mamba2": (Mamba2Config, Mamba2),
-    "parallel": (ParallelConfig, Parallel),
-    "rglru": (RgLruConfig, RgLru),
-}
+MIXERS: Registry[tuple[type[MixerConfig], type[Mixer]]] = Registry(
+    "mixer",
+    "sparsejax.mixers",
+    {
+        "attention": (AttentionConfig, Attention),
+        "conv": (ConvConfig, Conv),
+        "delta": (DeltaConfig, Delta),
+        "latent": (LatentConfig, Latent),
+        "lightning": (LightningConfig, Lightning),
+        "lsh": (LshConfig, Lsh),
+        "mamba": (MambaConfig, Mamba),
+        "mamba2": (Mamba2Config, Mamba2),
+        "parallel": (ParallelConfig, Parallel),
+        "rglru": (RgLruConfig, RgLru),
+    },
+)
+# The module of each config class, including those that a later registration of the same kind replaced.
+MODULES: dict[type[MixerConfig], type[Mixer]] = dict(MIXERS.members[kind][0] for kind in MIXERS.members)
+M = TypeVar("M", bound=type[Mixer])
+
+
+def register(kind: str, config: type[MixerConfig]) -> Callable[[M], M]:
+    """Returns a decorator that adds a mixer to the values of `mixer.kind`.
+
+        @layers.register("ema", EmaConfig)
+        class Ema(layers.Mixer):
+            ...
+
+    Args:
+      kind: The value of `kind` in the config section of the mixer.
+      config: A frozen dataclass derived from `MixerConfig`; its fields are the other keys of the section.
+
+    Returns:
+      A decorator of a class derived from `Mixer`. It returns the class; the one registered first if the same file is
+      run again.
+
+    Raises:
+      InputError: The kind belongs to another mixer, or a class is not as described.
+    """
+
+    def add(module: M) -> M:
+        for name, value, base in (("config", config, MixerConfig), ("module", module, Mixer)):
+            if not (isinstance(value, type) and issubclass(value, base)):
+                shown = getattr(value, "__qualname__", repr(value))
+                raise InputError(f"register.{name}", f"{shown} does not derive from layers.{base.__name__}")
+        if not is_frozen_dataclass(config):
+            decorator = "@dataclasses.dataclass(frozen=True, kw_only=True)"
+            raise InputError("register.config", f"{config.__qualname__} is not a frozen dataclass; add {decorator}")
+        for other, ((known, _), _) in MIXERS.members.items():
+            if known is config and other != kind:
+                raise InputError("register.config", f"{config.__qualname__} is the config of {other!r}; derive a class")
+        _, registered = MIXERS.add(kind, (config, module), module)
+        MODULES[config] = registered
+        return registered
+
+    return add
 
 
 def make_mixer(config: MixerConfig, stream: Stream, rngs: nnx.Rngs) -> Mixer:
     """Builds the mixer that `config` describes."""
-    module = next(module for kind, module in MIXERS.values() if isinstance(config, kind))
-    return module(config, stream, rngs)
+    if type(config) not in MODULES:
+        raise InputError("mixer", f"{type(config).__qualname__} belongs to no mixer; add it by layers.register")
+    return MODULES[type(config)](config, stream, rngs)

@@ -1,46 +1,92 @@
-"""What a mixer, its config and a feed-forward part must provide.
+"""What a mixer, its config and a feed-forward part provide.
 
-A new mixer is one file, with a config and a module that satisfy these protocols, and one line in `mixers.MIXERS`.
-`tests/layers/test_mixers.py` holds every mixer to them.
+A mixer is a config derived from `MixerConfig` and a module derived from `Mixer`, which `layers.register` connects.
+`layers.testing.check_mixer` compares a mixer with what it states.
 """
 
 from __future__ import annotations
 
+import dataclasses
+import math
 from typing import Any, Protocol, runtime_checkable
 
+import jax
+import jax.numpy as jnp
+from flax import nnx
 from jaxtyping import Array, Float, Int
 
 from sparsejax import patterns
 from sparsejax.errors import InputError
 from sparsejax.layers.context import EMPTY, Context
-from sparsejax.layers.stream import Cost
+from sparsejax.layers.stream import Cost, Stream, decays
 from sparsejax.ops import IMPLEMENTATIONS
 
 Cache = dict[str, Any]  # arrays [b, ...] by name, or caches by name
 Losses = dict[str, Float[Array, ""]]  # weighted losses by name
 
 
-@runtime_checkable
-class Mixer(Protocol):
-    """A module through which tokens read from each other."""
+class MixerConfig:
+    """Base of the configs of mixers: a frozen dataclass whose fields are the keys of the config section.
+
+    The defaults describe a mixer through which a position reads from its whole past, at any length.
+    """
+
+    @property
+    def summary(self) -> str:
+        """Kind and sizes in a few words, for `sparsejax show`; the first word is the kind."""
+        fields = dataclasses.fields(self)  # type: ignore[arg-type]
+        values = [(field.name, getattr(self, field.name)) for field in fields]
+        sizes = [f"{name} {value}" for name, value in values if isinstance(value, int | float | str)]
+        return " ".join([type(self).__name__.removesuffix("Config").lower(), ", ".join(sizes)]).strip()
+
+    @property
+    def connectivity(self) -> patterns.Pattern:
+        """The positions that a position can read from, from which causality and the receptive field follow."""
+        return patterns.Causal()
+
+    def check(self, length: int) -> None:
+        """Raises InputError, with the path of the argument, if the mixer cannot run on `length` tokens."""
+
+
+class Mixer(nnx.Module):
+    """Base of mixers: modules through which tokens read from each other.
+
+    A mixer is built as `Mixer(config, stream, rngs)` and keeps the width m of the stream. It defines:
+      * `__call__`: the output for a whole sequence. It must honor `context.tokens`: documents that share a row do not
+        interact (`segments`), and nothing is read from padding (`mask`).
+      * `init_cache` and `step`, together and optional: decoding. By default the inputs are cached and `__call__` runs
+        on all of them per token, which is correct for every causal mixer but slow.
+      * `cost`, optional: FLOPs and scored pairs. By default two FLOPs per token and element of a matrix.
+
+    Parameters come from `layers.Linear` and `layers.parameter`, which set the logical axes, by which a parameter is
+    sharded, and whether weight decay applies. Parameters of `flax.nnx` modules are replicated, and matrices decay.
+    """
+
+    def __init__(self, config: MixerConfig, stream: Stream, rngs: nnx.Rngs):
+        self.config, self.width, self.dtype = config, stream.width, stream.dtype
 
     def __call__(self, x: Float[Array, "b t m"], context: Context = EMPTY) -> Float[Array, "b t m"]:
         """Mixes a whole sequence."""
-        ...
+        raise NotImplementedError
 
     def init_cache(self, batch: int, length: int) -> Cache:
-        """Returns the cache before the first of `length` tokens."""
-        ...
+        """Returns the cache before the first of `length` tokens: arrays [b, ...] by name."""
+        return {"inputs": jnp.zeros((batch, length, self.width), self.dtype)}
 
     def step(
         self, x: Float[Array, "b m"], cache: Cache, position: Int[Array, ""], length: int, context: Context = EMPTY
     ) -> tuple[Float[Array, "b m"], Cache]:
-        """Mixes the token at `position`; returns its output, equal to that of `__call__`, and the next cache."""
-        ...
+        """Mixes one more token, at `position` of at most `length`; returns its output and the next cache.
+
+        The output equals that of `__call__` at this position. Shapes and dtypes of the cache do not change.
+        """
+        inputs = cache["inputs"].at[:, position].set(x.astype(cache["inputs"].dtype))
+        return self(inputs, context)[:, position], {"inputs": inputs}
 
     def cost(self, length: int) -> Cost:
         """Returns the cost over `length` tokens."""
-        ...
+        variables = jax.tree.leaves(nnx.state(self, nnx.Param), is_leaf=lambda leaf: isinstance(leaf, nnx.Variable))
+        return Cost(0, 2.0 * sum(math.prod(variable.shape) for variable in variables if decays(variable)))
 
 
 @runtime_checkable
@@ -55,37 +101,6 @@ class FeedForward(Protocol):
     def flops(self) -> float:
         """Forward FLOPs per token."""
         ...
-
-
-@runtime_checkable
-class MixerConfigProtocol(Protocol):
-    """The frozen dataclass that describes a mixer."""
-
-    @property
-    def summary(self) -> str:
-        """Kind and sizes, in a few words."""
-        ...
-
-    @property
-    def connectivity(self) -> patterns.Pattern:
-        """The positions that a position can read from."""
-        ...
-
-    def check(self, length: int) -> None:
-        """Raises InputError, with the path of the argument, if the mixer cannot run on `length` tokens."""
-        ...
-
-
-class UnpatternedConfig:
-    """Base of the configs of mixers without a pattern: a position reads from its whole past, at any length."""
-
-    @property
-    def connectivity(self) -> patterns.Pattern:
-        """The positions that a position can read from."""
-        return patterns.Causal()
-
-    def check(self, length: int) -> None:
-        """Accepts every length."""
 
 
 def parse_pattern(text: str | patterns.Pattern, heads: int, length: int | None = None) -> patterns.Pattern:

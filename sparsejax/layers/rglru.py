@@ -13,7 +13,7 @@ from jaxtyping import Array, Bool, Float, Int
 from sparsejax.errors import InputError, require_at_least
 from sparsejax.layers.context import EMPTY, Context, Tokens
 from sparsejax.layers.conv import ShortConv
-from sparsejax.layers.protocols import Cache, UnpatternedConfig
+from sparsejax.layers.protocols import Cache, Mixer, MixerConfig
 from sparsejax.layers.stream import Cost, Linear, Stream, output_scale, parameter
 from sparsejax.ops import linear_scan, linear_step
 
@@ -21,16 +21,16 @@ MAX_SLOPE = 1000.0  # bound on the derivative of the square root
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class RgLruConfig(UnpatternedConfig):
+class RgLruConfig(MixerConfig):
     """A recurrent block with one state element per channel."""
 
     inner: int  # channels
     heads: int  # diagonal blocks of the linear maps of the two gates
     conv: int  # taps of the causal depthwise convolution, including the current token's
-    conv_bias: bool = True
+    conv_bias: bool = True  # on the convolution
     bias: bool = True  # on the projections from and to the stream
     decay_min: float = 0.9  # the decay under an open recurrence gate is initialized uniform in [decay_min, decay_max]
-    decay_max: float = 0.999
+    decay_max: float = 0.999  # see decay_min
     power: float = 8.0  # c of the paper
 
     def __post_init__(self):
@@ -71,7 +71,7 @@ class BlockLinear(nnx.Module):
         return 2.0 * blocks * width**2
 
 
-class RgLru(nnx.Module):
+class RgLru(Mixer):
     """out(gelu(gate(x)) · rg_lru(conv(input(x)))), with gates r and i in (0, 1) that depend on their own token only:
 
         log a = -power softplus(decay) r(u)
@@ -96,7 +96,7 @@ class RgLru(nnx.Module):
         """Mixes a whole sequence."""
         tokens = context.tokens
         x = tokens.zero_padding(x)
-        u = tokens.zero_padding(self.conv(tokens.zero_padding(self.input(x)), tokens))
+        u = tokens.zero_padding(self.conv(self.input(x), tokens))
         first = first_tokens(tokens, (x.shape[0], x.shape[1]))
         y, _ = linear_scan(*self._gate_input(u, first), starts=first)
         return self._project_out(x, y)

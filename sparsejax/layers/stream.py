@@ -43,6 +43,17 @@ def parameter(
     return nnx.Param(init(rngs.params(), shape, jnp.float32), axes=axes, decay=decay)
 
 
+def logical_axes(variable: nnx.Variable, stacked: int = 0) -> tuple[str | None, ...]:
+    """Logical name per axis; None for the leading `stacked` axes, and for a parameter of `flax.nnx`."""
+    axes = variable.get_metadata().get("axes", (None,) * (len(variable.shape) - stacked))
+    return (None,) * stacked + tuple(axes)
+
+
+def decays(variable: nnx.Variable, stacked: int = 0) -> bool:
+    """Whether weight decay applies; for a parameter of `flax.nnx`, if it has two axes apart from `stacked` ones."""
+    return variable.get_metadata().get("decay", len(variable.shape) - stacked >= 2)
+
+
 @dataclasses.dataclass(frozen=True)
 class Cost:
     """Cost of a module over a sequence; costs add up.

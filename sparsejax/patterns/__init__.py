@@ -23,13 +23,14 @@ from sparsejax.patterns.library import (
 )
 from sparsejax.patterns.lint import lint_schedule
 from sparsejax.patterns.recipes import RECIPES
-from sparsejax.patterns.text import parse
+from sparsejax.patterns.text import REGISTRY, parse, register
 from sparsejax.patterns.tiled import BigBirdRandom, Random, Tiles
 
 __all__ = [
     "FOREVER",
     "NAMES",
     "RECIPES",
+    "REGISTRY",
     "And",
     "BigBirdRandom",
     "Causal",
@@ -66,5 +67,6 @@ __all__ = [
     "plan_cache",
     "receptive_field",
     "recipes",
+    "register",
     "testing",
 ]

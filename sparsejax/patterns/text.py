@@ -6,8 +6,9 @@ difference   = atom ("-" atom)*
 atom         = "(" union ")" | name [ "(" [argument ("," argument)*] ")" ]
 argument     = [name "="] (integer | "[" [value ("," value)*] "]" | word | union)
 
-A name is a pattern of `library.NAMES`, a recipe of `recipes.RECIPES`, `per_head` or `multiset`. A recipe stands for the
-expression that it returns. A word is the value of a recipe's argument whose default is a string, `true` or `false`.
+A name is a pattern of `library.NAMES`, a recipe of `recipes.RECIPES`, `per_head`, `multiset` or a name that `register`
+added. A recipe stands for the expression that it returns. A word is the value of a recipe's argument whose default is a
+string, `true` or `false`.
 """
 
 from __future__ import annotations
@@ -16,12 +17,13 @@ import difflib
 import inspect
 import re
 from collections.abc import Callable, Collection, Iterator
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar, cast
 
 from sparsejax.patterns.algebra import Multiset, PerHead, per_head
 from sparsejax.patterns.base import Pattern, PatternError
 from sparsejax.patterns.library import NAMES
 from sparsejax.patterns.recipes import RECIPES
+from sparsejax.registry import Registry, is_frozen_dataclass
 
 MAX_DEPTH = 100  # nested parentheses: far more than a pattern needs, far fewer than Python's stack holds
 MAX_LENGTH = 10_000  # characters
@@ -30,7 +32,49 @@ JOINS: dict[str, Callable[..., Pattern]] = {
     PerHead.name: per_head,
     Multiset.name: Multiset.of,
 }  # any number of patterns
-TOKEN = re.compile(r"\s*(?:(?P<name>[A-Za-z_]\w*)|(?P<integer>-?\d+)|(?P<sign>[()\[\],=&|-]))")
+REGISTRY: Registry[Callable[..., Pattern]] = Registry("pattern", "sparsejax.patterns", NAMES | RECIPES | JOINS)
+NAME = re.compile(r"[A-Za-z_]\w*")
+TOKEN = re.compile(rf"\s*(?:(?P<name>{NAME.pattern})|(?P<integer>-?\d+)|(?P<sign>[()\[\],=&|-]))")
+Definition = TypeVar("Definition", bound=Callable[..., Pattern])
+
+
+def register(definition: Definition) -> Definition:
+    """Adds a pattern or a recipe to the text form.
+
+        @patterns.register
+        @dataclasses.dataclass(frozen=True)
+        class Older(patterns.Pattern):
+            name: ClassVar[str] = "older"
+            ...
+
+        @patterns.register
+        def older_window(share: int, w: int) -> patterns.Pattern:
+            return patterns.parse(f"causal & (older({share}) | window({w - 1}))")
+
+    Args:
+      definition: A frozen dataclass derived from `Pattern`, registered as its `name`; or a function that returns a
+        pattern, registered as its own name.
+
+    Returns:
+      The definition; the one registered first if the same file is run again.
+
+    Raises:
+      InputError: The name belongs to another definition, or the class is no frozen dataclass with a `name`.
+    """
+    name: object = getattr(definition, "__name__", None)
+    if isinstance(definition, type):
+        name = getattr(definition, "name", None)
+        if not issubclass(definition, Pattern):
+            raise PatternError("register", f"{definition.__qualname__} does not derive from Pattern")
+        if not is_frozen_dataclass(definition):
+            raise PatternError(
+                "register",
+                f"{definition.__qualname__} is not a frozen dataclass; put @dataclasses.dataclass(frozen=True) below"
+                " @register",
+            )
+    if not isinstance(name, str) or not NAME.fullmatch(name):
+        raise PatternError("register", f"{definition!r} has the name {name!r}, which is not an identifier")
+    return cast(Definition, REGISTRY.add(name, definition, definition))
 
 
 def parse(text: str | Pattern, t: int | None = None, s: int | None = None) -> Pattern:
@@ -163,9 +207,9 @@ class _Parser:
                 if argument.name or not isinstance(argument.value, Pattern):
                     raise self.error(f"{word} takes patterns only", argument.at)
             return self.call(JOINS[word], at, *(argument.value for argument in arguments))
-        build = NAMES.get(word) or RECIPES.get(word)
+        build = REGISTRY.get(word)
         if build is None:
-            raise self.unknown("pattern", word, [*NAMES, *RECIPES, *JOINS], at)
+            raise self.unknown("pattern", word, list(REGISTRY), at)
         parameters = inspect.signature(build).parameters
         return self.call(build, at, **self.bind(word, parameters, self.arguments(parameters), at))
 

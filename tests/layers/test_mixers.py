@@ -30,6 +30,7 @@ from sparsejax.layers import (
     RopeScaling,
     Stream,
 )
+from sparsejax.layers.mixers import make_mixer
 from sparsejax.patterns import parse
 from sparsejax.patterns.library import NAMES
 from tests.layers import reference
@@ -193,8 +194,7 @@ EVERY = pytest.mark.parametrize("config", [pytest.param(c, id=i) for kind in MIX
 
 
 def build(config) -> nnx.Module:
-    module = next(module for kind, module in MIXERS.values() if isinstance(config, kind))
-    return reference.fill(lambda: module(config, Stream(WIDTH, 1, jnp.float32), nnx.Rngs(0)))
+    return reference.fill(lambda: make_mixer(config, Stream(WIDTH, 1, jnp.float32), nnx.Rngs(0)))
 
 
 def make_x(length: int = LENGTH) -> np.ndarray:

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sparsejax.patterns import NAMES, Globals, Pattern, PatternError, TileGrid, from_ranges, parse
+from sparsejax.patterns import Globals, Pattern, PatternError, TileGrid, from_ranges, parse, register
 from sparsejax.patterns.layout import TILES_AT_ONCE
 from sparsejax.patterns.testing import check_layout, check_pattern
 from tests.messages import rejects
@@ -195,17 +195,19 @@ FAULTS = {
 }
 
 
-def test_a_correct_pattern_passes(monkeypatch):
-    monkeypatch.setitem(NAMES, "past", Past)
+@pytest.mark.usefixtures("registries")
+def test_a_correct_pattern_passes():
+    register(Past)
     check_pattern(Past())
     check_pattern(parse("per_head(past(5), causal) - sink(2)"))
 
 
+@pytest.mark.usefixtures("registries")
 @pytest.mark.parametrize("fault", FAULTS)
-def test_a_faulty_pattern_is_named(fault, monkeypatch):
+def test_a_faulty_pattern_is_named(fault):
     view, methods = FAULTS[fault]
     faulty = dataclasses.dataclass(frozen=True)(type("Faulty", (Past,), {"__module__": __name__} | methods))
-    monkeypatch.setitem(NAMES, "past", faulty)
+    register(faulty)
     with pytest.raises(AssertionError) as caught:
         check_pattern(faulty())
     assert str(caught.value).startswith(("past", "shift(past"))

@@ -8,7 +8,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from sparsejax.patterns import (
-    NAMES,
     And,
     Causal,
     Chunk,
@@ -32,6 +31,7 @@ from sparsejax.patterns import (
     parse,
     per_head,
     recipes,
+    register,
 )
 from tests.messages import rejects
 from tests.patterns.strategies import patterns, patterns_with_heads, shared_patterns
@@ -366,8 +366,9 @@ class Words(Causal):
     strict: bool = False
 
 
-def test_words_are_arguments(monkeypatch):
-    monkeypatch.setitem(NAMES, "words", Words)
+@pytest.mark.usefixtures("registries")
+def test_words_are_arguments():
+    register(Words)
     assert parse("words(kind=wide, strict=true)") == Words("wide", True)
     assert str(Words("wide", True)) == "words(wide, true)"
     assert parse("words(wide, true)") == Words("wide", True)
