@@ -5,12 +5,16 @@ from __future__ import annotations
 import importlib
 import inspect
 import types
+from typing import Any
 
 from generators import markdown
 
 # Page -> title and packages. The names of a package are those of its `__all__`.
 PAGES = {
-    "patterns": ("Patterns", ["sparsejax.patterns"]),
+    "patterns": (
+        "Patterns",
+        ["sparsejax.patterns", "sparsejax.patterns.receptive_field", "sparsejax.patterns.recipes"],
+    ),
     "testing": ("Testing a pattern", ["sparsejax.patterns.testing"]),
     "ops": ("Ops", ["sparsejax.ops"]),
     "layers": ("Layers", ["sparsejax.layers"]),
@@ -24,6 +28,8 @@ PAGES = {
     "interop": ("Hugging Face checkpoints", ["sparsejax.interop.huggingface"]),
     "errors": ("Errors", ["sparsejax.errors"]),
 }
+# Names with which the list of a package begins.
+FIRST = ("parse", "register", "Pattern", "attend", "decode_attend", "Mixer", "MixerConfig", "Layer", "train", "sweep")
 
 
 def generate(name: str) -> str:
@@ -34,20 +40,19 @@ def generate(name: str) -> str:
 
 def _describe(package: str) -> list[str]:
     module = importlib.import_module(package)
-    names = [name for name in _public(module) if not isinstance(getattr(module, name), types.ModuleType)]
+    values = [value for value in _public(module) if inspect.isclass(value) or inspect.isfunction(value)]
+    values.sort(key=lambda value: FIRST.index(value.__name__) if value.__name__ in FIRST else len(FIRST))
+    # The path of the definition, since a package may have a function and a module of the same name.
     return [
-        f"`{package}`",
+        f"## {package}",
         inspect.getdoc(module) or "",
-        *(f"::: {package}.{name}" for name in names),
+        *(f"::: {value.__module__}.{value.__qualname__}" for value in values),
     ]
 
 
-def _public(module: types.ModuleType) -> list[str]:
-    """The public names in the order of their definition or import."""
+def _public(module: types.ModuleType) -> list[Any]:
+    """The public definitions in the order of their definition or import."""
     if hasattr(module, "__all__"):
-        return [name for name in vars(module) if name in module.__all__]
-    return [
-        name
-        for name, value in vars(module).items()
-        if not name.startswith("_") and getattr(value, "__module__", None) == module.__name__
-    ]
+        return [value for name, value in vars(module).items() if name in module.__all__]
+    defined = [value for value in vars(module).values() if getattr(value, "__module__", None) == module.__name__]
+    return [value for value in defined if not value.__qualname__.startswith("_")]

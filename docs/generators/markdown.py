@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import html
 import re
 from collections.abc import Iterable, Sequence
 
@@ -10,14 +11,21 @@ GENERATED = "<!-- Written by docs/generate.py. -->"
 
 def page(title: str, *parts: str) -> str:
     """A page of paragraphs, tables and headings. Papers become links."""
-    text = "\n\n".join([GENERATED, f"# {title}", *(part for part in parts if part)]) + "\n"
+    text = "\n\n".join([f"# {title}", GENERATED, *(part for part in parts if part)]) + "\n"
     return re.sub(r"arXiv:(\d{4}\.\d{4,5})(?!\])", r"[arXiv:\1](https://arxiv.org/abs/\1)", text)
 
 
 def table(heading: Sequence[str], rows: Iterable[Sequence[str]], right: Sequence[str] = ()) -> str:
     """A table; the columns in `right` are aligned to the right."""
     lines = [heading, ["---:" if name in right else "---" for name in heading], *rows]
-    return "\n".join(f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in line)} |" for line in lines)
+    return "\n".join(f"| {' | '.join(_escape(cell) for cell in line)} |" for line in lines)
+
+
+def _escape(cell: str) -> str:
+    """A cell whose bars do not end it. GitHub and the site disagree about bars in backticks, but not about entities."""
+    code = r"`([^`]*\|[^`]*)`"
+    cell = re.sub(code, lambda match: f"<code>{html.escape(match[1]).replace('|', '&#124;')}</code>", cell)
+    return cell.replace("|", r"\|")
 
 
 def anchor(heading: str) -> str:
