@@ -15,8 +15,9 @@ from rich.text import Text
 
 from sparsejax.errors import InputError
 from sparsejax.figures import write_figure
+from sparsejax.palette import CELLS
 from sparsejax.patterns import Panel, Pattern, draw_mask, draw_pattern, format_numbers, receptive_field
-from sparsejax.patterns.drawing import COUNTED_TILE, DEAD, FULL, PARTIAL
+from sparsejax.patterns.drawing import COUNTED_TILE, panels_to_svg
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -27,15 +28,12 @@ MAX_CELLS = 4096  # per side of a picture in a file
 MAX_RECEPTIVE_FIELD = 2048  # tokens; receptive fields are products of boolean matrices here
 MAX_TOKENS = 2**18  # at which a full pattern has four million tiles
 
-COLOURS = {DEAD: "#f2f2f2", PARTIAL: "#8fc1e3", FULL: "#0a5a9c"}  # distinct without colour vision and in greyscale
-SIXTEEN_COLOURS = {DEAD: "white", PARTIAL: "cyan", FULL: "blue"}  # for terminals with 16 colours
-PLAIN = {DEAD: ".", PARTIAL: "+", FULL: "#"}  # for terminals without colours
-PAIR_LEGEND = {FULL: "attended", DEAD: "masked"}
-TILE_LEGEND = {FULL: "full tile", PARTIAL: "partial tile", DEAD: "dead tile"}
+# By state of a cell: dead, partial, full, and keys that count two, three, and more times.
+SIXTEEN_COLOURS = ("white", "cyan", "blue", "yellow", "red", "magenta")  # for terminals with 16 colours
+PLAIN = ".+#234"  # for terminals without colours
 
 PANELS_IN_A_ROW = 4
 INCHES = 2.1  # side of a panel
-LINED_CELLS = 64  # pictures up to this size have squares with lines between them, larger ones are images
 TITLE_WIDTH = 30  # characters
 
 Titled = Sequence[tuple[str | None, Pattern]]
@@ -86,6 +84,8 @@ def draw_panels(panels: Sequence[Panel], console: Console, out: str | None = Non
     """Writes panels to the file `out`, or prints them if it is None."""
     if out is None:
         print_panels(panels, console)
+    elif Path(out).suffix == ".svg":
+        Path(out).write_text(panels_to_svg(panels))
     else:
         write_figure(lambda: _build_figure(panels), Path(out))
 
@@ -146,7 +146,7 @@ def _check(length: int, tile: int | None, out: str | None) -> None:
 
 
 def _legend(panels: Sequence[Panel]) -> dict[int, str]:
-    return PAIR_LEGEND if all(panel.tile == 1 for panel in panels) else TILE_LEGEND
+    return {state: word for panel in panels for state, word in panel.legend.items()}
 
 
 def _wrap(title: str, width: int) -> str:
@@ -159,7 +159,7 @@ def _wrap(title: str, width: int) -> str:
 def print_panels(panels: Sequence[Panel], console: Console) -> None:
     """Prints panels side by side as far as they fit: two cells per character, or one without colours."""
     plain = console.color_system is None
-    colours = SIXTEEN_COLOURS if console.color_system in ("standard", "windows") else COLOURS
+    colours = SIXTEEN_COLOURS if console.color_system in ("standard", "windows") else CELLS
     pictures = [_characters(panel.states) if plain else _half_characters(panel.states, colours) for panel in panels]
     width = max(TITLE_WIDTH, *(len(picture.plain.split("\n", 1)[0]) for picture in pictures))
     titles = [_wrap(panel.title, width) for panel in panels]
@@ -188,7 +188,7 @@ def _characters(states: np.ndarray) -> Text:
     return Text("\n".join(" ".join(PLAIN[state] for state in row) for row in states.tolist()))
 
 
-def _half_characters(states: np.ndarray, colours: dict[int, str]) -> Text:
+def _half_characters(states: np.ndarray, colours: Sequence[str]) -> Text:
     """States [rows, columns] as half blocks, two rows per line: one in the foreground, one in the background colour."""
     lines = []
     for top in range(0, len(states), 2):
@@ -199,7 +199,7 @@ def _half_characters(states: np.ndarray, colours: dict[int, str]) -> Text:
     return Text("\n").join(lines)
 
 
-# Files.
+# PNG files.
 
 
 def _build_figure(panels: Sequence[Panel]) -> Figure:
@@ -217,18 +217,19 @@ def _build_figure(panels: Sequence[Panel]) -> Figure:
             axis.set_ylabel("query")
     for axis in axes[len(panels) :]:
         axis.set_visible(False)
-    key = [Patch(facecolor=COLOURS[s], edgecolor="#999999", linewidth=0.4, label=w) for s, w in _legend(panels).items()]
+    key = [Patch(facecolor=CELLS[s], edgecolor="#999999", linewidth=0.4, label=w) for s, w in _legend(panels).items()]
     figure.legend(handles=key, loc="outside lower center", ncols=len(key), frameon=False, handlelength=0.9)
     return figure
 
 
 def _draw_axes(panel: Panel, axes: Axes) -> None:
     """Draws one panel: cells, ticks in tokens, title and caption."""
+    from matplotlib.colors import to_rgb
+
     rows, columns = panel.states.shape
-    tile = panel.tile
-    axes.set(xlim=(0, columns * tile), ylim=(rows * tile, 0), aspect="equal", facecolor=COLOURS[DEAD])
-    draw_cells = _draw_squares if max(rows, columns) <= LINED_CELLS else _draw_image
-    draw_cells(panel, axes)
+    tile = panel.tile[0]
+    colours = np.array([to_rgb(colour) for colour in CELLS])
+    axes.imshow(colours[panel.states], extent=(0, columns * tile, rows * tile, 0))
     for axis, cells in ((axes.yaxis, rows), (axes.xaxis, columns)):
         step = 2 ** max(0, (cells - 1).bit_length() - 2)
         # A token is labelled at its centre; a tile is labelled with its first token, at its edge.
@@ -238,30 +239,3 @@ def _draw_axes(panel: Panel, axes: Axes) -> None:
     axes.spines[:].set(linewidth=0.5, edgecolor="#999999")
     axes.set_title(_wrap(panel.title, TITLE_WIDTH), fontsize=9)
     axes.set_xlabel(f"key\n{panel.caption}", linespacing=1.5)
-
-
-def _draw_squares(panel: Panel, axes: Axes) -> None:
-    """Draws cells as shapes with white lines between them. Equal neighbours in a row share a shape: smaller files."""
-    from matplotlib.collections import PolyCollection
-
-    rows, columns = panel.states.shape
-    starts = np.flatnonzero(np.diff(panel.states, axis=1, prepend=-1))  # every row starts a new shape
-    states = panel.states.ravel()[starts]
-    top, left = np.divmod(starts, columns)
-    right = np.append(starts[1:], rows * columns) - top * columns
-    corners = np.array([[left, top], [right, top], [right, top + 1], [left, top + 1]]) * panel.tile
-    live = states > DEAD
-    axes.add_collection(
-        PolyCollection(list(corners.transpose(2, 0, 1)[live]), facecolors=[COLOURS[s] for s in states[live].tolist()])
-    )
-    line = {"colors": "white", "linewidth": 0.5 * min(1, 24 / max(rows, columns))}
-    axes.hlines(np.arange(1, rows) * panel.tile, 0, columns * panel.tile, **line)
-    axes.vlines(np.arange(1, columns) * panel.tile, 0, rows * panel.tile, **line)
-
-
-def _draw_image(panel: Panel, axes: Axes) -> None:
-    """Draws cells as an image; pixels average the cells that they cover."""
-    from matplotlib.colors import to_rgb
-
-    colours = np.array([to_rgb(COLOURS[state]) for state in sorted(COLOURS)])
-    axes.imshow(colours[panel.states], extent=(*axes.get_xlim(), *axes.get_ylim()))

@@ -48,7 +48,7 @@ class EmbeddingConfig:
     positions: int = 0  # learned absolute positions; 0 for none
     axial: AxialConfig | None = None  # axial positions, an alternative to `positions`
     padding: int | None = None  # token id without a position; positions start at padding + 1 (RoBERTa)
-    norm: NormConfig | None = None
+    norm: NormConfig | None = None  # of the sum of the embeddings; None: none
 
     def __post_init__(self) -> None:
         require_at_least(self, 0, "types", "positions")
@@ -80,8 +80,8 @@ class HeadConfig:
 class ModelConfig:
     """A sequence model: an embedding, the layers of the schedule, a norm and a head."""
 
-    vocab: int
-    width: int
+    vocab: int  # tokens of the vocabulary
+    width: int  # of the residual stream
     schedule: str  # layer names and repetitions, such as "3x(ssm local) full"
     layers: dict[str, LayerConfig]  # by name
     norm: NormConfig | None  # before the head
@@ -89,8 +89,8 @@ class ModelConfig:
     dtype: str  # of the computation, float32 or bfloat16; parameters and optimizer state are float32
     scan: bool  # scan over the schedule's shortest repeating period instead of unrolling all layers
     causal: bool = True  # predict the next token: no layer attends to later positions
-    embedding: EmbeddingConfig = EmbeddingConfig()
-    head: HeadConfig = HeadConfig()
+    embedding: EmbeddingConfig = EmbeddingConfig()  # from tokens to the input of the first layer
+    head: HeadConfig = HeadConfig()  # from the last norm to the logits
     reversible: bool = False  # reversible residual stream (Reformer, arXiv:2001.04451), see `layers.Layer`
     shared: dict[str, SharedConfig] = dataclasses.field(default_factory=dict)  # shared blocks by name
     dropout: float = 0.0  # rate in training, on the embedding and the outputs of mixers and MLPs (arXiv:1706.03762)
@@ -152,6 +152,15 @@ class ModelConfig:
         """Name and pattern of each layer in the order of the schedule, from which the receptive field follows."""
         return [(name, self._layer_connectivity(self.layers[name])) for name in self.names]
 
+    @property
+    def layer_schedule(self) -> schedules.Schedule:
+        """The schedule with the pattern and the mixer of each layer: receptive fields, pictures."""
+        mixers = {name: layer.mixer.summary if layer.mixer else "-" for name, layer in self.layers.items()}
+        return schedules.Schedule(self.names, dict(self.connectivity), mixers)
+
+    def _repr_html_(self) -> str:
+        return self.layer_schedule._repr_html_()
+
     def _layer_connectivity(self, layer: LayerConfig) -> patterns.Pattern:
         if layer.side is None:
             return layer.connectivity
@@ -175,7 +184,7 @@ class PhaseConfig:
     """
 
     start: int  # first step, counted from 0
-    set: Overrides = dataclasses.field(default_factory=dict)
+    set: Overrides = dataclasses.field(default_factory=dict)  # as nested sections
 
     def __post_init__(self) -> None:
         require_at_least(self, 0, "start")
@@ -201,10 +210,10 @@ PHASE_KEYS = (
 class TrainConfig:
     """The training loop."""
 
-    steps: int
+    steps: int  # updates of the parameters
     batch: int  # windows per step
     accumulate: int  # microbatches per step, over which gradients are summed
-    seed: int
+    seed: int  # of the initialization, the order of the data and dropout
     log_every: int  # steps
     bad_loss: str  # if the loss diverges: "stop" with a checkpoint, or "skip" the update
     spike: float  # a loss above this multiple of its running mean has diverged; 0: only a loss that is not finite
@@ -233,10 +242,10 @@ class OptimizerConfig:
     learning_rate: float  # peak, at the end of the warm-up
     final_rate: float  # rate at the last step as a fraction of the peak; a constant schedule ignores it
     warmup: int  # steps
-    beta1: float
-    beta2: float
-    eps: float
-    weight_decay: float
+    beta1: float  # decay of the mean of the gradient
+    beta2: float  # decay of the mean of its square
+    eps: float  # added to the denominator of the update
+    weight_decay: float  # of matrices, times the learning rate
     clip: float  # maximal global norm of the gradient
     schedule: str = "cosine"  # after the warm-up: "cosine", "linear" or "constant"
 
@@ -256,8 +265,8 @@ class CheckpointConfig:
     """Checkpoints, of which the newest and the best by evaluation loss are kept."""
 
     every: int  # steps
-    keep_last: int
-    keep_best: int
+    keep_last: int  # checkpoints
+    keep_best: int  # checkpoints; 0: none
 
     def __post_init__(self) -> None:
         require_at_least(self, 1, "every", "keep_last")
@@ -269,8 +278,8 @@ class ShardingConfig:
     """Number of devices along each mesh axis."""
 
     data: int  # -1 for the devices that the other axes leave
-    fsdp: int
-    tensor: int
+    fsdp: int  # shards parameters, optimizer state and batch
+    tensor: int  # shards heads and feed-forward widths
 
     def __post_init__(self) -> None:
         require_at_least(self, 1, "fsdp", "tensor")
@@ -300,7 +309,7 @@ class EvalConfig:
     sample: int  # tokens of text to generate at the end
     stride: int = 0  # tokens between the starts of windows, which score their last `stride` tokens; 0: data.length
     final: int = 0  # batches of the evaluation at the end, evenly spaced; 0: all of the validation text
-    also: dict[str, Overrides] = dataclasses.field(default_factory=dict)
+    also: dict[str, Overrides] = dataclasses.field(default_factory=dict)  # overrides by name, as nested sections
 
     def __post_init__(self) -> None:
         require_at_least(self, 1, "every", "batch", "batches")

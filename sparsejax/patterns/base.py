@@ -40,7 +40,8 @@ class Pattern:
     Positions count from 0 for queries and for keys; the lengths `t` (queries) and `s` (keys) are in tokens.
 
     A new pattern is a frozen dataclass whose fields are the arguments of its text form. It defines:
-      * `name`: its name in the text form; `NAMES[name] = cls` registers it.
+
+      * `name`: its name in the text form; the decorator `patterns.register` adds it.
       * `allows`: the mask.
       * `bounds`: the tiles that it touches and fills; `from_ranges` covers patterns whose rows are intervals.
       * `signature`, optional: what distinguishes its tiles. The default examines every undecided tile; a pattern that
@@ -53,6 +54,11 @@ class Pattern:
 
     name: ClassVar[str]
     operators: ClassVar[dict[str, Callable[..., Pattern]]] = {}  # by sign; defined in algebra.py
+
+    def __init_subclass__(cls, **keywords: Any) -> None:
+        super().__init_subclass__(**keywords)
+        if "__repr__" not in cls.__dict__:
+            cls.__repr__ = Pattern.__repr__  # type: ignore[method-assign]  # or `dataclass` generates another one
 
     # The definition of a pattern.
 
@@ -205,6 +211,15 @@ class Pattern:
 
     def __sub__(self, other: Pattern) -> Pattern:
         return self._combine("-", other)
+
+    def __repr__(self) -> str:
+        return f"patterns.parse({str(self)!r})"
+
+    def _repr_svg_(self) -> str:
+        """The picture that a notebook shows; see `drawing.picture`."""
+        from sparsejax.patterns import drawing
+
+        return drawing.picture(self)
 
     def __str__(self) -> str:
         arguments, skipped = [], False

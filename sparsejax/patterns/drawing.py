@@ -1,16 +1,35 @@
-"""Patterns as pictures: panels of cells, one per pattern or head. The caller chooses the colours."""
+"""Pictures of patterns: panels of cells, one per pattern or head, and panels as SVG."""
 
 from __future__ import annotations
 
 import dataclasses
+import itertools
+import textwrap
+from collections.abc import Iterable, Iterator, Sequence
 
 import numpy as np
 
-from sparsejax.patterns.base import Pattern
+from sparsejax import svg
+from sparsejax.palette import CELLS, GREY
+from sparsejax.patterns.base import Pattern, PatternError
+from sparsejax.patterns.layout import TileLayout
 
-DEAD, PARTIAL, FULL = 0, 1, 2  # a cell with no allowed pair, some, or only such; a single pair is dead or full
+# States of a cell: no allowed pair, some, or only such. A cell of one pair is dead, full, or counts more than once.
+DEAD, PARTIAL, FULL, TWICE, THRICE, MORE = range(6)
+PAIR_LEGEND = {FULL: "attended", TWICE: "twice", THRICE: "three times", MORE: "more often", DEAD: "masked"}
+TILE_LEGEND = {FULL: "full tile", PARTIAL: "partial tile", DEAD: "dead tile"}
 MAX_HEADS = 8  # panels of one pattern
 COUNTED_TILE = 128  # largest tile of a layout; larger cells are composed of tiles of this size
+PICTURE_CELLS = 64  # per side of a picture without explicit length
+MAX_LAYOUT_CELLS = 128  # per side of the picture of a layout
+MAX_LENGTH = 2**16  # tokens of a picture without explicit length
+SCALES = {"seed": 0, "layer": 0, "head": 0, "longest": 0, "tile": 4}  # weight of a field in `default_length`; others: 1
+
+COLUMNS = 4  # panels per row
+SIDE, SMALL_SIDE = 256, 192  # pixels of a panel alone, and of one of several
+LINED_CELL = 6  # pixels of a cell from which lines separate the cells
+LINE = 14  # pixels per line of text
+TITLE_FONT = 10.5
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -18,25 +37,25 @@ class Panel:
     """One picture: cells `states` [rows, columns] with queries downwards and keys to the right."""
 
     title: str
-    states: np.ndarray  # int8 [rows, columns]: DEAD, PARTIAL or FULL
-    tile: int  # queries and keys of a cell
-    density: float  # allowed pairs as a fraction of all pairs
+    states: np.ndarray  # int8 [rows, columns]: DEAD, PARTIAL, ...
+    tile: tuple[int, int]  # queries and keys of a cell
+    caption: str  # tile size and density
 
     @property
-    def caption(self) -> str:
-        """The tile size and the density."""
-        pairs = f"{100 * self.density:.3g}% of pairs"
-        live = 100 * np.mean(self.states > DEAD)
-        return pairs if self.tile == 1 else f"{live:.3g}% of tiles of {self.tile}, {pairs}"
+    def legend(self) -> dict[int, str]:
+        """The meaning of the states that the panel may show."""
+        if self.tile != (1, 1):
+            return TILE_LEGEND
+        return {state: word for state, word in PAIR_LEGEND.items() if state < TWICE or (self.states == state).any()}
 
 
 def draw_pattern(pattern: Pattern, length: int, tile: int = 1, title: str | None = None) -> tuple[Panel, ...]:
-    """The panels of a pattern: one, or one per head. Equal heads share a panel.
+    """Returns the panels of a pattern: one, or one per head. Equal heads share a panel.
 
     Args:
       pattern: Any pattern. Of its distinct heads the first `MAX_HEADS` are drawn.
       length: Sequence length in tokens.
-      tile: Tokens of a cell; above 128 a multiple of 128.
+      tile: Tokens per cell; above 128 a multiple of 128.
       title: Defaults to the text form of the pattern.
     """
     if pattern.heads is None:
@@ -55,9 +74,56 @@ def draw_pattern(pattern: Pattern, length: int, tile: int = 1, title: str | None
 
 
 def draw_mask(title: str, mask: np.ndarray, tile: int = 1) -> Panel:
-    """The panel of booleans [t, s], in cells of `tile` x `tile`."""
+    """Returns the panel of booleans [t, s], in cells of `tile` x `tile`."""
     states = _coarsen(FULL * mask.astype(np.int8), tile)
-    return Panel(title, states, tile, float(mask.mean()))
+    return Panel(title, states, (tile, tile), _describe(states, tile, float(mask.mean())))
+
+
+def draw_layout(layout: TileLayout) -> Panel:
+    """Returns the panel of a tile layout. With more than 128 tiles per side, a cell holds several tiles."""
+    grid, live, full = layout.grid, len(layout.columns), int(layout.full.sum())
+    factor = 1
+    while max(grid.rows, grid.columns) > factor * MAX_LAYOUT_CELLS:
+        factor *= 2
+    queries, keys = grid.tile
+    title = f"{grid.t:,} x {grid.s:,} tokens, tiles of {queries} x {keys}"
+    caption = f"{live:,} of {grid.rows * grid.columns:,} tiles are live, {full:,} full"
+    caption += f"\n{factor} x {factor} tiles per cell" if factor > 1 else ""
+    return Panel(title, layout.coarsen(factor), (queries * factor, keys * factor), caption)
+
+
+def default_length(pattern: Pattern) -> int:
+    """Returns a power of two, in tokens, at which a picture shows the structure of a pattern.
+
+    It is at least 64, four times the largest number in the pattern and 16 tiles, up to `MAX_LENGTH`, and long enough
+    for the pattern to be valid.
+
+    Raises:
+      PatternError: The pattern is valid at no power of two up to 2**20.
+    """
+    length, scale = PICTURE_CELLS, max(_list_scales(pattern), default=0)
+    while length < min(4 * scale, MAX_LENGTH):
+        length *= 2
+    while True:
+        try:
+            pattern.check(length, length)
+            return length
+        except PatternError:
+            if length >= 2**20:
+                raise
+            length *= 2
+
+
+def _list_scales(value: object) -> Iterator[int]:
+    """The magnitudes of the integers in the fields of a pattern, weighted by `SCALES`."""
+    if isinstance(value, Pattern):
+        for field in dataclasses.fields(value):
+            weight = SCALES.get(field.name, 1)
+            yield from (weight * scale for scale in _list_scales(getattr(value, field.name)))
+    elif isinstance(value, tuple):
+        yield from itertools.chain.from_iterable(map(_list_scales, value))
+    elif isinstance(value, int) and not isinstance(value, bool):
+        yield abs(value)
 
 
 def format_numbers(numbers: list[int]) -> str:
@@ -76,10 +142,22 @@ def format_ranges(numbers: list[int]) -> list[str]:
 def _draw_shared(pattern: Pattern, length: int, tile: int, title: str) -> Panel:
     """The panel of a pattern that all heads share."""
     if tile == 1:
-        return draw_mask(title, pattern.dense(length))
+        if not pattern.repeats:
+            return draw_mask(title, pattern.dense(length))
+        positions = np.arange(length)
+        counts = np.asarray(pattern.counts(positions[:, None], positions[None, :], length, length))
+        states = np.where(counts > 0, np.minimum(counts + PARTIAL, MORE), DEAD).astype(np.int8)
+        return Panel(title, states, (1, 1), _describe(states, 1, float((counts > 0).mean())))
     counted = min(tile, COUNTED_TILE)
     (layout,) = pattern.layouts(length, tile=(counted, counted))
-    return Panel(title, _coarsen(layout.dense(), tile // counted), tile, pattern.pairs(length) / length**2)
+    states = layout.coarsen(tile // counted)
+    return Panel(title, states, (tile, tile), _describe(states, tile, pattern.pairs(length) / length**2))
+
+
+def _describe(states: np.ndarray, tile: int, density: float) -> str:
+    pairs = f"{100 * density:.3g}% of pairs"
+    live = 100 * np.mean(states > DEAD)
+    return pairs if tile == 1 else f"{live:.3g}% of tiles of {tile}, {pairs}"
 
 
 def _coarsen(states: np.ndarray, factor: int) -> np.ndarray:
@@ -90,3 +168,90 @@ def _coarsen(states: np.ndarray, factor: int) -> np.ndarray:
     least = np.minimum.reduceat(np.minimum.reduceat(states, rows, axis=0), columns, axis=1)
     most = np.maximum.reduceat(np.maximum.reduceat(states, rows, axis=0), columns, axis=1)
     return (most > DEAD) + (least == FULL).astype(np.int8)
+
+
+# SVG.
+
+
+def picture(pattern: Pattern, length: int | None = None) -> str:
+    """Returns a pattern as SVG with at most 64 cells per side.
+
+    Args:
+      pattern: Any pattern.
+      length: Sequence length in tokens; defaults to `default_length`.
+    """
+    length = default_length(pattern) if length is None else length
+    tile = 1
+    while length > tile * PICTURE_CELLS:
+        tile *= 2
+    return panels_to_svg(draw_pattern(pattern, length, tile))
+
+
+def panels_to_svg(panels: Sequence[Panel], columns: int = COLUMNS) -> str:
+    """Returns panels side by side as one SVG, at most `columns` per row."""
+    columns = min(columns, len(panels))
+    side = SIDE if len(panels) == 1 else SMALL_SIDE
+    placed = [(_wrap(panel, side), *_cell_size(panel, side), panel) for panel in panels]
+    left, step = 52, 66 + max(side, *(int(width) * panel.states.shape[1] for _, width, _, panel in placed))
+    elements, y = [], 4.0
+    for first in range(0, len(placed), columns):
+        row = placed[first : first + columns]
+        titles = max(len(title) for title, *_ in row)
+        top = y + titles * LINE + 12
+        for column, (title, width, height, panel) in enumerate(row):
+            x = left + column * step
+            start = top - 6 - LINE * len(title)
+            elements += [
+                svg.text(x, start + LINE * (line + 1) - 4, words, size=TITLE_FONT, mono=True)
+                for line, words in enumerate(title)
+            ]
+            elements += _panel_to_svg(panel, x, top, (width, height))
+        y = top + max(height * len(panel.states) + LINE * panel.caption.count("\n") for *_, height, panel in row) + 48
+    states = {state: word for panel in panels for state, word in panel.legend.items()}
+    legend, width = svg.legend(left, y + 12, [(CELLS[state], word) for state, word in states.items()])
+    accessible = "; ".join(" ".join(f"{panel.title}: {panel.caption}".split()) for panel in panels)
+    return svg.document(max(left + columns * step - 46, left + width), y + 26, accessible, [*elements, legend])
+
+
+def _panel_to_svg(panel: Panel, x: float, y: float, cell: tuple[float, float]) -> Iterable[str]:
+    """Cells, ticks in tokens, axes and caption."""
+    rows, columns = panel.states.shape
+    width, height = columns * cell[0], rows * cell[1]
+    yield svg.cells(panel.states, x, y, cell, lines=min(cell) >= LINED_CELL)
+    for token, at in _ticks(rows, panel.tile[0], cell[1]):
+        yield svg.text(x - 4, y + at + 3.5, token, anchor="end", size=9, fill=GREY)
+    for token, at in _ticks(columns, panel.tile[1], cell[0]):
+        yield svg.text(x + at, y + height + 11, token, anchor="middle", size=9, fill=GREY)
+    middle = y + height / 2
+    turn = f"rotate(-90 {svg.number(x - 40)} {svg.number(middle)})"
+    yield svg.text(x - 40, middle, "query", anchor="middle", transform=turn)
+    yield svg.text(x + width / 2, y + height + 24, "key", anchor="middle")
+    for line, words in enumerate(panel.caption.splitlines()):
+        yield svg.text(x + width / 2, y + height + 40 + LINE * line, words, anchor="middle", size=10, fill=GREY)
+
+
+def _cell_size(panel: Panel, side: float) -> tuple[float, float]:
+    """Width and height of a cell in pixels, whole numbers where they exceed one pixel."""
+    rows, columns = panel.states.shape
+    queries, keys = panel.tile
+    scale = side / max(rows * queries, columns * keys, 1)
+    width, height = (max(1.0, np.floor(scale * tokens)) for tokens in (keys, queries))
+    return float(width), float(height)
+
+
+def _ticks(count: int, tile: int, size: float) -> Iterator[tuple[str, float]]:
+    """Label and offset in pixels of about four tokens of an axis of `count` cells.
+
+    A token is labelled at its centre; a tile is labelled with its first token, at its edge.
+    """
+    step = 2 ** max(0, (count - 1).bit_length() - 2)
+    for index in range(0, count + (tile > 1), step):
+        yield f"{index * tile}", (index + 0.5 * (tile == 1)) * size
+
+
+def _wrap(panel: Panel, side: float) -> list[str]:
+    """The title in lines that fit a panel."""
+    characters = int((side + 40) / (svg.MONO_WIDTH * TITLE_FONT))
+    return [
+        line for part in panel.title.splitlines() for line in textwrap.wrap(part, characters, break_on_hyphens=False)
+    ]

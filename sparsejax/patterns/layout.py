@@ -34,7 +34,8 @@ class TileGrid:
     """The tiles of a score matrix: `t` queries by `s` keys, cut into tiles of `tile = (queries, keys)` tokens.
 
     Inside `shift`, `offset` and `keys` differ from their defaults: the grid's first key is key `offset` of the
-    inner pattern, and only the keys `[first, stop)` in `keys` exist.
+    inner pattern, and only the keys `[first, stop)` in `keys` exist. Inside `OffsetQueries`, the rows are those of
+    the queries `[first, stop)` in `queries`.
     """
 
     t: int
@@ -42,11 +43,13 @@ class TileGrid:
     tile: tuple[int, int]
     offset: int = 0
     keys: tuple[int, int] | None = None
+    queries: tuple[int, int] | None = None
 
     @property
     def rows(self) -> int:
         """Number of query tiles."""
-        return -(-self.t // self.tile[0])
+        first, stop = self.covered_queries
+        return -(-(stop - first) // self.tile[0])
 
     @property
     def columns(self) -> int:
@@ -58,16 +61,27 @@ class TileGrid:
         """First and stop of the keys that exist, in positions of the pattern."""
         return (0, self.s) if self.keys is None else self.keys
 
+    @property
+    def covered_queries(self) -> tuple[int, int]:
+        """First and stop of the queries of the rows, in positions of the pattern."""
+        return (0, self.t) if self.queries is None else self.queries
+
     def row_bounds(self) -> tuple[np.ndarray, np.ndarray]:
         """First and last query of each query tile, int64 [rows]."""
-        first = np.arange(self.rows) * self.tile[0]
-        return first, np.minimum(first + self.tile[0], self.t) - 1
+        start, stop = self.covered_queries
+        first = start + np.arange(self.rows) * self.tile[0]
+        return first, np.minimum(first + self.tile[0], stop) - 1
 
     def shift(self, by: int) -> TileGrid:
         """The same tiles for a pattern whose key `k + by` is key `k` of this grid."""
         first, stop = self.existing_keys
         keys = max(0, first + by), min(self.s, stop + by)
         return dataclasses.replace(self, offset=self.offset + by, keys=keys)
+
+    def offset_queries(self, by: int, t: int) -> TileGrid:
+        """The same tiles for a pattern of `t` queries whose query `q + by` is query `q` of this grid."""
+        first, stop = self.covered_queries
+        return dataclasses.replace(self, t=t, queries=(first + by, stop + by))
 
     def touched(self, start: np.ndarray, stop: np.ndarray, rows: np.ndarray | None = None) -> Spans:
         """The tiles of row `rows[i]` that contain a key of `[start[i], stop[i])`.
@@ -92,7 +106,7 @@ class TileGrid:
     def in_every_row(self, start: np.ndarray, stop: np.ndarray) -> Bounds:
         """Bounds of a pattern in which every query attends to the keys of the intervals `[start, stop)`, [n]."""
         start, stop = merge_intervals(start, stop)
-        row = dataclasses.replace(self, t=min(self.t, 1))
+        row = dataclasses.replace(self, t=min(self.rows, 1), queries=None)
         zeros = np.zeros(len(start), np.int64)
         return Bounds.exact(self._repeat(row.touched(start, stop, zeros)), self._repeat(row.filled(start, stop, zeros)))
 
@@ -173,6 +187,21 @@ class TileLayout:
         states = np.zeros((self.grid.rows, self.grid.columns), np.int8)
         states[self.rows, self.columns] = 1 + self.full
         return states
+
+    def coarsen(self, factor: int) -> np.ndarray:
+        """Tile states as in `dense`, of cells of `factor` x `factor` tiles; the last cells may hold fewer."""
+        heights, widths = (
+            np.minimum(factor, size - np.arange(0, size, factor)) for size in (self.grid.rows, self.grid.columns)
+        )
+        cell = self.rows // factor * np.int64(len(widths)) + self.columns // factor
+        live, full = (np.bincount(tiles, minlength=len(heights) * len(widths)) for tiles in (cell, cell[self.full]))
+        states = (live > 0) + (full == np.outer(heights, widths).ravel()).astype(np.int8)
+        return states.reshape(len(heights), len(widths)).astype(np.int8)
+
+    def _repr_svg_(self) -> str:
+        from sparsejax.patterns import drawing
+
+        return drawing.panels_to_svg([drawing.draw_layout(self)])
 
 
 @functools.lru_cache(maxsize=64)

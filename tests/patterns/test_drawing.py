@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sparsejax.patterns import draw_mask, draw_pattern, format_numbers, parse
+from sparsejax.patterns import Multiset, draw_mask, draw_pattern, format_numbers, parse
 from sparsejax.patterns.drawing import COUNTED_TILE, MAX_HEADS
 from tests.patterns.strategies import shared_patterns
 
@@ -16,11 +16,12 @@ pytestmark = pytest.mark.quick
 def test_panels_are_the_mask_and_the_layout(pattern, length, tile):
     mask = pattern.dense(length)
     (tokens,) = draw_pattern(pattern, length)
-    np.testing.assert_array_equal(tokens.states, 2 * mask)
-    assert tokens.density == mask.mean()
+    states = tokens.states if not pattern.repeats else 2 * (tokens.states > 0)
+    np.testing.assert_array_equal(states, 2 * mask)
+    assert tokens.caption == f"{100 * mask.mean():.3g}% of pairs"
     (tiles,) = draw_pattern(pattern, length, tile)
     np.testing.assert_array_equal(tiles.states, pattern.layout(length, tile=(tile, tile)).dense())
-    assert tiles.density == pytest.approx(mask.mean())
+    assert tiles.caption.endswith(f"of tiles of {tile}, {tokens.caption}")
     # A mask gives the same picture as the pattern.
     np.testing.assert_array_equal(draw_mask("", mask, tile).states, tiles.states)
     assert tokens.states.dtype == tiles.states.dtype == np.int8
@@ -32,6 +33,22 @@ def test_large_cells_are_composed_of_tiles(text):
     pattern, length, tile = parse(text), 1100, 2 * COUNTED_TILE
     (panel,) = draw_pattern(pattern, length, tile)
     np.testing.assert_array_equal(panel.states, draw_mask("", pattern.dense(length), tile).states)
+
+
+@given(shared_patterns(), st.integers(1, 45), st.integers(1, 9), st.integers(1, 5))
+def test_coarse_layouts_are_layouts_of_larger_tiles(pattern, length, tile, factor):
+    layout = pattern.layout(length, tile=(tile, tile))
+    larger = pattern.layout(length, tile=(tile * factor, tile * factor))
+    np.testing.assert_array_equal(layout.coarsen(factor), larger.dense())
+    assert layout.coarsen(1).dtype == np.int8
+
+
+@given(shared_patterns(), st.integers(1, 45))
+def test_repeated_keys_have_their_own_states(pattern, length):
+    (panel,) = draw_pattern(Multiset.of(pattern, parse("window(2)"), parse("window(9, 9)")), length)
+    q, k = np.arange(length)[:, None], np.arange(length)
+    counts = pattern.counts(q, k, length, length) + (abs(k - q) <= 9) + ((k <= q) & (k >= q - 2))
+    np.testing.assert_array_equal(panel.states, np.where(counts, np.minimum(counts + 1, 5), 0))
 
 
 def test_equal_heads_share_a_panel():
