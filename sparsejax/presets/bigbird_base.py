@@ -1,4 +1,4 @@
-"""BigBird base: an encoder with neighbouring tiles, global tiles or tokens, and random tiles per layer.
+"""BigBird base: an encoder with a window of tiles, global tiles or tokens, and random tiles drawn per layer.
 
     sparsejax show --config=preset:bigbird_base:itc --length=4096
     sparsejax show --config=preset:bigbird_base:etc --length=4096
@@ -7,10 +7,10 @@
 `:itc` (the default) has tiles of 64 tokens, of which the first and the last are global, and three random tiles per
 query tile. `:etc` has tiles of 84 tokens, 256 global tokens in front and no random tiles. Sizes: arXiv:2007.14062,
 table 8, and the released config.json (bigbird-roberta-base). Published: 127M parameters (arXiv:2110.00976, table 3).
-Both are masked language models; the full sizes are for the account. (The released weights were trained with tiles that
-count twice where two draws coincide; `sparsejax.interop` loads them.)
+Both are masked language models. The full sizes are for cost accounting. (The released weights were trained with tiles
+that count twice where two draws coincide; `sparsejax.load` reads them.)
 
-`:tiny` goes from 5.99 to 3.36 nats in 30 steps, which take 25 CPU seconds with compilation and evaluation.
+`:tiny` reduces the loss from 5.99 to 3.36 nats in 30 steps and 25 CPU seconds, with compilation and evaluation.
 """
 
 from sparsejax.presets import recipe

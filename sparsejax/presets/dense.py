@@ -1,8 +1,9 @@
-"""Dense: the quickstart with full attention in all five layers, at the same number of parameters.
+"""Dense: the quickstart with full attention in all five layers and the same number of parameters.
 
     sparsejax train --config=preset:dense --workdir=runs/dense
 
-Reaches 2.325 bits per byte, where the quickstart reaches 2.091, in less than five minutes on 2 CPU cores.
+Reaches 2.325 bits per byte on the validation text of CPython 3.11.7, where the quickstart reaches 2.091, in five
+minutes on 2 CPU cores.
 """
 
 from sparsejax.presets.quickstart import get_config as get_quickstart

@@ -1,13 +1,13 @@
-"""Falcon-H1 34B: attention and Mamba-2 in parallel in each of 72 layers, with factors on every activation.
+"""Falcon-H1 34B: attention and Mamba-2 in parallel in each of 72 layers, with factors on all activations.
 
     sparsejax show --config=preset:falcon_h1 --length=262144
     sparsejax train --config=preset:falcon_h1:tiny --workdir=runs/falcon_h1
 
-Attention is dense. The factors (muP) are those of the released model and belong to its width, so that the tiny form has
-none. Sizes: arXiv:2507.22448 and the released config.json. Published: 34B parameters (33.64B in the checkpoint). The
-full size is for the account and for loading.
+Attention is dense. The factors (muP) are those of the released model and depend on its width; the tiny form has none.
+Sizes: arXiv:2507.22448 and the released config.json. Published: 34B parameters (33.64B in the checkpoint). The full
+size is for cost accounting and for loading released weights.
 
-`:tiny` goes from 6.09 to 2.57 nats in 30 steps, which take 44 CPU seconds with compilation and evaluation.
+`:tiny` reduces the loss from 6.09 to 2.57 nats in 30 steps and 44 CPU seconds, with compilation and evaluation.
 """
 
 from sparsejax.presets import recipe

@@ -1,14 +1,14 @@
-"""Gemma 3, the 4B text model: five layers with windows of 1,024 keys per layer of full attention.
+"""Gemma 3 4B, the text model: five layers with windows of 1,024 keys per layer of full attention.
 
     sparsejax show --config=preset:gemma3 --length=131072
     sparsejax train --config=preset:gemma3:tiny --workdir=runs/gemma3
 
-Norms precede and follow each branch and normalize queries and keys. Rotary positions have base 10,000 in windows, and
-base 1,000,000 with linear scaling by 8 in full layers. Sizes: arXiv:2503.19786 and the released config.json. Published
-(table 1): 675M embedding and 3,209M other parameters, 3.88B; this model leaves out the 417M of the vision encoder. The
-full size is for the account and for loading.
+Each branch has a norm before and after it; queries and keys are normalized as well. Rotary positions have base 10,000
+in window layers, and base 1,000,000 with linear scaling by 8 in full layers. Sizes: arXiv:2503.19786 and the released
+config.json. Published (table 1): 675M embedding and 3,209M other parameters, 3.88B in total; the 417M of the vision
+encoder are not part of this model. The full size is for cost accounting and for loading released weights.
 
-`:tiny` goes from 5.57 to 2.67 nats in 30 steps, which take 30 CPU seconds with compilation and evaluation.
+`:tiny` reduces the loss from 5.57 to 2.67 nats in 30 steps and 30 CPU seconds, with compilation and evaluation.
 """
 
 from sparsejax.presets import recipe

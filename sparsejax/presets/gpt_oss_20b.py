@@ -4,11 +4,11 @@
     sparsejax train --config=preset:gpt_oss_20b:tiny --workdir=runs/gpt_oss_20b
 
 Sizes: arXiv:2508.10925, the model card, and the released config.json. Published (table 1): 20.91B parameters, 3.61B
-active; the card counts the head as active, but not the embedding. The cache of the twelve full layers, with eight heads
-of width 64, takes 24 KiB per token in bfloat16: 3.00 GiB at 128K tokens, the length of the released model, and 6.00 GiB
-at 256K; the windows add 3 MiB. The full size is for the account and for loading.
+active; the card counts the head as active, but not the embedding. The twelve full layers, with eight key/value heads of
+width 64, cache 24 KiB per token in bfloat16: 3.00 GiB at 128K tokens, the length of the released model, and 6.00 GiB at
+256K. The windows add 3 MiB. The full size is for cost accounting and for loading released weights.
 
-`:tiny` goes from 6.00 to 2.76 nats in 30 steps, which take 34 CPU seconds with compilation and evaluation.
+`:tiny` reduces the loss from 6.00 to 2.76 nats in 30 steps and 34 CPU seconds, with compilation and evaluation.
 """
 
 from sparsejax.presets import recipe

@@ -1,13 +1,13 @@
-"""Griffin, as released in RecurrentGemma 2B: two layers of a gated linear recurrence per layer with windows of 2,048.
+"""Griffin, as released in RecurrentGemma 2B: two gated linear recurrences per layer with windows of 2,048 keys.
 
     sparsejax show --config=preset:griffin --length=262144
     sparsejax train --config=preset:griffin:tiny --workdir=runs/griffin
 
-All ten query heads share one key and value head; rotary positions apply to half of its width. Sizes: arXiv:2402.19427,
+All ten query heads share one key/value head; rotary positions apply to half of the head width. Sizes: arXiv:2402.19427,
 arXiv:2404.07839 and the released config.json. Published: 2.7B parameters, of which the embedding has 0.7B
-(2,682,862,080 in the checkpoint). The full size is for the account.
+(2,682,862,080 in the checkpoint). The full size is for cost accounting.
 
-`:tiny` goes from 5.42 to 2.79 nats in 30 steps, which take 31 CPU seconds with compilation and evaluation.
+`:tiny` reduces the loss from 5.42 to 2.79 nats in 30 steps and 31 CPU seconds, with compilation and evaluation.
 """
 
 from sparsejax.presets import recipe

@@ -3,12 +3,12 @@
     sparsejax show --config=preset:jamba --length=262144
     sparsejax train --config=preset:jamba:tiny --workdir=runs/jamba
 
-Layer i has attention where i % 8 == 4, and experts where i % 2 == 1. Jamba uses no sparse attention: its cache is small
+Layer i has attention if i % 8 == 4, and experts if i % 2 == 1. Jamba uses no sparse attention; its cache is small
 because only four of 32 layers have one. Sizes: arXiv:2403.19887 and the released config.json. Published: 52B
-parameters, 12B active, 4 GB of cache at 256K tokens in 16 bits (table 1 of the paper). The full size is for the account
-and for loading.
+parameters, 12B active, 4 GB of cache at 256K tokens in 16 bits (table 1 of the paper). The full size is for cost
+accounting and for loading released weights.
 
-`:tiny` goes from 6.04 to 2.32 nats in 30 steps, which take 75 CPU seconds with compilation and evaluation.
+`:tiny` reduces the loss from 6.04 to 2.32 nats in 30 steps and 75 CPU seconds, with compilation and evaluation.
 """
 
 from sparsejax.presets import recipe

@@ -68,7 +68,7 @@ def model(vocab, width, schedule, layers, norm, tied=False, **options):
 
 
 def choose(argument, full, length, **tiny):
-    """A run of the model section `full` on windows of `length`, or of its tiny form if `argument` is "tiny".
+    """A run of the model section `full` on windows of `length` tokens, or of its tiny form if `argument` is "tiny".
 
     `tiny` are the arguments of `shrink`.
     """
@@ -85,7 +85,7 @@ def check_argument(argument, *known):
 
 
 def make_run(model, length, steps, batch, learning_rate, warmup):
-    """All sections of a run on the text that CPython ships; a large model needs another `sharding`.
+    """All sections of a run on the text that CPython ships; a large model needs a different `sharding`.
 
     A causal model predicts the next token, others predict masked tokens.
     """
@@ -113,7 +113,7 @@ def make_run(model, length, steps, batch, learning_rate, warmup):
 
 
 def fit_cpu(config, evaluations):
-    """The run in float32, unrolled and without rematerialization, with short evaluations, `evaluations` times."""
+    """Changes a run to float32 without scan and rematerialization, and to `evaluations` short evaluations."""
     config.model.dtype = "float32"
     config.model.scan = False  # a few unrolled layers compile in seconds and run a fifth faster
     for layer in config.model.layers.values():

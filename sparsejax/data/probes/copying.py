@@ -19,7 +19,7 @@ class SelectiveCopying(Probe):
 
     length: int = 4112  # noise, data and marks
     tokens: int = 16  # data tokens
-    vocab: int = 16
+    vocab: int = 16  # tokens of the vocabulary: noise, mark and data
 
     def __post_init__(self):
         require(self, tokens=1, length=2 * self.tokens, vocab=3)
@@ -45,8 +45,8 @@ class Duplication(Probe):
     smaller than length / 2 - 1 can only guess.
     """
 
-    length: int = 1024  # even
-    vocab: int = 128
+    length: int = 1024  # tokens, even
+    vocab: int = 128  # tokens of the vocabulary: 0 and the symbols
 
     def __post_init__(self):
         require(self, length=4, vocab=2)

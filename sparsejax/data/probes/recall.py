@@ -27,7 +27,7 @@ class Mqar(Probe):
 
     length: int = 64  # tokens, even
     pairs: int = 4  # keys and values
-    vocab: int = 8192
+    vocab: int = 8192  # tokens of the vocabulary: blank, keys and values
     gap_power: float = 0.01  # a; with 1, all slots are equally likely
     random_non_queries: bool = False  # random tokens instead of blanks, which may repeat a key; on in the paper's code
 
@@ -60,8 +60,8 @@ class InductionHeads(Probe):
     any position encoding generalises to about twice its training length.
     """
 
-    length: int = 256
-    vocab: int = 16
+    length: int = 256  # tokens
+    vocab: int = 16  # tokens of the vocabulary, with the trigger
 
     def __post_init__(self):
         require(self, length=3, vocab=2)

@@ -26,7 +26,7 @@ class StateTracking(Probe):
     length (arXiv:2411.12537); attention learns parity at training lengths only.
     """
 
-    length: int = 64
+    length: int = 64  # elements, one per token
     group: str = "symmetric"  # "symmetric", "alternating" or "cyclic"
     symbols: int = 5  # that the elements of the group permute
     last_only: bool = False  # score only the last token
