@@ -3,10 +3,10 @@
     sparsejax show --config=preset:kimi_linear --length=262144
     sparsejax train --config=preset:kimi_linear:tiny --workdir=runs/kimi_linear
 
-Attention is dense, in layers 3, 7, 11, 15, 19, 23 and 26 of 27. The first layer has an MLP; the others have 256 experts,
-of which a token selects eight, and a shared expert. Sizes: arXiv:2510.26692 and the released config.json. Published: 48B
-parameters, 3B active, both without embedding and head. Counted: 48.4B and 2.73B without them; 49.1B, as in the
-checkpoint, and 3.48B with them. The full size is for cost accounting.
+Attention is dense, in layers 3, 7, 11, 15, 19, 23 and 26 of 27. The first layer has an MLP; the others have 256
+experts, of which a token selects eight, and a shared expert. Sizes: arXiv:2510.26692 and the released config.json.
+Published: 48B parameters, 3B active, both without embedding and head. Counted: 48.4B and 2.73B without them; 49.1B, as
+in the checkpoint, and 3.48B with them. The full size is for cost accounting.
 
 `:tiny` reduces the loss from 5.92 to 2.90 nats in 30 steps and 97 CPU seconds, with compilation and evaluation.
 """

@@ -3,13 +3,13 @@
     sparsejax show --config=preset:llama4 --length=262144
     sparsejax train --config=preset:llama4:tiny --workdir=runs/llama4
 
-Sizes: the released config.json. Published (model card): 109B parameters, 17B active, with the vision encoder and its
-projector, 0.87B that this model leaves out; the text model has 107.8B, of which 17.17B are active. It is in the style
-of Llama 4, with these differences: the router's weight multiplies the output of an expert, not its input; the norm of
-queries and keys has a scale; full layers have no temperature by position; rotary frequencies are not scaled. The full
-size is for the account.
+Sizes: the released config.json. Published (model card): 109B parameters, 17B active, of which the vision encoder and
+its projector have 0.87B that this model leaves out; the text model has 107.8B, of which 17.17B are active. It differs
+from Llama 4 in four ways: the router's weight multiplies the output of an expert, not its input; the norm of queries
+and keys has a scale; full layers have no temperature by position; rotary frequencies are not scaled. The full size is
+for cost accounting.
 
-`:tiny` goes from 5.98 to 3.00 nats in 30 steps, which take 34 CPU seconds with compilation and evaluation.
+`:tiny` reduces the loss from 5.98 to 3.00 nats in 30 steps and 34 CPU seconds, with compilation and evaluation.
 """
 
 from sparsejax.presets import recipe

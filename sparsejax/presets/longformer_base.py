@@ -3,12 +3,12 @@
     sparsejax show --config=preset:longformer_base --length=4096
     sparsejax train --config=preset:longformer_base:tiny --workdir=runs/longformer_base
 
-Each batch selects its global tokens (`layers.Extras.globals`), which have separate projections; the released
-weights have values for them, and this config counts them. Sizes: arXiv:2004.05150 and the released config.json
-(longformer-base-4096). Published: 149M parameters (arXiv:2110.00976, table 3). It is a masked language model; the full
-size is for the account and for loading. In the tiny form the pattern makes the first token global.
+Each batch selects its global tokens (`layers.Extras.globals`), which have separate projections; the released weights
+include them, and this preset counts them. Sizes: arXiv:2004.05150 and the released config.json (longformer-base-4096).
+Published: 149M parameters (arXiv:2110.00976, table 3). It is a masked language model. The full size is for cost
+accounting and for loading released weights. In the tiny form the pattern makes the first token global.
 
-`:tiny` goes from 6.51 to 3.34 nats in 30 steps, which take 22 CPU seconds with compilation and evaluation.
+`:tiny` reduces the loss from 6.51 to 3.34 nats in 30 steps and 22 CPU seconds, with compilation and evaluation.
 """
 
 from sparsejax.presets import recipe

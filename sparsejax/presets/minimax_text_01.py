@@ -3,12 +3,12 @@
     sparsejax show --config=preset:minimax_text_01 --length=262144
     sparsejax train --config=preset:minimax_text_01:tiny --workdir=runs/minimax_text_01
 
-Layer i has softmax attention where i % 8 == 7, with rotary positions on half of each head. It is dense: MiniMax-01 uses
-no sparse attention. A residual connection adds the branch to its normalized input times (2 * 80) ** 0.25, not to the
-stream. Sizes: arXiv:2501.08313 and the released config.json. Published: 456B parameters, 45.9B active, the latter
-without embedding and head; 48.4B with them. The full size is for the account.
+Layer i has softmax attention if i % 8 == 7, which is dense, with rotary positions on half of each head. A residual
+connection adds the branch to its normalized input times (2 * 80) ** 0.25, not to the stream. Sizes: arXiv:2501.08313
+and the released config.json. Published: 456B parameters, 45.9B active; the active count excludes embedding and head
+(48.4B with them). The full size is for cost accounting.
 
-`:tiny` goes from 5.89 to 2.75 nats in 30 steps, which take 62 CPU seconds with compilation and evaluation.
+`:tiny` reduces the loss from 5.89 to 2.75 nats in 30 steps and 62 CPU seconds, with compilation and evaluation.
 """
 
 from sparsejax.presets import recipe

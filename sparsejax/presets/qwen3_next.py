@@ -3,12 +3,12 @@
     sparsejax show --config=preset:qwen3_next --length=262144
     sparsejax train --config=preset:qwen3_next:tiny --workdir=runs/qwen3_next
 
-Attention is dense, with an output gate and rotary positions on a quarter of each head; a gated shared expert serves
+Attention is dense, with an output gate and rotary positions on a quarter of each head. A gated shared expert processes
 every token. Sizes: the released config.json; gated delta rule: arXiv:2412.06464. Published (model card): 80B
-parameters, 79B without embeddings, 3B active. The last number is rounded and leaves out embedding and head: 3.25B, and
-3.87B with them. The full size is for the account.
+parameters, 79B without embeddings, 3B active. The active count is rounded and excludes embedding and head: 3.25B, and
+3.87B with them. The full size is for cost accounting.
 
-`:tiny` goes from 6.08 to 2.96 nats in 30 steps, which take 72 CPU seconds with compilation and evaluation.
+`:tiny` reduces the loss from 6.08 to 2.96 nats in 30 steps and 72 CPU seconds, with compilation and evaluation.
 """
 
 from sparsejax.presets import recipe

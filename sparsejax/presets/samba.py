@@ -4,10 +4,10 @@
     sparsejax train --config=preset:samba:tiny --workdir=runs/samba
 
 Sizes: arXiv:2406.07522 and the configuration released with its code; the larger models of the paper, up to 3.8B, have
-the same schedule. Published: 421M parameters, with embedding and head tied. The full size is for the account, and small
-enough to train on one accelerator.
+the same schedule. Published: 421M parameters, with embedding and head tied. The full size is for cost accounting, and
+small enough to train on one accelerator.
 
-`:tiny` goes from 5.55 to 2.51 nats in 30 steps, which take 28 CPU seconds with compilation and evaluation.
+`:tiny` reduces the loss from 5.55 to 2.51 nats in 30 steps and 28 CPU seconds, with compilation and evaluation.
 """
 
 from sparsejax.presets import recipe

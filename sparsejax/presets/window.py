@@ -1,8 +1,9 @@
-"""Window: the quickstart with windows of 64 keys and 4 sinks in all five layers, at the same number of parameters.
+"""Window: the quickstart with windows of 64 keys and 4 sinks in all five layers and the same number of parameters.
 
     sparsejax train --config=preset:window --workdir=runs/window
 
-Reaches 2.296 bits per byte, where the quickstart reaches 2.091, in less than four minutes on 2 CPU cores.
+Reaches 2.296 bits per byte on the validation text of CPython 3.11.7, where the quickstart reaches 2.091, in four
+minutes on 2 CPU cores.
 """
 
 from sparsejax.presets.quickstart import get_config as get_quickstart
