@@ -458,6 +458,12 @@ def test_a_file_that_raises(write):
     assert "ModuleNotFoundError" in error.problem
 
 
+def test_the_line_of_a_file_in_the_current_folder(write, tmp_path, monkeypatch):
+    write("def get_config():\n    return 1 / 0\n", "own.py")
+    monkeypatch.chdir(tmp_path)
+    assert load_error("own.py").argument == "own.py: line 2"
+
+
 def test_a_message_of_several_lines_becomes_one(write):
     path = write("def get_config():\n    raise ValueError('first\\nsecond')\n")
     error = load_error(path)

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import importlib.util
-import sys
+import contextlib
 import traceback
-import types
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -16,6 +14,7 @@ from sparsejax import presets
 from sparsejax.config.build import ConfigError, complete, copy_sections
 from sparsejax.config.override import override
 from sparsejax.errors import InputError
+from sparsejax.extensions import importing_from, run_file
 
 PRESET = "preset:"
 
@@ -58,6 +57,7 @@ def load(source: str, overrides: Mapping[str, Any] | None = None) -> ConfigDict:
 
 def _get_config(name: str, argument: str) -> Any:
     """Calls `get_config` of a file or a preset. An error names the line of the file."""
+    module = None
     if name.startswith(PRESET):
         try:
             module = presets.find_preset(name.removeprefix(PRESET))
@@ -66,32 +66,13 @@ def _get_config(name: str, argument: str) -> Any:
     elif not Path(name).is_file():
         raise ConfigError("config", f"no file {name!r}; presets are written preset:NAME")
     try:
-        if not name.startswith(PRESET):
-            module = run_file(name)
-        return module.get_config(argument) if argument else module.get_config()
+        with contextlib.nullcontext() if module else importing_from(Path(name).parent):
+            module = module or run_file(name)
+            return module.get_config(argument) if argument else module.get_config()
     except Exception as error:
-        lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == name]
+        file = str(Path(name).absolute())
+        lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == file]
         line = getattr(error, "lineno", None) or (lines[-1] if lines else None)
         kind = "" if isinstance(error, InputError) else f"{type(error).__name__}: "
         problem = f"{kind}{' '.join(str(error).split())}"
         raise ConfigError(f"{name}: line {line}" if line else name, problem) from error
-
-
-def run_file(path: str) -> types.ModuleType:
-    """Runs a Python file and returns its module.
-
-    What the file imports from its own folder is forgotten, so that no other file finds it.
-    """
-    spec = importlib.util.spec_from_file_location("sparsejax_config_file", path)
-    if spec is None or spec.loader is None:
-        raise ImportError("not a Python file")
-    module, folder, before = importlib.util.module_from_spec(spec), str(Path(path).parent), set(sys.modules)
-    sys.path.insert(0, folder)
-    try:
-        spec.loader.exec_module(module)
-    finally:
-        sys.path.remove(folder)
-        for name in set(sys.modules) - before:
-            if str(Path(getattr(sys.modules[name], "__file__", None) or "").parent) == folder:
-                del sys.modules[name]
-    return module
