@@ -24,7 +24,7 @@ class AxialConfig:
     Position `i` has the row `i // shape[1]` and the column `i % shape[1]`; the embeddings of both are concatenated.
     """
 
-    shape: tuple[int, ...]  # rows and columns
+    shape: tuple[int, ...]  # rows and columns of the grid of positions
     widths: tuple[int, ...]  # widths of the row and column embeddings; their sum is the model's width
 
     def __post_init__(self) -> None:
@@ -44,11 +44,11 @@ class EmbeddingConfig:
     """From tokens to the input of the first layer, in the order of the fields."""
 
     scale: float = 1.0  # factor on the token embedding, such as width ** 0.5 (arXiv:1706.03762)
-    types: int = 0  # token types (BERT); every token has type 0
-    positions: int = 0  # learned absolute positions; 0 for none
+    types: int = 0  # number of token types (BERT); every token has type 0
+    positions: int = 0  # number of learned absolute positions; 0 for none
     axial: AxialConfig | None = None  # axial positions, an alternative to `positions`
     padding: int | None = None  # token id without a position; positions start at padding + 1 (RoBERTa)
-    norm: NormConfig | None = None  # of the sum of the embeddings; None: none
+    norm: NormConfig | None = None  # norm of the sum of the embeddings; none for no norm
 
     def __post_init__(self) -> None:
         require_at_least(self, 0, "types", "positions")
@@ -60,13 +60,16 @@ class EmbeddingConfig:
 class HeadConfig:
     """From the last norm to the logits: with an `activation`, a linear map, the activation and a norm come first."""
 
-    activation: str | None = None  # as in BERT's head for masked language models
-    linear_bias: bool = True  # bias of the linear map before the activation
-    norm: NormConfig | None = None  # norm after the activation
-    bias: bool = False  # bias of the logits
+    # activation after a linear map, as in BERT's head for masked language models; none for neither
+    activation: str | None = None
+    linear_bias: bool = True  # whether the linear map before the activation has a bias
+    norm: NormConfig | None = None  # norm after the activation; none for no norm
+    bias: bool = False  # whether the logits have a bias
     scale: float = 1.0  # factor on the logits
-    softcap: float | None = None  # bounds the logits to softcap * tanh(logits / softcap) (Gemma 2, arXiv:2408.00118)
-    pool: str = "none"  # "mean" averages over the tokens, for sequence classification
+    # bound of the logits: softcap * tanh(logits / softcap) (Gemma 2, arXiv:2408.00118); none for no bound
+    softcap: float | None = None
+    # "mean" averages over the tokens before the head, for sequence classification; "none" keeps all tokens
+    pool: str = "none"
 
     def __post_init__(self) -> None:
         require_choice(self, "pool", ("none", "mean"))
@@ -80,20 +83,22 @@ class HeadConfig:
 class ModelConfig:
     """A sequence model: an embedding, the layers of the schedule, a norm and a head."""
 
-    vocab: int  # tokens of the vocabulary
-    width: int  # of the residual stream
+    vocab: int  # number of token ids
+    width: int  # width of the residual stream
     schedule: str  # layer names and repetitions, such as "3x(ssm local) full"
-    layers: dict[str, LayerConfig]  # by name
-    norm: NormConfig | None  # before the head
-    tied: bool  # the head uses the token embedding's matrix
-    dtype: str  # of the computation, float32 or bfloat16; parameters and optimizer state are float32
+    layers: dict[str, LayerConfig]  # layers by name, to which the schedule refers
+    norm: NormConfig | None  # norm before the head; none for no norm
+    tied: bool  # whether the head uses the token embedding's matrix
+    dtype: str  # dtype of the computation; parameters and optimizer state are float32
     scan: bool  # scan over the schedule's shortest repeating period instead of unrolling all layers
     causal: bool = True  # predict the next token: no layer attends to later positions
-    embedding: EmbeddingConfig = EmbeddingConfig()  # from tokens to the input of the first layer
-    head: HeadConfig = HeadConfig()  # from the last norm to the logits
-    reversible: bool = False  # reversible residual stream (Reformer, arXiv:2001.04451), see `layers.Layer`
-    shared: dict[str, SharedConfig] = dataclasses.field(default_factory=dict)  # shared blocks by name
-    dropout: float = 0.0  # rate in training, on the embedding and the outputs of mixers and MLPs (arXiv:1706.03762)
+    embedding: EmbeddingConfig = EmbeddingConfig()  # map from tokens to the input of the first layer
+    head: HeadConfig = HeadConfig()  # map from the last norm to the logits
+    reversible: bool = False  # use a reversible residual stream (Reformer, arXiv:2001.04451), see `layers.Layer`
+    # shared blocks by name, to which `side` of a layer refers
+    shared: dict[str, SharedConfig] = dataclasses.field(default_factory=dict)
+    # dropout rate on the embedding and on the outputs of mixers and MLPs in training (arXiv:1706.03762)
+    dropout: float = 0.0
 
     def __post_init__(self) -> None:
         require_at_least(self, 1, "vocab", "width")
@@ -183,8 +188,8 @@ class PhaseConfig:
     A phase can set the keys in `PHASE_KEYS`.
     """
 
-    start: int  # first step, counted from 0
-    set: Overrides = dataclasses.field(default_factory=dict)  # as nested sections
+    start: int  # first step of the phase, counted from 0
+    set: Overrides = dataclasses.field(default_factory=dict)  # overrides as nested sections
 
     def __post_init__(self) -> None:
         require_at_least(self, 0, "start")
@@ -210,14 +215,14 @@ PHASE_KEYS = (
 class TrainConfig:
     """The training loop."""
 
-    steps: int  # updates of the parameters
+    steps: int  # number of updates of the parameters
     batch: int  # windows per step
     accumulate: int  # microbatches per step, over which gradients are summed
-    seed: int  # of the initialization, the order of the data and dropout
-    log_every: int  # steps
-    bad_loss: str  # if the loss diverges: "stop" with a checkpoint, or "skip" the update
-    spike: float  # a loss above this multiple of its running mean has diverged; 0: only a loss that is not finite
-    phases: dict[str, PhaseConfig] = dataclasses.field(default_factory=dict)  # by name
+    seed: int  # seed of the initialization, the order of the data and dropout
+    log_every: int  # steps between two records of the training metrics
+    bad_loss: str  # action if the loss diverges: "stop" with a checkpoint, or "skip" the update
+    spike: float  # multiple of its running mean above which a loss has diverged; 0: only a loss that is not finite
+    phases: dict[str, PhaseConfig] = dataclasses.field(default_factory=dict)  # phases by name
 
     def __post_init__(self) -> None:
         require_at_least(self, 1, "steps", "batch", "accumulate", "log_every")
@@ -239,15 +244,15 @@ class TrainConfig:
 class OptimizerConfig:
     """AdamW (arXiv:1711.05101) with linear warm-up, a learning-rate schedule and clipping by global norm."""
 
-    learning_rate: float  # peak, at the end of the warm-up
-    final_rate: float  # rate at the last step as a fraction of the peak; a constant schedule ignores it
-    warmup: int  # steps
+    learning_rate: float  # peak learning rate, reached at the end of the warm-up
+    final_rate: float  # learning rate at the last step as a fraction of the peak; a constant schedule ignores it
+    warmup: int  # steps of the linear warm-up
     beta1: float  # decay of the mean of the gradient
-    beta2: float  # decay of the mean of its square
-    eps: float  # added to the denominator of the update
-    weight_decay: float  # of matrices, times the learning rate
+    beta2: float  # decay of the mean of the squared gradient
+    eps: float  # number added to the denominator of the update
+    weight_decay: float  # decay of matrices per step, times the learning rate
     clip: float  # maximal global norm of the gradient
-    schedule: str = "cosine"  # after the warm-up: "cosine", "linear" or "constant"
+    schedule: str = "cosine"  # learning-rate schedule after the warm-up
 
     def __post_init__(self) -> None:
         require_at_least(self, 0, "learning_rate", "final_rate", "warmup", "weight_decay")
@@ -264,9 +269,9 @@ class OptimizerConfig:
 class CheckpointConfig:
     """Checkpoints, of which the newest and the best by evaluation loss are kept."""
 
-    every: int  # steps
-    keep_last: int  # checkpoints
-    keep_best: int  # checkpoints; 0: none
+    every: int  # steps between two checkpoints
+    keep_last: int  # number of newest checkpoints that are kept
+    keep_best: int  # number of best checkpoints that are kept in addition; 0 for none
 
     def __post_init__(self) -> None:
         require_at_least(self, 1, "every", "keep_last")
@@ -277,9 +282,9 @@ class CheckpointConfig:
 class ShardingConfig:
     """Number of devices along each mesh axis."""
 
-    data: int  # -1 for the devices that the other axes leave
-    fsdp: int  # shards parameters, optimizer state and batch
-    tensor: int  # shards heads and feed-forward widths
+    data: int  # devices along the data axis; -1 for those that the other axes leave
+    fsdp: int  # devices that shard parameters, optimizer state and batch
+    tensor: int  # devices that shard heads and feed-forward widths
 
     def __post_init__(self) -> None:
         require_at_least(self, 1, "fsdp", "tensor")
@@ -303,13 +308,14 @@ class EvalConfig:
     An evaluation can set the keys in `EVALUATION_KEYS`.
     """
 
-    every: int  # steps
-    batch: int  # windows
-    batches: int  # per evaluation during the run
+    every: int  # steps between two evaluations
+    batch: int  # windows per batch
+    batches: int  # batches per evaluation during the run
     sample: int  # tokens of text to generate at the end
     stride: int = 0  # tokens between the starts of windows, which score their last `stride` tokens; 0: data.length
     final: int = 0  # batches of the evaluation at the end, evenly spaced; 0: all of the validation text
-    also: dict[str, Overrides] = dataclasses.field(default_factory=dict)  # overrides by name, as nested sections
+    # additional evaluations at the end by name, each with overrides as nested sections
+    also: dict[str, Overrides] = dataclasses.field(default_factory=dict)
 
     def __post_init__(self) -> None:
         require_at_least(self, 1, "every", "batch", "batches")

@@ -17,7 +17,8 @@ class MaskConfig:
     """Tokens that a masked language model predicts (BERT, arXiv:1810.04805), and what replaces them in its input."""
 
     share: float = 0.15  # fraction of a row's tokens that are predicted
-    unit: str = "token"  # "token", "word" (whole words) or "span" (geometric lengths, SpanBERT, arXiv:1907.10529)
+    # unit of masking: "token", "word" (whole words) or "span" (geometric lengths, SpanBERT, arXiv:1907.10529)
+    unit: str = "token"
     masked: float = 0.8  # fraction of the predicted tokens that the mask token replaces
     random: float = 0.1  # fraction of the predicted tokens that a random token replaces; the others stay
     span: float = 3.8  # mean length of a span in tokens, before clipping
@@ -37,24 +38,26 @@ class MaskConfig:
 class DataConfig:
     """Source of the tokens, tokenizer, windows and objective."""
 
-    task: str  # "text", or a probe of `data.probes.PROBES`, whose keys are then the section `probe`
-    files: str  # a file, folder or glob, or several joined by commas; empty for the text that CPython ships
+    task: str  # "text", or a probe, whose keys are then the section `probe`
+    files: str  # a file, a folder or a glob of text, or several joined by commas; empty for the text that CPython ships
     length: int  # tokens per window
     validation: str = ""  # files of validation text; empty to hold out some of `files`, see `load_corpus`
     tfds: str = ""  # "name:version" of a TFDS data set, an alternative to `files`
     tfds_dir: str = ""  # folder of TFDS data sets; empty for the default of TFDS
-    train_split: str = "train"  # of the TFDS data set, with slices such as "train[:90%]"
-    validation_split: str = "validation"  # of the TFDS data set
+    train_split: str = "train"  # training split of the TFDS data set, with slices such as "train[:90%]"
+    validation_split: str = "validation"  # validation split of the TFDS data set
     field: str = "text"  # field of jsonl, parquet and TFDS records that holds the text
     label: str = ""  # field that holds the class, for the objective "classify"
-    separator: str = ""  # between the documents of a text file, with escapes such as \n; empty: a file is a document
+    # separator of the documents of a text file, with escapes such as \n; empty: a file is a document
+    separator: str = ""
     tokenizer: str = "bytes"  # "bytes", "chars", "bpe:SIZE", or a tokenizers JSON file or SentencePiece model
     cache: str = ""  # folder of tokenized corpora; empty for ~/.cache/sparsejax, which bytes that fit in memory skip
     packing: str = "none"  # "none" cuts windows from one stream; "packed" packs whole documents, split by segment ids
-    objective: str = "causal"  # "causal", "masked", "prefix" or "classify"
-    mask: MaskConfig = MaskConfig()  # for the objective "masked"
+    objective: str = "causal"  # prediction of the next token, of masked tokens, of tokens after a prefix, or of a class
+    mask: MaskConfig = MaskConfig()  # masking, for the objective "masked"
     prefix: int = 0  # tokens at the start of a window that are not predicted, for the objective "prefix"
-    probe: Probe | None = dataclasses.field(default=None, metadata={"kind": "task"})  # None for text
+    # keys of the probe that `task` names; none for text
+    probe: Probe | None = dataclasses.field(default=None, metadata={"kind": "task"})
 
     def __post_init__(self) -> None:
         require_at_least(self, 1, "length")

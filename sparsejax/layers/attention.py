@@ -26,22 +26,24 @@ MASKED_SEGMENT = -3  # a segment id that no query has
 class AttentionConfig(MixerConfig):
     """Softmax attention with grouped queries under a pattern."""
 
-    pattern: str | patterns.Pattern  # a configuration has the text form, see `sparsejax.patterns`
-    heads: int  # of queries
-    kv_heads: int  # divides heads
-    head_width: int  # of queries, keys and values
-    rope: RopeConfig | None  # None: no rotary positions
-    qk_norm: NormConfig | None  # over the queries and the keys of a head, before the rotation; None: none
-    impl: str  # implementation of `ops.attend`, or "auto"
-    alibi: bool = False  # scores fall linearly with the distance, by a slope per head (arXiv:2108.12409)
-    relative: int | None = None  # sinusoids of the relative positions of Transformer-XL (arXiv:1901.02860); None: none
-    scale: float | None = None  # of the scores; None: head_width ** -0.5
-    softcap: float | None = None  # bounds scores to softcap * tanh(score / softcap) (Gemma 2, arXiv:2408.00118)
-    sinks: bool = False  # a learned logit per head that takes a share of the softmax and has no value (gpt-oss)
-    gate: bool = False  # multiplies the output by sigmoid(gate(x)) before the last projection (arXiv:2505.06708)
-    bias: bool = False  # on queries, keys, values and gate
-    out_bias: bool = False  # on the last projection
-    global_projections: bool = False  # separate projections for the tokens of `Extras.globals` (Longformer)
+    pattern: str | patterns.Pattern  # text form of the pattern, see `sparsejax.patterns`
+    heads: int  # number of query heads
+    kv_heads: int  # number of key/value heads, which divides heads
+    head_width: int  # width of queries, keys and values per head
+    rope: RopeConfig | None  # rotary positions; none for no rotation
+    qk_norm: NormConfig | None  # norm of the queries and of the keys of a head, before the rotation; none for no norm
+    impl: str  # implementation of `ops.attend`
+    alibi: bool = False  # lower scores linearly with the distance, by a slope per head (arXiv:2108.12409)
+    # number of sinusoids of the relative positions of Transformer-XL (arXiv:1901.02860); none for none
+    relative: int | None = None
+    scale: float | None = None  # factor on the scores; none for head_width ** -0.5
+    # bound of the scores: softcap * tanh(score / softcap) (Gemma 2, arXiv:2408.00118); none for no bound
+    softcap: float | None = None
+    sinks: bool = False  # use a learned logit per head that takes a share of the softmax and has no value (gpt-oss)
+    gate: bool = False  # multiply the output by sigmoid(gate(x)) before the last projection (arXiv:2505.06708)
+    bias: bool = False  # whether the projections to queries, keys, values and gate have a bias
+    out_bias: bool = False  # whether the last projection has a bias
+    global_projections: bool = False  # use separate projections for the tokens of `Extras.globals` (Longformer)
 
     def __post_init__(self):
         require_at_least(self, 1, "heads", "kv_heads", "head_width")

@@ -61,8 +61,8 @@ class ShortConv(nnx.Module):
 class ConvConfig(MixerConfig):
     """A gated short convolution (LFM2, arXiv:2511.23404)."""
 
-    conv: int  # taps, including the current token's
-    bias: bool = False  # on the projections and the convolution
+    conv: int  # taps, including that of the current token
+    bias: bool = False  # whether the projections and the convolution have a bias
 
     def __post_init__(self):
         require_at_least(self, 1, "conv")

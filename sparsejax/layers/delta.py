@@ -29,18 +29,18 @@ UNIT_EPS = 1e-6  # added to the squared norm of queries and keys
 class DeltaConfig(MixerConfig):
     """A mixer of the gated delta rule."""
 
-    heads: int  # of values
-    key_heads: int  # of queries and keys; each serves heads / key_heads heads of values
-    key_width: int  # the state of a head has key_width x value_width elements
-    value_width: int  # of the value of a head
-    conv: int  # taps of the causal depthwise convolutions, including the current token's
-    norm_eps: float  # of the RMSNorm over the values of a head, before the gate
-    channel_decay: bool = False  # a decay per channel of a key (Kimi) instead of per head
-    rank: int | None = None  # of the maps to decay and gate; None: full rank
-    gate: str = "silu"  # activation of the output gate: "silu" or "sigmoid"
-    dt_min: float = 1e-3  # step sizes, which scale the decay, are initialized log-uniform in [dt_min, dt_max]
-    dt_max: float = 0.1  # see dt_min
-    chunk: int = CHUNK  # of the scan; affects speed and memory only
+    heads: int  # number of value heads
+    key_heads: int  # number of query and key heads, each of which serves heads / key_heads value heads
+    key_width: int  # width of a query or key; the state of a head has key_width x value_width elements
+    value_width: int  # width of a value
+    conv: int  # taps of the causal depthwise convolutions, including that of the current token
+    norm_eps: float  # eps of the RMSNorm over the values of a head, before the gate
+    channel_decay: bool = False  # use a decay per channel of a key (Kimi) instead of per head
+    rank: int | None = None  # rank of the maps to decay and gate; none for full rank
+    gate: str = "silu"  # activation of the output gate
+    dt_min: float = 1e-3  # smallest initial step size; step sizes, which scale the decay, are initialized log-uniformly
+    dt_max: float = 0.1  # largest initial step size
+    chunk: int = CHUNK  # tokens per chunk of the scan; affects speed and memory only
 
     def __post_init__(self):
         require_at_least(self, 1, "heads", "key_heads", "key_width", "value_width", "conv", "chunk", "rank")

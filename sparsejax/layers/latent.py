@@ -26,10 +26,10 @@ class IndexerConfig:
     All heads of the attention share the selection. Gradients do not flow through it; ties go to the lower position.
     """
 
-    heads: int  # of index queries
-    width: int  # of an index query or key; the first rope_width features are rotated as halves
-    top_k: int  # keys per query
-    norm_eps: float = 1e-6  # of the LayerNorm on keys
+    heads: int  # number of index query heads
+    width: int  # width of an index query or key, whose first rope_width features are rotated as halves
+    top_k: int  # number of selected keys per query
+    norm_eps: float = 1e-6  # eps of the LayerNorm on keys
 
     def __post_init__(self):
         require_at_least(self, 1, "heads", "width", "top_k")
@@ -43,19 +43,19 @@ class LatentConfig(MixerConfig):
     positions. All heads share the latter part of the key.
     """
 
-    pattern: str  # text form, see `sparsejax.patterns`
-    heads: int  # of queries, keys and values
-    query_rank: int | None  # width of the latent of the queries; None: queries come from the stream
+    pattern: str  # text form of the pattern, see `sparsejax.patterns`
+    heads: int  # number of heads of queries, keys and values
+    query_rank: int | None  # width of the latent of the queries; none: queries come from the stream
     kv_rank: int  # width of the latent of keys and values
     nope_width: int  # features of a head without position
     rope_width: int  # features of a head with rotary positions
-    value_width: int  # of the value of a head
-    rope: RopeConfig | None  # None: no rotation
-    norm_eps: float  # of the RMSNorms on the latents
-    impl: str  # implementation of `ops.attend`, or "auto"
-    scale: float | None = None  # of the scores; None: (nope_width + rope_width) ** -0.5
-    bias: bool = False  # on the projections to the latents, and on the output
-    indexer: IndexerConfig | None = None  # selects keys; None: all keys of the pattern
+    value_width: int  # width of a value
+    rope: RopeConfig | None  # rotary positions; none for no rotation
+    norm_eps: float  # eps of the RMSNorms on the latents
+    impl: str  # implementation of `ops.attend`
+    scale: float | None = None  # factor on the scores; none for (nope_width + rope_width) ** -0.5
+    bias: bool = False  # whether the projections to the latents and the output projection have a bias
+    indexer: IndexerConfig | None = None  # selection of keys per query; none for all keys of the pattern
 
     def __post_init__(self):
         require_at_least(self, 1, "heads", "query_rank", "kv_rank", "nope_width", "rope_width", "value_width")

@@ -38,7 +38,7 @@ class ResidualConfig:
     DeepNorm (arXiv:2203.00555) is norm_position "post" with keep = (2 · depth) ** 0.25.
     """
 
-    base: str = "stream"  # or "norm": the normalized input of the branch (MiniMax-01, arXiv:2501.08313)
+    base: str = "stream"  # "stream", or "norm": the normalized input of the branch (MiniMax-01, arXiv:2501.08313)
     keep: float = 1.0  # factor on the base
     scale: float = 1.0  # factor on the output of the branch
 
@@ -50,16 +50,16 @@ class ResidualConfig:
 class LayerConfig:
     """A mixer, then a feed-forward part; at most one of them is None."""
 
-    mixer: MixerConfig | None
-    mlp: FeedForwardConfig | None
-    norm: NormConfig | None  # of both branches; None: none
+    mixer: MixerConfig | None  # mixer of tokens; none for a layer of a feed-forward part alone
+    mlp: FeedForwardConfig | None  # feed-forward part; none for a layer of a mixer alone
+    norm: NormConfig | None  # norm of both branches; none for no norm
     # "pre": x + f(norm(x)) (arXiv:2002.04745); "post": norm(x + f(x)); "both": x + norm(f(norm(x))) (Gemma 2)
     norm_position: str
     remat: bool  # recompute activations in the backward pass instead of keeping them
-    mixer_norm: bool = True  # False: no norm before the mixer (first layer of ModernBERT, arXiv:2412.13663)
-    mixer_residual: ResidualConfig = ResidualConfig()
-    mlp_residual: ResidualConfig = ResidualConfig()
-    side: SideConfig | None = None  # a shared block, whose output is added to the input of the mixer
+    mixer_norm: bool = True  # whether the mixer has a norm; false in the first layer of ModernBERT (arXiv:2412.13663)
+    mixer_residual: ResidualConfig = ResidualConfig()  # residual connection of the mixer
+    mlp_residual: ResidualConfig = ResidualConfig()  # residual connection of the feed-forward part
+    side: SideConfig | None = None  # shared block, whose output is added to the input of the mixer; none for no block
 
     def __post_init__(self):
         require_choice(self, "norm_position", ("pre", "post", "both"))

@@ -24,10 +24,10 @@ TINY = 1e-5  # keeps the decay of the last layer above 0, and the rate defined f
 class LightningConfig(MixerConfig):
     """Linear attention with fixed decay rates."""
 
-    heads: int  # of queries, keys and values
-    head_width: int  # the state of a head has head_width x head_width elements
-    norm_eps: float = 1e-6  # of the RMSNorm over all heads
-    chunk: int = CHUNK  # of the scan; affects speed and memory only
+    heads: int  # number of heads of queries, keys and values
+    head_width: int  # width of a head, whose state has head_width x head_width elements
+    norm_eps: float = 1e-6  # eps of the RMSNorm over all heads
+    chunk: int = CHUNK  # tokens per chunk of the scan; affects speed and memory only
 
     def __post_init__(self):
         require_at_least(self, 1, "heads", "head_width", "chunk")

@@ -25,15 +25,15 @@ class LshConfig(MixerConfig):
     the chunk borders that determine which earlier keys a query attends to.
     """
 
-    heads: int  # of shared queries and keys, and of values
-    head_width: int  # of keys and values
-    chunk: int  # tokens
+    heads: int  # number of heads of shared queries and keys, and of values
+    head_width: int  # width of keys and values per head
+    chunk: int  # tokens per chunk
     buckets: tuple[int, ...]  # number of buckets as factors, which are hashed separately; each is even
-    hashes: int  # rounds
-    causal: bool  # no query attends to a later key
-    seed: int  # of the rotations; layers with the same seed and shape share them
-    before: int = 1  # chunks before its own that a token attends to
-    after: int = 0  # chunks after its own that a token attends to
+    hashes: int  # number of rounds of hashing
+    causal: bool  # attend to no later key
+    seed: int  # seed of the rotations; layers with the same seed and shape share them
+    before: int = 1  # chunks before its own chunk that a token attends to
+    after: int = 0  # chunks after its own chunk that a token attends to
 
     def __post_init__(self):
         require_at_least(self, 1, "heads", "head_width", "chunk", "hashes")

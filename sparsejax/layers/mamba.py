@@ -24,15 +24,16 @@ from sparsejax.ops import selective_scan, selective_step
 class MambaConfig(MixerConfig):
     """A Mamba mixer."""
 
-    inner: int  # channels
-    state: int  # elements of the state of a channel
-    conv: int  # taps of the causal depthwise convolution, including the current token's
+    inner: int  # number of channels
+    state: int  # elements of the state per channel
+    conv: int  # taps of the causal depthwise convolution, including that of the current token
     dt_rank: int  # rank of the map to the step sizes
-    dt_min: float  # step sizes are initialized log-uniform in [dt_min, dt_max]
-    dt_max: float  # see dt_min
-    norm_eps: float | None = None  # of RMSNorms on low-rank step sizes, B and C (Jamba, arXiv:2403.19887); None: none
-    bias: bool = False  # on the projections from and to the stream
-    conv_bias: bool = True  # on the convolution
+    dt_min: float  # smallest initial step size; step sizes are initialized log-uniformly
+    dt_max: float  # largest initial step size
+    # eps of RMSNorms on low-rank step sizes, B and C (Jamba, arXiv:2403.19887); none for no norms
+    norm_eps: float | None = None
+    bias: bool = False  # whether the projections from and to the stream have a bias
+    conv_bias: bool = True  # whether the convolution has a bias
 
     def __post_init__(self):
         require_at_least(self, 1, "inner", "state", "conv", "dt_rank")

@@ -28,23 +28,23 @@ MULTIPLIED = ("gate", "x", "B", "C", "dt")
 class Mamba2Config(MixerConfig):
     """A Mamba-2 mixer."""
 
-    heads: int  # of the state
-    head_width: int  # the state of a head has head_width x state elements
-    state: int  # see head_width
-    groups: int  # heads of a group share B and C
-    conv: int  # taps of the causal depthwise convolutions, including the current token's
-    dt_min: float  # step sizes are initialized log-uniform in [dt_min, dt_max]
-    dt_max: float  # see dt_min
-    norm_eps: float | None  # of the gated RMSNorm; None: a gate without a norm
-    norm_groups: int = 1  # channels are normalized in this many groups
-    norm_before_gate: bool = False  # the norm comes before the gate instead of after it
-    chunk: int = CHUNK  # of the scan; affects speed and memory only
-    dt_floor: float = 0.0  # step sizes are clipped to [dt_floor, dt_ceiling]
-    dt_ceiling: float | None = None  # None: no upper limit
-    bias: bool = False  # on the projections from the stream
-    out_bias: bool = False  # on the projection to the stream
-    conv_bias: bool = True  # on the convolutions
-    multipliers: tuple[float, ...] = ()  # factors on gate, x, B, C and dt (Falcon-H1, arXiv:2507.22448); (): none
+    heads: int  # number of heads of the state
+    head_width: int  # width of a head, whose state has head_width x state elements
+    state: int  # elements of the state per channel
+    groups: int  # number of groups of heads that share B and C
+    conv: int  # taps of the causal depthwise convolutions, including that of the current token
+    dt_min: float  # smallest initial step size; step sizes are initialized log-uniformly
+    dt_max: float  # largest initial step size
+    norm_eps: float | None  # eps of the gated RMSNorm; none for a gate without a norm
+    norm_groups: int = 1  # number of groups in which channels are normalized
+    norm_before_gate: bool = False  # normalize before the gate instead of after it
+    chunk: int = CHUNK  # tokens per chunk of the scan; affects speed and memory only
+    dt_floor: float = 0.0  # lower limit to which step sizes are clipped
+    dt_ceiling: float | None = None  # upper limit to which step sizes are clipped; none for no limit
+    bias: bool = False  # whether the projections from the stream have a bias
+    out_bias: bool = False  # whether the projection to the stream has a bias
+    conv_bias: bool = True  # whether the convolutions have a bias
+    multipliers: tuple[float, ...] = ()  # factors on gate, x, B, C and dt (Falcon-H1, arXiv:2507.22448); empty for none
 
     def __post_init__(self):
         require_at_least(self, 1, "heads", "head_width", "state", "groups", "conv", "chunk", "norm_groups")

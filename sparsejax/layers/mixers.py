@@ -32,7 +32,7 @@ from sparsejax.registry import Registry, is_frozen_dataclass
 class BranchConfig:
     """One of several parallel mixers."""
 
-    mixer: MixerConfig
+    mixer: MixerConfig  # mixer of the branch
     scale_in: float = 1.0  # factor on the input
     scale_out: float = 1.0  # factor on the output
 
@@ -41,7 +41,7 @@ class BranchConfig:
 class ParallelConfig(MixerConfig):
     """Mixers that read the same input and whose outputs are added (Falcon-H1, arXiv:2507.22448)."""
 
-    branches: dict[str, BranchConfig]  # by name
+    branches: dict[str, BranchConfig]  # branches by name
 
     def __post_init__(self):
         if not self.branches:

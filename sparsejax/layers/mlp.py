@@ -30,9 +30,9 @@ class MlpConfig:
     """A feed-forward network with one hidden layer."""
 
     kind: str  # "gated" (GLU, arXiv:2002.05202) or "plain"
-    width: int  # of the hidden layer
-    activation: str  # a key of `ACTIVATIONS`
-    bias: bool = False  # on every linear map
+    width: int  # width of the hidden layer
+    activation: str  # activation of the hidden layer
+    bias: bool = False  # whether the linear maps have a bias
     gate_scale: float = 1.0  # factor on the gate, before the activation (Falcon-H1, arXiv:2507.22448)
     out_scale: float = 1.0  # factor on the output
 

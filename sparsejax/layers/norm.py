@@ -21,9 +21,9 @@ class NormConfig:
     """A normalization layer; a config that allows None for it then has no normalization there."""
 
     kind: str  # "rms" (arXiv:1910.07467) or "layer" (arXiv:1607.06450)
-    eps: float  # added to the variance
-    offset: bool = False  # the stored scale is added to 1 (Gemma)
-    bias: bool = True  # of "layer"
+    eps: float  # number added to the variance
+    offset: bool = False  # add 1 to the stored scale (Gemma)
+    bias: bool = True  # whether "layer" has a bias
 
     def __post_init__(self):
         require_choice(self, "kind", KINDS)

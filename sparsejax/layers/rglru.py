@@ -24,14 +24,14 @@ MAX_SLOPE = 1000.0  # bound on the derivative of the square root
 class RgLruConfig(MixerConfig):
     """A recurrent block with one state element per channel."""
 
-    inner: int  # channels
-    heads: int  # diagonal blocks of the linear maps of the two gates
-    conv: int  # taps of the causal depthwise convolution, including the current token's
-    conv_bias: bool = True  # on the convolution
-    bias: bool = True  # on the projections from and to the stream
-    decay_min: float = 0.9  # the decay under an open recurrence gate is initialized uniform in [decay_min, decay_max]
-    decay_max: float = 0.999  # see decay_min
-    power: float = 8.0  # c of the paper
+    inner: int  # number of channels
+    heads: int  # number of diagonal blocks of the linear maps of the two gates
+    conv: int  # taps of the causal depthwise convolution, including that of the current token
+    conv_bias: bool = True  # whether the convolution has a bias
+    bias: bool = True  # whether the projections from and to the stream have a bias
+    decay_min: float = 0.9  # smallest initial decay under an open recurrence gate; decays are initialized uniformly
+    decay_max: float = 0.999  # largest initial decay under an open recurrence gate
+    power: float = 8.0  # exponent c of the paper
 
     def __post_init__(self):
         require_at_least(self, 1, "inner", "heads", "conv")

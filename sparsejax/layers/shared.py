@@ -28,9 +28,9 @@ from sparsejax.layers.stream import Cost, Linear, Stream, parameter
 class SharedConfig:
     """A block whose weights several layers share."""
 
-    mixer: AttentionConfig
-    mlp: MlpConfig
-    norm: NormConfig | None  # before attention and before the feed-forward part; None: none
+    mixer: AttentionConfig  # attention of the block
+    mlp: MlpConfig  # feed-forward part of the block
+    norm: NormConfig | None  # norm before attention and before the feed-forward part; none for no norm
 
     def check(self, length: int) -> None:
         """Raises InputError if the mixer cannot run on `length` tokens."""
@@ -46,8 +46,8 @@ class SideConfig:
     """
 
     shared: str  # key of the block in `model.shared`
-    mixer_rank: int | None = None  # of the adapters of attention; None: no adapters
-    mlp_rank: int | None = None  # of the adapters of the feed-forward part; None: no adapters
+    mixer_rank: int | None = None  # rank of the adapters of attention; none for no adapters
+    mlp_rank: int | None = None  # rank of the adapters of the feed-forward part; none for no adapters
 
     def __post_init__(self):
         require_at_least(self, 1, "mixer_rank", "mlp_rank")

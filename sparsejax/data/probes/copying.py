@@ -17,9 +17,9 @@ class SelectiveCopying(Probe):
     Published results (two layers, width 64, 400K steps): S4 18.3 %, S6 97.0 %, Mamba 99.8 %.
     """
 
-    length: int = 4112  # noise, data and marks
-    tokens: int = 16  # data tokens
-    vocab: int = 16  # tokens of the vocabulary: noise, mark and data
+    length: int = 4112  # tokens per sequence: noise, data and marks
+    tokens: int = 16  # number of data tokens
+    vocab: int = 16  # number of token ids: noise, mark and data
 
     def __post_init__(self):
         require(self, tokens=1, length=2 * self.tokens, vocab=3)
@@ -45,8 +45,8 @@ class Duplication(Probe):
     smaller than length / 2 - 1 can only guess.
     """
 
-    length: int = 1024  # tokens, even
-    vocab: int = 128  # tokens of the vocabulary: 0 and the symbols
+    length: int = 1024  # tokens per sequence, an even number
+    vocab: int = 128  # number of token ids: 0 and the symbols
 
     def __post_init__(self):
         require(self, length=4, vocab=2)

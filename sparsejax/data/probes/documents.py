@@ -29,7 +29,7 @@ class TextClassification(Probe):
     files: str = ""  # folder of training documents
     validation_files: str = ""  # folder of validation documents
     classes: tuple[str, ...] = ("neg", "pos")  # subfolders, in the order of the class numbers
-    length: int = 4096  # bytes
+    length: int = 4096  # bytes per document
 
     def __post_init__(self):
         require(self, length=1)
@@ -89,7 +89,7 @@ class TextRetrieval(Probe):
 
     files: str = ""  # table of training pairs
     validation_files: str = ""  # table of validation pairs
-    length: int = 8001  # both texts and the separator
+    length: int = 8001  # bytes per pair: both texts and the separator
 
     def __post_init__(self):
         require(self, length=3)

@@ -30,12 +30,12 @@ class Pathfinder(Probe):
     94.2 % (arXiv:2111.00396).
     """
 
-    side: int = 32  # pixels
-    dashes: int = 6  # per long contour
-    dash: int = 3  # pixels per dash
-    gap: int = 1  # pixels between dashes
-    distractors: int = 4  # short contours
-    margin: int = 3  # black pixels between contours, above `gap`
+    side: int = 32  # height and width of the image in pixels
+    dashes: int = 6  # dashes per long contour
+    dash: int = 3  # length of a dash in pixels
+    gap: int = 1  # pixels between two dashes
+    distractors: int = 4  # number of short contours
+    margin: int = 3  # black pixels between two contours, more than `gap`
 
     def __post_init__(self):
         require(self, dashes=1, dash=1, gap=0, distractors=0, margin=self.gap + 1)

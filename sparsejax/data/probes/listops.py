@@ -30,10 +30,10 @@ class ListOps(Probe):
     attention 15.8 %; S4 59.6 % (arXiv:2111.00396).
     """
 
-    length: int = 2000  # tokens, exclusive upper bound of a tree
-    min_length: int = 500  # tokens, exclusive lower bound of a tree
-    max_depth: int = 10  # of a tree
-    max_args: int = 10  # arguments of an operator
+    length: int = 2000  # tokens per sequence, the exclusive upper bound of a tree
+    min_length: int = 500  # exclusive lower bound of the tokens of a tree
+    max_depth: int = 10  # maximal depth of a tree
+    max_args: int = 10  # maximal number of arguments of an operator
 
     def __post_init__(self):
         require(self, min_length=0, length=self.min_length + 2, max_depth=1, max_args=2)

@@ -28,13 +28,13 @@ class Passkey(Probe):
     harder.
     """
 
-    length: int = 1024  # haystack, needles and question
-    needles: int = 1  # with distinct names; all but one are distractors
-    digits: int = 5  # per number
-    names: int = 64  # distinct names of needles
-    fillers: int = 32  # distinct tokens of the haystack
+    length: int = 1024  # tokens per sequence: haystack, needles and question
+    needles: int = 1  # number of needles with distinct names; all but one are distractors
+    digits: int = 5  # digits per number
+    names: int = 64  # number of distinct names of needles
+    fillers: int = 32  # number of distinct tokens of the haystack
     haystack: str = "repeat"  # "repeat" cycles through the fillers, "random" draws them
-    depth: float | None = None  # share of the haystack before the target needle, 0 to 1; None is random
+    depth: float | None = None  # fraction of the haystack before the target needle, from 0 to 1; none for a random one
 
     def __post_init__(self):
         require(self, needles=1, digits=1, names=self.needles, fillers=1)
@@ -93,9 +93,9 @@ class KeyValue(Probe):
     all of it.
     """
 
-    pairs: int = 75  # keys and values
-    digits: int = 32  # per key and per value
-    query: int | None = None  # index of the queried pair, from 0; None is random
+    pairs: int = 75  # number of key-value pairs
+    digits: int = 32  # digits per key and per value
+    query: int | None = None  # index of the queried pair, from 0; none for a random one
 
     def __post_init__(self):
         require(self, pairs=1, digits=1)

@@ -25,11 +25,12 @@ class Mqar(Probe):
     soon after the pairs, so the average flatters a short window.
     """
 
-    length: int = 64  # tokens, even
-    pairs: int = 4  # keys and values
-    vocab: int = 8192  # tokens of the vocabulary: blank, keys and values
-    gap_power: float = 0.01  # a; with 1, all slots are equally likely
-    random_non_queries: bool = False  # random tokens instead of blanks, which may repeat a key; on in the paper's code
+    length: int = 64  # tokens per sequence, an even number
+    pairs: int = 4  # number of key-value pairs
+    vocab: int = 8192  # number of token ids: blank, keys and values
+    gap_power: float = 0.01  # exponent a of the distribution of the gaps; with 1, all slots are equally likely
+    # fill with random tokens instead of blanks, which may repeat a key; on in the paper's code
+    random_non_queries: bool = False
 
     def __post_init__(self):
         require(self, pairs=1, length=4 * self.pairs, vocab=2 * self.pairs + 2)
@@ -60,8 +61,8 @@ class InductionHeads(Probe):
     any position encoding generalises to about twice its training length.
     """
 
-    length: int = 256  # tokens
-    vocab: int = 16  # tokens of the vocabulary, with the trigger
+    length: int = 256  # tokens per sequence
+    vocab: int = 16  # number of token ids, with the trigger
 
     def __post_init__(self):
         require(self, length=3, vocab=2)

@@ -26,9 +26,9 @@ class StateTracking(Probe):
     length (arXiv:2411.12537); attention learns parity at training lengths only.
     """
 
-    length: int = 64  # elements, one per token
-    group: str = "symmetric"  # "symmetric", "alternating" or "cyclic"
-    symbols: int = 5  # that the elements of the group permute
+    length: int = 64  # elements per sequence, one per token
+    group: str = "symmetric"  # group of permutations
+    symbols: int = 5  # number of symbols that the elements of the group permute
     last_only: bool = False  # score only the last token
 
     def __post_init__(self):
