@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from importlib.metadata import EntryPoint
 
 T = TypeVar("T")
+INSTALLED = {"site-packages", "dist-packages"}  # folders of distributions
 
 
 @dataclasses.dataclass(frozen=True)
@@ -80,6 +81,7 @@ class Registry(Mapping[str, T], Generic[T]):
         self.kind, self.group = kind, group
         self.members: dict[str, tuple[T, Origin | None]] = {name: (value, None) for name, value in builtin.items()}
         self._installed: dict[str, EntryPoint] | None = None
+        REGISTRIES.append(self)
 
     def add(self, name: str, value: T, definition: type | Callable[..., Any]) -> T:
         """Registers `value`, which `definition` defines, and returns what `name` now stands for.
@@ -105,6 +107,21 @@ class Registry(Mapping[str, T], Generic[T]):
     def registered(self) -> dict[str, Origin]:
         """The origins of the definitions outside the package, by name."""
         return {name: origin for name, (_, origin) in self.members.items() if origin is not None}
+
+    def distribution(self, name: str) -> str:
+        """Name and version of the distribution that registered `name`, such as "my-mixers 1.0"; empty if none did."""
+        origin, point = self.members[name][1], (self._installed or {}).get(name)
+        if origin is None:
+            return ""
+        top, distribution = origin.module.partition(".")[0], None
+        if point is not None and point.module.partition(".")[0] == top:
+            distribution = point.dist
+        elif origin.file is not None and INSTALLED & set(Path(origin.file).parts):
+            import importlib.metadata
+
+            names = importlib.metadata.packages_distributions().get(top)
+            distribution = importlib.metadata.distribution(names[0]) if names else None
+        return "" if distribution is None else f"{distribution.name} {distribution.version}"
 
     def __getitem__(self, name: str) -> T:
         if name not in self.members:
@@ -147,6 +164,9 @@ class Registry(Mapping[str, T], Generic[T]):
             raise InputError(self.group, f"{_describe(point)} cannot be imported: {problem}") from error
         if name not in self.members:
             raise InputError(self.group, f"{_describe(point)} registers no {self.kind} {name!r}")
+
+
+REGISTRIES: list[Registry[Any]] = []
 
 
 def _describe(point: EntryPoint) -> str:

@@ -29,6 +29,11 @@ class Workdir:
         return self.path / "config.json"
 
     @property
+    def extensions(self) -> Path:
+        """The user's modules that registered patterns or mixers, if there are any."""
+        return self.path / "extensions.json"
+
+    @property
     def schedule(self) -> Path:
         """The layer names, one per line."""
         return self.path / "schedule.txt"

@@ -2,7 +2,7 @@
 
 from sparsejax.patterns import receptive_field, recipes, testing
 from sparsejax.patterns.algebra import And, Minus, Multiset, Or, PerHead, Shift, per_head
-from sparsejax.patterns.base import FOREVER, Pattern, PatternError
+from sparsejax.patterns.base import FOREVER, Pattern, PatternError, require
 from sparsejax.patterns.drawing import Panel, draw_mask, draw_pattern, format_numbers
 from sparsejax.patterns.kv_cache import plan_cache
 from sparsejax.patterns.layout import TileGrid, TileLayout, from_ranges
@@ -68,5 +68,6 @@ __all__ = [
     "receptive_field",
     "recipes",
     "register",
+    "require",
     "testing",
 ]

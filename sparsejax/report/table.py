@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 from ml_collections import ConfigDict
 
 from sparsejax import config as configs
+from sparsejax import extensions
 from sparsejax.account import AccountCache
 from sparsejax.config import ConfigError
 from sparsejax.errors import InputError
@@ -164,6 +165,7 @@ _Read = tuple[dict[str, Any], list[tuple[str, int, str, float]], dict[str, Any] 
 
 def _read_run(workdir: Workdir) -> _Read:
     recorded = read_json(workdir.config)
+    extensions.restore(workdir)
     try:
         digest = configs.digest(ConfigDict(recorded))
         complete = configs.complete(recorded)

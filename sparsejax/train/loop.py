@@ -17,7 +17,7 @@ from ml_collections import ConfigDict
 from rich.console import Console
 
 from sparsejax import config as configs
-from sparsejax import sharding
+from sparsejax import extensions, sharding
 from sparsejax.metrics import TRAIN, finite_or_none
 from sparsejax.signals import Interrupted, StopSignals
 from sparsejax.train import display, start
@@ -97,6 +97,7 @@ def train(settings: ConfigDict, workdir: Path, console: Console) -> Evaluation:
     last = runtimes[-1]
     # From here on a signal is recorded: the exception that it would raise could be lost in a callback.
     with StopSignals() as signals:
+        changed = extensions.find_changes(files)  # before the record is replaced
         start.claim_workdir(files, settings, runtimes)
         display.print_plan(runtimes, evaluators, mesh, console)
         meta = {"config": settings.to_dict(), "digest": configs.digest(settings), "corpus": runtimes[0].dataset.digest}
@@ -105,6 +106,8 @@ def train(settings: ConfigDict, workdir: Path, console: Console) -> Evaluation:
             first_step = int(state.step)
             if checkpoints.latest is not None:
                 display.print_lines(console, f"resuming {workdir} at step {first_step}")
+                for source in changed:
+                    display.print_lines(console, f"warning: {source} has changed since the run last started")
             if sharding.is_coordinator():
                 start.record_versions(files)
             with (

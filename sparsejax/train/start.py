@@ -13,7 +13,7 @@ from jaxtyping import Array
 from ml_collections import ConfigDict
 
 from sparsejax import config as configs
-from sparsejax import sharding
+from sparsejax import extensions, sharding
 from sparsejax.config import ConfigError
 from sparsejax.train.checkpoint import Checkpoints
 from sparsejax.train.runtime import PhaseRuntime
@@ -55,6 +55,7 @@ def claim_workdir(workdir: Workdir, settings: ConfigDict, runtimes: Sequence[Pha
         return
     workdir.path.mkdir(parents=True, exist_ok=True)
     write_json(workdir.config, _resolve(settings))
+    extensions.record(workdir)
     names = runtimes[0].config.model.names
     workdir.schedule.write_text("".join(f"{i} {name}\n" for i, name in enumerate(names)))
     write_json(workdir.data, _count_data(runtimes))
@@ -74,8 +75,10 @@ def start_state(
 
 def record_versions(workdir: Workdir) -> None:
     """Appends the software and the devices of this start, which can differ from those of earlier starts."""
-    path = workdir.versions
-    write_json(path, [*(read_json(path) if path.exists() else []), describe_versions()])
+    path, versions = workdir.versions, describe_versions()
+    if registered := extensions.describe_versions():
+        versions["extensions"] = registered
+    write_json(path, [*(read_json(path) if path.exists() else []), versions])
 
 
 def _resolve(settings: ConfigDict) -> dict[str, Any]:
