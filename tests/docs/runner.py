@@ -5,6 +5,7 @@
 - A block with `title="FILE"` is written to that file instead of being executed, whatever its language.
 - A `text` block directly after an executed block is the expected output (stdout and stderr). Within a line `...`
   matches any text; a line `...` matches any number of lines.
+- `<!-- numbers vary -->` on the line before such a block lets every number of it match any number.
 - `<!-- nightly: REASON -->` on the line before a block leaves it and the remaining blocks to the nightly tests.
 - `<!-- clone -->` anywhere in a page links the folders of the repository into the page's folder.
 """
@@ -26,6 +27,8 @@ CLONE = "<!-- clone -->"
 CLONED = ("configs", "experiments", "benchmarks", "scripts")
 TIMEOUT = 1800  # seconds per `sh` block
 FENCE = re.compile(r"(?P<indent> *)(?P<fence>`{3,}|~{3,}) *(?P<language>[\w+-]*)(?P<info>.*)")
+VARY = "<!-- numbers vary -->"
+NUMBER = r"[-+]?\d(?:[\d,.:]*\d)?(?:e[-+]?\d+)?"
 NIGHTLY = re.compile(r"\s*<!-- nightly: (.+) -->")
 TITLE = re.compile(r'title="([^"]+)"')
 
@@ -59,6 +62,7 @@ class Block:
     line: int  # of the opening fence, counted from 1
     title: str | None = None  # file to write instead of executing
     expected: str | None = None  # output
+    numbers_vary: bool = False  # in the output
     nightly: str | None = None  # the reason
 
     @property
@@ -87,21 +91,24 @@ def parse(text: str) -> list[Block]:
         if number and (comment := NIGHTLY.fullmatch(lines[number - 1])):
             nightly = nightly or comment[1]
         title = TITLE.search(match["info"])
-        follows = blocks and blocks[-1].executed and not any(line.strip() for line in lines[end + 1 : number])
-        if match["language"] == "text" and follows:
-            blocks[-1] = dataclasses.replace(blocks[-1], expected=code)
-        blocks.append(Block(match["language"], code, number + 1, title and title[1], None, nightly))
+        between = [line.strip() for line in lines[end + 1 : number] if line.strip()]
+        if match["language"] == "text" and blocks and blocks[-1].executed and between in ([], [VARY]):
+            blocks[-1] = dataclasses.replace(blocks[-1], expected=code, numbers_vary=between == [VARY])
+        blocks.append(Block(match["language"], code, number + 1, title and title[1], nightly=nightly))
         end, number = close, close + 1
     return blocks
 
 
-def matches(expected: str, output: str) -> bool:
+def matches(expected: str, output: str, numbers_vary: bool = False) -> bool:
     """Compares an output with the page, where `...` stands for any text or any lines."""
-    lines = expected.rstrip().splitlines()
-    patterns = [
-        r"(?:.*\n)*?" if line.strip() == "..." else re.escape(line.rstrip()).replace(r"\.\.\.", ".*") + r"[ \t]*\n"
-        for line in lines
-    ]
+
+    def pattern(line: str) -> str:
+        if line.strip() == "...":
+            return r"(?:.*\n)*?"
+        texts = re.split(NUMBER, line.rstrip()) if numbers_vary else [line.rstrip()]
+        return NUMBER.join(re.escape(text).replace(r"\.\.\.", ".*") for text in texts) + r"[ \t]*\n"
+
+    patterns = [pattern(line) for line in expected.rstrip().splitlines()]
     return re.fullmatch("".join(patterns), output.rstrip() + "\n") is not None
 
 
@@ -126,7 +133,7 @@ def run(path: Path, folder: Path, nightly: bool = False) -> None:
                 ok, output = executor.execute(block, path)
                 if not ok:
                     raise BlockError(f"{position}: the block failed\n{output}")
-                if block.expected is not None and not matches(block.expected, output):
+                if block.expected is not None and not matches(block.expected, output, block.numbers_vary):
                     raise BlockError(f"{position}: expected\n{block.expected}\nbut the output is\n{output}")
 
 

@@ -11,7 +11,7 @@ def run(tmp_path):
     def run(text, nightly=False):
         page, folder = tmp_path / "page.md", tmp_path / "folder"
         page.write_text(text.replace("'''", "```"))
-        folder.mkdir()
+        folder.mkdir(exist_ok=True)
         runner.run(page, folder, nightly)
         return folder
 
@@ -54,6 +54,15 @@ def test_an_output_that_differs_fails_the_page(run, block):
 
 def test_the_expected_output_follows_its_block_directly(run):
     run("'''sh\necho b\n'''\n\nAn illustration:\n\n'''text\na\n'''\n")
+
+
+def test_numbers_vary_only_where_the_page_says_so(run):
+    block = "'''sh\necho 'loss 3.75, 1,024 tokens'\n'''\n"
+    right, wrong = (f"'''text\nloss 12.5e-3, {x} tokens\n'''\n" for x in ("7", "few"))
+    run(f"{block}<!-- numbers vary -->\n{right}")
+    for other in (right, f"<!-- numbers vary -->\n{wrong}"):
+        with pytest.raises(BlockError, match="but the output is"):
+            run(block + other)
 
 
 def test_a_titled_block_is_a_file(run):
