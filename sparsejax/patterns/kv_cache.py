@@ -25,7 +25,7 @@ def plan_cache(pattern: Pattern, length: int) -> tuple[np.ndarray, int]:
     last = pattern.last_query(keys)
     pinned = last == FOREVER
     count = int(pinned.sum())
-    lifetime = int((last - keys + 1)[~pinned].max(initial=0))
+    lifetime = int((np.minimum(last, length - 1) - keys + 1)[~pinned].max(initial=0))
     ring = min(max(lifetime, 1), length - count) if count < length else 0
     rank = np.cumsum(~pinned) - 1  # among the keys that share the ring
     slots = np.where(pinned, np.cumsum(pinned) - 1, count + rank % max(ring, 1))

@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sparsejax.patterns import Pattern, parse, plan_cache
+from sparsejax.patterns import Causal, Pattern, parse, plan_cache
 from tests.patterns.strategies import patterns
 
 pytestmark = pytest.mark.quick
@@ -67,3 +67,18 @@ def test_slot_count(text, length, count):
     slots, actual = plan_cache(parse(text), length)
     assert actual == count
     assert len(slots) == length
+
+
+class NewerHalf(Causal):
+    """A query attends to the newer half of its past: the older a key, the longer it stays."""
+
+    def allows(self, q, k, t=None, s=None):
+        return (k <= q) & (k >= q // 2)
+
+    def last_query(self, k):
+        return 2 * k + 1
+
+
+def test_the_ring_is_no_longer_than_the_sequence_needs():
+    assert plan_cache(NewerHalf(), 1024)[1] == 513  # the keys of query 1022 or 1023
+    assert lost_keys(NewerHalf(), 1024) == []
