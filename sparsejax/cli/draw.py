@@ -9,11 +9,11 @@ from rich.console import Console
 from sparsejax import draw, patterns
 from sparsejax.cli.arguments import add_config
 from sparsejax.errors import InputError
+from sparsejax.patterns.drawing import default_length
 
 EXAMPLE = "sparsejax draw 'causal & window(7)' 'causal & (window(7) | sink(2))' --length=32 --out=windows.svg"
 OVERRIDES = ("config",)
 EXIT_CODES: dict[type[Exception], int] = {}
-LENGTH = 64  # tokens of patterns by default
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -27,7 +27,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--length",
         type=int,
         metavar="N",
-        help=f"tokens per sequence; defaults to data.length of the config, and to {LENGTH} for patterns",
+        help="tokens per sequence; defaults to data.length of the config, or to a length that shows the patterns",
     )
     parser.add_argument(
         "--receptive-field",
@@ -68,6 +68,7 @@ def _read_config(options: argparse.Namespace) -> tuple[list[tuple[str, patterns.
 
 
 def _read_patterns(options: argparse.Namespace) -> tuple[list[tuple[str | None, patterns.Pattern]], int]:
-    length = LENGTH if options.length is None else options.length
-    titled = [(text if options.receptive_field else None, patterns.parse(text, length)) for text in options.patterns]
-    return titled, length
+    parsed = [patterns.parse(text, options.length) for text in options.patterns]
+    length = max(map(default_length, parsed)) if options.length is None else options.length
+    titles = options.patterns if options.receptive_field else [None] * len(parsed)
+    return list(zip(titles, parsed, strict=True)), length
