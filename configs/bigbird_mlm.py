@@ -7,9 +7,9 @@
 and global tiles; experiments/bigbird_mlm has the rows of the table. Random tiles are drawn once per layer and head from
 the seed of the pattern.
 
-`:mini` is for two CPU cores: three layers of width 128 on 512 bytes in tiles of 32. Such a short run learns too little
-from context with learned positions and subwords, so that this model has rotary positions, bytes and norms before the
-layers. `data.files` selects the text.
+`:mini` is for two CPU cores: three layers of width 128 on 512 bytes in tiles of 32. With learned positions and subwords
+so short a run learns little from context; this model has rotary positions, bytes and norms before the branches.
+`data.files` selects the text.
 """
 
 from sparsejax.presets import recipe
@@ -20,7 +20,7 @@ MINI = dict(layers=3, width=128, heads=4, tile=32, vocab=recipe.BYTES_AND_MASK, 
 
 
 def write_patterns(layers, heads, tile):
-    """Patterns by layer name. BigBird has global first and last tiles."""
+    """Returns the patterns by layer name. BigBird has global first and last tiles."""
     near = f"chunk({tile}) | shift(chunk({tile}), {tile}) | shift(chunk({tile}), {-tile})"
 
     def draw(layer, apart):
@@ -36,7 +36,7 @@ def write_patterns(layers, heads, tile):
 
 
 def build(layers, width, heads, tile, vocab, learned=True):
-    """As BERT with learned positions, or with rotary positions and norms before the layers."""
+    """Returns BERT's model section, with learned positions, or with rotary positions and norms before the branches."""
     norm = dict(kind="layer", eps=1e-12)
     rope = None if learned else dict(base=10_000.0)
 

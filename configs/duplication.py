@@ -4,7 +4,7 @@
     sparsejax train --config=configs/duplication.py --workdir=runs/short \
         --config.model.layers.local.mixer.pattern='causal & window(126)' --config.model.schedule=local
 
-Words have 127 of 127 symbols, so that every answer is 127 tokens back; the model is one attention layer without an MLP.
+A word has 127 tokens, so every answer is 127 tokens back. The model is one attention layer without an MLP.
 """
 
 from mqar import get_config as get_mqar

@@ -4,9 +4,9 @@
     sparsejax show --config=configs/layer_schedules.py:paper --config.model.schedule='7x(ssm) full'
 
 `:paper` (the default) has 24 layers and 1.4B parameters, about the size at which Jamba (arXiv:2403.19887, section 6)
-compares its ratios; `:mini` has eight layers of width 64 and takes a minute or two on two CPU cores. Layers by name:
-`full` has rotary positions and `nope` has none; `local` is a window, to which `sinks1` to `sinks8` add the first
-tokens; `ssm` and `lightning` have as many parameters as attention. experiments/layer_schedules has the schedules.
+compares ratios of layers. `:mini` has eight layers of width 64 and trains in two minutes on two CPU cores. Layers by
+name: `full` has rotary positions and `nope` has none; `local` is a window, to which `sinks1` to `sinks8` add sinks;
+`ssm` and `lightning` have as many parameters as attention. experiments/layer_schedules has the schedules.
 """
 
 from sparsejax.presets import recipe

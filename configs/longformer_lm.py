@@ -4,15 +4,15 @@
     sparsejax show --config=configs/longformer_lm.py:paper
 
 `:paper` (the default) is the small model, with 41M parameters, in the setting of table 4: text8, 2,048 characters,
-150,000 steps. A window of w keys includes the query. In the default schedule windows grow with the layers;
+150,000 steps. A window of w keys includes the query. In the default schedule windows grow with depth;
 experiments/longformer_lm has the other rows of the table. The paper states the range, 32 to 512, and the fixed width,
-230, but not the list: that two, two, two, three and three layers have 32, 64, 128, 256 and 512 follows from their mean.
+230, but not the widths per layer; 2, 2, 2, 3 and 3 layers of 32, 64, 128, 256 and 512 keys have that mean.
 
-`:staged` is the whole training (section 4.2, table 12): five phases, each with twice the windows and sequence length of
-the previous one, as far as memory allows, and half its rate; two heads are dilated. That phases two to four double what
-phase one has is inferred. (The sinusoids of the relative positions stay at 512 features for all windows.)
+`:staged` is the complete training (section 4.2, table 12): each of five phases doubles the windows and the sequence
+length of the previous one, as far as memory allows, and halves its learning rate; two heads are dilated. The paper does
+not state phases two to four; doubling is an inference. The relative positions have 512 features in all phases.
 
-`:mini` is for two CPU cores: six of these layers with four heads at width 96, windows a quarter as wide, 512 bytes.
+`:mini` is for two CPU cores: six layers of width 96 with four heads, windows a quarter as wide, and 512 bytes.
 `data.files` selects the text.
 """
 
@@ -27,7 +27,7 @@ DILATED = "2x(w16) 2x(w8) 2x(w4) 2x(w2_stride2) w2_stride3 w1_stride3 2x(w1_stri
 
 
 def write_patterns(widest, heads):
-    """Patterns by layer name. In layers with a stride a quarter of the heads, two in the paper, are dilated."""
+    """Returns the patterns by layer name. A quarter of the heads of a strided layer, two in the paper, are dilated."""
     patterns = {f"w{part}": f"causal & window({widest // part - 1})" for part in (16, 8, 4, 2, 1)}
     for part, stride in ((2, 2), (2, 3), (1, 3), (1, 4)):
         left = widest // part - 1
@@ -50,7 +50,7 @@ def build(parts, width, heads, widest, relative, vocab):
 
 
 def plan_stages(rate):
-    """Phases that double windows and sequence length and halve the rate, and the number of steps."""
+    """Returns phases that double windows and sequence length and halve the learning rate, and the number of steps."""
     phases, start = {}, 0
     for number, (steps, length, batch) in enumerate(STAGES):
         patterns = write_patterns(PAPER["widest"] * 2**number, PAPER["heads"])

@@ -3,8 +3,8 @@
     sparsejax train --config=configs/mqar.py --workdir=runs/mqar
     sparsejax train --config=configs/mqar.py --workdir=runs/mqar_window --config.model.schedule='2x(local)'
 
-Four pairs in 32 tokens of a vocabulary of 64. Two layers without MLPs suffice: one joins each key and its value, the
-other finds the pair of a query.
+Sequences have 32 tokens with four key-value pairs; the vocabulary has 64 tokens. Two layers without MLPs suffice: the
+first joins each key with its value, the second retrieves the pair of a query.
 """
 
 from sparsejax.presets.quickstart import get_config as get_quickstart

@@ -4,10 +4,10 @@
     sparsejax show --config=configs/reformer_duplication.py:paper
 
 `:paper` (the default) is the setting of the paper: one layer of width 256 with four heads, 1,024 tokens, 150,000 steps.
-The paper does not state chunks, buckets, batch and rate. `:mini` is for two CPU cores: width 64, two heads, 256 tokens.
-Layers by name: `full` has all tokens in one chunk, so that its parameters equal those of the others; `lsh1` to `lsh8`
-have that many rounds of hashing. At the end the model is evaluated as each of them; experiments/reformer_duplication
-has the schedules for training.
+The paper does not state chunks, buckets, batch size and learning rate. `:mini` is for two CPU cores: width 64, two
+heads, 256 tokens. Layers by name: `full` has all tokens in one chunk, so that its parameters equal those of the others;
+`lsh1` to `lsh8` have 1 to 8 rounds of hashing. At the end the model is evaluated with each layer.
+experiments/reformer_duplication has the schedules for training.
 """
 
 from sparsejax.presets import recipe
@@ -18,7 +18,7 @@ MINI = dict(width=64, heads=2, mlp=64, length=256, chunk=32)
 
 
 def build(width, heads, mlp, length, chunk):
-    """The model section; learned positions identify the tokens to repeat."""
+    """Returns the model section; learned positions identify the tokens to repeat."""
     norm = dict(kind="layer", eps=1e-6)
 
     def layer(**hashing):

@@ -5,7 +5,7 @@ from ml_collections import ConfigDict
 from sparsejax import schedule as schedules
 from sparsejax.errors import InputError
 
-# Sizes of tiny forms by kind. A key that the full form leaves out is left out.
+# Sizes of tiny forms by kind. Keys that the full form omits are omitted.
 MIXERS = {
     "attention": dict(heads=4, head_width=16),
     "latent": dict(heads=4, kv_rank=32, nope_width=16, rope_width=8, value_width=16),
@@ -29,7 +29,7 @@ def rms(eps, **options):
 
 
 def layer(mixer, mlp, norm, norm_position="pre", **options):
-    """A layer that recomputes its activations in the backward pass."""
+    """Returns a layer that recomputes its activations in the backward pass."""
     return dict(mixer=mixer, mlp=mlp, norm=norm, norm_position=norm_position, remat=True, **options)
 
 
@@ -39,7 +39,7 @@ def attention(pattern, heads, kv_heads, head_width, rope=None, qk_norm=None, **o
 
 
 def mamba(width, **options):
-    """Mamba with sizes in the usual proportion to the width."""
+    """Returns Mamba with its usual sizes at this width of the model."""
     sizes = dict(inner=2 * width, state=16, conv=4, dt_rank=width // 16)
     return dict(kind="mamba", dt_min=1e-3, dt_max=0.1) | sizes | options
 
@@ -62,13 +62,13 @@ def experts(count, top_k, width, **options):
 
 
 def model(vocab, width, schedule, layers, norm, tied=False, **options):
-    """The model section, computed in bfloat16."""
+    """Returns the model section, computed in bfloat16."""
     ends = dict(vocab=vocab, width=width, norm=norm, tied=tied)
     return dict(schedule=schedule, layers=layers, dtype="bfloat16", scan=True) | ends | options
 
 
 def choose(argument, full, length, **tiny):
-    """A run of the model section `full` on windows of `length` tokens, or of its tiny form if `argument` is "tiny".
+    """Returns a run of the model section `full` on windows of `length` tokens; of its tiny form if the argument is "tiny".
 
     `tiny` are the arguments of `shrink`.
     """
@@ -85,9 +85,9 @@ def check_argument(argument, *known):
 
 
 def make_run(model, length, steps, batch, learning_rate, warmup):
-    """All sections of a run on the text that CPython ships; a large model needs a different `sharding`.
+    """Returns all sections of a run on the text that CPython ships; a large model needs a different `sharding`.
 
-    A causal model predicts the next token, others predict masked tokens.
+    A causal model predicts the next token, other models predict masked tokens.
     """
     every, objective = min(steps, 1000), "causal" if model.get("causal", True) else "masked"
     return ConfigDict(
@@ -126,11 +126,11 @@ def fit_cpu(config, evaluations):
 
 
 def shrink(full, schedule, patterns=None, **changes):
-    """The tiny form of a model section: bytes, width 64, few and small heads, experts and states, in float32.
+    """Returns the tiny form of a model section: bytes, width 64, few and small heads, experts and states, in float32.
 
     Args:
       full: The model section.
-      schedule: Schedule of the tiny form, from layers of the full one.
+      schedule: Schedule of the tiny form, of layers of the full form.
       patterns: New patterns by layer name.
       changes: Other keys of the model section.
     """
@@ -159,7 +159,7 @@ def shrink_mixer(mixer, pattern):
 
 
 def shrink_section(section, sizes):
-    """Sizes that equal the number of heads stay equal to it."""
+    """Returns a section with smaller sizes; those that equal the number of heads stay equal to it."""
     per_head = [name for name in ("kv_heads", "key_heads") if section.get(name) and section[name] == section["heads"]]
     few = {name: min(section[name], most) for name, most in FEW.items() if name in section}
     smaller = {name: size for name, size in sizes.items() if section.get(name)}
