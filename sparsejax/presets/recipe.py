@@ -68,7 +68,7 @@ def model(vocab, width, schedule, layers, norm, tied=False, **options):
 
 
 def choose(argument, full, length, **tiny):
-    """Returns a run of the model section `full` on windows of `length` tokens; of its tiny form if the argument is "tiny".
+    """Returns a run of the model section `full` on windows of `length` tokens, or of its tiny form for "tiny".
 
     `tiny` are the arguments of `shrink`.
     """
