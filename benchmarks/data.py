@@ -86,7 +86,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace, save: Save) -> None:
     """Writes the corpora and measures."""
-    scale, duration = (0.01, QUICK_SECONDS) if options.quick else (1.0, SECONDS)
+    scale, duration = (0.02, QUICK_SECONDS) if options.quick else (1.0, SECONDS)
     with tempfile.TemporaryDirectory(dir=options.folder) as scratch:
         large, medium, small = (Path(scratch) / name for name in ("large.txt", "medium.txt", "lines.txt"))
 

@@ -161,7 +161,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(options: argparse.Namespace, save: Save) -> None:
     """Measures the parts."""
     pin_cores()
-    length, lengths = (256, (256, 512)) if options.quick else (options.length, GROWTH_LENGTHS)
+    length, lengths = (64, (64, 128)) if options.quick else (options.length, GROWTH_LENGTHS)
     measures = {case: lambda case=case: [measure_case(case, length)] for case in CASES}
     measures["chunks"] = lambda: [measure_chunks(case, length) for case in CASES]
     measures["growth"] = lambda: [measure_growth(case, lengths) for case in CASES]

@@ -36,8 +36,8 @@ IMPORTS: dict[str, set[str]] = {
     "config": {"errors", "extensions", "overrides", "patterns", "presets", "schedule", "layers", "data"},
     "sharding": {"errors", "ops", "config"},
     "embedding": {"errors", "layers", "config"},
-    "model": {"layers", "config", "embedding"},
-    "decode": {"model"},
+    "model": {"errors", "schedule", "layers", "config", "embedding"},
+    "decode": {"errors", "model"},
     "train": {
         "errors",
         "extensions",

@@ -31,6 +31,7 @@ VERBS = {
     "train": "train a model, or resume its run",
     "show": "describe a model: layers, costs, receptive field and warnings",
     "data show": "describe the data of a config, with its first training rows",
+    "data fetch": "download a corpus and check its digest, or list the corpora",
     "draw": "draw patterns, or the layers of a config",
     "sweep": "train variants of a config",
     "search": "search among variants of a config with Optuna",

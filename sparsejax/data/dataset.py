@@ -30,6 +30,7 @@ if TYPE_CHECKING:
 HELD_OUT_EXAMPLES = 1024  # of a probe that generates its validation examples
 ENDLESS = 1 << 48  # training examples of a probe
 IMPLICIT = ("tokens", "rows", "row_length")  # counts that `describe` reports elsewhere
+LABELS = {"documents": "documents used"}  # of counts whose names `describe` does not print
 MASK_SEED = 0  # for validation text, the same in every run
 
 
@@ -117,7 +118,7 @@ class Dataset:
         for name in ("training", "validation"):
             counts = self.counts[name]
             shown = (key for key in counts if key not in IMPLICIT and counts[key])
-            facts = (f"{counts[key]:,} {key.replace('_', ' ')}" for key in shown)
+            facts = (f"{counts[key]:,} {LABELS.get(key, key.replace('_', ' '))}" for key in shown)
             lines.append(f"{name}: {', '.join(facts)}; {counts['rows']:,} rows of {counts['row_length']:,}")
         return lines
 

@@ -216,5 +216,9 @@ def _split(files: list[File], characters: bool) -> tuple[list[File], list[File]]
 
 
 def _is_held_out(name: str) -> bool:
-    number = int.from_bytes(hashlib.sha256(os.fsencode(name)).digest()[:8], "big")
-    return number % HELD_OUT == HELD_OUT_REMAINDER
+    return hash_name(name) % HELD_OUT == HELD_OUT_REMAINDER
+
+
+def hash_name(name: str) -> int:
+    """Hashes the name of a document; `HELD_OUT` and `HELD_OUT_REMAINDER` say which hashes are held out."""
+    return int.from_bytes(hashlib.sha256(os.fsencode(name)).digest()[:8], "big")
