@@ -11,18 +11,7 @@ import pytest
 from tests.docs import runner
 
 ROOT = runner.ROOT
-DISSOLVED = {
-    "architecture",
-    "checkpoints",
-    "command_line",
-    "configs",
-    "data",
-    "patterns",
-    "reports",
-    "schedules",
-    "sweeps",
-}
-PAGES = [p for p in sorted((ROOT / "docs").rglob("*.md")) if p.parent != ROOT / "docs" or p.stem not in DISSOLVED]
+PAGES = sorted((ROOT / "docs").rglob("*.md"))
 LANGUAGES = {*runner.EXECUTED, "text", "console", "json", "toml", "bibtex"}
 COMMAND = re.compile(r"\s*(\$ |sparsejax |python |pip |scripts/|import |from \w+ import )")
 
