@@ -15,7 +15,6 @@ PACKAGE = Path(sparsejax.__file__).parent
 
 # Every package and the packages that it imports. All of them stand above it.
 IMPORTS: dict[str, set[str]] = {
-    "__init__": set(),
     "errors": set(),
     "signals": set(),
     "metrics": set(),
@@ -38,6 +37,7 @@ IMPORTS: dict[str, set[str]] = {
     "embedding": {"errors", "layers", "config"},
     "model": {"errors", "schedule", "layers", "config", "embedding"},
     "decode": {"errors", "model"},
+    "loaded": {"errors", "layers", "config", "model", "decode"},
     "train": {
         "errors",
         "extensions",
@@ -58,7 +58,8 @@ IMPORTS: dict[str, set[str]] = {
     "show": {"errors", "patterns", "layers", "data", "config", "account", "complexity"},
     "draw": {"errors", "figures", "palette", "patterns"},
     "doctor": {"patterns", "ops"},
-    "interop": {"errors", "workdir", "patterns", "schedule", "layers", "config", "sharding", "model"},
+    "interop": {"errors", "workdir", "patterns", "schedule", "layers", "config", "sharding", "model", "loaded"},
+    "loading": {"errors", "extensions", "workdir", "config", "sharding", "model", "loaded", "train", "interop"},
     "job": {"signals", "workdir"},
     "budget": {"errors", "overrides", "schedule", "config", "train", "account"},
     "report": {
@@ -90,6 +91,7 @@ IMPORTS: dict[str, set[str]] = {
     },
     "cli": {
         "errors",
+        "extensions",
         "signals",
         "overrides",
         "patterns",
@@ -107,6 +109,23 @@ IMPORTS: dict[str, set[str]] = {
         "sweep",
     },
     "__main__": {"cli"},
+    # Imported when a name is first used.
+    "__init__": {
+        "errors",
+        "patterns",
+        "schedule",
+        "ops",
+        "layers",
+        "data",
+        "config",
+        "model",
+        "decode",
+        "train",
+        "interop",
+        "loading",
+        "report",
+        "sweep",
+    },
 }
 
 

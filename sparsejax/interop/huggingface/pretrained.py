@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
 import inspect
 from pathlib import Path
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array
 
 from sparsejax.config import ModelConfig
 from sparsejax.errors import InputError
@@ -24,18 +22,20 @@ from sparsejax.interop.huggingface.families import FAMILIES
 from sparsejax.interop.huggingface.fields import Fields
 from sparsejax.interop.huggingface.translation import Translation
 from sparsejax.layers import Context, Extras, Tokens
-from sparsejax.model import Functional
+from sparsejax.loaded import LoadedModel, Parameters
+from sparsejax.model import Functional, check_parameters
+from sparsejax.patterns import Pattern
 
-Parameters = dict[str, Any]
 DEFAULT_LENGTH = 4096  # of models without a maximum length
 
 
-class Pretrained:
+class Pretrained(LoadedModel):
     """A loaded model; `model(input_ids, attention_mask=None, ...)` returns logits.
 
     Attributes:
       hf_config: The config.json.
-      config: The configuration of the model.
+      config: The configuration of the model. It may be changed, unless it depends on the sequence length (BigBird,
+        Reformer); `save` then requires the same change in `hf_config`.
       parameters: Nested dicts of float32 arrays, for `Functional(config)`.
       dtypes: Dtype in which each tensor is stored.
       unused: Tensors that the model does not use, such as another head; `save` writes them back.
@@ -48,76 +48,35 @@ class Pretrained:
         parameters: Parameters,
         dtypes: dict[str, np.dtype],
         unused: dict[str, np.ndarray],
+        options: dict[str, Any],
     ):
-        self.hf_config, self.config, self.parameters = hf_config, translation.model, parameters
-        self.dtypes, self.unused, self._translation = dtypes, unused, translation
-        self._models: list[tuple[ModelConfig, Functional]] = []
-
-    def __call__(
-        self, input_ids: Int[Array, "b t"], attention_mask: Int[Array, "b t"] | None = None, **masks: Any
-    ) -> Float[Array, "b t v"]:
-        """Returns logits in float32.
-
-        Args:
-          input_ids: Token ids.
-          attention_mask: 0 at padding, where logits are undefined.
-          **masks: `global_attention_mask` (1 at tokens with symmetric global attention), for families that have it.
-
-        Raises:
-          InputError: Shapes or values are invalid, or the family does not have an argument.
-        """
-        return self.logits(self.parameters, input_ids, attention_mask, **masks)
-
-    def logits(
-        self,
-        parameters: Parameters,
-        input_ids: Int[Array, "b t"],
-        attention_mask: Int[Array, "b t"] | None = None,
-        **masks: Any,
-    ) -> Float[Array, "b t v"]:
-        """Returns logits for other parameters; differentiable in them."""
-        model, tokens, context = self._prepare(input_ids, attention_mask, masks)
-        return _run_forward(model, parameters, tokens, context)[:, : input_ids.shape[1]]
-
-    def streams(
-        self, input_ids: Int[Array, "b t"], attention_mask: Int[Array, "b t"] | None = None, **masks: Any
-    ) -> list[Float[Array, "b t m"]]:
-        """Returns the residual stream before the first layer, after each layer, and after the last norm."""
-        model, tokens, context = self._prepare(input_ids, attention_mask, masks)
-        return [x[:, : input_ids.shape[1]] for x in _run_streams(model, self.parameters, tokens, context)]
+        super().__init__(translation.model, parameters)
+        self.hf_config, self.kind, self.masks = hf_config, f"a {hf_config['model_type']} model", translation.keywords
+        self.dtypes, self.unused, self._translation, self._options = dtypes, unused, translation, options
 
     def tensors(self, parameters: Parameters | None = None) -> dict[str, np.ndarray]:
         """Returns `parameters`, or any tree of the same structure such as gradients, as tensors of the checkpoint."""
         parameters = self.parameters if parameters is None else parameters
-        return disassemble(self._translation.tensor_maps, parameters, self.config.fold)
+        check_parameters(parameters, self._build(self._translation.model).shapes)
+        return disassemble(self._translation.tensor_maps, parameters, self._translation.model.fold)
 
     def _prepare(
         self, input_ids: Any, attention_mask: Any, other_masks: dict[str, Any]
     ) -> tuple[Functional, Array, Context]:
-        arguments = {"attention_mask": attention_mask} | other_masks
-        masks = {name: np.asarray(mask) for name, mask in arguments.items() if mask is not None}
-        tokens = np.asarray(input_ids)
-        self._check(tokens, masks)
+        tokens, masks = self._check(input_ids, {"attention_mask": attention_mask} | other_masks)
         config, multiple = self.config, 1
         if self._translation.at_length is not None:
+            if config != self._translation.model:
+                kind = self.hf_config["model_type"]
+                raise InputError("config", f"a {kind} model builds it for each length; change config.json and reload")
             config, multiple = self._translation.at_length(tokens.shape[1])
         tokens, masks = self._pad(tokens, masks, multiple)
         return self._build(config), jnp.asarray(tokens, jnp.int32), self._make_context(masks)
 
-    def _check(self, tokens: np.ndarray, masks: dict[str, np.ndarray]) -> None:
-        keywords = self._translation.keywords
-        if tokens.ndim != 2 or not tokens.size or not np.issubdtype(tokens.dtype, np.integer):
-            raise InputError("input_ids", f"{tokens.dtype} {list(tokens.shape)}: expected integers [b, t]")
-        for name, mask in masks.items():
-            if name not in keywords:
-                known = ", ".join(["input_ids", *sorted(keywords)])
-                raise InputError(name, f"not an argument of a {self.hf_config['model_type']} model; it has {known}")
-            if mask.shape != tokens.shape:
-                raise InputError(name, f"shape {list(mask.shape)} differs from {list(tokens.shape)} of input_ids")
-            if not np.isin(mask, (0, 1)).all():
-                raise InputError(name, "expected zeros and ones")
-        if not 0 <= tokens.min() <= tokens.max() < self.config.vocab:
-            raise InputError("input_ids", f"expected ids from 0 to {self.config.vocab - 1}")
+    def _decoder(self) -> Functional:
+        if self._translation.at_length is not None:
+            raise InputError("generate", f"{self.kind} is built for each length, and cannot decode token by token")
+        return super()._decoder()
 
     def _pad(
         self, tokens: np.ndarray, masks: dict[str, np.ndarray], multiple: int
@@ -146,24 +105,6 @@ class Pretrained:
             rotations=None if rotations is None else jnp.asarray(rotations, jnp.float32),
         )
         return Context(Tokens(mask=None if mask is None or mask.all() else jnp.asarray(mask, bool)), extras)
-
-    def _build(self, config: ModelConfig) -> Functional:
-        """Returns one object per configuration, so that it is compiled once."""
-        for known, model in self._models:
-            if known == config:
-                return model
-        self._models.append((config, Functional(config)))
-        return self._models[-1][1]
-
-
-@functools.partial(jax.jit, static_argnums=0)
-def _run_forward(model: Functional, parameters: Parameters, tokens: Array, context: Context) -> Array:
-    return model.bind(parameters)(tokens, context)
-
-
-@functools.partial(jax.jit, static_argnums=0)
-def _run_streams(model: Functional, parameters: Parameters, tokens: Array, context: Context) -> list[Array]:
-    return model.bind(parameters).streams(tokens, context)
 
 
 def read_config(path: str | Path) -> Translation:
@@ -212,17 +153,39 @@ def load(folder: str | Path, *, mesh: Mesh | None = None, **options: Any) -> Pre
     """
     hf_config, file = _read_json(folder)
     translation = _translate(hf_config, file, **options)
-    return Pretrained(hf_config, translation, *assemble(Checkpoint(Path(folder)), translation, mesh))
+    return Pretrained(hf_config, translation, *assemble(Checkpoint(Path(folder)), translation, mesh), options)
 
 
 def save(model: Pretrained, folder: str | Path, shard_bytes: int = checkpoint.SHARD_BYTES) -> None:
     """Writes a loaded model as a folder in its original format and dtypes.
 
     Raises:
-      ConversionError: The folder exists already, or cannot be written.
+      ConversionError: The folder exists already, or cannot be written; or `hf_config` describes another model than
+        `config`, which the folder would give when loaded.
+      InputError: A parameter is missing, or of another shape.
     """
+    described = _translate(model.hf_config, checkpoint.CONFIG, **model._options).model
+    difference = _find_difference(described, model.config)
+    if difference is not None:
+        path, written, held = difference
+        problem = f"config.json describes {written!r}, but the model has {held!r}; change hf_config too"
+        raise ConversionError(f"config.{path}", problem)
     tensors = {name: tensor.astype(model.dtypes[name]) for name, tensor in model.tensors().items()}
     checkpoint.write(Path(folder), model.hf_config, tensors | model.unused, shard_bytes)
+
+
+def _find_difference(first: Any, second: Any, path: tuple[str, ...] = ()) -> tuple[str, Any, Any] | None:
+    """The path of the first field in which two configurations differ, and both values."""
+    if first == second:
+        return None
+    if dataclasses.is_dataclass(first) and type(first) is type(second) and not isinstance(first, Pattern):
+        names = [field.name for field in dataclasses.fields(first)]
+        entries = [(name, getattr(first, name), getattr(second, name)) for name in names]
+    elif isinstance(first, dict) and isinstance(second, dict) and first.keys() == second.keys():
+        entries = [(key, first[key], second[key]) for key in first]
+    else:
+        return ".".join(path), first, second
+    return next(filter(None, (_find_difference(a, b, (*path, key)) for key, a, b in entries)))
 
 
 def _read_json(path: str | Path) -> tuple[dict[str, Any], str]:

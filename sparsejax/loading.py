@@ -1,0 +1,102 @@
+"""Loading of trained models: the workdirs of this project and folders of Hugging Face."""
+
+from __future__ import annotations
+
+import functools
+from pathlib import Path
+from typing import Any
+
+import jax
+import orbax.checkpoint as ocp
+from jax.sharding import Mesh, SingleDeviceSharding
+from ml_collections import ConfigDict
+
+from sparsejax import config as configs
+from sparsejax import extensions, sharding
+from sparsejax.config import Config
+from sparsejax.errors import InputError
+from sparsejax.loaded import LoadedModel, Parameters
+from sparsejax.model import Functional
+from sparsejax.train import CheckpointError, plan_phases
+from sparsejax.train.checkpoint import list_steps
+from sparsejax.workdir import SweepFolder, Workdir, read_json
+
+
+class TrainedModel(LoadedModel):
+    """The model of a workdir; `model(input_ids)` returns logits.
+
+    Attributes:
+      run: The configuration of the last phase of the run.
+      step: The step of the checkpoint.
+    """
+
+    def __init__(self, run: Config, step: int, parameters: Parameters):
+        super().__init__(run.model, parameters)
+        self.run, self.step = run, step
+
+
+def load(path: str | Path, *, mesh: Mesh | None = None, **options: Any) -> LoadedModel:
+    """Loads a model: the newest checkpoint of a workdir, or a Hugging Face folder, to compute in float32.
+
+    Args:
+      path: A workdir, or a folder with config.json and safetensors.
+      mesh: Shards the parameters over this mesh; by default they are on one device.
+      **options: Options of a Hugging Face family, see `sparsejax.interop.huggingface.load`.
+
+    Returns:
+      A `TrainedModel`, or a `sparsejax.interop.huggingface.Pretrained`.
+
+    Raises:
+      InputError: The folder is neither, a workdir has no checkpoint, or a file is damaged.
+    """
+    workdir = Workdir(Path(path))
+    if not workdir.path.is_dir():
+        raise InputError("path", f"no folder {str(path)!r}")
+    if SweepFolder(workdir.path).exists():
+        raise InputError("path", f"{path} is a sweep; load one of its runs, {SweepFolder(workdir.path).runs}/NAME")
+    recorded = read_json(workdir.config) if workdir.exists() else {}
+    if "model_type" in recorded:
+        from sparsejax.interop import huggingface  # needs safetensors
+
+        return huggingface.load(path, mesh=mesh, **options)
+    if not {"model", "train"} <= set(recorded):
+        raise InputError("path", f"{path} is neither a workdir nor a Hugging Face folder")
+    if options:
+        raise InputError(next(iter(options)), "not an option of a workdir")
+    return _load_workdir(workdir, recorded, mesh)
+
+
+def _load_workdir(workdir: Workdir, recorded: dict[str, Any], mesh: Mesh | None) -> TrainedModel:
+    extensions.restore(workdir)
+    run = plan_phases(ConfigDict(configs.complete(recorded)))[-1].config
+    steps = list_steps(workdir.checkpoints)
+    if not steps:
+        raise InputError("path", f"{workdir.path} has no checkpoint yet")
+    parameters = _read_parameters(workdir.checkpoints / str(steps[-1]), Functional(run.model), mesh)
+    return TrainedModel(run, steps[-1], parameters)
+
+
+def _read_parameters(folder: Path, model: Functional, mesh: Mesh | None) -> Parameters:
+    """Reads the parameters of a checkpoint, and not its optimizer."""
+    if mesh is None:
+        shardings = jax.tree.map(lambda _: SingleDeviceSharding(jax.devices()[0]), model.shapes)
+    else:
+        shardings = sharding.parameter_shardings(mesh, model.shapes, model.axes)
+    shapes = jax.tree.map(
+        lambda leaf, placement: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=placement),
+        model.shapes,
+        shardings,
+    )
+    item = {"parameters": shapes}
+    arguments = functools.partial(
+        ocp.args.PyTreeRestore, restore_args=ocp.checkpoint_utils.construct_restore_args(item)
+    )
+    try:
+        with ocp.PyTreeCheckpointer() as checkpointer:
+            state = checkpointer.restore((folder / "state").absolute(), args=arguments(item, partial_restore=True))
+    except Exception as error:
+        lines = str(error).strip().splitlines()
+        raise CheckpointError(
+            folder, f"damaged checkpoint ({type(error).__name__}: {''.join(lines[:1])[:200]})"
+        ) from error
+    return state["parameters"]
