@@ -109,7 +109,7 @@ def test_an_error_in_a_config_file_is_one_line(text, tmp_path, capsys):
     assert f"{tmp_path / 'broken.py'}: line 1: SyntaxError" in capsys.readouterr().err
 
 
-def test_workdir_of_another_configuration_is_refused(text, tmp_path, capsys):
+def test_a_workdir_of_another_configuration_is_rejected(text, tmp_path, capsys):
     workdir = tmp_path / "run"
     assert main(arguments(text, workdir, "--config.train.steps=5")) == 0
     before = {path: path.stat().st_mtime_ns for path in workdir.rglob("*")}
@@ -122,7 +122,7 @@ def test_workdir_of_another_configuration_is_refused(text, tmp_path, capsys):
     reject(capsys, arguments(text, stranger), "workdir")
 
 
-def test_a_workdir_older_than_some_features_goes_on(text, tmp_path):
+def test_a_workdir_older_than_some_keys_resumes(text, tmp_path):
     workdir, options = tmp_path / "run", ["--config.train.steps=5"]
     assert main(arguments(text, workdir, *options)) == 0
     record = workdir / "config.json"
@@ -133,7 +133,7 @@ def test_a_workdir_older_than_some_features_goes_on(text, tmp_path):
     assert json.loads(record.read_text())["eval"]["stride"] == 0
 
 
-def test_damaged_checkpoint_is_named_and_the_one_before_it_serves(text, tmp_path, capsys):
+def test_a_damaged_checkpoint_is_named_and_the_previous_one_resumes(text, tmp_path, capsys):
     workdir, options = tmp_path / "run", ["--config.train.steps=10"]
     assert main(arguments(text, workdir, *options)) == 0
     for path in (workdir / "checkpoints" / "10" / "state").rglob("*"):

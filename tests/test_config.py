@@ -50,7 +50,7 @@ def write(tmp_path):
     return write
 
 
-def test_becomes_frozen_dataclasses(tiny_config):
+def test_a_config_becomes_frozen_dataclasses(tiny_config):
     config = configs.check(tiny_config)
     assert config.model.names == ("ssm", "local", "ssm", "local", "full")
     assert isinstance(config.model.layers["ssm"].mixer, MambaConfig)
@@ -174,7 +174,7 @@ def test_values(tiny_config, key, value, named):
 
 
 @pytest.mark.parametrize("pattern", ["full", "chunk(4)", "causal | sink(3)", "globals([-1])", "causal | globals(1)"])
-def test_a_causal_model_rejects_a_pattern_that_looks_ahead(tiny_config, pattern):
+def test_a_causal_model_rejects_a_pattern_that_attends_to_later_keys(tiny_config, pattern):
     reject(put(tiny_config, f"{LOCAL}.pattern", pattern), LOCAL)
 
 
@@ -427,6 +427,20 @@ def test_a_file_with_and_without_an_argument(write):
     assert configs.load(path).train.steps == 3
 
 
+@pytest.mark.parametrize(
+    ("source", "resolved"),
+    [
+        ("recipe.py", "{folder}/recipe.py"),
+        ("../recipe.py:tiny", "{parent}/recipe.py:tiny"),
+        ("preset:jamba", "preset:jamba"),
+        ("preset:jamba:tiny", "preset:jamba:tiny"),
+    ],
+)
+def test_the_source_of_a_configuration_resolves_to_an_absolute_path(source, resolved, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert configs.resolve_source(source) == resolved.format(folder=tmp_path, parent=tmp_path.parent)
+
+
 def load_error(source: str) -> ConfigError:
     with pytest.raises(ConfigError) as caught:
         configs.load(source)
@@ -434,7 +448,7 @@ def load_error(source: str) -> ConfigError:
     return caught.value
 
 
-def test_a_file_that_is_not_there(tmp_path):
+def test_a_missing_file(tmp_path):
     for source in (f"{tmp_path}/recipe.py", f"{tmp_path}/recipe.py:argument", str(tmp_path)):
         error = load_error(source)
         assert error.argument == "config"

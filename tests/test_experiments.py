@@ -1,4 +1,4 @@
-"""Every run of every recorded sweep is valid, and the papers' sizes are the papers'."""
+"""Every run of every recorded sweep is valid, and the sizes of the papers match."""
 
 from pathlib import Path
 
@@ -47,7 +47,7 @@ def plan(name, argument, sweep):
 
 
 @pytest.mark.parametrize(("name", "argument", "sweep", "count"), SWEEPS)
-def test_a_sweep_is_made_of_runs_that_its_config_takes(name, argument, sweep, count):
+def test_every_run_of_a_sweep_is_valid(name, argument, sweep, count):
     runs = plan(name, argument, sweep)
     assert len(runs) == count
     assert len({run.name for run in runs}) == count
@@ -55,9 +55,9 @@ def test_a_sweep_is_made_of_runs_that_its_config_takes(name, argument, sweep, co
     assert len({run.label for run in runs}) * len(seeds) == count
 
 
-def test_windows_are_as_wide_on_average_in_every_row_of_longformer():
+def test_longformer_rows_have_equal_mean_windows():
     runs = plan("longformer_lm", "paper", "paper")
-    pairs = {run.label: sum(seen.pairs(16_384) for _, seen in run.checked.model.connectivity) for run in runs}
+    pairs = {run.label: sum(pattern.pairs(16_384) for _, pattern in run.checked.model.connectivity) for run in runs}
     assert max(pairs["decreasing"], pairs["fixed"]) / pairs["increasing"] == pytest.approx(1, rel=0.01)
     assert pairs["decreasing"] == pairs["increasing"]
 
@@ -75,7 +75,7 @@ def test_longformer_in_stages():
     assert first.config.model.dropout == 0.2
 
 
-def test_layers_that_are_compared_have_as_many_parameters():
+def test_compared_layers_have_equal_parameters():
     for argument in ("mini", "paper"):
         settings = {"model.schedule": "full nope local ssm lightning sinks8"}
         config = configs.check(configs.load(f"{ROOT}/configs/layer_schedules.py:{argument}", settings))
@@ -84,7 +84,7 @@ def test_layers_that_are_compared_have_as_many_parameters():
 
 
 @pytest.mark.parametrize("name", sorted(PAPER))
-def test_the_papers_size_trains_in_the_abstract(name):
+def test_a_step_of_the_papers_size_has_consistent_shapes(name):
     config = configs.check(configs.load(f"{ROOT}/configs/{name}.py:paper"))
     model, mesh = Functional(config.model), sharding.make_mesh(ShardingConfig(-1, 1, 1))
     assert model.size == pytest.approx(PAPER[name], rel=0.01)

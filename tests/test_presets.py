@@ -304,7 +304,7 @@ def test_parameters_are_those_published(name):
         ("kimi_linear", 49_122_681_728),
     ],
 )
-def test_released_checkpoints_hold_as_many(name, count):
+def test_released_checkpoints_have_as_many_parameters(name, count):
     assert account(load(name).model, 1024).parameters == count
 
 
@@ -323,7 +323,7 @@ def plain(model):
 
 
 @pytest.mark.parametrize("name", sorted(RELEASED))
-def test_presets_are_what_the_released_configuration_says(name, tmp_path):
+def test_presets_equal_the_released_configurations(name, tmp_path):
     (tmp_path / "config.json").write_text(json.dumps(RELEASED[name]))
     released, _ = huggingface.describe(tmp_path)
     # transformers rotates whole heads; the paper and the released code rotate half of each.
@@ -378,13 +378,13 @@ def test_which_layers_attend_and_which_have_experts(name, depth, attends, routes
         ("llama4", 4, 3, "causal & chunk(8192)"),
     ],
 )
-def test_which_layers_see_everything(name, period, full, window):
+def test_which_layers_attend_to_all_keys(name, period, full, window):
     model = load(name).model
-    seen = [str(pattern) for _, pattern in model.connectivity]
-    assert seen == ["causal" if i % period == full else window for i in range(len(seen))]
+    texts = [str(pattern) for _, pattern in model.connectivity]
+    assert texts == ["causal" if i % period == full else window for i in range(len(texts))]
 
 
-def test_positions_are_where_they_should_be():
+def test_which_layers_have_rotary_positions():
     def ropes(name):
         layers = load(name).model.layers.values()
         return {layer.mixer.rope for layer in layers if isinstance(layer.mixer, AttentionConfig)}
@@ -399,17 +399,17 @@ def test_positions_are_where_they_should_be():
     "name",
     ["jamba", "jamba_1_5_large", "minimax_text_01", "qwen3_next", "kimi_linear", "nemotron_h", "falcon_h1"],
 )
-def test_hybrids_of_dense_attention_have_no_sparse_layer(name):
+def test_hybrids_with_dense_attention_have_no_sparse_layer(name):
     mixers = [layer.mixer for layer in load(name).model.layers.values() if layer.mixer is not None]
     assert all(is_dense(mixer.connectivity) for mixer in mixers)
 
 
-def test_the_layers_between_are_states():
+def test_which_layers_are_recurrent():
     assert kinds("jamba", MambaConfig) == [i for i in range(32) if i % 8 != 4]
     assert kinds("minimax_text_01", LightningConfig) == [i for i in range(80) if i % 8 != 7]
 
 
-def test_bigbird_is_an_encoder_with_tiles_or_tokens_that_are_global():
+def test_bigbird_is_an_encoder_with_global_tiles_or_tokens():
     itc, etc = load("bigbird_base:itc").model, load("bigbird_base:etc").model
     assert not itc.causal
     assert not etc.causal
@@ -516,7 +516,7 @@ def test_weight_decay_of_parameters_that_no_preset_has():
 
 @pytest.mark.parametrize("name", ["mistral_7b", "gpt_oss_20b"])
 def test_tiny_forms_learn(name):
-    """scripts/train_presets.py trains all tiny forms."""
+    """`python -m benchmarks presets` trains all tiny forms."""
     config = load(f"{name}:tiny")
     model, mesh = Functional(config.model), sharding.make_mesh(config.sharding)
     optimizer, steps = build_optimizer(config.optimizer, config.train.steps, decay=model.decay), config.train.steps

@@ -76,7 +76,7 @@ def test_the_total_adds_the_embedding_and_the_head(table):
     assert total[-1] == "100.00%"
 
 
-def test_experts_that_a_token_does_not_select_are_not_active():
+def test_unselected_experts_are_not_active():
     experts = {"kind": "experts", "experts": 4, "top_k": 1, "width": 16, "activation": "silu"}
     layers = recipe.get_config().model.layers.to_dict()
     layers["full"]["mlp"] = experts
@@ -101,7 +101,7 @@ def test_live_tiles_are_a_fraction_of_all_tiles():
     assert row[-2].strip() == "56.25%"  # of 4 x 4 tiles 4 on the diagonal, 3 beside it, 2 more with sinks
 
 
-def test_the_text_below_sums_up_a_sequence():
+def test_the_summary_has_the_costs_of_a_sequence():
     forward = 64 * (sum(EXPECTED[name][2] for name in SCHEDULE) + 2 * 16 * 256)
     scores = 4 * sum(EXPECTED[name][1] for name in SCHEDULE)
     (line,) = [line for line in shown() if line.startswith("one sequence")]

@@ -29,6 +29,15 @@ def test_a_run_is_a_command_line(tmp_path):
     assert (run.seed, run.checked.train.steps, run.label) == (3, 7, "schedule=local full")
 
 
+def test_a_run_imports_what_its_sweep_imports(tmp_path):
+    (run,) = plan_runs(RECIPE, [{}], imports=["/parts/patterns.py", "parts.mixers"])
+    options = run.command(tmp_path)
+    assert options[options.index(f"--config={RECIPE}") + 1 :][:2] == [
+        "--import=/parts/patterns.py",
+        "--import=parts.mixers",
+    ]
+
+
 def test_names():
     runs = plan_runs(RECIPE, [{"train.seed": 0, "train.steps": 5}, {"train.steps": "5", "train.seed": 0}])
     assert len(runs) == 1  # a value and its text are equal, in any order
