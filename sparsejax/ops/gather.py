@@ -17,11 +17,12 @@ import numpy as np
 from jaxtyping import Array, Float, Int, Shaped
 
 from sparsejax.ops.call import AttentionCall, by_pattern
-from sparsejax.ops.chunks import pad_to_multiple
-from sparsejax.ops.softmax import MASKED, add_alibi, log_multiplicity, softcap
+from sparsejax.ops.chunks import pad_to_multiple, vary_alike
+from sparsejax.ops.derivatives import with_derivatives
+from sparsejax.ops.softmax import MASKED, add_alibi, log_multiplicity, log_sum, softcap, zero_nan
 from sparsejax.patterns import Pattern, TileLayout
 
-# Measured on CPU by scripts/measure_cpu_attention.py: the large tile takes a third less time per pair as long as the
+# Measured on CPU by `python -m benchmarks cpu_attention`: the large tile takes a third less time per pair as long as the
 # scores of one step, over all sequences and heads, stay in the cache.
 SMALL, LARGE = 64, 128
 LARGE_AREA = 1.3  # largest ratio of pairs in live large tiles to pairs in live small tiles
@@ -51,7 +52,7 @@ def _run_pattern(call: AttentionCall, tile: int | None) -> tuple[Float[Array, "b
     q, k, v = call.q, call.k, call.v
     (b, t, h, _), (_, s, g, _) = q.shape, k.shape
     tile = min(tile or choose_tile(call.pattern, b, t, s, h), -(-max(t, s) // 8) * 8)
-    plan = _Plan(call.pattern, t, s, h, g, tile, call.scale, call.softcap, call.dtype)
+    plan = _Plan(call.pattern, t, s, h, g, tile, call.scale, call.softcap, call.dtype, call.q_offset)
     segments = None if call.segments is None else tuple(_split_tiles(x, tile) for x in call.segments)
     per_head = (None if x is None else x.astype(call.dtype) for x in (call.sink_logits, call.alibi_slopes))
     out, lse = _attend_tiles(plan, *(_split_tiles(x, tile) for x in (q, k, v)), *per_head, segments)
@@ -71,6 +72,7 @@ class _Plan:
     scale: float
     softcap: float | None
     dtype: jnp.dtype
+    q_offset: int
 
     def groups(self, packed: bool) -> list[tuple[bool, tuple[np.ndarray, np.ndarray]]]:
         """The groups of `group_rows`, each with whether it needs a mask; `packed`: the call has segments."""
@@ -83,8 +85,7 @@ class _Plan:
         ]
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _attend_tiles(
+def _attend_tiles_plain(
     plan: _Plan,
     q_tiles: Float[Array, "b rows tile h d"],
     k_tiles: Float[Array, "b columns tile g d"],
@@ -103,27 +104,34 @@ def _attend_tiles(
         return (_put(carry[0], query, out), _put(carry[1], query, lse)), None
 
     rows = q_tiles.shape[:-1]
-    carry = jnp.zeros((*rows, v_tiles.shape[-1]), plan.dtype), jnp.zeros(rows, plan.dtype)
+    zeros = jnp.zeros((*rows, v_tiles.shape[-1]), plan.dtype), jnp.zeros(rows, plan.dtype)
+    carry, _ = vary_alike((zeros, q_tiles))
     for masked, group in plan.groups(segments is not None):
         carry, _ = jax.lax.scan(functools.partial(attend_row, masked), carry, group)
     return carry
 
 
 def _attend_tiles_forward(plan, *arrays):
-    out, lse = _attend_tiles(plan, *arrays)
+    out, lse = _attend_tiles_plain(plan, *arrays)
     return (out, lse), (*arrays, out, lse)
 
 
 def _attend_tiles_backward(plan, residuals, cotangents):
-    """FlashAttention-2 (arXiv:2307.08691), algorithm 2, with a gradient of the log-sum-exp."""
+    """FlashAttention-2 (arXiv:2307.08691), algorithm 2, with a gradient of the log-sum-exp.
+
+    Rows of NaN have no gradient.
+    """
     q_tiles, k_tiles, v_tiles, sink, slopes, segments, out, lse = residuals
-    d_out, d_lse = cotangents
-    delta = (d_out * out).sum(axis=-1) - d_lse  # ds = p * (dp - delta)
+    bad, (d_out, d_lse) = jnp.isnan(lse), cotangents
+    d_out, out = (jnp.where(bad[..., None], 0, x) for x in (d_out, out))
+    lse = jnp.where(bad, jnp.inf, lse)  # p is 0
+    delta = (d_out * out).sum(axis=-1) - jnp.where(bad, 0, d_lse)  # ds = p * (dp - delta)
 
     def differentiate_row(masked, carry, row):
         query, columns = row
         q, do, row_lse, row_delta = (_take(plan, x, query) for x in (q_tiles, d_out, lse, delta))
         k, v = _take(plan, k_tiles, columns), _take(plan, v_tiles, columns)
+        q, k = zero_nan(q), zero_nan(k)
         scores, softcap_vjp = jax.vjp(functools.partial(softcap, limit=plan.softcap), _score(plan, q, k))
         scores = _apply_positions(plan, row, masked, slopes, segments, scores)
         p = jnp.exp(scores - jnp.where(row_lse > MASKED, row_lse, 0.0)[..., None])
@@ -134,14 +142,14 @@ def _attend_tiles_backward(plan, residuals, cotangents):
         dv = _add(carry[2], columns, jnp.einsum("bgqk,bgqd->bgkd", p, do))
         return (dq, dk, dv), None
 
-    carry = tuple(jnp.zeros(x.shape, plan.dtype) for x in (q_tiles, k_tiles, v_tiles))
+    carry, _ = vary_alike((tuple(jnp.zeros(x.shape, plan.dtype) for x in (q_tiles, k_tiles, v_tiles)), q_tiles))
     for masked, group in plan.groups(segments is not None):
         carry, _ = jax.lax.scan(functools.partial(differentiate_row, masked), carry, group)
     d_sink = None if sink is None else -(jnp.exp(sink - lse) * delta).sum(axis=(0, 1, 2))
     return *(d.astype(x.dtype) for d, x in zip(carry, residuals, strict=False)), d_sink, None, None
 
 
-_attend_tiles.defvjp(_attend_tiles_forward, _attend_tiles_backward)
+_attend_tiles = with_derivatives(_attend_tiles_forward, _attend_tiles_backward, _attend_tiles_plain)
 
 
 # Inside a row: queries [b, g, q, d], where q runs over the tokens of the tile and, per token, the heads that share a
@@ -171,7 +179,7 @@ def _apply_positions(
     k_positions = (columns[:, None] * plan.tile + jnp.arange(plan.tile)).reshape(1, -1)
     if slopes is not None:
         slopes = jnp.tile(slopes.reshape(plan.g, share), plan.tile)[..., None]
-        scores = add_alibi(scores, slopes, q_positions - k_positions)
+        scores = add_alibi(scores, slopes, q_positions + plan.q_offset - k_positions)
     if not masked:
         return scores
     mask = (k_positions >= 0) & (k_positions < plan.s) & plan.pattern.allows(q_positions, k_positions, plan.t, plan.s)
@@ -191,13 +199,12 @@ def _average(
     if sink is not None:
         sink = jnp.tile(sink.reshape(plan.g, -1), plan.tile)
         m = jnp.maximum(m, sink)
-    m = jnp.where(m > MASKED / 2, m, 0.0)  # in a row without keys p is 0 and not 1
+    m = jax.lax.stop_gradient(jnp.where(m > MASKED / 2, m, 0.0))  # in a row without keys p is 0 and not 1
     p = jnp.exp(scores - m[..., None])
     l = p.sum(axis=-1)
     l = l if sink is None else l + jnp.exp(sink - m)
-    safe_l = jnp.where(l > 0, l, 1.0)
     out = jnp.einsum("bgqk,bgkd->bgqd", p.astype(v.dtype), v, preferred_element_type=plan.dtype)
-    return out / safe_l[..., None], jnp.where(l > 0, m + jnp.log(safe_l), -jnp.inf)
+    return out / jnp.where(l == 0, 1.0, l)[..., None], log_sum(m, l)
 
 
 def _take(
