@@ -26,6 +26,7 @@ PAGES = {
     "report": ("Reports", ["sparsejax.report"]),
     "account": ("Accounts of cost", ["sparsejax.account", "sparsejax.budget"]),
     "interop": ("Hugging Face checkpoints", ["sparsejax.interop.huggingface"]),
+    "loading": ("Loading", ["sparsejax.loading"]),
     "errors": ("Errors", ["sparsejax.errors"]),
 }
 # Names with which the list of a package begins.

@@ -50,13 +50,15 @@ def generate() -> dict[Path, str | bytes]:
 
 
 def _draw_side_by_side(texts: dict[str, str], length: int, tile: int) -> str:
-    return panels_to_svg([panel for title, text in texts.items() for panel in draw_pattern(parse(text), length, tile, title)])
+    return panels_to_svg(
+        [panel for title, text in texts.items() for panel in draw_pattern(parse(text), length, tile, title)]
+    )
 
 
 TOKENS, CELL, GAP, LEFT = 48, 4, 24, 34  # of the patterns; pixels of a cell, between panels, and left of them
 SIDE = TOKENS * CELL
 PANEL_TOP, STRIP_TOP, ROW = 48, 330, 20
-STRIP_LEFT, STRIP_CELL = 206, 5
+STRIP_LEFT, STRIP_CELL = 256, 5
 
 
 def draw_overview() -> str:
@@ -77,13 +79,15 @@ def _draw_patterns() -> Iterator[str]:
         share = f"{100 * mask.mean():.0f}% of pairs"
         yield svg.text(x + SIDE / 2, PANEL_TOP + SIDE + 17, share, anchor="middle", fill=GREY)
     middle = PANEL_TOP + SIDE / 2
-    yield svg.text(LEFT - 12, middle, "query", anchor="middle", transform=f"rotate(-90 {LEFT - 12} {svg.number(middle)})")
+    yield svg.text(
+        LEFT - 12, middle, "query", anchor="middle", transform=f"rotate(-90 {LEFT - 12} {svg.number(middle)})"
+    )
     yield svg.text(LEFT, PANEL_TOP + SIDE + 17, "key")
 
 
 def _draw_schedule() -> Iterator[str]:
     yield svg.text(LEFT, STRIP_TOP - 34, "A hybrid schedule", size=14, font_weight="600")
-    yield svg.text(LEFT + 136, STRIP_TOP - 34, str(SCHEDULE), size=11, mono=True)
+    yield svg.text(LEFT + 156, STRIP_TOP - 34, str(SCHEDULE), size=11, mono=True)
     caption = f"Inputs that can influence the last of {INPUTS} positions, layer by layer"
     yield svg.text(LEFT, STRIP_TOP - 16, caption, fill=GREY)
     colours = dict(zip(MIXERS, SERIES, strict=False))

@@ -15,14 +15,14 @@ from sparsejax.patterns.drawing import picture
 from sparsejax.patterns.text import JOINS
 
 FOLDER = Path("docs/gallery")
-LENGTH = 131_072  # tokens of the costs and of the receptive fields
-LAYERS = 8
+LENGTH = 131_072  # tokens of the costs
+LAYERS, INPUTS = 8, 16_384  # of the receptive fields
 
 INTRODUCTION = f"""\
-Each card shows a pattern with typical arguments: which keys (to the right) each query (downwards) attends to, how many
-inputs can influence the last of {LENGTH:,} positions after 1 to {LAYERS} layers of this pattern, and what the pattern costs
-over {LENGTH:,} tokens. Pairs and tiles are those of a head. A bidirectional pattern needs `model.causal = False` and does
-not decode, so that it has no KV cache. [Patterns](../reference/patterns.md) lists all arguments."""
+Each card shows which keys (to the right) each query (downwards) attends to, how many inputs can influence the last of
+{INPUTS:,} positions after 1 to {LAYERS} layers of the pattern, and what the pattern costs over {LENGTH:,} tokens. Pairs and
+tiles are per head. A bidirectional pattern needs `model.causal = False`; it does not decode and has no KV cache. The
+config line sets the pattern of the layer named `local`. [Patterns](../reference/patterns.md) lists all arguments."""
 CONFIG = "config.model.layers.local.mixer.pattern"
 
 
@@ -33,11 +33,14 @@ class Card(NamedTuple):
     text: str  # text form, with typical arguments
     purpose: str
     source: str = ""
+    shown: str = ""  # text form of the picture, if smaller arguments show the structure better
 
 
 FAMILIES: dict[str, tuple[Card, ...]] = {
     "Dense": (
-        Card("full", "full", "Dense attention of encoders, and the reference for every other cost.", "arXiv:1706.03762"),
+        Card(
+            "full", "full", "Dense attention of encoders, and the reference for every other cost.", "arXiv:1706.03762"
+        ),
         Card("causal", "causal", "Dense attention of decoders. `causal & pattern` is the causal form of a pattern."),
     ),
     "Local": (
@@ -52,6 +55,7 @@ FAMILIES: dict[str, tuple[Card, ...]] = {
             "causal & dilated(255, stride=4)",
             "A window four times as long for the same number of keys; strides above 1 skip tokens.",
             "Longformer, arXiv:2004.05150, section 3.1",
+            shown="causal & dilated(7, stride=4)",
         ),
         Card(
             "chunk",
@@ -81,7 +85,12 @@ FAMILIES: dict[str, tuple[Card, ...]] = {
             "The first keys absorb attention that has no target, which keeps a sliding window stable.",
             "StreamingLLM, arXiv:2309.17453",
         ),
-        Card("prefix", "causal | prefix(256)", "Prefix LM: the prompt is read in both directions.", "T5, arXiv:1910.10683"),
+        Card(
+            "prefix",
+            "causal | prefix(256)",
+            "Prefix LM: the prompt is read in both directions.",
+            "T5, arXiv:1910.10683",
+        ),
         Card(
             "globals",
             "window(128, 128) | globals(4)",
@@ -111,29 +120,45 @@ FAMILIES: dict[str, tuple[Card, ...]] = {
         Card(
             "bigbird_random",
             "bigbird_random(3, tile=64, seed=0)",
-            "The random tiles of the released BigBird checkpoints, drawn as their code draws them.",
+            "The random tiles of the released BigBird checkpoints. The first and the last query tile have none.",
             "BigBird, arXiv:2007.14062",
         ),
-        Card("tiles", "causal & tiles([[0], [0, 1], [1, 2], [0, 2, 3]])", "Any layout: the key tiles of each query tile."),
+        Card(
+            "tiles", "causal & tiles([[0], [0, 1], [1, 2], [0, 2, 3]])", "Any layout: the key tiles of each query tile."
+        ),
     ),
     "Algebra": (
-        Card("a & b", "window(255) & strided(2)", "Intersection: the keys to which both patterns attend."),
+        Card(
+            "a & b",
+            "window(255) & strided(2)",
+            "Intersection: the keys to which both patterns attend.",
+            shown="window(15) & strided(2)",
+        ),
         Card("a | b", "causal & (window(63) | strided(64))", "Union: the keys to which at least one pattern attends."),
         Card("a - b", "causal - window(255)", "Difference: here everything before the window."),
-        Card("shift", "shift(causal & window(255), 256)", "A pattern moved back by a number of keys; here without the query."),
+        Card(
+            "shift",
+            "shift(causal & window(255), 256)",
+            "A pattern moved back by a number of keys; here without the query.",
+        ),
         Card(
             "multiset",
             "multiset(window(7, 7), sink(4), strided(16))",
             "A union in which a key counts once per term in the softmax.",
             "released BigBird code",
         ),
-        Card("per_head", "causal & per_head(window(63), window(255), strided(64), full)", "One pattern per query head."),
+        Card("per_head", "causal & per_head(window(63), strided(64))", "One pattern per query head."),
     ),
     "Recipes": (
         Card(
-            "longformer", "longformer(256, ids=4)", "Encoder for long documents.", "Longformer, arXiv:2004.05150",
+            "longformer",
+            "longformer(256, ids=4)",
+            "Encoder for long documents.",
+            "Longformer, arXiv:2004.05150",
         ),
-        Card("bigbird", "bigbird(64, 3, 0)", "Encoder with window, global and random tiles.", "BigBird, arXiv:2007.14062"),
+        Card(
+            "bigbird", "bigbird(64, 3, 0)", "Encoder with window, global and random tiles.", "BigBird, arXiv:2007.14062"
+        ),
         Card(
             "sparse_transformer_strided",
             "sparse_transformer_strided(362)",
@@ -169,9 +194,9 @@ def generate() -> dict[Path, str | bytes]:
     for family, members in FAMILIES.items():
         parts += [f"## {family}", '<div class="grid cards" markdown>', *map(_write_card, members), "</div>"]
     for card in cards:
-        pattern = parse(card.text)
-        files[FOLDER / f"{_slug(card)}.svg"] = picture(pattern, title=card.text)
-        files[FOLDER / f"{_slug(card)}_field.svg"] = _draw_curve(card, pattern)
+        shown = card.shown or card.text
+        files[FOLDER / f"{_slug(card)}.svg"] = picture(parse(shown), title=shown, columns=1)
+        files[FOLDER / f"{_slug(card)}_field.svg"] = _draw_curve(card)
     return {FOLDER / "index.md": markdown.page("Gallery", INTRODUCTION, *parts), **files}
 
 
@@ -208,16 +233,14 @@ def _list_costs(pattern: Pattern) -> Iterable[tuple[str, str]]:
 WIDTH, HEIGHT, LEFT, TOP = 256, 120, 52, 32  # pixels of the curve
 
 
-def _draw_curve(card: Card, pattern: Pattern) -> str:
+def _draw_curve(card: Card) -> str:
     """Inputs that reach the last position after each number of layers, on a logarithmic axis."""
-    sizes = receptive_field.sizes([pattern] * LAYERS, LENGTH)
-    points = [
-        (LEFT + WIDTH * layer / LAYERS, TOP + HEIGHT * (1 - math.log(size) / math.log(LENGTH)))
-        for layer, size in enumerate(sizes.tolist())
-    ]
-    elements = [svg.text(LEFT, 18, "inputs that reach the last position", size=10.5)]
-    for value in (1, 10, 100, 1000, 10_000, LENGTH):
-        y = TOP + HEIGHT * (1 - math.log(value) / math.log(LENGTH))
+    sizes = receptive_field.sizes([parse(card.text)] * LAYERS, INPUTS).tolist()
+    heights = [TOP + HEIGHT * (1 - math.log(size) / math.log(INPUTS)) for size in sizes]
+    points = [(LEFT + WIDTH * layer / LAYERS, height) for layer, height in enumerate(heights)]
+    elements = [svg.text(LEFT, 18, f"inputs that reach the last of {INPUTS:,} positions", size=10.5)]
+    for value in (1, 16, 256, 4096, INPUTS):
+        y = TOP + HEIGHT * (1 - math.log(value) / math.log(INPUTS))
         elements.append(svg.rectangle(LEFT, y - 0.25, WIDTH, 0.5, "#d0d0d0"))
         elements.append(svg.text(LEFT - 4, y + 3, f"{value:,}", anchor="end", size=9, fill=GREY))
     elements.append(svg.polyline(points, SERIES[0]))
@@ -225,8 +248,7 @@ def _draw_curve(card: Card, pattern: Pattern) -> str:
         elements.append(f'<circle cx="{svg.number(x)}" cy="{svg.number(y)}" r="2.5" fill="{SERIES[0]}"/>')
         elements.append(svg.text(x, TOP + HEIGHT + 14, str(layer), anchor="middle", size=9, fill=GREY))
     elements.append(svg.text(LEFT + WIDTH / 2, TOP + HEIGHT + 28, "layers", anchor="middle"))
-    last = f"{sizes[-1]:,} after {LAYERS}"
-    x, y = points[-1]
-    elements.append(svg.text(x, y + (16 if y < TOP + 20 else -7), last, anchor="end", size=10))
-    title = f"{card.text}: inputs that reach the last of {LENGTH:,} positions: {', '.join(map(str, sizes.tolist()))}"
+    label = heights[-1] + (16 if heights[-1] < TOP + 20 else -7)
+    elements.append(svg.text(LEFT + WIDTH, label, f"{sizes[-1]:,} after {LAYERS}", anchor="end", size=10))
+    title = f"{card.text}: inputs that reach the last of {INPUTS:,} positions: {', '.join(map(str, sizes))}"
     return svg.document(LEFT + WIDTH + 22, TOP + HEIGHT + 36, title, elements)

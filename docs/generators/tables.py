@@ -110,7 +110,7 @@ def _tabulate_preset(name: str) -> tuple[str, ...]:
     origin = (source[1] or "config.json") if source else ""
     active = _round(total.active_parameters) if total.active_parameters < total.parameters else "all"
     cache = f"{total.cache_bytes / 2**30:.2f} GiB" if model.causal else ""
-    title = docstring.partition("\n")[0].rstrip(".")
+    title = re.split(r"[:.](?=\s)", docstring)[0]
     return f"[`{name}`](#{name})", title, origin, _round(total.parameters), active, cache
 
 
