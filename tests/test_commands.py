@@ -79,10 +79,10 @@ def test_the_files_of_a_page_exist(page):
 
 def test_a_wrong_command_is_noticed(monkeypatch):
     monkeypatch.chdir(ROOT)
-    lines = command_lines("```sh\nfor n in a b; do sparsejax sweep --search=x \\\n  --jobs=2; done\n```\n`python x.py`")
-    assert lines == ["sparsejax sweep --search=x  --jobs=2", "python x.py"]
+    lines = command_lines("```sh\nfor n in a b; do sparsejax doctor --fast \\\n  --now; done\n```\n`python x.py`")
+    assert lines == ["sparsejax doctor --fast  --now", "python x.py"]
     for command in (lines[0], "sparsejax train --config=preset:quickstart --workdir=w --config.train.stepss=1"):
-        with pytest.raises(ValueError, match=r"search|stepss"):
+        with pytest.raises(ValueError, match=r"--fast|stepss"):
             check(command)
     with pytest.raises(SystemExit):
         check("python -m benchmarks scans --lenght=3")
