@@ -75,5 +75,5 @@ def test_the_command_needs_no_config(capsys):
 
 def test_the_documentation_shows_what_was_recorded():
     assert (ROOT / "experiments" / "complexity" / "table.md").read_text() in (
-        ROOT / "docs" / "schedules.md"
+        ROOT / "docs" / "reference" / "complexity.md"
     ).read_text()

@@ -11,7 +11,7 @@ import pytest
 from tests.docs import runner
 
 ROOT = runner.ROOT
-PAGES = sorted((ROOT / "docs").rglob("*.md"))
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 LANGUAGES = {*runner.EXECUTED, "text", "console", "json", "toml", "bibtex"}
 COMMAND = re.compile(r"\s*(\$ |sparsejax |python |pip |scripts/|import |from \w+ import )")
 

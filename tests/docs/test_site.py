@@ -60,7 +60,7 @@ def test_every_internal_link_leads_to_a_page_and_an_anchor(site, pages):
                 parts.fragment and target in pages and unquote(parts.fragment) not in pages[target].anchors
             ):
                 broken.append(f"{name}: {link}")
-    assert broken == []
+    assert broken == [], "\n".join(broken)
 
 
 def test_external_links_are_complete(pages):
