@@ -63,7 +63,11 @@ def fetch_corpus(name: str, out: Path, strict: bool = False, report: Callable[[s
         parts = _write_split(split, built, records=recorded["parts"]["train"]["file"].endswith(".jsonl"))
         record: dict[str, Any] = {"corpus": name, "packages": packages, "parts": parts}
         is_recorded = _compare(name, record, strict, report)
-        bits = recorded["bits_per_byte"] if is_recorded else measure_ngrams(split)
+        if is_recorded:
+            bits = recorded["bits_per_byte"]
+        else:
+            report("measuring n-grams")
+            bits = measure_ngrams(split)
         record |= {"bits_per_byte": bits, "recorded": is_recorded}
         (built / "corpus.json").write_text(json.dumps(record, indent=2) + "\n")
         os.replace(built, out)  # also replaces an empty folder
