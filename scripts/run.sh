@@ -4,4 +4,4 @@
 set -euo pipefail
 cd "$(dirname "$0")/.."
 scripts/install.sh
-exec "${VENV:-.venv}/bin/python" -m sparsejax train --config=configs/quickstart.py --workdir=runs/quickstart "$@"
+exec "${VENV:-.venv}/bin/python" -m sparsejax train --config=preset:quickstart --workdir=runs/quickstart "$@"
