@@ -31,7 +31,7 @@ def _describe(name: str) -> list[str]:
     parser, verb = build_parser(name), importlib.import_module(f"sparsejax.cli.{name.replace(' ', '_')}")
     actions = [action for action in parser._actions if action.dest != "help"]
     rows = [(f"`{_invocation(action)}`", _meaning(action)) for action in actions]
-    synopsis = textwrap.fill(f"sparsejax {name} {_synopsis(parser, actions)}", 80, subsequent_indent="    ")
+    synopsis = textwrap.fill(f"usage: sparsejax {name} {_synopsis(parser, actions)}", 80, subsequent_indent="    ")
     codes = "".join(f", {code}" for code in sorted({0, exit_codes.USAGE_ERROR, *verb.EXIT_CODES.values()}))[2:]
     return [
         f"## {name}",
