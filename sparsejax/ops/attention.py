@@ -2,19 +2,26 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
+from sparsejax import patterns
 from sparsejax.errors import InputError
 from sparsejax.ops import cudnn, dense, gather, segment, softmax, verification
-from sparsejax.ops.call import AttentionCall
+from sparsejax.ops.call import AttentionCall, require_softcap
+from sparsejax.ops.chunks import vary_alike
+from sparsejax.ops.derivatives import refuse_forward_mode
 from sparsejax.ops.kernels import gpu, tpu
 from sparsejax.ops.kernels.mesh import device_kind
 from sparsejax.patterns import Pattern
+from sparsejax.patterns.algebra import OffsetQueries
+from sparsejax.patterns.base import MAX_POSITION
 
 
 class Implementation(NamedTuple):
@@ -54,9 +61,9 @@ IMPLEMENTATIONS = (
 
 KERNELS = "cudnn", "tpu", "gpu"  # in the order in which "auto" tries them
 
-# Measured on CPU by scripts/measure_attention.py (experiments/attention). Up to one tile there is nothing to skip; from
-# there on gathering is faster than the masked product even if it skips nothing. The edge list is faster if less than
-# this fraction of the pairs in live tiles is allowed.
+# Measured on CPU (experiments/attention). Up to one tile there is nothing to skip; from there on gathering is faster than
+# the masked product even if it skips nothing. The edge list is faster if less than this fraction of the pairs in live
+# tiles is allowed.
 DENSE_LENGTH = 64
 SEGMENT_FILL = 1 / 16
 # Not measured: on accelerators a loop over tiles leaves most of the device idle, so above this fraction of live tiles
@@ -72,9 +79,10 @@ def attend(
     q: Float[Array, "b t h d"],
     k: Float[Array, "b s g d"],
     v: Float[Array, "b s g value"],
-    pattern: Pattern,
+    pattern: Pattern | str,
     *,
     impl: str = "auto",
+    q_offset: int | None = None,
     scale: float | None = None,
     softcap: float | None = None,
     sink_logits: Float[Array, " h"] | None = None,
@@ -85,20 +93,29 @@ def attend(
 ) -> Float[Array, "b t h value"] | tuple[Float[Array, "b t h value"], Float[Array, "b t h"]]:
     """Softmax attention in which each query attends to the keys that `pattern` allows.
 
-    Query i and key i are at position i. A row without an allowed key is zeros, and so are its gradients. Query head i
-    uses key/value head `i // (h // g)` (grouped-query attention, arXiv:2305.13245).
+    Key j is at position j and query i at position `q_offset` + i. A row without an allowed key is zeros, and so are its
+    gradients. A row with a query that is not finite, or with an allowed key or value that is not finite, is NaN and has
+    no gradient; no other row is affected. Query head i uses key/value head `i // (h // g)` (grouped-query attention,
+    arXiv:2305.13245). Products have the widest dtype among those of `q`, `k` and `v`.
+
+    Implementations in plain JAX can be differentiated in forward and reverse mode, to any order; kernels ("tpu", "gpu"
+    and "cudnn") in reverse mode once.
 
     Args:
       q: Queries.
       k: Keys; `g` divides `h`.
       v: Values; their width may differ from that of the keys.
-      pattern: The allowed keys per query; a pattern with heads must have `h` of them.
+      pattern: The allowed keys per query, or its text form; a pattern with heads must have `h` of them.
       impl: "dense", "gather", "segment", "tpu", "gpu" or "cudnn"; or "auto", which uses a kernel only on devices where
         it is verified (see `sparsejax.ops.verification`).
+      q_offset: Position of the first query. Queries that continue a sequence, as in chunked prefill, follow the keys
+        before them: `q_offset=s - t` if the last query is at the last key. The sequence that the pattern describes
+        ends with the last key or query. By default queries and keys are counted from 0, independently of each other;
+        with fewer queries than keys this requires a pattern that means the same with `q_offset=s - t`, such as `full`.
       scale: Factor on q·k; defaults to `d ** -0.5`.
-      softcap: Bounds the scaled scores to `softcap * tanh(score / softcap)`.
+      softcap: Bounds the scaled scores to `softcap * tanh(score / softcap)`; positive.
       sink_logits: Logit per query head that joins the softmax's denominator without a value.
-      alibi_slopes: Subtracts `alibi_slopes[head] * |i - j|` from the scores, after the softcap (ALiBi,
+      alibi_slopes: Subtracts `alibi_slopes[head] * distance` from the scores, after the softcap (ALiBi,
         arXiv:2108.12409). Slopes are constants: they get no gradient.
       segment_ids: Tokens attend only to tokens of their segment. One array for queries and keys if t equals s, or a
         pair of them.
@@ -111,16 +128,36 @@ def attend(
       The output in the dtype of `q`, and with `return_lse` the log-sum-exp.
 
     Raises:
-      InputError: Shapes do not agree.
+      InputError: Shapes do not agree, an argument is invalid, or `q_offset` is required.
       ImplementationError: `impl` does not support the call; with "auto", no implementation does.
+      TypeError: Forward-mode differentiation of a kernel.
     """
     if segment_ids is not None and not isinstance(segment_ids, tuple):
         segment_ids = (segment_ids, segment_ids)
+    pattern = parse_pattern(pattern)
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     slopes = None if alibi_slopes is None else jax.lax.stop_gradient(alibi_slopes)
     call = AttentionCall(q, k, v, pattern, scale, softcap, sink_logits, segment_ids, interpret, slopes, return_lse)
-    out, lse = _choose(impl, call).run(call)
-    return (out, lse) if return_lse else out
+    pattern = _offset_queries(pattern, q.shape[1], k.shape[1], q_offset)
+    dtype = q.dtype
+    widest = jnp.promote_types(dtype, jnp.promote_types(k.dtype, v.dtype))
+    arrays = (*(x.astype(widest) for x in (q, k, v)), sink_logits, segment_ids, slopes)
+    q, k, v, sink_logits, segment_ids, slopes = vary_alike(arrays)
+    call = dataclasses.replace(
+        call,
+        **dict(zip("qkv", softmax.confine_nan(q, k, v), strict=True)),
+        pattern=pattern,
+        sink_logits=sink_logits,
+        segments=segment_ids,
+        alibi_slopes=slopes,
+        q_offset=q_offset or 0,
+    )
+    chosen = _choose(impl, call)
+    if chosen.verified_on is not None:
+        problem = f"attend: {chosen.name!r} has no forward-mode differentiation; use impl='gather'"
+        call = dataclasses.replace(call, **refuse_forward_mode({"q": call.q, "k": call.k, "v": call.v}, problem))
+    out, lse = chosen.run(call)
+    return (out.astype(dtype), lse) if return_lse else out.astype(dtype)
 
 
 def decode_attend(
@@ -145,8 +182,10 @@ def decode_attend(
       softcap: Bounds the scaled scores.
       sink_logits: Logit per query head in the softmax's denominator.
     """
+    require_softcap(softcap)
     (b, h, d), g = q.shape, k.shape[2]
     dtype = jnp.promote_types(q.dtype, jnp.float32)
+    q, k, v = softmax.confine_nan(q, k, v)
     q = q.reshape(b, g, h // g, d).astype(dtype) * (d**-0.5 if scale is None else scale)
     scores = softmax.softcap(jnp.einsum("bgrd,bsgd->bgrs", q, k.astype(dtype)), softcap)
     mask, bias = (jnp.broadcast_to(x, (h, k.shape[1])).reshape(g, h // g, -1) for x in (mask, bias))
@@ -164,6 +203,42 @@ def attention_flops(pairs: int, key_width: int, value_width: int | None = None) 
       value_width: Width of a head of values; defaults to `key_width`.
     """
     return 2.0 * pairs * (key_width + (key_width if value_width is None else value_width))
+
+
+def parse_pattern(pattern: Any) -> Pattern:
+    """Returns a pattern, given the pattern or its text form.
+
+    Raises:
+      InputError: It is neither.
+      PatternError: The text does not parse.
+    """
+    if isinstance(pattern, str):
+        return patterns.parse(pattern)
+    if not isinstance(pattern, Pattern):
+        shape = f" of shape {list(pattern.shape)}" if hasattr(pattern, "shape") else ""
+        raise InputError("pattern", f"{type(pattern).__name__}{shape}: expected a Pattern or its text form")
+    return pattern
+
+
+def _offset_queries(pattern: Pattern, t: int, s: int, q_offset: int | None) -> Pattern:
+    """The pattern of queries whose first is at position `q_offset`."""
+    if q_offset is None:
+        if t < s and _depends_on_offset(pattern, t, s):
+            raise InputError(
+                "q_offset",
+                f"required by {t} queries, {s} keys and {pattern}; the last query is at the last key with {s - t}, "
+                "the first query at the first key with 0",
+            )
+        return pattern
+    if isinstance(q_offset, bool) or not isinstance(q_offset, int | np.integer) or not 0 <= q_offset <= MAX_POSITION:
+        raise InputError("q_offset", f"{q_offset!r} is not an integer from 0 to 2**30; layouts cannot depend on arrays")
+    return pattern if t + q_offset >= s and not q_offset else OffsetQueries(pattern, int(q_offset))
+
+
+def _depends_on_offset(pattern: Pattern, t: int, s: int) -> bool:
+    """Whether the first `t` queries of `s` keys attend to other keys than the last `t` queries."""
+    last = OffsetQueries(pattern, s - t)
+    return not pattern.pairs(t, s) == last.pairs(t, s) == (pattern & last).pairs(t, s)
 
 
 def _choose(impl: str, call: AttentionCall) -> Implementation:

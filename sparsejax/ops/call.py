@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -25,6 +26,7 @@ class AttentionCall:
       segments: Segment ids of queries and of keys.
       interpret: True, or the parameters of a Pallas interpreter.
       return_lse: Whether the log-sum-exp, or a gradient through it, is used.
+      q_offset: Position of the first query, which `pattern` includes already: only ALiBi needs it.
 
     Raises:
       InputError: Shapes do not agree.
@@ -41,6 +43,7 @@ class AttentionCall:
     interpret: Any
     alibi_slopes: Float[Array, " h"] | None = None
     return_lse: bool = True
+    q_offset: int = 0
 
     def __post_init__(self):
         q, k, v = (list(x.shape) for x in (self.q, self.k, self.v))
@@ -58,6 +61,7 @@ class AttentionCall:
             raise InputError("q", f"{h} heads are not divisible by k's {g} heads")
         if self.pattern.heads not in (None, h):
             raise InputError("pattern", f"{self.pattern} is for {self.pattern.heads} heads, q has {h}")
+        require_softcap(self.softcap)
         for name in ("sink_logits", "alibi_slopes"):
             if (x := getattr(self, name)) is not None and x.shape != (h,):
                 raise InputError(name, f"shape {list(x.shape)} is not [{h}], one number per query head")
@@ -76,6 +80,12 @@ class AttentionCall:
         for head in range(self.q.shape[2]):
             groups.setdefault(self.pattern.for_head(head), []).append(head)
         return groups
+
+
+def require_softcap(limit: float | None) -> None:
+    """Raises InputError unless `limit` is None or a positive number: 0 would make all scores equal."""
+    if limit is not None and not 0 < limit < math.inf:
+        raise InputError("softcap", f"{limit} is not a positive number; None disables the softcap")
 
 
 def by_pattern(

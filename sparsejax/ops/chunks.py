@@ -43,6 +43,7 @@ def scan_chunks(
 
     # XLA cannot merge the recomputation with the forward pass across a loop, so nothing has to prevent it.
     run = jax.checkpoint(run, prevent_cse=False)
+    state, inputs = vary_alike((state, inputs))
     state, outputs = jax.lax.scan(run, state, jax.tree.map(split, inputs))
     return state, jax.tree.map(join, outputs)
 
@@ -60,3 +61,17 @@ def broadcast_axis(x: Float[Array, " ..."], size: int, axis: int = -1) -> Float[
 def pad_to_multiple(x: Shaped[Array, "*shape"], multiple: int, axis: int) -> Shaped[Array, "*padded"]:
     """Appends zeros to an axis until its size is a multiple of `multiple`."""
     return jnp.pad(x, [(0, -x.shape[i] % multiple if i == axis else 0) for i in range(x.ndim)])
+
+
+def vary_alike(tree: PyTree) -> PyTree:
+    """Returns the arrays as varying over the same mesh axes inside `jax.shard_map`, as the carry of a scan must.
+
+    Outside, no axis is manual, and the arrays are unchanged.
+    """
+    axes: frozenset[str] = frozenset().union(*(jax.typeof(x).mat.varying for x in jax.tree.leaves(tree)))
+
+    def vary(x: Array) -> Array:
+        missing = tuple(sorted(axes - jax.typeof(x).mat.varying))
+        return jax.lax.pcast(x, missing, to="varying") if missing else x
+
+    return jax.tree.map(vary, tree) if axes else tree

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
 from sparsejax.ops.call import AttentionCall
-from sparsejax.ops.softmax import add_alibi, log_multiplicity, masked_softmax, softcap
+from sparsejax.ops.softmax import add_alibi, log_multiplicity, masked_softmax, softcap, zero_nan
 
 
 def unsupported_reason(call: AttentionCall) -> str | None:
@@ -19,18 +19,22 @@ def run(call: AttentionCall) -> tuple[Float[Array, "b t h value"], Float[Array, 
     """Output in the dtype of q, log-sum-exp in `call.dtype`; matrix products at the highest precision."""
     (b, t, h, d), (_, s, g, _) = call.q.shape, call.k.shape
     q, k, v = (x.astype(call.dtype) for x in (call.q, call.k, call.v))
-    q = q.reshape(b, t, g, h // g, d)
+    bad_q, bad_k = (jnp.moveaxis(jnp.isnan(x[..., 0]), 1, -1) for x in (q, k))  # see `confine_nan`
+    q, k = zero_nan(q).reshape(b, t, g, h // g, d), zero_nan(k)
     scores = jnp.einsum("btgrd,bsgd->bgrts", q, k, precision=jax.lax.Precision.HIGHEST) * call.scale
     queries, keys = jnp.arange(t)[:, None], jnp.arange(s)[None, :]
-    scores = add_alibi(softcap(scores, call.softcap), _per_head(call, call.alibi_slopes), queries - keys)
+    distance = queries + call.q_offset - keys
+    scores = add_alibi(softcap(scores, call.softcap), _per_head(call, call.alibi_slopes), distance)
     scores = scores + _group_heads(call, log_multiplicity(call.pattern, queries, keys, t, s))
     mask = _group_heads(call, call.pattern.allows(queries, keys, t, s))
     if call.segments is not None:
         q_ids, k_ids = call.segments
         mask = mask & (q_ids[:, :, None] == k_ids[:, None, :])[:, None, None]
     p, lse = masked_softmax(scores, mask, _per_head(call, call.sink_logits))
-    out = jnp.einsum("bgrts,bsge->btgre", p, v, precision=jax.lax.Precision.HIGHEST)
-    return out.reshape(b, t, h, -1).astype(call.q.dtype), jnp.moveaxis(lse, -1, 1).reshape(b, t, h)
+    out = jnp.einsum("bgrts,bsge->btgre", p, v, precision=jax.lax.Precision.HIGHEST).reshape(b, t, h, -1)
+    bad = (mask & (bad_q.reshape(b, g, -1, t, 1) | bad_k.reshape(b, g, 1, 1, s))).any(axis=-1)
+    bad, lse = (jnp.moveaxis(x, -1, 1).reshape(b, t, h) for x in (bad, lse))
+    return jnp.where(bad[..., None], jnp.nan, out).astype(call.q.dtype), jnp.where(bad, jnp.nan, lse)
 
 
 def _group_heads(call: AttentionCall, x: Bool[Array, " ..."] | Float[Array, " ..."] | float) -> Array:

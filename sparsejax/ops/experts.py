@@ -15,6 +15,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
+from sparsejax.ops.chunks import vary_alike
+from sparsejax.ops.derivatives import with_derivatives
 from sparsejax.ops.rows import move_rows
 
 MAX_TILE = 128  # rows
@@ -147,7 +149,7 @@ def multiply(
       impl: "loop" over tiles, "ragged" for `jax.lax.ragged_dot`, or "auto".
     """
     if impl == "loop" or (impl == "auto" and _multiplies_tiles()):
-        return _multiply_tiles(x, weights, layout)
+        return _multiply_tiles(None, *vary_alike((x, weights, layout)))
     return jax.lax.ragged_dot(x, weights, layout.sizes)
 
 
@@ -193,20 +195,19 @@ def _multiplies_tiles() -> bool:
     return jax.default_backend() == "cpu"
 
 
-@jax.custom_vjp
-def _multiply_tiles(x: Float[Array, "r m"], weights: Float[Array, "e m f"], layout: ExpertRows) -> Float[Array, "r f"]:
-    return _multiply_tiles_forward(x, weights, layout)[0]
+def _multiply_tiles_plain(_, x, weights, layout):
+    return _multiply_tiles_forward(None, x, weights, layout)[0]
 
 
-def _multiply_tiles_forward(x, weights, layout):
+def _multiply_tiles_forward(_, x, weights, layout):
     def multiply_tile(i, y):
         return _put_tile(y, _tile(x, i, layout) @ weights[layout.tile_experts[i]], i, layout)
 
-    y = jnp.zeros((len(x), weights.shape[2]), x.dtype)
+    y, _ = vary_alike((jnp.zeros((len(x), weights.shape[2]), x.dtype), x))
     return jax.lax.fori_loop(0, _used_tiles(layout), multiply_tile, y), (x, weights, layout)
 
 
-def _multiply_tiles_backward(residuals, dy):
+def _multiply_tiles_backward(_, residuals, dy):
     x, weights, layout = residuals
     dtype = jnp.promote_types(weights.dtype, jnp.float32)  # an expert's gradient is a sum over its tiles
 
@@ -216,7 +217,7 @@ def _multiply_tiles_backward(residuals, dy):
         d_weight = jnp.matmul(_tile(x, i, layout).T, dy_tile, preferred_element_type=dtype)
         return _put_tile(dx, dy_tile @ weights[expert].T, i, layout), d_weights.at[expert].add(d_weight)
 
-    zeros = jnp.zeros_like(x), jnp.zeros(weights.shape, dtype)
+    zeros, _ = vary_alike(((jnp.zeros_like(x), jnp.zeros(weights.shape, dtype)), x))
     dx, d_weights = jax.lax.fori_loop(0, _used_tiles(layout), differentiate_tile, zeros)
     return dx, d_weights.astype(weights.dtype), None
 
@@ -235,4 +236,4 @@ def _put_tile(
     return jax.lax.dynamic_update_slice_in_dim(x, tile, i * layout.tile, axis=0)
 
 
-_multiply_tiles.defvjp(_multiply_tiles_forward, _multiply_tiles_backward)
+_multiply_tiles = with_derivatives(_multiply_tiles_forward, _multiply_tiles_backward, _multiply_tiles_plain)

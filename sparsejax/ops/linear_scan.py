@@ -10,13 +10,12 @@ recomputed.
 
 from __future__ import annotations
 
-import functools
-
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
-from sparsejax.ops.chunks import CHUNK, scan_chunks
+from sparsejax.ops.chunks import CHUNK, scan_chunks, vary_alike
+from sparsejax.ops.derivatives import with_derivatives
 
 
 def linear_scan(
@@ -42,7 +41,7 @@ def linear_scan(
     decay = jnp.exp(log_decay.astype(dtype))
     decay = decay if starts is None else jnp.where(starts[..., None], 0, decay)
     state = jnp.zeros(x[:, 0].shape, dtype) if state is None else state.astype(dtype)
-    y = _scan(x.astype(dtype), decay, state, chunk)
+    y = _scan(chunk, *vary_alike((x.astype(dtype), decay, state)))
     return y.astype(x.dtype), y[:, -1]
 
 
@@ -55,9 +54,8 @@ def linear_step(
     return state.astype(x.dtype), state
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
-def _scan(
-    x: Float[Array, "b t d"], decay: Float[Array, "b t d"], state: Float[Array, "b d"], chunk: int
+def _scan_plain(
+    chunk: int, x: Float[Array, "b t d"], decay: Float[Array, "b t d"], state: Float[Array, "b d"]
 ) -> Float[Array, "b t d"]:
     """All states."""
 
@@ -75,17 +73,17 @@ def _compose(first: tuple[Array, Array], second: tuple[Array, Array]) -> tuple[A
     return first[0] * second[0], second[0] * first[1] + second[1]
 
 
-def _scan_forward(x, decay, state, chunk):
-    y = _scan(x, decay, state, chunk)
+def _scan_forward(chunk, x, decay, state):
+    y = _scan_plain(chunk, x, decay, state)
     return y, (decay, state, y)
 
 
 def _scan_backward(chunk, residuals, dy):
     decay, state, y = residuals
     next_decay = jnp.pad(decay[:, :0:-1], ((0, 0), (1, 0), (0, 0)))  # reversed; nothing follows the last position
-    dx = _scan(dy[:, ::-1], next_decay, jnp.zeros_like(state), chunk)[:, ::-1]
+    dx = _scan(chunk, dy[:, ::-1], next_decay, jnp.zeros_like(state))[:, ::-1]
     previous = jnp.concatenate([state[:, None], y[:, :-1]], axis=1)
     return dx, dx * previous, dx[:, 0] * decay[:, 0]
 
 
-_scan.defvjp(_scan_forward, _scan_backward)
+_scan = with_derivatives(_scan_forward, _scan_backward, _scan_plain)

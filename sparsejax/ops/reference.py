@@ -34,8 +34,12 @@ def attend_reference(
     softcap: float | None = None,
     sink_logits: Num[np.ndarray, " h"] | None = None,
     alibi_slopes: Num[np.ndarray, " h"] | None = None,
+    q_offset: int = 0,
 ) -> Attention:
-    """Attention in which each key counts `counts` times, and its gradients for the cotangents `d_out` and `d_lse`."""
+    """Attention in which each key counts `counts` times, and its gradients for the cotangents `d_out` and `d_lse`.
+
+    `q_offset` is the position of the first query.
+    """
     q, k, v, d_out, d_lse = (np.float64(x) for x in (q, k, v, d_out, d_lse))
     b, s, g, d = k.shape
     t, share = q.shape[1], q.shape[2] // g
@@ -44,7 +48,7 @@ def attend_reference(
     products = scale * np.einsum("bthd,bshd->bhts", q, k)
     scores = products if softcap is None else softcap * np.tanh(products / softcap)
     if alibi_slopes is not None:
-        scores = scores - np.float64(alibi_slopes)[:, None, None] * abs(np.arange(t)[:, None] - np.arange(s))
+        scores = scores - np.float64(alibi_slopes)[:, None, None] * abs(q_offset + np.arange(t)[:, None] - np.arange(s))
     terms = np.where(counts, scores + np.log(np.maximum(counts, 1)), -np.inf)
     if sink_logits is not None:
         sink = np.broadcast_to(np.float64(sink_logits)[:, None], terms.shape[:-1])

@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
-from sparsejax.ops.chunks import CHUNK, broadcast_axis, scan_chunks
+from sparsejax.ops.chunks import CHUNK, broadcast_axis, scan_chunks, vary_alike
 
 # Several times faster on CPU than broadcasts and sums; see `broadcast_axis`.
 _einsum = functools.partial(jnp.einsum, precision=jax.lax.Precision.HIGHEST)
@@ -52,6 +52,7 @@ def selective_scan(
     b, _, d = x.shape
     dtype = jnp.promote_types(x.dtype, jnp.float32)
     state = jnp.zeros((b, d, A.shape[1]), dtype) if state is None else state.astype(dtype)
+    A, state, x = vary_alike((A, state, x))
     advance = jax.checkpoint(functools.partial(_advance, A.astype(dtype).T), prevent_cse=False)
 
     def run_chunk(state: Float[Array, "b n d"], inputs: tuple[Array | None, ...]) -> tuple[Array, Array]:

@@ -11,7 +11,6 @@ scores. The segment maxima and sums are scattered into arrays that all chunks sh
 
 from __future__ import annotations
 
-import functools
 from typing import NamedTuple
 
 import jax
@@ -21,7 +20,9 @@ from jaxtyping import Array, Bool, Float, Int
 
 from sparsejax.errors import InputError
 from sparsejax.ops.call import AttentionCall, by_pattern
-from sparsejax.ops.softmax import MASKED, add_alibi, softcap
+from sparsejax.ops.chunks import vary_alike
+from sparsejax.ops.derivatives import with_derivatives
+from sparsejax.ops.softmax import MASKED, add_alibi, confine_nan, log_sum, softcap, zero_nan
 from sparsejax.patterns import Full
 
 MAX_EDGES = 2**24  # per head: 128 MiB of positions in the compiled program
@@ -65,6 +66,7 @@ def _run_pattern(call: AttentionCall) -> tuple[Float[Array, "b t h value"], Floa
         alibi_slopes=call.alibi_slopes,
         segment_ids=call.segments,
         return_lse=True,
+        q_offset=call.q_offset,
     )
 
 
@@ -81,8 +83,9 @@ def attend_edges(
     alibi_slopes: Float[Array, " h"] | None = None,
     segment_ids: tuple[Int[Array, "b t"], Int[Array, "b s"]] | None = None,
     return_lse: bool = False,
+    q_offset: int = 0,
 ) -> Float[Array, "b t h value"] | tuple[Float[Array, "b t h value"], Float[Array, "b t h"]]:
-    """Softmax attention in which query `queries[i]` attends to key `keys[i]`; see `attend`.
+    """Softmax attention in which query `queries[i]` attends to key `keys[i]`; see `attend`, also for NaN.
 
     The list may be traced, so that it can depend on the data. All sequences and heads share it; `jax.vmap` over either
     gives each its own list.
@@ -100,6 +103,7 @@ def attend_edges(
       alibi_slopes: Slope per query head of `add_alibi`; constants, without a gradient.
       segment_ids: Segments of queries and of keys; an edge between two segments is dropped.
       return_lse: Whether to return the log-sum-exp too: minus infinity for a query with neither edge nor sink.
+      q_offset: Position of the first query, for ALiBi; edges hold indices.
 
     Returns:
       The output in the dtype of `q`, zeros for a query without an edge, and with `return_lse` the log-sum-exp.
@@ -111,13 +115,15 @@ def attend_edges(
     call = AttentionCall(q, k, v, Full(), scale, softcap, sink_logits, segment_ids, False, alibi_slopes)
     if queries.ndim != 1 or queries.shape != keys.shape:
         raise InputError("queries", f"shape {list(queries.shape)} is not [edges], as keys' {list(keys.shape)} must be")
+    q, k, v = confine_nan(q, k, v)
     (b, t, h, d), (_, s, g, _) = q.shape, k.shape
     rows = jnp.moveaxis(q, 1, 0).reshape(t, b, g, h // g, d)
     per_head = (None if x is None else x.astype(call.dtype).reshape(g, h // g) for x in (sink_logits, alibi_slopes))
     segments = None if segment_ids is None else tuple(jnp.asarray(x).T for x in segment_ids)
     edges = _split_edges(queries, keys, t, s, chunk=max(1, CHUNK // (b * h * max(d, v.shape[-1]))))
-    plan = _Plan(scale, softcap, call.dtype)
-    out, lse = _attend_rows(plan, rows, jnp.moveaxis(k, 1, 0), jnp.moveaxis(v, 1, 0), *per_head, segments, edges)
+    plan = _Plan(scale, softcap, call.dtype, q_offset)
+    k, v = jnp.moveaxis(k, 1, 0), jnp.moveaxis(v, 1, 0)
+    out, lse = _attend_rows(plan, *vary_alike((rows, k, v, *per_head, segments, edges)))
     out, lse = (jnp.moveaxis(x.reshape(t, b, h, *x.shape[4:]), 0, 1) for x in (out, lse))
     return (out.astype(q.dtype), lse) if return_lse else out.astype(q.dtype)
 
@@ -143,10 +149,17 @@ class _Plan(NamedTuple):
     scale: float
     softcap: float | None
     dtype: jnp.dtype
+    q_offset: int
 
     def score(self, q: Float[Array, "c b g r d"], k: Float[Array, "c b g d"]) -> Float[Array, "c b g r"]:
         """Scores of gathered rows, without ALiBi."""
         return softcap(_dot(q, k) * self.scale, self.softcap)
+
+    def add_alibi(
+        self, scores: Float[Array, "c b g r"], slopes: Float[Array, "g r"] | None, edges: Edges
+    ) -> Float[Array, "c b g r"]:
+        """Scores minus the slopes times the distances."""
+        return add_alibi(scores, slopes, (edges.queries + self.q_offset - edges.keys)[:, None, None, None])
 
     def rows(self, x: Float[Array, " n *rest"], positions: Int[Array, " c"]) -> Float[Array, " c *rest"]:
         """Rows of `x` in the dtype of sums; an arbitrary row for a position outside it."""
@@ -165,19 +178,12 @@ def _dot(q: Float[Array, "c b g r d"], k: Float[Array, "c b g d"]) -> Float[Arra
     return jnp.einsum("cbgrd,cbgd->cbgr", q, k, precision=jax.lax.Precision.HIGHEST)
 
 
-def _add_alibi(
-    scores: Float[Array, "c b g r"], slopes: Float[Array, "g r"] | None, edges: Edges
-) -> Float[Array, "c b g r"]:
-    return add_alibi(scores, slopes, (edges.queries - edges.keys)[:, None, None, None])
-
-
 def _same_segment(segments: Segments, edges: Edges) -> Bool[Array, "c b 1 1"]:
     q_ids, k_ids = (ids.at[positions].get(mode="clip") for ids, positions in zip(segments, edges, strict=True))
     return (q_ids == k_ids)[:, :, None, None]
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _attend_rows(
+def _attend_rows_plain(
     plan: _Plan,
     q: Float[Array, "t b g r d"],
     k: Float[Array, "s b g d"],
@@ -188,15 +194,17 @@ def _attend_rows(
     edges: Edges,
 ) -> tuple[Float[Array, "t b g r value"], Float[Array, "t b g r"]]:
     """Output and log-sum-exp."""
-    return _attend_rows_forward(plan, q, k, v, sink, slopes, segments, edges)[0]
+    return _attend_rows_forward(plan, q, k, v, sink, jax.lax.stop_gradient(slopes), segments, edges)[0]
 
 
 def _attend_rows_forward(plan, q, k, v, sink, slopes, segments, edges):
-    def score(edges: Edges) -> Float[Array, "c b g r"]:
-        return _add_alibi(plan.score(plan.rows(q, edges.queries), plan.rows(k, edges.keys)), slopes, edges)
+    def score(edges: Edges, q: Array = q, k: Array = k) -> Float[Array, "c b g r"]:
+        return plan.add_alibi(plan.score(plan.rows(q, edges.queries), plan.rows(k, edges.keys)), slopes, edges)
+
+    constants = jax.lax.stop_gradient((q, k))  # the maximum has no gradient
 
     def add_maximum(m, edges):
-        scores = score(edges)
+        scores = score(edges, *constants)
         scores = scores if segments is None else jnp.where(_same_segment(segments, edges), scores, MASKED)
         return m.at[edges.queries].max(scores, mode="drop"), None
 
@@ -207,21 +215,23 @@ def _attend_rows_forward(plan, q, k, v, sink, slopes, segments, edges):
         return (l.at[edges.queries].add(p, mode="drop"), out.at[edges.queries].add(values, mode="drop")), None
 
     m = jnp.full(q.shape[:-1], MASKED, plan.dtype)
-    m = m if sink is None else jnp.maximum(m, sink)
-    m, _ = jax.lax.scan(add_maximum, m, edges)
+    m = m if sink is None else jnp.maximum(m, jax.lax.stop_gradient(sink))
+    m, _ = jax.lax.scan(add_maximum, vary_alike((m, q))[0], edges)
     m = jnp.where(m > MASKED / 2, m, 0.0)
     l = jnp.zeros_like(m) if sink is None else jnp.exp(sink - m)
     zeros = jnp.zeros((*m.shape, v.shape[-1]), plan.dtype)
-    (l, out), _ = jax.lax.scan(add_values, (l, zeros), edges)
-    safe_l = jnp.where(l > 0, l, 1.0)
+    (l, out), _ = jax.lax.scan(add_values, vary_alike(((l, zeros), q))[0], edges)
+    safe_l = jnp.where(l == 0, 1.0, l)
     out = out / safe_l[..., None]
-    lse = jnp.where(l > 0, m + jnp.log(safe_l), -jnp.inf)
-    return (out, lse), (q, k, v, sink, slopes, segments, edges, out, m, safe_l)
+    return (out, log_sum(m, l)), (q, k, v, sink, slopes, segments, edges, out, m, safe_l)
 
 
 def _attend_rows_backward(plan, residuals, cotangents):
     q, k, v, sink, slopes, segments, edges, out, m, l = residuals
-    d_out, d_lse = cotangents
+    bad, (d_out, d_lse) = jnp.isnan(l), cotangents  # rows of NaN, which have no gradient
+    d_out, out = (jnp.where(bad[..., None], 0, x) for x in (d_out, out))
+    d_lse, l, m = jnp.where(bad, 0, d_lse), jnp.where(bad, 1, l), jnp.where(bad, jnp.inf, m)
+    q, k = zero_nan(q), zero_nan(k)
     # ds = exp(score - m) * (dp - delta) with dp and delta divided by l, once per query instead of once per edge.
     delta = ((out * d_out).sum(axis=-1) - d_lse) / l
     d_out = d_out / l[..., None]
@@ -231,7 +241,7 @@ def _attend_rows_backward(plan, residuals, cotangents):
         dq, dk, dv = carry
         do = plan.rows(d_out, queries)
         scores, score_vjp = jax.vjp(plan.score, plan.rows(q, queries), plan.rows(k, keys))
-        p = plan.weights(_add_alibi(scores, slopes, edges), m, segments, edges)
+        p = plan.weights(plan.add_alibi(scores, slopes, edges), m, segments, edges)
         dq_rows, dk_rows = score_vjp(p * (_dot(do, plan.rows(v, keys)) - plan.rows(delta, queries)))
         dv_rows = jnp.einsum("cbgr,cbgrd->cbgd", p, do, precision=jax.lax.Precision.HIGHEST)
         return (
@@ -241,10 +251,10 @@ def _attend_rows_backward(plan, residuals, cotangents):
         ), None
 
     zeros = tuple(jnp.zeros(x.shape, plan.dtype) for x in (q, k, v))
-    grads, _ = jax.lax.scan(differentiate, zeros, edges)
+    grads, _ = jax.lax.scan(differentiate, vary_alike((zeros, q))[0], edges)
     dq, dk, dv = (grad.astype(x.dtype) for grad, x in zip(grads, (q, k, v), strict=True))
     d_sink = None if sink is None else -(jnp.exp(sink - m) * delta).sum(axis=(0, 1))
     return dq, dk, dv, d_sink, None, None, None
 
 
-_attend_rows.defvjp(_attend_rows_forward, _attend_rows_backward)
+_attend_rows = with_derivatives(_attend_rows_forward, _attend_rows_backward, _attend_rows_plain)

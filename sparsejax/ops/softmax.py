@@ -53,8 +53,32 @@ def masked_softmax(
     p = jnp.where(mask, jnp.exp(scores - m), 0.0)
     l = p.sum(axis=-1, keepdims=True)
     l = l if sink is None else l + jnp.exp(sink - m)
-    safe_l = jnp.where(l > 0, l, 1.0)
-    return p / safe_l, jnp.where(l > 0, m + jnp.log(safe_l), -jnp.inf)[..., 0]
+    safe_l = jnp.where(l == 0, 1.0, l)
+    return p / safe_l, log_sum(m, l)[..., 0]
+
+
+def log_sum(m: Float[Array, "*rows"], l: Float[Array, "*rows"]) -> Float[Array, "*rows"]:
+    """The log-sum-exp m + log(l): minus infinity in a row without keys, NaN in a row that is not finite."""
+    return jnp.where(l == 0, -jnp.inf, m + jnp.log(jnp.where(l == 0, 1.0, l)))
+
+
+def confine_nan(
+    q: Float[Array, "*queries d"], k: Float[Array, "*keys d"], v: Float[Array, "*keys value"]
+) -> tuple[Float[Array, "*queries d"], Float[Array, "*keys d"], Float[Array, "*keys value"]]:
+    """Rows that are not finite as rows of NaN; such a value is zeros, and its key NaN.
+
+    The score of such a query or key is NaN where a query attends to the key, and replaced elsewhere. So a query that
+    attends to it gives NaN, and no other query is affected: a NaN value would enter the matrix product of every query,
+    with a probability of 0.
+    """
+    finite_q, finite_k, finite_v = (jnp.isfinite(x).all(axis=-1, keepdims=True) for x in (q, k, v))
+    valid = finite_k & finite_v
+    return jnp.where(finite_q, q, jnp.nan), jnp.where(valid, k, jnp.nan), jnp.where(valid, v, 0)
+
+
+def zero_nan(x: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
+    """Zeros instead of NaN, for factors of products with probabilities of 0."""
+    return jnp.where(jnp.isnan(x), 0, x)
 
 
 def merge_lse(
@@ -66,8 +90,8 @@ def merge_lse(
     m = jnp.where(jnp.isfinite(m), m, 0.0)
     sums = [jnp.exp(lse - m) for lse in lses]
     l = functools.reduce(jnp.add, sums)
-    safe_l = jnp.where(l > 0, l, 1.0)
+    safe_l = jnp.where(l == 0, 1.0, l)
     out = sum(
         out.astype(lse.dtype) * (part / safe_l)[..., None] for out, lse, part in zip(outs, lses, sums, strict=True)
     )
-    return out.astype(outs[0].dtype), jnp.where(l > 0, m + jnp.log(safe_l), -jnp.inf)
+    return out.astype(outs[0].dtype), log_sum(m, l)

@@ -11,6 +11,7 @@ from typing import ClassVar
 import numpy as np
 
 from sparsejax.patterns.base import (
+    FOREVER,
     MAX_POSITION,
     Counts,
     Mask,
@@ -231,6 +232,58 @@ class Shift(Pattern):
 
     def lookahead(self) -> float:
         return self.pattern.lookahead() - self.by
+
+
+@dataclasses.dataclass(frozen=True)
+class OffsetQueries(Pattern):
+    """The rows of a pattern from query `by` on: query q attends as query q + `by` of `pattern`.
+
+    The sequence that `pattern` describes ends with the last key or the last query, whichever is later. `ops.attend`
+    makes this pattern of its `q_offset`; it has no text form.
+    """
+
+    name: ClassVar[str] = "offset_queries"
+    pattern: Pattern
+    by: int
+
+    @property
+    def heads(self) -> int | None:
+        return self.pattern.heads
+
+    @property
+    def repeats(self) -> bool:
+        return self.pattern.repeats
+
+    def for_head(self, index: int) -> Pattern:
+        return OffsetQueries(self.pattern.for_head(index), self.by)
+
+    def check(self, t: int, s: int) -> None:
+        self.pattern.check(self._length(t, s), s)
+
+    def allows(self, q: Positions, k: Positions, t: int | None = None, s: int | None = None) -> Mask:
+        return self.pattern.allows(q + self.by, k, self._length(t, s), s)
+
+    def counts(self, q: Positions, k: Positions, t: int | None = None, s: int | None = None) -> Counts:
+        return self.pattern.counts(q + self.by, k, self._length(t, s), s)
+
+    def _length(self, t: int | None, s: int | None) -> int | None:
+        return None if t is None or s is None else max(t + self.by, s)
+
+    def bounds(self, grid: TileGrid) -> Bounds:
+        return self.pattern.bounds(self._move(grid))
+
+    def signature(self, grid: TileGrid, q0: np.ndarray, k0: np.ndarray) -> list[np.ndarray]:
+        return self.pattern.signature(self._move(grid), q0 + self.by, k0)
+
+    def _move(self, grid: TileGrid) -> TileGrid:
+        return grid.offset_queries(self.by, max(grid.t + self.by, grid.s))
+
+    def last_query(self, k: np.ndarray) -> np.ndarray:
+        last = self.pattern.last_query(k)
+        return np.where(last == FOREVER, last, np.maximum(last - self.by, -1))
+
+    def lookahead(self) -> float:
+        return self.pattern.lookahead() + self.by
 
 
 @dataclasses.dataclass(frozen=True)

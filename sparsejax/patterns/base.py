@@ -262,6 +262,8 @@ def _check_lengths(t: int, s: int | None) -> int:
     for argument, length in (("t", t), ("s", t if s is None else s)):
         if length < 0:
             raise PatternError(argument, f"{length} is negative")
+        if length > MAX_POSITION:
+            raise PatternError(argument, f"{length} exceeds 2**30")
     return t if s is None else s
 
 

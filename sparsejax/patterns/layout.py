@@ -12,8 +12,10 @@ from typing import Any, Protocol
 
 import numpy as np
 
+from sparsejax.errors import InputError
 from sparsejax.patterns.spans import Bounds, Spans, merge_intervals
 
+MAX_LIVE_TILES = 2**26  # a few GiB of indices; causal attention over 1.4 million tokens in tiles of 128
 TILES_AT_ONCE = 256  # tiles counted together: 256 tiles of 128 x 128 are 4 MiB of booleans
 
 
@@ -209,6 +211,9 @@ def build_layout(pattern: Tileable, t: int, s: int, tile: tuple[int, int]) -> Ti
     """The layout of a pattern that all heads share; see `Pattern.layout`. The most recent layouts are cached."""
     grid = TileGrid(t, s, tile)
     bounds = pattern.bounds(grid)
+    count = bounds.live_upper.size
+    if count > MAX_LIVE_TILES:
+        raise InputError("t", f"{t} queries and {s} keys give {count} live tiles, more than {MAX_LIVE_TILES}")
     tiles = bounds.live_upper.members()
     full = np.zeros(len(tiles), bool)
     full[np.searchsorted(tiles, bounds.full_lower.members())] = True

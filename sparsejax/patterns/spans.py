@@ -37,6 +37,11 @@ class Spans:
         starts = np.insert(self.edges[:, 1], 0, 0)
         return Spans.union(starts, stops, self.limit)
 
+    @property
+    def size(self) -> int:
+        """Number of integers in the set."""
+        return int((self.edges[:, 1] - self.edges[:, 0]).sum())
+
     def members(self) -> np.ndarray:
         """All integers of the set in ascending order, int64 [n]."""
         lengths = self.edges[:, 1] - self.edges[:, 0]

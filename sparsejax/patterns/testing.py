@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from sparsejax.patterns.algebra import Shift
+from sparsejax.patterns.algebra import OffsetQueries, Shift
 from sparsejax.patterns.base import Pattern
 from sparsejax.patterns.layout import TileGrid, TileLayout
 from sparsejax.patterns.text import parse
@@ -15,6 +15,7 @@ from sparsejax.patterns.text import parse
 LENGTHS = ((45, 33), (20, 45), (32, 32), (1, 9), (9, 1), (0, 4))
 TILES = ((4, 4), (3, 7), (8, 5), (1, 1), (64, 64))
 SHIFTS = (-5, 3)
+QUERY_OFFSETS = (6,)
 
 
 def check_pattern(
@@ -22,25 +23,27 @@ def check_pattern(
     lengths: Iterable[tuple[int, int]] = LENGTHS,
     tiles: Iterable[tuple[int, int]] = TILES,
     shifts: Iterable[int] = SHIFTS,
+    query_offsets: Iterable[int] = QUERY_OFFSETS,
     text: bool = True,
 ) -> None:
     """Compares everything that a pattern states and everything derived from it with its mask, `allows`.
 
     Covers `for_head`, `counts`, `lookahead`, `last_query`, `pairs` and `edges`, and per tile size `bounds`, `signature`
-    and `layout`, of the pattern and of the pattern inside `shift`. Every pair of every length is visited: choose small
-    lengths.
+    and `layout`, of the pattern, inside `shift`, and for later queries (`q_offset` of `ops.attend`). Every pair of
+    every length is visited: choose small lengths.
 
     Args:
       pattern: Any pattern, with or without heads.
       lengths: Numbers of queries and keys.
       tiles: Tile sizes.
       shifts: Distances by which `shift` moves the pattern; tiles of shifted patterns have offsets.
-      text: Whether the text form must parse back to an equal value. Requires the name to be registered in `NAMES`.
+      query_offsets: Positions of the first query; tiles of such patterns start inside the sequence.
+      text: Whether the text form must parse back to an equal value. Requires `patterns.register`.
 
     Raises:
       AssertionError: A view disagrees with the mask. The message names the view, the pattern, the lengths and the tile.
     """
-    tiles, shifts = tuple(tiles), tuple(shifts)
+    tiles, shifts, query_offsets = tuple(tiles), tuple(shifts), tuple(query_offsets)
     if text:
         _check_text(pattern)
     for t, s in lengths:
@@ -49,8 +52,9 @@ def check_pattern(
         for head in dict.fromkeys(pattern.by_head()):
             _check_pairs(name, head, t, s)
             for tile in tiles:
-                for shifted in (head, *(Shift(head, by) for by in shifts)):
-                    _check_tiles(f"{shifted} at t={t}, s={s}, tile={tile}", shifted, TileGrid(t, s, tile))
+                moved = (*(Shift(head, by) for by in shifts), *(OffsetQueries(head, by) for by in query_offsets))
+                for variant in (head, *moved):
+                    _check_tiles(f"{variant} at t={t}, s={s}, tile={tile}", variant, TileGrid(t, s, tile))
 
 
 def _check_text(pattern: Pattern) -> None:

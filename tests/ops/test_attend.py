@@ -53,6 +53,7 @@ class Case(NamedTuple):
     alibi: bool = False
     values: int = 8  # width of values
     dtype: str = "float32"
+    q_offset: int | None = None
 
     @property
     def slopes(self) -> jax.Array | None:
@@ -102,12 +103,14 @@ def reference(case: Case, inputs: Inputs, counts: np.ndarray) -> Attention:
     q, k, v, sink, _, d_out, d_lse = inputs
     slopes = None if case.slopes is None else np.asarray(case.slopes)
     options = {"scale": case.scale, "softcap": case.softcap, "sink_logits": sink, "alibi_slopes": slopes}
-    return attend_reference(q, k, v, counts, d_out, d_lse, **options)
+    return attend_reference(q, k, v, counts, d_out, d_lse, q_offset=case.q_offset or 0, **options)
 
 
 def counts_of(case: Case, inputs: Inputs) -> np.ndarray:
-    q, k = np.arange(case.t)[:, None], np.arange(case.s)[None, :]
-    counts = parse(case.pattern).counts(q, k, case.t, case.s)
+    q, k, t = np.arange(case.t)[:, None], np.arange(case.s)[None, :], case.t
+    if case.q_offset is not None:  # the queries continue a sequence that ends with the last key or query
+        q, t = q + case.q_offset, max(case.t + case.q_offset, case.s)
+    counts = parse(case.pattern).counts(q, k, t, case.s)
     counts = np.broadcast_to(counts, (len(inputs.q), case.heads[0], case.t, case.s))
     if inputs.segments is None:
         return counts
@@ -131,6 +134,7 @@ def compute(impl: str, case: Case, inputs: Inputs, transform=lambda function: fu
     def run(q, k, v, sink, segments, d_out, d_lse):
         def forward(q, k, v, sink):
             options = {"softcap": case.softcap, "scale": case.scale, "alibi_slopes": case.slopes}
+            options |= {"q_offset": case.q_offset}
             arrays = {"sink_logits": sink, "segment_ids": segments}
             return attend_by(impl, q, k, v, pattern, return_lse=True, **options, **arrays)
 
@@ -182,20 +186,20 @@ CASES = [
     Case("causal", 391, 391),
     Case("causal", 129, 65, heads=(4, 2), softcap=3.0, sink=True),
     Case("window(63)", 300, 300, heads=(4, 1), segments="one", sink=True),
-    Case("window(5, 70)", 65, 200, heads=(4, 2), softcap=2.0),
+    Case("window(5, 70)", 65, 200, heads=(4, 2), softcap=2.0, q_offset=100),
     Case("chunk(100)", 300, 129, segments="pair"),
     Case("sink(3)", 129, 7, dtype="float16", softcap=5.0),
-    Case("globals([0, 130, -1])", 200, 300, scale=-0.7),
+    Case("globals([0, 130, -1])", 200, 300, scale=-0.7, q_offset=100),
     Case("causal & (window(64) | sink(4))", 391, 391, heads=(4, 2), sink=True, dtype="bfloat16"),
     Case("window(20, 20) | globals(2)", 300, 300, heads=(2, 2), dtype="float16", sink=True, segments="one"),
     Case("per_head(causal, globals([70]), causal, causal)", 129, 129, heads=(4, 2), sink=True, segments="pair"),
-    Case("per_head(full, causal & chunk(50)) | sink(1)", 65, 129, heads=(2, 2), softcap=4.0, dtype="bfloat16"),
+    Case("per_head(full, causal & chunk(50)) | sink(1)", 65, 129, (2, 2), softcap=4.0, dtype="bfloat16", q_offset=64),
     Case("per_head(window(70), window(70))", 129, 129, heads=(2, 1)),
     Case("dilated(9, 4, stride=7)", 200, 129, sink=True),
     Case("causal & (window(30) | strided(30))", 300, 300, heads=(4, 2)),
     Case("causal & (chunk(40) | fixed(40, 3))", 300, 300, segments="one"),
     Case("causal | prefix(70)", 129, 129, softcap=3.0),
-    Case("global_keys([3, -1]) | global_queries([70])", 129, 200),
+    Case("global_keys([3, -1]) | global_queries([70])", 129, 200, q_offset=0),
     Case("random(2, tile=16, seed=1) - sink(2)", 200, 150, heads=(2, 2), sink=True),
     Case("bigbird_random(2, tile=16, seed=1) | window(3, 3)", 200, 200, dtype="bfloat16"),
     Case("tiles([[0, 1, 3], [0, 1, 2], [1, 2, 3], [0, 2, 3]])", 250, 250),
@@ -203,11 +207,17 @@ CASES = [
     Case("multiset(causal, window(30), sink(9), sink(2))", 130, 130, heads=(4, 2), sink=True, softcap=3.0),
     Case("per_head(multiset(full, chunk(20)), causal)", 70, 70, segments="pair"),
     Case("causal & window(90)", 129, 129, heads=(4, 2), values=12, sink=True),
-    Case("window(20, 20) | globals(2)", 129, 200, values=3, softcap=2.0, segments="pair"),
-    Case("per_head(full, window(9, 9)) | sink(1)", 70, 129, heads=(2, 2), values=16, alibi=True, dtype="bfloat16"),
+    Case("window(20, 20) | globals(2)", 129, 200, values=13, softcap=2.0, segments="pair", q_offset=30),
+    Case(
+        "per_head(full, window(9, 9)) | sink(1)", 70, 129, (2, 2), values=16, alibi=True, dtype="bfloat16", q_offset=59
+    ),
     Case("full", 128, 128, heads=(4, 2), alibi=True),  # no tile needs a mask
     Case("multiset(causal, sink(9))", 130, 130, heads=(4, 2), alibi=True, softcap=3.0, sink=True, segments="one"),
     Case("window(30, 70)", 200, 129, heads=(4, 1), alibi=True, values=5),
+    Case("causal & (window(64) | sink(4))", 70, 391, heads=(4, 2), sink=True, q_offset=321),  # the next chunk
+    Case("causal", 1, 300, heads=(4, 2), alibi=True, q_offset=299),  # decoding
+    Case("bigbird_random(2, tile=16, seed=1) | global_queries([-1])", 60, 200, q_offset=140),
+    Case("causal & (strided(30) | fixed(20, 3))", 50, 60, q_offset=40, segments="pair"),  # beyond the last key
 ]
 
 # Rows without keys, and keys that no row attends to.
@@ -260,9 +270,11 @@ def test_the_cases_cover_the_library():
 def cases(draw) -> Case:
     pattern: Pattern = draw(shared_patterns(longest=130) | patterns_with_heads(2, longest=130))
     t, s = draw(st.sampled_from([(65, 65), (70, 130)]))
+    offset = draw(st.sampled_from([0, 31, s - t])) if t < s else None
     segments = draw(st.sampled_from([None, "pair"]))
     softcap, sink, alibi = draw(st.sampled_from([None, 1.5])), draw(st.booleans()), draw(st.booleans())
-    return Case(str(pattern), t, s, (2, 1), softcap=softcap, sink=sink, segments=segments, alibi=alibi)
+    options = {"softcap": softcap, "sink": sink, "segments": segments, "alibi": alibi, "q_offset": offset}
+    return Case(str(pattern), t, s, (2, 1), **options)
 
 
 @pytest.mark.parametrize(

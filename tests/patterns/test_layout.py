@@ -8,6 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from sparsejax.errors import InputError
 from sparsejax.patterns import Globals, Pattern, PatternError, TileGrid, from_ranges, parse, register
 from sparsejax.patterns.layout import TILES_AT_ONCE
 from sparsejax.patterns.testing import check_layout, check_pattern
@@ -173,10 +174,16 @@ def ignores_shifts(self, grid):
     return Past.bounds(self, TileGrid(grid.t, grid.s, grid.tile))
 
 
+def ignores_query_offsets(self, grid):
+    first, stop = grid.covered_queries
+    return Past.bounds(self, dataclasses.replace(grid, queries=(0, stop - first)))
+
+
 FAULTS = {
     "live": ("bounds.live_upper", {"bounds": touches_too_little}),
     "full": ("bounds.full_lower", {"bounds": fills_too_much}),
     "shift": ("bounds.", {"bounds": ignores_shifts}),
+    "query offset": ("bounds.", {"bounds": ignores_query_offsets}),
     "signature": ("signature", {"signature": lambda self, grid, q0, k0: [k0]}),
     "last_query": ("last_query", {"last_query": lambda self, k: k + self.left - 1}),
     "last_query_shape": ("last_query", {"last_query": lambda self, k: self.left}),
@@ -210,7 +217,7 @@ def test_a_faulty_pattern_is_named(fault):
     register(faulty)
     with pytest.raises(AssertionError) as caught:
         check_pattern(faulty())
-    assert str(caught.value).startswith(("past", "shift(past"))
+    assert str(caught.value).startswith(("past", "shift(past", "offset_queries(past"))
     assert view in str(caught.value)
 
 
@@ -218,3 +225,10 @@ def test_an_unregistered_name():
     with rejects(PatternError, "past"):
         check_pattern(Past())
     check_pattern(Past(), text=False)
+
+
+@pytest.mark.parametrize(("text", "length"), [("full", 2**22), ("causal & window(5)", 2**31), ("causal", 2**40)])
+def test_lengths_whose_layout_exceeds_memory(text, length):
+    with rejects(InputError, str(length)):
+        parse(text).pairs(length)
+    assert parse("causal & window(5)").pairs(2**22) == 6 * 2**22 - 15

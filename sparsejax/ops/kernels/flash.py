@@ -26,7 +26,7 @@ from jaxtyping import Array, Float, Int
 from sparsejax.ops.call import AttentionCall
 from sparsejax.ops.chunks import pad_to_multiple
 from sparsejax.ops.kernels.lists import KernelSlice, TileSchedule, plan_pattern, plan_selection
-from sparsejax.ops.softmax import MASKED
+from sparsejax.ops.softmax import MASKED, zero_nan
 from sparsejax.patterns import Pattern
 
 MAX_HEAD_WIDTH = 256
@@ -163,6 +163,10 @@ def _attend_forward(backend, config, slices, schedules, inputs):
 def _attend_backward(backend, config, slices, saved, cotangents):
     schedules, inputs, out, lse = saved
     do, dlse = cotangents
+    bad = jnp.isnan(out).any(axis=-1)  # rows of NaN, which have no gradient; see `softmax.confine_nan`
+    do, out = (jnp.where(bad[..., None], 0, x) for x in (do, out))
+    dlse, lse = jnp.where(bad, 0, dlse), jnp.where(bad, -MASKED, lse)
+    inputs = inputs._replace(q=zero_nan(inputs.q), k=zero_nan(inputs.k))
     delta = (do.astype(jnp.float32) * out.astype(jnp.float32)).sum(axis=-1) - dlse  # Algorithm 2, line 4
     # All scores of a row without keys are masked: p is 0 for any finite lse.
     residuals = Residuals(do.astype(inputs.q.dtype), jnp.where(jnp.isfinite(lse), lse, 0.0), delta)

@@ -248,7 +248,7 @@ def _mask(step: GridStep, refs: Refs, s: Array, partial: bool, transposed: bool)
     if partial and refs.bits is not None:
         allowed.append(_unpack_mask(refs.bits[...], s.shape))
     elif partial and refs.cached_masks is not None:
-        s = s + refs.cached_masks[step.grid.layout.mask(step.packed)]
+        allowed.append(refs.cached_masks[step.grid.layout.mask(step.packed)] == 0)  # s + mask would keep NaN
     elif partial:
         allowed.append(_evaluate_pattern(step.grid.config, step.q_tile, step.k_tile, transposed))
     if refs.q_ids is not None:
