@@ -31,12 +31,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace, console: Console) -> None:
     """Compares runs."""
-    report(
-        options.inputs,
-        console,
-        out=options.out,
+    result = report(
+        *options.inputs,
         metric=options.metric,
         baseline=options.baseline,
         by=[key.strip() for key in options.by.split(",")] if options.by else (),
-        only_table=options.table,
     )
+    page = None if options.out is None else result.write(options.out)
+    text = result.table if options.table else f"{result}" + f"\n\nwrote {page}" * (page is not None)
+    console.print(text, markup=False, highlight=False, soft_wrap=True)

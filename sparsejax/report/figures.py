@@ -11,6 +11,7 @@ import numpy as np
 
 from sparsejax.metrics import EVAL, EVAL_LOSS, TRAIN_LOSS_MEAN, Direction, pareto_front
 from sparsejax.overrides import shorten_keys, write_value
+from sparsejax.palette import BASELINE, GREY, SERIES
 from sparsejax.report.comparison import Comparison, Group, natural_order
 from sparsejax.report.summary import count_decimals, write_estimate
 
@@ -18,12 +19,8 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-# The palette of Okabe and Ito without yellow, which is faint on white; black is the baseline.
-BASELINE = "#000000"
-COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
 DASHES = ("solid", (0, (5, 1.5)), (0, (1.5, 1.2)), (0, (6, 1.5, 1.5, 1.5)))
 MARKERS = "os^Dv<>pXP"
-GREY = "#666666"
 COSTS = {
     "training_flops": ("training FLOPs", ""),
     "cache_bytes": ("decode cache per sequence", "B"),
@@ -238,7 +235,7 @@ def _styles(comparison: Comparison) -> Iterator[tuple[Group, dict[str, Any]]]:
         if group is comparison.baseline:
             yield group, {"color": BASELINE, "linestyle": "solid", "marker": "*"}
             continue
-        color, dash = COLOURS[number % len(COLOURS)], DASHES[number // len(COLOURS) % len(DASHES)]
+        color, dash = SERIES[number % len(SERIES)], DASHES[number // len(SERIES) % len(DASHES)]
         yield group, {"color": color, "linestyle": dash, "marker": MARKERS[number % len(MARKERS)]}
         number += 1
 

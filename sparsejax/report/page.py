@@ -25,24 +25,41 @@ Table = tuple[list[str], list[list[Cell]]]  # headings and rows
 
 def write_page(comparison: Comparison, drawn: Sequence[CaptionedFigure]) -> str:
     """Returns the page; equal comparisons give equal pages."""
+    return _render(
+        "page.html",
+        title=_title(comparison),
+        sortable=True,
+        metrics=_tabulate_metrics(comparison),
+        runs=_tabulate_runs(comparison.results.runs),
+        common=_common_settings(comparison),
+        **_describe(comparison, drawn),
+    )
+
+
+def write_fragment(comparison: Comparison, drawn: Sequence[CaptionedFigure]) -> str:
+    """Returns the comparison without the list of runs, as HTML that a notebook shows."""
+    return _render("notebook.html", sortable=False, **_describe(comparison, drawn))
+
+
+def _describe(comparison: Comparison, drawn: Sequence[CaptionedFigure]) -> dict[str, Any]:
+    return {
+        "metric": summary.describe_metric(comparison),
+        "counts": summary.count_runs(comparison),
+        "groups": summary.tabulate(comparison, costs=True),
+        "best": [group is comparison.best for group in comparison.groups],
+        "findings": summary.describe_findings(comparison),
+        "notes": summary.describe_notes(comparison),
+        "figures": [(figure.name, figure.caption, _data_url(figure)) for figure in drawn],
+    }
+
+
+def _render(template: str, **values: Any) -> str:
     from jinja2 import Environment, PackageLoader, StrictUndefined
 
     environment = Environment(
         loader=PackageLoader("sparsejax.report", "."), autoescape=True, undefined=StrictUndefined, trim_blocks=True
     )
-    return environment.get_template("page.html").render(
-        title=_title(comparison),
-        metric=summary.describe_metric(comparison),
-        counts=summary.count_runs(comparison),
-        groups=summary.tabulate(comparison, costs=True),
-        best=[group is comparison.best for group in comparison.groups],
-        findings=summary.describe_findings(comparison),
-        notes=summary.describe_notes(comparison),
-        figures=[(figure.name, figure.caption, _data_url(figure)) for figure in drawn],
-        metrics=_tabulate_metrics(comparison),
-        runs=_tabulate_runs(comparison.results.runs),
-        common=_common_settings(comparison),
-    )
+    return environment.get_template(template).render(values)
 
 
 def _title(comparison: Comparison) -> str:

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from sparsejax.config.write import write_config
 from sparsejax.figures import write_figure
 from sparsejax.metrics import Direction, pareto_front
+from sparsejax.palette import CELLS
 from sparsejax.workdir import SweepFolder
 
 if TYPE_CHECKING:
@@ -19,7 +20,7 @@ if TYPE_CHECKING:
     from optuna.trial import FrozenTrial
 
 COMPLETE, PRUNED, FAILED = "complete", "pruned", "failed"
-COLOURS = {"best": "#0a5a9c", COMPLETE: "#8fc1e3", PRUNED: "#bbbbbb"}  # distinct without colour vision and in grey
+COLOURS = {"best": CELLS[2], COMPLETE: CELLS[1], PRUNED: "#bbbbbb"}
 LOG_RANGE = 20  # ratio of the largest to the smallest value from which an axis is logarithmic
 INCHES = (5.0, 3.4)
 

@@ -2,17 +2,16 @@
 
 import base64
 import csv
-import io
 import re
 import shutil
 import subprocess
 import xml.etree.ElementTree as ElementTree
 
 import pytest
-from rich.console import Console
 
-from sparsejax.report import figures, read, report
+from sparsejax.report import ReportError, figures, read, report, summary
 from sparsejax.report.comparison import compare
+from tests.messages import rejects
 from tests.report.workdirs import settings_of, write_sweep, write_workdir
 
 BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
@@ -25,7 +24,7 @@ VALUES = {
 
 
 def write_report(inputs, out, **options):
-    report(inputs, Console(file=io.StringIO(), width=160), out=out, **options)
+    report(*inputs, **options).write(out)
     return out
 
 
@@ -75,6 +74,31 @@ def test_labels_are_text_and_nothing_else(out):
     assert EVIL not in page
     assert page.count("<script>") == 1
     assert "&lt;script&gt;" in page
+
+
+def test_a_notebook_shows_the_table_and_the_figures(tmp_path):
+    made = report(write_sweep(tmp_path / "sweep", VALUES))
+    html = made._repr_html_()
+    assert html == report(tmp_path / "sweep")._repr_html_()
+    assert "<script" not in html  # sorting needs a page
+    assert "<button" not in html
+    root = ElementTree.fromstring(re.sub(r"(<img [^>]*)>", r"\1/>", html))
+    rows = [["".join(cell.itertext()) for cell in row] for row in root.find(".//tbody")]
+    headings, cells = summary.tabulate(made.comparisons[0], costs=True)
+    assert ["".join(cell.itertext()) for cell in root.find(".//thead/tr")] == headings
+    assert rows == [[cell.text for cell in row] for row in cells]
+    assert "verdict" in headings
+    assert [image.get("id") for image in root.iter("img")] == ["curves", "pareto"]
+    assert repr(made) == str(made) == summary.summarize(made.comparisons[0]).rstrip()
+
+
+def test_several_metrics_make_a_table_only(tmp_path):
+    made = report(write_sweep(tmp_path / "sweep", VALUES), metric="eval/loss, parameters:min")
+    assert str(made).startswith("| group | eval/loss | parameters |")
+    assert made._repr_html_().count('class="sparsejax-report"') == 2
+    with rejects(ReportError, "out"):
+        made.write(tmp_path / "out")
+    assert not (tmp_path / "out").exists()
 
 
 def _heat(tmp_path):
