@@ -95,8 +95,8 @@ def draw_layout(layout: TileLayout) -> Panel:
 def default_length(pattern: Pattern) -> int:
     """Returns a power of two, in tokens, at which a picture shows the structure of a pattern.
 
-    It is at least 64, four times the largest number in the pattern and 16 tiles, up to `MAX_LENGTH`, and long enough
-    for the pattern to be valid.
+    It is at least 64, four times the largest distance in the pattern and 16 tiles, up to `MAX_LENGTH`, and long
+    enough for the pattern to be valid.
 
     Raises:
       PatternError: The pattern is valid at no power of two up to 2**20.
@@ -115,10 +115,10 @@ def default_length(pattern: Pattern) -> int:
 
 
 def _list_scales(value: object) -> Iterator[int]:
-    """The magnitudes of the integers in the fields of a pattern, weighted by `SCALES`."""
+    """The magnitudes of the integers in the fields of a pattern, weighted by `SCALES` and the stride."""
     if isinstance(value, Pattern):
         for field in dataclasses.fields(value):
-            weight = SCALES.get(field.name, 1)
+            weight = SCALES.get(field.name, 1 if field.name == "stride" else getattr(value, "stride", 1))
             yield from (weight * scale for scale in _list_scales(getattr(value, field.name)))
     elif isinstance(value, tuple):
         yield from itertools.chain.from_iterable(map(_list_scales, value))
@@ -173,18 +173,20 @@ def _coarsen(states: np.ndarray, factor: int) -> np.ndarray:
 # SVG.
 
 
-def picture(pattern: Pattern, length: int | None = None) -> str:
+def picture(pattern: Pattern, length: int | None = None, title: str | None = None, columns: int = COLUMNS) -> str:
     """Returns a pattern as SVG with at most 64 cells per side.
 
     Args:
       pattern: Any pattern.
       length: Sequence length in tokens; defaults to `default_length`.
+      title: Defaults to the text form of the pattern.
+      columns: Panels per row, if heads differ.
     """
     length = default_length(pattern) if length is None else length
     tile = 1
     while length > tile * PICTURE_CELLS:
         tile *= 2
-    return panels_to_svg(draw_pattern(pattern, length, tile))
+    return panels_to_svg(draw_pattern(pattern, length, tile, title), columns)
 
 
 def panels_to_svg(panels: Sequence[Panel], columns: int = COLUMNS) -> str:

@@ -316,7 +316,15 @@ def _draw_apart(rng: np.random.RandomState, row: int, keys: range, count: int) -
 
 
 def _is_listed(row: Any, column: Any, lists: tuple[tuple[int, ...], ...]) -> Any:
-    """Whether `column` is in `lists[row]`. Uses no lookup table, so that kernels can evaluate it."""
+    """Whether `column` is in `lists[row]`. With JAX it uses no lookup table, so that kernels can evaluate it."""
+    if array_module(row, column) is np:
+        padded = _pad(lists)
+        size = padded.max(initial=-1) + 1
+        table = np.zeros((len(lists) + 1, size + 1), bool)  # the last row and column are empty
+        table[np.arange(len(lists))[:, None], padded] = True
+        table[:, size] = False
+        outside = (row < 0) | (row >= len(lists)) | (column < 0) | (column >= size)
+        return table[np.where(outside, len(lists), row), np.where(outside, size, column)]
     mask = (row < 0) & (column < 0)  # all False, in the broadcast shape
     for i, columns in enumerate(lists):
         starts, stops = merge_intervals(np.array(columns, np.int64), np.array(columns, np.int64) + 1)
