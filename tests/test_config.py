@@ -449,7 +449,7 @@ def load_error(source: str) -> ConfigError:
 
 
 def test_a_missing_file(tmp_path):
-    for source in (f"{tmp_path}/recipe.py", f"{tmp_path}/recipe.py:argument", str(tmp_path)):
+    for source in (f"{tmp_path}/recipe.py", f"{tmp_path}/recipe.py:argument", str(tmp_path), "jamba:tiny"):
         error = load_error(source)
         assert error.argument == "config"
         check_message(str(error))

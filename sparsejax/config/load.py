@@ -64,7 +64,8 @@ def _get_config(name: str, argument: str) -> Any:
         except InputError as error:
             raise ConfigError(error.argument, error.problem) from None
     elif not Path(name).is_file():
-        raise ConfigError("config", f"no file {name!r}; presets are written preset:NAME")
+        preset = name if name in presets.list_presets() else "NAME"
+        raise ConfigError("config", f"no file {name!r}; a preset is written preset:{preset}")
     try:
         with contextlib.nullcontext() if module else importing_from(Path(name).parent):
             module = module or run_file(name)
