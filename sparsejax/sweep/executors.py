@@ -146,6 +146,8 @@ class Local(_Submissions):
         # The result exists before submitit's own processes have ended; the launcher need not wait for them.
         job = self._submitted.get(attempt.id or "")
         waiting = job is not None and not job.done() and not job.paths.result_pickle.exists()
+        if not waiting:
+            self._submitted.pop(attempt.id or "", None)  # the destructor of a job fails when the interpreter exits
         return not waiting and not attempt.job.files.held()
 
     def stop(self, attempt: Attempt) -> None:

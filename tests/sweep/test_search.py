@@ -2,6 +2,7 @@
 
 import contextlib
 import csv
+import gc
 import io
 import itertools
 import json
@@ -347,7 +348,7 @@ def space(trial):
 
 
 def test_a_search_by_real_runs(tmp_path, monkeypatch):
-    pytest.importorskip("submitit", reason="needs the extra launch")
+    submitit = pytest.importorskip("submitit", reason="needs the extra launch")
     for name, value in runs.environment().items():
         monkeypatch.setenv(name, value)
     text = runs.write_text(tmp_path / "text")
@@ -363,6 +364,8 @@ def test_a_search_by_real_runs(tmp_path, monkeypatch):
     ]
     with contextlib.redirect_stdout(io.StringIO()) as said:
         assert main(command) == 0
+    # The destructor of a job that lives until the interpreter exits prints an error.
+    assert not any(isinstance(thing, submitit.LocalJob) for thing in gc.get_objects())
     rows = list(csv.DictReader((folder / "trials.csv").open()))
     assert [row["state"] for row in rows] == ["complete"] * 4
     for row in rows:
