@@ -14,7 +14,7 @@ from pathlib import Path
 ROOT = Path(__file__).parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "docs")]
 
-from generators import api, cli, config, parity, tables  # noqa: E402
+from generators import api, cli, config, figures, gallery, parity, tables  # noqa: E402
 
 REFERENCE = Path("docs/reference")
 PAGES = {
@@ -33,7 +33,8 @@ PAGES = {
 def generate() -> dict[Path, str | bytes]:
     """The content of each generated file, by its path in the repository."""
     pages: dict[Path, str | bytes] = {REFERENCE / name: page() for name, page in PAGES.items()}
-    return pages | {REFERENCE / "api" / f"{name}.md": api.generate(name) for name in api.PAGES}
+    pages |= {REFERENCE / "api" / f"{name}.md": api.generate(name) for name in api.PAGES}
+    return pages | gallery.generate() | figures.generate()
 
 
 def find_differing(files: dict[Path, str | bytes]) -> dict[Path, bytes]:

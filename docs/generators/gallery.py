@@ -20,10 +20,11 @@ LAYERS, INPUTS = 8, 16_384  # of the receptive fields
 
 INTRODUCTION = f"""\
 Each card shows which keys (to the right) each query (downwards) attends to, how many inputs can influence the last of
-{INPUTS:,} positions after 1 to {LAYERS} layers of the pattern, and what the pattern costs over {LENGTH:,} tokens. Pairs and
-tiles are per head. A bidirectional pattern needs `model.causal = False`; it does not decode and has no KV cache. The
-config line sets the pattern of the layer named `local`. [Patterns](../reference/patterns.md) lists all arguments."""
-CONFIG = "config.model.layers.local.mixer.pattern"
+{INPUTS:,} positions after 1 to {LAYERS} layers of the pattern, and its cost over {LENGTH:,} tokens.
+
+Pairs and tiles of 128 x 128 are per head. A bidirectional pattern needs `model.causal = False`; it does not decode and
+has no KV cache. The last line of a card is that of a config, where `local` is `config.model.layers.local`.
+[Patterns](../reference/patterns.md) lists all arguments."""
 
 
 class Card(NamedTuple):
@@ -209,12 +210,12 @@ def _write_card(card: Card) -> str:
     pattern, slug = parse(card.text), _slug(card)
     source = f" *{card.source}*" if card.source else ""
     parts = [
-        f"**`{card.title}`** {{ #{slug} }}",
+        f'<a id="{slug}"></a>**`{card.title}`**',
         card.purpose + source,
         f"![{card.title}: queries downwards, keys to the right]({slug}.svg)",
         f"![Receptive field of {LAYERS} layers of {card.title}]({slug}_field.svg)",
         markdown.table((f"{LENGTH:,} tokens", ""), _list_costs(pattern), right=("",)),
-        f"`{CONFIG} = {card.text!r}`",
+        f"`local.mixer.pattern = {card.text!r}`",
     ]
     return "-   " + "\n\n".join(parts).replace("\n", "\n    ").replace("\n    \n", "\n\n")
 
@@ -225,8 +226,8 @@ def _list_costs(pattern: Pattern) -> Iterable[tuple[str, str]]:
     pairs, dense = pattern.pairs(LENGTH) / heads, LENGTH * (LENGTH + 1) // 2
     live, tiles = pattern.tiles(LENGTH)
     yield "Scored pairs", f"{pairs:,.0f}"
-    yield "Relative to dense causal", f"{pairs / dense:.2f}" if pairs > dense / 10 else f"1/{dense / pairs:,.0f}"
-    yield "Live tiles of 128 x 128", f"{live / heads:,.0f} of {tiles // heads:,}"
+    yield "Of dense causal", f"{pairs / dense:.2f}" if pairs > dense / 10 else f"1/{dense / pairs:,.0f}"
+    yield "Live tiles", f"{live / heads:,.0f} of {tiles // heads:,}"
     yield "KV-cache slots", "-" if pattern.lookahead() > 0 else f"{plan_cache(pattern, LENGTH)[1]:,}"
 
 
