@@ -51,11 +51,11 @@ def make_contender(batch: int, length: int, pattern: patterns.Pattern, impl: str
     return jax_contender(lambda q, k, v: attend(q, k, v, pattern, impl=impl), inputs, cotangent)
 
 
-def measure(batch: int, length: int, text: str) -> dict:
+def measure(batch: int, length: int, text: str, quick: bool) -> dict:
     """Measures all implementations in alternation; returns a row of the table."""
     pattern = patterns.parse(text)
     make = {impl: functools.partial(make_contender, batch, length, pattern, impl) for impl in IMPLS}
-    results = race(make, relative_error, pause=0.0)
+    results = race(make, relative_error, quick, pause=0.0)
     layout = pattern.layout(length, tile=(SMALL, SMALL))
     return {
         "batch": batch,
@@ -73,6 +73,6 @@ def run(options: argparse.Namespace, save: Save) -> None:
     rows = []
     for case in CASES[: 2 if options.quick else None]:
         print(*case, flush=True)
-        rows.append(measure(*case))
+        rows.append(measure(*case, options.quick))
     print_rows(rows)
     save({"device": jax.devices()[0].device_kind, "heads": HEADS, "head_width": WIDTH, "rows": rows})

@@ -104,7 +104,7 @@ def jax_attention(**options) -> Callable:
     return lambda q, k, v: jax.nn.dot_product_attention(q, k, v, **options)
 
 
-def measure_window(devices: OtherProcess, torch: OtherProcess | None, length: int) -> dict:
+def measure_window(devices: OtherProcess, torch: OtherProcess | None, length: int, quick: bool) -> dict:
     """Compares `gather` on the window with dense attention of JAX and with PyTorch."""
     mask = WINDOW.dense(length)
     attentions = {
@@ -117,7 +117,7 @@ def measure_window(devices: OtherProcess, torch: OtherProcess | None, length: in
     make[DEVICES] = functools.partial(device_contender, devices, WINDOW, length)
     if torch:
         make |= {name: functools.partial(torch_contender, torch, name, length) for name in TORCH_WINDOW}
-    rows = race(make)
+    rows = race(make, quick=quick)
     others = {"best dense JAX": min_seconds(rows, list(attentions)[1:])}
     if torch:
         others["best PyTorch"] = min_seconds(rows, TORCH_WINDOW)
@@ -125,13 +125,13 @@ def measure_window(devices: OtherProcess, torch: OtherProcess | None, length: in
     return result_of(WINDOW, length, rows, ratios)
 
 
-def measure_big_bird(devices: OtherProcess, torch: OtherProcess | None, length: int) -> dict:
+def measure_big_bird(devices: OtherProcess, torch: OtherProcess | None, length: int, quick: bool) -> dict:
     """Compares times only: random tiles are shared by all heads here and differ per head in transformers."""
     make = {"gather": functools.partial(attention_contender, sparsejax_attention("gather", BIG_BIRD), length)}
     make[DEVICES] = functools.partial(device_contender, devices, BIG_BIRD, length)
     if torch:
         make |= {name: functools.partial(torch_contender, torch, name, length) for name in TORCH_BIG_BIRD}
-    rows = race(make, error=None)
+    rows = race(make, None, quick)
     ratios = compare({name: rows[name]["seconds"] for name in TORCH_BIG_BIRD if name in rows}, rows)
     return result_of(BIG_BIRD, length, rows, ratios)
 
@@ -141,22 +141,22 @@ def compare(others: dict[str, float], rows: dict[str, dict]) -> dict[str, float]
     return {f"{name} / {ours}": time / rows[ours]["seconds"] for name, time in others.items() for ours in OURS}
 
 
-def measure_growth(lengths: Sequence[int]) -> dict:
+def measure_growth(lengths: Sequence[int], quick: bool) -> dict:
     """Measures the window at growing lengths, and fits the exponents of time and memory."""
     run = sparsejax_attention("gather", WINDOW)
     make = {str(n): functools.partial(attention_contender, run, n) for n in lengths}
-    rows = race(make, error=None)
+    rows = race(make, None, quick)
     return result_of(WINDOW, None, rows, fit_exponents(rows))
 
 
-def measure_tiles(cases: Sequence[tuple[int, str]]) -> list[dict]:
+def measure_tiles(cases: Sequence[tuple[int, str]], quick: bool) -> list[dict]:
     """Measures `gather` by tile size on several patterns and lengths."""
     results = []
     for length, text in cases:
         print(f"  {text}, {length} tokens", flush=True)
         runs = {str(tile): tiled_attention(patterns.parse(text), tile) for tile in TILES}
         make = {name: functools.partial(attention_contender, run, length) for name, run in runs.items()}
-        rows = race(make)
+        rows = race(make, quick=quick)
         ratios = {"best tile": float(min(rows, key=lambda name: rows[name]["seconds"]))}
         results.append(result_of(text, length, rows, ratios))
     return results
@@ -191,9 +191,9 @@ def run(options: argparse.Namespace, save: Save) -> None:
         print("no --torch: skipping PyTorch")
     facts = {"torch_side": torch.request(do="versions") if torch else None}
     measures = {
-        "window": lambda: [measure_window(devices, torch, window)],
-        "big_bird": lambda: [measure_big_bird(devices, torch, big_bird)],
-        "growth": lambda: [measure_growth(growth)],
-        "tiles": lambda: measure_tiles(tiles),
+        "window": lambda: [measure_window(devices, torch, window, options.quick)],
+        "big_bird": lambda: [measure_big_bird(devices, torch, big_bird, options.quick)],
+        "growth": lambda: [measure_growth(growth, options.quick)],
+        "tiles": lambda: measure_tiles(tiles, options.quick),
     }
     run_parts(measures, options.only, lambda record: save(facts | record))

@@ -34,8 +34,8 @@ RADIUS = 256  # keys on either side of a query
 BIG_BIRD_TILE, RANDOM_TILES = 64, 3
 LEFT, SINK = 4095, 128  # the mask of the layouts: causal & (window(LEFT) | sink(SINK))
 
-REPETITIONS, SLOW_REPETITIONS = 7, 3  # timed runs; SLOW_REPETITIONS if the first takes longer than SLOW seconds
-SLOW = 5.0
+REPETITIONS, QUICK_REPETITIONS = 7, 2  # timed runs
+SLOW, SLOW_REPETITIONS = 5.0, 3  # timed runs if the first takes longer than SLOW seconds
 PAUSE = 0.5  # seconds before a run: the threads of the previous contender spin for a while
 TOLERANCE = 1e-4  # between results of contenders
 
@@ -106,7 +106,7 @@ def timed(work: Callable[[], object]) -> float:
 
 
 def alternate(
-    runs: Mapping[Any, Callable[[], float]], repetitions: int = REPETITIONS, pause: float = 0.0
+    runs: Mapping[Any, Callable[[], float]], repetitions: int, pause: float = 0.0
 ) -> dict[Any, dict[str, Any]]:
     """Repeats runs in alternation, so that other load on the machine affects all of them.
 
@@ -168,6 +168,7 @@ def relative_error(actual: np.ndarray, expected: np.ndarray) -> float:
 def race(
     make: Mapping[str, Callable[[], Contender]],
     error: Callable[[np.ndarray, np.ndarray], float] | None = absolute_error,
+    quick: bool = False,
     pause: float = PAUSE,
 ) -> dict[str, dict[str, Any]]:
     """Times contenders in alternation.
@@ -175,6 +176,7 @@ def race(
     Args:
       make: Constructors of the contenders, by name.
       error: Compares the results with those of the first contender; None skips the comparison.
+      quick: Whether to repeat less, without pauses.
       pause: Seconds before each run.
     """
     contenders, errors = {}, {}
@@ -191,7 +193,7 @@ def race(
     runs = {name: lambda contender=contender: contender.run(False)[0] for name, contender in contenders.items()}
     return {
         name: row | {"temporary_mib": contenders[name].temporary_mib, "differs_by": errors.get(name)}
-        for name, row in alternate(runs, pause=pause).items()
+        for name, row in alternate(runs, *((QUICK_REPETITIONS,) if quick else (REPETITIONS, pause))).items()
     }
 
 

@@ -114,11 +114,11 @@ def scan_contender(scan: Callable, case: str, length: int) -> Contender:
     return jax_contender(scan, inputs, tuple(cotangents))
 
 
-def measure_case(case: str, length: int) -> dict:
+def measure_case(case: str, length: int, quick: bool) -> dict:
     """Compares the scan of sparsejax with the two plain implementations."""
     scans = {"sparsejax": our_scan(case), "lax.scan": sequential, "associative_scan": associative}
     make = {name: functools.partial(scan_contender, scan, case, length) for name, scan in scans.items()}
-    rows = race(make, relative_error)
+    rows = race(make, relative_error, quick)
     ratios = {
         f"{name} / sparsejax, {field}": rows[name][field] / rows["sparsejax"][field]
         for name in ("lax.scan", "associative_scan")
@@ -128,19 +128,19 @@ def measure_case(case: str, length: int) -> dict:
     return {"title": title, "length": length, "contenders": rows, "ratios": ratios}
 
 
-def measure_growth(case: str, lengths: Sequence[int]) -> dict:
+def measure_growth(case: str, lengths: Sequence[int], quick: bool) -> dict:
     """Measures the scan of sparsejax at growing lengths, and fits the exponents of time and memory."""
     scan = our_scan(case)
-    rows = race({str(n): functools.partial(scan_contender, scan, case, n) for n in lengths}, error=None)
+    rows = race({str(n): functools.partial(scan_contender, scan, case, n) for n in lengths}, None, quick)
     return {"title": f"{case} by length", "contenders": rows, "ratios": fit_exponents(rows)}
 
 
-def measure_chunks(case: str, length: int) -> dict:
+def measure_chunks(case: str, length: int, quick: bool) -> dict:
     """Measures the scan of sparsejax by chunk, and computes the size of the saved states, one per chunk."""
     scan = our_scan(case)
     chunked = {str(chunk): functools.partial(scan, chunk=chunk) for chunk in CHUNKS}
     make = {name: functools.partial(scan_contender, scan, case, length) for name, scan in chunked.items()}
-    rows = race(make, relative_error)
+    rows = race(make, relative_error, quick)
     state_mib = draw_inputs(case, 1)[0][-1].nbytes / 2**20
     for name, row in rows.items():
         row["states_mib"] = -(-length // int(name)) * state_mib
@@ -162,7 +162,7 @@ def run(options: argparse.Namespace, save: Save) -> None:
     """Measures the parts."""
     pin_cores()
     length, lengths = (64, (64, 128)) if options.quick else (options.length, GROWTH_LENGTHS)
-    measures = {case: lambda case=case: [measure_case(case, length)] for case in CASES}
-    measures["chunks"] = lambda: [measure_chunks(case, length) for case in CASES]
-    measures["growth"] = lambda: [measure_growth(case, lengths) for case in CASES]
+    measures = {case: lambda case=case: [measure_case(case, length, options.quick)] for case in CASES}
+    measures["chunks"] = lambda: [measure_chunks(case, length, options.quick) for case in CASES]
+    measures["growth"] = lambda: [measure_growth(case, lengths, options.quick) for case in CASES]
     run_parts(measures, options.only, save)
