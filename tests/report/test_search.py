@@ -82,7 +82,7 @@ def write(tmp_path, objectives, trials):
     front = find_best(trials, objectives)
     overrides = {trial.number: trial.user_attrs["overrides"] for trial in front}
     settings = {number: configs.load(str(RECIPE), drawn).to_dict() for number, drawn in overrides.items()}
-    write_results(tmp_path, trials, objectives, settings)
+    write_results(tmp_path, trials, objectives, settings, ["my.parts"])
     return front
 
 
@@ -126,3 +126,5 @@ def test_files_of_one_objective(tmp_path):
     }
     assert [row["step"] for row in csv.DictReader((tmp_path / "trials.csv").open())] == ["10", "5", ""]
     assert configs.load(str(tmp_path / "best.py")).train.steps == 10
+    command = "sparsejax train --config=best.py --import=my.parts --workdir=runs/best"
+    assert f"\n    {command}\n" in (tmp_path / "best.py").read_text()
