@@ -118,7 +118,7 @@ def _outline(mask: np.ndarray) -> str:
     runs = np.stack([np.argwhere(edges == 1)[:, 0], np.argwhere(edges == 1)[:, 1], np.argwhere(edges == -1)[:, 1]], 1)
     runs = runs[np.lexsort((runs[:, 0], runs[:, 2], runs[:, 1]))]  # equal runs one below the other
     follows = np.all(runs[1:] - runs[:-1] == (1, 0, 0), axis=1)
-    starts = np.flatnonzero(np.concatenate([[True], ~follows])) if len(runs) else []
+    starts = np.flatnonzero(np.concatenate([[True], ~follows])[: len(runs)])
     path = []
     for first, stop in itertools.pairwise([*starts, len(runs)]):
         row, left, right = runs[first]

@@ -22,9 +22,9 @@ INTRODUCTION = f"""\
 Each card shows which keys (to the right) each query (downwards) attends to, how many inputs can influence the last of
 {INPUTS:,} positions after 1 to {LAYERS} layers of the pattern, and its cost over {LENGTH:,} tokens.
 
-Pairs and tiles of 128 x 128 are per head. A bidirectional pattern needs `model.causal = False`; it does not decode and
-has no KV cache. The last line of a card is that of a config, where `local` is `config.model.layers.local`.
-[Patterns](../reference/patterns.md) lists all arguments."""
+Pairs and live tiles (of 1,048,576 tiles of 128 x 128) are per head. A bidirectional pattern needs
+`model.causal = False`; it does not decode and has no KV cache. The last line of a card belongs in a config, where
+`local` is `config.model.layers.local`. [Patterns](../reference/patterns.md) lists all arguments."""
 
 
 class Card(NamedTuple):
@@ -224,10 +224,10 @@ def _list_costs(pattern: Pattern) -> Iterable[tuple[str, str]]:
     """Names and values of the costs of a pattern."""
     heads = pattern.heads or 1
     pairs, dense = pattern.pairs(LENGTH) / heads, LENGTH * (LENGTH + 1) // 2
-    live, tiles = pattern.tiles(LENGTH)
+    live, _ = pattern.tiles(LENGTH)
     yield "Scored pairs", f"{pairs:,.0f}"
     yield "Of dense causal", f"{pairs / dense:.2f}" if pairs > dense / 10 else f"1/{dense / pairs:,.0f}"
-    yield "Live tiles", f"{live / heads:,.0f} of {tiles // heads:,}"
+    yield "Live tiles", f"{live / heads:,.0f}"
     yield "KV-cache slots", "-" if pattern.lookahead() > 0 else f"{plan_cache(pattern, LENGTH)[1]:,}"
 
 
