@@ -102,7 +102,8 @@ def restore(workdir: Workdir) -> None:
             import_source(extension.source)
         except InputError as error:
             if None in _digests(extension) or not isinstance(error, MissingError):
-                raise InputError(workdir.extensions, f"{names}: {error.problem}") from error
+                remedy = "; restore it, or correct its path" if isinstance(error, MissingError) else ""
+                raise InputError(workdir.extensions, f"{names}: {error.problem}{remedy}") from error
         if None in _digests(extension):
             raise InputError(workdir.extensions, f"{names}: {extension.source} does not register all of them")
 

@@ -42,7 +42,7 @@ class Origin:
         return cls(definition.__module__, definition.__qualname__, file, digest)
 
     def __str__(self) -> str:
-        return f"{self.qualname} of {self.file or self.module}"
+        return f"{self.qualname} in {self.file or self.module}"
 
     def repeats(self, other: Origin) -> bool:
         """Whether both are the same definition in the same content of a file."""
@@ -95,11 +95,11 @@ class Registry(Mapping[str, T], Generic[T]):
         if name in self.members:
             present, other = self.members[name]
             if other is None:
-                raise InputError(self.kind, f"{name!r} of {origin} is the name of a built-in {self.kind}; rename it")
+                raise InputError(self.kind, f"{name!r}, {origin}, is the name of a built-in {self.kind}; rename it")
             if origin.repeats(other):
                 return present
             if not origin.supersedes(other):
-                raise InputError(self.kind, f"{name!r} is defined by both {other} and {origin}; rename one of them")
+                raise InputError(self.kind, f"{name!r} is defined twice: {other} and {origin}; rename one of them")
         self.members[name] = value, origin
         return value
 
@@ -151,7 +151,7 @@ class Registry(Mapping[str, T], Generic[T]):
                     raise InputError(self.group, f"{_describe(point)} has the name of a built-in {self.kind}")
                 other = points.setdefault(point.name, point)
                 if other.value != point.value:
-                    raise InputError(self.group, f"{_describe(other)} and {_describe(point)} have one name")
+                    raise InputError(self.group, f"{_describe(other)} and {_describe(point)} have the same name")
             self._installed = points
         return self._installed
 

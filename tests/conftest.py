@@ -55,9 +55,10 @@ def _compile_once(tmp_path_factory):
 
 @pytest.fixture
 def registries(monkeypatch):
-    """Forgets the patterns and the mixers that a test registers."""
+    """Forgets the patterns and the mixers that a test registers, and the entry points that it installs."""
     for registry in (patterns.REGISTRY, layers.MIXERS):
         monkeypatch.setattr(registry, "members", dict(registry.members))
+        monkeypatch.setattr(registry, "_installed", None)
 
 
 @pytest.fixture

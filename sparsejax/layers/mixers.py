@@ -119,10 +119,10 @@ MIXERS: Registry[tuple[type[MixerConfig], type[Mixer]]] = Registry(
 )
 # The module of each config class, including those that a later registration of the same kind replaced.
 MODULES: dict[type[MixerConfig], type[Mixer]] = dict(MIXERS.members[kind][0] for kind in MIXERS.members)
-M = TypeVar("M", bound=type[Mixer])
+M = TypeVar("M", bound=type)
 
 
-def register(kind: str, config: type[MixerConfig]) -> Callable[[M], M]:
+def register(kind: str, config: type) -> Callable[[M], M]:
     """Returns a decorator that adds a mixer to the values of `mixer.kind`.
 
         @layers.register("ema", EmaConfig)

@@ -73,7 +73,7 @@ def register(definition: Definition) -> Definition:
                 " @register",
             )
     if not isinstance(name, str) or not NAME.fullmatch(name):
-        raise PatternError("register", f"{definition!r} has the name {name!r}, which is not an identifier")
+        raise PatternError("register", f"{definition.__qualname__} has the name {name!r}, which is not an identifier")
     return cast(Definition, REGISTRY.add(name, definition, definition))
 
 
