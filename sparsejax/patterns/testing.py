@@ -72,10 +72,12 @@ def _check_heads(name: str, pattern: Pattern, t: int, s: int) -> None:
     _equal(f"{name}: for_head", np.array([head.dense(t, s) for head in pattern.by_head()]), masks)
     _equal(f"{name}: pairs", pattern.pairs(t, s), int(mask.sum()))
     q, k = np.nonzero(masks.any(axis=0))
-    _require(f"{name}: lookahead is less than an allowed k - q", (k - q <= pattern.lookahead()).all())
+    for query, key in zip(*(x[k - q > pattern.lookahead()][:1] for x in (q, k)), strict=True):
+        raise AssertionError(f"{name}: lookahead is {pattern.lookahead()}, but query {query} attends to key {key}")
     last = np.asarray(pattern.last_query(np.arange(s)))
     _equal(f"{name}: the shape and type of last_query", (last.shape, last.dtype), ((s,), np.dtype(np.int64)))
-    _require(f"{name}: last_query precedes a query that attends to the key", (q <= last[k]).all())
+    for query, key in zip(*(x[q > last[k]][:1] for x in (q, k)), strict=True):
+        raise AssertionError(f"{name}: last_query of key {key} is {last[key]}, but query {query} attends to it")
     if mask.size:
         _equal(f"{name}: allows of one pair", np.asarray(pattern.allows(t - 1, s // 2, t, s)), mask[..., t - 1, s // 2])
 
