@@ -102,7 +102,8 @@ def restore(workdir: Workdir) -> None:
             import_source(extension.source)
         except InputError as error:
             if None in _digests(extension) or not isinstance(error, MissingError):
-                remedy = "; restore it, or correct its path" if isinstance(error, MissingError) else ""
+                missing = isinstance(error, MissingError) and extension.source
+                remedy = "; restore it, or correct its path" if missing else ""
                 raise InputError(workdir.extensions, f"{names}: {error.problem}{remedy}") from error
         if None in _digests(extension):
             raise InputError(workdir.extensions, f"{names}: {extension.source} does not register all of them")
@@ -135,16 +136,17 @@ def import_source(source: str) -> None:
       InputError: It fails.
     """
     if not source:
-        raise MissingError("import", "defined in an interactive session; import a file that defines it first")
-    if source.endswith(".py") and not Path(source).is_file():
+        raise MissingError("import", "defined in an interactive session; move it to a file and import that")
+    is_file = source.endswith(".py")
+    if is_file and not Path(source).is_file():
         raise MissingError("import", f"no file {source!r}")
     try:
-        if source.endswith(".py"):
+        if is_file:
             _import_file(Path(source).resolve())
         else:
             importlib.import_module(source)
     except Exception as error:
-        if isinstance(error, ModuleNotFoundError) and f"{source}.".startswith(f"{error.name}."):
+        if not is_file and isinstance(error, ModuleNotFoundError) and f"{source}.".startswith(f"{error.name}."):
             raise MissingError("import", f"no module {source!r}; the path of a file ends in .py") from error
         kind = "" if isinstance(error, InputError) else f"{type(error).__name__}: "
         raise InputError("import", f"{source}: {kind}{' '.join(str(error).split())}") from error

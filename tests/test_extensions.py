@@ -5,6 +5,7 @@ import os
 import shutil
 import subprocess
 import sys
+import types
 from pathlib import Path
 
 import jax.numpy as jnp
@@ -274,6 +275,32 @@ def test_a_file_that_registers_less_than_before(folder, tmp_path, monkeypatch):
     edit(folder / "older.py", "def older_or_near", "def older_and_near")
     forget(monkeypatch)
     with rejects(InputError, "older_or_near"):
+        extensions.restore(workdir)
+
+
+def test_a_config_file_can_define_its_parts(folder, tmp_path, monkeypatch):
+    source = (folder / "ema.py").read_text()
+    edit(folder / "hybrid.py", "import ema  # noqa: F401\n", "")
+    edit(folder / "hybrid.py", '"""A tiny hybrid', f'{source}\n\nTITLE = """A tiny hybrid')
+    (folder / "ema.py").unlink()
+    for _ in range(2):
+        settings = configs.load(str(folder / "hybrid.py"))
+        assert configs.check(settings).model.layers["ema"].mixer.inner == 8
+    workdir = record(tmp_path / "w")
+    forget(monkeypatch)
+    extensions.restore(workdir)
+    assert "ema" in layers.MIXERS.registered
+
+
+def test_a_definition_of_a_session_is_replaced_and_cannot_be_restored(tmp_path, monkeypatch):
+    session = types.ModuleType("session")
+    monkeypatch.setitem(sys.modules, "session", session)
+    for text in ("window(1)", "window(2)"):  # a cell that is edited and run again
+        exec(RECIPE.format(name="near", text=text), session.__dict__)
+        assert str(patterns.parse("near")) == text
+    workdir = record(tmp_path / "w")
+    forget(monkeypatch)
+    with rejects(InputError, "session"):
         extensions.restore(workdir)
 
 
