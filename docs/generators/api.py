@@ -15,7 +15,7 @@ PAGES = {
         "Patterns",
         ["sparsejax.patterns", "sparsejax.patterns.receptive_field", "sparsejax.patterns.recipes"],
     ),
-    "testing": ("Testing a pattern", ["sparsejax.patterns.testing"]),
+    "testing": ("Testing patterns and mixers", ["sparsejax.patterns.testing", "sparsejax.layers.testing"]),
     "ops": ("Ops", ["sparsejax.ops"]),
     "layers": ("Layers", ["sparsejax.layers"]),
     "model": ("Model and decoding", ["sparsejax.model", "sparsejax.decode"]),
@@ -26,6 +26,7 @@ PAGES = {
     "report": ("Reports", ["sparsejax.report"]),
     "account": ("Accounts of cost", ["sparsejax.account", "sparsejax.budget"]),
     "interop": ("Hugging Face checkpoints", ["sparsejax.interop.huggingface"]),
+    "extensions": ("Extensions", ["sparsejax.extensions"]),
     "loading": ("Loading", ["sparsejax.loading"]),
     "errors": ("Errors", ["sparsejax.errors"]),
 }

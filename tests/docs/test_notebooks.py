@@ -15,7 +15,7 @@ def notebook(request):
 
 
 def test_a_notebook_runs(notebook, tmp_path):
-    NotebookClient(notebook, timeout=120, resources={"metadata": {"path": str(tmp_path)}}).execute()
+    NotebookClient(notebook, timeout=600, resources={"metadata": {"path": str(tmp_path)}}).execute()
 
 
 @pytest.mark.quick
