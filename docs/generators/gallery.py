@@ -10,8 +10,10 @@ from typing import NamedTuple
 from generators import markdown
 from sparsejax import svg
 from sparsejax.palette import GREY, SERIES
-from sparsejax.patterns import NAMES, RECIPES, Pattern, parse, plan_cache, receptive_field
+from sparsejax.patterns import Pattern, parse, plan_cache, receptive_field
 from sparsejax.patterns.drawing import picture
+from sparsejax.patterns.library import NAMES
+from sparsejax.patterns.recipes import RECIPES
 from sparsejax.patterns.text import JOINS
 
 FOLDER = Path("docs/gallery")

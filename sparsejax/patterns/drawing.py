@@ -233,11 +233,11 @@ def _panel_to_svg(panel: Panel, x: float, y: float, cell: tuple[float, float]) -
 
 
 def _cell_size(panel: Panel, side: float) -> tuple[float, float]:
-    """Width and height of a cell in pixels, whole numbers where they exceed one pixel."""
+    """Width and height of a cell in whole pixels."""
     rows, columns = panel.states.shape
     queries, keys = panel.tile
     scale = side / max(rows * queries, columns * keys, 1)
-    width, height = (max(1.0, np.floor(scale * tokens)) for tokens in (keys, queries))
+    width, height = (max(1.0, np.round(scale * tokens)) for tokens in (keys, queries))
     return float(width), float(height)
 
 
