@@ -52,6 +52,7 @@ class Mixer(nnx.Module):
     """Base of mixers: modules through which tokens read from each other.
 
     A mixer is built as `Mixer(config, stream, rngs)` and keeps the width m of the stream. It defines:
+
       * `__call__`: the output for a whole sequence. It must honor `context.tokens`: documents that share a row do not
         interact (`segments`), and nothing is read from padding (`mask`).
       * `init_cache` and `step`, together and optional: decoding. By default the inputs are cached and `__call__` runs
