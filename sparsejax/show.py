@@ -137,7 +137,7 @@ def _describe(layer: LayerConfig) -> tuple[str, str]:
     if layer.mixer is None:
         return "-", "-"
     side = "" if layer.side is None else f" + {layer.side.shared}"
-    return f"{layer.mixer.summary}{side}", getattr(layer.mixer, "pattern", "-")
+    return f"{layer.mixer.summary}{side}", str(getattr(layer.mixer, "pattern", "-"))
 
 
 def _print(console: Console, *lines: str) -> None:

@@ -18,6 +18,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     subject = parser.add_mutually_exclusive_group(required=True)
     add_config(parser, subject)
     subject.add_argument("--hf", metavar="PATH", help="a Hugging Face model: its folder or its config.json")
+    parser.add_argument(
+        "--ignore",
+        action="append",
+        default=[],
+        metavar="KEY",
+        help="a key of config.json to leave out with --hf, as if it were not there; repeatable",
+    )
     subject.add_argument(
         "--complexity",
         nargs="?",
@@ -43,7 +50,7 @@ def run(options: argparse.Namespace, console: Console) -> None:
     elif options.hf:
         from sparsejax.interop import huggingface
 
-        show.show(*huggingface.describe(options.hf, options.length), console)
+        show.show(*huggingface.describe(options.hf, options.length, options.ignore), console)
     else:
         from sparsejax import config as configs
 

@@ -1,5 +1,6 @@
 """Hugging Face folders: errors name the file, key or tensor; valid folders are read one tensor at a time."""
 
+import dataclasses
 import json
 import shutil
 import weakref
@@ -191,6 +192,77 @@ def test_invalid_keys_of_a_family(tmp_path, name, keys):
     assert_rejected(folder, "config.json", *keys)
 
 
+def test_all_keys_are_rejected_at_once(tmp_path):
+    folder = copy("bamba", tmp_path)
+    edit_config(folder, partial_rotary_factor=1.0, first_new_key=1, second_new_key=2)
+    assert_rejected(folder, "partial_rotary_factor", "first_new_key, second_new_key")
+
+
+def test_ignored_keys_are_recorded(folder):
+    edit_config(folder, new_key=1, quantization_config={"quant_method": "fp8"})
+    model = huggingface.load(folder, ignore=["new_key", "quantization_config"])
+    assert model.ignored == ("new_key", "quantization_config")
+    assert_rejected(folder, "new_key", ignore=["quantization_config"])
+    assert_rejected(folder, "fp8", ignore=["new_key"])
+    assert_rejected(folder, "other_key", ignore=["other_key"])
+
+
+# Keys of released files without effect: families, and what `to_dict` writes for every model.
+INERT_KEYS = [
+    ("gpt_oss", {"initial_context_length": 4096, "experts_per_token": 4, "swiglu_limit": 7.0}),
+    ("nemotron_h", {"norm_eps": 1e-5, "rope_theta": 10_000, "partial_rotary_factor": 1.0}),
+    ("gemma2", {"sliding_window_size": 4096}),
+    (
+        "mistral_sliding",
+        {
+            "add_cross_attention": False, "bad_words_ids": None, "cross_attention_hidden_size": None, "do_sample": True,
+            "early_stopping": False, "is_decoder": False, "is_encoder_decoder": False, "max_length": 20,
+            "num_beams": 1, "prefix": None, "pruned_heads": {}, "temperature": 0.7, "tf_legacy_loss": False,
+            "tie_encoder_decoder": False, "top_k": 50, "top_p": 1.0, "typical_p": 1.0, "use_bfloat16": False,
+        },
+    ),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("name", "keys"), INERT_KEYS, ids=[name for name, _ in INERT_KEYS])
+def test_inert_keys(tmp_path, name, keys):
+    path = tmp_path / "config.json"
+    config = json.loads((GOLDEN / name / "config.json").read_text())
+    path.write_text(json.dumps(keys | config))
+    assert huggingface.read_config(path).model == huggingface.read_config(GOLDEN / name).model
+
+
+def test_a_config_without_weights_is_described_although_they_are_quantized(folder):
+    expected = huggingface.describe(folder)
+    edit_config(folder, quantization_config={"quant_method": "mxfp4"})
+    assert huggingface.describe(folder) == expected
+
+
+def test_the_text_model_of_gemma_3(tmp_path):
+    text = copy("gemma3_text", tmp_path)
+    folder = tmp_path / "multimodal"
+    folder.mkdir()
+    config = json.loads((text / "config.json").read_text())
+    (folder / "config.json").write_text(
+        json.dumps({"model_type": "gemma3", "text_config": config, "vision_config": {}})
+    )
+    stored = {f"language_model.{name}": tensor for name, tensor in load_file(text / "model.safetensors").items()}
+    save_file(stored | {"vision_tower.a": np.zeros(3, np.float32)}, folder / "model.safetensors")
+    ids = np.arange(12).reshape(1, -1)
+    np.testing.assert_array_equal(huggingface.load(folder)(ids), huggingface.load(text)(ids))
+    assert huggingface.describe(folder) == huggingface.describe(text)
+    edit_config(folder, text_config=config | {"new_key": 1})
+    assert_rejected(folder, "text_config: new_key")
+
+
+def test_minimax_rotates_rotary_dim_channels(tmp_path):
+    path = tmp_path / "config.json"
+    config = json.loads((GOLDEN / "minimax_text01" / "config.json").read_text())
+    width = huggingface.read_config(GOLDEN / "minimax_text01").model.layers["full"].mixer.head_width
+    path.write_text(json.dumps(config | {"rotary_dim": width // 2}))
+    assert huggingface.read_config(path).model.layers["full"].mixer.rope.width(width) == width // 2
+
+
 # Tensors
 
 
@@ -373,6 +445,47 @@ def test_saving_below_a_file(tmp_path, mistral):
         huggingface.save(mistral, tmp_path / "file" / "copy")
 
 
+def change_pattern(model: huggingface.Pretrained, name: str, pattern: str) -> None:
+    layer = model.config.layers[name]
+    changed = dataclasses.replace(layer, mixer=dataclasses.replace(layer.mixer, pattern=pattern))
+    model.config = dataclasses.replace(model.config, layers=model.config.layers | {name: changed})
+
+
+def test_a_changed_config_is_saved_with_a_changed_config_json_only(folder):
+    model = huggingface.load(folder)
+    before, (name, *_) = model(IDS), model.config.layers
+    change_pattern(model, name, "mistral(2)")
+    expected = model(IDS)
+    assert np.abs(expected - before).max() > 1e-3
+    with rejects(ConversionError, f"layers.{name}.mixer.pattern"):
+        huggingface.save(model, folder.with_name("copy"))
+    assert not folder.with_name("copy").exists()
+    model.hf_config = model.hf_config | {"sliding_window": 2}
+    huggingface.save(model, folder.with_name("copy"))
+    np.testing.assert_array_equal(huggingface.load(folder.with_name("copy"))(IDS), expected)
+
+
+def test_a_changed_config_json_is_saved_with_a_changed_config_only(folder):
+    model = huggingface.load(folder)
+    model.hf_config = model.hf_config | {"rms_norm_eps": 0.5}
+    with rejects(ConversionError, "norm.eps"):
+        huggingface.save(model, folder.with_name("copy"))
+
+
+def test_parameters_of_another_shape_are_not_saved(folder):
+    model = huggingface.load(folder)
+    model.parameters = model.parameters | {"embedding": {"tokens": model.parameters["embedding"]["tokens"][:-1]}}
+    with rejects(InputError, "embedding.tokens"):
+        huggingface.save(model, folder.with_name("copy"))
+
+
+def test_a_config_that_depends_on_the_length_cannot_be_changed():
+    model = huggingface.load(GOLDEN / "bigbird_block_sparse")
+    change_pattern(model, next(iter(model.config.layers)), "full")
+    with rejects(InputError, "config"):
+        model(np.ones((1, 300), int))
+
+
 # Arguments
 
 
@@ -425,5 +538,5 @@ def test_random_plans_for_another_length():
 
 def test_too_many_tokens():
     model = huggingface.load(GOLDEN / "longformer")
-    with rejects(ValueError, "140"):
+    with rejects(ValueError, "138"):
         model(np.full((1, 139), 3))

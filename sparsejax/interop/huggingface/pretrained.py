@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +40,7 @@ class Pretrained(LoadedModel):
       parameters: Nested dicts of float32 arrays, for `Functional(config)`.
       dtypes: Dtype in which each tensor is stored.
       unused: Tensors that the model does not use, such as another head; `save` writes them back.
+      ignored: Keys of config.json that `load` was told to ignore, so that the model may differ from the original.
     """
 
     def __init__(
@@ -49,10 +51,12 @@ class Pretrained(LoadedModel):
         dtypes: dict[str, np.dtype],
         unused: dict[str, np.ndarray],
         options: dict[str, Any],
+        ignored: tuple[str, ...],
     ):
         super().__init__(translation.model, parameters)
         self.hf_config, self.kind, self.masks = hf_config, f"a {hf_config['model_type']} model", translation.keywords
-        self.dtypes, self.unused, self._translation, self._options = dtypes, unused, translation, options
+        self.dtypes, self.unused, self.ignored = dtypes, unused, ignored
+        self._translation, self._options = translation, options
 
     def tensors(self, parameters: Parameters | None = None) -> dict[str, np.ndarray]:
         """Returns `parameters`, or any tree of the same structure such as gradients, as tensors of the checkpoint."""
@@ -107,27 +111,33 @@ class Pretrained(LoadedModel):
         return Context(Tokens(mask=None if mask is None or mask.all() else jnp.asarray(mask, bool)), extras)
 
 
-def read_config(path: str | Path) -> Translation:
+def read_config(path: str | Path, ignore: Collection[str] = ()) -> Translation:
     """Translates a config.json, given the file or its folder.
+
+    Args:
+      path: The file or its folder.
+      ignore: Keys to leave out, as if the file did not have them.
 
     Raises:
       ConversionError: The file cannot be read, or has an unknown `model_type`, key or value.
     """
-    return _translate(*_read_json(path))
+    return _translate(*_read_json(path), ignore)
 
 
-def describe(path: str | Path, length: int | None = None) -> tuple[ModelConfig, int]:
+def describe(path: str | Path, length: int | None = None, ignore: Collection[str] = ()) -> tuple[ModelConfig, int]:
     """Returns the model of a config.json in the dtype in which it is stored, and a sequence length.
 
     Args:
       path: The file or its folder.
       length: Tokens per sequence; defaults to the maximum length of the file, or 4,096.
+      ignore: See `read_config`.
 
     Raises:
       ConversionError: See `read_config`.
     """
     hf_config, file = _read_json(path)
-    translation = _translate(hf_config, file)
+    translation = _translate(hf_config, file, ignore)
+    hf_config = hf_config | (hf_config.get("text_config") or {})
     if length is None:
         length = hf_config.get("max_position_embeddings") or hf_config.get("model_max_length") or DEFAULT_LENGTH
         # Positions of RoBERTa start after the padding index.
@@ -139,12 +149,13 @@ def describe(path: str | Path, length: int | None = None) -> tuple[ModelConfig, 
     return dataclasses.replace(model, dtype="float32" if dtype == "float32" else "bfloat16"), length
 
 
-def load(folder: str | Path, *, mesh: Mesh | None = None, **options: Any) -> Pretrained:
+def load(folder: str | Path, *, mesh: Mesh | None = None, ignore: Collection[str] = (), **options: Any) -> Pretrained:
     """Loads the model of a folder with config.json and safetensors, to compute in float32.
 
     Args:
       folder: The folder.
       mesh: Shards parameters over this mesh by `sharding.RULES`, one at a time.
+      ignore: Keys of config.json to leave out, as if the file did not have them; `Pretrained.ignored` records them.
       **options: Options of a family: `random_plans` (BigBird: random key tiles of the inner query tiles per layer, int
         [h, tiles - 2, r]), `lsh_rotations` (Reformer: float [h, d, hashes, buckets / 2]).
 
@@ -152,8 +163,14 @@ def load(folder: str | Path, *, mesh: Mesh | None = None, **options: Any) -> Pre
       ConversionError: A file, key or tensor is missing, unknown or invalid.
     """
     hf_config, file = _read_json(folder)
-    translation = _translate(hf_config, file, **options)
-    return Pretrained(hf_config, translation, *assemble(Checkpoint(Path(folder)), translation, mesh), options)
+    translation = _translate(hf_config, file, ignore, **options)
+    quantization = hf_config.get("quantization_config")
+    if quantization and "quantization_config" not in ignore:
+        method = quantization.get("quant_method", "unknown") if isinstance(quantization, dict) else quantization
+        problem = f"the weights are quantized ({method}); convert them to bfloat16 first"
+        raise ConversionError(f"{file}: quantization_config", problem)
+    parts = assemble(Checkpoint(Path(folder)), translation, mesh)
+    return Pretrained(hf_config, translation, *parts, options, tuple(ignore))
 
 
 def save(model: Pretrained, folder: str | Path, shard_bytes: int = checkpoint.SHARD_BYTES) -> None:
@@ -164,7 +181,7 @@ def save(model: Pretrained, folder: str | Path, shard_bytes: int = checkpoint.SH
         `config`, which the folder would give when loaded.
       InputError: A parameter is missing, or of another shape.
     """
-    described = _translate(model.hf_config, checkpoint.CONFIG, **model._options).model
+    described = _translate(model.hf_config, checkpoint.CONFIG, model.ignored, **model._options).model
     difference = _find_difference(described, model.config)
     if difference is not None:
         path, written, held = difference
@@ -195,8 +212,8 @@ def _read_json(path: str | Path) -> tuple[dict[str, Any], str]:
     return checkpoint.read_object(path), str(path)
 
 
-def _translate(hf_config: dict[str, Any], path: str, **options: Any) -> Translation:
-    fields = Fields(hf_config, path)
+def _translate(hf_config: dict[str, Any], path: str, ignore: Collection[str] = (), **options: Any) -> Translation:
+    fields = Fields(hf_config, path, ignore)
     model_type = hf_config.get("model_type")
     if not isinstance(model_type, str) or model_type not in FAMILIES:
         raise fields.unsupported("model_type", model_type, sorted(FAMILIES))

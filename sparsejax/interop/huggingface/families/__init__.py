@@ -30,6 +30,7 @@ FAMILIES: dict[str, Callable[..., Translation]] = {
     "deepseek_v32": deepseek.translate,
     "falcon_h1": falcon_h1.translate,
     "gemma2": gemma.translate_2,
+    "gemma3": gemma.translate_multimodal,
     "gemma3_text": gemma.translate_3,
     "gpt_oss": gpt_oss.translate,
     "jamba": jamba.translate,

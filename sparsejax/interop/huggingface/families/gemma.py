@@ -36,7 +36,7 @@ def _translate(fields: Fields, generation: int) -> Translation:
     width, depth = fields.take("hidden_size"), fields.take("num_hidden_layers")
     fields.require("use_bidirectional_attention", None, False)
     period = fields.take("sliding_window_pattern", None) or 6 if generation == 3 else 2
-    fields.ignore("_sliding_window_pattern", "cache_implementation")
+    fields.ignore("_sliding_window_pattern", "sliding_window_size", "cache_implementation")
     fields.ignore("hidden_act")  # the reference reads `hidden_activation`
     types = read_layer_types(
         fields, ["full_attention" if (i + 1) % period == 0 else "sliding_attention" for i in range(depth)]
@@ -84,6 +84,25 @@ def _translate(fields: Fields, generation: int) -> Translation:
     for i in range(depth):
         maps += _layer_tensors(f"model.layers.{i}", f"layers.{i}", bias, qk_norm=generation == 3)
     return Translation(model, maps, unused=tensors.tied_head(tied))
+
+
+def translate_multimodal(fields: Fields) -> Translation:
+    """Translates the text model of a `Gemma3Config`, whose images are not supported."""
+    fields.ignore("vision_config", "mm_tokens_per_image", "image_token_index", "image_token_id", "boi_token_id")
+    fields.ignore("eoi_token_id", "tie_word_embeddings")
+    text = fields.take("text_config")
+    if not isinstance(text, dict):
+        raise fields.error("text_config", "expected an object")
+    inner = Fields({"vocab_size": 262_208} | text, f"{fields.path}: text_config")
+    translation = translate_3(inner)
+    inner.finish()
+    maps = [
+        dataclasses.replace(entry, tensors=tuple(f"language_model.{name}" for name in entry.tensors))
+        for entry in translation.tensor_maps
+    ]
+    unused = tuple(rf"language_model\.{name}" for name in translation.unused)
+    images = (r"vision_tower\..*", r"multi_modal_projector\..*")
+    return dataclasses.replace(translation, tensor_maps=maps, unused=(*unused, *images))
 
 
 def _layer_tensors(source: str, target: str, bias: bool, qk_norm: bool) -> list[TensorMap]:

@@ -5,6 +5,8 @@ Residual connections start from the output of the norm, and have constant factor
 
 from __future__ import annotations
 
+import dataclasses
+
 from sparsejax.interop.huggingface import tensors
 from sparsejax.interop.huggingface.fields import Fields
 from sparsejax.interop.huggingface.rope import read_rope
@@ -34,7 +36,11 @@ def translate(fields: Fields) -> Translation:
         allowed=("full_attention", "linear_attention"),
     )
     norm = NormConfig(kind="rms", eps=fields.take("rms_norm_eps", 1e-5))
-    attention = read_attention(fields, width, read_rope(fields, base=1e6), pattern=read_window(fields))
+    # The released model rotates the first `rotary_dim` channels of a head; transformers ignores the key.
+    attention = read_attention(fields, width, None, pattern=read_window(fields))
+    rotated = fields.take("rotary_dim", None) or attention.head_width
+    rope = read_rope(fields, base=1e6, fraction=rotated / attention.head_width)
+    attention = dataclasses.replace(attention, rope=rope)
     lightning = LightningConfig(heads=attention.heads, head_width=attention.head_width, norm_eps=LIGHTNING_NORM_EPS)
     experts = ExpertsConfig(
         experts=fields.take("num_local_experts", 8),

@@ -29,7 +29,8 @@ TYPES = {
 IGNORED = """
     chunk_size time_step_min time_step_max time_step_floor time_step_rank rescale_prenorm_residual residual_in_fp32
     mamba_ssm_cache_dtype moe_shared_expert_overlap mtp_layers_block_type mtp_hybrid_override_pattern
-    num_nextn_predict_layers n_shared_experts expand num_hidden_layers rms_norm_eps mamba_proj_bias
+    num_nextn_predict_layers n_shared_experts expand num_hidden_layers rms_norm_eps norm_eps mamba_proj_bias
+    rope_theta partial_rotary_factor
 """
 
 
