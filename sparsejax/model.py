@@ -14,8 +14,10 @@ from jaxtyping import Array, Float, Int
 
 from sparsejax.config import ModelConfig
 from sparsejax.embedding import Embedding, Head, mean_pool
+from sparsejax.errors import InputError
 from sparsejax.layers import EMPTY, Cache, Context, Layer, Losses, Shared, Stream, make_norm, normalize
 from sparsejax.layers.stream import decays, logical_axes
+from sparsejax.schedule import Fold
 
 
 class Model(nnx.Module):
@@ -181,7 +183,13 @@ class Functional:
         return nnx.to_pure_dict(nnx.state(Model(self.config, nnx.Rngs(key))))
 
     def bind(self, parameters: dict[str, Any]) -> Model:
-        """Returns the model with these parameters."""
+        """Returns the model with these parameters.
+
+        Raises:
+          InputError: A parameter is missing, unknown or of another shape; `restack` converts the parameters of another
+            schedule.
+        """
+        check_parameters(parameters, self.shapes)
         state = jax.tree.map(lambda leaf: leaf, self._state)
         nnx.replace_by_pure_dict(state, parameters)
         return nnx.merge(self._graph, state)
@@ -214,3 +222,69 @@ class Functional:
             is_leaf=lambda leaf: isinstance(leaf, nnx.Variable),
         )
         return nnx.to_pure_dict(replaced)
+
+
+def check_parameters(parameters: dict[str, Any], shapes: dict[str, Any]) -> None:
+    """Compares parameters with the `shapes` of a `Functional`.
+
+    Raises:
+      InputError: A parameter is missing, unknown or of another shape; the message names the first by its path.
+    """
+    actual, expected = (_shapes_by_path(tree) for tree in (parameters, shapes))
+    for path in [*expected, *actual]:
+        if actual.get(path) != expected.get(path):
+            problem = "is missing" if path not in actual else f"of shape {list(actual[path])} is unknown"
+            if path in actual and path in expected:
+                problem = f"has shape {list(actual[path])}, not {list(expected[path])}"
+            raise InputError("parameters", f"{path} {problem}; see restack for parameters of another schedule")
+
+
+def restack(parameters: dict[str, Any], source: ModelConfig, target: ModelConfig) -> dict[str, Any]:
+    """Converts parameters between models of the same layers, whose schedules differ in what is scanned.
+
+    Args:
+      parameters: Parameters of `source`, or any tree of the same structure, such as gradients.
+      source: The model of the parameters.
+      target: A model of the same layers in the same order, under any names.
+
+    Returns:
+      The parameters of `target`.
+
+    Raises:
+      InputError: The layers differ in number or in the shape of a parameter.
+    """
+    check_parameters(parameters, Functional(source).shapes)
+    if len(source.names) != len(target.names):
+        raise InputError("target", f"has {len(target.names)} layers, not {len(source.names)}")
+    layers = list(_split_layers(parameters, source.fold))
+    fold, others = target.fold, {key: value for key, value in parameters.items() if key not in FOLDED}
+    first, width = len(fold.before), len(fold.period)
+    last = first + width * fold.repeats
+    period = {}
+    for i in range(width):
+        repetitions = layers[first + i : last : width]
+        for layer in repetitions:
+            check_parameters(layer, repetitions[0])
+        period[i] = jax.tree.map(lambda *x: jnp.stack(x), *repetitions)
+    parts = {"before": dict(enumerate(layers[:first])), "period": period, "after": dict(enumerate(layers[last:]))}
+    result = others | {key: part for key, part in parts.items() if part}
+    check_parameters(result, Functional(target).shapes)
+    return result
+
+
+FOLDED = ("before", "period", "after")  # the parts of a fold that hold layers
+
+
+def _split_layers(parameters: dict[str, Any], fold: Fold) -> Iterator[dict[str, Any]]:
+    """The parameters of each layer, in order."""
+    before, period, after = (parameters.get(key, {}) for key in FOLDED)
+    yield from (before.get(i, {}) for i in range(len(fold.before)))
+    for repetition in range(fold.repeats):
+        yield from (jax.tree.map(operator.itemgetter(repetition), period.get(i, {})) for i in range(len(fold.period)))
+    yield from (after.get(i, {}) for i in range(len(fold.after)))
+
+
+def _shapes_by_path(tree: dict[str, Any]) -> dict[str, tuple[int, ...]]:
+    leaves, _ = jax.tree.flatten_with_path(tree)
+    paths = (".".join(str(getattr(entry, "key", entry)) for entry in path) for path, _ in leaves)
+    return {path: getattr(leaf, "shape", ()) for path, (_, leaf) in zip(paths, leaves, strict=True)}

@@ -11,6 +11,7 @@ import pytest
 from flax import nnx
 
 from sparsejax.config import ModelConfig
+from sparsejax.errors import InputError
 from sparsejax.layers import (
     AttentionConfig,
     Context,
@@ -22,9 +23,10 @@ from sparsejax.layers import (
     NormConfig,
     RopeConfig,
 )
-from sparsejax.model import Functional, Model
+from sparsejax.model import Functional, Model, restack
 from tests.layers import reference
 from tests.layers.test_mixers import decode
+from tests.messages import rejects
 from tests.tolerances import assert_close
 
 BATCH, LENGTH, VOCAB, WIDTH = 2, 12, 17, 8
@@ -279,3 +281,52 @@ def test_bind_gives_back_what_it_was_given(parameters):
     held = nnx.to_pure_dict(nnx.state(Functional(CONFIG).bind(parameters)))
     assert jax.tree.structure(held) == jax.tree.structure(parameters)
     jax.tree.map(np.testing.assert_array_equal, held, parameters)
+
+
+def assert_equal_trees(actual, expected):
+    assert jax.tree.structure(actual) == jax.tree.structure(expected)
+    jax.tree.map(np.testing.assert_array_equal, actual, expected)
+
+
+RENAMED = {"first": CONFIG.layers["ssm"]} | CONFIG.layers
+FOLDS = {
+    "unrolled": {"scan": False},
+    "under other names": {"layers": RENAMED, "schedule": "first local ssm local full"},
+    "a longer period": {"layers": RENAMED, "schedule": "2x(ssm local) full"},
+}
+
+
+@pytest.mark.parametrize("fold", FOLDS)
+def test_restack_between_folds_of_the_same_layers(parameters, fold):
+    target = change(**FOLDS[fold])
+    restacked = restack(parameters, CONFIG, target)
+    assert_equal_trees(restacked, parameters if target.fold == CONFIG.fold else unroll(CONFIG, parameters))
+    assert_equal_trees(restack(restacked, target, CONFIG), parameters)
+    logits = [Functional(c).bind(p)(jnp.asarray(TOKENS)) for c, p in ((CONFIG, parameters), (target, restacked))]
+    assert_close("logits", logits[1], logits[0], "float32")
+
+
+@pytest.mark.parametrize(
+    ("schedule", "path"),
+    [("2x(local ssm) full", "period.0"), ("3x(ssm local) full", "layers"), ("full 2x(ssm local)", "mixer.")],
+)
+def test_restack_of_other_layers(parameters, schedule, path):
+    with rejects(InputError, path):
+        restack(parameters, CONFIG, change(schedule=schedule))
+
+
+@pytest.mark.parametrize(
+    ("edit", "path"),
+    [
+        (lambda p: unroll(CONFIG, p), "after.0"),
+        (lambda p: restack(p, CONFIG, change(scan=False)), "after.0"),
+        (lambda p: p | {"norm": {}}, "norm.scale"),
+        (lambda p: p | {"extra": np.zeros(3)}, "extra"),
+        (lambda p: p | {"norm": {"scale": np.zeros(3)}}, "norm.scale"),
+        (lambda p: {}, "is missing"),
+    ],
+    ids=["unrolled", "restacked", "missing", "unknown", "shape", "empty"],
+)
+def test_parameters_of_another_model(parameters, edit, path):
+    with rejects(InputError, path):
+        Functional(CONFIG).bind(edit(parameters))
