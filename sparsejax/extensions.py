@@ -89,10 +89,11 @@ def find_changes(workdir: Workdir) -> list[str]:
 def restore(workdir: Workdir) -> None:
     """Imports the modules that a workdir records, unless the same modules were imported before.
 
-    A module that does not exist any more is not needed if what it registered is registered already.
+    A module that no longer exists is not needed if its names are registered already.
 
     Raises:
-      InputError: A module is missing, fails or does not register a name, or a name belongs to another module.
+      InputError: A module is missing, raises an exception or does not register a name; or a name belongs to another
+        module.
     """
     for extension in _read(workdir):
         names = ", ".join(f"{kind} {name!r}" for kind, name in extension.keys)
@@ -133,7 +134,7 @@ def import_source(source: str) -> None:
 
     Raises:
       MissingError: There is no such file or module.
-      InputError: It fails.
+      InputError: The module raises an exception.
     """
     if not source:
         raise MissingError("import", "defined in an interactive session; move it to a file and import that")
@@ -222,7 +223,7 @@ _active: list[_Folder] = []
 
 @contextlib.contextmanager
 def importing_from(path: str | Path) -> Iterator[None]:
-    """Lets imports find the modules of a folder first, and none that another folder provided in this way."""
+    """Puts a folder first in the search path, and hides the modules that were imported from other folders this way."""
     for active in _active:
         active.record()
     folder = _folders.setdefault(Path(path).resolve(), _Folder(Path(path).resolve()))
