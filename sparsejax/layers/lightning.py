@@ -59,7 +59,8 @@ class Lightning(Mixer):
 
     def __call__(self, x: Float[Array, "b t m"], context: Context = EMPTY) -> Float[Array, "b t m"]:
         """Mixes a whole sequence."""
-        q, k, v = (context.tokens.zero_padding(a) for a in self._project(x))
+        x = context.tokens.zero_padding(x)
+        q, k, v = self._project(x)  # zeros at padding: the projections have no bias
         ones = jnp.ones(v.shape[:3], jnp.float32)
         y, _ = ssd(v, ones, self._decay(context), k, q, starts=context.tokens.starts, chunk=self.config.chunk)
         return self._project_out(x, y)

@@ -54,7 +54,7 @@ class Mamba2Config(MixerConfig):
             raise InputError("norm_groups", f"{self.norm_groups} does not divide heads * head_width = {self.inner}")
         require_dt_range(self.dt_min, self.dt_max)
         if not 0 <= self.dt_floor <= (math.inf if self.dt_ceiling is None else self.dt_ceiling):
-            raise InputError("dt_floor", f"{self.dt_floor} is not in [0, dt_ceiling], where dt_ceiling = {self.dt_ceiling}")
+            raise InputError("dt_floor", f"{self.dt_floor} is not in [0, dt_ceiling = {self.dt_ceiling}]")
         if len(self.multipliers) not in (0, len(MULTIPLIED)):
             raise InputError("multipliers", f"{len(self.multipliers)} given, expected one per {', '.join(MULTIPLIED)}")
 

@@ -75,6 +75,9 @@ def attend_hashed(
     (b, t, h, _), rounds, padded = qk.shape, buckets.shape[2], -(-qk.shape[1] // chunk) * chunk
     dtype = jnp.promote_types(qk.dtype, jnp.float32)
 
+    if mask is not None:  # a value that is not finite would enter products with a probability of 0
+        qk, v = (jnp.where(mask[..., None, None], x, 0) for x in (qk, v))
+
     def pad(x: Shaped[Array, "b t *rest"]) -> Shaped[Array, "b padded *rest"]:
         return jnp.pad(x, ((0, 0), (0, padded - t)) + ((0, 0),) * (x.ndim - 2))
 
@@ -142,7 +145,8 @@ def decode_attend_hashed(
     q = jax.lax.dynamic_index_in_dim(qk, position, axis=1, keepdims=False).astype(dtype)
     scores = jnp.einsum("bhd,bhkd->bhk", q, _normalize(take(qk)))
     scores = jnp.where(allowed, jnp.where(k_positions == position, SELF, scores), MASKED)
-    return jnp.einsum("bhk,bhke->bhe", jax.nn.softmax(scores, axis=-1), take(v)).astype(v.dtype)
+    values = jnp.where(allowed[..., None], take(v), 0)
+    return jnp.einsum("bhk,bhke->bhe", jax.nn.softmax(scores, axis=-1), values).astype(v.dtype)
 
 
 def _sort(segments: Int[Array, "b h r t"], buckets: Int[Array, "b h r t"]) -> Int[Array, "b h r t"]:

@@ -15,6 +15,7 @@ from sparsejax.layers import (
     MIXERS,
     AttentionConfig,
     BranchConfig,
+    Context,
     ConvConfig,
     DeltaConfig,
     IndexerConfig,
@@ -29,6 +30,7 @@ from sparsejax.layers import (
     RopeConfig,
     RopeScaling,
     Stream,
+    Tokens,
 )
 from sparsejax.layers.mixers import make_mixer
 from sparsejax.patterns import parse
@@ -307,3 +309,19 @@ def test_the_cost_of_mamba_does_not_depend_on_the_length():
     linear = 2 * (WIDTH * 8 + WIDTH * 8 + 8 * (2 + 3 + 3) + 2 * 8 + 8 * WIDTH)
     assert [module.cost(length).pairs for length in (1, 1000)] == [0, 0]
     assert [module.cost(length).flops for length in (1, 1000)] == [linear + 8 * (2 * 4 + 7 * 3)] * 2
+
+
+@pytest.mark.parametrize("config", [next(iter(configs.values())) for configs in MIXED.values()], ids=list(MIXED))
+def test_padding_may_be_nan(config):
+    module, x = build(config), make_x(20)
+    mask = jnp.broadcast_to(jnp.arange(20) < 14, x.shape[:2])
+
+    @jax.jit
+    def differentiate(x):
+        run = lambda x: jnp.where(mask[..., None], module(x, Context(Tokens(mask=mask))), 0)  # noqa: E731
+        y, backward = jax.vjp(run, x)
+        return y, backward(jnp.ones_like(y))[0]
+
+    (y, gradient), expected = differentiate(jnp.where(mask[..., None], x, jnp.nan)), differentiate(jnp.asarray(x))
+    np.testing.assert_array_equal(y, expected[0])
+    np.testing.assert_array_equal(np.asarray(gradient)[mask], np.asarray(expected[1])[mask])
