@@ -176,6 +176,7 @@ def test_a_checkpoint_has_the_length_and_dtype_of_its_file(tmp_path):
         (["--complexity", "--config.model.width=8"], "--config.model.width"),
         (["--complexity", "--length=0"], "--length"),
         (["--complexity=timed"], "--complexity"),
+        (["--complexity", "--ignore=mtp"], "--ignore"),
         ([], "--config"),
     ],
 )

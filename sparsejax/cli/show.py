@@ -7,6 +7,7 @@ import argparse
 from rich.console import Console
 
 from sparsejax.cli.arguments import add_config
+from sparsejax.errors import InputError
 
 EXAMPLE = "sparsejax show --config=preset:jamba --length=262144"
 OVERRIDES = ("config",)
@@ -23,7 +24,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         action="append",
         default=[],
         metavar="KEY",
-        help="a key of config.json to leave out with --hf, as if it were not there; repeatable",
+        help="with --hf: a key of config.json to leave out; can be repeated",
     )
     subject.add_argument(
         "--complexity",
@@ -43,6 +44,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace, console: Console) -> None:
     """Describes a model, or compares the growth of methods."""
+    if options.ignore and not options.hf:
+        raise InputError("ignore", "needs --hf")
     from sparsejax import show
 
     if options.complexity:
