@@ -3,7 +3,7 @@
 from sparsejax.patterns import receptive_field, recipes, testing
 from sparsejax.patterns.algebra import And, Minus, Multiset, Or, PerHead, Shift, per_head
 from sparsejax.patterns.base import FOREVER, Pattern, PatternError, require
-from sparsejax.patterns.drawing import Panel, draw_mask, draw_pattern, format_numbers
+from sparsejax.patterns.drawing import Panel, draw_mask, draw_pattern, format_numbers, picture
 from sparsejax.patterns.kv_cache import plan_cache
 from sparsejax.patterns.layout import TileGrid, TileLayout, from_ranges
 from sparsejax.patterns.library import (
@@ -64,6 +64,7 @@ __all__ = [
     "lint_schedule",
     "parse",
     "per_head",
+    "picture",
     "plan_cache",
     "receptive_field",
     "recipes",
