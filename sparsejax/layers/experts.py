@@ -24,26 +24,26 @@ ROUTERS = ("softmax", "sigmoid")
 class ExpertsConfig:
     """Experts of which every token uses the `top_k` with the highest scores, see `ops.experts.route`."""
 
-    experts: int
-    top_k: int
-    width: int  # of an expert's hidden layer
-    activation: str  # a key of `ACTIVATIONS`
-    gated: bool = True  # experts are GLUs (arXiv:2002.05202)
-    bias: bool = False  # on the router and the experts (gpt-oss)
-    router: str = "softmax"  # over all experts; or "sigmoid" per expert
-    renormalize: bool = False  # the weights of the selected experts sum to 1
+    experts: int  # number of experts
+    top_k: int  # experts per token
+    width: int  # width of an expert's hidden layer
+    activation: str  # activation of the hidden layer
+    gated: bool = True  # whether experts are GLUs (arXiv:2002.05202)
+    bias: bool = False  # whether the router and the experts have a bias (gpt-oss)
+    router: str = "softmax"  # "softmax" over all experts, or "sigmoid" per expert
+    renormalize: bool = False  # scale the weights of the selected experts to a sum of 1
     scale: float = 1.0  # factor on the weights
-    selection_bias: bool = False  # a bias on the scores of the selection only, without gradient (DeepSeek-V3)
-    groups: int = 1  # experts form groups, and a token selects from its best `top_groups`
-    top_groups: int = 1
-    shared_width: int = 0  # hidden width of an expert that every token uses; 0: none
-    shared_bias: bool = False  # on the linear maps of that expert, and on those from and to `latent`
-    shared_gate: bool = False  # multiplies that expert's output by the sigmoid of a score (Qwen2-MoE)
-    latent: int | None = None  # experts work on a projection to this width (Nemotron-H); None: on the stream
-    limit: float | None = None  # gpt-oss: gates are at most `limit`, values are clipped to it, and 1 is added to values
-    alpha: float = 1.0  # "silu" is x · sigmoid(alpha · x)
-    balance_weight: float = 0.0  # of the load-balancing loss, see `ops.experts.balance_loss`
-    router_z_weight: float = 0.0  # of the z loss of the router
+    selection_bias: bool = False  # add a bias to the scores of the selection only, without gradient (DeepSeek-V3)
+    groups: int = 1  # number of groups of experts; a token selects from its best `top_groups`
+    top_groups: int = 1  # groups per token
+    shared_width: int = 0  # hidden width of an expert that every token uses; 0 for none
+    shared_bias: bool = False  # whether the linear maps of that expert, and those from and to `latent`, have a bias
+    shared_gate: bool = False  # multiply that expert's output by the sigmoid of a score (Qwen2-MoE)
+    latent: int | None = None  # width of a projection on which experts work (Nemotron-H); none: on the stream
+    limit: float | None = None  # bound of gates and values, with 1 added to values (gpt-oss); none for no bound
+    alpha: float = 1.0  # slope of "silu": x · sigmoid(alpha · x)
+    balance_weight: float = 0.0  # weight of the load-balancing loss, see `ops.experts.balance_loss`
+    router_z_weight: float = 0.0  # weight of the z loss of the router
 
     def __post_init__(self):
         require_at_least(self, 1, "experts", "top_k", "width", "groups", "top_groups", "latent")

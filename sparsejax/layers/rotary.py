@@ -25,13 +25,14 @@ class RopeScaling:
     with a ramp over wavelengths.
     """
 
-    kind: str  # "linear", "ntk", "yarn" or "llama3"
-    factor: float
-    original_length: int | None = None  # required by yarn and llama3
-    fast: float = 32.0  # rotations; 4 for llama3
+    kind: str  # method of scaling
+    factor: float  # ratio of the new length to the original length
+    original_length: int | None = None  # original length in tokens, required by yarn and llama3
+    fast: float = 32.0  # rotations over the original length above which a frequency stays; 4 for llama3
+    # rotations over the original length below which a frequency is divided by the factor; 1 for llama3
     slow: float = 1.0
-    attention_factor: float | None = None  # of yarn; None: 0.1 ln(factor) + 1
-    truncate: bool = True  # yarn: round the ends of the ramp to whole pairs
+    attention_factor: float | None = None  # factor of yarn on queries and keys; none for 0.1 ln(factor) + 1
+    truncate: bool = True  # whether yarn rounds the ends of the ramp to whole pairs
 
     def __post_init__(self):
         require_choice(self, "kind", SCALINGS)
@@ -47,10 +48,10 @@ class RopeScaling:
 class RopeConfig:
     """Rotary positions: pair i of the features of a head is rotated by position · base^(-2i/d)."""
 
-    base: float
+    base: float  # ratio of the wavelengths, such as 10,000
     fraction: float = 1.0  # rotated fraction of a head, its first features
-    interleaved: bool = False  # pairs are (2i, 2i + 1) instead of (i, i + d/2)
-    scaling: RopeScaling | None = None
+    interleaved: bool = False  # rotate the pairs (2i, 2i + 1) instead of (i, i + d/2)
+    scaling: RopeScaling | None = None  # change of the frequencies for longer sequences; none for no change
 
     def __post_init__(self):
         if self.base <= 1:
