@@ -16,7 +16,7 @@ from sparsejax.errors import InputError
 from sparsejax.ops import cudnn, dense, gather, segment, softmax, verification
 from sparsejax.ops.call import AttentionCall, require_softcap
 from sparsejax.ops.chunks import vary_alike
-from sparsejax.ops.derivatives import refuse_forward_mode
+from sparsejax.ops.derivatives import reject_forward_mode
 from sparsejax.ops.kernels import gpu, tpu
 from sparsejax.ops.kernels.mesh import device_kind
 from sparsejax.patterns import Pattern
@@ -155,7 +155,7 @@ def attend(
     chosen = _choose(impl, call)
     if chosen.verified_on is not None:
         problem = f"attend: {chosen.name!r} has no forward-mode differentiation; use impl='gather'"
-        call = dataclasses.replace(call, **refuse_forward_mode({"q": call.q, "k": call.k, "v": call.v}, problem))
+        call = dataclasses.replace(call, **reject_forward_mode({"q": call.q, "k": call.k, "v": call.v}, problem))
     out, lse = chosen.run(call)
     return (out.astype(dtype), lse) if return_lse else out.astype(dtype)
 

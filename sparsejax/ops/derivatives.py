@@ -62,7 +62,7 @@ def with_derivatives(
     return run
 
 
-def refuse_forward_mode(arrays: PyTree, problem: str) -> PyTree:
+def reject_forward_mode(arrays: PyTree, problem: str) -> PyTree:
     """Returns the arrays; raises TypeError with `problem` where forward mode evaluates their tangents."""
 
     def push(_: PyTree, linear: Arrays) -> Arrays:

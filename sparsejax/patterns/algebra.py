@@ -258,7 +258,7 @@ class OffsetQueries(Pattern):
         return OffsetQueries(self.pattern.for_head(index), self.by)
 
     def check(self, t: int, s: int) -> None:
-        self.pattern.check(self._length(t, s), s)
+        self.pattern.check(max(t + self.by, s), s)
 
     def allows(self, q: Positions, k: Positions, t: int | None = None, s: int | None = None) -> Mask:
         return self.pattern.allows(q + self.by, k, self._length(t, s), s)

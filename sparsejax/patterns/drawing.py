@@ -225,8 +225,8 @@ def _panel_to_svg(panel: Panel, x: float, y: float, cell: tuple[float, float]) -
     for token, at in _ticks(columns, panel.tile[1], cell[0]):
         yield svg.text(x + at, y + height + 11, token, anchor="middle", size=9, fill=GREY)
     middle = y + height / 2
-    turn = f"rotate(-90 {svg.number(x - 40)} {svg.number(middle)})"
-    yield svg.text(x - 40, middle, "query", anchor="middle", transform=turn)
+    rotation = f"rotate(-90 {svg.number(x - 40)} {svg.number(middle)})"
+    yield svg.text(x - 40, middle, "query", anchor="middle", transform=rotation)
     yield svg.text(x + width / 2, y + height + 24, "key", anchor="middle")
     for line, words in enumerate(panel.caption.splitlines()):
         yield svg.text(x + width / 2, y + height + 40 + LINE * line, words, anchor="middle", size=10, fill=GREY)
