@@ -61,9 +61,9 @@ IMPLEMENTATIONS = (
 
 KERNELS = "cudnn", "tpu", "gpu"  # in the order in which "auto" tries them
 
-# Measured on CPU (experiments/attention). Up to one tile there is nothing to skip; from there on gathering is faster than
-# the masked product even if it skips nothing. The edge list is faster if less than this fraction of the pairs in live
-# tiles is allowed.
+# Measured on CPU (experiments/attention). Up to one tile there is nothing to skip; from there on gathering is faster
+# than the masked product even if it skips nothing. The edge list is faster if less than this fraction of the pairs in
+# live tiles is allowed.
 DENSE_LENGTH = 64
 SEGMENT_FILL = 1 / 16
 # Not measured: on accelerators a loop over tiles leaves most of the device idle, so above this fraction of live tiles

@@ -22,8 +22,8 @@ from sparsejax.ops.derivatives import with_derivatives
 from sparsejax.ops.softmax import MASKED, add_alibi, log_multiplicity, log_sum, softcap, zero_nan
 from sparsejax.patterns import Pattern, TileLayout
 
-# Measured on CPU by `python -m benchmarks cpu_attention`: the large tile takes a third less time per pair as long as the
-# scores of one step, over all sequences and heads, stay in the cache.
+# Measured on CPU by `python -m benchmarks cpu_attention`: the large tile takes a third less time per pair as long as
+# the scores of one step, over all sequences and heads, stay in the cache.
 SMALL, LARGE = 64, 128
 LARGE_AREA = 1.3  # largest ratio of pairs in live large tiles to pairs in live small tiles
 LARGE_HEADS = 8  # largest number of sequences times heads
