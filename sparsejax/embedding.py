@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
@@ -38,18 +39,31 @@ class Embedding(nnx.Module):
           positions: Positions of the tokens in their documents; defaults to positions in the row.
 
         Raises:
-          InputError: There are more tokens than learned positions.
+          InputError: There are more tokens than learned positions, or a token id is outside the vocabulary.
         """
-        start, axial = self.config.padding, self.config.axial
-        limit = self.config.positions if axial is None else axial.length
-        if limit and tokens.shape[1] + (0 if start is None else start + 1) > limit:
-            raise InputError("tokens", f"{tokens.shape[1]} tokens exceed the {limit} learned positions of the model")
+        self.check_tokens(tokens, tokens.shape[1])
+        start = self.config.padding
         if positions is not None:
             return self._embed(tokens, positions if start is None else positions + start + 1)
         if start is None:
             return self._embed(tokens, jnp.arange(tokens.shape[1]))
         real = tokens != start
         return self._embed(tokens, start + jnp.cumsum(real, axis=1) * real)
+
+    def check_tokens(self, tokens: Int[Array, " ..."], length: int) -> None:
+        """Checks ids and a length, as far as their values are known: arrays that JAX traces have none.
+
+        Raises:
+          InputError: `length` tokens have no positions, or an id is outside the vocabulary.
+        """
+        limit, vocab = self.config.max_length, self.tokens.shape[0]
+        if limit is not None and length > limit:
+            raise InputError("tokens", f"{length} tokens exceed the model's {limit} positions")
+        if isinstance(tokens, jax.core.Tracer) or not tokens.size:
+            return
+        ids = np.asarray(tokens)  # concrete under a trace, where operations of JAX are not
+        if not 0 <= ids.min() <= ids.max() < vocab:
+            raise InputError("tokens", f"ids from {ids.min()} to {ids.max()} are not in [0, {vocab})")
 
     def step(self, tokens: Int[Array, " b"], position: Int[Array, ""]) -> Float[Array, "b m"]:
         """Returns the embedding of one token per row at `position`; none of them is padding."""
@@ -102,7 +116,7 @@ class Head(nnx.Module):
 
 def mean_pool(x: Float[Array, "b t m"], mask: Bool[Array, "b t"] | None) -> Float[Array, "b t m"]:
     """Returns at every position the mean over all positions, or over those where `mask` is true, summed in float32."""
-    weights = jnp.ones(x.shape[:2]) if mask is None else mask.astype(jnp.float32)
-    total = jnp.einsum("btm,bt->bm", x.astype(jnp.float32), weights)
-    mean = total / jnp.maximum(weights.sum(1, keepdims=True), 1)
+    mask = jnp.ones(x.shape[:2], bool) if mask is None else mask
+    total = jnp.where(mask[..., None], x.astype(jnp.float32), 0).sum(axis=1)
+    mean = total / jnp.maximum(mask.sum(axis=1, keepdims=True), 1)
     return jnp.broadcast_to(mean[:, None], x.shape).astype(x.dtype)

@@ -55,6 +55,13 @@ class EmbeddingConfig:
         if self.axial is not None and (self.positions or self.padding is not None):
             raise InputError("axial", "cannot be combined with positions or padding")
 
+    @property
+    def max_length(self) -> int | None:
+        """Number of tokens that the learned or axial positions cover; None without them."""
+        if self.axial is not None:
+            return self.axial.length
+        return self.positions - (0 if self.padding is None else self.padding + 1) if self.positions else None
+
 
 @dataclasses.dataclass(frozen=True)
 class HeadConfig:
@@ -346,6 +353,9 @@ class Config:
             )
         if self.eval.stride > self.data.length:
             raise InputError("eval.stride", f"{self.eval.stride} is above data.length = {self.data.length}")
+        longest = self.model.embedding.max_length
+        if longest is not None and self.eval.sample > longest:
+            raise InputError("eval.sample", f"{self.eval.sample} tokens exceed the model's {longest} positions")
         if self.data.probe is not None:
             self._check_probe(self.data.probe)
         else:

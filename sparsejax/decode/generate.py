@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import math
+
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, Key
 
+from sparsejax.errors import InputError
 from sparsejax.model import Cache, Model
 
 
@@ -20,9 +23,19 @@ def generate(
       steps: Number of tokens to generate.
       key: PRNG key of the samples.
       temperature: Divides the logits before sampling; 0 takes the most likely token.
+
+    Raises:
+      InputError: The prompt is empty or has ids outside the vocabulary, or the tokens exceed the model's positions.
     """
     batch, prompt_length = prompt.shape
     length = prompt_length + steps
+    if not prompt_length:
+        raise InputError("prompt", "there is no token; start with at least one per row")
+    if steps < 1:
+        raise InputError("steps", f"{steps} is below 1")
+    if not 0 <= temperature < math.inf:
+        raise InputError("temperature", f"{temperature} is not a number of at least 0")
+    model.embedding.check_tokens(prompt, length - 1)  # the last token is not an input
 
     def sample(logits: Float[Array, "b v"], key: Key[Array, ""]) -> Int[Array, " b"]:
         if temperature == 0:

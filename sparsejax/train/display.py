@@ -73,7 +73,9 @@ def print_sample(runtime: PhaseRuntime, state: TrainState[Array], console: Conso
     dataset, length = runtime.dataset, runtime.config.eval.sample
     if not length or dataset.corpus is None or dataset.tokenizer is None or not dataset.is_generative:
         return
-    prompt = jnp.asarray(dataset.corpus.validation[:PROMPT_LENGTH], jnp.int32)[None]
+    limit = runtime.config.model.embedding.max_length
+    prompt_length = PROMPT_LENGTH if limit is None else min(PROMPT_LENGTH, limit + 1 - length)
+    prompt = jnp.asarray(dataset.corpus.validation[:prompt_length], jnp.int32)[None]
     key = jax.random.fold_in(state.key, state.step)
     sample = jax.jit(lambda parameters, key: generate(runtime.model.bind(parameters), prompt, length, key))
     tokens = sample(state.parameters, key)
