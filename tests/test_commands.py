@@ -26,8 +26,17 @@ def command_lines(text: str) -> list[str]:
     fenced = re.findall(r"^```(?:sh|console)\n(.*?)^```", text, re.MULTILINE | re.DOTALL)
     lines = [line for block in fenced for line in re.sub(r"\\\n\s*", " ", block).splitlines()]
     lines += [" ".join(span.split()) for span in re.findall(r"(?<!`)`([^`]+)`(?!`)", text)]
-    parts = (part for line in lines for part in re.split(r";\s*(?:do\s)?", line.removeprefix("$ ")))
-    return [part for part in parts if part.startswith(PROGRAMS) and " " in part]
+    commands = [command for line in lines for command in expand_loop(line.removeprefix("$ "))]
+    return [command for command in commands if command.startswith(PROGRAMS) and " " in command]
+
+
+def expand_loop(line: str) -> list[str]:
+    """The commands of a line, which may be a loop over words."""
+    loop = re.fullmatch(r"for (\w+) in (.*?); do (.*); done", line)
+    if loop is None:
+        return [line]
+    variable, words, body = loop.groups()
+    return [body.replace(f"${variable}", word) for word in words.split()]
 
 
 def check(command: str) -> None:
@@ -79,8 +88,8 @@ def test_the_files_of_a_page_exist(page):
 
 def test_a_wrong_command_is_noticed(monkeypatch):
     monkeypatch.chdir(ROOT)
-    lines = command_lines("```sh\nfor n in a b; do sparsejax doctor --fast \\\n  --now; done\n```\n`python x.py`")
-    assert lines == ["sparsejax doctor --fast  --now", "python x.py"]
+    lines = command_lines("```sh\nfor n in a b; do sparsejax doctor --fast \\\n  --$n; done\n```\n`python x.py`")
+    assert lines == ["sparsejax doctor --fast  --a", "sparsejax doctor --fast  --b", "python x.py"]
     for command in (lines[0], "sparsejax train --config=preset:quickstart --workdir=w --config.train.stepss=1"):
         with pytest.raises(ValueError, match=r"--fast|stepss"):
             check(command)
