@@ -223,7 +223,7 @@ def test_every_recorded_corpus_is_complete():
 
 
 def test_the_command_lists_and_fetches(corpus, tmp_path, monkeypatch, capsys):
-    assert main(["data", "fetch"]) == 0
+    assert main(["data", "list"]) == 0
     listed = capsys.readouterr().out
     assert all(name in listed for name in ("aws-doc", "linux-doc", "sympy", "Apache-2.0", "2.2937"))
     out = tmp_path / "tiny"
