@@ -75,8 +75,8 @@ def attend_hashed(
     (b, t, h, _), rounds, padded = qk.shape, buckets.shape[2], -(-qk.shape[1] // chunk) * chunk
     dtype = jnp.promote_types(qk.dtype, jnp.float32)
 
-    if mask is not None:  # a value that is not finite would enter products with a probability of 0
-        qk, v = (jnp.where(mask[..., None, None], x, 0) for x in (qk, v))
+    if mask is not None:  # a masked value that is not finite would enter products with a probability of 0
+        qk, v = (jnp.where(mask[..., None, None] | jnp.isfinite(x), x, 0) for x in (qk, v))
 
     def pad(x: Shaped[Array, "b t *rest"]) -> Shaped[Array, "b padded *rest"]:
         return jnp.pad(x, ((0, 0), (0, padded - t)) + ((0, 0),) * (x.ndim - 2))
