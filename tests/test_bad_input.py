@@ -43,7 +43,7 @@ CASES = {
     "layer": ({"model.schedule": "2x(ssm loca)"}, "model.schedule"),
     "schedule": ({"model.schedule": "2x(ssm local"}, "model.schedule"),
     "pattern": ({f"{LOCAL}.pattern": "causal & (window(3)"}, f"{LOCAL}.pattern"),
-    "lookahead": ({f"{LOCAL}.pattern": "window(3, 3)"}, LOCAL),
+    "lookahead": ({f"{LOCAL}.pattern": "window(3, 3)"}, f"{LOCAL}.pattern"),
     "globals": ({f"{LOCAL}.pattern": "causal & (sink(2) | globals([32]))"}, f"{LOCAL}.pattern"),
     "heads": ({f"{FULL}.kv_heads": "2", f"{FULL}.heads": "3"}, f"{FULL}.heads"),
     "length": ({"data.length": "100000"}, "data.length"),

@@ -142,7 +142,7 @@ def test_types(tiny_config, key, value):
         (f"{LOCAL}.rope.base", 1, f"{LOCAL}.rope.base"),
         (f"{LOCAL}.pattern", "causl", f"{LOCAL}.pattern"),
         (f"{LOCAL}.pattern", "per_head(causal, causal)", f"{LOCAL}.pattern"),
-        (f"{LOCAL}.pattern", "window(3, 2)", LOCAL),
+        (f"{LOCAL}.pattern", "window(3, 2)", f"{LOCAL}.pattern"),
         (f"{LOCAL}.impl", "dens", f"{LOCAL}.impl"),
         (f"{SSM}.conv", 0, f"{SSM}.conv"),
         (f"{SSM}.dt_max", 1e-4, f"{SSM}.dt_m"),
@@ -175,7 +175,7 @@ def test_values(tiny_config, key, value, named):
 
 @pytest.mark.parametrize("pattern", ["full", "chunk(4)", "causal | sink(3)", "globals([-1])", "causal | globals(1)"])
 def test_a_causal_model_rejects_a_pattern_that_attends_to_later_keys(tiny_config, pattern):
-    reject(put(tiny_config, f"{LOCAL}.pattern", pattern), LOCAL)
+    reject(put(tiny_config, f"{LOCAL}.pattern", pattern), f"{LOCAL}.pattern")
 
 
 @pytest.mark.parametrize(

@@ -74,18 +74,21 @@ def read_slurm(options: argparse.Namespace) -> dict[str, Any] | None:
 
 def run(options: argparse.Namespace, console: Console) -> None:
     """Runs a sweep."""
-    sweep(
-        options.sweep,
-        options.config,
-        options.overrides["config"],
-        Path(options.workdir),
-        console,
-        jobs=options.jobs,
-        slurm=read_slurm(options),
-        print_only=options.print,
-        retry=options.retry,
-        max_steps=options.max_steps,
-        max_hours=options.max_hours,
-        match=None if options.match is None else read_match(options.match),
-        imports=options.imports,
-    )
+    try:
+        sweep(
+            options.sweep,
+            options.config,
+            options.overrides["config"],
+            Path(options.workdir),
+            console,
+            jobs=options.jobs,
+            slurm=read_slurm(options),
+            print_only=options.print,
+            retry=options.retry,
+            max_steps=options.max_steps,
+            max_hours=options.max_hours,
+            match=None if options.match is None else read_match(options.match),
+            imports=options.imports,
+        )
+    except RunsFailed as error:
+        raise RunsFailed(f"{error}; the same command with --retry runs them again") from error

@@ -132,7 +132,7 @@ class ModelConfig:
             return
         if mixer.connectivity.lookahead() > 0:
             raise InputError(
-                f"{section}.mixer",
+                f"{section}.mixer.pattern" if hasattr(mixer, "pattern") else f"{section}.mixer",
                 f"{str(mixer.connectivity)!r} reads from later positions, but causal is true; write 'causal & ...'",
             )
 

@@ -71,8 +71,8 @@ def _closed_set(names: str, reached: np.ndarray, position: int) -> Iterator[str]
         )
     elif len(reached) == reached[-1] - reached[0] + 1:
         yield (
-            f"{names}: no layer crosses chunk boundaries; position {position:,} only receives tokens"
-            f" {reached[0]:,} to {reached[-1]:,}"
+            f"{names}: position {position:,} only receives inputs {reached[0]:,} to {reached[-1]:,}, through any number"
+            " of layers"
         )
 
 

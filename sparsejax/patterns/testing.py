@@ -101,9 +101,12 @@ def _check_tiles(name: str, pattern: Pattern, grid: TileGrid) -> None:
         lower, upper = (np.zeros(states.size, bool) for _ in range(2))
         lower[getattr(bounds, f"{view}_lower").members()] = True
         upper[getattr(bounds, f"{view}_upper").members()] = True
-        for side, wrong in (("lower", lower & ~actual), ("upper", actual & ~upper)):
+        for problem, wrong in (
+            (f"{view}_lower holds tiles that are not {view}", lower & ~actual),
+            (f"{view}_upper lacks {view} tiles", actual & ~upper),
+        ):
             tiles = [divmod(number, grid.columns) for number in np.flatnonzero(wrong)[:3].tolist()]
-            _require(f"{name}: bounds.{view}_{side} disagrees with allows on tiles {tiles}", not tiles)
+            _require(f"{name}: bounds.{problem}: {tiles}", not tiles)
     q0, k0 = (x * side for x, side in zip(np.divmod(np.arange(states.size), max(1, grid.columns)), tile, strict=True))
     known: dict[tuple[int, ...], np.ndarray] = {}
     for i, j, *signature in np.stack([q0, k0, *pattern.signature(grid, q0, k0)], axis=1).tolist():

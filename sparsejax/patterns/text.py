@@ -146,8 +146,9 @@ class _Parser:
         return PatternError("pattern", f"{shown!r}: column {at + 1}: {problem}")
 
     def unknown(self, kind: str, word: str, known: Collection[str], at: int) -> PatternError:
-        near = difflib.get_close_matches(word, known, n=1, cutoff=0)
-        return self.error(f"unknown {kind} {word!r}" + (f"; did you mean {near[0]!r}?" if near else ""), at)
+        near = difflib.get_close_matches(word, known, n=1, cutoff=0.7 if kind == "pattern" else 0)
+        remedy = f"did you mean {near[0]!r}?" if near else "import the module that registers it"
+        return self.error(f"unknown {kind} {word!r}; {remedy}", at)
 
     def take(self, text: str) -> bool:
         matches = self.token.text == text

@@ -104,7 +104,7 @@ def launch(
         stopped_by = reason or "another process"
         raise Interrupted(f"stopped by {stopped_by}: {summary}, {remaining} remaining; the same command resumes")
     if failed:
-        raise RunsFailed(f"{summary}; the same command with retry runs them again")
+        raise RunsFailed(summary)
     progress.print(summary)
 
 

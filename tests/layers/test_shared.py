@@ -116,7 +116,7 @@ def test_rejects_an_unknown_block_a_side_without_a_mixer_and_a_block_that_looks_
     with rejects(InputError, "side"):
         dataclasses.replace(SSM, mixer=None, mlp=BLOCK.mlp, side=SideConfig(shared="one"))
     ahead = dataclasses.replace(BLOCK, mixer=dataclasses.replace(BLOCK.mixer, pattern="full"))
-    with rejects(InputError, "shared.two.mixer"):
+    with rejects(InputError, "shared.two.mixer.pattern"):
         dataclasses.replace(CONFIG, shared=CONFIG.shared | {"two": ahead})
 
 
