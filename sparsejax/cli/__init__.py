@@ -39,7 +39,8 @@ VERBS = {
     "report": "compare runs: tables, statistics, figures and a page",
     "doctor": "check the attention kernels of this machine, and record which are verified",
 }
-EXTRAS = {"safetensors": "interop"}  # packages that verbs import, and the extras that install them
+# packages that verbs import, and the extras that install them
+EXTRAS = {"safetensors": "interop", "scipy": "report"}
 PLAIN_WIDTH = 160  # columns of a table that goes to a file or a pipe
 
 

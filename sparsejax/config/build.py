@@ -117,7 +117,8 @@ def _build_member(union: Any, value: Any, path: str, kind: Any) -> Any:
     _expect("a section", isinstance(value, dict), path, value)
     kind = value.get("kind")
     if not _is_kind(union, kind):
-        raise ConfigError(f"{path}.kind", f"{kind!r} is not one of {', '.join(UNIONS[union])}")
+        remedy = "; for another, import the module that registers it" if union is MixerConfig else ""
+        raise ConfigError(f"{path}.kind", f"{kind!r} is not one of {', '.join(UNIONS[union])}{remedy}")
     schema = _member(union, kind)
     if "kind" not in _fields(schema):  # a class that serves several kinds has a field for it
         value = {name: item for name, item in value.items() if name != "kind"}

@@ -8,7 +8,22 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, PyTree, Shaped
 
+from sparsejax.errors import InputError
+
 CHUNK = 64  # positions per chunk of every recurrence, by default
+
+
+def require_shapes(**arrays: tuple[Array | None, str]) -> None:
+    """Raises InputError if axes of the same letter differ in size: `require_shapes(x=(x, "b t d"), A=(A, "d n"))`."""
+    sizes: dict[str, int] = {}
+    for name, (x, layout) in arrays.items():
+        if x is None:
+            continue
+        axes = layout.split()
+        expected = [f"{axis} = {sizes[axis]}" for axis in axes if axis in sizes]
+        if x.ndim != len(axes) or any(sizes.setdefault(*axis) != axis[1] for axis in zip(axes, x.shape, strict=True)):
+            detail = f" with {', '.join(expected)}" if expected else ""
+            raise InputError(name, f"shape {list(x.shape)} is not [{', '.join(axes)}]{detail}")
 
 
 def scan_chunks(

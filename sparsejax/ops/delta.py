@@ -27,7 +27,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, Shaped
 
-from sparsejax.ops.chunks import CHUNK, scan_chunks
+from sparsejax.ops.chunks import CHUNK, require_shapes, scan_chunks
 from sparsejax.ops.ssd import decay_matrix
 
 # For all that enters the state, in which rounding errors would accumulate.
@@ -60,6 +60,15 @@ def delta_rule(
     Returns:
       The output in the dtype of `v`, and the state after the last position in float32.
     """
+    weights = {"log_decay": (log_decay, "b t h n" if log_decay.ndim == 4 else "b t h"), "beta": (beta, "b t h")}
+    require_shapes(
+        v=(v, "b t h p"),
+        k=(k, "b t g n"),
+        q=(q, "b t g n"),
+        **weights,
+        state=(state, "b h n p"),
+        starts=(starts, "b t"),
+    )
     (b, t, h, p), (g, n) = v.shape, k.shape[2:]
     dtype = jnp.promote_types(v.dtype, jnp.float32)
     state = jnp.zeros((b, h, n, p), dtype) if state is None else state.astype(dtype)

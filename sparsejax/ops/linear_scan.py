@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
-from sparsejax.ops.chunks import CHUNK, scan_chunks, vary_alike
+from sparsejax.ops.chunks import CHUNK, require_shapes, scan_chunks, vary_alike
 from sparsejax.ops.derivatives import with_derivatives
 
 
@@ -37,6 +37,7 @@ def linear_scan(
     Returns:
       The states in the dtype of `x`, and the last one in float32.
     """
+    require_shapes(x=(x, "b t d"), log_decay=(log_decay, "b t d"), state=(state, "b d"), starts=(starts, "b t"))
     dtype = jnp.promote_types(x.dtype, jnp.float32)
     decay = jnp.exp(log_decay.astype(dtype))
     decay = decay if starts is None else jnp.where(starts[..., None], 0, decay)

@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
-from sparsejax.ops.chunks import CHUNK, broadcast_axis, scan_chunks, vary_alike
+from sparsejax.ops.chunks import CHUNK, broadcast_axis, require_shapes, scan_chunks, vary_alike
 
 # Several times faster on CPU than broadcasts and sums; see `broadcast_axis`.
 _einsum = functools.partial(jnp.einsum, precision=jax.lax.Precision.HIGHEST)
@@ -49,6 +49,8 @@ def selective_scan(
       The output in the dtype of `x`, and the state after the last position in float32. The backward pass keeps
       `t / chunk` states instead of `t`.
     """
+    weights = {"A": (A, "d n"), "B": (B, "b t n"), "C": (C, "b t n")}
+    require_shapes(x=(x, "b t d"), dt=(dt, "b t d"), **weights, state=(state, "b d n"), starts=(starts, "b t"))
     b, _, d = x.shape
     dtype = jnp.promote_types(x.dtype, jnp.float32)
     state = jnp.zeros((b, d, A.shape[1]), dtype) if state is None else state.astype(dtype)

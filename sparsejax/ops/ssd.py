@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from sparsejax.ops.chunks import CHUNK, broadcast_axis, scan_chunks
+from sparsejax.ops.chunks import CHUNK, broadcast_axis, require_shapes, scan_chunks
 
 
 def ssd(
@@ -44,6 +44,8 @@ def ssd(
     Returns:
       The output in the dtype of `x`, and the state after the last position in float32.
     """
+    weights = {"A": (A, "h"), "B": (B, "b t g n"), "C": (C, "b t g n")}
+    require_shapes(x=(x, "b t h p"), dt=(dt, "b t h"), **weights, state=(state, "b h p n"), starts=(starts, "b t"))
     (b, t, h, p), n = x.shape, B.shape[3]
     dtype = jnp.promote_types(x.dtype, jnp.float32)
     state = jnp.zeros((b, h, p, n), dtype) if state is None else state.astype(dtype)

@@ -1,11 +1,16 @@
 """Sequences in chunks against NumPy over the whole sequence."""
 
+import inspect
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from sparsejax.errors import InputError
+from sparsejax.ops import delta_rule, linear_scan, selective_scan, ssd
 from sparsejax.ops.chunks import broadcast_axis, scan_chunks
+from tests.messages import rejects
 
 pytestmark = pytest.mark.quick
 
@@ -45,3 +50,33 @@ def test_broadcast_axis_and_its_transpose(axis, shape):
 def test_broadcast_axis_is_exact_in_float32():
     x = np.float32(1) + np.float32(2**-23)
     assert (np.asarray(jax.jit(lambda x: broadcast_axis(x, 3))(jnp.asarray([x]))) == x).all()
+
+
+# Per scan: its arguments, and the name and the shape of one that is wrong.
+SHAPES = {
+    linear_scan: ({"x": (1, 8, 3), "log_decay": (1, 8, 3)}, "log_decay", (1, 5, 3)),
+    selective_scan: (
+        {"x": (1, 8, 3), "dt": (1, 8, 3), "A": (3, 2), "B": (1, 8, 2), "C": (1, 8, 2)},
+        "dt",
+        (1, 5, 3),
+    ),
+    ssd: (
+        {"x": (1, 8, 4, 3), "dt": (1, 8, 4), "A": (4,), "B": (1, 8, 2, 5), "C": (1, 8, 2, 5)},
+        "C",
+        (1, 8, 2, 6),
+    ),
+    delta_rule: (
+        {"q": (1, 8, 2, 3), "k": (1, 8, 2, 3), "v": (1, 8, 4, 5), "log_decay": (1, 8, 4), "beta": (1, 8, 4)},
+        "beta",
+        (1, 8),
+    ),
+}
+
+
+@pytest.mark.parametrize("scan", SHAPES, ids=lambda scan: scan.__name__)
+def test_scans_reject_arrays_that_do_not_fit(scan):
+    """Without the checks of the test suite, as installed: zero padding would hide a missing position."""
+    shapes, name, wrong = SHAPES[scan]
+    arrays = {argument: jnp.zeros(shape) for argument, shape in shapes.items()}
+    with rejects(InputError, name):
+        inspect.unwrap(scan)(**arrays | {name: jnp.zeros(wrong)})
