@@ -129,7 +129,7 @@ class Supervisor:
             attempt.state, attempt.settled = State.DONE, True
         elif not (retry or code is None or was_asked(code)):
             attempt.state, attempt.settled = State.FAILED, True
-            self.progress.report(attempt, f"failed before; retry runs it again: {self.explain(attempt)}")
+            self.progress.report(attempt, f"failed before: {self.explain(attempt)}")
         return attempt
 
     def follow(self, max_hours: float | None = None) -> str | None:
