@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import textwrap
 from collections.abc import Iterable, Sequence
@@ -76,7 +77,8 @@ def draw_receptive_field(
     for first, stop in itertools.pairwise([*firsts, len(layers)]):
         names = ", ".join(dict.fromkeys(title or str(pattern) for title, pattern in layers[first:stop]))
         title = f"after {_name_layers(range(first, stop))}: {names}"
-        panels.append(draw_mask(title, reached[first], tile))
+        panel = draw_mask(title, reached[first], tile)
+        panels.append(dataclasses.replace(panel, axes=("output", "input"), words=("reached", "not reached")))
     draw_panels(panels, console, out)
 
 
@@ -214,7 +216,7 @@ def _build_figure(panels: Sequence[Panel]) -> Figure:
     for number, (panel, axis) in enumerate(zip(panels, axes, strict=False)):
         _draw_axes(panel, axis)
         if number % columns == 0:
-            axis.set_ylabel("query")
+            axis.set_ylabel(panel.axes[0])
     for axis in axes[len(panels) :]:
         axis.set_visible(False)
     key = [Patch(facecolor=CELLS[s], edgecolor="#999999", linewidth=0.4, label=w) for s, w in _legend(panels).items()]
@@ -238,4 +240,4 @@ def _draw_axes(panel: Panel, axes: Axes) -> None:
     axes.tick_params(length=2, width=0.5, labelsize=7)
     axes.spines[:].set(linewidth=0.5, edgecolor="#999999")
     axes.set_title(_wrap(panel.title, TITLE_WIDTH), fontsize=9)
-    axes.set_xlabel(f"key\n{panel.caption}", linespacing=1.5)
+    axes.set_xlabel(f"{panel.axes[1]}\n{panel.caption}", linespacing=1.5)

@@ -190,6 +190,7 @@ def test_receptive_field_by_layer(capsys):
         "..##." + "####.",
         "...##" + ".####",
     ]
+    assert lines[-1] == "# reached   . not reached"
 
 
 def test_receptive_field_of_a_config(capsys):

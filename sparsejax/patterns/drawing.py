@@ -16,7 +16,7 @@ from sparsejax.patterns.layout import TileLayout
 
 # States of a cell: no allowed pair, some, or only such. A cell of one pair is dead, full, or counts more than once.
 DEAD, PARTIAL, FULL, TWICE, THRICE, MORE = range(6)
-PAIR_LEGEND = {FULL: "attended", TWICE: "twice", THRICE: "three times", MORE: "more often", DEAD: "masked"}
+REPEATED_LEGEND = {TWICE: "twice", THRICE: "three times", MORE: "more often"}
 TILE_LEGEND = {FULL: "full tile", PARTIAL: "partial tile", DEAD: "dead tile"}
 MAX_HEADS = 8  # panels of one pattern
 COUNTED_TILE = 128  # largest tile of a layout; larger cells are composed of tiles of this size
@@ -34,19 +34,22 @@ TITLE_FONT = 10.5
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Panel:
-    """One picture: cells `states` [rows, columns] with queries downwards and keys to the right."""
+    """One picture: cells `states` [rows, columns], by default with queries downwards and keys to the right."""
 
     title: str
     states: np.ndarray  # int8 [rows, columns]: DEAD, PARTIAL, ...
     tile: tuple[int, int]  # queries and keys of a cell
     caption: str  # tile size and density
+    axes: tuple[str, str] = ("query", "key")  # downwards and to the right
+    words: tuple[str, str] = ("attended", "masked")  # the meaning of FULL and DEAD if cells are pairs
 
     @property
     def legend(self) -> dict[int, str]:
         """The meaning of the states that the panel may show."""
         if self.tile != (1, 1):
             return TILE_LEGEND
-        return {state: word for state, word in PAIR_LEGEND.items() if state < TWICE or (self.states == state).any()}
+        words = {FULL: self.words[0], **REPEATED_LEGEND, DEAD: self.words[1]}
+        return {state: word for state, word in words.items() if state < TWICE or (self.states == state).any()}
 
 
 def draw_pattern(pattern: Pattern, length: int, tile: int = 1, title: str | None = None) -> tuple[Panel, ...]:
@@ -226,8 +229,8 @@ def _panel_to_svg(panel: Panel, x: float, y: float, cell: tuple[float, float]) -
         yield svg.text(x + at, y + height + 11, token, anchor="middle", size=9, fill=GREY)
     middle = y + height / 2
     rotation = f"rotate(-90 {svg.number(x - 40)} {svg.number(middle)})"
-    yield svg.text(x - 40, middle, "query", anchor="middle", transform=rotation)
-    yield svg.text(x + width / 2, y + height + 24, "key", anchor="middle")
+    yield svg.text(x - 40, middle, panel.axes[0], anchor="middle", transform=rotation)
+    yield svg.text(x + width / 2, y + height + 24, panel.axes[1], anchor="middle")
     for line, words in enumerate(panel.caption.splitlines()):
         yield svg.text(x + width / 2, y + height + 40 + LINE * line, words, anchor="middle", size=10, fill=GREY)
 
