@@ -70,9 +70,9 @@ class Run:
 
 
 def show_command(command: Iterable[str]) -> str:
-    """A command line as typed in a shell, with the name of the interpreter only."""
-    program, *arguments = command
-    return shlex.join([Path(program).name, *arguments])
+    """A command line of `Run.command` as typed in a shell: `sparsejax VERB ...`."""
+    _, _, program, *arguments = command  # interpreter, -m, sparsejax
+    return shlex.join([program, *arguments])
 
 
 def read_sweep(source: str) -> list[Overrides]:

@@ -475,13 +475,22 @@ def test_ranking_of_auto_on_accelerators(monkeypatch, pattern, ranking):
     check_ranking(monkeypatch, pattern, 2000, ranking)
 
 
+class Output(str):
+    """The name of an implementation in place of its output."""
+
+    __slots__ = ()
+
+    def astype(self, dtype):
+        return self
+
+
 def check_ranking(monkeypatch, pattern, length, ranking):
     shape, ranking = (1, length, 4, 8), ranking.split()
     unable = set()
     fakes = tuple(
         Implementation(
             name,
-            run=lambda call, name=name: (name, None),
+            run=lambda call, name=name: (Output(name), None),
             unsupported_reason=lambda call, name=name: f"{name} is unable" if name in unable else None,
         )
         for name in ("other", "segment", "gather", "dense")
@@ -525,7 +534,7 @@ def test_auto_uses_a_kernel_only_where_it_is_verified(monkeypatch, caplog, devic
     monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
     monkeypatch.setattr(jax, "__version_info__", (0, 11, 0))
     monkeypatch.setattr(jax, "__version__", "0.11.0")
-    named = tuple(impl._replace(run=lambda call, name=impl.name: (name, None)) for impl in IMPLEMENTATIONS)
+    named = tuple(impl._replace(run=lambda call, name=impl.name: (Output(name), None)) for impl in IMPLEMENTATIONS)
     monkeypatch.setattr("sparsejax.ops.attention.IMPLEMENTATIONS", named)
     q, kind = jnp.zeros((1, 1000, 2, 64), dtype), device["device_kind"]
     assert [attend(q, q, q, parse(pattern)) for _ in range(2)] == [otherwise] * 2
@@ -545,7 +554,7 @@ def test_auto_uses_a_kernel_only_where_it_is_verified(monkeypatch, caplog, devic
 def test_auto_uses_a_kernel_with_a_recorded_benchmark(monkeypatch, caplog):
     monkeypatch.setattr(jax, "devices", lambda: [types.SimpleNamespace(device_kind="TPU v5 lite")])
     kernel = next(impl for impl in IMPLEMENTATIONS if impl.name == "tpu")
-    recorded = kernel._replace(run=lambda call: ("tpu", None), verified_on=frozenset({"TPU v5 lite"}))
+    recorded = kernel._replace(run=lambda call: (Output("tpu"), None), verified_on=frozenset({"TPU v5 lite"}))
     others = (impl for impl in IMPLEMENTATIONS if impl.name != "tpu")
     monkeypatch.setattr("sparsejax.ops.attention.IMPLEMENTATIONS", (recorded, *others))
     assert small_attend((1, 1000, 2, 64), (1, 1000, 2, 64)) == "tpu"

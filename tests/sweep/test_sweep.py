@@ -37,7 +37,7 @@ def finish(folder, runs):
 def test_print_starts_nothing(sweep, tmp_path):
     code, out, err = sweep("seed=range(2);train.steps=[5, 6]", "--print", "--config.train.batch=2")
     assert (code, err, len(out)) == (0, [], 4)
-    assert out[0].startswith(f"python -m sparsejax train --config={RECIPE} --config.train.batch=2 ")
+    assert out[0].startswith(f"sparsejax train --config={RECIPE} --config.train.batch=2 ")
     assert not (tmp_path / "sweep").exists()
 
 
