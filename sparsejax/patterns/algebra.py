@@ -174,20 +174,11 @@ class Minus(Combination):
 
 
 @dataclasses.dataclass(frozen=True)
-class Shift(Pattern):
-    """A pattern shifted `by` keys back: query q attends to key k where `pattern` allows (q, k + `by`).
+class Moved(Pattern):
+    """A pattern with its queries or its keys moved by a number of positions."""
 
-    `shift(causal, 1)` is strictly causal. Keys from outside the sequence do not exist.
-    """
-
-    name: ClassVar[str] = "shift"
     pattern: Pattern
     by: int
-
-    def __post_init__(self) -> None:
-        if not isinstance(self.pattern, Pattern):
-            raise PatternError("shift.pattern", f"{self.pattern!r} is not a pattern")
-        require(self, by=-MAX_POSITION)
 
     @property
     def heads(self) -> int | None:
@@ -198,7 +189,22 @@ class Shift(Pattern):
         return self.pattern.repeats
 
     def for_head(self, index: int) -> Pattern:
-        return Shift(self.pattern.for_head(index), self.by)
+        return dataclasses.replace(self, pattern=self.pattern.for_head(index))
+
+
+@dataclasses.dataclass(frozen=True)
+class Shift(Moved):
+    """A pattern shifted `by` keys back: query q attends to key k where `pattern` allows (q, k + `by`).
+
+    `shift(causal, 1)` is strictly causal. Keys from outside the sequence do not exist.
+    """
+
+    name: ClassVar[str] = "shift"
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.pattern, Pattern):
+            raise PatternError("shift.pattern", f"{self.pattern!r} is not a pattern")
+        require(self, by=-MAX_POSITION)
 
     def check(self, t: int, s: int) -> None:
         self.pattern.check(t, s)
@@ -235,7 +241,7 @@ class Shift(Pattern):
 
 
 @dataclasses.dataclass(frozen=True)
-class OffsetQueries(Pattern):
+class OffsetQueries(Moved):
     """The rows of a pattern from query `by` on: query q attends as query q + `by` of `pattern`.
 
     The sequence that `pattern` describes ends with the last key or the last query, whichever is later. `ops.attend`
@@ -243,19 +249,6 @@ class OffsetQueries(Pattern):
     """
 
     name: ClassVar[str] = "offset_queries"
-    pattern: Pattern
-    by: int
-
-    @property
-    def heads(self) -> int | None:
-        return self.pattern.heads
-
-    @property
-    def repeats(self) -> bool:
-        return self.pattern.repeats
-
-    def for_head(self, index: int) -> Pattern:
-        return OffsetQueries(self.pattern.for_head(index), self.by)
 
     def check(self, t: int, s: int) -> None:
         self.pattern.check(max(t + self.by, s), s)
