@@ -18,7 +18,7 @@ from sparsejax.errors import InputError
 from sparsejax.loaded import LoadedModel, Parameters
 from sparsejax.model import Functional
 from sparsejax.train import CheckpointError, plan_phases
-from sparsejax.train.checkpoint import list_steps
+from sparsejax.train.checkpoint import describe_damage, list_steps
 from sparsejax.workdir import SweepFolder, Workdir, read_json
 
 
@@ -95,8 +95,5 @@ def _read_parameters(folder: Path, model: Functional, mesh: Mesh | None) -> Para
         with ocp.PyTreeCheckpointer() as checkpointer:
             state = checkpointer.restore((folder / "state").absolute(), args=arguments(item, partial_restore=True))
     except Exception as error:
-        lines = str(error).strip().splitlines()
-        raise CheckpointError(
-            folder, f"damaged checkpoint ({type(error).__name__}: {''.join(lines[:1])[:200]})"
-        ) from error
+        raise CheckpointError(folder, describe_damage(error)) from error
     return state["parameters"]

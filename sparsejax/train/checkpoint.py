@@ -204,11 +204,14 @@ def _join(path: tuple[Any, ...]) -> str:
     return ".".join(names)
 
 
-def _damaged(path: Path, error: Exception) -> CheckpointError:
+def describe_damage(error: Exception) -> str:
+    """Describes the error of a library that cannot read a checkpoint, by the first line of its message."""
     lines = str(error).strip().splitlines()
-    cause = lines[0][:200] if lines else ""
-    problem = f"damaged checkpoint ({type(error).__name__}: {cause})"
-    return CheckpointError(path, f"{problem}; delete the folder to resume from the previous checkpoint")
+    return f"damaged checkpoint ({type(error).__name__}: {''.join(lines[:1])[:200]})"
+
+
+def _damaged(path: Path, error: Exception) -> CheckpointError:
+    return CheckpointError(path, f"{describe_damage(error)}; delete the folder to resume from the previous checkpoint")
 
 
 def _require_space(folder: Path, size: int) -> None:
