@@ -49,6 +49,9 @@ class Extension:
         return f"{self.distribution} {self.digest}".strip()
 
 
+RECORD = {"source": str, "digest": str, "distribution": str, "names": {...: [str]}}  # schema of a recorded extension
+
+
 class MissingError(InputError):
     """A file or a module that does not exist."""
 
@@ -113,17 +116,14 @@ def restore(workdir: Workdir) -> None:
 def _digests(extension: Extension) -> set[str | None]:
     """Digests of the files that define the names of an extension now; None for a name that is not registered."""
     registered = {registry.kind: registry.registered for registry in REGISTRIES}
-    origins = [registered[kind].get(name) for kind, name in extension.keys]
+    origins = [registered.get(kind, {}).get(name) for kind, name in extension.keys]
     return {None if origin is None else origin.digest or "" for origin in origins}
 
 
 def _read(workdir: Workdir) -> list[Extension]:
     if not workdir.extensions.exists():
         return []
-    try:
-        return [Extension(**fields) for fields in read_json(workdir.extensions)]
-    except TypeError as error:
-        raise InputError(workdir.extensions, f"damaged: {error}") from error
+    return [Extension(**{name: fields[name] for name in RECORD}) for fields in read_json(workdir.extensions, [RECORD])]
 
 
 # Imports.

@@ -10,11 +10,16 @@ import contextlib
 import dataclasses
 import json
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from sparsejax.errors import InputError
+from sparsejax.records import parse_json
+
+RUN = {"label": str, "seed": int, "overrides": dict}
+SWEEP = {"config": str, "sweeps": [str], "runs": {...: RUN}}  # schema of the record of a sweep
+ROW = {"step": int, ...: (float, None)}  # schema of a row of a jsonl file
 
 
 @dataclasses.dataclass(frozen=True)
@@ -164,15 +169,7 @@ class SweepFolder:
         """
         if not self.exists():
             return {"config": None, "sweeps": [], "runs": {}}
-        record = read_json(self.record)
-        try:
-            runs = {
-                name: {"label": run["label"], "seed": run["seed"], "overrides": dict(run["overrides"])}
-                for name, run in record["runs"].items()
-            }
-            return {"config": record["config"], "sweeps": record["sweeps"], "runs": runs}
-        except (KeyError, TypeError, ValueError, AttributeError) as error:
-            raise InputError(self.record, f"damaged: {type(error).__name__}: {error}") from error
+        return read_json(self.record, SWEEP)
 
     def add(self, config: str, sweep: str, runs: dict[str, Any]) -> None:
         """Adds runs to the record."""
@@ -232,16 +229,20 @@ def write_json(path: Path, value: Any) -> None:
     replace_file(path, f"{json.dumps(value, indent=2)}\n".encode())
 
 
-def read_json(path: Path) -> Any:
-    """Reads a JSON file.
+def read_json(path: Path, schema: Any = None) -> Any:
+    """Reads a JSON file of the types of `schema`, see `records`.
 
     Raises:
-      InputError: the file is no JSON; FileNotFoundError: there is none.
+      InputError: The file cannot be read, or is damaged.
+      FileNotFoundError: There is no file.
     """
     try:
-        return json.loads(path.read_text())
-    except ValueError as error:
-        raise InputError(path, f"damaged JSON: {error}") from error
+        content = path.read_bytes()
+    except FileNotFoundError:
+        raise
+    except OSError as error:
+        raise InputError(path, str(error.strerror)) from error
+    return parse_json(content, path, schema)
 
 
 def append_row(path: Path, row: dict[str, Any]) -> None:
@@ -250,28 +251,28 @@ def append_row(path: Path, row: dict[str, Any]) -> None:
         file.write(json.dumps(row) + "\n")
 
 
-def read_rows(path: Path) -> list[dict[str, Any]]:
-    """Reads the rows of a jsonl file, up to the first line that a crash cut short; no file has no rows."""
-    return list(_rows(path.read_text().splitlines() if path.exists() else []))
+def read_rows(path: Path, schema: Any = ROW) -> list[dict[str, Any]]:
+    """Reads the rows of a jsonl file, without a last line that a crash cut short; no file has no rows.
 
-
-def _rows(lines: Iterable[str]) -> Iterator[dict[str, Any]]:
-    for line in lines:
-        try:
-            yield json.loads(line)
-        except json.JSONDecodeError:
-            return
+    Raises:
+      InputError: The file cannot be read, or a row is damaged.
+    """
+    try:
+        content = path.read_bytes().rstrip(b"\0")  # after a power failure
+    except FileNotFoundError:
+        return []
+    except OSError as error:
+        raise InputError(path, str(error.strerror)) from error
+    lines = content[: content.rfind(b"\n") + 1].splitlines()
+    return [parse_json(line, f"{path}: line {number}", schema) for number, line in enumerate(lines, 1)]
 
 
 def read_last_row(path: Path, size: int = 1 << 14) -> dict[str, Any]:
-    """Reads the last whole row of a jsonl file that may be growing; empty if there is none."""
-    rows = []
-    for line in read_tail(path, size):
-        try:
-            rows.append(json.loads(line))
-        except json.JSONDecodeError:
-            continue
-    return rows[-1] if rows else {}
+    """Reads the last whole row of a jsonl file that may be growing; empty if there is none or it is damaged."""
+    for line in reversed(read_tail(path, size)):
+        with contextlib.suppress(InputError):
+            return parse_json(line, path, ROW)
+    return {}
 
 
 def read_tail(path: Path, size: int = 1 << 14) -> list[str]:

@@ -20,6 +20,9 @@ import numpy as np
 from jax.experimental import multihost_utils
 from jaxtyping import Bool
 
+from sparsejax.errors import InputError
+from sparsejax.records import parse_json
+
 CACHE_VARIABLE = "SPARSEJAX_CACHE_DIR"
 # Device kinds by kernel; the file names the recorded result of each.
 RECORDED: dict[str, frozenset[str]] = {
@@ -76,11 +79,11 @@ def read_records() -> dict[str, list[str]]:
 @functools.cache
 def _read_records(path: Path) -> dict[str, list[str]]:
     try:
-        return json.loads(path.read_text())
+        return parse_json(path.read_bytes(), path, {...: [str]})
     except FileNotFoundError:
         return {}
-    except ValueError as error:
-        _logger().warning("%s: damaged and ignored (%s); run `sparsejax doctor` to rewrite it", path, error)
+    except InputError as error:
+        _logger().warning("%s: %s; ignored, run `sparsejax doctor` to rewrite it", path, error.problem)
         return {}
 
 

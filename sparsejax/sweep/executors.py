@@ -30,6 +30,8 @@ TIMEOUTS = 10_000
 # Local jobs outlive the launcher and its terminal: they ignore its signals and do not write to it.
 QUIET = ("trap '' INT HUP", "exec < /dev/null > /dev/null 2>&1")
 
+SUBMISSION = {"launcher": str, "job": str, "slot": int}  # schema of the record of a submission
+
 SLURM_NAMES = {"cpus": "cpus_per_task", "gpus": "gpus_per_node"}
 SLURM_MINUTES = 60  # default time limit of a job, after which the run saves and is queued again
 SQUEUE_INTERVAL = 2.0  # seconds between two calls of squeue
@@ -281,5 +283,5 @@ def _import_submitit() -> Any:
 def _read_submission(attempt: Attempt, launcher: str | None = None) -> dict[str, Any]:
     """The last submission of a run, if it was to this launcher: ids of another one mean other jobs here."""
     file = attempt.job.files.submission
-    submission = read_json(file) if file.exists() else {}
+    submission = read_json(file, SUBMISSION) if file.exists() else {}
     return submission if launcher in (None, submission.get("launcher")) else {}
