@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 
+from sparsejax.data.kinds import READ_AS
 from sparsejax.data.probes import PROBES, Probe
 from sparsejax.errors import InputError, require_at_least, require_choice
 
@@ -39,19 +40,25 @@ class DataConfig:
     """Source of the tokens, tokenizer, windows and objective."""
 
     task: str  # "text", or a probe, whose keys are then the section `probe`
-    files: str  # a file, a folder or a glob of text, or several joined by commas; empty for the text that CPython ships
+    # a file, a folder or a glob of text, or several joined by commas; empty for the text that CPython ships
+    files: str = dataclasses.field(metadata={"resume": "none"})
     length: int  # tokens per window
-    validation: str = ""  # files of validation text; empty to hold out some of `files`, see `load_corpus`
+    # files of validation text; empty to hold out some of `files`, see `load_corpus`
+    validation: str = dataclasses.field(default="", metadata={"resume": "none"})
     tfds: str = ""  # "name:version" of a TFDS data set, an alternative to `files`
-    tfds_dir: str = ""  # folder of TFDS data sets; empty for the default of TFDS
+    # folder of TFDS data sets; empty for the default of TFDS
+    tfds_dir: str = dataclasses.field(default="", metadata={"resume": "none"})
     train_split: str = "train"  # training split of the TFDS data set, with slices such as "train[:90%]"
     validation_split: str = "validation"  # validation split of the TFDS data set
-    field: str = "text"  # field of jsonl, parquet and TFDS records that holds the text
+    # "auto" recognizes every file by its content; "text" reads records as text; "bytes" reads files as they are stored
+    read_as: str = "auto"
+    field: str = "text"  # field of JSON, parquet, Arrow and TFDS records that holds the text
     label: str = ""  # field that holds the class, for the objective "classify"
     # separator of the documents of a text file, with escapes such as \n; empty: a file is a document
     separator: str = ""
     tokenizer: str = "bytes"  # "bytes", "chars", "bpe:SIZE", or a tokenizers JSON file or SentencePiece model
-    cache: str = ""  # folder of tokenized corpora; empty for ~/.cache/sparsejax, which bytes that fit in memory skip
+    # folder of tokenized corpora; empty for ~/.cache/sparsejax, which bytes that fit in memory skip
+    cache: str = dataclasses.field(default="", metadata={"resume": "none"})
     packing: str = "none"  # "none" cuts windows from one stream; "packed" packs whole documents, split by segment ids
     objective: str = "causal"  # prediction of the next token, of masked tokens, of tokens after a prefix, or of a class
     mask: MaskConfig = MaskConfig()  # masking, for the objective "masked"
@@ -66,6 +73,9 @@ class DataConfig:
             self._set_up_probe()
         require_choice(self, "objective", OBJECTIVES)
         require_choice(self, "packing", PACKINGS)
+        require_choice(self, "read_as", READ_AS)
+        if self.read_as == "bytes" and self.tokenizer != "bytes":
+            raise InputError("read_as", f"'bytes' needs tokenizer = 'bytes', which is {self.tokenizer!r}")
         if self.tfds and (self.files or self.validation):
             raise InputError("tfds", "cannot be combined with files or validation")
         if self.objective == "prefix" and not 1 <= self.prefix < self.length:

@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
 HELD_OUT_EXAMPLES = 1024  # of a probe that generates its validation examples
 ENDLESS = 1 << 48  # training examples of a probe
-IMPLICIT = ("tokens", "rows", "row_length")  # counts that `describe` reports elsewhere
+IMPLICIT = ("tokens", "rows", "row_length", "restored")  # counts that `describe` reports elsewhere
 LABELS = {"documents": "documents used"}  # of counts whose names `describe` does not print
 MASK_SEED = 0  # for validation text, the same in every run
 
@@ -77,17 +77,28 @@ class Dataset:
 
     @property
     def tokens_per_byte(self) -> float | None:
-        """Ratio that converts bits per token into bits per byte; None unless all tokens are predicted."""
+        """Ratio that converts bits per token into bits per byte; None unless all tokens are predicted.
+
+        Only bytes that decoding gives back count: those that a tokenizer loses cost no bits, and counting them would
+        make its bits per byte too low.
+        """
         if self.corpus is None or not self.is_generative:
             return None
-        return len(self.corpus.validation) / self.corpus.held_out.bytes
+        side = self.corpus.held_out
+        return len(side.tokens) / (side.bytes * side.restored)
 
     @property
     def tokens_per_character(self) -> float | None:
         """Ratio that converts bits per token into bits per character; None unless all tokens are predicted."""
         if self.corpus is None or not self.is_generative:
             return None
-        return len(self.corpus.validation) / self.corpus.held_out.characters
+        side = self.corpus.held_out
+        return len(side.tokens) / (side.characters * side.restored_characters)
+
+    @property
+    def restored(self) -> float:
+        """Fraction of the bytes of the validation text that decoding the tokens gives back; 1 for probes."""
+        return 1.0 if self.corpus is None else self.corpus.held_out.restored
 
     def train_batches(
         self, batch: int, seed: int, *, process_index: int = 0, process_count: int = 1
@@ -113,14 +124,33 @@ class Dataset:
         corpus, unit = self.corpus, "bytes" if self.config.tokenizer == "bytes" else "tokens"
         lines = [
             f"text: {len(corpus.train):,} {unit} to train on, {len(corpus.validation):,} to validate"
-            f" ({corpus.train_files} and {corpus.validation_files} files), digest {self.digest}"
+            f" ({corpus.train_files} and {corpus.validation_files} files), digest {self.digest}",
+            *corpus.notes,
         ]
         for name in ("training", "validation"):
             counts = self.counts[name]
             shown = (key for key in counts if key not in IMPLICIT and counts[key])
             facts = (f"{counts[key]:,} {LABELS.get(key, key.replace('_', ' '))}" for key in shown)
             lines.append(f"{name}: {', '.join(facts)}; {counts['rows']:,} rows of {counts['row_length']:,}")
+        for side, name in ((corpus.training, "training"), (corpus.held_out, "validation")):
+            if side.restored < 1:
+                lines.append(
+                    f"warning: of the {name} text, tokenizer {self.config.tokenizer} gives back {side.restored:.4%} of"
+                    " the bytes; bits per byte and per character count what it gives back"
+                )
         return lines
+
+    def require_vocabulary(self, vocab: int) -> None:
+        """Checks that a model of `vocab` ids has an id for every token.
+
+        Raises:
+          DataError: It does not.
+        """
+        if vocab < self.vocab:
+            source = self.config.task if self.corpus is None else f"data.tokenizer = {self.config.tokenizer!r}"
+            objective = self.config.objective
+            source += f" with data.objective = {objective!r}" if objective != "causal" else ""
+            raise DataError("model.vocab", f"{vocab} is too small; {source} needs {self.vocab}")
 
     def _transform(self, seed: int) -> Transform | None:
         tokenizer = self.tokenizer
@@ -129,20 +159,23 @@ class Dataset:
         return lambda batch, numbers: apply_objective(self.config, tokenizer, batch, seed, numbers)
 
 
-def load_dataset(config: DataConfig, stride: int = 0, corpus: Corpus | None = None) -> Dataset:
+def load_dataset(
+    config: DataConfig, stride: int = 0, corpus: Corpus | None = None, *, recorded: bytes | None = None
+) -> Dataset:
     """Reads, tokenizes and packs the data of a configuration.
 
     Args:
       config: The configuration.
       stride: Tokens between the starts of adjacent validation windows; 0 stands for `config.length`. See `Windows`.
       corpus: The text of `config` if it is loaded already, for instance for rows of another length.
+      recorded: Content of the tokenizer's file in the workdir of a run, see `load_tokenizer`.
 
     Raises:
       DataError: The data cannot be read, or are too small.
     """
     if config.task != "text":
         return _load_probe(config)
-    return _cut_text(config, _read_text(config) if corpus is None else corpus, stride)
+    return _cut_text(config, _read_text(config, recorded) if corpus is None else corpus, stride)
 
 
 def _load_probe(config: DataConfig) -> Dataset:
@@ -156,19 +189,21 @@ def _load_probe(config: DataConfig) -> Dataset:
     return Dataset(config, training, held_out, probe.vocab, digest, None, None, counts | {"scored": scored})
 
 
-def _read_text(config: DataConfig) -> Corpus:
+def _read_text(config: DataConfig, recorded: bytes | None) -> Corpus:
     if config.tfds:
         from sparsejax.data.tfds import TfdsSource  # TFDS takes seconds to import
 
-        return build_corpus(TfdsSource(config), config.tokenizer, config.cache)
+        return build_corpus(TfdsSource(config), config.tokenizer, config.cache, recorded)
     return load_corpus(
         config.files,
         validation=config.validation,
         field=config.field,
         separator=config.separator,
         label=config.label,
+        read_as=config.read_as,
         tokenizer=config.tokenizer,
         cache=config.cache,
+        recorded=recorded,
     )
 
 
@@ -186,7 +221,8 @@ def _cut_text(config: DataConfig, corpus: Corpus, stride: int) -> Dataset:
         vocab = max(vocab, int(max(corpus.training.labels.max(), corpus.held_out.labels.max())) + 1)
     sides = {"training": (corpus.training, training), "validation": (corpus.held_out, held_out)}
     counts: dict[str, Any] = {name: _count(side, rows) for name, (side, rows) in sides.items()}
-    counts |= {"digest": corpus.digest, "tokenizer": config.tokenizer, "vocab": vocab}
+    counts |= {"digest": corpus.digest, "files": corpus.files, "tokenizer": config.tokenizer}
+    counts |= {"tokenizer_digest": corpus.tokenizer.digest, "vocab": vocab}
     return Dataset(config, training, held_out, vocab, corpus.digest, corpus.tokenizer, corpus, counts)
 
 
@@ -205,6 +241,7 @@ def _count(side: Side, rows: Rows) -> dict[str, int | float]:
         "documents": len(side.documents),
         "bytes": side.bytes,
         "characters": side.characters,
+        "restored": side.restored,
         "tokens": len(side.tokens),
         "rows": len(rows),
         "row_length": rows.length,

@@ -7,21 +7,16 @@ import dataclasses
 import glob
 import hashlib
 import os
+import stat
 import sysconfig
+from collections import Counter
 from collections.abc import Callable, Iterator
 from itertools import takewhile
 from pathlib import Path
 
 from sparsejax.data.errors import DataError
-from sparsejax.data.formats import (
-    COMPRESSED,
-    Document,
-    holds_records,
-    read_chunks,
-    read_raw,
-    read_records,
-    read_text,
-)
+from sparsejax.data.formats import AS_BYTES, Document, read_records, read_text
+from sparsejax.data.kinds import RECORDS, TEXT, Kind, detect, read_chunks
 
 HELD_OUT = 20  # one file in 20 is validation text; of a single file, the last 1/20 of its bytes
 HELD_OUT_REMAINDER = 13  # arbitrary; it holds out a typical 5 % of the standard library
@@ -32,14 +27,23 @@ NOT_LIBRARY = {"test", "tests", "idle_test", "site-packages", "dist-packages", "
 NOT_LIBRARY_PREFIXES = ("config-", "_sysconfigdata")
 
 
+Skipped = dict[str, list[str]]  # paths by the reason for which they are skipped
+
+
 @dataclasses.dataclass(frozen=True)
 class File:
     """The bytes from `start` to `stop` of a file; `name` is its path relative to the folder of `data.files`."""
 
     name: str
     path: Path
+    kind: Kind
     start: int = 0
     stop: int | None = None
+
+    @property
+    def has_records(self) -> bool:
+        """Whether it consists of records, one of whose fields is the text."""
+        return self.kind.format in RECORDS
 
 
 class Files:
@@ -50,6 +54,8 @@ class Files:
       validation_files: Number of files that hold validation text; a file that is split counts twice.
       bytes: Total size of the files on disk.
       digest: 16 hex digits that change with the name, content or side of any file, and with the fields that are read.
+      record: Numbers of files by format, and of skipped ones by reason.
+      notes: One line about formats and one about skipped files, if there is something to say.
     """
 
     def __init__(
@@ -59,13 +65,15 @@ class Files:
         field: str = "text",
         separator: str = "",
         label: str = "",
+        read_as: str = "auto",
         characters: bool = False,  # split a file between UTF-8 characters only
     ):
-        self._field, self._label, self._separator = field, label, _unescape(separator)
-        train = _list_files(files, "data.files") if files.strip() else _list_standard_library()
-        held_out = _list_files(validation, "data.validation") if validation.strip() else []
+        self._field, self._label, self._separator, self._read_as = field, label, _unescape(separator), read_as
+        skipped: Skipped = {}
+        train = _list_files(files, "data.files", read_as, skipped) if files.strip() else _list_standard_library()
+        held_out = _list_files(validation, "data.validation", read_as, skipped) if validation.strip() else []
         # Files of several documents are split by document, files of one document each by file.
-        self._by_document = not held_out and (bool(separator) or any(holds_records(file.path) for file in train))
+        self._by_document = not held_out and (bool(separator) or any(file.has_records for file in train))
         if held_out or self._by_document:
             self._sides = train, held_out
             both = {file.path.resolve() for file in train} & {file.path.resolve() for file in held_out}
@@ -78,6 +86,9 @@ class Files:
             self.validation_files = self.train_files
         self.bytes = sum(file.path.stat().st_size for side in self._sides for file in side)
         self.digest = self._digest()
+        kinds = Counter(" ".join(filter(None, file.kind[:2])) for file in train + held_out)
+        self.record = {"read": dict(kinds), "skipped": {reason: len(paths) for reason, paths in skipped.items()}}
+        self.notes = _describe(kinds, skipped)
 
     def read(self) -> Iterator[tuple[int, Document]]:
         """Iterates over (side, document); training documents come first if whole files are held out."""
@@ -90,11 +101,11 @@ class Files:
         return _hold_out(documents) if self._by_document else documents
 
     def _open(self, file: File) -> Iterator[Document]:
-        if holds_records(file.path):
-            return read_records(file.path, file.name, self._field, self._label)
+        if file.has_records:
+            return read_records(file.path, file.name, file.kind, self._field, self._label)
         if self._label:
-            raise DataError("data.label", f"{file.path} is text and has no labels; use jsonl or parquet")
-        return read_text(file.path, file.name, self._separator, file.start, file.stop)
+            raise DataError("data.label", f"{file.path} is {file.kind.format} and has no labels; use JSON or parquet")
+        return read_text(file.path, file.name, file.kind, self._separator, file.start, file.stop)
 
     def _digest(self) -> str:
         digest = hashlib.sha256()
@@ -102,18 +113,31 @@ class Files:
             digest.update(b"%d\n" % len(side))
             for file in side:
                 _add_file(digest, file)
-        if self._separator or any(holds_records(file.path) for side in self._sides for file in side):
+        if self._separator or any(file.has_records for side in self._sides for file in side):
             digest.update(repr((self._by_document, self._field, self._label, self._separator)).encode())
+        if self._read_as != "auto":
+            digest.update(self._read_as.encode())
         return digest.hexdigest()[:16]
+
+
+def _describe(kinds: Counter[str], skipped: Skipped) -> list[str]:
+    notes = []
+    if len(kinds) > 1:
+        notes.append(f"files: {', '.join(f'{count:,} {kind}' for kind, count in kinds.most_common())}")
+    if count := sum(map(len, skipped.values())):
+        reasons = (
+            f"{len(paths):,} {reason} ({paths[0]}{', ...' * (len(paths) > 1)})" for reason, paths in skipped.items()
+        )
+        notes.append(f"skipped {count:,} of {count + kinds.total():,} files: {', '.join(reasons)}")
+    return notes
 
 
 def _add_file(digest: hashlib._Hash, file: File) -> None:
     # Compressed files and records are hashed as stored, without unpacking them.
-    packed = file.path.suffix in COMPRESSED or holds_records(file.path)
-    start, stop = (0, None) if packed else (file.start, file.stop)
+    start, stop = (0, None) if file.kind.compression or file.has_records else (file.start, file.stop)
     size = (file.path.stat().st_size if stop is None else stop) - start
     digest.update(b"%b\0%d\0" % (os.fsencode(file.name), size))
-    for chunk in read_raw(file.path, start, size):
+    for chunk in read_chunks(file.path, start, start + size):
         digest.update(chunk)
 
 
@@ -141,73 +165,121 @@ def _unescape(separator: str) -> bytes:
 
 def _list_standard_library() -> list[File]:
     folder = Path(sysconfig.get_path("stdlib"))
-    paths = _walk(folder, lambda name: name in NOT_LIBRARY or name.startswith(NOT_LIBRARY_PREFIXES))
-    sources = [File(path.relative_to(folder).as_posix(), path) for path in paths if path.suffix == ".py"]
+    paths = _walk(folder, lambda name: name in NOT_LIBRARY or name.startswith(NOT_LIBRARY_PREFIXES), {})
+    sources = [path for path in paths if path.suffix == ".py" and path.stat().st_size]
     if not sources:
         raise DataError("data.files", f"it is empty, and the sources of the standard library are not in {folder}")
-    return [file for file in sources if file.path.stat().st_size]
+    return [File(path.relative_to(folder).as_posix(), path, Kind(TEXT)) for path in sources]
 
 
-def _list_files(files: str, key: str) -> list[File]:
-    listed = {}  # by resolved path: a file that is named twice must not be on both sides
+def _list_files(files: str, key: str, read_as: str, skipped: Skipped) -> list[File]:
+    """Lists the files to read, and adds those that folders and globs hold besides to `skipped`."""
+    listed: dict[Path, File] = {}  # by resolved path: a file that is named twice must not be on both sides
     for item in (Path(name.strip()).expanduser() for name in files.split(",") if name.strip()):
-        root, paths = _expand(item, key)
-        for path in (path for path in paths if path.resolve() not in listed):
-            if path == item and not path.stat().st_size:
-                raise DataError(key, f"{path} is empty")
-            if path == item or holds_records(path) or _is_text(path):
-                listed[path.resolve()] = File(path.relative_to(root).as_posix(), path)
+        root, paths = _expand(item, key, skipped)
+        for path in paths:
+            kind, reason = _inspect(path, key, read_as, is_named=path == item)
+            if not reason and path.resolve() in listed:
+                reason = "repeated"
+            if reason:
+                skipped.setdefault(reason, []).append(str(path))
+            else:
+                name = path.relative_to(root).as_posix()
+                listed[path.resolve()] = File(name, path, kind, start=kind.start)
     if not listed:
-        raise DataError(key, f"no text in {files}: all files are empty or contain zero bytes")
+        raise DataError(key, f"no text in {files}: {'; '.join(_describe(Counter(), skipped))}")
     return list(listed.values())
 
 
-def _is_text(path: Path) -> bool:
-    """Whether a file is not empty and contains no zero bytes."""
+def _inspect(path: Path, key: str, read_as: str, is_named: bool) -> tuple[Kind, str]:
+    """Returns the kind of a file, and the reason to skip it if it is in a folder and holds no text."""
+    mode = path.stat().st_mode if path.exists() else 0
+    if not stat.S_ISREG(mode):
+        reason = "folder" if path.is_dir() else "broken link" if path.is_symlink() else "special"
+        return Kind(""), reason
+    if not path.stat().st_size:
+        if is_named:
+            raise DataError(key, f"{path} is empty")
+        return Kind(""), "empty"
+    kind = detect(path, read_as)
+    if kind.format == TEXT and not is_named:
+        kind, empty = _look_for_zeros(path, kind)
+        if empty:
+            return kind, "empty"
+    if kind.format:
+        return kind, ""
+    if kind.binary and not is_named:
+        return kind, "binary"
+    raise DataError(key, f"{path} is {kind.problem}; {kind.remedy or AS_BYTES}")
+
+
+def _look_for_zeros(path: Path, kind: Kind) -> tuple[Kind, bool]:
+    """Returns the kind of a text, which is binary if it has a zero byte, and whether the text is empty."""
     empty = True
-    for chunk in read_chunks(path):
+    for chunk in read_chunks(path, kind.start, None, kind.compression):
         if b"\0" in chunk:
-            return False
-        empty = empty and not chunk
-    return not empty
+            return Kind("", binary=True), False
+        empty = False
+    return kind, empty
 
 
-def _expand(item: Path, key: str) -> tuple[Path, list[Path]]:
+def _expand(item: Path, key: str, skipped: Skipped) -> tuple[Path, list[Path]]:
     """Expands a file, folder or glob to the folder that names are relative to, and its files."""
     if item.is_file():
         return item.parent, [item]
     if item.is_dir():
-        root, paths = item, _walk(item, lambda name: name.startswith("."))
+        root, paths = item, _walk(item, lambda name: name.startswith("."), skipped)
+    elif item.exists():
+        raise DataError(key, f"{item} is neither a file nor a folder")
     else:
         root = Path(*takewhile(lambda part: not glob.has_magic(part), item.parts))
         if root == item:
             raise DataError(key, f"no such file or folder: {item}")
-        matches = map(Path, glob.glob(str(item), recursive=True))
-        paths = sorted(filter(Path.is_file, matches), key=Path.as_posix)
+        paths = sorted(map(Path, glob.glob(str(item), recursive=True)), key=Path.as_posix)
+        if "**" in item.parts:  # which matches the folders whose files it matches
+            paths = [path for path in paths if not path.is_dir()]
     if not paths:
         raise DataError(key, f"no file {'in' if root == item else 'matches'} {item}")
     return root, paths
 
 
-def _walk(folder: Path, skip: Callable[[str], bool]) -> list[Path]:
-    """Files below `folder`, sorted by relative name, without the files and folders whose names `skip` matches."""
+def _walk(folder: Path, hide: Callable[[str], bool], skipped: Skipped) -> list[Path]:
+    """Paths below `folder` that are no folders, sorted by relative name; links to folders are followed.
+
+    Files and folders whose names `hide` matches, and folders that are read already, are added to `skipped`.
+    """
     paths: list[Path] = []
-    for parent, folders, names in os.walk(folder):
-        folders[:] = [name for name in folders if not skip(name)]
-        paths += [Path(parent, name) for name in names if not skip(name)]
-    return sorted(filter(Path.is_file, paths), key=lambda path: path.relative_to(folder).as_posix())
+    pending, seen = [folder], set[str]()
+    while pending:  # links come after real folders, whose names decide on the split
+        for parent, folders, names in os.walk(pending.pop(0), onerror=_raise):
+            if (real := os.path.realpath(parent)) in seen:
+                skipped.setdefault("repeated", []).append(parent)
+                folders.clear()
+                continue
+            seen.add(real)
+            if hidden := sorted(filter(hide, folders + names)):
+                skipped.setdefault("hidden", []).extend(os.path.join(parent, name) for name in hidden)
+            links = {name for name in folders if os.path.islink(os.path.join(parent, name)) and not hide(name)}
+            pending += [Path(parent, name) for name in sorted(links)]
+            folders[:] = sorted(name for name in folders if name not in links and not hide(name))
+            paths += [Path(parent, name) for name in names if not hide(name)]
+    return sorted(paths, key=lambda path: path.relative_to(folder).as_posix())
+
+
+def _raise(error: OSError) -> None:
+    raise DataError("data.files", f"{error.filename}: {error.strerror}")
 
 
 def _split(files: list[File], characters: bool) -> tuple[list[File], list[File]]:
     if len(files) == 1:
         [file] = files
-        packed = file.path.suffix in COMPRESSED
-        size = sum(map(len, read_chunks(file.path))) if packed else file.path.stat().st_size
-        cut = size - max(1, size // HELD_OUT)
+        compression = file.kind.compression
+        stop = sum(map(len, read_chunks(file.path, 0, None, compression))) if compression else file.path.stat().st_size
+        cut = max(file.start, stop - max(1, (stop - file.start) // HELD_OUT))
         if characters:  # a continuation byte of UTF-8 starts with the bits 10
-            after = b"".join(read_chunks(file.path, cut, cut + 4))
+            after = b"".join(read_chunks(file.path, cut, cut + 4, compression))
             cut += next((i for i, byte in enumerate(after) if byte & 0xC0 != 0x80), 0)
-        return [dataclasses.replace(file, stop=cut)], [dataclasses.replace(file, start=cut, stop=size)]
+        return [dataclasses.replace(file, stop=cut)], [dataclasses.replace(file, start=cut, stop=stop)]
     held = [_is_held_out(file.name) for file in files]
     if all(held) or not any(held):
         held = [False] * (len(files) - 1) + [True]

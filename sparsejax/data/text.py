@@ -11,17 +11,20 @@ import os
 import shutil
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import IO, Protocol
+from typing import IO, Any, Protocol
 
 import numpy as np
 
 from sparsejax.data.errors import DataError
 from sparsejax.data.files import TRAIN, Files
 from sparsejax.data.formats import Document
-from sparsejax.data.tokenizers import PART, Tokenizer, load_tokenizer
+from sparsejax.data.tokenizers import PART, Tokenizer, count_restored, load_tokenizer
 
 FITS = 1 << 28  # bytes; a smaller text is kept in memory instead of the cache
-FORMAT = 1  # version of the cache's files
+FORMAT = 2  # version of the cache's files
+MEASURED = 16  # one in 16 bytes of training text is decoded again, and all validation text
+PARTIAL = ".part"  # suffix of an entry that is being written
+COUNTS = ("read", "empty", "bytes", "characters", "restored", "restored_characters")  # of a side
 
 
 class Source(Protocol):
@@ -32,12 +35,16 @@ class Source(Protocol):
       validation_files: Number of files or examples of validation text.
       bytes: Approximate size.
       digest: 16 hex digits that change with any document or its side.
+      record: Numbers of files that are read and skipped, for the record.
+      notes: Lines to print about them.
     """
 
     train_files: int
     validation_files: int
     bytes: int
     digest: str
+    record: dict[str, Any]
+    notes: list[str]
 
     def read(self) -> Iterator[tuple[int, Document]]:
         """Iterates over (side, document), where side is TRAIN or VALIDATION."""
@@ -56,6 +63,8 @@ class Side:
       empty: Number of documents dropped because they are empty.
       bytes: Size of the text, including separators that are characters themselves.
       characters: Number of UTF-8 characters of the text, including such separators.
+      restored: Fraction of the bytes that decoding the tokens gives back, estimated for training text.
+      restored_characters: Fraction of the characters.
     """
 
     tokens: np.ndarray
@@ -65,6 +74,8 @@ class Side:
     empty: int
     bytes: int
     characters: int
+    restored: float
+    restored_characters: float
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -78,6 +89,8 @@ class Corpus:
       train_files: Number of files in `training`.
       validation_files: Number of files in `held_out`; a file that is split counts twice.
       tokenizer: The tokenizer.
+      files: Numbers of files that are read and skipped.
+      notes: Lines to print about them.
     """
 
     training: Side
@@ -86,6 +99,8 @@ class Corpus:
     train_files: int
     validation_files: int
     tokenizer: Tokenizer
+    files: dict[str, Any]
+    notes: list[str]
 
     @property
     def train(self) -> np.ndarray:
@@ -105,13 +120,17 @@ def load_corpus(
     field: str = "text",
     separator: str = "",
     label: str = "",
+    read_as: str = "auto",
     tokenizer: str = "bytes",
     cache: str = "",
+    recorded: bytes | None = None,
 ) -> Corpus:
     r"""Reads files, splits them into training and validation text, and tokenizes them.
 
-    A text file is one document, or several if there is a `separator`; a record of a jsonl or parquet file is one
-    document. Files that end in .gz or .zst are decompressed. Empty documents are dropped and counted.
+    The kind of a file is known by its content. A text file is UTF-8, and is one document, or several if there is a
+    `separator`; its byte order mark is dropped. A record of JSON lines, a JSON array, parquet or Arrow is one document.
+    Files that are compressed with gzip, bzip2, xz or zstd are decompressed; parquet and Arrow, which are compressed
+    inside, are not. Other files that are named are errors. Empty documents are dropped and counted.
 
     Without `validation`, the side of a file is a hash of its name relative to its folder (or to the fixed part of its
     glob), so a new file does not move the others. If the hash puts all files on one side, the last file is held out;
@@ -119,23 +138,27 @@ def load_corpus(
 
     Args:
       files: A file, a folder, a glob, or several of them separated by commas. A file that is named is always read.
-        From a folder (recursively, without hidden names) or a glob, records and text files are read: files that are
-        not empty and contain no zero bytes. "" stands for the sources of Python's standard library without its tests.
+        From a folder (recursively, also through links) or a glob, files that are hidden, empty, binary (archives,
+        images, and whatever has a zero byte) or repeated are skipped and counted. "" stands for the sources of
+        Python's standard library without its tests.
       validation: Validation files, in the same form; "" holds out a part of `files`.
       field: Field of a record that holds the text.
       separator: Separator of the documents of a text file, with escapes such as \n.
       label: Field of a record that holds the class.
+      read_as: "text" reads records as text, such as the JSON among source code; "bytes" reads every file as it is
+        stored, whatever it holds.
       tokenizer: See `load_tokenizer`.
       cache: See `build_corpus`.
+      recorded: See `load_tokenizer`.
 
     Raises:
       DataError: A file does not exist, cannot be read, has no text, or has text that the tokenizer does not accept.
     """
-    source = Files(files, validation, field, separator, label, characters=tokenizer != "bytes")
-    return build_corpus(source, tokenizer, cache)
+    source = Files(files, validation, field, separator, label, read_as, characters=tokenizer != "bytes")
+    return build_corpus(source, tokenizer, cache, recorded)
 
 
-def build_corpus(source: Source, tokenizer: str = "bytes", cache: str = "") -> Corpus:
+def build_corpus(source: Source, tokenizer: str = "bytes", cache: str = "", recorded: bytes | None = None) -> Corpus:
     """Tokenizes the documents of a source.
 
     Args:
@@ -143,23 +166,28 @@ def build_corpus(source: Source, tokenizer: str = "bytes", cache: str = "") -> C
       tokenizer: See `load_tokenizer`.
       cache: Folder in which tokens are stored by digest, to be mapped into memory. "" stands for ~/.cache/sparsejax,
         except that a byte corpus that fits in memory is not stored.
+      recorded: See `load_tokenizer`.
 
     Raises:
-      DataError: The tokenizer does not accept the text, or the cache cannot be written.
+      DataError: The tokenizer does not accept the text or gives none of it back, or the cache cannot be written.
     """
     folder = Path(cache).expanduser() if cache else default_cache()
     training = (document for side, document in source.read() if side == TRAIN)
-    coder = load_tokenizer(tokenizer, training, source.digest, folder)
+    coder = load_tokenizer(tokenizer, training, source.digest, folder, recorded)
     plain = tokenizer == "bytes"
     digest = source.digest if plain else hashlib.sha256(f"{source.digest} {coder.digest}".encode()).hexdigest()[:16]
     if plain and not cache and source.bytes <= FITS:
         sides = _encode(source, coder, [io.BytesIO(), io.BytesIO()])
     else:
-        entry = folder / f"{tokenizer if tokenizer in ('bytes', 'chars') else 'tokens'}-{digest}"
+        entry = folder / f"{tokenizer if tokenizer in ('bytes', 'chars') else 'tokens'}-{digest}-v{FORMAT}"
         if not (entry / "counts.json").exists():
             _store(source, coder, entry)
         sides = _open(entry)
-    return Corpus(*sides, digest, source.train_files, source.validation_files, coder)
+    for side, text in zip(sides, ("training", "validation"), strict=True):
+        if side.bytes and not side.restored:
+            raise DataError("data.tokenizer", f"{tokenizer} gives back none of the {text} text: all of it is unknown")
+    files = source.train_files, source.validation_files
+    return Corpus(*sides, digest, *files, coder, source.record, source.notes)
 
 
 def default_cache() -> Path:
@@ -169,24 +197,26 @@ def default_cache() -> Path:
 
 def _encode(source: Source, tokenizer: Tokenizer, files: Sequence[IO[bytes]]) -> tuple[Side, Side]:
     """Writes the tokens of both sides to `files` as they come; in-memory files are returned as arrays."""
-    writers = [_Writer(file, tokenizer) for file in files]
+    training, held_out = (
+        _Writer(file, tokenizer, measured) for file, measured in zip(files, (MEASURED, 1), strict=True)
+    )
     for side, document in source.read():
         try:
-            writers[side].add(document)
+            (training if side == TRAIN else held_out).add(document)
         except DataError as error:
             raise DataError("data.files", f"{document.name}: {error}") from error
-    training, held_out = (writer.side() for writer in writers)
-    return training, held_out
+    return training.side(), held_out.side()
 
 
 class _Writer:
-    """Appends the tokens of documents to a file, and counts them."""
+    """Appends the tokens of documents to a file, counts them, and decodes one in `measured` bytes."""
 
-    def __init__(self, file: IO[bytes], tokenizer: Tokenizer):
-        self._file, self._tokenizer = file, tokenizer
+    def __init__(self, file: IO[bytes], tokenizer: Tokenizer, measured: int):
+        self._file, self._tokenizer, self._measured = file, tokenizer, measured
         self._dtype = np.min_scalar_type(tokenizer.size - 1)
         self._bounds, self._labels, self._size = array.array("q"), array.array("i"), 0
         self._counts = {"read": 0, "empty": 0, "bytes": 0, "characters": 0}
+        self._decoded, self._restored = np.zeros((2, 2), np.int64)  # bytes and characters
 
     def add(self, document: Document) -> None:
         self._counts["read"] += 1
@@ -200,12 +230,22 @@ class _Writer:
                 self._separate()
                 start = self._size
             self._write(tokens)
+            self._measure(part, tokens)
             self._count(part)
         if start == self._size:
             self._counts["empty"] += 1
             return
         self._bounds.extend((start, self._size))
         self._labels.append(document.label)
+
+    def _measure(self, text: bytes, tokens: np.ndarray) -> None:
+        """Decodes a text, unless enough of the texts so far has been decoded."""
+        if self._decoded[0] * self._measured > self._counts["bytes"]:
+            return
+        restored = self._tokenizer.restore(tokens)
+        if restored is not None:
+            self._decoded += len(text), _count_characters(text)
+            self._restored += count_restored(text, restored)
 
     def _separate(self) -> None:
         if self._tokenizer.separator is not None:
@@ -215,43 +255,63 @@ class _Writer:
 
     def _count(self, text: bytes) -> None:
         self._counts["bytes"] += len(text)
-        self._counts["characters"] += int(np.count_nonzero(np.frombuffer(text, np.uint8) & 0xC0 != 0x80))
+        self._counts["characters"] += _count_characters(text)
 
     def side(self) -> Side:
         self._file.flush()
         memory = self._file.getvalue() if isinstance(self._file, io.BytesIO) else b""
         documents = np.array(self._bounds, np.int64).reshape(-1, 2)
-        return Side(np.frombuffer(memory, self._dtype), documents, np.array(self._labels, np.int32), **self._counts)
+        shares = np.divide(self._restored, self._decoded, out=np.ones(2), where=self._decoded > 0).tolist()
+        labels = np.array(self._labels, np.int32)
+        return Side(
+            np.frombuffer(memory, self._dtype),
+            documents,
+            labels,
+            **self._counts,
+            restored=shares[0],
+            restored_characters=shares[1],
+        )
 
     def _write(self, tokens: np.ndarray) -> None:
         self._file.write(tokens.astype(self._dtype, copy=False).tobytes())
         self._size += len(tokens)
 
 
+def _count_characters(text: bytes) -> int:
+    return int(np.count_nonzero(np.frombuffer(text, np.uint8) & 0xC0 != 0x80))
+
+
 def _store(source: Source, tokenizer: Tokenizer, entry: Path) -> None:
-    """Writes an entry of the cache in one step."""
-    part = entry.with_name(f"{entry.name}.{os.getpid()}.part")
+    """Writes an entry of the cache in one step, or waits until another process has written it."""
+    import filelock
+
     try:
-        part.mkdir(parents=True)
+        entry.parent.mkdir(parents=True, exist_ok=True)
+        with filelock.FileLock(entry.with_name(f"{entry.name}.lock")):
+            for stale in entry.parent.glob(f"{entry.name}.*{PARTIAL}"):  # of a process that was killed
+                shutil.rmtree(stale, ignore_errors=True)
+            if not (entry / "counts.json").exists():
+                _write_entry(source, tokenizer, entry)
     except OSError as error:
-        raise DataError("data.cache", f"cannot write {part}: {error.strerror}") from error
+        raise DataError("data.cache", f"cannot write {entry}: {error.strerror}") from error
+
+
+def _write_entry(source: Source, tokenizer: Tokenizer, entry: Path) -> None:
+    part = entry.with_name(f"{entry.name}.{os.getpid()}{PARTIAL}")
     try:
+        part.mkdir()
         with (part / "train").open("wb") as train, (part / "validation").open("wb") as validation:
             sides = dict(zip(("train", "validation"), _encode(source, tokenizer, [train, validation]), strict=True))
         for name, side in sides.items():
             np.save(part / f"{name}.documents.npy", side.documents)
             np.save(part / f"{name}.labels.npy", side.labels)
-        counted = ("read", "empty", "bytes", "characters")
         counts = {
             "format": FORMAT,
             "dtype": np.min_scalar_type(tokenizer.size - 1).name,
-            "sides": {name: {count: getattr(side, count) for count in counted} for name, side in sides.items()},
+            "sides": {name: {count: getattr(side, count) for count in COUNTS} for name, side in sides.items()},
         }
         (part / "counts.json").write_text(json.dumps(counts, indent=2))
         part.rename(entry)
-    except OSError as error:
-        if not (entry / "counts.json").exists():  # another process may have written the same entry first
-            raise DataError("data.cache", f"cannot write {entry}: {error.strerror}") from error
     finally:
         shutil.rmtree(part, ignore_errors=True)
 
@@ -268,7 +328,7 @@ def _open(entry: Path) -> tuple[Side, Side]:
         raise DataError("data.cache", f"{entry} is damaged; delete it") from error
 
 
-def _open_side(file: Path, dtype: np.dtype, counts: dict[str, int]) -> Side:
+def _open_side(file: Path, dtype: np.dtype, counts: dict[str, Any]) -> Side:
     tokens = np.memmap(file, dtype, mode="r") if file.stat().st_size else np.zeros(0, dtype)
     documents, labels = (np.load(file.with_name(f"{file.name}.{name}.npy")) for name in ("documents", "labels"))
     if len(tokens) != documents.max(initial=0):

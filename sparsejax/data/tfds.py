@@ -13,7 +13,7 @@ import tensorflow_datasets as tfds
 from sparsejax.data.config import DataConfig
 from sparsejax.data.errors import DataError
 from sparsejax.data.files import TRAIN, VALIDATION
-from sparsejax.data.formats import Document
+from sparsejax.data.formats import Document, check_utf8
 
 LOCAL_BUILDERS = ("enwik8", "text8")  # see `data.builders`
 
@@ -51,6 +51,8 @@ class TfdsSource:
             digest.update(f"{path.name} {path.stat().st_size}\n".encode())
             digest.update(path.read_bytes() if path.suffix == ".json" else b"")
         self.digest = digest.hexdigest()[:16]
+        self.record: dict[str, Any] = {}
+        self.notes: list[str] = []
 
     def read(self) -> Iterator[tuple[int, Document]]:
         """Iterates over (side, document), training documents first."""
@@ -82,7 +84,9 @@ class TfdsSource:
         text = example[self._config.field]
         if isinstance(text, np.ndarray) and text.dtype == np.uint8:
             text = text.tobytes()
-        if not isinstance(text, bytes | str):
+        elif isinstance(text, bytes) and self._config.read_as != "bytes":
+            check_utf8(text, f"{self._config.tfds}: {location}", cut=True)  # splits may cut a character
+        elif not isinstance(text, bytes | str):
             raise DataError("data.field", f"{location}: {self._config.field!r} is {type(text).__name__}, not text")
         label = int(example[self._config.label]) if self._config.label else -1
         return Document(location, text.encode() if isinstance(text, str) else text, label)

@@ -16,7 +16,7 @@ from tests.messages import rejects
 
 pytestmark = pytest.mark.quick
 
-DATA = np.random.default_rng(0).integers(0, 256, 10_000, dtype=np.uint8).tobytes()
+DATA = np.random.default_rng(0).integers(1, 128, 10_000, dtype=np.uint8).tobytes()
 
 
 class TinyBytes(_Bytes):
