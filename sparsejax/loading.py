@@ -14,6 +14,7 @@ from ml_collections import ConfigDict
 from sparsejax import config as configs
 from sparsejax import extensions, sharding
 from sparsejax.config import Config
+from sparsejax.data.tokenizers import Tokenizer, recorded_tokenizer
 from sparsejax.errors import InputError
 from sparsejax.loaded import LoadedModel, Parameters
 from sparsejax.model import Functional
@@ -30,9 +31,20 @@ class TrainedModel(LoadedModel):
       step: The step of the checkpoint.
     """
 
-    def __init__(self, run: Config, step: int, parameters: Parameters):
+    def __init__(self, run: Config, step: int, parameters: Parameters, workdir: Workdir):
         super().__init__(run.model, parameters)
-        self.run, self.step = run, step
+        self.run, self.step, self._workdir = run, step, workdir
+
+    @functools.cached_property
+    def tokenizer(self) -> Tokenizer:
+        """The tokenizer of the run, from its workdir: `encode(text: bytes)` and `decode(tokens)`.
+
+        Raises:
+          InputError: The run has no text, or its workdir does not hold the tokenizer.
+        """
+        if self.run.data.task != "text":
+            raise InputError("data.task", f"the probe {self.run.data.task} has no tokenizer")
+        return recorded_tokenizer(self._workdir, self.run.data.tokenizer)
 
 
 def load(path: str | Path, *, mesh: Mesh | None = None, **options: Any) -> LoadedModel:
@@ -73,7 +85,7 @@ def _load_workdir(workdir: Workdir, recorded: dict[str, Any], mesh: Mesh | None)
     if not steps:
         raise InputError("path", f"{workdir.path} has no checkpoint yet")
     parameters = _read_parameters(workdir.checkpoints / str(steps[-1]), Functional(run.model), mesh)
-    return TrainedModel(run, steps[-1], parameters)
+    return TrainedModel(run, steps[-1], parameters, workdir)
 
 
 def _read_parameters(folder: Path, model: Functional, mesh: Mesh | None) -> Parameters:

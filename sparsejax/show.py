@@ -95,6 +95,7 @@ def show_data(config: Config, examples: int, console: Console) -> None:
       DataError: The data cannot be read.
     """
     dataset = load_dataset(config.data, config.eval.stride)
+    dataset.require_vocabulary(config.model.vocab)
     _print(console, *dataset.describe())
     if dataset.tokens_per_byte is not None:
         rates = f"{dataset.tokens_per_byte:.4f} tokens per byte, {dataset.tokens_per_character:.4f} per character"
