@@ -15,6 +15,7 @@ from __future__ import annotations
 import argparse
 import errno
 import importlib
+import io
 import logging
 import sys
 from collections.abc import Sequence
@@ -47,6 +48,7 @@ PLAIN_WIDTH = 160  # columns of a table that goes to a file or a pipe
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs a verb and returns the exit code."""
     _silence_libraries()
+    _escape_output()
     arguments = sys.argv[1:] if arguments is None else arguments
     name = next((name for name in VERBS if list(arguments[: len(name.split())]) == name.split()), None)
     group = next((word for word in arguments[:1] if any(name.startswith(f"{word} ") for name in VERBS)), None)
@@ -120,6 +122,13 @@ def _silence_libraries() -> None:
     for name in ("absl", "asyncio"):
         logging.getLogger(name).setLevel(logging.CRITICAL)
     sys.unraisablehook = _report_unraisable
+
+
+def _escape_output() -> None:
+    """Escapes characters that a terminal or a log cannot encode, instead of failing on them."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
 
 
 def _report_unraisable(unraisable: sys.UnraisableHookArgs) -> None:
