@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Collection, Iterator
+import difflib
+from collections.abc import Collection, Iterable, Iterator
 from typing import Any, Self
 
 
@@ -52,3 +53,46 @@ def require_choice(config: Any, name: str, options: Collection[str]) -> None:
     """Raises InputError if this attribute of `config` is none of `options`."""
     if getattr(config, name) not in options:
         raise InputError(name, f"{getattr(config, name)!r} is not one of {', '.join(options)}")
+
+
+SHOWN = 80  # characters of a value in a message
+EXCERPT = 120  # characters of a text in which a message names a column
+LISTED = 40  # names in a message
+
+
+def suggest(name: str, known: Iterable[str], plural: str) -> str:
+    """Returns the end of a message about an unknown name: the nearest known name, or all of them if none is near.
+
+    Args:
+      name: The unknown name.
+      known: The known names.
+      plural: What they are, such as "presets".
+    """
+    known = list(known)
+    by_lower = {other.lower(): other for other in reversed(known)}
+    near = difflib.get_close_matches(name.lower(), by_lower, n=1, cutoff=0.6)
+    if near:
+        return f"did you mean {by_lower[near[0]]!r}?"
+    hidden = len(known) - LISTED
+    listed = ", ".join(known[:LISTED]) + (f" and {hidden} others" if hidden > 0 else "")
+    return f"the {plural} are {listed}" if known else f"there are no {plural}"
+
+
+def excerpt(text: str, at: int) -> str:
+    """The part of a text around a position, quoted, for a message."""
+    start = max(0, at - EXCERPT // 2)
+    shown = text[start : start + EXCERPT]
+    return repr("..." * (start > 0) + shown + "..." * (start + EXCERPT < len(text)) if len(text) > EXCERPT else text)
+
+
+def describe_value(value: Any) -> str:
+    """A value of any type in a message, in one line of limited length."""
+    if isinstance(value, dict):
+        return "a section"
+    if isinstance(value, int) and abs(value) >= 10**SHOWN:
+        return f"an integer of {value.bit_length()} bits"
+    try:
+        text = " ".join(repr(value).split())
+    except Exception:  # such as a list that holds an integer of more digits than Python writes
+        text = f"a value of type {type(value).__name__}"
+    return text if len(text) <= SHOWN else f"{text[:SHOWN]}..."

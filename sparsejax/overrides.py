@@ -8,6 +8,7 @@ value of `train.steps`. Other values are taken as they are.
 from __future__ import annotations
 
 import ast
+import os
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any
 
@@ -18,6 +19,8 @@ SEED = "train.seed"  # runs that differ only in it are repetitions of one config
 LABEL = "label"  # no key of the configuration: the name of a run in tables and figures
 
 LITERALS = {"true": True, "false": False, "none": None}  # in any case, besides the literals of Python
+MAX_FLOAT = 2**1023  # beyond which integers may not be floats
+MAX_DEPTH = 50  # nested sections and lists in a value
 
 
 def parse_overrides(texts: Iterable[str]) -> Overrides:
@@ -42,7 +45,32 @@ def write_overrides(overrides: Mapping[str, Any]) -> list[str]:
 
 def write_value(value: Any) -> str:
     """Writes a value as the command line takes it."""
+    value = to_python(value)
     return value if isinstance(value, str) else repr(value)
+
+
+def to_python(value: Any, key: str = "value", depth: int = 0) -> Any:
+    """Converts scalars of NumPy and JAX to Python's, and paths to text, also inside dicts, lists and tuples.
+
+    Args:
+      value: A value of a configuration.
+      key: Its key, for errors.
+      depth: Number of containers around the value.
+
+    Raises:
+      InputError: The value is an array with axes, or is nested too deeply.
+    """
+    if depth > MAX_DEPTH:
+        raise InputError(key, f"more than {MAX_DEPTH} nested lists")
+    if isinstance(value, dict):
+        return {name: to_python(item, f"{key}.{name}", depth + 1) for name, item in value.items()}
+    if type(value) in (list, tuple):
+        return type(value)(to_python(item, f"{key}[{i}]", depth + 1) for i, item in enumerate(value))
+    if hasattr(value, "item") and hasattr(value, "ndim"):
+        if value.ndim:
+            raise InputError(key, f"an array of shape {tuple(value.shape)} is not a value; use a list, as of .tolist()")
+        return value.item()
+    return os.fspath(value) if isinstance(value, os.PathLike) else value
 
 
 def read_value(value: Any, current: Any) -> Any:
@@ -52,9 +80,10 @@ def read_value(value: Any, current: Any) -> Any:
       value: The value, or its text.
       current: The value that it replaces. Text stays text if this is text; an integer becomes a float if this is one.
     """
+    value = to_python(value)
     if isinstance(value, str) and not isinstance(current, str):
         value = _read_literal(value)
-    return float(value) if isinstance(current, float) and type(value) is int else value
+    return float(value) if isinstance(current, float) and type(value) is int and abs(value) < MAX_FLOAT else value
 
 
 def _read_literal(text: str) -> Any:

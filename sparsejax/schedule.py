@@ -7,7 +7,6 @@ item     = name | count "x(" schedule ")"
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import itertools
 import re
 import textwrap
@@ -18,12 +17,13 @@ from typing import NamedTuple
 import numpy as np
 
 from sparsejax import svg
-from sparsejax.errors import InputError
+from sparsejax.errors import InputError, excerpt, suggest
 from sparsejax.palette import CELLS, GREY, SERIES
 from sparsejax.patterns import Pattern, drawing, format_numbers, receptive_field
 from sparsejax.patterns import parse as parse_pattern
 
 TOKEN = re.compile(r"\s*(?:(?P<repeat>\d+)x\(|(?P<close>\))|(?P<name>[A-Za-z_]\w*))")
+MAX_LAYERS = 1024  # of a schedule
 PLACEMENTS = ("early", "late", "periodic", "first-middle-last")  # of `place_layers`
 
 
@@ -32,7 +32,7 @@ class ScheduleError(InputError):
 
 
 def parse(text: str) -> tuple[str, ...]:
-    """The layer names in order, with repeats expanded.
+    """The layer names in order, at most `MAX_LAYERS`, with repeats expanded.
 
     Raises:
       ScheduleError: one line with the text and the column (from 1).
@@ -45,17 +45,22 @@ def parse(text: str) -> tuple[str, ...]:
             at = end - len(text[at:end].lstrip())
             raise _error(text, at, f"expected a layer name, a repeat such as '3x(' or ')', found {text[at]!r}")
         if match["repeat"]:
-            if int(match["repeat"]) < 1:
+            repeats = int(match["repeat"]) if len(match["repeat"]) < 20 else MAX_LAYERS + 1
+            if repeats < 1:
                 raise _error(text, match.start("repeat"), "the number of repeats is less than 1")
-            stack.append(([], int(match["repeat"]), match.start("repeat")))
+            stack.append(([], repeats, match.start("repeat")))
         elif match["name"]:
             stack[-1][0].append(match["name"])
+            if len(stack[-1][0]) > MAX_LAYERS:
+                raise _error(text, match.start("name"), f"more than {MAX_LAYERS:,} layers")
         elif len(stack) == 1:
             raise _error(text, match.start("close"), "unmatched ')'")
         else:
             names, count, opened = stack.pop()
             if not names:
                 raise _error(text, opened, "the repeat is empty")
+            if len(stack[-1][0]) + len(names) * count > MAX_LAYERS:  # before the layers are listed
+                raise _error(text, opened, f"more than {MAX_LAYERS:,} layers")
             stack[-1][0].extend(names * count)
         at = match.end()
     if len(stack) > 1:
@@ -69,15 +74,13 @@ def check(text: str, defined: Collection[str]) -> tuple[str, ...]:
     """Parses a schedule and checks that all of its layers are defined.
 
     Raises:
-      ScheduleError: The text does not parse or names an undefined layer; the message suggests the nearest defined name.
+      ScheduleError: The text does not parse or names an undefined layer; the message suggests a defined name.
     """
     names = parse(text)
     for name in names:
         if name not in defined:
-            near = difflib.get_close_matches(name, defined, n=1, cutoff=0)
-            hint = f"; did you mean {near[0]!r}?" if near else ""
-            at = next(match.start() for match in re.finditer(r"\b[A-Za-z_]\w*", text) if match[0] == name)
-            raise _error(text, at, f"layer {name!r} is not defined{hint}")
+            at = next(match.start("name") for match in TOKEN.finditer(text) if match["name"] == name)
+            raise _error(text, at, f"layer {name!r} is not defined; {suggest(name, defined, 'layers')}")
     return names
 
 
@@ -92,27 +95,29 @@ class Fold(NamedTuple):
 
 def fold(names: tuple[str, ...]) -> Fold:
     """The fold with the fewest layers to compile. Without a repetition all layers are in `before`."""
-    n = len(names)
+    n = compiled = len(names)
+    codes = np.unique(names, return_inverse=True)[1] if names else np.zeros(0, int)
     best = Fold(names, (), 0, ())
     for width in range(1, n // 2 + 1):
-        for start in range(n - 2 * width + 1):
-            stop = start + width
-            while stop < n and names[stop] == names[stop - width]:
-                stop += 1
-            repeats = (stop - start) // width
-            compiled = n - (repeats - 1) * width
-            if repeats > 1 and compiled < len(best.before) + len(best.period) + len(best.after):
-                stop = start + repeats * width
-                best = Fold(names[:start], names[start : start + width], repeats, names[stop:])
+        if width >= compiled:
+            break
+        # Runs of layers that equal the layer `width` before them: each extends a period that starts `width` earlier.
+        equal = np.concatenate([[False], codes[width:] == codes[:-width], [False]])
+        starts, stops = np.flatnonzero(equal[1:] != equal[:-1]).reshape(-1, 2).T
+        repeats = (stops - starts) // width + 1
+        if len(starts) and n - (repeats.max() - 1) * width < compiled:
+            start, count = int(starts[repeats.argmax()]), int(repeats.max())
+            compiled = n - (count - 1) * width
+            best = Fold(names[:start], names[start : start + width], count, names[start + count * width :])
     return best
 
 
 def write(names: Sequence[str]) -> str:
     """A short text that parses to these names, with repetitions folded."""
-    before, period, repeats, after = fold(tuple(names))
-    if not repeats:
-        return " ".join(names)
-    parts = [write(before), f"{repeats}x({write(period)})", write(after)]
+    parts = []
+    while names:
+        before, period, repeats, names = fold(tuple(names))
+        parts += [write(before), f"{repeats}x({write(period)})"] if repeats else [" ".join(before)]
     return " ".join(part for part in parts if part)
 
 
@@ -135,7 +140,7 @@ def place_layers(base: str, placed: str, layers: int, count: int, placement: str
     Raises:
       ScheduleError: `count` exceeds `layers`, or the placement is unknown.
     """
-    if not 0 <= count <= layers or layers < 1:
+    if not 0 <= count <= layers or not 1 <= layers <= MAX_LAYERS:
         raise ScheduleError("place_layers", f"cannot place {count} layers among {layers}")
     if placement not in PLACEMENTS:
         raise ScheduleError("place_layers", f"placement must be one of {', '.join(PLACEMENTS)}, got {placement!r}")
@@ -283,4 +288,4 @@ def _lighten(colour: str) -> str:
 
 
 def _error(text: str, at: int, problem: str) -> ScheduleError:
-    return ScheduleError("schedule", f"{text!r}: column {at + 1}: {problem}")
+    return ScheduleError("schedule", f"{excerpt(text, at)}: column {at + 1}: {problem}")

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import re
+import textwrap
 import traceback
 from collections.abc import Mapping
 from pathlib import Path
@@ -11,19 +13,32 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from sparsejax import presets
-from sparsejax.config.build import ConfigError, complete, copy_sections
-from sparsejax.config.override import override
+from sparsejax.config.build import ConfigError, complete, copy_sections, resolve
+from sparsejax.config.override import follow_references, override
 from sparsejax.errors import InputError
 from sparsejax.extensions import importing_from, run_file
+from sparsejax.paths import local_path
 
 PRESET = "preset:"
+LONGEST = 300  # characters of an error of a configuration file
 
 
 def split_source(source: str) -> tuple[str, str]:
-    """Splits the source of a configuration into its file or preset, such as `preset:jamba`, and its argument."""
-    prefix = PRESET if source.startswith(PRESET) else ""
-    name, _, argument = source.removeprefix(prefix).partition(":")
-    return prefix + name, argument
+    """Splits a source, such as `FILE.py:ARGUMENT` or `preset:jamba`, into its file or preset and its argument.
+
+    The longest prefix before a colon that is an existing file is the file, so that its path may contain colons.
+    """
+    if source.startswith(PRESET):
+        name, _, argument = source.removeprefix(PRESET).partition(":")
+        return PRESET + name, argument
+    if source.startswith("~") or "://" in source:
+        source = str(local_path(source, "config"))
+    ends = [match.start() for match in re.finditer(":|$", source)]
+    end = next((end for end in reversed(ends) if Path(source[:end]).is_file()), None)
+    if end is None:
+        suffix = source.rfind(".py:")
+        end = suffix + len(".py") if suffix >= 0 else source.find(":") if ":" in source else len(source)
+    return source[:end], source[end + 1 :]
 
 
 def resolve_source(source: str) -> str:
@@ -38,21 +53,25 @@ def load(source: str, overrides: Mapping[str, Any] | None = None) -> ConfigDict:
 
     Args:
       source: `FILE.py`, `FILE.py:ARGUMENT`, `preset:NAME` or `preset:NAME:ARGUMENT`. The file or preset defines
-        `get_config()`, or `get_config(argument)`, which returns a ConfigDict. A file can import other files of its
-        folder.
+        `get_config()`, or `get_config(argument)`, which returns a ConfigDict, with references and placeholders, or
+        a dict. A file can import other files of its folder.
       overrides: Values by dotted key, see `sparsejax.overrides`.
 
     Raises:
-      ConfigError: There is no such file or preset, `get_config` fails, or an override has an unknown key.
+      ConfigError: There is no such file or preset, `get_config` fails, an override has an unknown key, or a required
+        placeholder has no value.
     """
     name, argument = split_source(source)
     config = _get_config(name, argument)
-    if not isinstance(config, ConfigDict):
-        raise ConfigError(name, f"get_config returned {type(config).__name__}, not a ConfigDict")
+    if not isinstance(config, ConfigDict | dict):
+        raise ConfigError(name, f"get_config returned {type(config).__name__}, not a ConfigDict or a dict")
     # A dict that a file uses twice is one ConfigDict in two sections; copies keep an override of one from the other.
-    config = ConfigDict(complete(copy_sections(config.to_dict())))
+    # References stay until the overrides are applied, because values that are computed from them follow.
+    config = ConfigDict(complete(copy_sections(config)))
     override(config, overrides or {})
-    return ConfigDict(complete(config.to_dict()))  # overrides can add a phase
+    resolved = ConfigDict(complete(resolve(config)))  # overrides can add a phase
+    follow_references(config, resolved)
+    return resolved
 
 
 def _get_config(name: str, argument: str) -> Any:
@@ -75,5 +94,5 @@ def _get_config(name: str, argument: str) -> Any:
         lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == file]
         line = getattr(error, "lineno", None) or (lines[-1] if lines else None)
         kind = "" if isinstance(error, InputError) else f"{type(error).__name__}: "
-        problem = f"{kind}{' '.join(str(error).split())}"
+        problem = textwrap.shorten(f"{kind}{error}", LONGEST, placeholder=" ...")
         raise ConfigError(f"{name}: line {line}" if line else name, problem) from error

@@ -2,15 +2,31 @@
 
 from __future__ import annotations
 
+import copy
 import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from ml_collections import ConfigDict
+from ml_collections.config_dict import FieldReference
 
-from sparsejax.config.build import KIND_KEYS, ConfigError, build, complete, copy_sections, unknown_key
+from sparsejax.config.build import (
+    KIND_KEYS,
+    UNIONS,
+    ConfigError,
+    annotation_of,
+    build,
+    complete,
+    copy_sections,
+    fields_of,
+    is_section,
+    member_of,
+    resolve,
+    split_none,
+    unknown_key,
+)
 from sparsejax.config.schema import EVALUATION_KEYS, PHASE_KEYS, Config
-from sparsejax.errors import argument_path
+from sparsejax.errors import InputError, argument_path
 from sparsejax.overrides import flatten, read_value
 
 # Sections that an override can add by any name, and the keys in them that hold overrides themselves.
@@ -21,20 +37,32 @@ NESTED_OVERRIDE = re.compile(r"(?:train\.phases\.[^.]+\.set|eval\.also\.[^.]+)\.
 def override(config: ConfigDict, overrides: Mapping[str, Any], allowed: Sequence[str] | None = None) -> None:
     """Applies overrides to a ConfigDict in place.
 
+    A key that holds a reference sets what it refers to, so that values computed from it follow. A new kind of a section
+    keeps the keys that it has in common with the old kind.
+
     Args:
       config: The configuration.
       overrides: Values by dotted key, see `sparsejax.overrides`.
       allowed: The keys that may be set, and prefixes of keys, which end in a dot; None allows every key.
 
     Raises:
-      ConfigError: A key is unknown, a section or not allowed.
+      ConfigError: A key is unknown, a section or not allowed, or a new kind needs keys that are not set.
     """
-    # The kind of a section decides which keys the section has.
-    for key in sorted(overrides, key=lambda key: key not in KIND_KEYS):
-        _set_value(config, key, overrides[key])
+    changed = {}
+    # The kind of a section decides which keys the section has, and the kinds of outer sections come first.
+    for key in sorted(overrides, key=lambda key: (not _names_kind(key), key.count(".") * _names_kind(key))):
+        old = _set_value(config, key, overrides[key])
         if allowed is not None and not any(_matches(key, name) for name in allowed):
             names = ", ".join(f"{name}*" if name.endswith(".") else name for name in allowed)
             raise ConfigError(key, f"cannot be set here, only {names}")
+        if old is not None:
+            changed[key] = old
+    for key, old in changed.items():
+        _check_kind(config, key, old, overrides)
+
+
+def _names_kind(key: str) -> bool:
+    return key in KIND_KEYS or key.endswith(".kind")
 
 
 def _matches(key: str, name: str) -> bool:
@@ -42,32 +70,90 @@ def _matches(key: str, name: str) -> bool:
     return key == name or (name.endswith(".") and key.startswith(name))
 
 
-def _set_value(config: ConfigDict, key: str, value: Any) -> None:
+def _set_value(config: ConfigDict, key: str, value: Any) -> Any:
+    """Sets a key. Returns the old kind if this changes the class of a section, else None."""
     if any(key.startswith(f"{name}.") for name in OPEN_SECTIONS):
         _set_open(config, key, value)
-        return
+        return None
     section, name = _look_up(config, key)
-    current = section[name]
-    value = read_value(value, current)
+    current = _read_field(section, name)
+    value = _read_override(config, key, value, current)
     if isinstance(current, ConfigDict) and value is not None:
         keys = f"{key}.NAME.KEY" if key in OPEN_SECTIONS else f"one of its keys: {', '.join(current.keys())}"
         raise ConfigError(key, f"is a section; set {keys}")
     _replace(section, name, value)
-    if key in KIND_KEYS and value != current:
-        _replace(section, KIND_KEYS[key], None)
-        top = key.partition(".")[0]
-        _replace(config, top, ConfigDict(complete(config.to_dict())[top]))
+    if not _names_kind(key) or value == current:
+        return None
+    if key in KIND_KEYS:
+        sibling = KIND_KEYS[key]
+        union, _ = split_none(annotation_of(config, f"{key.rpartition('.')[0]}.{sibling}"))
+        _replace(section, sibling, complete(None, union, value))
+        return None
+    return current if _change_kind(config, key, section) else None
+
+
+def _change_kind(config: ConfigDict, key: str, section: ConfigDict) -> bool:
+    """Drops the keys that a section's new kind lacks, and adds its defaults. Returns whether the kind selects a class.
+
+    Args:
+      config: The configuration.
+      key: The key of the kind.
+      section: The section that holds it.
+    """
+    union, _ = split_none(annotation_of(config, key.rpartition(".")[0]))
+    member = member_of(union, section) if union in UNIONS else None
+    if member is None:  # such as the kind of a norm, or an unknown kind, which `check` reports
+        return False
+    for name in set(section.keys()) - {"kind", *fields_of(member)}:
+        del section[name]
+    for name, value in complete(copy_sections(section), union).items():
+        if name not in section:
+            section[name] = value
+    return True
+
+
+def _check_kind(config: ConfigDict, key: str, old: Any, overrides: Mapping[str, Any]) -> None:
+    """Raises ConfigError about the kind at `key` if its section lacks keys, or kept values that do not fit it."""
+    path, _, _ = key.rpartition(".")
+    union, _ = split_none(annotation_of(config, path))
+    section, name = _look_up(config, path)
+    section = section[name]
+    fields = fields_of(member_of(union, section))
+    if missing := [name for name in fields if name not in section and name != "kind"]:
+        raise ConfigError(key, f"{section.kind!r} also needs {', '.join(missing)}; set {path}.{missing[0]}")
+    try:
+        build(union, resolve(section))
+    except ConfigError as error:
+        name = f"{path}.{error.argument}"
+        if any(_matches(name, written) or _matches(written, f"{name}.") for written in overrides):
+            return  # `check` reports it
+        raise ConfigError(key, f"{section.kind!r} with the {error.argument} of {old!r}: {error.problem}") from None
+
+
+def _read_override(config: ConfigDict, key: str, value: Any, current: Any) -> Any:
+    """Reads the value of an override that replaces `current`; see `read_value`."""
+    annotation, optional = split_none(annotation_of(config, key))
+    if optional and isinstance(value, str) and value.lower() == "none":
+        return None
+    try:
+        return copy_sections(read_value(value, "" if annotation is str else current), key)
+    except InputError as error:
+        raise ConfigError(key, error.problem) from None
 
 
 def _set_open(config: ConfigDict, key: str, value: Any) -> None:
     """Sets a key of an open section, and adds the sections that lead to it."""
     *path, name = key.split(".")
     nested = NESTED_OVERRIDE.fullmatch(key)
-    current = None
     if nested:
-        with argument_path(key[: nested.start(1) - 1]):
-            target, target_name = _look_up(config, nested[1])
-        current = target[target_name]
+        target, prefix = copy.deepcopy(config), key[: nested.start(1)]
+        present = {k.removeprefix(prefix): v for k, v in flatten(copy_sections(config)).items() if k.startswith(prefix)}
+        with argument_path(prefix[:-1]):
+            for kind in filter(_names_kind, present):
+                _set_value(target, kind, present[kind])
+            value = _read_override(target, nested[1], value, _read_field(*_look_up(target, nested[1])))
+    else:
+        value = _read_override(config, key, value, None)
     section = config
     for depth, part in enumerate(path):
         if part not in section:
@@ -75,26 +161,58 @@ def _set_open(config: ConfigDict, key: str, value: Any) -> None:
         section = section[part]
         if not isinstance(section, ConfigDict):
             raise ConfigError(".".join(path[: depth + 1]), "is a value, not a section")
-    _replace(section, name, read_value(value, current))
+    _replace(section, name, value)
 
 
 def _look_up(config: ConfigDict, key: str) -> tuple[ConfigDict, str]:
-    """Returns the section that holds a key, and the key's name there."""
-    section, path = config, key.split(".")
-    for depth, name in enumerate(path):
+    """Returns the section that holds a key, and the key's name there. A section that is none on the way is added."""
+    section: Any = config
+    *path, name = key.split(".")
+    for depth, part in enumerate([*path, name]):
+        here = ".".join(path[:depth])
+        annotation, _ = split_none(annotation_of(config, here))
+        if section is None and is_section(annotation):
+            section = _add_section(config, here, complete({}, annotation))
+        elif section is None and annotation in UNIONS and part == "kind":
+            section = _add_section(config, here, {"kind": None})
+        elif section is None and annotation in UNIONS:
+            siblings = {f"{kind.rpartition('.')[0]}.{name}": kind for kind, name in KIND_KEYS.items()}
+            raise ConfigError(here, f"is none; set {siblings.get(here, f'{here}.kind')} as well")
         if not isinstance(section, ConfigDict):
-            raise ConfigError(".".join(path[:depth]), "is a value, not a section")
-        if name not in section:
-            raise unknown_key(".".join(path[: depth + 1]), name, list(section.keys()))
-        if depth < len(path) - 1:
-            section = section[name]
-    return section, path[-1]
+            raise ConfigError(here, "is a value, not a section")
+        annotation = member_of(annotation, section) if annotation in UNIONS else annotation
+        if part not in section and not (is_section(annotation) and part in fields_of(annotation)):
+            raise unknown_key(f"{here}.{part}" if here else part, part, section.keys())
+        if depth < len(path):
+            section = _read_field(section, part)
+    return section, name
+
+
+def _add_section(config: ConfigDict, key: str, content: dict[str, Any]) -> ConfigDict:
+    section, name = _look_up(config, key)
+    _replace(section, name, ConfigDict(content))
+    return section[name]
+
+
+def _read_field(section: ConfigDict, name: str) -> Any:
+    """The value of a key; that of a placeholder is an empty value of its type."""
+    field = dict(section.items(preserve_field_references=True)).get(name)
+    if not isinstance(field, FieldReference):
+        return field
+    if field.empty():
+        return field.get_type()() if field.get_type() in (int, float, str, bool) else None
+    return resolve(field, name)
 
 
 def _replace(section: ConfigDict, name: str, value: Any) -> None:
-    if name in section:
-        del section[name]  # a ConfigDict converts a value to the type of the previous one; `check` reports the type
-    section[name] = value
+    field = dict(section.items(preserve_field_references=True)).get(name)
+    if isinstance(field, FieldReference):
+        field.set(value, type_safe=False)
+        return
+    with section.unlocked():
+        if name in section:
+            del section[name]  # a ConfigDict converts a value to the type of the previous one; `check` reports the type
+        section[name] = value
 
 
 def check(config: ConfigDict) -> Config:
@@ -104,12 +222,76 @@ def check(config: ConfigDict) -> Config:
       ConfigError: A key is unknown, missing or of the wrong type, or a value is invalid. The error names the key and,
         for an unknown one, the nearest known key.
     """
+    config = ConfigDict(resolve(config))
     checked = build(Config, config.to_dict())
     for name in checked.train.phases:
         check_phase(config, name)
     for name in checked.eval.also:
         check_evaluation(config, name)
     return checked
+
+
+def follow_references(config: ConfigDict, resolved: ConfigDict) -> None:
+    """Adds to the phases and evaluations of `resolved` the keys that follow a key which they set, by a reference.
+
+    Args:
+      config: The configuration with its references.
+      resolved: The same configuration without references.
+
+    Raises:
+      ConfigError: A phase or an evaluation cannot set a key that follows.
+    """
+    phases, evaluations = _dicts(resolved, "train", "phases"), _dicts(resolved, "eval", "also")
+    if not (phases or evaluations) or not _references(config):
+        return
+    by_phase = {}
+    for name, phase in phases.items():
+        if isinstance(phase.get("set"), ConfigDict):
+            by_phase[name] = _follow(config, f"train.phases.{name}.set", phase.set, PHASE_KEYS)
+    starts = {name: phases[name].start for name in by_phase if type(phases[name].get("start")) is int}
+    last = by_phase[max(starts, key=starts.__getitem__)] if starts else config
+    for name, section in evaluations.items():
+        _follow(last, f"eval.also.{name}", section, EVALUATION_KEYS)
+
+
+def _follow(config: ConfigDict, key: str, section: ConfigDict, allowed: Sequence[str]) -> ConfigDict:
+    """Adds what follows to the section of overrides at `key`. Returns the configuration with the overrides."""
+    changed, overrides = copy.deepcopy(config), flatten(section.to_dict())
+    with argument_path(key):
+        override(changed, overrides, allowed)
+    before, after = _references(config), _references(changed)
+    for name in before.keys() & after.keys() - overrides.keys():
+        value = resolve(after[name], name)
+        if value == resolve(before[name], name):
+            continue
+        if not any(_matches(name, prefix) for prefix in allowed):
+            raise ConfigError(key, f"{name} follows, as a reference, but cannot be set here; make it a value")
+        *path, last = name.split(".")
+        target = section
+        for part in path:
+            if part not in target:
+                target[part] = ConfigDict()
+            target = target[part]
+        target[last] = value
+    return changed
+
+
+def _references(config: ConfigDict) -> dict[str, FieldReference]:
+    """The references of a configuration by dotted key, outside of the open sections."""
+    values = flatten(copy_sections(config)).items()
+    return {
+        key: value
+        for key, value in values
+        if isinstance(value, FieldReference) and not any(key.startswith(f"{name}.") for name in OPEN_SECTIONS)
+    }
+
+
+def _dicts(config: ConfigDict, section: str, name: str) -> dict[str, ConfigDict]:
+    """The sections in an open section; none if it is not one, which `check` reports."""
+    holder = config.get(section)
+    sections = holder.get(name) if isinstance(holder, ConfigDict) else None
+    sections = dict(sections.items()) if isinstance(sections, ConfigDict) else {}
+    return {name: item for name, item in sections.items() if isinstance(item, ConfigDict)}
 
 
 def check_phase(config: ConfigDict, name: str) -> Config:
@@ -140,9 +322,9 @@ def _apply_phase(config: ConfigDict, name: str) -> ConfigDict:
 
 def _apply_section(config: ConfigDict, key: str, section: ConfigDict, allowed: Sequence[str]) -> ConfigDict:
     """Returns a copy of `config` with the overrides in `section`, which is at `key`."""
-    changed = ConfigDict(copy_sections(config.to_dict()))
+    changed = ConfigDict(resolve(config))
     with argument_path(key):
-        override(changed, flatten(section.to_dict()), allowed)
+        override(changed, flatten(resolve(section)), allowed)
     return changed
 
 

@@ -97,7 +97,8 @@ class ModelConfig:
     norm: NormConfig | None  # norm before the head; none for no norm
     tied: bool  # whether the head uses the token embedding's matrix
     dtype: str  # dtype of the computation; parameters and optimizer state are float32
-    scan: bool  # scan over the schedule's shortest repeating period instead of unrolling all layers
+    # scan over the schedule's shortest repeating period instead of unrolling all layers
+    scan: bool = dataclasses.field(metadata={"resume": "rounding"})
     causal: bool = True  # predict the next token: no layer attends to later positions
     embedding: EmbeddingConfig = EmbeddingConfig()  # map from tokens to the input of the first layer
     head: HeadConfig = HeadConfig()  # map from the last norm to the logits
@@ -224,15 +225,20 @@ class TrainConfig:
 
     steps: int  # number of updates of the parameters
     batch: int  # windows per step
-    accumulate: int  # microbatches per step, over which gradients are summed
+    # microbatches per step, over which gradients are summed
+    accumulate: int = dataclasses.field(metadata={"resume": "rounding"})
     seed: int  # seed of the initialization, the order of the data and dropout
-    log_every: int  # steps between two records of the training metrics
-    bad_loss: str  # action if the loss diverges: "stop" with a checkpoint, or "skip" the update
-    spike: float  # multiple of its running mean above which a loss has diverged; 0: only a loss that is not finite
+    log_every: int = dataclasses.field(metadata={"resume": "none"})  # steps between two records of the training metrics
+    # action if the loss diverges: "stop" with a checkpoint, or "skip" the update
+    bad_loss: str = dataclasses.field(metadata={"resume": "divergence"})
+    # multiple of the phase's mean above which a loss has diverged; 0: only a loss that is not finite
+    spike: float = dataclasses.field(metadata={"resume": "divergence"})
+    # consecutive updates that "skip" leaves out; after them the run stops with a checkpoint
+    max_skips: int = dataclasses.field(default=20, metadata={"resume": "divergence"})
     phases: dict[str, PhaseConfig] = dataclasses.field(default_factory=dict)  # phases by name
 
     def __post_init__(self) -> None:
-        require_at_least(self, 1, "steps", "batch", "accumulate", "log_every")
+        require_at_least(self, 1, "steps", "batch", "accumulate", "log_every", "max_skips")
         require_at_least(self, 0, "seed", "spike")
         require_choice(self, "bad_loss", ("stop", "skip"))
         if self.batch % self.accumulate:
@@ -258,7 +264,7 @@ class OptimizerConfig:
     beta2: float  # decay of the mean of the squared gradient
     eps: float  # number added to the denominator of the update
     weight_decay: float  # decay of matrices per step, times the learning rate
-    clip: float  # maximal global norm of the gradient
+    clip: float | None  # maximal global norm of the gradient; none for no clipping
     schedule: str = "cosine"  # learning-rate schedule after the warm-up
 
     def __post_init__(self) -> None:
@@ -267,18 +273,20 @@ class OptimizerConfig:
         for name in ("beta1", "beta2"):
             if not 0 <= getattr(self, name) < 1:
                 raise InputError(name, f"{getattr(self, name)} is not in [0, 1)")
-        for name in ("eps", "clip"):
-            if getattr(self, name) <= 0:
-                raise InputError(name, f"{getattr(self, name)} is not above 0")
+        if self.eps <= 0:
+            raise InputError("eps", f"{self.eps} is not above 0")
+        if self.clip is not None and self.clip <= 0:
+            raise InputError("clip", f"{self.clip} is not above 0; none turns clipping off")
 
 
 @dataclasses.dataclass(frozen=True)
 class CheckpointConfig:
     """Checkpoints, of which the newest and the best by evaluation loss are kept."""
 
-    every: int  # steps between two checkpoints
-    keep_last: int  # number of newest checkpoints that are kept
-    keep_best: int  # number of best checkpoints that are kept in addition; 0 for none
+    every: int = dataclasses.field(metadata={"resume": "none"})  # steps between two checkpoints
+    keep_last: int = dataclasses.field(metadata={"resume": "none"})  # number of newest checkpoints that are kept
+    # number of best checkpoints that are kept in addition; 0 for none
+    keep_best: int = dataclasses.field(metadata={"resume": "none"})
 
     def __post_init__(self) -> None:
         require_at_least(self, 1, "every", "keep_last")
@@ -315,14 +323,14 @@ class EvalConfig:
     An evaluation can set the keys in `EVALUATION_KEYS`.
     """
 
-    every: int  # steps between two evaluations
+    every: int = dataclasses.field(metadata={"resume": "none"})  # steps between two evaluations
     batch: int  # windows per batch
     batches: int  # batches per evaluation during the run
-    sample: int  # tokens of text to generate at the end
+    sample: int = dataclasses.field(metadata={"resume": "none"})  # tokens of text to generate at the end
     stride: int = 0  # tokens between the starts of windows, which score their last `stride` tokens; 0: data.length
     final: int = 0  # batches of the evaluation at the end, evenly spaced; 0: all of the validation text
     # additional evaluations at the end by name, each with overrides as nested sections
-    also: dict[str, Overrides] = dataclasses.field(default_factory=dict)
+    also: dict[str, Overrides] = dataclasses.field(default_factory=dict, metadata={"resume": "none"})
 
     def __post_init__(self) -> None:
         require_at_least(self, 1, "every", "batch", "batches")
@@ -341,7 +349,7 @@ class Config:
     train: TrainConfig
     optimizer: OptimizerConfig
     checkpoint: CheckpointConfig
-    sharding: ShardingConfig
+    sharding: ShardingConfig = dataclasses.field(metadata={"resume": "rounding"})
     eval: EvalConfig
 
     def __post_init__(self) -> None:

@@ -31,6 +31,10 @@ class Combination(Pattern):
 
     terms: tuple[Pattern, ...]
 
+    def __post_init__(self) -> None:
+        if not self.terms:
+            raise PatternError(self.name, "takes one or more patterns")
+
     @classmethod
     def of(cls, *terms: Pattern) -> Pattern:
         """The joined terms.
@@ -205,6 +209,8 @@ class Shift(Moved):
         if not isinstance(self.pattern, Pattern):
             raise PatternError("shift.pattern", f"{self.pattern!r} is not a pattern")
         require(self, by=-MAX_POSITION)
+        if _largest_shift(self) > MAX_POSITION:
+            raise PatternError("shift.by", f"nested shifts by {_largest_shift(self)} exceed 2**30")
 
     def check(self, t: int, s: int) -> None:
         self.pattern.check(t, s)
@@ -238,6 +244,14 @@ class Shift(Moved):
 
     def lookahead(self) -> float:
         return self.pattern.lookahead() - self.by
+
+
+def _largest_shift(pattern: Pattern) -> int:
+    """The largest sum of nested shifts in a pattern, in either direction."""
+    if isinstance(pattern, Shift):
+        return abs(pattern.by) + _largest_shift(pattern.pattern)
+    parts = pattern.terms if isinstance(pattern, Combination) else ()
+    return max(map(_largest_shift, pattern.patterns if isinstance(pattern, PerHead) else parts), default=0)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -238,8 +238,8 @@ def require(pattern: Pattern, **minimums: int) -> None:
         require_integer(f"{pattern.name}.{field}", getattr(pattern, field), minimum)
 
 
-def require_integer(argument: str, value: object, minimum: int) -> None:
-    """Checks that a value is an integer between `minimum` and 2**30, beyond which int32 positions overflow.
+def require_integer(argument: str, value: object, minimum: int, maximum: int = MAX_POSITION) -> None:
+    """Checks that a value is an integer between `minimum` and `maximum`; int32 positions overflow beyond 2**30.
 
     Raises:
       PatternError: The value is not; the message names `argument`.
@@ -247,8 +247,8 @@ def require_integer(argument: str, value: object, minimum: int) -> None:
     if isinstance(value, bool) or not isinstance(value, int) or value < minimum:
         shown = repr(value) if isinstance(value, str) else format_value(value)
         raise PatternError(argument, f"{shown} is not an integer >= {minimum}")
-    if value > MAX_POSITION:
-        raise PatternError(argument, f"{value} exceeds 2**30")
+    if value > maximum:
+        raise PatternError(argument, f"{value} exceeds {'2**30' if maximum == MAX_POSITION else maximum}")
 
 
 def array_module(*arrays: Positions) -> ModuleType:

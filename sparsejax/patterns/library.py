@@ -127,6 +127,9 @@ class Dilated(Pattern):
 
     def __post_init__(self) -> None:
         require(self, left=0, right=0, stride=1)
+        for side in ("left", "right"):
+            if getattr(self, side) * self.stride > MAX_POSITION:
+                raise PatternError(f"dilated.{side}", f"{getattr(self, side)} * stride = {self.stride} exceeds 2**30")
 
     def allows(self, q: Positions, k: Positions, t: int | None = None, s: int | None = None) -> Mask:
         ahead = k - q
@@ -406,7 +409,7 @@ def _strided_bounds(grid: TileGrid, stride: int, before: int, after: int) -> Bou
 def _comb(grid: TileGrid, rows: np.ndarray, stride: int, before: int, after: int) -> tuple[np.ndarray, ...]:
     """The intervals of keys to which the queries of the rows attend: rows, starts and stops, int64 [n] each."""
     first, last = (bound[rows] for bound in grid.row_bounds())
-    low = np.maximum(-before, -(last // stride))
+    low = np.maximum(-before, np.maximum(-(last // stride), -((last - grid.offset) // stride)))
     high = np.minimum(after, (grid.offset + grid.s - 1 - first) // stride)
     count = np.maximum(high - low + 1, 0)
     index = np.repeat(np.arange(len(rows)), count)

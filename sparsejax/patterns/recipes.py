@@ -15,6 +15,8 @@ from sparsejax.patterns.algebra import Multiset, Shift, per_head
 from sparsejax.patterns.base import Pattern, PatternError, format_value, require_integer
 from sparsejax.patterns.tiled import BigBirdRandom, Random, Tiles
 
+MAX_TERMS = 1024  # patterns that one argument of a recipe makes
+
 
 def longformer(
     left: int, right: int | None = None, ids: int | Sequence[int] = 0, strides: Sequence[int] = ()
@@ -62,10 +64,11 @@ def bigbird(
     Raises:
       PatternError: The plan is none of these.
     """
-    for name, value, minimum in (("tile", tile, 1), ("r", r, 0), ("extra", extra, 0)):
+    for name, value, minimum in (("tile", tile, 1), ("seed", seed, 0), ("layer", layer, 0), ("extra", extra, 0)):
         require_integer(f"bigbird.{name}", value, minimum)
+    require_integer("bigbird.r", r, 0, MAX_TERMS)
     if heads is not None:
-        require_integer("bigbird.heads", heads, 1)
+        require_integer("bigbird.heads", heads, 1, MAX_TERMS)
     near = functools.reduce(operator.or_, (Shift(lib.Chunk(tile), by) for by in (tile, -tile)), lib.Chunk(tile))
     ends = (lib.Globals(extra),) if extra else (lib.Globals(tile), lib.Globals(-tile))
     local = functools.reduce(operator.or_, ends, near)
@@ -127,7 +130,7 @@ def sparse_transformer_fixed(l: int, c: int, heads: int | None = None) -> Patter
 def _merged_or_alternating(recipe: str, row: Pattern, column: Pattern, heads: int | None) -> Pattern:
     if heads is None:
         return lib.Causal() & (row | column)
-    require_integer(f"{recipe}.heads", heads, 1)
+    require_integer(f"{recipe}.heads", heads, 1, MAX_TERMS)
     return lib.Causal() & per_head(*((row, column)[i % 2] for i in range(heads)))
 
 

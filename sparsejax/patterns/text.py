@@ -13,12 +13,13 @@ string, `true` or `false`.
 
 from __future__ import annotations
 
-import difflib
 import inspect
 import re
+import textwrap
 from collections.abc import Callable, Collection, Iterator
 from typing import Any, NamedTuple, TypeVar, cast
 
+from sparsejax.errors import excerpt, suggest
 from sparsejax.patterns.algebra import Multiset, PerHead, per_head
 from sparsejax.patterns.base import Pattern, PatternError
 from sparsejax.patterns.library import NAMES
@@ -27,7 +28,7 @@ from sparsejax.registry import Registry, is_frozen_dataclass
 
 MAX_DEPTH = 100  # nested parentheses: far more than a pattern needs, far fewer than Python's stack holds
 MAX_LENGTH = 10_000  # characters
-SHOWN = 120  # characters of a text in an error
+LONGEST = 600  # characters of a problem in an error
 JOINS: dict[str, Callable[..., Pattern]] = {
     PerHead.name: per_head,
     Multiset.name: Multiset.of,
@@ -140,14 +141,13 @@ class _Parser:
 
     def error(self, problem: object, at: int | None = None) -> PatternError:
         at = self.token.at if at is None else at
-        shown, start = self.text, max(0, at - SHOWN // 2)
-        if len(shown) > SHOWN:
-            shown = "..." * (start > 0) + shown[start : start + SHOWN] + "..." * (start + SHOWN < len(shown))
-        return PatternError("pattern", f"{shown!r}: column {at + 1}: {problem}")
+        problem = textwrap.shorten(str(problem), LONGEST, placeholder=" ...")
+        return PatternError("pattern", f"{excerpt(self.text, at)}: column {at + 1}: {problem}")
 
     def unknown(self, kind: str, word: str, known: Collection[str], at: int) -> PatternError:
-        near = difflib.get_close_matches(word, known, n=1, cutoff=0.7 if kind == "pattern" else 0)
-        remedy = f"did you mean {near[0]!r}?" if near else "import the module that registers it"
+        remedy = suggest(word, known, f"{kind.partition(' ')[0]}s{kind[len(kind.partition(' ')[0]) :]}")
+        if kind == "pattern" and not remedy.startswith("did"):
+            remedy = f"import the module that registers it; {remedy}"
         return self.error(f"unknown {kind} {word!r}; {remedy}", at)
 
     def take(self, text: str) -> bool:

@@ -9,13 +9,29 @@ from __future__ import annotations
 import dataclasses
 import functools
 import operator
-from typing import Any, ClassVar
+from collections.abc import Sequence
+from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
 
-from sparsejax.patterns.base import FOREVER, Mask, Pattern, PatternError, Positions, array_module, format_value, require
-from sparsejax.patterns.layout import TileGrid
+from sparsejax.patterns.base import (
+    FOREVER,
+    MAX_POSITION,
+    Mask,
+    Pattern,
+    PatternError,
+    Positions,
+    array_module,
+    format_value,
+    require,
+)
+from sparsejax.patterns.layout import MAX_LIVE_TILES, TileGrid
 from sparsejax.patterns.spans import Bounds, cover, merge_intervals
+
+UNROLLED = 64  # draws of `random` per query tile up to which each is compared with all earlier ones
+TABLE = 2**26  # bytes of the table of what is drawn if there are more draws
+MAX_PLAN = 2**26  # cost of one plan of `bigbird_random`, in shuffled tiles: a few seconds
+DRAW_COST = 200  # of a draw, apart from the tiles that it shuffles
 
 
 class _Tiled(Pattern):
@@ -83,6 +99,8 @@ class Tiles(_Tiled):
         object.__setattr__(self, "rows", tuple(tuple(sorted(set(row))) for row in rows))
         if self.tile is not None:
             require(self, tile=1)
+            if (max(self._last_column(), len(rows)) + 1) * self.tile > MAX_POSITION:
+                raise PatternError("tiles.rows", f"key tile {self._last_column()} of {self.tile} tokens exceeds 2**30")
         elif self._last_column() >= len(rows):
             raise PatternError("tiles.rows", f"key tile {self._last_column()} exceeds the last, {len(rows) - 1}")
 
@@ -99,9 +117,11 @@ class Tiles(_Tiled):
     def last_query(self, k: np.ndarray) -> np.ndarray:
         if self.tile is None:
             return np.full_like(k, FOREVER)
-        rows = {column: row for row, columns in enumerate(self.rows) for column in columns}
-        last = np.array([rows.get(column, -1) for column in range(max(rows, default=0) + 1)], np.int64)
-        row = np.append(last, -1)[np.minimum(k // self.tile, len(last))]
+        rows = {column: row for row, columns in enumerate(self.rows) for column in columns} | {FOREVER: -1}
+        listed = np.array(sorted(rows), np.int64)
+        last = np.array([rows[column] for column in listed.tolist()], np.int64)
+        index, column = np.searchsorted(listed, k // self.tile), k // self.tile
+        row = np.where(listed[index] == column, last[index], -1)
         return np.where(row < 0, -1, (row + 1) * self.tile - 1)
 
     def _last_column(self) -> int:
@@ -157,12 +177,25 @@ class Random(_Tiled):
         most = columns - max(2 * self.apart - 1, 0)
         if self.r > most:
             raise PatternError("random.r", f"{self.r} exceeds the {max(most, 0)} candidate tiles of {self.tile} tokens")
+        self._count_rows(t)
+
+    def _count_rows(self, t: int) -> int:
+        rows = -(-t // self.tile)
+        if rows * self.r > MAX_LIVE_TILES:
+            raise PatternError("random.r", f"{self.r} tiles per query tile are {rows * self.r} tiles, more than 2**26")
+        return rows
 
     def allows(self, q: Positions, k: Positions, t: int | None = None, s: int | None = None) -> Mask:
         if s is None:
             raise PatternError("s", f"required by {self}, whose draw depends on the number of keys")
         row, column = q // self.tile, k // self.tile
-        return functools.reduce(operator.or_, (column == drawn for drawn in self._draw(row, s)))
+        if min(self.r, -(-s // self.tile)) <= UNROLLED:
+            return functools.reduce(operator.or_, (column == drawn for drawn in self._draw(row, s)))
+        if array_module(q, k) is not np:
+            return self._trace_draws(row, column, s)
+        rows, index = np.unique(row, return_inverse=True)
+        drawn = np.stack(self._draw(rows, s), axis=-1)
+        return _is_listed(index.reshape(np.shape(row)), column, [row[row >= 0] for row in drawn])
 
     def last_query(self, k: np.ndarray) -> np.ndarray:
         if self.reach is None:
@@ -173,29 +206,57 @@ class Random(_Tiled):
         return super().lookahead() if self.reach is None else (self.reach // self.tile + 1) * self.tile - 1
 
     def _lists(self, t: int, s: int) -> tuple[tuple[int, int], np.ndarray]:
-        rows = np.arange(-(-t // self.tile))
-        return (self.tile, self.tile), np.stack(self._draw(rows, s), axis=-1)
+        return (self.tile, self.tile), np.stack(self._draw(np.arange(self._count_rows(t)), s), axis=-1)
 
     def _draw(self, row: Any, s: int) -> list[Any]:
-        """The `r` key tiles of query tiles `row` by Floyd's algorithm: integers of the same shape, -1 for no tile."""
-        xp = array_module(row)
-        far = FOREVER if self.reach is None else self.reach // self.tile
-        far = min(far, -(-s // self.tile))
-        low, stop = xp.maximum(row - far, self.ends), xp.minimum(row + far + 1, -(-s // self.tile) - self.ends)
-        gap, gap_stop = (xp.clip(row + side, low, xp.maximum(stop, low)) for side in (1 - self.apart, self.apart))
-        gap_size = xp.maximum(gap_stop - gap, 0)
-        count = stop - low - gap_size  # candidates
+        """The `r` key tiles of query tiles `row` by Floyd's algorithm: integers of the same shape, -1 for no tile.
+
+        There are no more of them than key tiles.
+        """
+        xp, columns = array_module(row), max(1, -(-s // self.tile))
+        draws = min(self.r, columns)
+        several = draws > UNROLLED and xp is np
+        if several and row.size > max(1, TABLE // columns):
+            parts = np.array_split(row, -(-row.size * columns // TABLE))
+            return [np.concatenate(drawn) for drawn in zip(*(self._draw(part, s) for part in parts), strict=True)]
+        candidates = _Candidates.of(self, row, s)
+        taken = np.zeros((row.size, columns) if several else (0, 0), bool)
         drawn: list[Any] = []
-        for i in range(self.r):
-            top = count - self.r + i
-            pick = self._number(xp, row, i) % xp.maximum(top + 1, 1).astype(np.uint32)
-            pick = pick.astype(top.dtype)
-            for earlier in drawn:
-                pick = xp.where(earlier == pick, top, pick)
-            pick = xp.where(count > self.r, pick, i)
-            drawn.append(pick)
-        columns = (xp.where(low + pick >= gap, low + pick + gap_size, low + pick) for pick in drawn)
-        return [xp.where(i < count, column, -1) for i, column in enumerate(columns)]
+        for i in range(draws):
+            top = candidates.count - self.r + i
+            pick = self._pick(xp, row, i, top)
+            if several:
+                pick = np.where(taken[np.arange(row.size), pick], top, pick)
+                taken[np.arange(row.size), np.maximum(pick, 0)] = True
+            else:
+                for earlier in drawn:
+                    pick = xp.where(earlier == pick, top, pick)
+            drawn.append(xp.where(candidates.count > self.r, pick, i))
+        return [candidates.column(xp, i, pick) for i, pick in enumerate(drawn)]
+
+    def _pick(self, xp: Any, row: Any, i: int, top: Any) -> Any:
+        """Draw `i` per row: an integer from 0 to `top`."""
+        return (self._number(xp, row, i) % xp.maximum(top + 1, 1).astype(np.uint32)).astype(top.dtype)
+
+    def _trace_draws(self, row: Any, column: Any, s: int) -> Any:
+        """`allows` as a loop, whose program does not grow with `r`."""
+        import jax
+        import jax.numpy as jnp
+
+        candidates = _Candidates.of(self, row, s)
+        draws = min(self.r, -(-s // self.tile))
+
+        def body(i: Any, state: tuple[Any, Any]) -> tuple[Any, Any]:
+            drawn, mask = state
+            top = candidates.count - self.r + i
+            pick = self._pick(jnp, row, i, top)
+            pick = jnp.where((drawn == pick).any(axis=0), top, pick)
+            pick = jnp.where(candidates.count > self.r, pick, i)
+            return drawn.at[i].set(pick), mask | (column == candidates.column(jnp, i, pick))
+
+        drawn = jnp.full((draws, *jnp.shape(row)), -1, candidates.count.dtype)
+        mask = jnp.zeros(jnp.broadcast_shapes(jnp.shape(row), jnp.shape(column)), bool)
+        return jax.lax.fori_loop(0, draws, body, (drawn, mask))[1]
 
     def _number(self, xp: Any, row: Any, i: int) -> Any:
         """A random uint32 per row: a keyed counter, mixed by the finalizer of MurmurHash3."""
@@ -205,6 +266,30 @@ class Random(_Tiled):
             for shift, factor in ((16, 0x85EBCA6B), (13, 0xC2B2AE35)):
                 x = (x ^ (x >> np.uint32(shift))) * np.uint32(factor)
             return x ^ (x >> np.uint32(16))
+
+
+class _Candidates(NamedTuple):
+    """The candidate key tiles of query tiles: those from `low` on without `gap_size` tiles from `gap` on."""
+
+    low: Any
+    gap: Any
+    gap_size: Any
+    count: Any
+
+    @classmethod
+    def of(cls, pattern: Random, row: Any, s: int) -> _Candidates:
+        xp, columns = array_module(row), -(-s // pattern.tile)
+        far = columns if pattern.reach is None else min(pattern.reach // pattern.tile, columns)
+        ends = min(pattern.ends, columns)
+        low, stop = xp.maximum(row - far, ends), xp.minimum(row + far + 1, columns - ends)
+        gap, gap_stop = (xp.clip(row + side, low, xp.maximum(stop, low)) for side in (1 - pattern.apart, pattern.apart))
+        gap_size = xp.maximum(gap_stop - gap, 0)
+        return cls(low, gap, gap_size, stop - low - gap_size)
+
+    def column(self, xp: Any, i: Any, pick: Any) -> Any:
+        """The key tile of draw `i`, the candidate `pick`; -1 if there are fewer candidates."""
+        column = xp.where(self.low + pick >= self.gap, self.low + pick + self.gap_size, self.low + pick)
+        return xp.where(i < self.count, column, -1)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -242,6 +327,15 @@ class BigBirdRandom(_Tiled):
         dense = (2 * self.r + 5) * self.tile
         if min(t, s) <= dense:
             raise PatternError("bigbird_random", f"the released models use full attention up to {dense} tokens")
+        self._padded_length(s)
+
+    def _padded_length(self, s: int) -> int:
+        """The tokens of the tiles of a sequence. A plan whose draws take more than seconds is an error."""
+        length = -(-s // self.tile) * self.tile
+        rows = max(length, self.longest) // self.tile
+        if self.among * rows * (2 * self.r + DRAW_COST) > MAX_PLAN:
+            raise PatternError("bigbird_random", f"draws {self.r} of {rows} tiles for {self.among} heads; use random")
+        return length
 
     def allows(self, q: Positions, k: Positions, t: int | None = None, s: int | None = None) -> Mask:
         if s is None:
@@ -252,7 +346,7 @@ class BigBirdRandom(_Tiled):
         return (self.tile, self.tile), _pad(self._plan(s))
 
     def _plan(self, s: int) -> tuple[tuple[int, ...], ...]:
-        length = -(-s // self.tile) * self.tile
+        length = self._padded_length(s)
         heads = released_plan(length, self.tile, self.r, self.among, self.seed, self.longest)
         return ((), *heads[self.head], ())[: length // self.tile]
 
@@ -315,16 +409,16 @@ def _draw_apart(rng: np.random.RandomState, row: int, keys: range, count: int) -
     return [i for i in rng.permutation(np.arange(keys.start, keys.stop)).tolist() if i not in excluded][:count]
 
 
-def _is_listed(row: Any, column: Any, lists: tuple[tuple[int, ...], ...]) -> Any:
+def _is_listed(row: Any, column: Any, lists: Sequence[Any]) -> Any:
     """Whether `column` is in `lists[row]`. With JAX it uses no lookup table, so that kernels can evaluate it."""
     if array_module(row, column) is np:
-        padded = _pad(lists)
-        size = padded.max(initial=-1) + 1
-        table = np.zeros((len(lists) + 1, size + 1), bool)  # the last row and column are empty
-        table[np.arange(len(lists))[:, None], padded] = True
-        table[:, size] = False
-        outside = (row < 0) | (row >= len(lists)) | (column < 0) | (column >= size)
-        return table[np.where(outside, len(lists), row), np.where(outside, size, column)]
+        listed = np.concatenate([np.zeros(0, np.int64), *(np.asarray(columns, np.int64) for columns in lists)])
+        size = listed.max(initial=-1) + 1
+        listed += np.repeat(np.arange(len(lists)), list(map(len, lists))) * size
+        listed = np.append(np.unique(listed), FOREVER)
+        inside = (row >= 0) & (row < len(lists)) & (column >= 0) & (column < size)
+        number = np.where(inside, row * np.int64(size) + column, -1)
+        return listed[np.searchsorted(listed, number)] == number
     mask = (row < 0) & (column < 0)  # all False, in the broadcast shape
     for i, columns in enumerate(lists):
         starts, stops = merge_intervals(np.array(columns, np.int64), np.array(columns, np.int64) + 1)

@@ -33,7 +33,7 @@ def build_schedule(config: OptimizerConfig, steps: int, restart: tuple[int, int]
 def build_optimizer(
     config: OptimizerConfig, steps: int, restart: tuple[int, int] | None = None, *, decay: PyTree[bool]
 ) -> optax.GradientTransformation:
-    """Builds AdamW (arXiv:1711.05101) on gradients that are clipped by their global norm.
+    """Builds AdamW (arXiv:1711.05101) on gradients that are clipped by their global norm, unless `config.clip` is None.
 
     Args:
       config: Hyperparameters.
@@ -49,4 +49,5 @@ def build_optimizer(
         weight_decay=config.weight_decay,
         mask=decay,
     )
-    return optax.chain(optax.clip_by_global_norm(config.clip), adamw)
+    clip = optax.identity() if config.clip is None else optax.clip_by_global_norm(config.clip)
+    return optax.chain(clip, adamw)  # both have an empty state, so that a run can resume with another bound
