@@ -8,11 +8,16 @@ from typing import Literal
 
 TRAIN, EVAL = "train/", "eval/"  # prefixes: of a training step, of an evaluation
 TRAIN_LOSS = "train/loss"  # nats per scored token of one batch
-TRAIN_LOSS_MEAN = "train/loss_mean"  # running mean of TRAIN_LOSS
+TRAIN_LOSS_MEAN = "train/loss_mean"  # nats per scored token of all batches since the previous row
+# Metrics of a training step that depend on the model, without the prefix.
+AUXILIARY = "aux/"  # + name of an auxiliary loss, weighted and summed over layers; not in TRAIN_LOSS
+EXPERT_LOAD_MAX = "expert_load_max"  # choices of the most chosen expert of a layer, relative to the mean of the layer
+EXPERT_LOAD_MIN = "expert_load_min"
 EVAL_LOSS = "eval/loss"  # nats per scored token
 BITS_PER_TOKEN = "eval/bits_per_token"
 BITS_PER_BYTE = "eval/bits_per_byte"
 BITS_PER_CHARACTER = "eval/bits_per_character"
+RESTORED = "eval/restored"  # fraction of the bytes that the tokenizer gives back, if it is below 1
 BITS_AT = "eval/bits_at_"  # + the first position of a bin
 ACCURACY = "eval/accuracy"  # share of scored tokens that are the model's first choice
 ACCURACY_AT_DISTANCE = "eval/accuracy_at_distance_"  # + the first distance of a bin
@@ -42,6 +47,27 @@ def direction(name: str) -> Direction | None:
     if name.startswith(_LOWER):
         return "min"
     return "max" if name.startswith(_HIGHER) else None
+
+
+def loss_unit(metric: str, evaluation: Mapping[str, float | None]) -> tuple[float, str]:
+    """Returns the unit in which a training loss is shown beside a metric.
+
+    Args:
+      metric: Name of the metric of an evaluation.
+      evaluation: Metrics of an evaluation of the same run, from which the tokens per byte follow.
+
+    Returns:
+      Factor from nats per token to the unit, and the unit: that of `metric`, or for a metric that is no loss, bits per
+      byte if the run reports them and bits per token otherwise.
+    """
+    if metric.startswith(EVAL_LOSS):
+        return 1.0, "nats per token"
+    name, unit = BITS_PER_BYTE, "bits per byte"
+    if metric.startswith(BITS_PER_CHARACTER):
+        name, unit = BITS_PER_CHARACTER, "bits per character"
+    loss, bits = evaluation.get(EVAL_LOSS) or math.nan, evaluation.get(name) or math.nan
+    factor = bits / loss
+    return (factor, unit) if math.isfinite(factor) else (1 / math.log(2), "bits per token")
 
 
 def finite_or_none(metrics: Mapping[str, float]) -> dict[str, float | None]:

@@ -9,10 +9,10 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from sparsejax import metrics
-from sparsejax.overrides import describe_overrides
+from sparsejax.overrides import describe_overrides, shorten_keys
 from sparsejax.report import statistics
-from sparsejax.report.statistics import Difference, Estimate, paired_difference
-from sparsejax.report.table import COSTS, FINISHED, ReportError, Results, column_names
+from sparsejax.report.statistics import Difference, Estimate, Noise
+from sparsejax.report.table import COSTS, DIVERGED, FINISHED, ReportError, Results, column_names
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 # The default metric is the first of these that the runs have.
 MAIN = (metrics.BITS_PER_CHARACTER, metrics.BITS_PER_BYTE, metrics.ACCURACY, metrics.EVAL_LOSS)
 SIGNIFICANCE = 0.05  # p from which a difference may well be chance
+TOLERANCE = 0.01  # relative difference of costs up to which they count as equal
 SUGGESTIONS = 3  # names that are offered for an unknown one
 
 
@@ -31,12 +32,14 @@ class Group:
       label: Name of the group.
       runs: Their rows in the table; all are finished and have the metric.
       values: The metric by seed; the mean if several runs have a seed.
+      diverged: Number of further runs that diverged; they are in no mean.
       difference: From the baseline; None for the baseline itself.
     """
 
     label: str
     runs: pd.DataFrame
     values: dict[int, float]
+    diverged: int = 0
     difference: Difference | None = None
 
     @property
@@ -60,7 +63,8 @@ class Comparison:
       by: The keys by which runs are grouped; empty for labels.
       groups: In the order of their first runs.
       baseline: The group that others are compared with.
-      noise: Standard deviation over the seeds of a group, pooled over all groups.
+      noise: Of a run, pooled over all groups; None without degrees of freedom.
+      lost: Number of runs by label of the groups of which every run diverged.
     """
 
     results: Results
@@ -69,7 +73,8 @@ class Comparison:
     by: tuple[str, ...]
     groups: tuple[Group, ...]
     baseline: Group
-    noise: float | None
+    noise: Noise | None
+    lost: dict[str, int]
 
     @property
     def best(self) -> Group:
@@ -77,27 +82,50 @@ class Comparison:
         return sorted(self.groups, key=lambda group: group.estimate.mean, reverse=not self.lower)[0]
 
     @property
+    def heading(self) -> str:
+        """What distinguishes the groups."""
+        return ", ".join(shorten_keys(self.by)[key] for key in self.by) or "label"
+
+    @property
     def unfinished(self) -> pd.DataFrame:
         """Rows of the runs that have not ended."""
-        return self.results.runs[self.results.runs["status"] != FINISHED]
+        return self.results.runs[~self.results.runs["status"].isin([FINISHED, DIVERGED])]
+
+    @property
+    def diverged(self) -> pd.DataFrame:
+        """Rows of the runs that diverged."""
+        return self.results.runs[self.results.runs["status"] == DIVERGED]
 
     @property
     def without_value(self) -> pd.DataFrame:
-        """Rows of the finished runs without a value of the metric, such as after a loss that was not finite."""
+        """Rows of the finished runs without a value of the metric."""
         runs = self.results.runs
         return runs[(runs["status"] == FINISHED) & runs[self.metric].isna()]
 
-    def verdict(self, difference: Difference | None) -> str:
-        """A difference from the baseline in words."""
+    def verdict(self, group: Group) -> str:
+        """The difference of a group from the baseline in words."""
+        difference = group.difference
+        if group.diverged:
+            return f"{group.diverged} diverged"
         if difference is None:
             return "baseline"
-        if difference.mean is None or difference.below_noise is None:
-            return "too few seeds"
-        if difference.below_noise:
-            return "below noise"
-        word = "better" if (difference.mean < 0) == self.lower else "worse"
-        # With few seeds, twice the standard error is exceeded by chance more often than it seems.
-        return word if difference.p is None or difference.p < SIGNIFICANCE else f"perhaps {word}"
+        if difference.mean is None or difference.p is None:
+            return f"needs {statistics.MIN_SEEDS} seeds"
+        if difference.p >= SIGNIFICANCE:
+            return "not significant"
+        return "better" if (difference.mean < 0) == self.lower else "worse"
+
+    def excess(self, group: Group, cost: str) -> float | None:
+        """Relative difference of a cost from the baseline's; None if they are equal up to `TOLERANCE`, or unknown."""
+        expected, actual = self.baseline.mean(cost), group.mean(cost)
+        unequal = abs(actual - expected) > TOLERANCE * expected  # False for NaN
+        return actual / expected - 1 if unequal and expected else None
+
+    def similar(self, group: Group) -> list[Group]:
+        """The groups whose difference from a group is not significant, or not tested."""
+        differences, _ = statistics.compare_groups([other.values for other in self.groups], self.groups.index(group))
+        tested = zip(self.groups, differences, strict=True)
+        return [other for other, d in tested if d is not None and (d.p is None or d.p >= SIGNIFICANCE)]
 
 
 def compare(
@@ -122,24 +150,27 @@ def compare(
     if counted.empty:
         raise ReportError("metric", f"{name} has no value in any of the {len(finished)} finished runs")
     keys = tuple(_resolve_key(key, results.keys) for key in by)
-    labels = counted["label"]
-    if keys:
-        labels = counted[list(keys)].astype(object).apply(lambda row: describe_overrides(row.to_dict()), axis=1)
+    diverged = _label(results.runs[results.runs["status"] == DIVERGED], keys).value_counts(sort=False).to_dict()
     groups = [
-        Group(
-            str(label), runs, {int(str(seed)): float(mean) for seed, mean in runs.groupby("seed")[name].mean().items()}
-        )
-        for label, runs in counted.groupby(labels, sort=False)
+        Group(str(label), runs, _average(runs, name), diverged.pop(label, 0))
+        for label, runs in counted.groupby(_label(counted, keys), sort=False)
     ]
-    reference = groups[0] if baseline is None else _find_group(baseline, groups)
-    compared = [
-        group
-        if group is reference
-        else dataclasses.replace(group, difference=paired_difference(group.values, reference.values))
-        for group in groups
-    ]
-    noise = statistics.pool_deviations([list(group.values.values()) for group in groups])
-    return Comparison(results, name, lower, keys, tuple(compared), reference, noise)
+    reference = 0 if baseline is None else _find_group(baseline, groups)
+    differences, noise = statistics.compare_groups([group.values for group in groups], reference)
+    compared = tuple(dataclasses.replace(group, difference=d) for group, d in zip(groups, differences, strict=True))
+    return Comparison(results, name, lower, keys, compared, compared[reference], noise, diverged)
+
+
+def _label(runs: pd.DataFrame, keys: Sequence[str]) -> pd.Series:
+    """The name of each run's group."""
+    if not keys or runs.empty:
+        return runs["label"]
+    return runs[list(keys)].astype(object).apply(lambda row: describe_overrides(row.to_dict()), axis=1)
+
+
+def _average(runs: pd.DataFrame, name: str) -> dict[int, float]:
+    """A metric by seed."""
+    return {int(str(seed)): float(mean) for seed, mean in runs.groupby("seed")[name].mean().items()}
 
 
 def _choose_metric(finished: pd.DataFrame, requested: str | None) -> tuple[str, bool]:
@@ -180,10 +211,10 @@ def _resolve_key(requested: str, keys: Sequence[str]) -> str:
     raise ReportError("by", f"the runs do not differ in a key {requested!r}{nearest}")
 
 
-def _find_group(label: str, groups: Sequence[Group]) -> Group:
-    for group in groups:
+def _find_group(label: str, groups: Sequence[Group]) -> int:
+    for i, group in enumerate(groups):
         if group.label == label:
-            return group
+            return i
     nearest = ", ".join(map(repr, _nearest(label, [group.label for group in groups])))
     raise ReportError("baseline", f"no finished run has the label {label!r}; the nearest are {nearest}")
 

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from sparsejax.figures import render
+from sparsejax.paths import local_path
 from sparsejax.report import figures, table
 from sparsejax.report.comparison import Comparison, compare
 from sparsejax.report.page import write_fragment, write_page
@@ -53,7 +54,7 @@ class Report:
         if len(self.comparisons) > 1:
             raise ReportError("out", "requires a single metric")
         _require_libraries("out")
-        (comparison,), out = self.comparisons, Path(out)
+        (comparison,), out = self.comparisons, local_path(out, "out")
         table.write(comparison.results, out)
         drawn = figures.draw(comparison)
         for figure in drawn:

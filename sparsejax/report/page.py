@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from sparsejax.figures import render
 from sparsejax.metrics import EVAL, TRAIN_LOSS
 from sparsejax.overrides import write_value
-from sparsejax.report import statistics, summary
+from sparsejax.report import figures, statistics, summary
 from sparsejax.report.comparison import Comparison
 from sparsejax.report.figures import DPI, CaptionedFigure
 from sparsejax.report.summary import Cell
@@ -46,7 +46,8 @@ def _describe(comparison: Comparison, drawn: Sequence[CaptionedFigure]) -> dict[
         "metric": summary.describe_metric(comparison),
         "counts": summary.count_runs(comparison),
         "groups": summary.tabulate(comparison, costs=True),
-        "best": [group is comparison.best for group in comparison.groups],
+        "best": comparison.groups.index(comparison.best),
+        "marks": summary.describe_marks(comparison),
         "findings": summary.describe_findings(comparison),
         "notes": summary.describe_notes(comparison),
         "figures": [(figure.name, figure.caption, _data_url(figure)) for figure in drawn],
@@ -64,7 +65,8 @@ def _render(template: str, **values: Any) -> str:
 
 def _title(comparison: Comparison) -> str:
     configs = [config for config in dict.fromkeys(comparison.results.runs["config"]) if config]
-    return ", ".join(configs) or comparison.metric
+    title = f"{figures.name_metric(comparison.metric)} by {comparison.heading}"
+    return f"{title}: {', '.join(configs)}" if configs else title
 
 
 def _data_url(figure: CaptionedFigure) -> str:
@@ -79,7 +81,7 @@ def _tabulate_metrics(comparison: Comparison) -> Table:
     for group in comparison.groups:
         by_seed = group.runs.groupby("seed")[names].mean()
         rows.append([Cell(group.label), *(_write_metric(by_seed[name].dropna().tolist()) for name in names)])
-    return ["group", *names], rows
+    return [comparison.heading, *names], rows
 
 
 def _write_metric(values: Sequence[float]) -> Cell:

@@ -8,10 +8,11 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 from sparsejax.metrics import TOKENS_PER_SECOND
-from sparsejax.report.comparison import Comparison, Group
-from sparsejax.report.statistics import NOISE_FACTOR, Difference, Estimate, paired_difference
+from sparsejax.report.comparison import TOLERANCE, Comparison, Group
+from sparsejax.report.statistics import MIN_SEEDS, UNEQUAL, Difference, Estimate
 
 NONE = "-"  # an unknown value
+UNEQUAL_COST, UNEQUAL_NOISE = "†", "‡"  # marks of footnotes
 MIN_DECIMALS, MAX_DECIMALS, DEFAULT_DECIMALS = 1, 8, 4
 BYTES = ("B", "KiB", "MiB", "GiB", "TiB")
 FLOPS = ("", "k", "M", "G", "T", "P", "E", "Z", "Y")
@@ -34,13 +35,13 @@ def summarize(comparison: Comparison) -> str:
 
 
 def write_table(comparison: Comparison) -> str:
-    """Returns the table of groups; the best one is bold."""
+    """Returns the table of groups, of which the best one is bold, and its footnotes."""
     headings, rows = tabulate(comparison)
+    best = comparison.groups.index(comparison.best)
     lines = []
-    for group, row in zip(comparison.groups, rows, strict=True):
-        label, *values = (_escape(cell.text) for cell in row)
-        lines.append([_embolden(label, group is comparison.best), *values])
-    return _write_markdown(headings, lines)
+    for i, (label, *values) in enumerate(rows):
+        lines.append([_embolden(_escape(label.text), i == best), *(_escape(cell.text) for cell in values)])
+    return "\n\n".join([_write_markdown(headings, lines), *describe_marks(comparison)])
 
 
 def write_metrics(comparisons: Sequence[Comparison]) -> str:
@@ -52,7 +53,7 @@ def write_metrics(comparisons: Sequence[Comparison]) -> str:
         texts = {group.label: write_estimate(group.estimate, decimals).text for group in comparison.groups}
         columns.append({label: _embolden(text, label == best.label) for label, text in texts.items()})
     lines = [[_escape(label), *(column.get(label, NONE) for column in columns)] for label in labels]
-    return _write_markdown(["group", *(comparison.metric for comparison in comparisons)], lines)
+    return _write_markdown([comparisons[0].heading, *(comparison.metric for comparison in comparisons)], lines)
 
 
 def _write_markdown(headings: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
@@ -65,32 +66,65 @@ def _embolden(text: str, best: bool) -> str:
 
 
 def tabulate(comparison: Comparison, costs: bool = False) -> tuple[list[str], list[list[Cell]]]:
-    """Returns headings and a row of cells per group; with `costs` also FLOPs, cache and speed."""
+    """Returns headings and a row of cells per group, then one per group without a value, all of whose runs diverged.
+
+    Args:
+      comparison: The groups.
+      costs: Whether to add cache and speed.
+    """
     better = "lower" if comparison.lower else "higher"
-    headings = ["group", "seeds", f"{comparison.metric} ({better} is better)"]
-    headings += [f"difference from {comparison.baseline.label}", "seed noise", "p", "verdict", "parameters", "seconds"]
-    headings += ["training FLOPs", "cache", "tokens/s"] if costs else []
+    headings = [comparison.heading, "seeds", f"{comparison.metric} ({better} is better)"]
+    headings += [f"difference from {comparison.baseline.label}", "p", "verdict"]
+    headings += ["parameters", "training FLOPs", "seconds", *(["cache", "tokens/s"] if costs else [])]
     decimals = count_decimals(comparison)
     rows = []
     for group in comparison.groups:
-        difference, seconds = group.difference, group.mean("seconds")
+        seconds = group.mean("seconds")
         row = [
             Cell(group.label),
             Cell(_count_seeds(group), len(group.values)),
             write_estimate(group.estimate, decimals),
-            write_difference(difference, decimals),
-            Cell(NONE) if difference is None else write_noise(comparison, decimals),
-            write_p(difference),
-            Cell(comparison.verdict(difference)),
-            write_number(group.mean("parameters"), "{:,.0f}"),
+            write_difference(group.difference, decimals),
+            write_p(group.difference),
+            Cell(comparison.verdict(group)),
+            _mark(write_number(group.mean("parameters"), "{:,.0f}"), comparison.excess(group, "parameters")),
+            _mark(write_flops(group.mean("training_flops")), comparison.excess(group, "training_flops")),
             write_number(seconds, "{:,.0f}" if seconds >= 10 else "{:.2g}"),
         ]
         if costs:
-            row.append(write_flops(group.mean("training_flops")))
             row.append(write_bytes(group.mean("cache_bytes")))
             row.append(write_number(group.mean(TOKENS_PER_SECOND), "{:,.0f}"))
         rows.append(row)
+    for label, count in comparison.lost.items():
+        blank = [Cell(NONE)] * (len(headings) - 6)
+        rows.append([Cell(label), Cell("0", 0), *[Cell(NONE)] * 3, Cell(f"{count} diverged"), *blank])
     return headings, rows
+
+
+def _mark(cost: Cell, excess: float | None) -> Cell:
+    """Adds the difference of a cost from the baseline's, if there is one."""
+    if excess is None:
+        return cost
+    percent = f"{100 * excess:+.{0 if abs(excess) >= 0.1 else 1}f} %"
+    return Cell(f"{cost.text} ({percent}){UNEQUAL_COST}", cost.number)
+
+
+def describe_marks(comparison: Comparison) -> list[str]:
+    """The footnotes of the table."""
+    notes, baseline = [], comparison.baseline.label
+    columns = {"parameters": "parameters", "training_flops": "training FLOPs"}
+    unequal = [
+        name
+        for column, name in columns.items()
+        if any(comparison.excess(group, column) is not None for group in comparison.groups)
+    ]
+    if unequal:
+        text = f"{UNEQUAL_COST} More than {100 * TOLERANCE:g} % from the {' or '.join(unequal)} of {baseline}"
+        notes.append(f"{text}: the difference may be due to the cost.")
+    if any(group.difference and not group.difference.pooled for group in comparison.groups):
+        text = f"{UNEQUAL_NOISE} Welch's t-test, without pooled noise: the standard deviation over seeds, or that of"
+        notes.append(f"{text} {baseline}, is more than {UNEQUAL:g} times that of the median group.")
+    return notes
 
 
 def describe_metric(comparison: Comparison) -> str:
@@ -102,46 +136,43 @@ def count_runs(comparison: Comparison) -> str:
     """Numbers of runs in the table and of runs that are left out."""
     counted = sum(len(group.runs) for group in comparison.groups)
     text = f"{_number(counted, 'finished run')} in {_number(len(comparison.groups), 'group')}"
-    for rows, reason in ((comparison.unfinished, "unfinished"), (comparison.without_value, "without a value")):
-        text += f"; {len(rows)} {reason}, left out" if len(rows) else ""
-    return f"{text}. Mean ± standard error over seeds; differences are paired by seed, p is from a paired t-test."
+    left_out = {
+        "unfinished": comparison.unfinished,
+        "diverged": comparison.diverged,
+        "without a value": comparison.without_value,
+    }
+    text += "".join(f"; {len(rows)} {reason}, left out" for reason, rows in left_out.items() if len(rows))
+    return f"{text}. Mean ± standard error over seeds."
 
 
 def describe_findings(comparison: Comparison) -> list[str]:
-    """Sentences about the best group, the noise, and the certainty of the differences."""
+    """Sentences about the best group and about the noise and the tests of differences."""
     decimals, best = count_decimals(comparison), comparison.best
     text = f"Best: {best.label}, {write_estimate(best.estimate, decimals).text}."
-    noise = {
-        group.label: paired_difference(group.values, best.values).below_noise
-        for group in comparison.groups
-        if group is not best
-    }
-    if similar := [label for label, below in noise.items() if below]:
-        text += f" The difference is below twice its standard error for: {', '.join(similar)}."
-    if unknown := [label for label, below in noise.items() if below is None]:
-        text += f" Fewer than two common seeds, so that the difference is uncertain: {', '.join(unknown)}."
-    spread = "Seed noise is unknown: no group has two seeds."
-    if comparison.noise is not None:
-        spread = f"Seed noise: the standard deviation over the seeds of a group is {comparison.noise:.{decimals}f}."
-    return [text, " ".join([spread, *_describe_threshold(comparison)])]
+    if similar := comparison.similar(best):
+        text += f" Not significantly different from it: {'; '.join(group.label for group in similar)}."
+    return [text, *_describe_tests(comparison)]
 
 
-def _describe_threshold(comparison: Comparison) -> list[str]:
-    """The p of twice the standard error with the number of seeds, and the number of comparisons."""
-    from scipy import stats
-
-    pairs = [group.difference.pairs for group in comparison.groups if group.difference and group.difference.pairs > 1]
-    if not pairs:
-        return []
-    p = 2 * float(stats.t.sf(NOISE_FACTOR, min(pairs) - 1))
-    text = f"A difference of twice its standard error has p = {p:.2f} with {min(pairs)} seeds"
-    return [f"{text}; p is not corrected for {len(pairs)} comparisons." if len(pairs) > 1 else f"{text}."]
+def _describe_tests(comparison: Comparison) -> list[str]:
+    """How the verdicts are computed: noise, degrees of freedom, number of tests."""
+    differences = [group.difference for group in comparison.groups if group.difference is not None]
+    tested = [difference for difference in differences if difference.p is not None]
+    if not tested or comparison.noise is None:
+        return [f"A verdict needs {MIN_SEEDS} seeds in common with the baseline."] if differences else []
+    noise = f"{comparison.noise.deviation:.{count_decimals(comparison)}f}"
+    text = (
+        f"Noise: a run deviates by {noise} from the effects of its group and its seed, estimated from all groups with"
+    )
+    text += f" {comparison.noise.degrees} degrees of freedom. p is from a t-test with this noise"
+    return [f"{text}{f', corrected for {len(tested)} tests (Holm)' if len(tested) > 1 else ''}."]
 
 
 def describe_notes(comparison: Comparison) -> list[str]:
     """Notes about runs that are left out, means over more than seeds, and mixed data, hardware and code."""
     results, metric = comparison.results, comparison.metric
     notes = [f"{_name(row)}: {row['status']} at step {row['step']}" for _, row in comparison.unfinished.iterrows()]
+    notes += [f"{_name(row)}: diverged by step {row['step']}" for _, row in comparison.diverged.iterrows()]
     notes += [f"{_name(row)}: finished without a value of {metric}" for _, row in comparison.without_value.iterrows()]
     for group in comparison.groups:
         if mixed := [key for key in results.keys if group.runs[key].nunique() > 1]:
@@ -195,16 +226,12 @@ def write_difference(difference: Difference | None, decimals: int) -> Cell:
     return Cell(f"{difference.mean:+.{decimals}f}{error}", difference.mean)
 
 
-def write_noise(comparison: Comparison, decimals: int) -> Cell:
-    """Standard deviation over seeds."""
-    return Cell(NONE) if comparison.noise is None else Cell(f"{comparison.noise:.{decimals}f}", comparison.noise)
-
-
 def write_p(difference: Difference | None) -> Cell:
-    """The p of a paired t-test."""
+    """The corrected p of a difference."""
     if difference is None or difference.p is None:
         return Cell(NONE)
-    return Cell("< 0.001" if difference.p < 0.001 else f"{difference.p:.3f}", difference.p)
+    text = "< 0.001" if difference.p < 0.001 else f"{difference.p:.3f}"
+    return Cell(text if difference.pooled else f"{text} {UNEQUAL_NOISE}", difference.p)
 
 
 def write_number(value: float, form: str) -> Cell:

@@ -11,7 +11,7 @@ import functools
 import hashlib
 import io
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,12 +20,14 @@ from ml_collections import ConfigDict
 from sparsejax import config as configs
 from sparsejax import extensions
 from sparsejax.account import AccountCache
+from sparsejax.buckets import read_workdir
 from sparsejax.config import ConfigError
 from sparsejax.errors import InputError
-from sparsejax.metrics import EVAL, STEPS_PER_SECOND, TOKENS_PER_SECOND, TRAIN_LOSS, TRAIN_LOSS_MEAN
+from sparsejax.metrics import EVAL, EVAL_LOSS, STEPS_PER_SECOND, TOKENS_PER_SECOND, TRAIN_LOSS, TRAIN_LOSS_MEAN
 from sparsejax.overrides import SEED, describe_overrides, flatten, write_value
+from sparsejax.records import parse_json
 from sparsejax.train import Phase, plan_phases
-from sparsejax.workdir import SweepFolder, Workdir, read_json, replace_file, write_json
+from sparsejax.workdir import ROW, SweepFolder, Workdir, read_json, read_rows, replace_file, write_json
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -33,7 +35,7 @@ if TYPE_CHECKING:
 TABLE, CURVES, CONFIGS = "results", "curves", "configs.json"
 SUFFIXES = (".parquet", ".csv")
 
-FINISHED, UNFINISHED, NOT_STARTED = "finished", "unfinished", "not started"
+STATUSES = FINISHED, DIVERGED, UNFINISHED, NOT_STARTED = "finished", "diverged", "unfinished", "not started"
 TEXTS = ("label", "status", "device", "python", "jax", "git", "config", "overrides", "digest", "corpus", "name", "run")
 INTEGERS = ("seed", "step", "parameters", "cache_bytes")
 # The columns of a row, between which stand a column per key that differs and a column per metric.
@@ -42,6 +44,7 @@ COSTS = ("parameters", "training_flops_per_token", "training_flops", "cache_byte
 ORIGIN = ("device", "python", "jax", "git", "config", "overrides", "digest", "corpus", "name", "run")
 CURVE = ("run", "step", "metric", "value")
 TRAINING = (TRAIN_LOSS, TRAIN_LOSS_MEAN)
+TIMING = {"step": int, STEPS_PER_SECOND: float, TOKENS_PER_SECOND: float}  # schema of a row of timing.jsonl
 
 MAX_LABEL_KEYS = 3  # of the label of a run outside of sweeps; if more keys differ, the name of its workdir is clearer
 
@@ -89,7 +92,7 @@ def read(inputs: Iterable[str | Path]) -> Results:
       ReportError: An input does not exist or holds no runs, or a file is damaged.
     """
     _require_pandas()
-    return _merge([part for path in inputs for part in _read_input(Path(path))])
+    return _merge([part for path in inputs for part in _read_input(read_workdir(path, "inputs"))])
 
 
 def write(results: Results, folder: Path) -> None:
@@ -172,14 +175,15 @@ def _read_run(workdir: Workdir) -> _Read:
         phases = plan_phases(ConfigDict(complete))
     except (ConfigError, AttributeError, TypeError) as error:
         raise ReportError(workdir.config, str(error)) from error
-    metrics = _read_log(workdir.metrics)
-    result = read_json(workdir.result) if workdir.result.exists() else None
-    corpus = read_json(workdir.data).get("digest", "") if workdir.data.exists() else ""
-    step = metrics[-1]["step"] if result is None and metrics else (result or {}).get("step", 0)
+    metrics = read_rows(workdir.metrics)
+    result = read_json(workdir.result, ROW) if workdir.result.exists() else None
+    data = read_json(workdir.data, {"digest": (str, None)}) if workdir.data.exists() else {}
+    corpus = data.get("digest") or ""
+    step = result["step"] if result else metrics[-1]["step"] if metrics else 0
     run = hashlib.sha256(json.dumps([digest, corpus]).encode()).hexdigest()[:12]
     row = {
         "seed": phases[0].config.train.seed,
-        "status": UNFINISHED if result is None else FINISHED,
+        "status": _read_status(result, metrics),
         "step": step,
         **{name: value for name, value in (result or {}).items() if "/" in name},
         **{name: row[name] for row in metrics[-1:] for name in TRAINING if name in row},
@@ -198,6 +202,14 @@ def _read_run(workdir: Workdir) -> _Read:
         if name in TRAINING or name.startswith(EVAL)
     ]
     return row, points, flatten(complete)
+
+
+def _read_status(result: Mapping[str, Any] | None, metrics: Sequence[Mapping[str, Any]]) -> str:
+    """Whether a run has ended; files have null for a loss that is not finite."""
+    last = result or (metrics[-1] if metrics else {})
+    if any(value is None for name, value in last.items() if name.startswith((EVAL_LOSS, TRAIN_LOSS))):
+        return DIVERGED
+    return UNFINISHED if result is None else FINISHED
 
 
 @functools.cache
@@ -220,7 +232,9 @@ def _count_cost(phases: Sequence[Phase], step: int) -> dict[str, Any]:
 def _read_time(path: Path) -> dict[str, float]:
     """Seconds of training at the logged speeds, without compilation, evaluation and pauses."""
     seconds, tokens, before = 0.0, 0.0, 0
-    for row in _read_log(path):
+    for row in read_rows(path, TIMING):
+        if not row[STEPS_PER_SECOND] > 0:
+            raise ReportError(path, f"damaged: {STEPS_PER_SECOND} is {row[STEPS_PER_SECOND]} at step {row['step']}")
         elapsed = (row["step"] - before) / row[STEPS_PER_SECOND]
         seconds, tokens, before = seconds + elapsed, tokens + elapsed * row[TOKENS_PER_SECOND], row["step"]
     return {"seconds": seconds, TOKENS_PER_SECOND: tokens / seconds} if seconds else {}
@@ -228,26 +242,9 @@ def _read_time(path: Path) -> dict[str, float]:
 
 def _read_versions(path: Path) -> dict[str, str]:
     """Software and devices of a run; all of them, if it was resumed elsewhere."""
-    entries = read_json(path) if path.exists() else []
     names = {"device": "devices", "python": "python", "jax": "jax", "git": "git"}
+    entries = read_json(path, [dict.fromkeys(names.values(), str)]) if path.exists() else []
     return {name: "; ".join(dict.fromkeys(entry[key] for entry in entries)) for name, key in names.items()}
-
-
-def _read_log(path: Path) -> list[dict[str, Any]]:
-    """The rows of a jsonl file. The last line may be cut short, by a crash or by a run that is writing it."""
-    rows = []
-    lines = path.read_text().splitlines() if path.exists() else []
-    for number, line in enumerate(lines, 1):
-        try:
-            row = json.loads(line)
-        except ValueError:
-            if number == len(lines):
-                break
-            row = None
-        if not isinstance(row, dict) or "step" not in row:
-            raise ReportError(path, f"line {number} of {len(lines)} is damaged")
-        rows.append(row)
-    return rows
 
 
 # Recorded tables.
@@ -255,15 +252,14 @@ def _read_log(path: Path) -> list[dict[str, Any]]:
 
 def _read_recorded(path: Path) -> Results:
     """The files of `write`. Keys and labels are derived again, because they depend on the other runs."""
-    runs = _read_frame(path, (*FIRST, *COSTS, *ORIGIN))
+    runs = _read_frame(path, (*FIRST, *COSTS, *ORIGIN), _type_table)
+    _check_runs(runs, path)
     file = path.with_name(CONFIGS)
     try:
-        recorded = read_json(file)
-        settings = {run: recorded["common"] | specific for run, specific in recorded["runs"].items()}
-    except OSError as error:
+        recorded = read_json(file, {"common": dict, "runs": {...: dict}})
+    except FileNotFoundError as error:
         raise ReportError(file, str(error.strerror)) from error
-    except (KeyError, TypeError, AttributeError) as error:
-        raise ReportError(file, f"damaged: {type(error).__name__}: {error}") from error
+    settings = {run: recorded["common"] | specific for run, specific in recorded["runs"].items()}
     lost = [run for run in runs["run"] if run and run not in settings]
     if lost:
         raise ReportError(file, f"lacks the run {lost[0]!r} of {path}")
@@ -271,13 +267,28 @@ def _read_recorded(path: Path) -> Results:
     for suffix in (path.suffix, *SUFFIXES):
         curves = path.with_name(f"{CURVES}{suffix}")
         if curves.exists():
-            return Results(_type_table(runs), _type_curves(_read_frame(curves, CURVE)), settings)
-    return Results(_type_table(runs), _no_curves(), settings, (f"{path} is recorded without its curves",))
+            return Results(runs, _read_frame(curves, CURVE, _type_curves), settings)
+    return Results(runs, _no_curves(), settings, (f"{path} is recorded without its curves",))
 
 
-def _read_frame(path: Path, columns: Sequence[str]) -> pd.DataFrame:
+def _check_runs(runs: pd.DataFrame, path: Path) -> None:
+    """Raises InputError about the first row whose status, seed or overrides are damaged."""
+    import pandas as pd
+
+    for number, row in enumerate(runs.itertuples(index=False), 1):
+        place = f"{path}: row {number}"
+        if row.status not in STATUSES or (row.status == NOT_STARTED) == bool(row.run):
+            raise ReportError(place, f"damaged: the status of the run {row.run!r} is {row.status!r}")
+        if row.seed is pd.NA:
+            raise ReportError(place, "damaged: the seed is missing")
+        if row.overrides:
+            parse_json(row.overrides, f"{place}: overrides", dict)
+
+
+def _read_frame(path: Path, columns: Sequence[str], convert: Callable[[pd.DataFrame], pd.DataFrame]) -> pd.DataFrame:
     """A table as it was written: floats to the last bit, and texts as texts, even if they look like numbers."""
     import pandas as pd
+    import pyarrow as pa
 
     try:
         if path.suffix == ".parquet":
@@ -288,12 +299,14 @@ def _read_frame(path: Path, columns: Sequence[str]) -> pd.DataFrame:
                 if name in (*INTEGERS, "value") or name in COSTS or "/" in name:
                     read_number = int if name in INTEGERS else float
                     frame[name] = [read_number(text) if text else None for text in frame[name]]
-    except (ValueError, OSError) as error:
-        raise ReportError(path, f"damaged: {' '.join(str(error).split())}") from error
-    missing = [name for name in columns if name not in frame]
-    if missing:
-        raise ReportError(path, f"not a table of a report: the column {missing[0]!r} is missing")
-    return frame
+        missing = [name for name in columns if name not in frame]
+        if missing:
+            raise ReportError(path, f"not a table of a report: the column {missing[0]!r} is missing")
+        return convert(frame)
+    except ReportError:
+        raise
+    except (ValueError, TypeError, ArithmeticError, LookupError, OSError, pa.ArrowException) as error:
+        raise ReportError(path, f"damaged: {' '.join(str(error).split())[:200]}") from error
 
 
 def _compress(settings: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
@@ -347,7 +360,7 @@ def _merge(parts: Sequence[Results]) -> Results:
 
 def _rank(runs: pd.DataFrame) -> pd.DataFrame:
     """Sorts the runs that have reached the most steps, and those with the label of a sweep, to the front."""
-    rank = runs["status"].map({FINISHED: 0, UNFINISHED: 1, NOT_STARTED: 2})
+    rank = runs["status"].map({status: rank for rank, status in enumerate(STATUSES)})
     ranked = runs.assign(rank=rank, unnamed=runs["overrides"] == "")
     return ranked.sort_values(["rank", "unnamed", "step"], ascending=[True, True, False], kind="stable")
 

@@ -1,13 +1,23 @@
 """Groups, baseline, noise, verdicts, and runs that are left out of the means."""
 
+import json
 import shutil
 
 import pytest
+from scipy import stats
 
 from sparsejax.cli import USAGE_ERROR, main
 from sparsejax.report import read, write
 from sparsejax.report.comparison import compare
-from sparsejax.report.summary import count_runs, describe_notes, summarize, write_bytes, write_flops, write_table
+from sparsejax.report.summary import (
+    count_runs,
+    describe_findings,
+    describe_notes,
+    summarize,
+    write_bytes,
+    write_flops,
+    write_table,
+)
 from tests.messages import check_message
 from tests.report.workdirs import settings_of, write_sweep, write_workdir
 
@@ -63,20 +73,21 @@ def test_groups_are_compared_seed_by_seed(results):
     )
     assert [group.label for group in comparison.groups] == ["full", "local | b", "ssm", "late"]
     _, local, ssm, late = comparison.groups
+    # Between two groups with the same seeds the fit is the mean of the differences by seed.
     assert local.difference.mean == pytest.approx(0.2)
-    assert local.difference.error == pytest.approx(0.1)
+    # Nine values less four groups and two further seeds.
+    assert comparison.noise.degrees == 3
+    assert local.difference.error == pytest.approx(comparison.noise.deviation * (2 / 3) ** 0.5)
+    assert local.difference.p == pytest.approx(2 * stats.t.sf(0.2 / local.difference.error, 3))
     assert ssm.values == {0: 2.1, 1: 2.0}  # the run that was stopped is in no mean
     assert ssm.difference.mean == pytest.approx(0.0)
-    assert ssm.difference.pairs == 2
-    assert late.difference.p is None
-    assert [comparison.verdict(group.difference) for group in comparison.groups] == [
+    assert (ssm.difference.seeds, ssm.difference.p, late.difference.p) == (2, None, None)
+    assert [comparison.verdict(group) for group in comparison.groups] == [
         "baseline",
-        "below noise",
-        "below noise",
-        "too few seeds",
+        "not significant",
+        "needs 3 seeds",
+        "needs 3 seeds",
     ]
-    # Squares of the deviations: full 0.14 / 3, local 0.62 / 3, ssm 0.005, with 2 + 2 + 1 degrees of freedom.
-    assert comparison.noise == pytest.approx(((0.14 / 3 + 0.62 / 3 + 0.005) / 5) ** 0.5)
 
 
 def test_another_baseline_and_direction(results):
@@ -85,14 +96,90 @@ def test_another_baseline_and_direction(results):
     assert comparison.groups[0].difference.mean == pytest.approx(-0.2)
 
 
+def _spread(**levels):
+    """Values of groups by label, schedule and seed, at equal noise."""
+    noise = {0: 0.02, 1: -0.01, 2: -0.01}
+    return {
+        (label, f"{n}x(full)", seed): level + seed / 10 + noise[(seed + n) % 3]
+        for n, (label, level) in enumerate(levels.items(), 1)
+        for seed in range(3)
+    }
+
+
 def test_better_and_worse_follow_the_direction(tmp_path):
-    values = {(label, schedule, seed): value + seed / 10 + seed % 2 / 100 * (label == "b")
-              for label, schedule, value in (("a", FULL, 0.5), ("b", LOCAL, 0.7)) for seed in range(3)}  # fmt: skip
-    results = read([write_sweep(tmp_path / "sweep", values, metric="eval/accuracy")])
+    results = read([write_sweep(tmp_path / "sweep", _spread(a=0.5, b=0.7), metric="eval/accuracy")])
     up, down = compare(results), compare(results, metric="eval/accuracy:min")
     assert (up.metric, up.lower) == ("eval/accuracy", False)
-    assert up.verdict(up.groups[1].difference) == "better"
-    assert down.verdict(down.groups[1].difference) == "worse"
+    assert up.verdict(up.groups[1]) == "better"
+    assert down.verdict(down.groups[1]) == "worse"
+
+
+def test_larger_effects_never_have_weaker_verdicts(tmp_path):
+    values = _spread(a=3.0, b=2.97, c=2.9, d=2.76, e=2.55, f=3.3)
+    comparison = compare(read([write_sweep(tmp_path / "sweep", values)]))
+    verdicts = [comparison.verdict(group) for group in comparison.groups]
+    assert verdicts == ["baseline", "not significant", "better", "better", "better", "worse"]
+
+
+def test_two_seeds_have_no_verdict(tmp_path):
+    values = {key: value for key, value in _spread(a=3.0, b=2.0, c=2.5).items() if key[2] < 2}
+    comparison = compare(read([write_sweep(tmp_path / "sweep", values)]))
+    assert [comparison.verdict(group) for group in comparison.groups[1:]] == ["needs 3 seeds"] * 2
+    assert "p" in summarize(comparison)
+    check_message(describe_findings(comparison)[1])
+
+
+def test_diverged_runs_are_in_no_mean(tmp_path):
+    folder = write_sweep(tmp_path / "sweep", _spread(a=3.0, b=2.0, c=2.5, d=2.2))
+    seeds = {
+        (run["label"], run["seed"]): folder / "runs" / name
+        for name, run in json.loads((folder / "sweep.json").read_text())["runs"].items()
+    }
+    # Older runs end with a result without a loss; the others write no result.
+    for key in (("b", 2), ("d", 0)):
+        (seeds[key] / "result.json").write_text('{"step": 20, "parameters": 1, "eval/loss": null}')
+    for key in (("d", 1), ("d", 2)):
+        (seeds[key] / "result.json").unlink()
+        with (seeds[key] / "metrics.jsonl").open("a") as log:
+            log.write('{"step": 25, "train/loss": 2.0, "eval/loss": null, "eval/bits_per_byte": null}\n')
+    comparison = compare(read([folder]))
+    assert comparison.results.runs["status"].value_counts().to_dict() == {"finished": 8, "diverged": 4}
+    a, b, c = comparison.groups
+    assert [comparison.verdict(group) for group in (a, b, c)] == ["baseline", "1 diverged", "better"]
+    assert set(b.values) == {0, 1}
+    assert comparison.lost == {"d": 3}
+    lines = [line.strip("| ").split(" | ") for line in write_table(comparison).splitlines()]
+    assert lines[5][:6] == ["d", "0", "-", "-", "-", "3 diverged"]
+    check_message(count_runs(comparison))
+    write(comparison.results, tmp_path / "out")
+    assert write_table(compare(read([tmp_path / "out"]))) == write_table(comparison)
+
+
+def test_unequal_costs_are_marked(tmp_path):
+    for width, value in ((16, 2.0), (32, 3.0)):
+        for seed in range(3):
+            overrides = {"model.width": width, "train.seed": seed}
+            write_workdir(tmp_path / f"{width} {seed}", settings_of(overrides), value + seed / 10)
+    comparison = compare(read([tmp_path]))
+    small, large = comparison.groups
+    for cost in ("parameters", "training_flops"):
+        assert comparison.excess(small, cost) is None
+        assert comparison.excess(large, cost) == pytest.approx(large.mean(cost) / small.mean(cost) - 1)
+    text = write_table(comparison)
+    percent = 100 * comparison.excess(large, "parameters")
+    assert f"{large.mean('parameters'):,.0f} ({percent:+.0f} %)†" in text
+    check_message(text.splitlines()[-1])
+    (equal,) = [compare(read([tmp_path / f"16 {seed}" for seed in range(3)]))]
+    assert "†" not in write_table(equal)
+
+
+def test_unequal_noise_is_marked(tmp_path):
+    values = _spread(a=3.0, b=2.9, c=2.8, d=2.7) | {("e", "8x(full)", seed): 2.0 + 3 * seed for seed in range(3)}
+    comparison = compare(read([write_sweep(tmp_path / "sweep", values)]))
+    assert [group.difference.pooled for group in comparison.groups[1:]] == [True, True, True, False]
+    table, note = write_table(comparison).split("\n\n")[0], write_table(comparison).splitlines()[-1]
+    assert ["‡" in line for line in table.splitlines()[2:]] == [False, False, False, False, True]
+    check_message(note)
 
 
 def test_runs_are_grouped_by_keys(results):
@@ -114,24 +201,25 @@ def test_means_over_more_than_seeds_are_reported(tmp_path):
 def test_the_table_in_markdown(results):
     lines = [line.strip("| ").split(" | ") for line in write_table(compare(results)).splitlines()]
     assert lines[0][:7] == [
-        "group",
+        "label",
         "seeds",
         "eval/bits_per_byte (lower is better)",
         "difference from full",
-        "seed noise",
         "p",
         "verdict",
+        "parameters",
     ]
-    # scipy.stats.ttest_rel of local and full: t = 2 with two degrees of freedom.
-    assert lines[3][:7] == ["local \\| b", "3", "2.333 ± 0.186", "+0.200 ± 0.100", "0.227", "0.184", "below noise"]
-    assert lines[4][:7] == ["ssm", "2", "2.050 ± 0.050", "+0.000 ± 0.100", "0.227", "1.000", "below noise"]
-    assert lines[5][:7] == ["**late**", "1", "1.900", "-0.100", "0.227", "-", "too few seeds"]
+    difference = compare(results).groups[1].difference
+    expected = [f"{0.2:+.3f} ± {difference.error:.3f}", f"{difference.p:.3f}", "not significant"]
+    assert lines[3][:6] == ["local \\| b", "3", "2.333 ± 0.186", *expected]
+    assert lines[4][:6] == ["ssm", "2", "2.050 ± 0.050", "+0.000", "-", "needs 3 seeds"]
+    assert lines[5][:6] == ["**late**", "1", "1.900", "-0.100", "-", "needs 3 seeds"]
 
 
 def test_the_summary(results):
     text = summarize(compare(results))
     assert "Best: late, 1.900." in text
-    assert "p = 0.30 with 2 seeds" in text
+    assert "3 degrees of freedom" in text
     for line in text.splitlines():
         if line and not line.startswith("| "):
             check_message(line)
@@ -140,8 +228,10 @@ def test_the_summary(results):
 def test_runs_without_a_value_are_reported(tmp_path):
     write_workdir(tmp_path / "good", settings_of(), 2.0)
     write_workdir(tmp_path / "bad", settings_of({"train.seed": 1}), 2.0)
-    (tmp_path / "bad" / "result.json").write_text('{"step": 20, "parameters": 1, "eval/bits_per_byte": null}')
-    comparison = compare(read([tmp_path]))
+    (tmp_path / "bad" / "result.json").write_text(
+        '{"step": 20, "parameters": 1, "eval/loss": 1.0, "eval/bits_per_byte": null}'
+    )
+    comparison = compare(read([tmp_path]), metric="eval/bits_per_byte")
     assert comparison.without_value["name"].tolist() == ["bad"]
     check_message(count_runs(comparison))
     check_message(describe_notes(comparison)[0])
@@ -160,13 +250,13 @@ def test_the_verb_prints_the_summary_or_the_table_alone(sweep, capsys):
     assert main(["report", str(sweep), "--table"]) == 0
     table = capsys.readouterr().out
     assert table in text
-    assert all(line.startswith("| ") for line in table.splitlines())
+    assert all(line.startswith(("| ", "†")) for line in table.splitlines() if line)
 
 
 def test_several_metrics_are_one_table(sweep, tmp_path, capsys):
     assert main(["report", str(sweep), "--metric=eval/bits_per_byte, eval/loss"]) == 0
     lines = [line.strip("| ").split(" | ") for line in capsys.readouterr().out.splitlines()]
-    assert lines[0] == ["group", "eval/bits_per_byte", "eval/loss"]
+    assert lines[0] == ["label", "eval/bits_per_byte", "eval/loss"]
     assert lines[3] == ["local \\| b", "2.333 ± 0.186", "1.5000 ± 0.0000"]
     assert lines[5] == ["late", "**1.900**", "1.5000"]
     complain(capsys, sweep, "--metric=eval/loss,eval/loss", f"--out={tmp_path / 'out'}")

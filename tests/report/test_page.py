@@ -2,13 +2,17 @@
 
 import base64
 import csv
+import itertools
 import re
 import shutil
 import subprocess
 import xml.etree.ElementTree as ElementTree
 
+import numpy as np
 import pytest
+from matplotlib.backends.backend_agg import FigureCanvasAgg
 
+from sparsejax import palette
 from sparsejax.report import ReportError, figures, read, report, summary
 from sparsejax.report.comparison import compare
 from tests.messages import rejects
@@ -94,7 +98,7 @@ def test_a_notebook_shows_the_table_and_the_figures(tmp_path):
 
 def test_several_metrics_make_a_table_only(tmp_path):
     made = report(write_sweep(tmp_path / "sweep", VALUES), metric="eval/loss, parameters:min")
-    assert str(made).startswith("| group | eval/loss | parameters |")
+    assert str(made).startswith("| label | eval/loss | parameters |")
     assert made._repr_html_().count('class="sparsejax-report"') == 2
     with rejects(ReportError, "out"):
         made.write(tmp_path / "out")
@@ -134,11 +138,76 @@ def test_curves_are_means_with_errors(out):
     assert high - low == pytest.approx(1.5 + 2 * error)  # the curve falls by 1.5
 
 
-def test_more_groups_than_colours_are_distinct(tmp_path):
-    values = {(f"group {n}", f"{n}x(full)", 0): 2.0 for n in range(1, 25)}
-    comparison = compare(read([write_sweep(tmp_path / "sweep", values)]))
-    styles = [(style["color"], style["linestyle"]) for _, style in figures._styles(comparison)]
-    assert len(set(styles)) == 24
+@pytest.fixture(scope="module")
+def many(tmp_path_factory):
+    """A comparison of more groups than fit in a panel."""
+    values = {(f"group {n}", f"{n}x(full)", seed): 2.0 + n / 10 + seed / 100 for n in range(1, 12) for seed in range(3)}
+    return compare(read([write_sweep(tmp_path_factory.mktemp("many") / "sweep", values)]), baseline="group 3")
+
+
+def test_many_groups_have_a_panel_each(many):
+    drawn = {drawn.name: drawn.figure for drawn in figures.draw(many)}
+    for name in ("curves", "training"):
+        axes = [axis for axis in drawn[name].axes if axis.get_visible()]
+        assert [axis.get_title(loc="left").replace(" (baseline)", "") for axis in axes] == [
+            group.label for group in many.groups
+        ]
+        baseline = axes[2].lines[0].get_ydata()
+        for axis, group in zip(axes, many.groups, strict=True):
+            grey = [line for line in axis.lines if line.get_color() == palette.BASELINE_GREY]
+            assert len(axis.lines) - len(grey) == 1
+            assert [list(line.get_ydata()) for line in grey] == [list(baseline)] * (group is not many.baseline)
+        assert not overlaps(drawn[name])
+
+
+def overlaps(figure):
+    """Pairs of texts outside of the panels, and of panels, that share pixels."""
+    renderer = FigureCanvasAgg(figure).get_renderer()
+    boxes = [axis.get_window_extent(renderer) for axis in figure.axes if axis.get_visible()]
+    boxes += [axis._left_title.get_window_extent(renderer) for axis in figure.axes if axis.get_visible()]
+    boxes += [text.get_window_extent(renderer) for text in (figure._supxlabel, figure._supylabel)]
+    return [(a, b) for a, b in itertools.combinations(boxes, 2) if a.shrunk(0.98, 0.9).overlaps(b.shrunk(0.98, 0.9))]
+
+
+def test_few_groups_share_a_panel_and_a_legend(out):
+    comparison = compare(read([out]))
+    (drawn,) = [drawn for drawn in figures.draw(comparison) if drawn.name == "curves"]
+    (legend,) = drawn.figure.legends
+    labels = [" ".join(text.get_text().split()) for text in legend.get_texts()]
+    assert labels == [group.label for group in comparison.groups]
+    styles = [(style["color"], style["linestyle"], style["marker"]) for _, style in figures._styles(comparison)]
+    assert len(set(styles)) == len(comparison.groups)
+
+
+def test_ticks_are_evaluations(out, many):
+    for comparison in (compare(read([out])), many):
+        curves = comparison.results.curves
+        steps = set(curves[curves["metric"] == comparison.metric]["step"])
+        for drawn in figures.draw(comparison):
+            if drawn.name in ("curves", "training"):
+                ticks = [set(axis.get_xticks()) for axis in drawn.figure.axes]
+                assert all(tick <= steps and max(steps) in tick for tick in ticks)
+
+
+def test_the_training_loss_has_the_unit_of_the_metric(out):
+    comparison = compare(read([out]))
+    (drawn,) = [drawn for drawn in figures.draw(comparison) if drawn.name == "curves"]
+    evaluation, training = drawn.figure.axes
+    assert evaluation.get_ylabel() == "validation bits per byte"
+    assert training.get_ylabel() == "training loss (bits per byte)"
+    runs, curves = comparison.results.runs, comparison.results.curves
+    group = comparison.groups[0]
+    expected = []
+    for _, run in runs[runs["run"].isin(group.runs["run"])].iterrows():
+        points = curves[(curves["run"] == run["run"]) & (curves["metric"] == "train/loss_mean")]
+        expected.append(points["value"].to_numpy() * run["eval/bits_per_byte"] / run["eval/loss"])
+    assert list(training.lines[0].get_ydata()) == pytest.approx(list(np.mean(expected, axis=0)))
+    nats = compare(read([out]), metric="eval/loss")
+    (drawn,) = [drawn for drawn in figures.draw(nats) if drawn.name == "curves"]
+    assert [axis.get_ylabel() for axis in drawn.figure.axes] == [
+        "validation loss (nats per token)",
+        "training loss (nats per token)",
+    ]
 
 
 def browse(page, *options):
@@ -154,7 +223,9 @@ def test_a_browser_shows_it_and_says_nothing(out, tmp_path):
     profile = f"--user-data-dir={tmp_path / 'profile'}"
     dom, console = browse(out / "index.html", profile)
     assert console == []
-    assert "<title>configs/recipe.py</title>" in dom  # the label's script did not run
+    assert (
+        "<title>validation bits per byte by label: configs/recipe.py</title>" in dom
+    )  # the label's script did not run
     # The same means show an error on the console, broken images and clicks on headings.
     page = tmp_path / "index.html"
     page.write_text(
