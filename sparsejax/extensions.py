@@ -17,6 +17,7 @@ from pathlib import Path
 from types import ModuleType
 
 from sparsejax.errors import InputError
+from sparsejax.paths import local_path
 from sparsejax.registry import INSTALLED, REGISTRIES, file_digest
 from sparsejax.workdir import Workdir, read_json, write_json
 
@@ -139,6 +140,7 @@ def import_source(source: str) -> None:
     if not source:
         raise MissingError("import", "defined in an interactive session; move it to a file and import that")
     is_file = source.endswith(".py")
+    source = str(local_path(source, "import")) if is_file else source
     if is_file and not Path(source).is_file():
         raise MissingError("import", f"no file {source!r}")
     try:

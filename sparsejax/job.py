@@ -18,9 +18,8 @@ from typing import Any
 import filelock
 
 from sparsejax.signals import INTERRUPTED
-from sparsejax.workdir import JobFiles
+from sparsejax.workdir import LOCK_TIMEOUT, JobFiles
 
-LOCK_TIMEOUT = 2.0  # seconds; a process that checks a lock holds it for an instant
 PREEMPTION = {signal.SIGUSR1, signal.SIGUSR2}  # signals that a cluster sends to the run as well, and that would end it
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from pathlib import Path
 from typing import Any
@@ -13,13 +14,14 @@ from ml_collections import ConfigDict
 
 from sparsejax import config as configs
 from sparsejax import extensions, sharding
+from sparsejax.buckets import read_workdir
 from sparsejax.config import Config
 from sparsejax.data.tokenizers import Tokenizer, recorded_tokenizer
 from sparsejax.errors import InputError
 from sparsejax.loaded import LoadedModel, Parameters
 from sparsejax.model import Functional
 from sparsejax.train import CheckpointError, plan_phases
-from sparsejax.train.checkpoint import describe_damage, list_steps
+from sparsejax.train.checkpoint import describe_damage, list_steps, read_meta
 from sparsejax.workdir import SweepFolder, Workdir, read_json
 
 
@@ -61,7 +63,7 @@ def load(path: str | Path, *, mesh: Mesh | None = None, **options: Any) -> Loade
     Raises:
       InputError: The folder is neither, a workdir has no checkpoint, or a file is damaged.
     """
-    workdir = Workdir(Path(path))
+    workdir = Workdir(read_workdir(path, checkpoints=True))
     if not workdir.path.is_dir():
         raise InputError("path", f"no folder {str(path)!r}")
     if SweepFolder(workdir.path).exists():
@@ -81,11 +83,18 @@ def load(path: str | Path, *, mesh: Mesh | None = None, **options: Any) -> Loade
 def _load_workdir(workdir: Workdir, recorded: dict[str, Any], mesh: Mesh | None) -> TrainedModel:
     extensions.restore(workdir)
     run = plan_phases(ConfigDict(configs.complete(recorded)))[-1].config
-    steps = list_steps(workdir.checkpoints)
-    if not steps:
-        raise InputError("path", f"{workdir.path} has no checkpoint yet")
-    parameters = _read_parameters(workdir.checkpoints / str(steps[-1]), Functional(run.model), mesh)
-    return TrainedModel(run, steps[-1], parameters, workdir)
+    while steps := list_steps(workdir.checkpoints):
+        folder = workdir.checkpoints / str(steps[-1])
+        try:
+            # A run that resumed with another `model.scan` has checkpoints of the old layout until the next save.
+            saved = plan_phases(ConfigDict(configs.complete(read_meta(folder)["config"])))[-1].config
+            parameters = _read_parameters(folder, Functional(saved.model), mesh)
+        except CheckpointError:
+            if folder.exists():
+                raise
+            continue  # the run, which is training, has replaced it by a newer one
+        return TrainedModel(dataclasses.replace(run, model=saved.model), steps[-1], parameters, workdir)
+    raise InputError("path", f"{workdir.path} has no checkpoint yet")
 
 
 def _read_parameters(folder: Path, model: Functional, mesh: Mesh | None) -> Parameters:

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import math
 import re
 from typing import Any
 
 import jax
+import numpy as np
+from jax.experimental import multihost_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from sparsejax.config import ConfigError, ShardingConfig
@@ -54,6 +57,16 @@ def initialize_distributed(address: str) -> None:
 def is_coordinator() -> bool:
     """Whether this process writes and logs for all processes that train together."""
     return jax.process_index() == 0
+
+
+def from_coordinator(value: Any) -> Any:
+    """Returns the coordinator's `value`, which JSON can hold, in all processes that train together."""
+    if jax.process_count() == 1:
+        return value
+    content = json.dumps(value).encode()
+    size = int(multihost_utils.broadcast_one_to_all(np.int32(len(content))))
+    padded = np.frombuffer(content[:size].ljust(size), np.uint8)
+    return json.loads(np.asarray(multihost_utils.broadcast_one_to_all(padded)).tobytes())
 
 
 def make_mesh(config: ShardingConfig) -> Mesh:

@@ -10,6 +10,7 @@ import contextlib
 import dataclasses
 import json
 import os
+import platform
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,8 @@ from sparsejax.records import parse_json
 
 RUN = {"label": str, "seed": int, "overrides": dict}
 SWEEP = {"config": str, "sweeps": [str], "runs": {...: RUN}}  # schema of the record of a sweep
+PART = ".part"  # suffix of a file that is being written
+LOCK_TIMEOUT = 2.0  # seconds; a process that checks a lock holds it for an instant
 ROW = {"step": int, ...: (float, None)}  # schema of a row of a jsonl file
 
 
@@ -45,8 +48,18 @@ class Workdir:
 
     @property
     def data(self) -> Path:
-        """Counts of documents and tokens."""
+        """Counts of files, documents and tokens, and the digests of the text and the tokenizer."""
         return self.path / "data.json"
+
+    @property
+    def tokenizer(self) -> Path:
+        """The tokenizer, trained or copied, as JSON of the library `tokenizers`."""
+        return self.path / "tokenizer.json"
+
+    @property
+    def sentencepiece(self) -> Path:
+        """The tokenizer, if it is a SentencePiece model."""
+        return self.path / "tokenizer.model"
 
     @property
     def versions(self) -> Path:
@@ -82,6 +95,19 @@ class Workdir:
     def result(self) -> Path:
         """The final evaluation. A run with this file has ended."""
         return self.path / "result.json"
+
+    @property
+    def lock(self) -> Path:
+        """Held while the run is running. Its content is then the process id and the host of the run."""
+        return self.path / "lock"
+
+    @contextlib.contextmanager
+    def hold(self) -> Iterator[None]:
+        """Holds the lock, and deletes partial files of a killed run; raises InputError if another process holds it."""
+        with hold_lock(self.lock, self.path):
+            for part in self.path.glob(f"*{PART}"):
+                part.unlink()
+            yield
 
     def exists(self) -> bool:
         """Whether `path` is a workdir."""
@@ -136,15 +162,11 @@ class SweepFolder:
 
     @contextlib.contextmanager
     def hold(self) -> Iterator[None]:
-        """Holds the lock; raises InputError if another launcher does."""
-        import filelock
-
-        self.jobs.mkdir(parents=True, exist_ok=True)
-        try:
-            with filelock.FileLock(self.lock, blocking=False):
-                yield
-        except filelock.Timeout:
-            raise InputError("workdir", f"{self.path} is in use by another launcher") from None
+        """Holds the lock, and deletes partial files of a killed launcher; raises InputError if another one holds it."""
+        with hold_lock(self.lock, self.path):
+            for part in [*self.path.glob(f"*{PART}"), *self.jobs.glob(f"*{PART}")]:
+                part.unlink()
+            yield
 
     def workdir(self, name: str) -> Workdir:
         """The workdir of the run `name`."""
@@ -152,7 +174,7 @@ class SweepFolder:
 
     def job(self, name: str) -> JobFiles:
         """The files of the job of the run `name`."""
-        return JobFiles(self.jobs / name)
+        return JobFiles(self.jobs / name, self.workdir(name))
 
     def exists(self) -> bool:
         """Whether `path` is a sweep."""
@@ -181,9 +203,10 @@ class SweepFolder:
 
 @dataclasses.dataclass(frozen=True)
 class JobFiles:
-    """The files of the job of a run; `path` is their common stem."""
+    """The files of the job of the run in `workdir`; `path` is their common stem."""
 
     path: Path
+    workdir: Workdir
 
     @property
     def log(self) -> Path:
@@ -192,7 +215,7 @@ class JobFiles:
 
     @property
     def lock(self) -> Path:
-        """Held while the run is running. Its content is the process id and the host of the run."""
+        """Held from the start of the job to the end of the run. Its content is the process id and host of the run."""
         return self.path.with_suffix(".lock")
 
     @property
@@ -201,27 +224,71 @@ class JobFiles:
         return self.path.with_suffix(".json")
 
     def held(self) -> bool:
-        """Whether a process works on the run: its job, or the run itself after the job was killed."""
-        import filelock  # here, because most users of this module need no locks
-
-        try:
-            if self.lock.exists():
-                filelock.FileLock(self.lock).acquire(blocking=False).lock.release()
-        except filelock.Timeout:
-            return True
-        return False
+        """Whether a process works on the run: its job, the run itself, or a run that a user started."""
+        return is_held(self.lock) or is_held(self.workdir.lock)
 
     def process(self) -> tuple[int, str] | None:
         """Process id and host of the run while it is running."""
-        content = self.lock.read_text().split() if self.held() else []
-        return (int(content[0]), content[1]) if len(content) == 2 else None
+        return read_holder(self.lock) or read_holder(self.workdir.lock)
+
+
+@contextlib.contextmanager
+def hold_lock(path: Path, subject: object) -> Iterator[None]:
+    """Holds a lock file, which contains the process id and the host of its holder.
+
+    Raises:
+      InputError: Another process holds the lock of `subject`.
+    """
+    import filelock  # here, because most users of this module need no locks
+
+    path.parent.mkdir(parents=True, exist_ok=True)
+    lock = filelock.FileLock(path, timeout=LOCK_TIMEOUT)
+    try:
+        lock.acquire()
+    except filelock.Timeout:
+        raise busy(path, subject) from None
+    try:
+        path.write_text(f"{os.getpid()} {platform.node()}\n")
+        yield
+    finally:
+        with contextlib.suppress(OSError):  # the content counts only while the lock is held
+            path.write_text("")
+        lock.release()
+
+
+def busy(path: Path, subject: object) -> InputError:
+    """The error about a lock that another process holds."""
+    holder = read_holder(path)
+    process = f"process {holder[0]} on {holder[1]}" if holder else "another process"
+    return InputError("workdir", f"{subject} is in use by {process}; wait for its end, or stop it")
+
+
+def is_held(path: Path, timeout: float = 0.0) -> bool:
+    """Whether a process holds a lock for longer than `timeout` seconds."""
+    import filelock
+
+    try:
+        if path.exists():
+            filelock.FileLock(path, timeout=timeout).acquire().lock.release()
+    except filelock.Timeout:
+        return True
+    return False
+
+
+def read_holder(path: Path) -> tuple[int, str] | None:
+    """Returns the process id and the host in a lock file while a process holds it."""
+    content = path.read_text().split() if is_held(path) else []
+    return (int(content[0]), content[1]) if len(content) == 2 else None
 
 
 def replace_file(path: Path, content: bytes) -> None:
     """Writes a file in one step; of concurrent writers the last one wins."""
-    part = path.with_name(f"{path.name}.{os.getpid()}.part")
-    part.write_bytes(content)
-    os.replace(part, path)
+    part = path.with_name(f"{path.name}.{os.getpid()}{PART}")
+    try:
+        part.write_bytes(content)
+        os.replace(part, path)
+    finally:
+        part.unlink(missing_ok=True)
 
 
 def write_json(path: Path, value: Any) -> None:

@@ -59,7 +59,8 @@ def write_golden(messages: dict[str, str]) -> None:
 
 
 def _normalize(message: str) -> str:
-    """Paths that differ from run to run and from machine to machine, by name."""
+    """Paths and processes that differ from run to run and from machine to machine, by name."""
+    message = re.sub(r"process \d+ on [^\s;]+", "process PID on HOST", message)
     temporary = re.escape(tempfile.gettempdir())
     message = re.sub(rf"{temporary}/pytest-of-[^/]+/pytest-\d+(/popen-gw\d+)?/[^/\s'\":]+", "TMP", message)
     return re.sub(rf"{temporary}/\w+", "TMP", message.replace(str(ROOT), "ROOT"))

@@ -12,7 +12,7 @@ import time
 import pytest
 
 from sparsejax.job import Job, was_asked
-from sparsejax.workdir import JobFiles, read_tail
+from sparsejax.workdir import JobFiles, Workdir, read_tail
 
 # A run in miniature. When asked to stop, it exits with 75; else it ends with a result.
 RUN = """
@@ -41,11 +41,11 @@ print(job())
 
 def job_for(folder, seconds, **options):
     command = [sys.executable, "-c", RUN, str(seconds), str(folder / "result")]
-    return Job(command, JobFiles(folder / "jobs" / "run"), folder / "result", **options)
+    return Job(command, JobFiles(folder / "jobs" / "run", Workdir(folder)), folder / "result", **options)
 
 
 def shell(folder, command, **options):
-    return Job(["sh", "-c", command], JobFiles(folder / "run"), folder / "result", **options)
+    return Job(["sh", "-c", command], JobFiles(folder / "run", Workdir(folder)), folder / "result", **options)
 
 
 def call_elsewhere(job, folder):
@@ -150,7 +150,7 @@ def test_cores_and_environment(tmp_path, monkeypatch):
     core = min(os.sched_getaffinity(0))
     monkeypatch.setenv("TAKEN", "1")
     show = "import os; print(os.sched_getaffinity(0), os.environ.get('SET'), os.environ.get('TAKEN'))"
-    job = Job([sys.executable, "-c", show], JobFiles(tmp_path / "run"), tmp_path / "result", (core,))
+    job = Job([sys.executable, "-c", show], JobFiles(tmp_path / "run", Workdir(tmp_path)), tmp_path / "result", (core,))
     job = dataclasses.replace(job, environment={"SET": "2", "TAKEN": None})
     assert call_elsewhere(job, tmp_path).communicate()[0] == "0\n"
     assert log_of(job) == [f"{{{core}}} 2 None"]

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Iterable, Sequence
-from pathlib import Path
 from typing import NoReturn
 
 from sparsejax.errors import InputError
 from sparsejax.overrides import Overrides, parse_overrides
+from sparsejax.paths import local_path
 from sparsejax.presets import list_presets
 
 
@@ -56,7 +56,7 @@ def add_config(parser: argparse.ArgumentParser, group: argparse._ActionsContaine
 
 def _resolve_import(source: str) -> str:
     """The absolute path of a file, which the runs of a sweep import as well, or the name of a module."""
-    return str(Path(source).resolve()) if source.endswith(".py") else source
+    return str(local_path(source, "import").resolve()) if source.endswith(".py") else source
 
 
 def add_overrides(parser: argparse.ArgumentParser, section: str, purpose: str) -> None:

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import argparse
-from pathlib import Path
 
 from rich.console import Console
 
 from sparsejax.data.corpora import RECORDED, fetch_corpus
+from sparsejax.paths import local_path
 
 EXAMPLE = "sparsejax data fetch sympy --out=corpora/sympy"
 OVERRIDES = ()
@@ -18,7 +18,7 @@ KEYS = {"files": "train", "validation": "validation"}  # part of a corpus by key
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the options of the verb."""
     parser.add_argument("name", metavar="NAME", choices=RECORDED, help=f"corpus: {', '.join(RECORDED)}")
-    parser.add_argument("--out", type=Path, metavar="DIR", help="folder to write; defaults to corpora/NAME")
+    parser.add_argument("--out", metavar="DIR", help="folder to write; defaults to corpora/NAME")
     parser.add_argument(
         "--strict",
         action="store_true",
@@ -33,7 +33,7 @@ def run(options: argparse.Namespace, console: Console) -> None:
     def report(line: str) -> None:
         console.print(line, highlight=False, soft_wrap=True)
 
-    out = options.out or Path("corpora", options.name)
+    out = local_path(options.out or f"corpora/{options.name}", "out")
     record = fetch_corpus(options.name, out, options.strict, report)
     for side, part in record["parts"].items():
         report(f"{out / part['file']}: {side}, {part['documents']:,} documents, {part['bytes']:,} bytes")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-from pathlib import Path
 
 from rich.console import Console
 
@@ -11,6 +10,7 @@ from sparsejax.budget import read_match
 from sparsejax.cli.arguments import add_config
 from sparsejax.cli.exit_codes import INTERRUPTED
 from sparsejax.cli.sweep import add_runs, read_slurm
+from sparsejax.paths import local_path
 from sparsejax.sweep import SAMPLERS, build_executor
 from sparsejax.train import Interrupted
 
@@ -58,7 +58,7 @@ def run(options: argparse.Namespace, console: Console) -> None:
         max_steps=options.max_steps,
         imports=tuple(options.imports),
     )
-    folder = Path(options.workdir)
+    folder = local_path(options.workdir, "workdir")
     executor = build_executor(folder, options.jobs, read_slurm(options))
     for file in run_search(search, folder, executor, console, options.max_hours):
         console.print(f"wrote {file}", highlight=False, markup=False, soft_wrap=True)

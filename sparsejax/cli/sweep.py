@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-from pathlib import Path
 from typing import Any
 
 from rich.console import Console
@@ -12,6 +11,7 @@ from sparsejax.budget import QUANTITIES, read_match
 from sparsejax.cli.arguments import add_config, add_overrides
 from sparsejax.cli.exit_codes import INTERRUPTED, RUNS_FAILED
 from sparsejax.errors import InputError
+from sparsejax.paths import local_path
 from sparsejax.sweep import RunsFailed, sweep
 from sparsejax.train import Interrupted
 
@@ -79,7 +79,7 @@ def run(options: argparse.Namespace, console: Console) -> None:
             options.sweep,
             options.config,
             options.overrides["config"],
-            Path(options.workdir),
+            local_path(options.workdir, "workdir"),
             console,
             jobs=options.jobs,
             slurm=read_slurm(options),

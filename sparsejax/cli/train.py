@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-from pathlib import Path
 
 from rich.console import Console
 
@@ -23,6 +22,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_config(parser)
     parser.add_argument("--workdir", required=True, metavar="DIR", help="folder of the run; a run in it is resumed")
     parser.add_argument(
+        "--extend",
+        action="store_true",
+        help="resume with a larger train.steps; a line describes what becomes of the learning rate",
+    )
+    parser.add_argument(
         "--distributed",
         nargs="?",
         const="auto",
@@ -38,4 +42,4 @@ def run(options: argparse.Namespace, console: Console) -> None:
     if options.distributed is not None:
         sharding.initialize_distributed(options.distributed)
         console.quiet = not sharding.is_coordinator()
-    train(settings, Path(options.workdir), console)
+    train(settings, options.workdir, console, options.extend)

@@ -8,6 +8,7 @@ from sparsejax.config.build import ConfigError, build, complete
 from sparsejax.config.diff import difference, digest
 from sparsejax.config.load import load, resolve_source, run_file
 from sparsejax.config.override import check, check_evaluation, check_phase, override
+from sparsejax.config.resume import EFFECTS, Change, find_changes, resumable_keys
 from sparsejax.config.schema import (
     BASE_PHASE,
     AxialConfig,
@@ -25,7 +26,9 @@ from sparsejax.config.schema import (
 
 __all__ = [
     "BASE_PHASE",
+    "EFFECTS",
     "AxialConfig",
+    "Change",
     "CheckpointConfig",
     "Config",
     "ConfigError",
@@ -44,8 +47,10 @@ __all__ = [
     "complete",
     "difference",
     "digest",
+    "find_changes",
     "load",
     "override",
     "resolve_source",
+    "resumable_keys",
     "run_file",
 ]

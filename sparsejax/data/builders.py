@@ -15,6 +15,7 @@ from pathlib import Path
 import tensorflow_datasets as tfds
 
 from sparsejax.data.errors import DataError
+from sparsejax.paths import local_path
 
 
 class _Bytes(tfds.core.GeneratorBasedBuilder):
@@ -100,7 +101,7 @@ def main() -> int:
     parser.add_argument("--data_dir", default=None, help="folder of TFDS data sets; defaults to that of TFDS")
     options = parser.parse_args()
     try:
-        folder = prepare(BUILDERS[options.name], Path(options.file).expanduser().parent, options.data_dir)
+        folder = prepare(BUILDERS[options.name], local_path(options.file, "file").parent, options.data_dir)
     except DataError as error:
         print(f"sparsejax: --{error}", file=sys.stderr)
         return 2

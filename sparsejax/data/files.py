@@ -17,6 +17,7 @@ from pathlib import Path
 from sparsejax.data.errors import DataError
 from sparsejax.data.formats import AS_BYTES, Document, read_records, read_text
 from sparsejax.data.kinds import RECORDS, TEXT, Kind, detect, read_chunks
+from sparsejax.paths import local_path
 
 HELD_OUT = 20  # one file in 20 is validation text; of a single file, the last 1/20 of its bytes
 HELD_OUT_REMAINDER = 13  # arbitrary; it holds out a typical 5 % of the standard library
@@ -175,17 +176,18 @@ def _list_standard_library() -> list[File]:
 def _list_files(files: str, key: str, read_as: str, skipped: Skipped) -> list[File]:
     """Lists the files to read, and adds those that folders and globs hold besides to `skipped`."""
     listed: dict[Path, File] = {}  # by resolved path: a file that is named twice must not be on both sides
-    for item in (Path(name.strip()).expanduser() for name in files.split(",") if name.strip()):
+    for item in (local_path(name.strip(), key) for name in files.split(",") if name.strip()):
         root, paths = _expand(item, key, skipped)
+        real = {path.resolve() for path in paths if not path.is_symlink()}
         for path in paths:
             kind, reason = _inspect(path, key, read_as, is_named=path == item)
-            if not reason and path.resolve() in listed:
+            target = path.resolve()
+            if not reason and (target in listed or (path.is_symlink() and target in real)):
                 reason = "repeated"
             if reason:
                 skipped.setdefault(reason, []).append(str(path))
             else:
-                name = path.relative_to(root).as_posix()
-                listed[path.resolve()] = File(name, path, kind, start=kind.start)
+                listed[target] = File(path.relative_to(root).as_posix(), path, kind, start=kind.start)
     if not listed:
         raise DataError(key, f"no text in {files}: {'; '.join(_describe(Counter(), skipped))}")
     return list(listed.values())

@@ -6,7 +6,6 @@ import array
 import dataclasses
 import hashlib
 import io
-import json
 import os
 import shutil
 from collections.abc import Iterator, Sequence
@@ -19,6 +18,8 @@ from sparsejax.data.errors import DataError
 from sparsejax.data.files import TRAIN, Files
 from sparsejax.data.formats import Document
 from sparsejax.data.tokenizers import PART, Tokenizer, count_restored, load_tokenizer
+from sparsejax.paths import default_cache, local_path
+from sparsejax.workdir import read_json, write_json
 
 FITS = 1 << 28  # bytes; a smaller text is kept in memory instead of the cache
 FORMAT = 2  # version of the cache's files
@@ -171,7 +172,7 @@ def build_corpus(source: Source, tokenizer: str = "bytes", cache: str = "", reco
     Raises:
       DataError: The tokenizer does not accept the text or gives none of it back, or the cache cannot be written.
     """
-    folder = Path(cache).expanduser() if cache else default_cache()
+    folder = local_path(cache, "data.cache") if cache else default_cache()
     training = (document for side, document in source.read() if side == TRAIN)
     coder = load_tokenizer(tokenizer, training, source.digest, folder, recorded)
     plain = tokenizer == "bytes"
@@ -188,11 +189,6 @@ def build_corpus(source: Source, tokenizer: str = "bytes", cache: str = "", reco
             raise DataError("data.tokenizer", f"{tokenizer} gives back none of the {text} text: all of it is unknown")
     files = source.train_files, source.validation_files
     return Corpus(*sides, digest, *files, coder, source.record, source.notes)
-
-
-def default_cache() -> Path:
-    """Returns ~/.cache/sparsejax, or the folder sparsejax in XDG_CACHE_HOME."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "sparsejax"
 
 
 def _encode(source: Source, tokenizer: Tokenizer, files: Sequence[IO[bytes]]) -> tuple[Side, Side]:
@@ -310,7 +306,7 @@ def _write_entry(source: Source, tokenizer: Tokenizer, entry: Path) -> None:
             "dtype": np.min_scalar_type(tokenizer.size - 1).name,
             "sides": {name: {count: getattr(side, count) for count in COUNTS} for name, side in sides.items()},
         }
-        (part / "counts.json").write_text(json.dumps(counts, indent=2))
+        write_json(part / "counts.json", counts)
         part.rename(entry)
     finally:
         shutil.rmtree(part, ignore_errors=True)
@@ -318,13 +314,13 @@ def _write_entry(source: Source, tokenizer: Tokenizer, entry: Path) -> None:
 
 def _open(entry: Path) -> tuple[Side, Side]:
     try:
-        counts = json.loads((entry / "counts.json").read_text())
+        counts = read_json(entry / "counts.json")
         if counts["format"] != FORMAT:
             raise ValueError(f"format {counts['format']} instead of {FORMAT}")
         dtype, sides = np.dtype(counts["dtype"]), counts["sides"]
         training, held_out = (_open_side(entry / name, dtype, sides[name]) for name in ("train", "validation"))
         return training, held_out
-    except (OSError, EOFError, ValueError, KeyError, TypeError) as error:
+    except Exception as error:  # NumPy parses the headers of damaged arrays with the parser of Python
         raise DataError("data.cache", f"{entry} is damaged; delete it") from error
 
 

@@ -14,6 +14,7 @@ from sparsejax.data.config import DataConfig
 from sparsejax.data.errors import DataError
 from sparsejax.data.files import TRAIN, VALIDATION
 from sparsejax.data.formats import Document, check_utf8
+from sparsejax.paths import local_path
 
 LOCAL_BUILDERS = ("enwik8", "text8")  # see `data.builders`
 
@@ -105,7 +106,7 @@ def _find(config: DataConfig) -> Path:
 
 
 def _root(config: DataConfig) -> Path:
-    return Path(config.tfds_dir).expanduser() if config.tfds_dir else Path(tfds.core.constants.DATA_DIR).expanduser()
+    return local_path(config.tfds_dir or tfds.core.constants.DATA_DIR, "data.tfds_dir")
 
 
 def _command(config: DataConfig) -> str:

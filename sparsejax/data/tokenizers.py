@@ -15,6 +15,7 @@ from sparsejax.data.errors import DataError
 from sparsejax.data.formats import Document
 from sparsejax.data.kinds import import_package
 from sparsejax.errors import InputError
+from sparsejax.paths import local_path
 from sparsejax.signals import call_interruptibly
 from sparsejax.workdir import Workdir, read_json, replace_file
 
@@ -289,7 +290,7 @@ def load_tokenizer(
             _train(path, int(size), training)
         return HuggingFace(name, path.read_bytes() if recorded is None else recorded)
     try:
-        data = Path(name).expanduser().read_bytes()
+        data = local_path(name, "data.tokenizer").read_bytes()
     except OSError as error:
         if recorded is None:
             problem = f"{name}: {error.strerror}; give bytes, chars, bpe:SIZE or a file"

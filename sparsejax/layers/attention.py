@@ -32,7 +32,7 @@ class AttentionConfig(MixerConfig):
     head_width: int  # width of queries, keys and values per head
     rope: RopeConfig | None  # rotary positions; none for no rotation
     qk_norm: NormConfig | None  # norm of the queries and of the keys of a head, before the rotation; none for no norm
-    impl: str  # implementation of `ops.attend`
+    impl: str = dataclasses.field(metadata={"resume": "rounding"})  # implementation of `ops.attend`
     alibi: bool = False  # lower scores linearly with the distance, by a slope per head (arXiv:2108.12409)
     # number of sinusoids of the relative positions of Transformer-XL (arXiv:1901.02860); none for none
     relative: int | None = None

@@ -52,7 +52,7 @@ class LatentConfig(MixerConfig):
     value_width: int  # width of a value
     rope: RopeConfig | None  # rotary positions; none for no rotation
     norm_eps: float  # eps of the RMSNorms on the latents
-    impl: str  # implementation of `ops.attend`
+    impl: str = dataclasses.field(metadata={"resume": "rounding"})  # implementation of `ops.attend`
     scale: float | None = None  # factor on the scores; none for (nope_width + rope_width) ** -0.5
     bias: bool = False  # whether the projections to the latents and the output projection have a bias
     indexer: IndexerConfig | None = None  # selection of keys per query; none for all keys of the pattern

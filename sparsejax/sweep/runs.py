@@ -17,6 +17,7 @@ from ml_collections import ConfigDict
 from sparsejax import config as configs
 from sparsejax.config import Config, ConfigError
 from sparsejax.overrides import LABEL, SEED, Overrides, name_runs, write_overrides, write_value
+from sparsejax.paths import local_path
 from sparsejax.sweep.grid import SweepError, parse
 from sparsejax.train import Phase, find_change, plan_phases
 from sparsejax.workdir import SweepFolder, Workdir
@@ -92,6 +93,7 @@ def read_sweep(source: str) -> list[Overrides]:
 
 def read_function(argument: str, path: str, name: str) -> Callable[..., Any]:
     """Returns a function of a Python file; raises SweepError about `argument` if there is none."""
+    path = str(local_path(path, argument))
     if not path.endswith(".py") or not Path(path).is_file():
         raise SweepError(argument, f"no Python file {path!r}")
     try:

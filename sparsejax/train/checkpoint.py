@@ -6,25 +6,24 @@ import contextlib
 import errno
 import json
 import math
+import os
+import re
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import grain
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
 from jaxtyping import Array
-from orbax.checkpoint.checkpoint_managers import AnyPreservationPolicy, BestN, LatestN
 
 from sparsejax.config import CheckpointConfig
 from sparsejax.errors import InputError
-from sparsejax.metrics import EVAL_LOSS, direction
+from sparsejax.records import parse_json
 from sparsejax.train.state import TrainState
 
-RANKED_BY = EVAL_LOSS
-BEST = direction(RANKED_BY)
 # A save needs this multiple of the size of the arrays, plus a margin for many small files.
 SIZE_FACTOR = 1.2
 SIZE_MARGIN = 2**20  # bytes
@@ -34,52 +33,77 @@ class CheckpointError(InputError):
     """A checkpoint that cannot be written or read, or does not fit the configuration."""
 
 
-class Checkpoints:
-    """The checkpoints of a run in `folder`, each with `meta`; a context manager that waits for the last save."""
+class Restored(NamedTuple):
+    """The content of a checkpoint.
 
-    def __init__(self, folder: Path, config: CheckpointConfig, meta: dict[str, Any]):
+    Attributes:
+      state: The state.
+      metrics: Training metrics of its step, if a row of them follows the checkpoint; else None.
+    """
+
+    state: TrainState[Array]
+    metrics: dict[str, float] | None
+
+
+class Checkpoints:
+    """The checkpoints of a run in a folder; a context manager that waits for the last save.
+
+    The `keep_last` newest checkpoints are kept, and the `keep_best` best. A checkpoint is saved before its loss is
+    known, so that those that are not kept are deleted before the next save, and at the end.
+
+    Args:
+      folder: The folder.
+      config: Numbers of checkpoints to keep.
+      meta: Saved with every checkpoint.
+      losses: Evaluation losses of earlier checkpoints by step, None for a loss that is not finite.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        config: CheckpointConfig,
+        meta: dict[str, Any],
+        losses: Mapping[int, float | None] | None = None,
+    ):
         self.folder, self.meta = folder, meta
-        best = BestN(
-            get_metric_fn=_rank, reverse=BEST == "min", n=config.keep_best, keep_checkpoints_without_metrics=False
-        )
-        options = ocp.CheckpointManagerOptions(
-            preservation_policy=AnyPreservationPolicy([LatestN(config.keep_last), best]),
-            # Without best_fn Orbax does not write the metrics, and a resumed run would delete the best checkpoint.
-            best_fn=_rank,
-            best_mode=BEST,
-            cleanup_tmp_directories=True,
-        )
+        self._config, self._losses = config, dict(losses or {})
+        options = ocp.CheckpointManagerOptions(cleanup_tmp_directories=True)
         handlers = {
             "state": ocp.StandardCheckpointHandler(),
             # Batches are a function of the step, so one iterator state serves any number of processes.
             "data": ocp.JsonCheckpointHandler(),
             "meta": ocp.JsonCheckpointHandler(),
         }
-        _require_readable_metrics(folder)
-        self._manager = ocp.CheckpointManager(folder.absolute(), item_handlers=handlers, options=options)
+        with _report_failure(folder):
+            self._manager = ocp.CheckpointManager(folder.absolute(), item_handlers=handlers, options=options)
 
     def __enter__(self) -> Checkpoints:
         return self
 
     def __exit__(self, *exception: object) -> None:
-        with _report_full_disk(self.folder):
-            self._manager.close()
+        with _report_failure(self.folder):
+            try:
+                self._prune()
+            finally:
+                self._manager.close()
 
     @property
     def latest(self) -> int | None:
         """Step of the newest complete checkpoint."""
         return self._manager.latest_step()
 
-    def save(self, state: TrainState[Array], iterator: grain.DatasetIterator, loss: float | None) -> None:
-        """Starts a save in the background, after the previous one has finished.
+    def save(
+        self, state: TrainState[Array], iterator: grain.DatasetIterator, metrics: Mapping[str, float] | None = None
+    ) -> None:
+        """Starts a save in the background, after the previous one has finished; a step is saved once.
 
         Args:
           state: The state; its buffers may be donated at once.
           iterator: The data iterator.
-          loss: Evaluation loss, by which `keep_best` ranks checkpoints; None leaves the checkpoint out of the ranking.
+          metrics: Training metrics of the step, if a row of them follows.
 
         Raises:
-          CheckpointError: The disk is full.
+          CheckpointError: This checkpoint or the previous one cannot be written.
         """
         step, arrays = int(state.step), _to_arrays(state)
         if step in self._manager.all_steps():
@@ -87,14 +111,28 @@ class Checkpoints:
         args = ocp.args.Composite(
             state=ocp.args.StandardSave(arrays),
             data=ocp.args.JsonSave(dict(iterator.get_state())),
-            meta=ocp.args.JsonSave(self.meta),
+            meta=ocp.args.JsonSave(self.meta | {"metrics": None if metrics is None else dict(metrics)}),
         )
-        with _report_full_disk(self.folder):
-            self._manager.wait_until_finished()
+        with _report_failure(self.folder):
+            self._prune()
             _require_space(self.folder, sum(leaf.nbytes for leaf in jax.tree.leaves(arrays)))
-            self._manager.save(step, args=args, metrics=None if loss is None else {RANKED_BY: loss})
+            self._manager.save(step, args=args)
 
-    def restore(self, shapes: TrainState[jax.ShapeDtypeStruct], iterator: grain.DatasetIterator) -> TrainState[Array]:
+    def rank(self, step: int, loss: float | None) -> None:
+        """Sets the evaluation loss of a checkpoint; `keep_best` ignores checkpoints without one."""
+        self._losses[step] = loss
+
+    def _prune(self) -> None:
+        """Waits for the last save, and deletes the checkpoints that are not kept."""
+        self._manager.wait_until_finished()
+        steps = sorted(self._manager.all_steps())
+        ranked = sorted((_rank(self._losses[step]), -step) for step in steps if step in self._losses)
+        kept = {*steps[-self._config.keep_last :], *(-step for _, step in ranked[: self._config.keep_best])}
+        for step in steps:
+            if step not in kept:
+                self._manager.delete(step)
+
+    def restore(self, shapes: TrainState[jax.ShapeDtypeStruct], iterator: grain.DatasetIterator) -> Restored:
         """Restores the newest state with the shardings of `shapes`, and the position of `iterator`.
 
         Raises:
@@ -103,19 +141,18 @@ class Checkpoints:
         step = self.latest
         path = self.folder / str(step)
         expected = _to_arrays(shapes)
+        meta = read_meta(path)
         try:
             saved = self._manager.item_metadata(step)["state"].tree
             difference = _find_difference(saved, expected)
-            meta = self._manager.restore(step, args=ocp.args.Composite(meta=ocp.args.JsonRestore()))["meta"]
-            corpus = meta["corpus"]
         except Exception as error:
             raise _damaged(path, error) from error
         if difference:
             raise CheckpointError(path, f"does not fit the configuration: {difference}")
-        if corpus != self.meta["corpus"]:
+        if meta["corpus"] != self.meta["corpus"]:
             raise CheckpointError(
                 "data.files",
-                f"the digest of the text is {self.meta['corpus']}, but that of the text of {path} is {corpus}",
+                f"the digest of the text is {self.meta['corpus']}, but that of the text of {path} is {meta['corpus']}",
             )
         try:
             items = self._manager.restore(
@@ -125,7 +162,7 @@ class Checkpoints:
             iterator.set_state(items["data"])
         except Exception as error:
             raise _damaged(path, error) from error
-        return _from_arrays(items["state"])
+        return Restored(_from_arrays(items["state"]), meta.get("metrics"))
 
 
 def list_steps(folder: Path) -> list[int]:
@@ -140,26 +177,22 @@ def read_arrays(folder: Path, step: int) -> dict[str, np.ndarray]:
     return {_join(path): np.asarray(leaf) for path, leaf in jax.tree.leaves_with_path(tree)}
 
 
+def read_meta(folder: Path) -> dict[str, Any]:
+    """Reads what the checkpoint in a folder holds besides its state; raises CheckpointError if it is damaged."""
+    try:
+        return parse_json((folder / "meta" / "metadata").read_bytes(), folder, {"config": dict, "corpus": str})
+    except (OSError, InputError) as error:
+        raise _damaged(folder, error) from error
+
+
 def read_iterator(folder: Path, step: int) -> dict[str, Any]:
     """Reads the state of the data iterator of a checkpoint."""
     return json.loads((folder / str(step) / "data" / "metadata").read_text())
 
 
-def _require_readable_metrics(folder: Path) -> None:
-    """Checks the metrics of all checkpoints, because Orbax reads them without naming a damaged file."""
-    for file in folder.glob("*/metrics/metrics"):
-        path = file.parents[1]
-        try:
-            if path.name.isdigit():
-                _rank(json.loads(file.read_text()))
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            raise _damaged(path, error) from error
-
-
-def _rank(metrics: dict[str, float]) -> float:
-    """Returns the metric that ranks checkpoints; a value that is not finite is the worst."""
-    value = metrics[RANKED_BY]
-    return value if math.isfinite(value) else math.inf if BEST == "min" else -math.inf
+def _rank(loss: float | None) -> float:
+    """Returns the sort key of a loss; one that is not finite is the worst."""
+    return loss if loss is not None and math.isfinite(loss) else math.inf
 
 
 def _to_arrays(state: TrainState[Any]) -> dict[str, Any]:
@@ -173,7 +206,7 @@ def _to_arrays(state: TrainState[Any]) -> dict[str, Any]:
     return {
         "step": state.step,
         "skipped": state.skipped,
-        "loss_mean": state.loss_mean,
+        "losses": state.losses,
         "key": data,
         "parameters": state.parameters,
         "optimizer": state.optimizer,
@@ -206,8 +239,11 @@ def _join(path: tuple[Any, ...]) -> str:
 
 def describe_damage(error: Exception) -> str:
     """Describes the error of a library that cannot read a checkpoint, by the first line of its message."""
-    lines = str(error).strip().splitlines()
-    return f"damaged checkpoint ({type(error).__name__}: {''.join(lines[:1])[:200]})"
+    return f"damaged checkpoint ({type(error).__name__}: {_first_line(error)})"
+
+
+def _first_line(error: Exception) -> str:
+    return "".join(str(error).strip().splitlines()[:1])[:200]
 
 
 def _damaged(path: Path, error: Exception) -> CheckpointError:
@@ -225,11 +261,16 @@ def _require_space(folder: Path, size: int) -> None:
 
 
 @contextlib.contextmanager
-def _report_full_disk(folder: Path) -> Iterator[None]:
-    """Turns the errors of a full disk, which any library and any thread can raise, into a CheckpointError."""
+def _report_failure(folder: Path) -> Iterator[None]:
+    """Turns an error in a save, which any library and any thread can raise, into a CheckpointError."""
     try:
         yield
-    except Exception as error:
-        if "No space left" in str(error) or getattr(error, "errno", None) == errno.ENOSPC:
-            raise CheckpointError(folder, "no space left on the disk of the workdir") from error
+    except CheckpointError:
         raise
+    except Exception as error:
+        stated = re.search(r"os_error_code='(\d+)'", str(error))  # by TensorStore
+        code = int(stated[1]) if stated else getattr(error, "errno", None)
+        if code in (errno.ENOSPC, errno.EDQUOT):
+            raise CheckpointError(folder, "no space left on the disk of the workdir") from error
+        reason = os.strerror(code) if code else f"{type(error).__name__}: {_first_line(error)}"
+        raise CheckpointError(folder, f"cannot write a checkpoint: {reason}") from error

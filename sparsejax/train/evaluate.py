@@ -83,10 +83,15 @@ def evaluate(
     run: Callable[[dict[str, Any], DeviceBatch], EvaluationSums],
     parameters: dict[str, Any],
     batches: Iterable[DeviceBatch],
+    before_batch: Callable[[], None] = lambda: None,
 ) -> Evaluation:
-    """Sums `run(parameters, batch)`, a function of `build_evaluation`, over the batches in float64."""
+    """Sums `run(parameters, batch)`, a function of `build_evaluation`, over the batches in float64.
+
+    `before_batch` is called before each of them, and may raise to end the evaluation.
+    """
     sums: EvaluationSums | None = None
     for batch in batches:
+        before_batch()
         batch_sums = jax.tree.map(lambda leaf: np.asarray(leaf, np.float64), run(parameters, batch))
         sums = batch_sums if sums is None else jax.tree.map(np.add, sums, batch_sums)
     assert sums is not None, "no batches"
@@ -102,8 +107,8 @@ def summarize(evaluation: Evaluation, dataset: Dataset) -> dict[str, float]:
     """Returns the metrics of an evaluation by name.
 
     If every token of a text is predicted, bits are per byte, and also per character if tokens are not bytes: the bits
-    of all tokens divided by the bytes or characters that the tokens stand for. Otherwise bits are per scored token,
-    and do not compare between tokenizers.
+    of all tokens divided by the bytes or characters that decoding the tokens gives back. The fraction that it gives
+    back is a metric too if it is below 1. Otherwise bits are per scored token, and do not compare between tokenizers.
     """
     summary = {metrics.EVAL_LOSS: evaluation.loss}
     scale = dataset.tokens_per_byte
@@ -113,6 +118,8 @@ def summarize(evaluation: Evaluation, dataset: Dataset) -> dict[str, float]:
         summary[metrics.BITS_PER_BYTE] = evaluation.bits * scale
         if dataset.config.tokenizer != "bytes" and dataset.tokens_per_character is not None:
             summary[metrics.BITS_PER_CHARACTER] = evaluation.bits * dataset.tokens_per_character
+        if dataset.restored < 1:
+            summary[metrics.RESTORED] = dataset.restored
     summary |= {f"{metrics.BITS_AT}{start}": bits * (scale or 1) for start, _, bits in evaluation.position_bins()}
     if evaluation.accuracy is not None:
         summary[metrics.ACCURACY] = evaluation.accuracy.tokens
@@ -129,4 +136,7 @@ def describe(summary: dict[str, float]) -> str:
         bits = summary[metrics.BITS_PER_TOKEN]
         return f"accuracy {accuracy:.4f}, exact match {exact_match:.4f}, {bits:.4f} bits/token"
     names = {metrics.BITS_PER_BYTE: "bits/byte", metrics.BITS_PER_CHARACTER: "bits/character"}
-    return ", ".join(f"{summary[name]:.4f} {unit}" for name, unit in names.items() if name in summary)
+    parts = [f"{summary[name]:.4f} {unit}" for name, unit in names.items() if name in summary]
+    if metrics.RESTORED in summary:
+        parts.append(f"of the {summary[metrics.RESTORED]:.2%} of the text that the tokenizer gives back")
+    return ", ".join(parts)

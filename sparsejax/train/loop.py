@@ -2,27 +2,29 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
+import math
+import os
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import grain
-import jax
-import numpy as np
-from jax.experimental import multihost_utils
 from jaxtyping import Array
 from ml_collections import ConfigDict
 from rich.console import Console
 
 from sparsejax import config as configs
 from sparsejax import extensions, sharding
+from sparsejax.buckets import Uploads
+from sparsejax.data.tokenizers import read_tokenizer
 from sparsejax.metrics import TRAIN, finite_or_none
 from sparsejax.signals import Interrupted, StopSignals
 from sparsejax.train import display, start
 from sparsejax.train.checkpoint import Checkpoints
 from sparsejax.train.evaluate import Evaluation, describe, summarize
+from sparsejax.train.interruption import StopRequests
 from sparsejax.train.phases import plan_evaluations, plan_phases
 from sparsejax.train.progress import ProgressReport
 from sparsejax.train.runtime import Evaluator, PhaseRuntime, set_up
@@ -33,7 +35,10 @@ from sparsejax.workdir import Workdir, write_json
 
 
 class LossDiverged(Exception):
-    """The loss diverged, and `train.bad_loss` is "stop". A checkpoint without the update was saved."""
+    """The loss diverged more often than `train.bad_loss` allows, or the final evaluation is not finite.
+
+    A checkpoint without the updates was saved.
+    """
 
 
 @dataclasses.dataclass
@@ -54,7 +59,8 @@ class Run:
     checkpoints: Checkpoints
     writers: Writers
     progress: ProgressReport
-    signals: StopSignals
+    requests: StopRequests
+    uploads: Uploads
 
     @property
     def steps(self) -> int:
@@ -67,75 +73,117 @@ class StepMetrics:
     """Metrics of a step, which are fetched from the device when they are first read."""
 
     step: int
-    on_device: Metrics
+    on_device: Metrics | dict[str, Any]
 
     @functools.cached_property
     def values(self) -> dict[str, float]:
-        """The metrics by name, without the verdict."""
-        metrics: dict[str, Any] = {**self.on_device}
-        return {name: float(value) for name, value in metrics.items() if name != "diverged"}
+        """The metrics by name, without the verdicts."""
+        metrics = {**self.on_device, **self.on_device.get("details", {})}
+        return {name: float(value) for name, value in metrics.items() if name not in ("details", "diverged", "stops")}
 
     @functools.cached_property
     def diverged(self) -> bool:
         """Whether the loss diverged."""
         return bool(self.on_device["diverged"])
 
+    @functools.cached_property
+    def stops(self) -> bool:
+        """Whether the run must stop because the loss diverged."""
+        return bool(self.on_device["stops"])
 
-def train(settings: ConfigDict, workdir: Path, console: Console) -> Evaluation:
+
+def train(settings: ConfigDict, workdir: str | os.PathLike[str], console: Console, extend: bool = False) -> Evaluation:
     """Trains to the last step, or resumes the run of `workdir`; returns the final evaluation.
+
+    A run resumes with changes of the keys in `config.resumable_keys()`, each of which is printed and recorded. With
+    `extend` it may also have more steps than before; the learning rate then follows the schedule over all of them.
 
     If several processes train together, the first writes the workdir, and all of them write the checkpoints.
 
     Raises:
       ConfigError, DataError, CheckpointError: Invalid input; no file has changed.
+      InputError: Another process works on the workdir.
       Interrupted: A signal stopped the run after a checkpoint.
       LossDiverged: The loss diverged.
     """
     phases, evaluations = plan_phases(settings), plan_evaluations(settings)
-    mesh, files = sharding.make_mesh(phases[0].config.sharding), Workdir(workdir)
-    runtimes, evaluators = set_up(phases, evaluations, mesh)
-    last = runtimes[-1]
+    mesh = sharding.make_mesh(phases[0].config.sharding)
     # From here on a signal is recorded: the exception that it would raise could be lost in a callback.
-    with StopSignals() as signals:
+    with contextlib.ExitStack() as stack:
+        signals = stack.enter_context(StopSignals())
+        with signals.raising("before the first step"):
+            path, uploads = stack.enter_context(start.open_workdir(workdir))
+            files = Workdir(path)
+            start.check_workdir(files, settings, extend)
+            runtimes, evaluators = set_up(phases, evaluations, mesh, read_tokenizer(files))
+        stack.enter_context(start.hold(files))
         changed = extensions.find_changes(files)  # before the record is replaced
-        start.claim_workdir(files, settings, runtimes)
+        changes = start.claim_workdir(files, settings, runtimes, extend)
         display.print_plan(runtimes, evaluators, mesh, console)
         meta = {"config": settings.to_dict(), "digest": configs.digest(settings), "corpus": runtimes[0].dataset.digest}
-        with Checkpoints(files.checkpoints, phases[0].config.checkpoint, meta) as checkpoints:
-            state, batches = start.start_state(runtimes, checkpoints, mesh)
-            first_step = int(state.step)
-            if checkpoints.latest is not None:
-                display.print_lines(console, f"resuming {workdir} at step {first_step}")
-                for source in changed:
-                    display.print_lines(console, f"warning: {source} has changed since the run last started")
-            if sharding.is_coordinator():
-                start.record_versions(files)
-            with (
-                Writers(files, first_step, sharding.is_coordinator()) as writers,
-                ProgressReport(console, first_step, phases[-1].stop) as progress,
-            ):
-                run = Run(files, runtimes, state, batches, checkpoints, writers, progress, signals)
-                evaluation = _train_phases(run)
-            if evaluation is None:  # the run had ended before
-                evaluation = last.evaluate(run.state, last.config.eval.final)
-        metrics = summarize(evaluation, last.dataset) | _evaluate_settings(evaluators, run, console)
+        losses = start.read_losses(files, runtimes)
+        checkpoints = stack.enter_context(Checkpoints(files.checkpoints, phases[0].config.checkpoint, meta, losses))
+        state, batches, metrics = start.start_state(runtimes, checkpoints, mesh)
+        first_step = int(state.step)
+        if checkpoints.latest is not None:
+            current = next(runtime for runtime in runtimes if first_step <= runtime.phase.stop)
+            effects = start.describe_changes(changes, current, first_step)
+            display.print_lines(console, f"resuming {workdir} at step {first_step}", *effects)
+            for source in changed:
+                display.print_lines(console, f"warning: {source} has changed since the run last started")
+        if sharding.is_coordinator():
+            start.record_versions(files, changes)
+        with (
+            Writers(files, first_step, sharding.is_coordinator()) as writers,
+            ProgressReport(console, first_step, phases[-1].stop) as progress,
+        ):
+            requests = StopRequests(signals)
+            run = Run(files, runtimes, state, batches, checkpoints, writers, progress, requests, uploads)
+            evaluation = _train_phases(run, metrics)
+        last = runtimes[-1]
+        if not math.isfinite(evaluation.loss):
+            raise LossDiverged(
+                f"the loss of the final evaluation is {evaluation.loss}: the run has no {files.result.name}; see"
+                f" {files.metrics.name}"
+            )
+        summary = summarize(evaluation, last.dataset) | _evaluate_settings(evaluators, run, console)
         if sharding.is_coordinator():
             size = {"step": int(run.state.step), "parameters": last.model.size}
-            write_json(files.result, size | finite_or_none(metrics))
+            write_json(files.result, size | finite_or_none(summary))
     display.print_evaluation(evaluation, last.dataset, console)
     display.print_sample(last, run.state, console)
     return evaluation
 
 
-def _train_phases(run: Run) -> Evaluation | None:
-    """Trains to the last step; returns the evaluation there, or None if there was no step to take."""
-    first_step, evaluation = int(run.state.step), None
-    _stop(run, first_step, agree_on_signal(run.signals))
+def _train_phases(run: Run, metrics: dict[str, float] | None) -> Evaluation:
+    """Trains to the last step; returns the evaluation there. `metrics` are those of the checkpoint."""
+    first_step = int(run.state.step)
+    run.requests.check(first_step, "start")
+    evaluation = _write_missing_row(run, metrics)
     for runtime in run.runtimes:
         if runtime.phase.start >= first_step:
             run.batches = runtime.train_batches()
         if runtime.phase.stop > first_step:
             evaluation = _train_phase(run, runtime)
+    if evaluation is None:  # the run had ended before
+        last = run.runtimes[-1]
+        evaluation = last.evaluate(
+            run.state, last.config.eval.final, lambda: run.requests.check(first_step, "evaluation")
+        )
+    return evaluation
+
+
+def _write_missing_row(run: Run, metrics: dict[str, float] | None) -> Evaluation | None:
+    """Evaluates the state of a checkpoint whose row of metrics was not written; returns the evaluation, if it is due.
+
+    A run that is killed or interrupted after a save and before the row of its step lacks it.
+    """
+    step = int(run.state.step)
+    if metrics is None or sharding.from_coordinator(run.writers.last_step == step):
+        return None
+    runtime = next(runtime for runtime in run.runtimes if step <= runtime.phase.stop)
+    evaluation = _evaluate(run, runtime, step)
+    _write_row(run, runtime, StepMetrics(step, metrics), evaluation)
     return evaluation
 
 
@@ -150,43 +198,51 @@ def _train_phase(run: Run, runtime: PhaseRuntime) -> Evaluation | None:
         run.progress.advance(step)
         previous, current = current, StepMetrics(step, metrics)
         _log(run, runtime, previous)  # a step late, so that the device does not wait for Python
-        diverged = _has_diverged(runtime, previous)
-        stopped_by = agree_on_signal(run.signals, exchange=step % train_config.log_every == 0)
+        diverged = previous is not None and previous.stops
+        stopped_by = run.requests.poll(f"phase {runtime.phase.number}")
         if runtime.is_due(step) or diverged or stopped_by:
-            evaluation = _evaluate(run, runtime, step)
-            _log(run, runtime, current, evaluation)
-            diverged = diverged or _has_diverged(runtime, current)
-            _save(run, runtime, step, evaluation, stops=diverged or stopped_by is not None)
-            _stop(run, step, stopped_by if step < run.steps else None, diverged)
+            evaluation = _finish_step(run, runtime, current, diverged or current.stops, stopped_by)
             current = None
     return evaluation
 
 
-def _log(run: Run, runtime: PhaseRuntime, metrics: StepMetrics | None, evaluation: Evaluation | None = None) -> None:
-    """Writes and prints the metrics of a step, if the step is due for it."""
-    if metrics is None:
-        return
-    step, phase = metrics.step, runtime.phase
-    if not (metrics.diverged or evaluation or step % runtime.config.train.log_every == 0 or step == run.steps):
-        return
-    values, note = metrics.values, ""
-    row: dict[str, float | int] = {}
-    if phase.name is not None:
-        row, note = {"phase": phase.number}, f"phase {phase.name} | "
-    row |= {f"{TRAIN}{name}": value for name, value in values.items()}
-    note += f"loss {values['loss']:.4f} (mean {values['loss_mean']:.4f}) grad {values['grad_norm']:.2f}"
-    if metrics.diverged:
-        note += " | diverged, update skipped"
-    if evaluation:
-        summary = summarize(evaluation, runtime.dataset)
-        row |= summary
-        note += f" | validation {describe(summary)}"
-    run.writers.write(step, row, run.progress.log(step, note))
+def _finish_step(
+    run: Run, runtime: PhaseRuntime, metrics: StepMetrics, diverged: bool, stopped_by: str | None
+) -> Evaluation | None:
+    """Saves, evaluates and logs a step, as far as they are due, in this order; raises the reason to stop, if any.
+
+    The save comes first, so that a signal in the evaluation costs no training. The row, which depends on the
+    evaluation, is written after it, if need be when the run resumes.
+    """
+    step, evaluation = metrics.step, None
+    if diverged or stopped_by or runtime.saves_after(step):
+        _save(run, runtime, metrics)
+    if not stopped_by:
+        try:
+            evaluation = _evaluate(run, runtime, step)
+        except Interrupted:
+            _save(run, runtime, metrics)
+            raise
+    if evaluation is not None or not runtime.evaluates_after(step):
+        _log(run, runtime, metrics, evaluation)
+    if diverged:
+        raise LossDiverged(
+            f"the loss diverged (not finite, or a spike) by step {step}, and {int(metrics.values['skipped'])} updates"
+            f" were skipped, see {run.workdir.metrics.name}; step {step} is saved without them; run the same command to"
+            " resume"
+        )
+    if stopped_by:
+        raise Interrupted(f"stopped by {stopped_by} at step {step}; run the same command to resume")
+    return evaluation
 
 
-def _has_diverged(runtime: PhaseRuntime, metrics: StepMetrics | None) -> bool:
-    """Whether the run must stop because the loss of a step diverged."""
-    return metrics is not None and metrics.diverged and runtime.config.train.bad_loss == "stop"
+def _save(run: Run, runtime: PhaseRuntime, metrics: StepMetrics) -> None:
+    """Saves a checkpoint, with the metrics of its step if a row of them follows."""
+    row = None
+    if _is_logged(runtime, metrics):
+        row = metrics.values | {"diverged": metrics.diverged, "stops": metrics.stops}
+    run.checkpoints.save(run.state, run.batches, row)
+    run.uploads.request(metrics.step)
 
 
 def _evaluate(run: Run, runtime: PhaseRuntime, step: int) -> Evaluation | None:
@@ -194,48 +250,49 @@ def _evaluate(run: Run, runtime: PhaseRuntime, step: int) -> Evaluation | None:
     if not runtime.evaluates_after(step):
         return None
     config = runtime.config.eval
+    limit = config.final if step == run.steps else config.batches
     with run.progress.pause():
-        return runtime.evaluate(run.state, config.final if step == run.steps else config.batches)
+        evaluation = runtime.evaluate(run.state, limit, lambda: run.requests.check(step, "evaluation"))
+    if runtime.saves_after(step):
+        run.checkpoints.rank(step, evaluation.loss)
+    return evaluation
 
 
-def _save(run: Run, runtime: PhaseRuntime, step: int, evaluation: Evaluation | None, stops: bool) -> None:
-    """Saves a checkpoint, if the step is due for it or the run stops."""
-    if stops or runtime.saves_after(step):
-        run.checkpoints.save(run.state, run.batches, None if evaluation is None else evaluation.loss)
+def _log(run: Run, runtime: PhaseRuntime, metrics: StepMetrics | None, evaluation: Evaluation | None = None) -> None:
+    """Writes and prints the metrics of a step, if the step is due for it."""
+    if metrics is not None and _is_logged(runtime, metrics):
+        _write_row(run, runtime, metrics, evaluation)
 
 
-def _stop(run: Run, step: int, stopped_by: str | None, diverged: bool = False) -> None:
-    """Raises the reason to stop, if there is one."""
-    if diverged:
-        raise LossDiverged(
-            f"the loss diverged (not finite, or a spike) by step {step}, see {run.workdir.metrics.name}; step {step} is"
-            " saved without that update; run the same command to resume"
-        )
-    if stopped_by:
-        raise Interrupted(f"stopped by {stopped_by} at step {step}; run the same command to resume")
+def _is_logged(runtime: PhaseRuntime, metrics: StepMetrics) -> bool:
+    """Whether a row of metrics follows a step."""
+    return bool(runtime.logs_after(metrics.step)) or metrics.diverged
+
+
+def _write_row(run: Run, runtime: PhaseRuntime, metrics: StepMetrics, evaluation: Evaluation | None) -> None:
+    """Writes and prints the metrics of a step."""
+    values, note, phase = metrics.values, "", runtime.phase
+    row: dict[str, float | int] = {}
+    if phase.name is not None:
+        row, note = {"phase": phase.number}, f"phase {phase.name} | "
+    row |= {f"{TRAIN}{name}": value for name, value in values.items()}
+    note += f"loss {display.format_losses(values, runtime.dataset)} | grad {values['grad_norm']:.2f}"
+    if metrics.diverged:
+        note += " | diverged, update skipped"
+    if evaluation:
+        summary = summarize(evaluation, runtime.dataset)
+        row |= summary
+        note += f" | validation {describe(summary)}"
+    run.writers.write(metrics.step, row, run.progress.log(metrics.step, note))
 
 
 def _evaluate_settings(evaluators: Sequence[Evaluator], run: Run, console: Console) -> dict[str, float]:
     """Returns the metrics of the evaluations of `eval.also`, with the name of the evaluation as a suffix."""
     metrics: dict[str, float] = {}
     for evaluator in evaluators:
-        if stopped_by := agree_on_signal(run.signals):
-            raise Interrupted(f"stopped by {stopped_by} before the last evaluations; run the same command to resume")
-        summary = summarize(evaluator.evaluate(run.state, evaluator.config.eval.final), evaluator.dataset)
         name = evaluator.setting.name
+        check = functools.partial(run.requests.check, run.steps, f"evaluation {name}")
+        summary = summarize(evaluator.evaluate(run.state, evaluator.config.eval.final, check), evaluator.dataset)
         display.print_lines(console, f"validation, {name}: {describe(summary)}")
         metrics |= {f"{metric}/{name}": value for metric, value in summary.items()}
     return metrics
-
-
-def agree_on_signal(signals: StopSignals, exchange: bool = True) -> str | None:
-    """Returns the stop signal that arrived, on which all processes that train together agree.
-
-    Args:
-      signals: The signals of this process.
-      exchange: Whether the processes communicate; of several processes none stops without it.
-    """
-    if jax.process_count() == 1:
-        return signals.received
-    stops = exchange and multihost_utils.process_allgather(np.array(signals.received is not None)).any()
-    return "a signal" if stops else None

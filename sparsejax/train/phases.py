@@ -59,6 +59,10 @@ class Phase:
     restart: tuple[int, int] | None = None
     overrides: Overrides = dataclasses.field(default_factory=dict)
 
+    def contains(self, step: int) -> bool:
+        """Whether `step` is a step of the phase."""
+        return self.start < step <= self.stop
+
     @property
     def seed(self) -> int:
         """Seed of the training batches. The first phase uses that of the run, so that phases do not change it."""

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import grain
 import jax
@@ -28,12 +29,13 @@ class Evaluator:
         self.model = Functional(self.config.model)
         self._evaluate = build_evaluation(self.model, mesh, dataset.scores_accuracy)
 
-    def evaluate(self, state: TrainState[Array], limit: int) -> Evaluation:
-        """Evaluates on at most `limit` validation batches; 0 is no limit."""
+    def evaluate(self, state: TrainState[Array], limit: int, before_batch: Callable[[], None]) -> Evaluation:
+        """Evaluates on at most `limit` validation batches; 0 is no limit. See `train.evaluate`."""
         rows = self.config.eval.batch
         batches = self.dataset.validation_batches(rows, limit=limit, **share_rows(self._mesh, rows))
         with jax.set_mesh(self._mesh):  # kernels are sharded over it
-            return evaluate(self._evaluate, state.parameters, (shard_batch(batch, self._mesh) for batch in batches))
+            sharded = (shard_batch(batch, self._mesh) for batch in batches)
+            return evaluate(self._evaluate, state.parameters, sharded, before_batch)
 
 
 class PhaseRuntime(Evaluator):
@@ -44,7 +46,15 @@ class PhaseRuntime(Evaluator):
         self.phase = phase
         rate = self.config.optimizer, steps, phase.restart
         self.optimizer = build_optimizer(*rate, decay=self.model.decay)
-        self._step = build_step(self.model, self.optimizer, build_schedule(*rate), self.config.train, mesh)
+        self._step = build_step(
+            self.model,
+            self.optimizer,
+            build_schedule(*rate),
+            self.config.train,
+            mesh,
+            first=phase.start,
+            ends_row=self.logs_after,
+        )
 
     def train_batches(self) -> grain.DatasetIterator:
         """Iterates over this process's share of the training batches, from the first of the phase."""
@@ -56,9 +66,13 @@ class PhaseRuntime(Evaluator):
         with jax.set_mesh(self._mesh):
             return self._step(state, shard_batch(batch, self._mesh))
 
-    def evaluates_after(self, step: int) -> bool:
-        """Whether an evaluation follows `step`."""
-        return step == self.phase.stop or step % self.config.eval.every == 0
+    def logs_after(self, step: Any) -> Any:
+        """Whether a row of metrics follows `step`, an integer or an array. A row also follows a loss that diverged."""
+        return (step % self.config.train.log_every == 0) | self.evaluates_after(step)
+
+    def evaluates_after(self, step: Any) -> Any:
+        """Whether an evaluation follows `step`, an integer or an array."""
+        return (step == self.phase.stop) | (step % self.config.eval.every == 0)
 
     def saves_after(self, step: int) -> bool:
         """Whether a checkpoint follows `step`."""
@@ -70,9 +84,15 @@ class PhaseRuntime(Evaluator):
 
 
 def set_up(
-    phases: Sequence[Phase], evaluations: Sequence[EvaluationSetting], mesh: Mesh
+    phases: Sequence[Phase], evaluations: Sequence[EvaluationSetting], mesh: Mesh, recorded: bytes | None = None
 ) -> tuple[list[PhaseRuntime], list[Evaluator]]:
     """Binds phases and evaluation settings to the mesh. They share one text, which is read once.
+
+    Args:
+      phases: The phases of the run.
+      evaluations: The evaluation settings.
+      mesh: The mesh.
+      recorded: Content of the tokenizer's file in the workdir, see `load_tokenizer`.
 
     Raises:
       ConfigError, DataError: A setting does not fit the mesh, the text or the model.
@@ -83,7 +103,7 @@ def set_up(
     datasets: list[data.Dataset] = []
     for setting in settings:
         corpus = datasets[-1].corpus if datasets else None
-        datasets.append(data.load_dataset(setting.config.data, setting.config.eval.stride, corpus))
+        datasets.append(data.load_dataset(setting.config.data, setting.config.eval.stride, corpus, recorded=recorded))
         _require_vocabulary(setting, datasets[-1])
     steps = phases[-1].stop
     return (
@@ -103,11 +123,10 @@ def _require_even_batches(setting: Phase | EvaluationSetting, mesh: Mesh) -> Non
 
 
 def _require_vocabulary(setting: Phase | EvaluationSetting, dataset: data.Dataset) -> None:
-    config = setting.config
-    if config.model.vocab < dataset.vocab:
-        source = config.data.task if dataset.corpus is None else f"data.tokenizer = {config.data.tokenizer!r}"
-        source += f" with data.objective = {config.data.objective!r}" if config.data.objective != "causal" else ""
-        raise _invalid(setting, "model.vocab", f"{config.model.vocab} is too small; {source} needs {dataset.vocab}")
+    try:
+        dataset.require_vocabulary(setting.config.model.vocab)
+    except data.DataError as error:
+        raise _invalid(setting, "model.vocab", error.problem) from None
 
 
 def _invalid(setting: Phase | EvaluationSetting, key: str, problem: str) -> ConfigError:

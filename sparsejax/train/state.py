@@ -13,7 +13,8 @@ from jax.sharding import Mesh, NamedSharding
 from jaxtyping import Array, Key
 
 from sparsejax import sharding
-from sparsejax.model import Functional
+from sparsejax.model import Functional, restack
+from sparsejax.train.losses import LossStatistics, init_losses
 
 Leaf = TypeVar("Leaf")
 
@@ -28,7 +29,7 @@ class TrainState(Generic[Leaf]):
     Attributes:
       step: Number of batches seen, int32.
       skipped: Number of updates that were skipped because the loss diverged, int32.
-      loss_mean: Running mean of the loss in nats, float32.
+      losses: Statistics of the loss.
       key: PRNG key; step i draws from `fold_in(key, i)`.
       parameters: Parameters of the model, a nested dict.
       optimizer: State of the optimizer.
@@ -36,7 +37,7 @@ class TrainState(Generic[Leaf]):
 
     step: Leaf
     skipped: Leaf
-    loss_mean: Leaf
+    losses: LossStatistics
     key: Leaf
     parameters: dict[str, Any]
     optimizer: Any
@@ -60,6 +61,28 @@ def state_shapes(
     )
 
 
+def restack_state(
+    state: TrainState[Array],
+    source: Functional,
+    target: Functional,
+    optimizer: optax.GradientTransformation,
+    mesh: Mesh,
+) -> TrainState[Array]:
+    """Converts a state between models of the same layers that differ in what is scanned; see `model.restack`."""
+
+    def is_parameters(tree: Any) -> bool:
+        return isinstance(tree, dict) and tree.keys() == source.shapes.keys()
+
+    def convert(tree: Any) -> Any:
+        return restack(tree, source.config, target.config) if is_parameters(tree) else tree
+
+    def convert_all(state: TrainState[Array]) -> TrainState[Array]:
+        parameters, moments = jax.tree.map(convert, (state.parameters, state.optimizer), is_leaf=is_parameters)
+        return dataclasses.replace(state, parameters=parameters, optimizer=moments)
+
+    return jax.jit(convert_all, out_shardings=_shardings(target, optimizer, mesh))(state)
+
+
 def _build_init(
     model: Functional, optimizer: optax.GradientTransformation
 ) -> Callable[[Key[Array, ""]], TrainState[Array]]:
@@ -67,7 +90,7 @@ def _build_init(
         parameter_key, step_key = jax.random.split(key)
         parameters = model.init(parameter_key)
         zero = jnp.zeros((), jnp.int32)
-        return TrainState(zero, zero, jnp.zeros(()), step_key, parameters, optimizer.init(parameters))
+        return TrainState(zero, zero, init_losses(), step_key, parameters, optimizer.init(parameters))
 
     return init
 
@@ -83,4 +106,5 @@ def _shardings(model: Functional, optimizer: optax.GradientTransformation, mesh:
         # Counters of optax need a placement too: on a single device they would not restore.
         transform_non_params=lambda _: replicated,
     )
-    return TrainState(replicated, replicated, replicated, replicated, parameters, moments)
+    losses = jax.tree.map(lambda _: replicated, jax.eval_shape(init_losses))
+    return TrainState(replicated, replicated, losses, replicated, parameters, moments)

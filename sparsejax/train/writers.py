@@ -19,7 +19,7 @@ from tensorboardX.proto.event_pb2 import Event, SessionLog
 from tensorboardX.proto.summary_pb2 import Summary
 
 from sparsejax.metrics import finite_or_none
-from sparsejax.workdir import Workdir, append_row, read_rows, replace_file
+from sparsejax.workdir import Workdir, append_row, read_last_row, read_rows, replace_file
 
 PACKAGES = ("sparsejax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "ml_collections", "numpy")
 
@@ -30,7 +30,12 @@ class Writers:
     Measurements that depend on the clock go to another file, so that two equal runs write equal metrics. Rows after
     `step`, from which the run resumes, are dropped, because the run writes them again. Of several processes that train
     together only one is `active`; the others write nothing.
+
+    Attributes:
+      last_step: Step of the last row of metrics, or None.
     """
+
+    last_step: int | None = None
 
     def __init__(self, workdir: Workdir, step: int, active: bool = True):
         self._workdir, self._active = workdir, active
@@ -38,6 +43,7 @@ class Writers:
             return
         _drop_rows(workdir.metrics, step)
         _drop_rows(workdir.timing, step)
+        self.last_step = read_last_row(workdir.metrics).get("step")
         workdir.events.mkdir(exist_ok=True)
         # A SummaryWriter would keep events back for minutes in a thread, and hang the run when that thread fails.
         self._events = EventsWriter(str(workdir.events / "events"))
@@ -63,6 +69,7 @@ class Writers:
         if not self._active:
             return
         append_row(self._workdir.metrics, {"step": step, **finite_or_none(metrics)})
+        self.last_step = step
         if timing:
             append_row(self._workdir.timing, {"step": step, **timing})
         finite = {name: value for name, value in {**metrics, **(timing or {})}.items() if math.isfinite(value)}

@@ -43,10 +43,10 @@ def load(text: Path, overrides: dict | None = None) -> ConfigDict:
     return configs.load(str(RECIPE), {"data.files": str(text)} | (overrides or {}))
 
 
-def train_here(settings: ConfigDict, workdir: Path) -> str:
+def train_here(settings: ConfigDict, workdir: Path | str, extend: bool = False) -> str:
     """Trains in this process; returns the printed text."""
     console = Console(file=io.StringIO(), width=160)
-    train(settings, workdir, console)
+    train(settings, workdir, console, extend)
     return console.file.getvalue()
 
 

@@ -17,6 +17,7 @@ import pytest
 from sparsejax.config import CheckpointConfig
 from sparsejax.data import train_batches
 from sparsejax.train import CheckpointError, Checkpoints, TrainState
+from sparsejax.train.losses import init_losses
 from tests.messages import rejects
 
 TEXT = np.arange(4000, dtype=np.uint8)
@@ -33,7 +34,14 @@ def batches(read=0):
 def build_state(step, width=8, dtype=jnp.float32):
     parameters = {"norm": {"scale": jnp.ones(width)}, "out": {"weight": jnp.full((width, 4), step, dtype)}}
     moments = optax.adamw(1e-3).init(parameters)
-    return TrainState(jnp.int32(step), jnp.int32(1), jnp.float32(2.5), jax.random.key(step), parameters, moments)
+    return TrainState(
+        jnp.int32(step),
+        jnp.int32(1),
+        init_losses()._replace(row_loss=jnp.float32(2.5)),
+        jax.random.key(step),
+        parameters,
+        moments,
+    )
 
 
 def shapes_of(state):
@@ -41,14 +49,18 @@ def shapes_of(state):
     return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=device), state)
 
 
-def open_folder(folder, *, last=2, best=0, corpus="a text"):
-    return Checkpoints(folder, CheckpointConfig(every=1, keep_last=last, keep_best=best), {"corpus": corpus})
+def open_folder(folder, *, last=2, best=0, corpus="a text", losses=None):
+    config = CheckpointConfig(every=1, keep_last=last, keep_best=best)
+    return Checkpoints(folder, config, {"config": {}, "corpus": corpus}, losses)
 
 
-def save(folder, losses, *, first=1, **keep):
-    with open_folder(folder, **keep) as checkpoints:
+def save(folder, losses, *, first=1, known=None, **keep):
+    """Saves a checkpoint per loss, which becomes known after the save; None stays unknown."""
+    with open_folder(folder, losses=known, **keep) as checkpoints:
         for step, loss in enumerate(losses, first):
-            checkpoints.save(build_state(step), batches(step), loss)
+            checkpoints.save(build_state(step), batches(step))
+            if loss is not None:
+                checkpoints.rank(step, loss)
 
 
 def steps(folder):
@@ -60,7 +72,7 @@ def restore(folder, expected=None, **options):
     iterator = batches()
     try:
         with open_folder(folder, **options) as checkpoints:
-            return checkpoints.restore(shapes_of(expected or build_state(0)), iterator)
+            return checkpoints.restore(shapes_of(expected or build_state(0)), iterator).state
     except CheckpointError:
         assert iterator.get_state() == batches().get_state()
         raise
@@ -70,7 +82,7 @@ def assert_restores(folder, step):
     iterator = batches()
     with open_folder(folder) as checkpoints:
         assert checkpoints.latest == step
-        state = checkpoints.restore(shapes_of(build_state(0)), iterator)
+        state = checkpoints.restore(shapes_of(build_state(0)), iterator).state
     expected = build_state(step)
     np.testing.assert_array_equal(jax.random.key_data(state.key), jax.random.key_data(expected.key))
     for restored, leaf in zip(jax.tree.leaves(state), jax.tree.leaves(expected), strict=True):
@@ -100,7 +112,7 @@ def test_the_last_and_the_best_are_kept(tmp_path, losses, last, best, kept):
 
 def test_the_best_is_still_known_after_a_restart(tmp_path):
     save(tmp_path, [5.0, 1.0, 4.0], last=1, best=1)
-    save(tmp_path, [3.0, 2.0], first=4, last=1, best=1)
+    save(tmp_path, [3.0, 2.0], first=4, known={1: 5.0, 2: 1.0, 3: None}, last=1, best=1)
     assert steps(tmp_path) == [2, 5]
 
 
@@ -117,20 +129,20 @@ def test_a_saved_state_may_be_donated_at_once(tmp_path):
     state = build_state(3, width=2**18)
     expected = np.full((2**18, 4), 3, np.float32)
     with open_folder(tmp_path) as checkpoints:
-        checkpoints.save(state, batches(3), None)
+        checkpoints.save(state, batches(3))
         parameters = state.parameters
         for _ in range(5):
             parameters = overwrite(parameters)
         parameters["out"]["weight"].block_until_ready()
     with open_folder(tmp_path) as checkpoints:
-        restored = checkpoints.restore(shapes_of(build_state(0, width=2**18)), batches())
+        restored = checkpoints.restore(shapes_of(build_state(0, width=2**18)), batches()).state
     np.testing.assert_array_equal(restored.parameters["out"]["weight"], expected)
 
 
 def test_a_save_that_was_cut_off_is_not_a_checkpoint(tmp_path):
     save(tmp_path, [5.0, 4.0])
     shutil.copytree(tmp_path / "2", tmp_path / "3.orbax-checkpoint-tmp")
-    (tmp_path / "3.orbax-checkpoint-tmp" / "metrics" / "metrics").write_text('{"eval')
+    (tmp_path / "3.orbax-checkpoint-tmp" / "meta" / "metadata").write_text('{"corp')
     assert_restores(tmp_path, 2)
     assert steps(tmp_path) == [1, 2]
 
@@ -220,5 +232,5 @@ def test_a_missing_folder_is_noticed(tmp_path, item):
 def test_a_full_disk_is_noticed_before_the_save(tmp_path, monkeypatch):
     monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=2**20))
     with rejects(CheckpointError, str(tmp_path)), open_folder(tmp_path) as checkpoints:
-        checkpoints.save(build_state(1), batches(), None)
+        checkpoints.save(build_state(1), batches())
     assert steps(tmp_path) == []

@@ -13,7 +13,8 @@ from sparsejax.config import ConfigError
 from sparsejax.data import load_dataset
 from sparsejax.model import Functional
 from sparsejax.signals import Interrupted
-from sparsejax.train import loop, plan_evaluations, plan_phases, read_arrays
+from sparsejax.train import plan_evaluations, plan_phases, read_arrays
+from sparsejax.train.interruption import StopRequests
 from sparsejax.workdir import Workdir
 from tests.messages import rejects
 from tests.train import recipe, runs
@@ -124,7 +125,7 @@ def test_a_run_that_is_stopped_among_them_resumes(trained, text, tmp_path, monke
     Workdir(workdir).result.unlink()
     settings = runs.load(text, runs.TRAINED)
     with monkeypatch.context() as patch:
-        patch.setattr(loop, "agree_on_signal", lambda signals, exchange=True: "SIGTERM")
+        patch.setattr(StopRequests, "poll", lambda self, work: "SIGTERM" if work == "evaluation short" else None)
         with rejects(Interrupted, "SIGTERM"):
             runs.train_here(settings, workdir)
     assert not Workdir(workdir).result.exists()

@@ -2,14 +2,18 @@
 
 import os
 import re
+import signal
 import socket
 import subprocess
 import sys
+import time
 
 import pytest
 
 from sparsejax import sharding
 from sparsejax.errors import InputError
+from sparsejax.signals import INTERRUPTED
+from sparsejax.train import list_steps
 from sparsejax.workdir import Workdir, read_rows
 from tests.messages import rejects
 from tests.train import runs
@@ -42,6 +46,31 @@ def test_two_processes_read_the_batches_of_one(text):
     assert single[0] == "(0, 1)"
     assert [rows for rows, _ in pair] == ["(0, 2)", "(1, 2)"]
     assert {digest for _, digest in pair} == {single[1]}
+
+
+def test_processes_agree_on_a_signal(text, tmp_path):
+    """SIGTERM to one of them stops both within seconds, although they log once in a long time."""
+    workdir = Workdir(tmp_path / "two")
+    keys = {
+        "data.files": text,
+        "train.steps": 10**6,
+        "train.log_every": 10**6,
+        "eval.every": 20,
+        "checkpoint.every": 20,
+    }
+    arguments = [f"--config={runs.RECIPE}", f"--workdir={workdir.path}"]
+    arguments += [f"--config.{key}={value}" for key, value in keys.items()]
+    address = f"127.0.0.1:{find_port()}"
+    pair = [runs.start("train", *arguments, f"--distributed={address},{index}/2") for index in range(2)]
+    while not (workdir.checkpoints / "20").is_dir():
+        assert pair[0].poll() is None
+        time.sleep(0.1)
+    pair[1].send_signal(signal.SIGTERM)
+    start = time.monotonic()
+    (code, _, err), (second_code, _, second_err) = [runs.finish(process) for process in pair]
+    assert (code, second_code) == (INTERRUPTED, INTERRUPTED), err + second_err
+    assert time.monotonic() - start < 60
+    assert list_steps(workdir.checkpoints)[-1] > 20
 
 
 def test_two_processes_train_together(trained, text, tmp_path):

@@ -25,6 +25,7 @@ from sparsejax.interop.huggingface.translation import Translation
 from sparsejax.layers import Context, Extras, Tokens
 from sparsejax.loaded import LoadedModel, Parameters
 from sparsejax.model import Functional, check_parameters
+from sparsejax.paths import local_path
 from sparsejax.patterns import Pattern
 
 DEFAULT_LENGTH = 4096  # of models without a maximum length
@@ -169,7 +170,7 @@ def load(folder: str | Path, *, mesh: Mesh | None = None, ignore: Collection[str
         method = quantization.get("quant_method", "unknown") if isinstance(quantization, dict) else quantization
         problem = f"the weights are quantized ({method}); convert them to bfloat16 first"
         raise ConversionError(f"{file}: quantization_config", problem)
-    parts = assemble(Checkpoint(Path(folder)), translation, mesh)
+    parts = assemble(Checkpoint(local_path(folder)), translation, mesh)
     return Pretrained(hf_config, translation, *parts, options, tuple(ignore))
 
 
@@ -188,7 +189,7 @@ def save(model: Pretrained, folder: str | Path, shard_bytes: int = checkpoint.SH
         problem = f"config.json describes {written!r}, but the model has {held!r}; change hf_config too"
         raise ConversionError(f"config.{path}", problem)
     tensors = {name: tensor.astype(model.dtypes[name]) for name, tensor in model.tensors().items()}
-    checkpoint.write(Path(folder), model.hf_config, tensors | model.unused, shard_bytes)
+    checkpoint.write(local_path(folder), model.hf_config, tensors | model.unused, shard_bytes)
 
 
 def _find_difference(first: Any, second: Any, path: tuple[str, ...] = ()) -> tuple[str, Any, Any] | None:
@@ -206,7 +207,7 @@ def _find_difference(first: Any, second: Any, path: tuple[str, ...] = ()) -> tup
 
 
 def _read_json(path: str | Path) -> tuple[dict[str, Any], str]:
-    path = Path(path)
+    path = local_path(path)
     if path.is_dir():
         path = path / checkpoint.CONFIG
     return checkpoint.read_object(path), str(path)
