@@ -15,9 +15,14 @@ from jaxtyping import Array, Float, Int
 from sparsejax.config import ModelConfig
 from sparsejax.embedding import Embedding, Head, mean_pool
 from sparsejax.errors import InputError
-from sparsejax.layers import EMPTY, Cache, Context, Layer, Losses, Shared, Stream, make_norm, normalize
+from sparsejax.layers import EMPTY, Auxiliary, Cache, Context, Layer, Shared, Stream, make_norm, normalize
 from sparsejax.layers.stream import decays, logical_axes
 from sparsejax.schedule import Fold
+
+FOLDED = ("before", "period", "after")  # the parts of a fold that hold layers
+Losses = dict[str, Float[Array, ""]]  # weighted losses by name
+# Number of choices per expert, [e] or in the period [repeats, e], at the path of the layer in the parameters.
+Choices = dict[str, dict[int, Int[Array, "*repeats e"]]]
 
 
 class Model(nnx.Module):
@@ -51,39 +56,44 @@ class Model(nnx.Module):
         return self.forward(tokens, context)[0]
 
     def forward(
-        self, tokens: Int[Array, "b t"], context: Context = EMPTY, constrain: Callable[[Array], Array] = lambda x: x
-    ) -> tuple[Float[Array, "b t v"], Losses]:
-        """Returns logits, and the weighted auxiliary losses of the layers by name.
+        self,
+        tokens: Int[Array, "b t"],
+        context: Context = EMPTY,
+        constrain: Callable[[Array], Array] = lambda x: x,
+        choices: Choices | None = None,
+    ) -> tuple[Float[Array, "b t v"], Losses, Choices]:
+        """Returns logits, the weighted auxiliary losses of the layers by name, and the choices of their experts.
 
         Args:
           tokens: Token ids.
           context: Facts about the tokens, and inputs of particular modules.
           constrain: Applied to the stream [b, t, m] between layers; the training step keeps it sharded this way.
+          choices: Choices in the whole batch, if the tokens are a microbatch; the balance losses are then parts of
+            that of the batch.
         """
         x, context = self._embed(tokens, context)
-        x, losses = constrain(x), []
+        x, known = constrain(x), choices or {}
 
-        def run(layers: nnx.List, x: Array, first: Array | int) -> tuple[Array, list[Losses]]:
-            losses = []
+        def run(layers: nnx.List, x: Array, first: Array | int, known: dict[int, Array]) -> tuple[Array, list]:
+            auxiliary = []
             for index, layer in enumerate(layers):
-                x, added = layer(x, context.with_extras(layer=jnp.asarray(first + index)))
+                extras = {"layer": jnp.asarray(first + index), "choices": known.get(index)}
+                x, added = layer(x, context.with_extras(**extras))
                 x = constrain(x)
-                losses.append(added)
-            return x, losses
+                auxiliary.append(added)
+            return x, auxiliary
 
-        x, added = run(self.before, x, 0)
-        losses += added
+        parts: dict[str, list[Auxiliary]] = {}
+        x, parts["before"] = run(self.before, x, 0, known.get("before", {}))
         if self.fold.repeats:
             graph, parameters = nnx.split(self.period)
-            x, added = jax.lax.scan(
-                lambda x, period: run(nnx.merge(graph, period[0]), x, period[1]),
+            x, parts["period"] = jax.lax.scan(
+                lambda x, period: run(nnx.merge(graph, period[0]), x, *period[1:]),
                 x,
-                (parameters, self._period_starts),
+                (parameters, self._period_starts, known.get("period", {})),
             )
-            losses += jax.tree.map(jnp.sum, added)
-        x, added = run(self.after, x, len(self.config.names) - len(self.after))
-        losses += added
-        return self._logits(x, context), _sum_by_name(losses)
+        x, parts["after"] = run(self.after, x, len(self.config.names) - len(self.after), known.get("after", {}))
+        return self._logits(x, context), *_gather(parts)
 
     def streams(self, tokens: Int[Array, "b t"], context: Context = EMPTY) -> list[Float[Array, "b t m"]]:
         """Returns the stream before the first layer, after each layer, and after the last norm; unrolls every layer."""
@@ -160,12 +170,17 @@ class Model(nnx.Module):
         return self.head(x, self.embedding.tokens[...])
 
 
-def _sum_by_name(losses: list[Losses]) -> Losses:
-    total: Losses = {}
-    for added in losses:
-        for name, value in added.items():
-            total[name] = total[name] + value if name in total else value
-    return total
+def _gather(parts: dict[str, list[Auxiliary]]) -> tuple[Losses, Choices]:
+    """Returns the sum over layers of each loss, and the choices of the layers that have experts."""
+    losses: Losses = {}
+    choices: Choices = {}
+    for part, layers in parts.items():
+        for index, auxiliary in enumerate(layers):
+            for name, value in auxiliary.losses.items():
+                losses[name] = losses.get(name, 0.0) + value.sum()  # over the repetitions of the period
+            if auxiliary.choices is not None:
+                choices.setdefault(part, {})[index] = auxiliary.choices
+    return losses, choices
 
 
 class Functional:
@@ -270,9 +285,6 @@ def restack(parameters: dict[str, Any], source: ModelConfig, target: ModelConfig
     result = others | {key: part for key, part in parts.items() if part}
     check_parameters(result, Functional(target).shapes)
     return result
-
-
-FOLDED = ("before", "period", "after")  # the parts of a fold that hold layers
 
 
 def _split_layers(parameters: dict[str, Any], fold: Fold) -> Iterator[dict[str, Any]]:

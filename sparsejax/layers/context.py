@@ -73,6 +73,8 @@ class Extras:
       embeddings: The residual stream before the first layer. For shared blocks.
       shared: The `Shared` modules of the model, by name.
       dropout: Dropout of the current training step.
+      choices: Number of choices per expert of this layer in the whole batch, of which the tokens are a microbatch.
+        For the balance loss of `Experts`.
     """
 
     globals: Int[Array, "b n"] | None = None
@@ -81,6 +83,7 @@ class Extras:
     embeddings: Float[Array, "*b m"] | None = None
     shared: dict[str, Any] | None = None
     dropout: Dropout | None = None
+    choices: Int[Array, " e"] | None = None
 
 
 @jax.tree_util.register_dataclass

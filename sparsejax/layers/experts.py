@@ -13,11 +13,12 @@ from jaxtyping import Array, Float
 from sparsejax.errors import InputError, require_at_least, require_choice
 from sparsejax.layers.context import EMPTY, Context
 from sparsejax.layers.mlp import ACTIVATIONS, Mlp, MlpConfig
-from sparsejax.layers.protocols import Losses
+from sparsejax.layers.protocols import Auxiliary
 from sparsejax.layers.stream import Linear, Stream, output_scale, parameter
 from sparsejax.ops import experts as ops
 
 ROUTERS = ("softmax", "sigmoid")
+BALANCES = ("batch", "sequence")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -42,14 +43,18 @@ class ExpertsConfig:
     latent: int | None = None  # width of a projection on which experts work (Nemotron-H); none: on the stream
     limit: float | None = None  # bound of gates and values, with 1 added to values (gpt-oss); none for no bound
     alpha: float = 1.0  # slope of "silu": x · sigmoid(alpha · x)
+    bias_rate: float = 0.0  # step of the selection bias toward equal loads, per update (DeepSeek-V3); 0: constant
     balance_weight: float = 0.0  # weight of the load-balancing loss, see `ops.experts.balance_loss`
+    # tokens that are balanced: those of a "batch" (Switch) or of each "sequence" (DeepSeek-V3)
+    balance: str = "batch"
     router_z_weight: float = 0.0  # weight of the z loss of the router
 
     def __post_init__(self):
         require_at_least(self, 1, "experts", "top_k", "width", "groups", "top_groups", "latent")
-        require_at_least(self, 0, "shared_width", "balance_weight", "router_z_weight")
+        require_at_least(self, 0, "shared_width", "bias_rate", "balance_weight", "router_z_weight")
         require_choice(self, "activation", ACTIVATIONS)
         require_choice(self, "router", ROUTERS)
+        require_choice(self, "balance", BALANCES)
         if self.experts % self.groups:
             raise InputError("experts", f"{self.experts} is not divisible by groups = {self.groups}")
         if self.top_groups > self.groups:
@@ -62,6 +67,8 @@ class ExpertsConfig:
             raise InputError("limit", f"{self.limit} bounds the gate, but experts are not gated; set gated")
         if self.alpha != 1 and self.activation != "silu":
             raise InputError("alpha", f"{self.alpha} applies to silu, but activation = {self.activation!r}")
+        if self.bias_rate and not self.selection_bias:
+            raise InputError("bias_rate", f"{self.bias_rate} has no bias to update; set selection_bias")
         if self.shared_gate and not self.shared_width:
             raise InputError("shared_gate", "there is no shared expert to gate; set shared_width")
 
@@ -106,10 +113,10 @@ class Experts(nnx.Module):
         self.shared = Mlp(config.shared, stream, rngs) if config.shared_width else None
         self.shared_gate = linear(m, 1) if config.shared_gate else None
 
-    def __call__(self, x: Float[Array, "b t m"], context: Context = EMPTY) -> tuple[Float[Array, "b t m"], Losses]:
-        """Returns the output and the weighted losses "balance" and "router_z", if they have a weight.
+    def __call__(self, x: Float[Array, "b t m"], context: Context = EMPTY) -> tuple[Float[Array, "b t m"], Auxiliary]:
+        """Returns the output, the weighted losses "balance" and "router_z" if they have a weight, and the choices.
 
-        Padding is routed like every token, but does not enter the losses.
+        Padding is routed like every token, but does not enter the losses and the choices.
         """
         tokens, config = jnp.asarray(x).reshape(-1, x.shape[-1]), self.config
         logits = self.router(tokens)
@@ -127,13 +134,26 @@ class Experts(nnx.Module):
         if self.shared is not None:
             shared, _ = self.shared(tokens)
             y = y + (shared if self.shared_gate is None else shared * jax.nn.sigmoid(self.shared_gate(tokens)))
-        mask, losses = context.tokens.mask, {}
-        mask = None if mask is None else mask.reshape(-1)
+        mask = context.tokens.mask
+        choices = ops.count_choices(experts.reshape(*x.shape[:2], -1), config.experts, mask)  # [b, e]
+        losses = {}
         if config.balance_weight:
-            losses["balance"] = config.balance_weight * ops.balance_loss(scores, experts, mask)
+            balance = self._balance(scores.reshape(*x.shape[:2], -1), choices, context)
+            losses["balance"] = config.balance_weight * balance
         if config.router_z_weight:
-            losses["router_z"] = config.router_z_weight * ops.router_z_loss(logits, mask)
-        return y.reshape(x.shape), losses
+            z_loss = ops.router_z_loss(logits, None if mask is None else mask.reshape(-1))
+            losses["router_z"] = config.router_z_weight * z_loss
+        return y.reshape(x.shape), Auxiliary(losses, choices.sum(axis=0))
+
+    def _balance(self, scores: Array, choices: Array, context: Context) -> Array:
+        """The balance loss from the scores [b, t, e] and the choices [b, e]."""
+        mask = context.tokens.mask
+        if self.config.balance == "sequence":
+            losses = ops.balance_loss(scores, choices, mask)
+            return losses.mean() if mask is None else (losses * mask.sum(axis=1)).sum() / jnp.maximum(mask.sum(), 1)
+        choices = choices.sum(axis=0) if context.extras.choices is None else context.extras.choices
+        tokens = scores.reshape(-1, scores.shape[-1])
+        return ops.balance_loss(tokens, choices, None if mask is None else mask.reshape(-1))
 
     @property
     def flops(self) -> float:

@@ -18,7 +18,7 @@ from sparsejax.layers.experts import Experts, ExpertsConfig
 from sparsejax.layers.mixers import make_mixer
 from sparsejax.layers.mlp import Mlp, MlpConfig
 from sparsejax.layers.norm import NormConfig, make_norm, normalize
-from sparsejax.layers.protocols import Cache, FeedForward, Losses, MixerConfig
+from sparsejax.layers.protocols import Auxiliary, Cache, FeedForward, MixerConfig
 from sparsejax.layers.shared import Side, SideConfig
 from sparsejax.layers.stream import Cost, Stream
 
@@ -55,7 +55,8 @@ class LayerConfig:
     norm: NormConfig | None  # norm of both branches; none for no norm
     # "pre": x + f(norm(x)) (arXiv:2002.04745); "post": norm(x + f(x)); "both": x + norm(f(norm(x))) (Gemma 2)
     norm_position: str
-    remat: bool  # recompute activations in the backward pass instead of keeping them
+    # recompute activations in the backward pass instead of keeping them
+    remat: bool = dataclasses.field(metadata={"resume": "rounding"})
     mixer_norm: bool = True  # whether the mixer has a norm; false in the first layer of ModernBERT (arXiv:2412.13663)
     mixer_residual: ResidualConfig = ResidualConfig()  # residual connection of the mixer
     mlp_residual: ResidualConfig = ResidualConfig()  # residual connection of the feed-forward part
@@ -135,8 +136,8 @@ class Layer(nnx.Module):
         self.mixer_residual = None if self.mixer is None else residual(config.mixer_residual, config.mixer_norm)
         self.mlp_residual = None if self.mlp is None else residual(config.mlp_residual)
 
-    def __call__(self, x: Float[Array, "b t m"], context: Context = EMPTY) -> tuple[Float[Array, "b t m"], Losses]:
-        """Returns the stream after this layer, for a whole sequence, and the auxiliary losses."""
+    def __call__(self, x: Float[Array, "b t m"], context: Context = EMPTY) -> tuple[Float[Array, "b t m"], Auxiliary]:
+        """Returns the stream after this layer, for a whole sequence, and the losses and choices of its experts."""
         return jax.checkpoint(self._run)(x, context) if self.config.remat else self._run(x, context)
 
     def init_cache(self, batch: int, length: int) -> Cache:
@@ -170,7 +171,7 @@ class Layer(nnx.Module):
         cost = cost if self.side is None else cost + self.side.cost(length)
         return cost if self.mlp is None else cost + Cost(0, self.mlp.flops)
 
-    def _run(self, x: Array, context: Context) -> tuple[Array, Losses]:
+    def _run(self, x: Array, context: Context) -> tuple[Array, Auxiliary]:
         if self.mixer is not None and self.mixer_residual is not None:
             mixer = self.mixer
             extra = None if self.side is None else self.side(x, context)
@@ -179,9 +180,9 @@ class Layer(nnx.Module):
             )
         return self._feed_forward(x, context)
 
-    def _feed_forward(self, x: Array, context: Context) -> tuple[Array, Losses]:
+    def _feed_forward(self, x: Array, context: Context) -> tuple[Array, Auxiliary]:
         if self.mlp is None or self.mlp_residual is None:
-            return x, {}
+            return x, Auxiliary({})
         mlp = self.mlp
         return self._join(x, self.mlp_residual, lambda read: mlp(read, context), 1, context.dropout)
 

@@ -12,7 +12,7 @@ from jaxtyping import Array, Float
 
 from sparsejax.errors import require_at_least, require_choice
 from sparsejax.layers.context import EMPTY, Context
-from sparsejax.layers.protocols import Losses
+from sparsejax.layers.protocols import Auxiliary
 from sparsejax.layers.stream import Linear, Stream, output_scale
 
 ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
@@ -56,7 +56,7 @@ class Mlp(nnx.Module):
         self.gate = project(m, f, ("width", "ff")) if config.kind == "gated" else None
         self.down = project(f, m, ("ff", "width"), scale)
 
-    def __call__(self, x: Float[Array, "*b m"], context: Context = EMPTY) -> tuple[Float[Array, "*b m"], Losses]:
+    def __call__(self, x: Float[Array, "*b m"], context: Context = EMPTY) -> tuple[Float[Array, "*b m"], Auxiliary]:
         """Returns the output and no losses."""
         activate, config = ACTIVATIONS[self.config.activation], self.config
         if self.gate is None:
@@ -65,7 +65,7 @@ class Mlp(nnx.Module):
             gate = self.gate(x)
             hidden = activate(gate if config.gate_scale == 1 else gate * config.gate_scale) * self.up(x)
         y = self.down(hidden)
-        return (y if config.out_scale == 1 else y * config.out_scale), {}
+        return (y if config.out_scale == 1 else y * config.out_scale), Auxiliary({})
 
     @property
     def flops(self) -> float:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -22,7 +22,18 @@ from sparsejax.layers.stream import Cost, Stream, decays
 from sparsejax.ops import IMPLEMENTATIONS
 
 Cache = dict[str, Any]  # arrays [b, ...] by name, or caches by name
-Losses = dict[str, Float[Array, ""]]  # weighted losses by name
+
+
+class Auxiliary(NamedTuple):
+    """What a feed-forward part returns besides its output.
+
+    Attributes:
+      losses: Weighted losses by name, each a mean over the tokens of the batch.
+      choices: Number of choices per expert; None without experts.
+    """
+
+    losses: dict[str, Float[Array, ""]]
+    choices: Int[Array, " e"] | None = None
 
 
 class MixerConfig:
@@ -94,8 +105,8 @@ class Mixer(nnx.Module):
 class FeedForward(Protocol):
     """A module that transforms every token by itself."""
 
-    def __call__(self, x: Float[Array, "b t m"], context: Context = EMPTY) -> tuple[Float[Array, "b t m"], Losses]:
-        """Returns the output and the auxiliary losses."""
+    def __call__(self, x: Float[Array, "b t m"], context: Context = EMPTY) -> tuple[Float[Array, "b t m"], Auxiliary]:
+        """Returns the output, and losses and choices."""
         ...
 
     @property

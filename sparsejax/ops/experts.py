@@ -159,25 +159,59 @@ def add_bias(x: Float[Array, "r f"], bias: Float[Array, "e f"], layout: ExpertRo
     return (tiles + bias[layout.tile_experts][:, None]).reshape(x.shape)
 
 
+def count_choices(
+    experts: Int[Array, "*b t k"], count: int, mask: Bool[Array, "*b t"] | None = None
+) -> Int[Array, "*b e"]:
+    """Number of choices per expert, over the tokens of each sequence.
+
+    Args:
+      experts: The choices, in [0, count).
+      count: Number of experts.
+      mask: False for tokens that are not counted.
+    """
+    hits = experts.reshape(*experts.shape[:-2], -1)
+    if mask is not None:
+        hits = jnp.where(jnp.repeat(mask, experts.shape[-1], axis=-1), hits, count)
+    return jnp.apply_along_axis(lambda row: jnp.zeros(count, jnp.int32).at[row].add(1, mode="drop"), -1, hits)
+
+
 def balance_loss(
-    scores: Float[Array, "n e"], experts: Int[Array, "n k"], mask: Bool[Array, " n"] | None = None
-) -> Float[Array, ""]:
+    scores: Float[Array, "*b t e"], choices: Int[Array, "*b e"], mask: Bool[Array, "*b t"] | None = None
+) -> Float[Array, "*b"]:
     """Load-balancing loss of Switch (arXiv:2101.03961): 1 if balanced, up to e / k if all tokens choose alike.
 
     It is e times the sum over experts of the fraction of choices, which has no gradient, times the mean fraction of the
-    scores.
+    scores. It is linear in the scores, so that over any parts of a batch the mean with the choices of the whole batch
+    is the loss of the batch.
 
     Args:
       scores: Scores of all experts.
-      experts: The choices.
+      choices: Number of choices per expert, of these or of more tokens.
       mask: False for tokens that are not counted.
     """
-    mask = jnp.ones(len(scores), bool) if mask is None else mask
-    tokens = jnp.maximum(mask.sum(), 1)
-    counted = jnp.where(mask[:, None], experts, scores.shape[1])
-    chosen = jnp.zeros(scores.shape[1], scores.dtype).at[counted.reshape(-1)].add(1.0, mode="drop")
-    fractions = jnp.where(mask[:, None], scores / (scores.sum(axis=1, keepdims=True) + TINY), 0.0).sum(axis=0)
-    return scores.shape[1] * (chosen / (tokens * experts.shape[1]) * (fractions / tokens)).sum()
+    count, loads = scores.shape[-1], choices.astype(scores.dtype)
+    loads = loads / jnp.maximum(loads.sum(axis=-1, keepdims=True), 1)
+    fractions = scores / (scores.sum(axis=-1, keepdims=True) + TINY)
+    return count * (loads * mean_over_tokens(fractions, mask)).sum(axis=-1)
+
+
+def mean_over_tokens(x: Float[Array, "*b t e"], mask: Bool[Array, "*b t"] | None = None) -> Float[Array, "*b e"]:
+    """Mean over the tokens at which `mask` is true; 0 if there is none."""
+    if mask is None:
+        return x.mean(axis=-2)
+    return jnp.where(mask[..., None], x, 0.0).sum(axis=-2) / jnp.maximum(mask.sum(axis=-1, keepdims=True), 1)
+
+
+def update_selection_bias(bias: Float[Array, "*b e"], choices: Int[Array, "*b e"], rate: float) -> Float[Array, "*b e"]:
+    """Adds `rate` to the bias of experts below the mean load, and subtracts it above (arXiv:2412.19437, 2.1.2).
+
+    Args:
+      bias: Added to the scores of the selection.
+      choices: Number of choices per expert in the step.
+      rate: Step of the bias.
+    """
+    loads = choices.astype(jnp.float32)
+    return bias + rate * jnp.sign(loads.mean(axis=-1, keepdims=True) - loads)
 
 
 def router_z_loss(logits: Float[Array, "n e"], mask: Bool[Array, " n"] | None = None) -> Float[Array, ""]:

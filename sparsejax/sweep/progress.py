@@ -22,7 +22,7 @@ MAX_ROWS = 20  # of the table
 
 
 class RunProgress(NamedTuple):
-    """The last logged step of a run, its loss, and the steps per second since the previous log."""
+    """The last logged step of a run, its loss in nats per token, and the steps per second since the previous log."""
 
     step: int
     loss: float | None
@@ -79,10 +79,10 @@ class Progress:
         summary = self._summarize(attempts, progress)
         if self._live is None:
             self.print(
-                summary, *(f"    {name} | step {step} | loss {loss} | ETA {eta}" for name, step, loss, eta in rows)
+                summary, *(f"    {name} | step {step} | loss {loss} nats | ETA {eta}" for name, step, loss, eta in rows)
             )
             return
-        table = Table("run", "step", "loss", "ETA")
+        table = Table("run", "step", "loss (nats)", "ETA")
         for row in rows[:MAX_ROWS]:
             table.add_row(*row)
         self._live.update(Group(table, summary), refresh=True)

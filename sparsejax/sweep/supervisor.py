@@ -16,7 +16,7 @@ from rich.console import Console
 from sparsejax.budget import Budget, match_runs
 from sparsejax.job import was_asked
 from sparsejax.overrides import Overrides
-from sparsejax.signals import Interrupted, StopSignals
+from sparsejax.signals import LOSS_DIVERGED, Interrupted, StopSignals
 from sparsejax.sweep.executors import Attempt, Executor, State, build_executor, build_job
 from sparsejax.sweep.progress import Progress, print_lines, read_progress
 from sparsejax.sweep.runs import Run, check_record, plan_runs, read_sweep, show_command, write_record
@@ -219,7 +219,7 @@ class Supervisor:
         elif code < 0:
             end = f"killed by signal {-code}, {signal.Signals(-code).name}"
         else:
-            end = f"exit code {code}" + (", but no result" if code == 0 else "")
+            end = f"exit code {code}" + {0: ", but no result", LOSS_DIVERGED: ", the loss diverged"}.get(code, "")
         return f"{end}; log: {attempt.job.files.log}"
 
     def read_log(self, attempt: Attempt) -> list[str]:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Mapping, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -48,6 +49,13 @@ def print_plan(runtimes: Sequence[PhaseRuntime], evaluators: Sequence[Evaluator]
         overrides = ", ".join(write_overrides(evaluator.setting.overrides)) or "no overrides"
         lines.append(f"evaluation {evaluator.setting.name}: {overrides}")
     print_lines(console, *lines)
+
+
+def format_losses(values: Mapping[str, float], dataset: Dataset) -> str:
+    """Formats the loss of a step and the mean since the last row, in bits per byte if evaluations are, or per token."""
+    scale = (dataset.tokens_per_byte or 1.0) / math.log(2)
+    mean = "" if math.isnan(values["loss_mean"]) else f" (mean {values['loss_mean'] * scale:.4f})"
+    return f"{values['loss'] * scale:.4f}{mean} bits/{'token' if dataset.tokens_per_byte is None else 'byte'}"
 
 
 def print_evaluation(evaluation: Evaluation, dataset: Dataset, console: Console) -> None:

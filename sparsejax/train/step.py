@@ -9,15 +9,15 @@ import jax
 import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh
-from jaxtyping import Array, Bool, Float, Int, Key
+from jaxtyping import Array, Bool, Float, Int, Key, PyTree
 
 from sparsejax import sharding
 from sparsejax.config import TrainConfig
-from sparsejax.layers import EMPTY, Context, Dropout, Tokens
-from sparsejax.model import Functional
+from sparsejax.layers import EMPTY, Context, Dropout, ExpertsConfig, Tokens
+from sparsejax.metrics import AUXILIARY, EXPERT_LOAD_MAX, EXPERT_LOAD_MIN
+from sparsejax.model import FOLDED, Choices, Functional, Losses
+from sparsejax.ops.experts import update_selection_bias
 from sparsejax.train.state import TrainState
-
-LOSS_DECAY = 0.99  # of the running mean of the loss
 
 
 class DeviceBatch(TypedDict):
@@ -35,12 +35,15 @@ class Metrics(TypedDict):
     """Metrics of a step.
 
     Attributes:
-      loss: Mean over the scored tokens of the batch, in nats.
-      loss_mean: Running mean of `loss`, without steps that diverged.
+      loss: Mean over the scored tokens of the batch, in nats, without auxiliary losses.
+      loss_mean: Mean over the scored tokens since the last row of metrics, without steps that diverged.
       grad_norm: Global norm of the gradient before clipping.
       learning_rate: Learning rate of the update.
       skipped: Number of updates skipped so far.
+      details: Metrics that depend on the model: each weighted auxiliary loss as `aux/NAME`, and of models with experts
+        the largest and smallest number of choices of an expert of any layer, relative to the mean of the layer.
       diverged: Whether the loss diverged, so that the update was skipped.
+      stops: Whether the run must stop because of it.
     """
 
     loss: Float[Array, ""]
@@ -48,7 +51,25 @@ class Metrics(TypedDict):
     grad_norm: Float[Array, ""]
     learning_rate: Float[Array, ""]
     skipped: Int[Array, ""]
+    details: dict[str, Float[Array, ""]]
     diverged: Bool[Array, ""]
+    stops: Bool[Array, ""]
+
+
+class Objective(NamedTuple):
+    """The objective of a batch and its parts.
+
+    Attributes:
+      total: Mean of the loss over the scored tokens plus the auxiliary losses: what is differentiated.
+      loss: Mean of the loss over the scored tokens, in nats.
+      auxiliary: Weighted auxiliary losses by name, means over the tokens of the batch.
+      choices: Number of choices per expert.
+    """
+
+    total: Float[Array, ""]
+    loss: Float[Array, ""]
+    auxiliary: Losses
+    choices: Choices
 
 
 class AccuracySums(NamedTuple):
@@ -93,46 +114,91 @@ def build_step(
     schedule: optax.Schedule,
     config: TrainConfig,
     mesh: Mesh,
+    *,
+    first: int,
+    ends_row: Callable[[Int[Array, ""]], Bool[Array, ""]],
 ) -> Callable[[TrainState[Array], DeviceBatch], tuple[TrainState[Array], Metrics]]:
     """Compiles the training step, which donates the buffers of its state.
 
     If the loss diverges (it or the gradient is not finite, or it is a spike by `config.spike`), the step leaves the
     parameters and the optimizer unchanged and sets the metric `diverged`.
+
+    Args:
+      model: The model.
+      optimizer: Updates the parameters.
+      schedule: Learning rate by update, as a metric.
+      config: Microbatches, and what diverges.
+      mesh: The mesh.
+      first: Number of steps before the phase; the reference of spikes starts there.
+      ends_row: Whether a row of metrics follows a step. A row also follows a step that diverged.
     """
     differentiate = _build_gradient(model, config.accumulate, mesh)
+    limit = config.max_skips if config.bad_loss == "skip" else 1
+    rates = _bias_rates(model)
 
     def step(state: TrainState[Array], batch: DeviceBatch) -> tuple[TrainState[Array], Metrics]:
         key = jax.random.fold_in(state.key, state.step) if model.config.dropout else None
-        loss, gradient = differentiate(state.parameters, batch, key)
+        objective, gradient = differentiate(state.parameters, batch, key)
         norm = optax.tree.norm(gradient)
-        diverged = ~(jnp.isfinite(loss) & jnp.isfinite(norm))
-        is_first = state.step == state.skipped  # no loss is in the running mean yet
-        if config.spike:
-            diverged = diverged | (~is_first & (loss > config.spike * state.loss_mean))
+        losses = state.losses.start_phase(state.step == first)
+        diverged = ~(jnp.isfinite(objective.total) & jnp.isfinite(norm)) | losses.is_spike(objective.loss, config.spike)
+        losses = losses.add(objective.loss, batch["weights"].sum(), config.spike, diverged)
         updates, moments = optimizer.update(gradient, state.optimizer, state.parameters)
-        updated = optax.apply_updates(state.parameters, updates), moments
+        updated = _balance(optax.apply_updates(state.parameters, updates), objective.choices, rates), moments
         current = state.parameters, state.optimizer
         parameters, moments = jax.tree.map(lambda a, b: jnp.where(diverged, a, b), current, updated)
-        mean = jnp.where(is_first, loss, LOSS_DECAY * state.loss_mean + (1 - LOSS_DECAY) * loss)
         after = TrainState(
             step=state.step + 1,
             skipped=state.skipped + diverged,
-            loss_mean=jnp.where(diverged, state.loss_mean, mean),
+            losses=losses.start_row(diverged | ends_row(state.step + 1)),
             key=state.key,
             parameters=parameters,
             optimizer=moments,
         )
         rate = schedule(state.step - state.skipped)
         return after, Metrics(
-            loss=loss,
-            loss_mean=after.loss_mean,
+            loss=objective.loss,
+            loss_mean=losses.mean,
             grad_norm=norm,
             learning_rate=jnp.asarray(rate, jnp.float32),
             skipped=after.skipped,
+            details=_describe(objective),
             diverged=diverged,
+            stops=losses.consecutive_skips >= limit,
         )
 
     return jax.jit(step, donate_argnums=0)
+
+
+def _describe(objective: Objective) -> dict[str, Array]:
+    """Metrics of the auxiliary losses and of the experts."""
+    details = {f"{AUXILIARY}{name}": value for name, value in objective.auxiliary.items()}
+    loads = [(x / x.mean(axis=-1, keepdims=True)) for x in jax.tree.leaves(objective.choices)]
+    if loads:
+        details[EXPERT_LOAD_MAX] = jnp.max(jnp.stack([load.max() for load in loads]))
+        details[EXPERT_LOAD_MIN] = jnp.min(jnp.stack([load.min() for load in loads]))
+    return details
+
+
+def _bias_rates(model: Functional) -> dict[str, dict[int, float]]:
+    """The rate of the selection bias of each layer that has one, at the path of the layer in the parameters."""
+    config = model.config
+    layers = {part: [config.layers[name].mlp for name in getattr(config.fold, part)] for part in FOLDED}
+    return {
+        part: {i: mlp.bias_rate for i, mlp in enumerate(mlps) if isinstance(mlp, ExpertsConfig) and mlp.bias_rate}
+        for part, mlps in layers.items()
+    }
+
+
+def _balance(parameters: dict[str, Any], choices: Choices, rates: dict[str, dict[int, float]]) -> dict[str, Any]:
+    """Moves the selection biases toward equal loads, see `ops.experts.update_selection_bias`."""
+    parameters = jax.tree.map(lambda leaf: leaf, parameters)  # a copy of the dicts
+    for part, layers in rates.items():
+        for index, rate in layers.items():
+            experts = parameters[part][index]["mlp"]
+            bias = experts["selection_bias"]
+            experts["selection_bias"] = update_selection_bias(bias, choices[part][index], rate)
+    return parameters
 
 
 def build_evaluation(
@@ -142,7 +208,7 @@ def build_evaluation(
     constrain = _constrain_batch(mesh)
 
     def evaluate(parameters: dict[str, Any], batch: DeviceBatch) -> EvaluationSums:
-        logits, _ = model.bind(parameters).forward(batch["inputs"], read_context(batch), constrain)
+        logits, *_ = model.bind(parameters).forward(batch["inputs"], read_context(batch), constrain)
         weights, length = batch["weights"], batch["weights"].shape[1]
 
         def sum_by(indices: Array | None, x: Array, size: int) -> Array:
@@ -173,38 +239,77 @@ def read_context(batch: DeviceBatch) -> Context:
 
 def _build_gradient(
     model: Functional, microbatches: int, mesh: Mesh
-) -> Callable[[dict[str, Any], DeviceBatch, Key[Array, ""] | None], tuple[Array, dict[str, Any]]]:
-    """Returns a function to the loss of a batch and its gradient, summed over microbatches that run in sequence."""
-    constrain = _constrain_batch(mesh)
+) -> Callable[[dict[str, Any], DeviceBatch, Key[Array, ""] | None], tuple[Objective, dict[str, Any]]]:
+    """Returns a function to the objective of a batch and its gradient, summed over microbatches that run in sequence.
 
-    def total_loss(parameters: dict[str, Any], batch: DeviceBatch, key: Key[Array, ""] | None) -> Float[Array, ""]:
+    The sums do not depend on the number of microbatches. A balance loss over the batch is the product of the choices
+    in the batch and of a mean over its tokens: the choices are counted first, by another forward pass.
+    """
+    constrain = _constrain_batch(mesh)
+    counts_first = microbatches > 1 and any(
+        isinstance(layer.mlp, ExpertsConfig) and layer.mlp.balance_weight and layer.mlp.balance == "batch"
+        for layer in model.config.layers.values()
+    )
+
+    def forward(
+        parameters: dict[str, Any], batch: DeviceBatch, key: Key[Array, ""] | None, choices: Choices | None
+    ) -> tuple[Array, Losses, Choices]:
         context = read_context(batch)
         if key is not None:
             context = context.with_extras(dropout=Dropout(key, model.config.dropout))
-        logits, auxiliary = model.bind(parameters).forward(batch["inputs"], context, constrain)
-        weights = batch["weights"]
-        # Auxiliary losses are means over tokens; the weights make them sums, like the loss of the tokens.
-        return token_losses(logits, batch["targets"], weights).sum() + weights.sum() * sum(auxiliary.values())
+        return model.bind(parameters).forward(batch["inputs"], context, constrain, choices)
+
+    def total_loss(
+        parameters: dict[str, Any],
+        batch: DeviceBatch,
+        key: Key[Array, ""] | None,
+        choices: Choices | None,
+        scale: Float[Array, ""],
+    ) -> tuple[Float[Array, ""], Objective]:
+        logits, auxiliary, counted = forward(parameters, batch, key, choices)
+        # Auxiliary losses are means over tokens; the scale makes them sums that add up like the loss of the tokens.
+        weighted = {name: value * _count_tokens(batch) * scale for name, value in auxiliary.items()}
+        loss = token_losses(logits, batch["targets"], batch["weights"]).sum()
+        total = loss + sum(weighted.values())
+        return total, Objective(total, loss, weighted, counted)
 
     def differentiate(
         parameters: dict[str, Any], batch: DeviceBatch, key: Key[Array, ""] | None
-    ) -> tuple[Float[Array, ""], dict[str, Any]]:
-        scale = 1 / jnp.maximum(batch["weights"].sum(), 1)
+    ) -> tuple[Objective, dict[str, Any]]:
+        weight = batch["weights"].sum()
+        scale = weight / _count_tokens(batch)
+        gradient_of = jax.grad(total_loss, has_aux=True)
         if microbatches == 1:
-            total, gradient = jax.value_and_grad(total_loss)(parameters, batch, key)
+            gradient, objective = gradient_of(parameters, batch, key, None, scale)
         else:
             # Adjacent rows go to different microbatches, so that each microbatch is spread over all devices.
             slices = jax.tree.map(lambda x: x.reshape(-1, microbatches, *x.shape[1:]).swapaxes(0, 1), batch)
             keys = None if key is None else jax.random.split(key, microbatches)
-
-            def add(sums, microbatch):
-                return jax.tree.map(jnp.add, sums, jax.value_and_grad(total_loss)(parameters, *microbatch)), None
-
-            zeros = jnp.zeros(()), jax.tree.map(jnp.zeros_like, parameters)
-            (total, gradient), _ = jax.lax.scan(add, zeros, (slices, keys))
-        return total * scale, jax.tree.map(lambda g: g * scale, gradient)
+            choices = None
+            if counts_first:
+                choices = _add_up(lambda slice_, key: forward(parameters, slice_, key, None)[2], (slices, keys))
+            gradient, objective = _add_up(
+                lambda slice_, key: gradient_of(parameters, slice_, key, choices, scale), (slices, keys)
+            )
+        divisor = 1 / jnp.maximum(weight, 1)
+        gradient, means = jax.tree.map(lambda x: x * divisor, (gradient, objective[:3]))
+        return Objective(*means, objective.choices), gradient
 
     return differentiate
+
+
+def _add_up(function: Callable[..., PyTree], arguments: PyTree) -> PyTree:
+    """The sum of `function(*x)` over the leading axis of the arguments, one after another."""
+    first = jax.eval_shape(function, *jax.tree.map(lambda x: x[0], arguments))
+    zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), first)
+    sums, _ = jax.lax.scan(lambda sums, x: (jax.tree.map(jnp.add, sums, function(*x)), None), zeros, arguments)
+    return sums
+
+
+def _count_tokens(batch: DeviceBatch) -> Float[Array, ""]:
+    """Number of tokens that are no padding, at least 1."""
+    mask = read_context(batch).tokens.mask
+    return jnp.float32(batch["inputs"].size) if mask is None else jnp.maximum(mask.sum(), 1).astype(jnp.float32)
 
 
 def _constrain_batch(mesh: Mesh) -> Callable[[Array], Array]:

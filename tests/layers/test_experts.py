@@ -89,23 +89,30 @@ def mixture(config, w, x):
 def test_equals_the_reference_whole_and_in_steps(change):
     module = build(**change)
     expected = mixture(module.config, reference.weights(module), X)
-    (y, losses), (single, _) = jax.jit(lambda x: (module(x), module(x[:, 3:4])))(X)
-    assert losses == {}
+    (y, auxiliary), (single, _) = jax.jit(lambda x: (module(x), module(x[:, 3:4])))(X)
+    assert auxiliary.losses == {}
+    assert auxiliary.choices.sum() == X[..., 0].size * module.config.top_k
     assert_close("call", y, expected, "float32")
     assert_close("one token", single, expected[:, 3:4], "float32")
 
 
-def test_losses_are_weighted_and_do_not_count_padding():
-    module, bare = build(balance_weight=0.5, router_z_weight=0.25), build()
+@pytest.mark.parametrize("balance", ["batch", "sequence"])
+def test_losses_are_weighted_and_do_not_count_padding(balance):
+    module, bare = build(balance_weight=0.5, router_z_weight=0.25, balance=balance), build()
     mask = np.array([[True] * 9, [True] * 4 + [False] * 5])
-    (y, losses), (same, _) = jax.jit(
+    (y, (losses, choices)), (same, _) = jax.jit(
         lambda: (module(jnp.asarray(X), Context(Tokens(mask=jnp.asarray(mask)))), bare(jnp.asarray(X)))
     )()
     np.testing.assert_array_equal(y, same)
     logits = X[mask].astype(np.float64) @ reference.weights(module)["router"]["weight"]
     scores = softmax(logits)
-    falls = np.mean([np.isin(np.arange(8), choose(row, 2, 1, 1)) for row in scores], axis=0) / 2
-    assert float(losses["balance"]) == pytest.approx(0.5 * 8 * (falls * scores.mean(0)).sum(), rel=1e-5)
+    chosen = np.array([np.isin(np.arange(8), choose(row, 2, 1, 1)) for row in scores])
+    np.testing.assert_array_equal(choices, chosen.sum(0))
+    # The mean over the tokens of the loss of their batch, or of their row.
+    groups = [slice(0, 13)] if balance == "batch" else [slice(0, 9), slice(9, 13)]
+    parts = [(chosen[i].mean(0) / 2 * scores[i].mean(0)).sum() * 8 for i in groups]
+    expected = np.average(parts, weights=[len(scores[i]) for i in groups])
+    assert float(losses["balance"]) == pytest.approx(0.5 * expected, rel=1e-5)
     assert float(losses["router_z"]) == pytest.approx(0.25 * (np.log(np.exp(logits).sum(-1)) ** 2).mean(), rel=1e-5)
     assert {name: loss.dtype for name, loss in losses.items()} == dict.fromkeys(losses, jnp.float32)
 
@@ -140,7 +147,7 @@ def test_a_model_of_experts_adds_up_their_losses_and_has_gradients_scanned_or_no
             parameters |= {name: results[0][2][name] for name in ("embedding", "norm")}
 
         def total(parameters, model=model):
-            logits, losses = model.bind(parameters).forward(jnp.asarray(tokens))
+            logits, losses, _ = model.bind(parameters).forward(jnp.asarray(tokens))
             return logits.sum() + losses["balance"], losses["balance"]
 
         (value, balance), gradient = jax.jit(jax.value_and_grad(total, has_aux=True))(parameters)
@@ -168,8 +175,8 @@ def test_the_selection_bias_is_not_trained():
     graph, parameters = nnx.split(module)
 
     def total(parameters):
-        y, losses = nnx.merge(graph, parameters)(jnp.asarray(X))
-        return (y**2).sum() + losses["balance"]
+        y, auxiliary = nnx.merge(graph, parameters)(jnp.asarray(X))
+        return (y**2).sum() + auxiliary.losses["balance"]
 
     gradient = nnx.to_pure_dict(jax.jit(jax.grad(total))(parameters))
     assert not np.any(gradient.pop("selection_bias"))
@@ -199,6 +206,9 @@ def test_is_a_kind_of_feed_forward_part():
         ({"shared_gate": True}, "shared_gate"),
         ({"latent": 0}, "latent"),
         ({"balance_weight": -1.0}, "balance_weight"),
+        ({"balance": "token"}, "balance"),
+        ({"bias_rate": 0.1}, "bias_rate"),
+        ({"bias_rate": -0.1, "selection_bias": True}, "bias_rate"),
     ],
 )
 def test_rejects(change, argument):

@@ -143,12 +143,16 @@ def test_gradients_of_weights_are_summed_in_float32():
     np.testing.assert_array_equal(np.asarray(gradient, np.float32), 512)
 
 
+def balance(scores, experts, mask=None):
+    return ops.balance_loss(scores, ops.count_choices(experts, EXPERTS, mask), mask)
+
+
 def test_the_balance_loss_is_1_in_balance_and_e_over_k_if_all_choose_alike():
     even = jnp.asarray([[0, 1], [2, 3], [4, 5]])
     flat = jnp.full((3, EXPERTS), 0.3)  # sigmoid scores need not sum to 1
-    assert float(ops.balance_loss(flat, even)) == pytest.approx(1)
+    assert float(balance(flat, even)) == pytest.approx(1)
     sharp = jnp.asarray([[0.5, 0.5, 0, 0, 0, 0]] * 3)
-    assert float(ops.balance_loss(sharp, jnp.asarray([[0, 1]] * 3))) == pytest.approx(EXPERTS / 2)
+    assert float(balance(sharp, jnp.asarray([[0, 1]] * 3))) == pytest.approx(EXPERTS / 2)
 
 
 def test_losses_leave_out_padding():
@@ -157,8 +161,8 @@ def test_losses_leave_out_padding():
     mask = np.array([True, False, True, True, False])
     scores = softmax(logits)[mask]
     fractions = np.array([(experts[mask] == e).mean() for e in range(EXPERTS)])
-    balance, z = jax.jit(ops.balance_loss), jax.jit(ops.router_z_loss)
-    loss = balance(jnp.asarray(softmax(logits), jnp.float32), jnp.asarray(experts), jnp.asarray(mask))
+    z = jax.jit(ops.router_z_loss)
+    loss = jax.jit(balance)(jnp.asarray(softmax(logits), jnp.float32), jnp.asarray(experts), jnp.asarray(mask))
     assert float(loss) == pytest.approx(EXPERTS * (fractions * scores.mean(0)).sum(), rel=1e-5)
     squares = np.log(np.exp(logits).sum(-1)) ** 2
     wide = jnp.asarray(logits, jnp.float32)
@@ -167,3 +171,33 @@ def test_losses_leave_out_padding():
     empty = jnp.zeros(5, bool)
     assert float(z(wide, empty)) == 0
     assert float(balance(jnp.ones((5, EXPERTS)), jnp.asarray(experts), empty)) == 0
+
+
+def test_the_parts_of_a_balance_loss_add_up_with_the_choices_of_the_whole():
+    random = np.random.default_rng(1)
+    scores, experts = jnp.asarray(random.random((6, EXPERTS)), jnp.float32), jnp.asarray(make_choices(6, 2, "random"))
+    choices = ops.count_choices(experts, EXPERTS)
+    parts = [ops.balance_loss(scores[i], choices) for i in (slice(0, 2), slice(2, 6))]
+    assert 2 / 6 * parts[0] + 4 / 6 * parts[1] == pytest.approx(float(ops.balance_loss(scores, choices)), rel=1e-6)
+    alone = [ops.balance_loss(scores[i], ops.count_choices(experts[i], EXPERTS)) for i in (slice(0, 2), slice(2, 6))]
+    assert not np.allclose(alone, parts, rtol=1e-3)
+
+
+def test_the_selection_bias_moves_against_the_load_error():
+    choices = jnp.asarray([[4, 2, 0, 2, 2, 2], [3, 3, 3, 3, 3, 3]])
+    moved = ops.update_selection_bias(jnp.ones((2, EXPERTS)), choices, 0.25)
+    np.testing.assert_array_equal(moved, [[0.75, 1, 1.25, 1, 1, 1], [1] * 6])
+
+
+def test_the_selection_bias_balances_the_loads():
+    random = np.random.default_rng(2)
+    logits = jnp.asarray(random.normal(size=(500, EXPERTS)) + np.linspace(0, 2, EXPERTS), jnp.float32)
+
+    def step(bias, _):
+        _, experts, _ = ops.route(logits, 2, kind="sigmoid", selection_bias=bias)
+        choices = ops.count_choices(experts, EXPERTS)
+        return ops.update_selection_bias(bias, choices, 0.01), choices.max() / choices.mean()
+
+    _, loads = jax.lax.scan(step, jnp.zeros(EXPERTS), length=100)
+    assert loads[0] > 1.8
+    assert loads[-20:].max() < 1.1

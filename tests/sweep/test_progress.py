@@ -42,7 +42,7 @@ def test_lines(attempts, tmp_path):
     summary, running = console.file.getvalue().splitlines()
     # 12 steps of the running run, 20 each of the waiting and the queued one, at 2 steps per second, two at a time
     assert summary == "sweep: 1 waiting, 1 queued, 1 running, 1 done, 1 failed, 1 stopped of 6 | 0:00:00 | ETA 0:00:13"
-    assert running == "    running seed 2 | step 8/20 | loss 0.1250 | ETA 0:00:06"
+    assert running == "    running seed 2 | step 8/20 | loss 0.1250 nats | ETA 0:00:06"
 
 
 def test_the_pace_of_what_is_done_counts(attempts, tmp_path):

@@ -25,6 +25,9 @@ def attention(pattern):
     }
 
 
+EXPERTS = {"kind": "experts", "experts": 6, "top_k": 2, "width": 8, "activation": "silu", "router": "sigmoid"}
+
+
 def get_config():
     ssm = {"kind": "mamba", "inner": 16, "state": 4, "conv": 3, "dt_rank": 2, "dt_min": 1e-3, "dt_max": 0.1}
     return ConfigDict(

@@ -17,6 +17,10 @@ SCHEDULE = "local"
 STEPS = 20
 
 
+def is_fifth(step):
+    return step == 5
+
+
 class Bench:
     """A model of one layer and all that a step needs; the step is compiled once."""
 
@@ -25,12 +29,15 @@ class Bench:
         settings.model.schedule = SCHEDULE
         settings.model.dtype = train.pop("dtype", "float32")
         settings.model.dropout = train.pop("dropout", 0.0)
+        first = train.pop("first", 0)
         settings.train.update(train)
         config = configs.check(settings)
         self.config, self.model, self.mesh = config, Functional(config.model), sharding.make_mesh(config.sharding)
         self.optimizer = build_optimizer(config.optimizer, STEPS, decay=self.model.decay)
         self.schedule = build_schedule(config.optimizer, STEPS)
-        self.step = build_step(self.model, self.optimizer, self.schedule, config.train, self.mesh)
+        self.step = build_step(
+            self.model, self.optimizer, self.schedule, config.train, self.mesh, first=first, ends_row=is_fifth
+        )
         self._start = init_state(self.model, self.optimizer, 0, self.mesh)
 
     def state(self):
@@ -149,7 +156,7 @@ def test_a_loss_that_is_not_finite_changes_no_parameter(plain):
     after = host(state)
     assert_same_bits((after.parameters, after.optimizer), (before.parameters, before.optimizer))
     assert (int(after.step), int(after.skipped)) == (2, 1)
-    assert after.loss_mean == before.loss_mean
+    assert after.losses[2:] == (*before.losses[2:4], 1)
     state, metrics = plain.step(state, draw(2))  # the next update has the rate of the skipped one
     assert not metrics["diverged"]
     assert float(metrics["learning_rate"]) == pytest.approx(float(plain.schedule(1)), rel=1e-6)
@@ -164,18 +171,53 @@ def test_a_batch_that_diverges_changes_nothing(plain):
         expected, _ = plain.step(expected, batch)
     state, expected = host(state), host(expected)
     assert_same_bits(
-        (state.parameters, state.optimizer, state.loss_mean),
-        (expected.parameters, expected.optimizer, expected.loss_mean),
+        (state.parameters, state.optimizer, state.losses.reference_loss),
+        (expected.parameters, expected.optimizer, expected.losses.reference_loss),
     )
 
 
-def test_a_spike_is_a_multiple_of_the_running_mean(spiky):
-    state = spiky.state()
+def scaled(losses, factor):
+    """Statistics whose reference of spikes is multiplied by a factor."""
+    return losses._replace(reference_loss=losses.reference_loss * factor)
+
+
+def test_the_mean_is_weighted_by_tokens_and_starts_again_after_a_row(plain):
+    state, losses, weights, means = plain.state(), [], [], []
+    for seed in range(8):
+        batch = draw(seed)
+        batch["weights"][:, seed + 2 :] = 0
+        batch = poisoned(batch) if seed in (1, 6) else batch
+        state, metrics = plain.step(state, batch)
+        losses.append(float(metrics["loss"]))
+        weights.append(batch["weights"].sum())
+        means.append(float(metrics["loss_mean"]))
+
+    def mean(*steps):
+        return np.average([losses[i] for i in steps], weights=[weights[i] for i in steps])
+
+    # A row follows step 5, and the two steps that diverged: numbers 1 and 6, counted from 0.
+    expected = [mean(0), mean(0), mean(2), mean(2, 3), mean(2, 3, 4), mean(5), mean(5), mean(7)]
+    assert means == pytest.approx(expected, rel=1e-6)
+    assert float(state.losses.row_weight) == weights[7]
+
+
+def test_a_row_without_a_step_has_no_mean(plain):
+    state, _ = plain.step(plain.state(), poisoned(draw(0)))
+    _, metrics = plain.step(state, poisoned(draw(1)))
+    assert np.isnan(metrics["loss_mean"])
+
+
+def test_a_spike_is_a_multiple_of_the_mean_of_the_phase(spiky):
+    state, values = spiky.state(), []
     for seed in range(3):
         state, metrics = spiky.step(state, draw(seed))
         assert not metrics["diverged"]
+        values.append(float(metrics["loss"]))
+    weights = 0.99 ** np.arange(3)[::-1]
+    reference = float(state.losses.reference_loss / state.losses.reference_weight)
+    assert reference == pytest.approx(np.average(values, weights=weights), rel=1e-5)  # without a bias to the first loss
     before = host(state)
-    state, metrics = spiky.step(dataclasses.replace(state, loss_mean=state.loss_mean / 2.5), draw(3))
+    state, metrics = spiky.step(dataclasses.replace(state, losses=scaled(state.losses, 1 / 2.5)), draw(3))
     assert metrics["diverged"]
     assert np.isfinite(metrics["loss"])
     assert_same_bits(host(state).parameters, before.parameters)
@@ -187,8 +229,41 @@ def test_after_a_first_loss_that_diverges_others_are_no_spikes(spiky):
     assert metrics["diverged"]
     state, metrics = spiky.step(state, draw(1))
     assert not metrics["diverged"]
-    assert float(metrics["loss_mean"]) == float(metrics["loss"])
+    assert float(metrics["loss_mean"]) == pytest.approx(float(metrics["loss"]), rel=1e-6)
     assert int(state.skipped) == 1
+
+
+def test_the_reference_follows_a_loss_that_stays_higher(spiky):
+    state, _ = spiky.step(spiky.state(), draw(0))
+    state = dataclasses.replace(state, losses=scaled(state.losses, 1 / 2.1))
+    diverged = []
+    for _ in range(8):  # a skipped loss counts as twice the reference
+        state, metrics = spiky.step(state, draw(0))
+        diverged.append(bool(metrics["diverged"]))
+    assert diverged[0]
+    assert not diverged[-1]
+
+
+def test_the_reference_starts_again_with_a_phase():
+    later = Bench(spike=2.0, first=3)
+    state = later.state()
+    for step in range(3):
+        state, _ = later.step(state, draw(step))
+    state, metrics = later.step(dataclasses.replace(state, losses=scaled(state.losses, 0.1)), draw(3))
+    assert not metrics["diverged"]
+    assert float(state.losses.reference_loss / state.losses.reference_weight) == pytest.approx(float(metrics["loss"]))
+
+
+@pytest.mark.parametrize(("train", "limit"), [({"bad_loss": "skip", "max_skips": 3}, 3), ({"bad_loss": "stop"}, 1)])
+def test_consecutive_skips_are_limited(train, limit):
+    bench = Bench(**train)
+    state, _ = bench.step(bench.state(), poisoned(draw(0)))
+    state, metrics = bench.step(state, draw(0))  # an update between two skips
+    assert not metrics["stops"]
+    for count in range(1, limit + 1):
+        state, metrics = bench.step(state, poisoned(draw(count)))
+        assert bool(metrics["stops"]) == (count == limit)
+    assert int(state.skipped) == limit + 1
 
 
 def test_evaluation_sums_by_position(plain):
