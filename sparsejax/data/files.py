@@ -7,6 +7,7 @@ import dataclasses
 import glob
 import hashlib
 import os
+import re
 import stat
 import sysconfig
 from collections import Counter
@@ -173,10 +174,18 @@ def _list_standard_library() -> list[File]:
     return [File(path.relative_to(folder).as_posix(), path, Kind(TEXT)) for path in sources]
 
 
+def _split_list(files: str, key: str) -> list[str]:
+    """Splits a list of paths at commas, except inside double quotes; the path of an existing file is one path."""
+    if files.strip() and local_path(files.strip(), key).exists():
+        return [files.strip()]
+    matches = re.finditer(r'\s*(?:"([^"]*)"|([^,]*))\s*(?:,|$)', files)
+    return [path for match in matches if (path := match[1] or (match[2] or "").strip())]
+
+
 def _list_files(files: str, key: str, read_as: str, skipped: Skipped) -> list[File]:
     """Lists the files to read, and adds those that folders and globs hold besides to `skipped`."""
     listed: dict[Path, File] = {}  # by resolved path: a file that is named twice must not be on both sides
-    for item in (local_path(name.strip(), key) for name in files.split(",") if name.strip()):
+    for item in (local_path(name, key) for name in _split_list(files, key)):
         root, paths = _expand(item, key, skipped)
         real = {path.resolve() for path in paths if not path.is_symlink()}
         for path in paths:

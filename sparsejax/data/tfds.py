@@ -101,6 +101,9 @@ def _find(config: DataConfig) -> Path:
     matching = [path for path in versions if version in ("", path.name)]
     if not matching:
         others = f", only {', '.join(sorted(path.name for path in versions))}" if versions else ""
+        prepared = {path.parent.parent.name for path in root.parent.glob("*/*/dataset_info.json")}
+        if not versions and prepared:
+            others = f"; {suggest(name, sorted(prepared), 'prepared data sets')}"
         raise DataError("data.tfds", f"{config.tfds} is not prepared in {root.parent}{others}; run {_command(config)}")
     return max(matching, key=lambda path: [int(part) if part.isdecimal() else 0 for part in path.name.split(".")])
 

@@ -1,8 +1,14 @@
 """File formats: documents are complete and ordered, damage is reported, nothing is dropped silently."""
 
+import bz2
 import gzip
+import io
 import json
+import lzma
 import sys
+import tarfile
+import time
+import zipfile
 
 import numpy as np
 import pytest
@@ -11,7 +17,7 @@ from sparsejax.data import DataError, load_corpus
 from sparsejax.data import formats as formats_module
 from sparsejax.data import text as text_module
 from sparsejax.data.files import Files
-from sparsejax.data.kinds import CHUNK, detect, read_chunks
+from sparsejax.data.kinds import CHUNK, read_chunks
 from tests.messages import rejects
 
 pytestmark = pytest.mark.quick
@@ -96,6 +102,175 @@ def test_zstd_is_the_same_text(tmp_path):
     (tmp_path / "b.zst").write_bytes(packed[:-3])
     with rejects(DataError, "data.files"):
         list(read_chunks(tmp_path / "b.zst", compression="zstd"))
+
+
+RECORDS = [{"text": text} for text in TEXTS]
+LINES = "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in RECORDS).encode()
+
+
+@pytest.mark.parametrize("name", ["a.jsonl", "A.JSON", "text.txt", "none", "archive.JSONL.GZ"])
+@pytest.mark.parametrize("compress", [bytes, gzip.compress, bz2.compress, lzma.compress, "zstd"])
+def test_json_is_known_by_its_content(tmp_path, name, compress):
+    if compress == "zstd":
+        compress = pytest.importorskip("zstandard").compress
+    array, one = json.dumps(RECORDS, indent=1).encode(), json.dumps(RECORDS).encode()
+    for data in (LINES, b"\xef\xbb\xbf" + LINES, array, one):
+        (tmp_path / name).write_bytes(compress(data))
+        assert both(load_corpus(str(tmp_path / name))) == sorted(TEXTS)
+    (tmp_path / name).write_bytes(compress(LINES))
+    corpus = load_corpus(str(tmp_path / name), read_as="text")
+    assert bytes(corpus.train) + bytes(corpus.validation) == LINES
+    (kind,) = corpus.files["read"]
+    assert kind.split()[0] == "text"
+
+
+def test_arrow_and_columns_by_content(tmp_path):
+    pyarrow = pytest.importorskip("pyarrow")
+    from pyarrow import parquet
+
+    plain = pyarrow.table({"text": TEXTS, "id": list(range(60))})
+    coded = pyarrow.table({"text": plain["text"].dictionary_encode()})
+    large = pyarrow.table({"text": plain["text"].cast(pyarrow.large_string())})
+    for table in (plain, coded, large):
+        parquet.write_table(table, tmp_path / "a.bin")
+        for name, writer in (("file", pyarrow.ipc.new_file), ("stream", pyarrow.ipc.new_stream)):
+            with writer(str(tmp_path / name), table.schema) as output:
+                output.write_table(table)
+        for name in ("a.bin", "file", "stream"):
+            assert both(load_corpus(str(tmp_path / name))) == sorted(TEXTS)
+    assert_rejected("data.field", tmp_path / "stream", field="body")
+
+
+def make_zip():
+    file = io.BytesIO()
+    with zipfile.ZipFile(file, "w") as packed:
+        packed.writestr("a", "text")
+    return file.getvalue()
+
+
+def make_tar(mode):
+    file = io.BytesIO()
+    with tarfile.open(fileobj=file, mode=mode) as packed:
+        packed.add(__file__)
+    return file.getvalue()
+
+
+UNREADABLE = {
+    "zip": make_zip,
+    "tar": lambda: make_tar("w"),
+    "tar.gz": lambda: make_tar("w:gz"),
+    "gz.gz": lambda: gzip.compress(gzip.compress(LINES)),
+    "parquet.gz": lambda: gzip.compress(b"PAR1 and so on"),
+    "utf16": lambda: "text".encode("utf-16"),
+    "utf32": lambda: "text".encode("utf-32"),
+    "pdf": lambda: b"%PDF-1.7",
+    "npy": lambda: b"\x93NUMPY\x01\x00",
+    "sqlite": lambda: b"SQLite format 3\0",
+    "binary": lambda: b"text\0text",
+    "late_zero": lambda: b"text" * CHUNK + b"\0",
+    "latin1": lambda: "text é text".encode("latin-1"),
+    "cut_character": lambda: "text é".encode()[:-1],
+}
+
+
+@pytest.mark.parametrize("name", UNREADABLE)
+def test_other_kinds_are_refused_by_name(tmp_path, name):
+    data = UNREADABLE[name]()
+    (tmp_path / "a.txt").write_bytes(data)
+    if name != "cut_character":  # the end of a text, which is split within characters
+        assert_rejected("data.files", tmp_path / "a.txt")
+    (tmp_path / "b.txt").write_text("text")
+    assert_rejected(
+        "data.validation" if name not in DEEP else "data.files", tmp_path / "b.txt", validation=str(tmp_path / "a.txt")
+    )
+    corpus = load_corpus(str(tmp_path / "a.txt"), read_as="bytes")
+    assert bytes(corpus.train) + bytes(corpus.validation) == data
+
+
+DEEP = ("late_zero", "latin1", "cut_character")  # found while the text is read
+
+
+def test_a_byte_order_mark_is_dropped(tmp_path):
+    (tmp_path / "a.txt").write_bytes(b"\xef\xbb\xbf" + b"text " * 100)
+    corpus = load_corpus(str(tmp_path / "a.txt"))
+    assert bytes(corpus.train) + bytes(corpus.validation) == b"text " * 100
+    (tmp_path / "b.gz").write_bytes(gzip.compress(b"\xef\xbb\xbf" + b"text " * 100))
+    packed = load_corpus(str(tmp_path / "b.gz"))
+    np.testing.assert_array_equal(packed.train, corpus.train)
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        b'{"text": "\xe9"}',
+        b'{"text": ' + b"[" * 5000 + b"]" * 5000 + b"}",
+        b'{"text": "a\\ud800"}',
+        b'{"text": NaN}',
+        b'{"text": "a", "id": ' + b"9" * 5000 + b"}",
+        b'{"te\\nxt": "a"}',
+        b'{"text": "a"',
+        b"[1]",
+    ],
+    ids=["utf8", "deep", "surrogate", "nan", "integer", "key", "cut", "array"],
+)
+def test_damaged_records(tmp_path, line):
+    (tmp_path / "a.jsonl").write_bytes(b'{"text": "fine"}\n' + line + b"\n")
+    assert_rejected("line 2", tmp_path / "a.jsonl")
+
+
+def test_damaged_columns(tmp_path):
+    pyarrow = pytest.importorskip("pyarrow")
+    from pyarrow import parquet
+
+    column = pyarrow.array([b"fine", b"caf\xe9"], pyarrow.binary())
+    text = pyarrow.Array.from_buffers(pyarrow.string(), 2, column.buffers())
+    parquet.write_table(pyarrow.table({"text": text}), tmp_path / "a.parquet")
+    assert_rejected("line 2", tmp_path / "a.parquet")
+    parquet.write_table(pyarrow.table({"text": [["nested"]]}), tmp_path / "a.parquet")
+    assert_rejected("line 1", tmp_path / "a.parquet")
+
+
+@pytest.mark.parametrize("compress", [gzip.compress, bz2.compress, lzma.compress, "zstd"])
+def test_damaged_compression(tmp_path, compress):
+    if compress == "zstd":
+        zstandard = pytest.importorskip("zstandard")
+        compress = zstandard.ZstdCompressor(write_checksum=True).compress
+    packed = compress(LINES)
+    path = tmp_path / "a.jsonl.gz"
+    for damaged in (packed[:-7], packed[:40] + b"damage" + packed[46:], packed + packed[:20]):
+        path.write_bytes(damaged)
+        assert_rejected("data.files", path)
+    path.write_bytes(packed + packed)  # two streams
+    assert both(load_corpus(str(path))) == sorted(TEXTS * 2)
+
+
+def test_a_mixed_folder_says_its_formats(tmp_path):
+    (tmp_path / "a.txt").write_text("text")
+    (tmp_path / "b.jsonl").write_bytes(LINES)
+    corpus = load_corpus(str(tmp_path))
+    assert corpus.files["read"] == {"text": 1, "JSON lines": 1}
+    assert corpus.notes == ["files: 1 text, 1 JSON lines"]
+
+
+@pytest.mark.parametrize("separator", [b"\n", b"ab", b"aab", b"aaa"])
+def test_split_equals_the_split_of_the_whole(separator):
+    rng = np.random.default_rng(0)
+    for size in (0, 1, 2, 3, 7, 50):
+        for _ in range(20):
+            text = bytes(rng.choice(list(b"ab\n"), 200).tolist())
+            chunks = [text[i : i + size] for i in range(0, 200, size)] if size else [text]
+            expected = text.split(separator)
+            assert list(formats_module.split(chunks, separator)) == expected[: len(expected) - (not expected[-1])]
+
+
+def test_a_long_record_takes_linear_time():
+    def measure(count):
+        start = time.process_time()
+        assert [len(text) for text in formats_module.split([b"x" * CHUNK] * count, b"\n")] == [count * CHUNK]
+        return time.process_time() - start
+
+    measure(8)
+    assert measure(256) < 32 * 3 * max(measure(8), 0.002)  # quadratic time is 1024 times as long
 
 
 def test_separators_and_escapes(tmp_path):

@@ -1,5 +1,6 @@
 """Files that a corpus reads, and their split."""
 
+import os
 import sysconfig
 from pathlib import Path
 
@@ -99,14 +100,49 @@ def test_the_digest_depends_on_names_and_content_only(book, tmp_path):
     assert load_corpus(str(moved)).digest != digest
 
 
-def test_folders_skip_hidden_empty_and_binary_files(book):
-    digest = load_corpus(str(book)).digest
+def test_folders_count_what_they_skip(book):
+    before = load_corpus(str(book))
+    assert before.files == {"read": {"text": 60}, "skipped": {}}
+    assert not before.notes
     (book / ".git").mkdir()
     (book / ".git" / "config").write_text("hidden")
     (book / ".hidden").write_text("hidden")
     (book / "empty.txt").touch()
-    (book / "picture.png").write_bytes(b"\x89PNG\0\0")
-    assert load_corpus(str(book)).digest == digest
+    (book / "picture.png").write_bytes(b"\x89PNG")
+    (book / "broken.txt").symlink_to(book / "absent")
+    (book / "copy.txt").symlink_to(book / NAMES[0])
+    (book / "part0" / "cycle").symlink_to(book)
+    os.mkfifo(book / "queue")
+    (book / "late.txt").write_bytes(b"a" * (1 << 17) + b"\0")  # a zero byte, far from the start
+    corpus = load_corpus(str(book))
+    assert corpus.digest == before.digest
+    skipped = {"hidden": 2, "empty": 1, "binary": 2, "broken link": 1, "repeated": 2, "special": 1}
+    assert corpus.files == {"read": {"text": 60}, "skipped": skipped}
+    (note,) = corpus.notes
+    assert note.startswith("skipped 9 of 69 files: ")
+    assert f"1 empty ({book}/empty.txt)" in note
+    (note,) = load_corpus(f"{book}/part0/*, {book}/*").notes
+    assert "4 folder" in note  # those that `*` matches
+
+
+def test_links_to_folders_are_followed(book, tmp_path):
+    whole = load_corpus(str(book))
+    (book / "part1").rename(tmp_path / "moved")
+    (book / "part1").symlink_to(tmp_path / "moved")
+    assert load_corpus(str(book)).digest == whole.digest
+
+
+def test_a_folder_that_cannot_be_listed_is_an_error(book, monkeypatch):
+    listed = os.scandir
+
+    def scan(path):
+        if str(path).endswith("part1"):
+            raise PermissionError(13, "Permission denied", str(path))
+        return listed(path)
+
+    monkeypatch.setattr(os, "scandir", scan)  # root can read everything
+    with rejects(DataError, "part1"):
+        load_corpus(str(book))
 
 
 def test_globs_and_lists(book):
@@ -147,6 +183,7 @@ def test_files_without_text(tmp_path, book):
     (tmp_path / "binary").mkdir()
     (tmp_path / "binary" / "a").write_bytes(b"\0")
     absent = [f"{tmp_path}/absent.txt", f"{book},{tmp_path}/absent", f"{book}/*.md", f"{tmp_path}/nothing"]
-    for files in [*absent, f"{book},{tmp_path}/empty.txt", f"{tmp_path}/binary"]:
+    os.mkfifo(tmp_path / "queue")
+    for files in [f"{tmp_path}/queue", *absent, f"{book},{tmp_path}/empty.txt", f"{tmp_path}/binary"]:
         with rejects(DataError, "data.files"):
             load_corpus(files)
