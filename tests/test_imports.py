@@ -114,6 +114,7 @@ IMPORTS: dict[str, set[str]] = {
         "metrics",
         "machine",
         "overrides",
+        "records",
         "workdir",
         "schedule",
         "config",

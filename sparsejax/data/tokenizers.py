@@ -250,7 +250,8 @@ class SentencePiece(_Subwords):
     def __init__(self, name: str, data: bytes):
         sentencepiece = import_package("sentencepiece", "data.tokenizer", f"{name} is a SentencePiece model")
         try:
-            self._model = sentencepiece.SentencePieceProcessor(model_proto=data)
+            self._model = sentencepiece.SentencePieceProcessor()
+            self._model.LoadFromSerializedProto(data)  # the constructor accepts an empty file
         except Exception as error:  # the library raises nothing more specific
             raise DataError("data.tokenizer", f"{name} is not a SentencePiece model") from error
         ids = {self._model.id_to_piece(number): number for number in range(self._model.get_piece_size())}

@@ -22,8 +22,10 @@ from rich.console import Console
 from sparsejax import config as configs
 from sparsejax.account import AccountCache
 from sparsejax.budget import QUANTITIES, Budget, match_runs
+from sparsejax.errors import InputError
 from sparsejax.metrics import EVAL, STEPS_PER_SECOND, direction
 from sparsejax.overrides import Overrides, write_value
+from sparsejax.records import require
 from sparsejax.report.search import PRUNED, Objective, find_best, write_results
 from sparsejax.signals import Interrupted
 from sparsejax.sweep import SAMPLERS
@@ -87,7 +89,7 @@ class Search:
 
 def read_space(source: str) -> Callable[[Trial], Overrides]:
     """Returns the function `space` of `FILE.py`, or the function of `FILE.py:NAME`."""
-    path, _, name = source.partition(":")
+    path, name = configs.split_source(source)
     return read_function("space", path, name or "space")
 
 
@@ -115,8 +117,7 @@ def run_search(
     check_record(folder, search.config, [])
     with SweepFolder(folder).hold():
         _claim_folder(SweepFolder(folder), search)
-        storage = _open_storage(SweepFolder(folder).study)
-        study = _open_study(search, storage, first_rung=base.eval.every)
+        storage, study = _open_study(search, SweepFolder(folder).study, first_rung=base.eval.every)
         progress = Progress(console, folder, executor.jobs or 1, search.trials)
         reason = _Trials(search, study, storage, folder, executor, progress).follow(max_hours)
         trials = study.get_trials(deepcopy=False)
@@ -134,7 +135,7 @@ def run_search(
 def _claim_folder(folder: SweepFolder, search: Search) -> None:
     """Records the search in its folder; raises SweepError if the folder belongs to another one."""
     if folder.search.exists():
-        change = configs.difference(read_json(folder.search), json.loads(json.dumps(search.record)))
+        change = configs.difference(read_json(folder.search, dict), json.loads(json.dumps(search.record)))
         if change:
             raise SweepError("workdir", f"{folder.path} belongs to another search: {change}")
     write_json(folder.search, search.record)
@@ -151,17 +152,39 @@ def _open_storage(journal: Path) -> BaseStorage:
     return JournalStorage(JournalFileBackend(str(journal)))
 
 
-def _open_study(search: Search, storage: BaseStorage, first_rung: int) -> optuna.Study:
-    """Opens or creates the study. Trials are compared for the first time after `first_rung` steps."""
+def _open_study(search: Search, journal: Path, first_rung: int) -> tuple[BaseStorage, optuna.Study]:
+    """Opens or creates the study of a journal. Trials are compared for the first time after `first_rung` steps.
+
+    Raises:
+      SweepError: The journal is damaged.
+    """
     optuna.logging.set_verbosity(optuna.logging.ERROR)
     single = len(search.objectives) == 1
-    return optuna.create_study(
-        storage=storage,
-        study_name=STUDY,
-        load_if_exists=True,
-        directions=["maximize" if objective.direction == "max" else "minimize" for objective in search.objectives],
-        pruner=optuna.pruners.SuccessiveHalvingPruner(first_rung, REDUCTION) if single else optuna.pruners.NopPruner(),
-    )
+    directions = ["maximize" if objective.direction == "max" else "minimize" for objective in search.objectives]
+    pruner = optuna.pruners.SuccessiveHalvingPruner(first_rung, REDUCTION) if single else optuna.pruners.NopPruner()
+    try:
+        storage = _open_storage(journal)
+        study = optuna.create_study(
+            storage=storage, study_name=STUDY, load_if_exists=True, directions=directions, pruner=pruner
+        )
+        for trial in study.get_trials(deepcopy=False):
+            _check_trial(trial, len(directions), f"{journal}: trial {trial.number}")
+        return storage, study
+    except (OSError, InputError):
+        raise
+    except Exception as error:  # Optuna replays the journal without checks
+        raise SweepError(journal, f"damaged: {type(error).__name__}: {error}") from error
+
+
+def _check_trial(trial: FrozenTrial, objectives: int, source: str) -> None:
+    """Raises InputError if a record of a trial is damaged."""
+    require(trial.user_attrs, {"overrides": (dict, None), "run": (str, None), PRUNED: (int, None)}, source)
+    require(trial.user_attrs.get("overrides", {}), {...: str}, source, "overrides")
+    require(trial.intermediate_values, {...: (float, None)}, source)
+    if trial.state is TrialState.COMPLETE:
+        require(trial.values, [float], source)
+        if len(trial.values) != objectives or "overrides" not in trial.user_attrs:
+            raise InputError(source, "damaged: its values or overrides are missing")
 
 
 def _build_sampler(search: Search, number: int) -> BaseSampler:

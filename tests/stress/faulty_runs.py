@@ -52,29 +52,28 @@ class Runs:
     def __init__(self, server: Server, folder: Path):
         self._server, self._folder, self._text = server, folder, write_text(folder / "text")
         self.whole = Workdir(folder / "whole")
-        ended, self._calls, _ = self.train(self.whole)
+        ended, self._calls = self.train(self.whole)
         if ended.code:
             raise RuntimeError(f"the undisturbed run failed: {ended}")
 
-    def train(self, workdir: Workdir, **faults: Any) -> tuple[Ended, int, str]:
-        """Trains or resumes a run; returns how it ended, its number of calls and the call that was disturbed."""
+    def train(self, workdir: Workdir, **faults: Any) -> tuple[Ended, list[str]]:
+        """Trains or resumes a run; returns how it ended and its calls, see faults.c."""
         log = self._folder / "calls"
         log.unlink(missing_ok=True)
         settings = [f"--config.{key}={value}" for key, value in SETTINGS.items()]
         command = ["train", f"--config={RECIPE}", f"--config.data.files={self._text}", f"--workdir={workdir.path}"]
         faults = {"folder": workdir.path, "calls": CALLS, "log": log} | faults
         ended = self._server.run(*command, *settings, **faults)
-        lines = log.read_text(errors="replace").splitlines() if log.exists() else []
-        disturbed = next((line.removesuffix(" !") for line in lines if line.endswith(" !")), "")
-        return ended, len(lines), disturbed
+        return ended, log.read_text(errors="replace").splitlines() if log.exists() else []
 
     def disturb(self, workdir: Workdir, draw: random.Random, kill: bool) -> dict[str, Any]:
         """Disturbs a random call of a run; returns a record of it."""
         before = max(list_steps(workdir.checkpoints), default=0)
-        remaining = 40 + int(self._calls * (STEPS - before) / STEPS)
-        name, calls, lasts = (None, CALLS, 0) if kill else draw.choice(FAULTS)
-        faults = {"at": draw.randint(1, remaining), "errno": name and getattr(errno, name), "lasts": lasts}
-        ended, _, call = self.train(workdir, calls=calls, **{**faults, "errno": faults["errno"] or 0})
+        name, kinds, lasts = (None, CALLS, 0) if kill else draw.choice(FAULTS)
+        total = sum(line.split()[1] in kinds for line in self._calls)
+        at = draw.randint(1, 5 + int(total * (STEPS - before) / STEPS))
+        ended, calls = self.train(workdir, calls=kinds, at=at, errno=getattr(errno, name) if name else 0, lasts=lasts)
+        call = next((line.removesuffix(" !") for line in calls if line.endswith(" !")), "")
         resumed = re.search(r"^resuming .* at step (\d+)$", ended.output.replace("\n/", "/"), re.MULTILINE)
         record = {"error": name, "lasts": lasts, "call": call.replace(str(workdir.path), ""), "code": ended.code}
         record |= {"before": before, "after": max(list_steps(workdir.checkpoints), default=0)}
@@ -91,7 +90,7 @@ class Runs:
             yield records[-1]
             if not records[-1]["call"]:
                 break
-        ended, _, _ = self.train(workdir)
+        ended, _ = self.train(workdir)
         differences = find_differences(self.whole, workdir) if ended.code == 0 else [f"failed: {ended.errors[-500:]}"]
         yield {"chain": name, "differences": differences}
         if not differences:

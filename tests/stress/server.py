@@ -97,12 +97,15 @@ def serve() -> None:
 
 def _become(command: Sequence[str], variables: Mapping[str, str], files: Sequence[str]) -> None:
     """Runs a command, and ends as the interpreter does."""
+    import faulthandler
+
     from sparsejax.cli import main
 
     for target, path in enumerate(files, 1):
         os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), target)
     os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
     os.environ |= variables
+    faulthandler.enable()  # `_wait` aborts a process that hangs
     ctypes.CDLL(None).faults_configure()
     sys.exit(main(command))
 
