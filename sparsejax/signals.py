@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterable, Iterator
 from typing import TypeVar
 
 INTERRUPTED = 75  # exit code of a process that a signal stopped after it saved its work (EX_TEMPFAIL: try again)
+LOSS_DIVERGED = 3  # exit code of a process whose training stopped after saving, or ended without a finite evaluation
 LEAVE_TIMEOUT = 1.0  # seconds that an abandoned thread has to notice that it was abandoned
 
 Item = TypeVar("Item")

@@ -12,7 +12,6 @@ from sparsejax import sharding
 from sparsejax.model import Functional, restack
 from sparsejax.train import build_optimizer, build_schedule, build_step, init_state
 from sparsejax.train.step import read_context
-from tests.messages import rejects
 from tests.train import recipe
 
 TOP_K, LENGTH, RATE = 2, 16, 0.01
@@ -127,8 +126,3 @@ def test_a_skipped_step_leaves_the_bias():
     state, metrics = step(state, draw(1) | {"weights": np.full((4, LENGTH), np.nan, np.float32)})
     assert metrics["diverged"]
     np.testing.assert_array_equal(biases(model, state), before)
-
-
-def test_a_rate_without_a_bias_is_named():
-    with rejects(configs.ConfigError, "model.layers.moe.mlp.bias_rate"):
-        build({"bias_rate": 0.1})
