@@ -314,7 +314,7 @@ def _write_entry(source: Source, tokenizer: Tokenizer, entry: Path) -> None:
 
 def _open(entry: Path) -> tuple[Side, Side]:
     try:
-        counts = read_json(entry / "counts.json")
+        counts = read_json(entry / "counts.json", {"format": int, "dtype": str, "sides": {...: {...: float}}})
         if counts["format"] != FORMAT:
             raise ValueError(f"format {counts['format']} instead of {FORMAT}")
         dtype, sides = np.dtype(counts["dtype"]), counts["sides"]
