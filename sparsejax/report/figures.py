@@ -133,16 +133,18 @@ def _draw_multiples(comparison: Comparison, panel: Curves) -> Figure:
             _draw_group(axis, panel, comparison.baseline, color=BASELINE_GREY)
         _draw_group(axis, panel, group, color=BASELINE if is_baseline else SERIES[0])
         axis.set_title(_wrap(f"{group.label}{' (baseline)' * is_baseline}", TITLE_WIDTH), fontsize=8, loc="left")
-        if panel.name == "curves":
-            final = write_estimate(group.estimate, decimals).text
-            corner = (0.97, 0.94, "top") if comparison.lower else (0.97, 0.06, "bottom")
-            axis.text(*corner[:2], final, transform=axis.transAxes, ha="right", va=corner[2], fontsize=7.5)
         _style_axis(axis)
     for number, axis in enumerate(axes):
         axis.set_visible(number < len(groups))
         axis.tick_params(labelbottom=len(groups) - columns <= number)
     axes[0].set_xticks(_evaluations(comparison, MAX_TICKS // 2))
     _focus(*axes[: len(groups)])
+    if panel.name == "curves":
+        for axis, group in zip(axes, groups, strict=False):
+            # The value at the last step, in the corner that the curve leaves free.
+            at, side = (0.94, "top") if group.estimate.mean < np.mean(axis.get_ylim()) else (0.06, "bottom")
+            final = write_estimate(group.estimate, decimals).text
+            axis.text(0.97, at, final, transform=axis.transAxes, ha="right", va=side, fontsize=7.5)
     figure.supxlabel(f"step (grey: {comparison.baseline.label})", fontsize=9)
     figure.supylabel(panel.label, fontsize=9)
     return figure
