@@ -11,7 +11,7 @@ from sparsejax.errors import InputError
 BUCKETS = ("gs", "s3", "az")  # schemes that the extra `buckets` provides
 WRITABLE = (*BUCKETS, "memory")  # schemes of fsspec to which a workdir is written
 # An address, also as pathlib.Path leaves it, which joins slashes.
-_ADDRESS = re.compile(rf"([A-Za-z][\w+.-]*(?=://)|file|{'|'.join(WRITABLE)}):(/+)(.*)", re.DOTALL)
+_ADDRESS = re.compile(rf"([A-Za-z][\w+.-]*(?=://)|(?i:file|{'|'.join(WRITABLE)})):(/+)(.*)", re.DOTALL)
 
 
 def local_path(path: str | os.PathLike[str], argument: str = "path") -> Path:

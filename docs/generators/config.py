@@ -17,7 +17,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from generators import markdown
-from sparsejax.config import schema
+from sparsejax.config import EFFECTS, schema
 from sparsejax.config.build import UNIONS
 from sparsejax.overrides import Overrides
 from sparsejax.patterns import Pattern
@@ -26,7 +26,10 @@ NAMES = {int: "integer", float: "number", bool: "boolean", str: "text", Override
 INTRODUCTION = """\
 A config is a file that defines `get_config()`, which returns a `ConfigDict` with the sections below. On the command
 line `--config.KEY=VALUE` sets a key, such as `--config.model.width=256`. NAME stands for a name that the config
-chooses. A key without a default is required. The text form of a pattern is described in [Patterns](patterns.md)."""
+chooses. A key without a default is required. The text form of a pattern is described in [Patterns](patterns.md).
+
+A run can [resume](../howto/interrupt_and_resume.md#change-the-configuration) with another value of a key that is marked
+*resume*; the mark says what that changes. Of a marked section, every key is. With any other change it is refused."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,8 +52,9 @@ def generate() -> str:
     links: dict[type, str] = {}
     for section in sections:
         links.setdefault(section.schema, markdown.anchor(section.heading))
+    hints = typing.get_type_hints(schema.Config)
     contents = [
-        f"- [`{field.name}`](#{field.name}): {_first_sentence(typing.get_type_hints(schema.Config)[field.name])}"
+        f"- [`{field.name}`](#{field.name}): {_first_sentence(hints[field.name])}{_resume(field)}"
         for field in dataclasses.fields(schema.Config)
     ]
     parts = [part for section in sections for part in _section(section, links)]
@@ -121,7 +125,7 @@ def _section(section: Section, links: dict[type, str]) -> Iterator[str]:
     for field in dataclasses.fields(section.schema):
         annotation = _split_none(hints[field.name])[0]
         described = dataclasses.is_dataclass(annotation) and _first_sentence(annotation).rstrip(".")
-        meaning = markdown.sentence(comments.get(field.name) or described or "")
+        meaning = markdown.sentence(comments.get(field.name) or described or "") + _resume(field)
         kind = _type(hints[field.name], ranges.get(field.name, {}), links)
         rows.append((f"`{field.name}`", kind, _default(field), meaning))
     yield markdown.table(("key", "type", "default", "meaning"), rows) if rows else "It has no keys."
@@ -159,6 +163,11 @@ def _default(field: dataclasses.Field) -> str:
     if default is None:
         return "none"
     return f"`{list(default) if isinstance(default, tuple) else default!r}`"
+
+
+def _resume(field: dataclasses.Field) -> str:
+    """What the change of a key at a resume does; empty for a key that cannot change."""
+    return f" *Resume: {EFFECTS[field.metadata['resume']]}.*" if "resume" in field.metadata else ""
 
 
 def _describe(section: type) -> str:

@@ -67,7 +67,11 @@ class Checkpoints:
     ):
         self.folder, self.meta = folder, meta
         self._config, self._losses = config, dict(losses or {})
-        options = ocp.CheckpointManagerOptions(cleanup_tmp_directories=True)
+        options = ocp.CheckpointManagerOptions(
+            cleanup_tmp_directories=True,
+            # Else threads wait for a folder that cannot be made, and the process does not end for minutes.
+            async_options=ocp.AsyncOptions(create_directories_asynchronously=False),
+        )
         handlers = {
             "state": ocp.StandardCheckpointHandler(),
             # Batches are a function of the step, so one iterator state serves any number of processes.

@@ -2,6 +2,7 @@
 
 import itertools
 import os
+import random
 import signal
 import threading
 import time
@@ -92,7 +93,14 @@ def test_the_final_evaluation_of_a_process_hears_a_signal(tmp_path):
     workdir = Workdir(tmp_path / "run")
     files = tmp_path / "long.txt"
     files.write_text("the final evaluation takes many seconds " * 80_000)
-    keys = {"data.files": files, "train.steps": 2, "eval.every": 2, "checkpoint.every": 2, "eval.batch": 1, "eval.batches": 1}
+    keys = {
+        "data.files": files,
+        "train.steps": 2,
+        "eval.every": 2,
+        "checkpoint.every": 2,
+        "eval.batch": 1,
+        "eval.batches": 1,
+    }
     overrides = [f"--config.{key}={value}" for key, value in keys.items()]
     process = runs.start("train", f"--config={runs.RECIPE}", f"--workdir={workdir.path}", *overrides)
     while not (workdir.checkpoints / "2").is_dir():
@@ -104,6 +112,25 @@ def test_the_final_evaluation_of_a_process_hears_a_signal(tmp_path):
     check_message(err.strip())
     assert list_steps(workdir.checkpoints) == [2]
     assert not workdir.result.exists()
+
+
+def test_a_process_that_tokenizes_hears_a_signal(tmp_path):
+    """It leaves neither a partial entry in the cache nor a workdir."""
+    cache, files, draw = tmp_path / "cache", tmp_path / "words.txt", random.Random(0)
+    words = ["".join(draw.choices("abcdefgh", k=draw.randint(2, 9))) for _ in range(2000)]
+    files.write_text("\n".join(" ".join(draw.choices(words, k=20)) for _ in range(60_000)))
+    keys = {"data.files": files, "data.cache": cache, "data.tokenizer": "bpe:300", "model.vocab": 300}
+    overrides = [f"--config.{key}={value}" for key, value in keys.items()]
+    process = runs.start("train", f"--config={runs.RECIPE}", f"--workdir={tmp_path / 'run'}", *overrides)
+    while not any(path.is_dir() for path in cache.glob("*.part")):
+        assert process.poll() is None, runs.finish(process)
+        time.sleep(0.001)
+    process.send_signal(signal.SIGTERM)
+    code, _, err = runs.finish(process)
+    assert code == INTERRUPTED, err
+    check_message(err.strip())
+    assert not list(cache.glob("*.part"))
+    assert not (tmp_path / "run").exists()
 
 
 def test_an_evaluation_asks_before_every_batch():
