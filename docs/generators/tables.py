@@ -128,17 +128,18 @@ one step, so that neither a reader nor a crash leaves half of it. A jsonl file o
 def generate_workdir() -> str:
     """The page of the files of a run, of a sweep and of a job."""
     parts = []
-    for title, folder, path in (
-        ("A run", workdir.Workdir, Path("DIR")),
-        ("A sweep or a search", workdir.SweepFolder, Path("DIR")),
-        ("The job of a run", workdir.JobFiles, Path("DIR/jobs/RUN")),
+    root = Path("DIR")
+    for title, folder in (
+        ("A run", workdir.Workdir(root)),
+        ("A sweep or a search", workdir.SweepFolder(root)),
+        ("The job of a run", workdir.SweepFolder(root).job("RUN")),
     ):
         rows = [
-            (f"`{getattr(folder(path), name).relative_to('DIR')}`", inspect.getdoc(value) or "")
-            for name, value in vars(folder).items()
-            if isinstance(value, property) and isinstance(getattr(folder(path), name), Path)
+            (f"`{getattr(folder, name).relative_to(root)}`", inspect.getdoc(value) or "")
+            for name, value in vars(type(folder)).items()
+            if isinstance(value, property) and isinstance(getattr(folder, name), Path)
         ]
-        summary = (inspect.getdoc(folder) or "").replace("`path`", "`DIR`" if path.name == "DIR" else "`DIR/jobs/RUN`")
+        summary = (inspect.getdoc(folder) or "").replace("`path`", f"`{folder.path}`")
         parts += [f"## {title}", summary, markdown.table(("file", "content"), rows)]
     return markdown.page("Files of a workdir", FILES, *parts)
 
