@@ -39,7 +39,10 @@ CASES = {
     "unknown-section": ({"modle.width": "8"}, "modle"),
     "integer": ({"train.steps": "many"}, "train.steps"),
     "boolean": ({"model.tied": "3"}, "model.tied"),
-    "number": ({"optimizer.clip": "none"}, "optimizer.clip"),
+    "number": ({"optimizer.eps": "none"}, "optimizer.eps"),
+    "kind": ({f"{FULL}.kind": "mamba"}, f"{FULL}.kind"),
+    "layers": ({"model.schedule": "10000000000000x(local)"}, "model.schedule"),
+    "product": ({f"{LOCAL}.pattern": "causal & dilated(8, 1073741824, stride=2)"}, f"{LOCAL}.pattern"),
     "layer": ({"model.schedule": "2x(ssm loca)"}, "model.schedule"),
     "schedule": ({"model.schedule": "2x(ssm local"}, "model.schedule"),
     "pattern": ({f"{LOCAL}.pattern": "causal & (window(3)"}, f"{LOCAL}.pattern"),
@@ -83,6 +86,17 @@ BAD_COMMANDS = {
     "no-workdir": (["train", f"--config={runs.RECIPE}"], "--workdir"),
     "no-config": (["train", "--workdir=run"], "--config"),
     "no-value": (["train", f"--config={runs.RECIPE}", "--workdir=run", "--config.train.steps"], "train.steps"),
+    "swallowed": (
+        ["train", f"--config={runs.RECIPE}", "--config.train.steps", "--workdir=run"],
+        "--config.train.steps",
+    ),
+    "spaces": (["train", f"--config={runs.RECIPE}", "--config.train.steps", "=", "3"], "--config.train.steps"),
+    "no-key": (["train", f"--config={runs.RECIPE}", "--config.=3", "--workdir=run"], "--config."),
+    "no-out": (["draw", "causal", "--out", "--tile=8"], "--out"),
+    "near-verb": (["trian"], "'train'"),
+    "near-data-verb": (["data", "fetc"], "'fetch'"),
+    "corpus": (["data", "fetch", "nothing"], "argument NAME"),
+    "no-integer": (["draw", "causal", "--length=1.5"], "--length"),
     "measure": (["show", f"--config={runs.RECIPE}", "--complexity"], "--complexity"),
     "data": (["data"], "VERB"),
     "data-verb": (["data", "fly"], "argument VERB"),
@@ -114,7 +128,7 @@ def test_a_workdir_of_another_configuration_is_rejected(text, tmp_path, capsys):
     assert main(arguments(text, workdir, "--config.train.steps=5")) == 0
     before = {path: path.stat().st_mtime_ns for path in workdir.rglob("*")}
     capsys.readouterr()
-    reject(capsys, arguments(text, workdir, "--config.train.steps=6"), "workdir")
+    reject(capsys, arguments(text, workdir, "--config.train.steps=6"), "extend")
     assert {path: path.stat().st_mtime_ns for path in workdir.rglob("*")} == before
     stranger = tmp_path / "stranger"
     stranger.mkdir()

@@ -78,7 +78,7 @@ def show_command(command: Iterable[str]) -> str:
 
 def read_sweep(source: str) -> list[Overrides]:
     """Reads the runs of `FILE.py` (its function `sweep`), of `FILE.py:NAME`, or of a text of axes."""
-    path, _, name = source.partition(":")
+    path, name = configs.split_source(source)
     if not path.endswith(".py"):
         return parse(source)
     define = read_function("sweep", path, name or "sweep")
@@ -147,9 +147,8 @@ def check_record(folder: Path, config: str, runs: Iterable[Run]) -> None:
     if recorded is not None and configs.resolve_source(recorded) != configs.resolve_source(config):
         raise SweepError("workdir", f"{folder} is a sweep of {recorded}, not of {config}")
     for run in runs:
-        workdir = run.workdir(folder).path
-        if change := find_change(workdir, run.settings):
-            raise SweepError(run.label, f"{workdir} was started with another configuration: {change}")
+        if error := find_change(run.workdir(folder).path, run.settings):
+            raise SweepError(run.label, error.problem)
 
 
 def write_record(folder: Path, config: str, sweep: str, runs: Iterable[Run]) -> None:

@@ -42,8 +42,8 @@ def find_changes(workdir: Path, settings: ConfigDict) -> list[configs.Change]:
     return configs.find_changes(configs.complete(read_json(files.config)), configs.complete(_resolve(settings)))
 
 
-def find_change(workdir: Path, settings: ConfigDict, extend: bool = False) -> str | None:
-    """Describes the first change with which the run of a workdir cannot resume; None if there is no such change.
+def find_change(workdir: Path, settings: ConfigDict, extend: bool = False) -> ConfigError | None:
+    """Returns the error about the first change with which the run of a workdir cannot resume, if there is one.
 
     Args:
       workdir: The workdir.
@@ -55,9 +55,12 @@ def find_change(workdir: Path, settings: ConfigDict, extend: bool = False) -> st
             continue
         if change.key != STEPS or change.new < change.old:
             keys = ", ".join(configs.resumable_keys())
-            return f"{change}; undo it, or use another workdir; a resume can change {keys}, and {STEPS} with extend"
+            problem = f"{workdir} belongs to another configuration: {change}; undo it, or use another workdir; a resume"
+            return ConfigError("workdir", f"{problem} can change {keys}, and add steps with extend")
         if not extend:
-            return f"{change}; extend the run, see its effect on the learning rate, or use another workdir"
+            schedule = settings.optimizer.get("schedule", "cosine")
+            effect = f"whose learning rate then follows the {schedule} schedule over {change.new} steps"
+            return ConfigError("extend", f"{change} in {workdir}; extend the run, {effect}, or use another workdir")
     return None
 
 
@@ -79,8 +82,8 @@ def check_workdir(workdir: Workdir, settings: ConfigDict, extend: bool = False) 
 
 
 def _check_same_run(workdir: Workdir, settings: ConfigDict, extend: bool) -> None:
-    if change := find_change(workdir.path, settings, extend):
-        raise ConfigError("workdir", f"{workdir.path} belongs to another configuration: {change}")
+    if error := find_change(workdir.path, settings, extend):
+        raise error
 
 
 def _check_same_text(workdir: Workdir, runtime: PhaseRuntime) -> None:

@@ -109,7 +109,7 @@ def test_what_may_change_is_part_of_the_error(workdir, text):
     settings = runs.load(text, runs.TRAINED | {"model.width": 32})
     with rejects(ConfigError, "checkpoint.keep_last"):
         runs.train_here(settings, workdir.path)
-    assert "model.width was 16, is 32" in find_change(workdir.path, settings)
+    assert "model.width was 16, is 32" in str(find_change(workdir.path, settings))
 
 
 def test_more_steps_need_an_extension(workdir, text, tmp_path):
