@@ -80,9 +80,25 @@ def load(path: str | Path, *, mesh: Mesh | None = None, **options: Any) -> Loade
     return _load_workdir(workdir, recorded, mesh)
 
 
-def _load_workdir(workdir: Workdir, recorded: dict[str, Any], mesh: Mesh | None) -> TrainedModel:
+def read_run(path: str | Path) -> Config:
+    """Returns the configuration of the last phase of the run in a workdir.
+
+    Raises:
+      InputError: The folder is not the workdir of a run.
+    """
+    workdir = Workdir(Path(path))
+    if not workdir.exists():
+        raise InputError("path", f"{path} is not the workdir of a run")
+    return _read_run(workdir, read_json(workdir.config))
+
+
+def _read_run(workdir: Workdir, recorded: dict[str, Any]) -> Config:
     extensions.restore(workdir)
-    run = plan_phases(ConfigDict(configs.complete(recorded)))[-1].config
+    return plan_phases(ConfigDict(configs.complete(recorded)))[-1].config
+
+
+def _load_workdir(workdir: Workdir, recorded: dict[str, Any], mesh: Mesh | None) -> TrainedModel:
+    run = _read_run(workdir, recorded)
     while steps := list_steps(workdir.checkpoints):
         folder = workdir.checkpoints / str(steps[-1])
         try:

@@ -71,7 +71,7 @@ class Model(nnx.Module):
           choices: Choices in the whole batch, if the tokens are a microbatch; the balance losses are then parts of
             that of the batch.
         """
-        x, context = self._embed(tokens, context)
+        x, context = self.embed(tokens, context)
         x, known = constrain(x), choices or {}
 
         def run(layers: nnx.List, x: Array, first: Array | int, known: dict[int, Array]) -> tuple[Array, list]:
@@ -93,13 +93,13 @@ class Model(nnx.Module):
                 (parameters, self._period_starts, known.get("period", {})),
             )
         x, parts["after"] = run(self.after, x, len(self.config.names) - len(self.after), known.get("after", {}))
-        return self._logits(x, context), *_gather(parts)
+        return self.read_out(x, context), *_gather(parts)
 
     def streams(self, tokens: Int[Array, "b t"], context: Context = EMPTY) -> list[Float[Array, "b t m"]]:
         """Returns the stream before the first layer, after each layer, and after the last norm; unrolls every layer."""
-        x, context = self._embed(tokens, context)
+        x, context = self.embed(tokens, context)
         streams = [x]
-        for index, layer in enumerate(self._unroll()):
+        for index, layer in enumerate(self.unroll()):
             x, _ = layer(x, context.with_extras(layer=jnp.asarray(index)))
             streams.append(x)
         return [*streams, normalize(self.norm, x)]
@@ -141,14 +141,14 @@ class Model(nnx.Module):
                 (parameters, period, self._period_starts),
             )
         x, after = run(self.after, x, cache["after"], len(self.config.names) - len(self.after))
-        return self._logits(x, EMPTY), {"before": before, "period": period, "after": after}
+        return self.read_out(x, EMPTY), {"before": before, "period": period, "after": after}
 
     @property
     def _period_starts(self) -> Array:
         """Index of the first layer of each repetition of the period."""
         return len(self.fold.before) + len(self.fold.period) * jnp.arange(self.fold.repeats)
 
-    def _unroll(self) -> Iterator[Layer]:
+    def unroll(self) -> Iterator[Layer]:
         """Every layer in order, those of the period sliced from their stacks."""
         yield from self.before
         graph, parameters = nnx.split(self.period)
@@ -156,14 +156,14 @@ class Model(nnx.Module):
             yield from nnx.merge(graph, jax.tree.map(operator.itemgetter(repetition), parameters))
         yield from self.after
 
-    def _embed(self, tokens: Array, context: Context) -> tuple[Array, Context]:
+    def embed(self, tokens: Array, context: Context) -> tuple[Array, Context]:
         x = self._double(context.dropout(self.embedding(tokens, context.tokens.positions)))
         return x, context.with_extras(embeddings=x, shared=dict(self.shared))
 
     def _double(self, x: Array) -> Array:
         return jnp.concatenate([x, x], axis=-1) if self.config.reversible else x
 
-    def _logits(self, x: Array, context: Context) -> Array:
+    def read_out(self, x: Array, context: Context) -> Array:
         x = normalize(self.norm, x)
         if self.config.head.pool == "mean":
             x = mean_pool(x, context.tokens.mask)

@@ -63,6 +63,8 @@ IMPORTS: dict[str, set[str]] = {
     "account": {"errors", "patterns", "layers", "config", "model", "train"},
     "complexity": {"patterns", "ops"},
     "show": {"errors", "patterns", "layers", "data", "config", "account", "complexity"},
+    "check": {"errors", "patterns", "layers", "config", "model", "account"},
+    "testing": {"patterns", "layers", "check"},
     "draw": {"errors", "paths", "figures", "palette", "patterns"},
     "doctor": {"patterns", "ops"},
     "interop": {
@@ -143,6 +145,8 @@ IMPORTS: dict[str, set[str]] = {
         "budget",
         "report",
         "sweep",
+        "check",
+        "loading",
     },
     "__main__": {"cli"},
     # Imported when a name is first used.

@@ -31,6 +31,7 @@ __all__ = ["INTERRUPTED", "LOSS_DIVERGED", "RUNS_FAILED", "USAGE_ERROR", "VERBS"
 VERBS = {
     "train": "train a model, or resume its run",
     "show": "describe a model: layers, costs, receptive field and warnings",
+    "check": "check that a model reads, decodes and costs what its config states",
     "data show": "describe the data of a config, with its first training rows",
     "data list": "list the corpora that data fetch downloads",
     "data fetch": "download a corpus and check its digest",

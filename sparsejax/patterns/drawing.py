@@ -104,7 +104,7 @@ def default_length(pattern: Pattern) -> int:
     Raises:
       PatternError: The pattern is valid at no power of two up to 2**20.
     """
-    length, scale = PICTURE_CELLS, max(_list_scales(pattern), default=0)
+    length, scale = PICTURE_CELLS, max(list_scales(pattern), default=0)
     while length < min(4 * scale, MAX_LENGTH):
         length *= 2
     while True:
@@ -117,14 +117,14 @@ def default_length(pattern: Pattern) -> int:
             length *= 2
 
 
-def _list_scales(value: object) -> Iterator[int]:
+def list_scales(value: object) -> Iterator[int]:
     """The magnitudes of the integers in the fields of a pattern, weighted by `SCALES` and the stride."""
     if isinstance(value, Pattern):
         for field in dataclasses.fields(value):
             weight = SCALES.get(field.name, 1 if field.name == "stride" else getattr(value, "stride", 1))
-            yield from (weight * scale for scale in _list_scales(getattr(value, field.name)))
+            yield from (weight * scale for scale in list_scales(getattr(value, field.name)))
     elif isinstance(value, tuple):
-        yield from itertools.chain.from_iterable(map(_list_scales, value))
+        yield from itertools.chain.from_iterable(map(list_scales, value))
     elif isinstance(value, int) and not isinstance(value, bool):
         yield abs(value)
 

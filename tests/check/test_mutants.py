@@ -1,0 +1,190 @@
+"""One-line faults, planted in the program: the check finds each of them."""
+
+import importlib
+import inspect
+import sys
+import textwrap
+from collections.abc import Mapping
+from types import MappingProxyType
+from typing import Any, NamedTuple
+
+import pytest
+
+from sparsejax.check import check_model
+from tests.check.models import build
+
+
+class Mutant(NamedTuple):
+    """A fault: in `target`, a function or `Class.method` of `module`, `old` becomes `new`."""
+
+    module: str
+    target: str
+    old: str
+    new: str
+    mixer: str
+    length: int = 40
+    changes: Mapping[str, Any] = MappingProxyType({})
+
+
+MUTANTS = {
+    # Patterns: what an implementation reads.
+    "window off by one": Mutant(
+        "ops.gather", "_apply_positions", "allows(q_positions,", "allows(q_positions + 1,", "window"
+    ),
+    "one key too few": Mutant(
+        "ops.gather",
+        "_apply_positions",
+        "allows(q_positions, k",
+        "allows(q_positions, k_positions * 1) & plan.pattern.allows(q_positions + 1, k",
+        "window",
+    ),
+    "missing mask": Mutant("ops.gather", "_apply_positions", "if not masked:", "if True:", "causal"),
+    "future of the own chunk": Mutant(
+        "ops.gather", "_apply_positions", "allows(q_positions,", "allows(q_positions // 8 * 8 + 7,", "chunk"
+    ),
+    "bounds too narrow": Mutant(
+        "patterns.library", "Window.bounds", "first - self.left, last", "first, last", "window", 150
+    ),
+    "bounds too wide as full": Mutant(
+        "patterns.library", "Window.bounds", "(last - self.left, first", "(first - self.left, last", "window", 150
+    ),
+    "causal bounds too narrow": Mutant("patterns.library", "Causal.bounds", "last + 1)", "first)", "causal", 150),
+    "tiles in the wrong place": Mutant("ops.gather", "_take", "x[:, tiles]", "x[:, tiles - 1]", "causal", 150),
+    "sink outside the denominator": Mutant(
+        "ops.gather", "_average", "l = l if sink is None else l + jnp.exp(sink - m)", "l = l", "pinned"
+    ),
+    "sink in the wrong denominator": Mutant(
+        "ops.gather", "_average", "l + jnp.exp(sink - m)", "l + jnp.exp(sink - m)[..., ::-1]", "pinned"
+    ),
+    "missing mask below k": Mutant(
+        "ops.selection", "top_keys", "jnp.where(top > -jnp.inf, keys, -1)", "keys", "selected"
+    ),
+    "selection from the future": Mutant(
+        "ops.selection",
+        "select_keys",
+        "pattern.allows(queries[:, None], positions, t, t)",
+        "(positions >= 0)",
+        "selected",
+    ),
+    # Documents and padding.
+    "documents ignored by attention": Mutant(
+        "ops.gather", "_apply_positions", "q_ids[:, :, None] == k_ids", "q_ids[:, :, None] >= k_ids", "causal"
+    ),
+    "padding attended to": Mutant(
+        "layers.context", "Tokens.attend_segments", "jnp.where(self.mask, ids, -2)", "ids", "causal"
+    ),
+    "selection across documents": Mutant(
+        "ops.selection",
+        "select_keys",
+        "(q_ids[:, :, None] == k_ids[:, None])",
+        "(q_ids[:, :, None] >= k_ids[:, None])",
+        "selected",
+    ),
+    "state across documents": Mutant("layers.mamba", "Mamba.__call__", "starts=tokens.starts", "starts=None", "mamba"),
+    "state across documents, in a chunk": Mutant(
+        "ops.ssd", "decay_matrix", "connected = (triangle > 0) & ", "connected = (triangle > 0) | False & ", "mamba2"
+    ),
+    "state across documents, between chunks": Mutant(
+        "ops.ssd", "_run_chunk", "* (document == 0)[..., None]", "* 1", "mamba2"
+    ),
+    "state across documents, delta rule": Mutant(
+        "layers.delta", "Delta.__call__", "starts=tokens.starts", "starts=None", "delta"
+    ),
+    "state across documents, linear scan": Mutant(
+        "ops.linear_scan", "linear_scan", "jnp.where(starts[..., None], 0, decay)", "decay", "rglru"
+    ),
+    "convolution across documents": Mutant("layers.conv", "ShortConv.__call__", "tokens.starts", "None", "conv"),
+    "state fed by padding": Mutant(
+        "layers.lightning", "Lightning.__call__", "context.tokens.zero_padding(x)", "x", "lightning"
+    ),
+    # Recurrences.
+    "convolution from the wrong side": Mutant(
+        "ops.conv", "causal_conv", "((0, 0), (before, 0), (0, 0))", "((0, 0), (0, before), (0, 0))", "mamba"
+    ),
+    "chunks in reverse": Mutant(
+        "ops.ssd",
+        "decay_matrix",
+        "triangle = jnp.tri(c, dtype=decay.dtype)",
+        "triangle = jnp.tri(c, dtype=decay.dtype).T",
+        "mamba2",
+    ),
+    "prefix in the wrong order": Mutant(
+        "ops.linear_scan", "_compose", "second[0] * first[1] + second[1]", "first[0] * second[1] + first[1]", "rglru"
+    ),
+    "state of a chunk lost": Mutant(
+        "ops.ssd", "_run_chunk", "y = y + from_state *", "y = y + 0 * from_state *", "lightning"
+    ),
+    "correction of the delta rule lost": Mutant("ops.delta", "delta_step", "- stored)", "- 0 * stored)", "delta"),
+    # Decoding.
+    "positions after the wrap": Mutant(
+        "layers.attention", "Attention.step", "[slot].set(position)", "[slot].set(slot)", "window"
+    ),
+    "rotation after the wrap": Mutant(
+        "layers.attention", "Attention.step", "x[:, None], position[None])", "x[:, None], position[None] % 7)", "window"
+    ),
+    "empty slots attended to": Mutant("layers.attention", "Attention.step", " & (keys_at >= 0)", "", "causal"),
+    "ring too short": Mutant("patterns.library", "Window.last_query", "k + self.left", "k + self.left - 1", "window"),
+    "sink not pinned": Mutant("patterns.library", "Sink.last_query", "FOREVER", "k + 3", "pinned"),
+    "ring over the pinned slots": Mutant(
+        "patterns.kv_cache", "plan_cache", "count + rank % max(ring, 1)", "rank % max(ring, 1)", "pinned"
+    ),
+    "convolution cache shifted the wrong way": Mutant(
+        "layers.conv", "ShortConv.step", "recent[:, 1:]", "recent[:, :-1]", "mamba"
+    ),
+    "state not kept": Mutant("layers.mamba", "Mamba.step", '"state": state}', '"state": cache["state"]}', "mamba"),
+    "first token unknown": Mutant("layers.rglru", "RgLru.step", "position == 0", "position < 0", "rglru"),
+    "branch not scaled": Mutant("layers.mixers", "Parallel.step", "branch.scale_in * x", "x", "parallel"),
+    "learned positions off by one": Mutant(
+        "embedding",
+        "Embedding.step",
+        "self._embed(tokens, position if",
+        "self._embed(tokens, position + 1 if",
+        "conv",
+        40,
+        {"embedding": {"positions": 64}},
+    ),
+    "index of the layer in decoding": Mutant(
+        "model", "Model.step", "jnp.asarray(first + index)", "jnp.asarray(index)", "lightning"
+    ),
+    "index of the layer in the scan": Mutant(
+        "model", "Model.forward", "jnp.asarray(first + index)", "jnp.asarray(index)", "lightning"
+    ),
+    # Account.
+    "pairs of one head": Mutant("layers.stream", "attention_cost", "copies = heads if", "copies = 1 if", "window"),
+}
+
+
+def plant(monkeypatch, mutant: Mutant) -> None:
+    """Replaces the function everywhere in the package by one compiled from the changed source."""
+    owner: Any = importlib.import_module(f"sparsejax.{mutant.module}")
+    *path, name = mutant.target.split(".")
+    for part in path:
+        owner = getattr(owner, part)
+    original = inspect.getattr_static(owner, name)
+    function = original.fget if isinstance(original, property) else original
+    source = textwrap.dedent(inspect.getsource(function))
+    assert source.count(mutant.old) >= 1, f"{mutant.target} has no {mutant.old!r}"
+    namespace: dict[str, Any] = {}
+    code = compile(source.replace(mutant.old, mutant.new), f"<{mutant.target}>", "exec", dont_inherit=True)
+    exec(code, function.__globals__ | {"__annotations__": {}}, namespace)
+    changed = namespace[name]
+    monkeypatch.setattr(owner, name, changed)
+    if not path:
+        for module in [m for n, m in sys.modules.items() if n.startswith("sparsejax.")]:
+            for key, value in list(vars(module).items()):
+                if value is original and module is not owner:
+                    monkeypatch.setattr(module, key, changed)
+
+
+def find_failures(mutant: Mutant) -> list[str]:
+    certificate = check_model(build(mutant.mixer, **mutant.changes), mutant.length)
+    return [f"{finding.name}: {finding.detail}" for finding in certificate.failures]
+
+
+QUICK = ("window off by one", "state across documents", "positions after the wrap", "convolution from the wrong side")
+
+
+@pytest.mark.parametrize("name", [pytest.param(n, marks=() if n in QUICK else pytest.mark.nightly) for n in MUTANTS])
+def test_fault_is_found(monkeypatch, name):
+    plant(monkeypatch, MUTANTS[name])
+    assert find_failures(MUTANTS[name])
