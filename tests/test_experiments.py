@@ -19,10 +19,12 @@ ROOT = Path(__file__).parent.parent
 # Experiment, which is also its config's name; the config's argument; the sweep's name; number of runs.
 SWEEPS = [
     ("longformer_lm", "mini", "mini", 12),
+    ("longformer_lm", "mini", "long", 6),
     ("longformer_lm", "paper", "paper", 12),
     ("bigbird_mlm", "mini", "mini", 15),
     ("bigbird_mlm", "paper", "paper", 15),
     ("layer_schedules", "mini", "text", 66),
+    ("layer_schedules", "mini", "long", 15),
     ("layer_schedules", "mini", "recall", 42),
     ("layer_schedules", "mini", "needle", 60),
     ("layer_schedules", "paper", "paper", 66),

@@ -104,3 +104,11 @@ def ratios():
 
 def paper():
     return compare(repeats=3, windows=(255, 4095))
+
+
+def long():
+    """The schedules of the papers on eight times the text of `text`, in which they pass an n-gram."""
+    names = ("Mamba alone", "1 full : 7 Mamba", "full alone", "1 full : 7 windows", "windows alone")
+    schedules = make_runs({name: RATIOS[name] for name in names})
+    longer = {"train.steps": 3200, "eval.every": 400, "checkpoint.every": 400, "optimizer.warmup": 100}
+    return [longer | row for row in product(seeds(3), schedules)]

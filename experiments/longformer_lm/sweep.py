@@ -26,5 +26,11 @@ def mini():
     return compare(MINI)
 
 
+def long():
+    """Two rows of `mini` for 2.5 times as many steps, in which they pass an n-gram."""
+    longer = {"train.steps": 1500, "eval.every": 300, "checkpoint.every": 300}
+    return [longer | row for row in compare({name: MINI[name] for name in ("fixed", "increasing")})]
+
+
 def paper():
     return compare(PAPER)
