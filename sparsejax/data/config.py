@@ -40,7 +40,8 @@ class DataConfig:
     """Source of the tokens, tokenizer, windows and objective."""
 
     task: str  # "text", or a probe, whose keys are then the section `probe`
-    # a file, a folder or a glob of text, or several joined by commas; empty for the text that CPython ships
+    # a file, a folder or a glob of text, or several joined by commas, with double quotes around a path that has commas;
+    # empty for the text that CPython ships
     files: str = dataclasses.field(metadata={"resume": "none"})
     length: int  # tokens per window
     # files of validation text; empty to hold out some of `files`, see `load_corpus`

@@ -30,7 +30,10 @@ if TYPE_CHECKING:
 HELD_OUT_EXAMPLES = 1024  # of a probe that generates its validation examples
 ENDLESS = 1 << 48  # training examples of a probe
 IMPLICIT = ("tokens", "rows", "row_length", "restored")  # counts that `describe` reports elsewhere
-LABELS = {"documents": "documents used"}  # of counts whose names `describe` does not print
+LABELS = {  # of counts whose names `describe` does not print
+    "documents": "documents used",
+    "repeated_documents": "of them in the training text",
+}
 MASK_SEED = 0  # for validation text, the same in every run
 
 
@@ -239,6 +242,7 @@ def _count(side: Side, rows: Rows) -> dict[str, int | float]:
         "documents_read": side.read,
         "empty_documents": side.empty,
         "documents": len(side.documents),
+        "repeated_documents": side.repeated,
         "bytes": side.bytes,
         "characters": side.characters,
         "restored": side.restored,

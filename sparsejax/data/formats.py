@@ -65,7 +65,9 @@ def read_text(
         yield Document(f"{name}: document {number}" if separator else name, text)
 
 
-def check_utf8(text: bytes | np.ndarray, location: str, start: int = 0, *, cut: bool = False) -> None:
+def check_utf8(
+    text: bytes | np.ndarray, location: str, start: int = 0, *, cut: bool = False, argument: str = "data.files"
+) -> None:
     """Checks that a text is UTF-8 without zeros.
 
     Args:
@@ -73,6 +75,7 @@ def check_utf8(text: bytes | np.ndarray, location: str, start: int = 0, *, cut: 
       location: File, and record if there are any.
       start: Offset of the text in the file.
       cut: Whether the text is a part of a longer one, which may start and end within a character.
+      argument: The configuration key of the text, for errors.
 
     Raises:
       DataError: It is not.
@@ -85,12 +88,14 @@ def check_utf8(text: bytes | np.ndarray, location: str, start: int = 0, *, cut: 
         try:
             _, used = codecs.utf_8_decode(part, "strict", last and not cut)
         except UnicodeDecodeError as error:
-            remedy = "convert the text, for instance with iconv, or read any bytes with data.read_as='bytes'"
+            remedy = "convert the text, for instance with iconv"
+            if argument == "data.files":
+                remedy += f"; {AS_BYTES}"
             problem = f"{location}: byte {start + offset + error.start:,} is not UTF-8; {remedy}"
-            raise DataError("data.files", problem) from None
+            raise DataError(argument, problem) from None
         if b"\0" in part:
             place = start + offset + part.index(0)
-            raise DataError("data.files", f"{location}: binary, byte {place:,} is zero; {AS_BYTES}")
+            raise DataError(argument, f"{location}: binary, byte {place:,} is zero; {AS_BYTES}")
         if last:
             return
         offset += used

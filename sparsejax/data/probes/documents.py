@@ -8,6 +8,8 @@ from pathlib import Path
 import numpy as np
 
 from sparsejax.data.errors import DataError
+from sparsejax.data.formats import check_utf8
+from sparsejax.data.kinds import TEXT, detect, read_chunks
 from sparsejax.data.probes.example import Example, Probe, final_example, pick, require
 from sparsejax.errors import InputError
 
@@ -20,7 +22,7 @@ class TextClassification(Probe):
 
     Byte-level text classification of Long Range Arena (arXiv:2011.04006), section 2.2.2, which uses the IMDb reviews:
     files=aclImdb/train, validation_files=aclImdb/test. A folder has one subfolder per class, with one document per
-    file; hidden files are ignored. Documents are truncated to `length` bytes.
+    file, in UTF-8 and perhaps compressed; hidden files are ignored. Documents are truncated to `length` bytes.
 
     Published results (4,096 bytes, 2 classes): Transformer 64.3 %, BigBird 64.0 %, local attention 53.0 %; S4 86.8 %
     (arXiv:2111.00396).
@@ -49,9 +51,14 @@ class TextClassification(Probe):
         documents = _list_documents(key, getattr(self, key), self.classes)
         number = index % len(documents) if validation else pick(len(documents), seed, index)
         path, label = documents[number]
-        text = path.read_bytes()[: self.length]
+        kind = detect(path, "text")
+        if kind.format != TEXT:
+            problem = f"{path} is {kind.problem or kind.format}; {kind.remedy or 'give documents of text'}"
+            raise DataError(f"data.probe.{key}", problem)
+        text = b"".join(read_chunks(path, kind.start, kind.start + self.length, kind.compression))
         if not text:
             raise DataError(f"data.probe.{key}", f"{path} is empty")
+        check_utf8(text, str(path), cut=len(text) == self.length, argument=f"data.probe.{key}")
         return final_example(np.frombuffer(text, np.uint8), label, self.length, PADDING)
 
 
@@ -66,9 +73,11 @@ def _list_documents(key: str, folder: str, classes: tuple[str, ...]) -> list[tup
         subfolder = Path(folder).expanduser() / name
         if not subfolder.is_dir():
             raise DataError(f"data.probe.{key}", f"no folder {subfolder}; give a folder with the subfolders {known}")
-        paths = sorted(path for path in subfolder.iterdir() if path.is_file() and not path.name.startswith("."))
+        paths = sorted(path for path in subfolder.iterdir() if not path.name.startswith("."))
         if not paths:
             raise DataError(f"data.probe.{key}", f"no file in {subfolder}")
+        if others := [path for path in paths if not path.is_file()]:
+            raise DataError(f"data.probe.{key}", f"{others[0]} is not a file; a class has one document per file")
         documents += [(path, label) for path in paths]
     return documents
 
@@ -109,7 +118,10 @@ class TextRetrieval(Probe):
         number = index % (len(ends) - 1) if validation else pick(len(ends) - 1, seed, index)
         with Path(path).expanduser().open("rb") as file:
             file.seek(ends[number])
-            label, *texts = _split_line(f"data.probe.{key}", f"{path}: line {number + 1}", file.readline())
+            location = f"{path}: line {number + 1}"
+            label, *texts = _split_line(f"data.probe.{key}", location, file.readline())
+        for text in texts:
+            check_utf8(text, location, argument=f"data.probe.{key}")
         half = (self.length - 1) // 2
         first, second = (np.frombuffer(text[:half], np.uint8) for text in texts)
         return final_example(np.concatenate([first, [SEPARATOR], second]), label, self.length, PADDING)

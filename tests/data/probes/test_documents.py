@@ -1,10 +1,13 @@
 """Documents: the bytes of the files, a split by folder, and errors about unusable files."""
 
+import gzip
+
 import numpy as np
 import pytest
 
 from sparsejax.data import DataError
 from sparsejax.data.probes import TextClassification, TextRetrieval
+from sparsejax.data.probes.documents import _list_documents
 from tests.messages import rejects
 
 pytestmark = pytest.mark.quick
@@ -92,6 +95,27 @@ def test_empty_documents_and_classes(reviews, tmp_path):
     (tmp_path / "train" / "none").mkdir()
     with rejects(DataError, "data.probe.files"):
         TextClassification(**reviews, classes=("none", "pos")).example(0, 0)
+
+
+def test_documents_are_text(reviews, tmp_path):
+    document = tmp_path / "test" / "neg" / "0.txt"
+    document.write_bytes(gzip.compress("packed é".encode()))
+    probe = TextClassification(**reviews, length=40)
+    assert text_of(probe.example(0, 0, True)) == "packed é"
+    for data in (b"caf\xe9 au lait", "text".encode("utf-16"), b"PK\x03\x04", b"a\0b"):
+        document.write_bytes(data)
+        with rejects(DataError, "0.txt"):
+            probe.example(0, 0, True)
+    (document.parent / "more").mkdir()
+    _list_documents.cache_clear()
+    with rejects(DataError, "data.probe.validation_files"):
+        probe.example(0, 0, True)
+
+
+def test_pairs_are_text(tmp_path):
+    (tmp_path / "table.tsv").write_bytes(b"0\tcaf\xe9\ttext\n")
+    with rejects(DataError, "table.tsv: line 1"):
+        TextRetrieval(files=str(tmp_path / "table.tsv")).example(0, 0)
 
 
 def test_pairs_and_their_answers(pairs):
