@@ -55,6 +55,7 @@ def require_choice(config: Any, name: str, options: Collection[str]) -> None:
         raise InputError(name, f"{getattr(config, name)!r} is not one of {', '.join(options)}")
 
 
+LONGEST = 600  # characters of a message that quotes a user's text
 SHOWN = 80  # characters of a value in a message
 EXCERPT = 120  # characters of a text in which a message names a column
 LISTED = 40  # names in a message
@@ -92,7 +93,12 @@ def describe_value(value: Any) -> str:
     if isinstance(value, int) and abs(value) >= 10**SHOWN:
         return f"an integer of {value.bit_length()} bits"
     try:
-        text = " ".join(repr(value).split())
+        return shorten(repr(value), SHOWN)
     except Exception:  # such as a list that holds an integer of more digits than Python writes
-        text = f"a value of type {type(value).__name__}"
-    return text if len(text) <= SHOWN else f"{text[:SHOWN]}..."
+        return f"a value of type {type(value).__name__}"
+
+
+def shorten(text: str, limit: int = LONGEST) -> str:
+    """A text in one line of limited length."""
+    text = " ".join(text.split())
+    return text if len(text) <= limit else f"{text[:limit]}..."

@@ -687,6 +687,18 @@ def test_a_missing_file(tmp_path):
 # Of these errors the position is checked; the text is Python's.
 
 
+def test_colons_in_the_path_of_a_file(write, tmp_path, monkeypatch):
+    path = write(SMALL, "a:b.py")
+    assert configs.split_source(path) == (path, "")
+    assert configs.load(f"{path}:7").train.steps == 7
+    (tmp_path / "c:d").mkdir()
+    assert configs.load(f"{write(SMALL, 'c:d/recipe.py')}:4").train.steps == 4
+    assert configs.split_source("C:\\runs\\recipe.py:mini:8") == ("C:\\runs\\recipe.py", "mini:8")
+    assert configs.split_source("x" * 5000) == ("x" * 5000, "")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert configs.split_source("~/a:b.py:7") == (path, "7")
+
+
 def test_a_file_with_a_syntax_error(write):
     path = write("x = 1\ndef get_config(:\n    pass\n")
     assert load_error(path).argument == f"{path}: line 2"

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Iterable, Sequence
-from typing import NoReturn
+from typing import Any, NoReturn
 
-from sparsejax.errors import InputError
-from sparsejax.overrides import Overrides, parse_overrides
+from sparsejax.errors import InputError, suggest
+from sparsejax.overrides import Overrides, parse_overrides, read_value
 from sparsejax.paths import local_path
 from sparsejax.presets import list_presets
 
@@ -23,6 +23,22 @@ class Parser(argparse.ArgumentParser):
             formatter_class=argparse.RawDescriptionHelpFormatter,
             allow_abbrev=False,
         )
+        self.register("type", int, parse_integer)
+
+    def parse_args(self, args: Any = None, namespace: Any = None) -> Any:
+        """Parses arguments; an unknown option is an error that suggests a known one."""
+        options, unknown = self.parse_known_args(args, namespace)
+        if unknown:
+            flag = unknown[0].partition("=")[0]
+            known = [name for name in self._option_string_actions if name.startswith("--")]
+            hint = f"; {suggest(flag, known, 'options')}" if flag.startswith("-") else ""
+            self.error(f"unrecognized arguments: {' '.join(unknown)}{hint}")
+        return options
+
+    def _check_value(self, action: argparse.Action, value: Any) -> None:
+        if action.choices is not None and value not in action.choices:
+            hint = suggest(str(value), map(str, action.choices), "choices")
+            raise argparse.ArgumentError(action, f"invalid choice {value!r}; {hint}")
 
     def error(self, message: str) -> NoReturn:
         raise InputError(None, f"{message} (see {self.prog} --help)")
@@ -31,6 +47,16 @@ class Parser(argparse.ArgumentParser):
         """Renders an error, in which an argument that is an option of this parser is a flag."""
         flag = f"--{(error.argument or '').replace('_', '-')}"
         return f"{flag}: {error.problem}" if flag in self._option_string_actions else str(error)
+
+
+def parse_integer(text: str) -> int:
+    """Parses an integer, also as `1e4` or `1_000`."""
+    value = read_value(text, None)
+    if type(value) is float and value.is_integer():
+        return int(value)
+    if type(value) is not int:
+        raise argparse.ArgumentTypeError(f"{text!r} is not an integer")
+    return value
 
 
 def add_config(parser: argparse.ArgumentParser, group: argparse._ActionsContainer | None = None) -> None:
@@ -72,7 +98,11 @@ def check_overrides(options: argparse.Namespace) -> None:
 
 
 def split_overrides(arguments: Iterable[str], sections: Sequence[str]) -> tuple[list[str], dict[str, Overrides]]:
-    """Separates options such as `--config.KEY=VALUE` or `--config.KEY VALUE`, of each section, from the others."""
+    """Separates options such as `--config.KEY=VALUE` or `--config.KEY VALUE`, of each section, from the others.
+
+    Raises:
+      InputError: An option has no key or no value; an option that follows it is not its value.
+    """
     others: list[str] = []
     texts: dict[str, list[str]] = {section: [] for section in sections}
     remaining = iter(arguments)
@@ -81,7 +111,12 @@ def split_overrides(arguments: Iterable[str], sections: Sequence[str]) -> tuple[
         if section is None:
             others.append(argument)
             continue
-        text = argument.removeprefix(f"--{section}.")
-        value = None if "=" in text else next(remaining, None)
-        texts[section].append(text if value is None else f"{text}={value}")
+        flag, equals, value = argument.partition("=")
+        if not equals:
+            value = next(remaining, "--")
+            if value.startswith(("--", "=")):
+                raise InputError(flag, f"has no value; write {flag}=VALUE")
+        if flag == f"--{section}.":
+            raise InputError(flag, f"has no key; write {flag}KEY=VALUE")
+        texts[section].append(f"{flag.removeprefix(f'--{section}.')}={value}")
     return others, {section: parse_overrides(section_texts) for section, section_texts in texts.items()}

@@ -6,7 +6,7 @@ digests cover the whole configuration. A key without a default must be present.
 
 from sparsejax.config.build import ConfigError, build, complete
 from sparsejax.config.diff import difference, digest
-from sparsejax.config.load import load, resolve_source, run_file
+from sparsejax.config.load import load, resolve_source, run_file, split_source
 from sparsejax.config.override import check, check_evaluation, check_phase, override
 from sparsejax.config.resume import EFFECTS, Change, find_changes, resumable_keys
 from sparsejax.config.schema import (
@@ -53,4 +53,5 @@ __all__ = [
     "resolve_source",
     "resumable_keys",
     "run_file",
+    "split_source",
 ]

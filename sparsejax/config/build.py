@@ -15,7 +15,7 @@ from ml_collections.config_dict import FieldReference, RequiredValueError
 
 from sparsejax.config.schema import Config
 from sparsejax.data.probes import PROBES, Probe
-from sparsejax.errors import InputError, describe_value, suggest
+from sparsejax.errors import InputError, describe_value, shorten, suggest
 from sparsejax.layers import FEEDFORWARDS, MIXERS, FeedForwardConfig, MixerConfig
 from sparsejax.overrides import MAX_DEPTH, MAX_FLOAT, Overrides, flatten, to_python
 from sparsejax.patterns import Pattern
@@ -141,7 +141,9 @@ def _complete(annotation: Any, value: Any, kind: Any = None) -> Any:
 
 def annotation_of(config: Mapping[str, Any], key: str) -> Any:
     """The annotation of a dotted key, given the kinds in a configuration; None for a key that the schema lacks."""
-    annotation, section, kind = Config, config, None
+    annotation: Any = Config
+    section: Any = config
+    kind: Any = None
     for name in key.split(".") if key else ():
         annotation, _ = split_none(annotation)
         if annotation in UNIONS:
@@ -229,7 +231,7 @@ def _build_section(schema: type, value: Any, path: str) -> Any:
     try:
         return schema(**arguments)
     except InputError as error:
-        named = ConfigError(error.argument, error.problem)
+        named = ConfigError(error.argument, shorten(error.problem))
         raise (named.within(path) if path else named) from None
 
 

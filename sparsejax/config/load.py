@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import re
-import textwrap
 import traceback
 from collections.abc import Mapping
 from pathlib import Path
@@ -15,12 +14,11 @@ from ml_collections import ConfigDict
 from sparsejax import presets
 from sparsejax.config.build import ConfigError, complete, copy_sections, resolve
 from sparsejax.config.override import follow_references, override
-from sparsejax.errors import InputError
+from sparsejax.errors import InputError, shorten
 from sparsejax.extensions import importing_from, run_file
 from sparsejax.paths import local_path
 
 PRESET = "preset:"
-LONGEST = 300  # characters of an error of a configuration file
 
 
 def split_source(source: str) -> tuple[str, str]:
@@ -34,11 +32,19 @@ def split_source(source: str) -> tuple[str, str]:
     if source.startswith("~") or "://" in source:
         source = str(local_path(source, "config"))
     ends = [match.start() for match in re.finditer(":|$", source)]
-    end = next((end for end in reversed(ends) if Path(source[:end]).is_file()), None)
-    if end is None:
-        suffix = source.rfind(".py:")
-        end = suffix + len(".py") if suffix >= 0 else source.find(":") if ":" in source else len(source)
+    end = next((end for end in reversed(ends) if _is_file(source[:end])), None)
+    if end is not None:
+        return str(local_path(source[:end])), source[end + 1 :]
+    suffix = source.rfind(".py:")
+    end = suffix + len(".py") if suffix >= 0 else ends[0]
     return source[:end], source[end + 1 :]
+
+
+def _is_file(path: str) -> bool:
+    try:
+        return local_path(path).is_file()
+    except (OSError, InputError):  # too long, or an address
+        return False
 
 
 def resolve_source(source: str) -> str:
@@ -82,7 +88,7 @@ def _get_config(name: str, argument: str) -> Any:
             module = presets.find_preset(name.removeprefix(PRESET))
         except InputError as error:
             raise ConfigError(error.argument, error.problem) from None
-    elif not Path(name).is_file():
+    elif not _is_file(name):
         preset = name if name in presets.list_presets() else "NAME"
         raise ConfigError("config", f"no file {name!r}; a preset is written preset:{preset}")
     try:
@@ -94,5 +100,5 @@ def _get_config(name: str, argument: str) -> Any:
         lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == file]
         line = getattr(error, "lineno", None) or (lines[-1] if lines else None)
         kind = "" if isinstance(error, InputError) else f"{type(error).__name__}: "
-        problem = textwrap.shorten(f"{kind}{error}", LONGEST, placeholder=" ...")
+        problem = shorten(f"{kind}{error}")
         raise ConfigError(f"{name}: line {line}" if line else name, problem) from error

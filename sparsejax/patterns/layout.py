@@ -206,7 +206,7 @@ class TileLayout:
         return drawing.panels_to_svg([drawing.draw_layout(self)])
 
 
-@functools.lru_cache(maxsize=64)
+@functools.lru_cache(maxsize=256)  # 12 layers of 12 heads that all differ, as of BigBird
 def build_layout(pattern: Tileable, t: int, s: int, tile: tuple[int, int]) -> TileLayout:
     """The layout of a pattern that all heads share; see `Pattern.layout`. The most recent layouts are cached."""
     grid = TileGrid(t, s, tile)

@@ -144,7 +144,7 @@ def _walk(layers: Iterable[Pattern], n: int, position: int | None) -> Iterator[n
     followed: dict[Pattern, np.ndarray] = {}  # the positions whose keys in this pattern are already marked
     for pattern in layers:
         queries = marked.copy()
-        for head in set(pattern.by_head()):
+        for head in set(pattern.by_head()) if not marked.all() else ():
             new = queries & np.logical_not(followed.get(head, False))
             if new.any():
                 _links(head, n).mark_keys(new, marked)
@@ -152,7 +152,7 @@ def _walk(layers: Iterable[Pattern], n: int, position: int | None) -> Iterator[n
         yield marked.copy()
 
 
-@functools.lru_cache(maxsize=16)
+@functools.lru_cache(maxsize=256)
 def _links(pattern: Pattern, n: int) -> _Links:
     return _Links(pattern, n)
 

@@ -15,11 +15,10 @@ from __future__ import annotations
 
 import inspect
 import re
-import textwrap
 from collections.abc import Callable, Collection, Iterator
 from typing import Any, NamedTuple, TypeVar, cast
 
-from sparsejax.errors import excerpt, suggest
+from sparsejax.errors import excerpt, shorten, suggest
 from sparsejax.patterns.algebra import Multiset, PerHead, per_head
 from sparsejax.patterns.base import Pattern, PatternError
 from sparsejax.patterns.library import NAMES
@@ -28,7 +27,6 @@ from sparsejax.registry import Registry, is_frozen_dataclass
 
 MAX_DEPTH = 100  # nested parentheses: far more than a pattern needs, far fewer than Python's stack holds
 MAX_LENGTH = 10_000  # characters
-LONGEST = 600  # characters of a problem in an error
 JOINS: dict[str, Callable[..., Pattern]] = {
     PerHead.name: per_head,
     Multiset.name: Multiset.of,
@@ -141,8 +139,7 @@ class _Parser:
 
     def error(self, problem: object, at: int | None = None) -> PatternError:
         at = self.token.at if at is None else at
-        problem = textwrap.shorten(str(problem), LONGEST, placeholder=" ...")
-        return PatternError("pattern", f"{excerpt(self.text, at)}: column {at + 1}: {problem}")
+        return PatternError("pattern", f"{excerpt(self.text, at)}: column {at + 1}: {shorten(str(problem))}")
 
     def unknown(self, kind: str, word: str, known: Collection[str], at: int) -> PatternError:
         remedy = suggest(word, known, f"{kind.partition(' ')[0]}s{kind[len(kind.partition(' ')[0]) :]}")

@@ -10,7 +10,7 @@ import dataclasses
 import functools
 import operator
 from collections.abc import Sequence
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, ClassVar
 
 import numpy as np
 
@@ -189,10 +189,8 @@ class Random(_Tiled):
         if s is None:
             raise PatternError("s", f"required by {self}, whose draw depends on the number of keys")
         row, column = q // self.tile, k // self.tile
-        if min(self.r, -(-s // self.tile)) <= UNROLLED:
+        if min(self.r, -(-s // self.tile)) <= UNROLLED or array_module(q, k) is not np:
             return functools.reduce(operator.or_, (column == drawn for drawn in self._draw(row, s)))
-        if array_module(q, k) is not np:
-            return self._trace_draws(row, column, s)
         rows, index = np.unique(row, return_inverse=True)
         drawn = np.stack(self._draw(rows, s), axis=-1)
         return _is_listed(index.reshape(np.shape(row)), column, [row[row >= 0] for row in drawn])
@@ -213,50 +211,36 @@ class Random(_Tiled):
 
         There are no more of them than key tiles.
         """
-        xp, columns = array_module(row), max(1, -(-s // self.tile))
-        draws = min(self.r, columns)
+        xp, tiles = array_module(row), max(1, -(-s // self.tile))
+        draws = min(self.r, tiles)
         several = draws > UNROLLED and xp is np
-        if several and row.size > max(1, TABLE // columns):
-            parts = np.array_split(row, -(-row.size * columns // TABLE))
+        if several and row.size > max(1, TABLE // tiles):
+            parts = np.array_split(row, -(-row.size * tiles // TABLE))
             return [np.concatenate(drawn) for drawn in zip(*(self._draw(part, s) for part in parts), strict=True)]
-        candidates = _Candidates.of(self, row, s)
-        taken = np.zeros((row.size, columns) if several else (0, 0), bool)
+        far = tiles if self.reach is None else min(self.reach // self.tile, tiles)
+        ends = min(self.ends, tiles)
+        low, stop = xp.maximum(row - far, ends), xp.minimum(row + far + 1, -(-s // self.tile) - ends)
+        gap, gap_stop = (xp.clip(row + side, low, xp.maximum(stop, low)) for side in (1 - self.apart, self.apart))
+        gap_size = xp.maximum(gap_stop - gap, 0)
+        count = stop - low - gap_size  # candidates
+        taken = np.zeros((row.size, tiles) if several else (0, 0), bool)
         drawn: list[Any] = []
         for i in range(draws):
-            top = candidates.count - self.r + i
-            pick = self._pick(xp, row, i, top)
+            top = count - self.r + i
+            pick = self._number(xp, row, i) % xp.maximum(top + 1, 1).astype(np.uint32)
+            pick = pick.astype(top.dtype)
             if several:
                 pick = np.where(taken[np.arange(row.size), pick], top, pick)
                 taken[np.arange(row.size), np.maximum(pick, 0)] = True
+            elif i > UNROLLED:  # in one operation, so that the program of JAX grows linearly
+                pick = xp.where((xp.stack(drawn) == pick).any(axis=0), top, pick)
             else:
                 for earlier in drawn:
                     pick = xp.where(earlier == pick, top, pick)
-            drawn.append(xp.where(candidates.count > self.r, pick, i))
-        return [candidates.column(xp, i, pick) for i, pick in enumerate(drawn)]
-
-    def _pick(self, xp: Any, row: Any, i: int, top: Any) -> Any:
-        """Draw `i` per row: an integer from 0 to `top`."""
-        return (self._number(xp, row, i) % xp.maximum(top + 1, 1).astype(np.uint32)).astype(top.dtype)
-
-    def _trace_draws(self, row: Any, column: Any, s: int) -> Any:
-        """`allows` as a loop, whose program does not grow with `r`."""
-        import jax
-        import jax.numpy as jnp
-
-        candidates = _Candidates.of(self, row, s)
-        draws = min(self.r, -(-s // self.tile))
-
-        def body(i: Any, state: tuple[Any, Any]) -> tuple[Any, Any]:
-            drawn, mask = state
-            top = candidates.count - self.r + i
-            pick = self._pick(jnp, row, i, top)
-            pick = jnp.where((drawn == pick).any(axis=0), top, pick)
-            pick = jnp.where(candidates.count > self.r, pick, i)
-            return drawn.at[i].set(pick), mask | (column == candidates.column(jnp, i, pick))
-
-        drawn = jnp.full((draws, *jnp.shape(row)), -1, candidates.count.dtype)
-        mask = jnp.zeros(jnp.broadcast_shapes(jnp.shape(row), jnp.shape(column)), bool)
-        return jax.lax.fori_loop(0, draws, body, (drawn, mask))[1]
+            pick = xp.where(count > self.r, pick, i)
+            drawn.append(pick)
+        columns = (xp.where(low + pick >= gap, low + pick + gap_size, low + pick) for pick in drawn)
+        return [xp.where(i < count, column, -1) for i, column in enumerate(columns)]
 
     def _number(self, xp: Any, row: Any, i: int) -> Any:
         """A random uint32 per row: a keyed counter, mixed by the finalizer of MurmurHash3."""
@@ -266,30 +250,6 @@ class Random(_Tiled):
             for shift, factor in ((16, 0x85EBCA6B), (13, 0xC2B2AE35)):
                 x = (x ^ (x >> np.uint32(shift))) * np.uint32(factor)
             return x ^ (x >> np.uint32(16))
-
-
-class _Candidates(NamedTuple):
-    """The candidate key tiles of query tiles: those from `low` on without `gap_size` tiles from `gap` on."""
-
-    low: Any
-    gap: Any
-    gap_size: Any
-    count: Any
-
-    @classmethod
-    def of(cls, pattern: Random, row: Any, s: int) -> _Candidates:
-        xp, columns = array_module(row), -(-s // pattern.tile)
-        far = columns if pattern.reach is None else min(pattern.reach // pattern.tile, columns)
-        ends = min(pattern.ends, columns)
-        low, stop = xp.maximum(row - far, ends), xp.minimum(row + far + 1, columns - ends)
-        gap, gap_stop = (xp.clip(row + side, low, xp.maximum(stop, low)) for side in (1 - pattern.apart, pattern.apart))
-        gap_size = xp.maximum(gap_stop - gap, 0)
-        return cls(low, gap, gap_size, stop - low - gap_size)
-
-    def column(self, xp: Any, i: Any, pick: Any) -> Any:
-        """The key tile of draw `i`, the candidate `pick`; -1 if there are fewer candidates."""
-        column = xp.where(self.low + pick >= self.gap, self.low + pick + self.gap_size, self.low + pick)
-        return xp.where(i < self.count, column, -1)
 
 
 @dataclasses.dataclass(frozen=True)

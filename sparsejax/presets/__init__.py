@@ -11,7 +11,7 @@ import importlib
 import pkgutil
 import types
 
-from sparsejax.errors import InputError
+from sparsejax.errors import InputError, suggest
 
 __all__ = ["find_preset", "list_presets", "summarize_presets"]
 
@@ -25,10 +25,10 @@ def find_preset(name: str) -> types.ModuleType:
     """Returns the module of a preset.
 
     Raises:
-      InputError: There is no such preset; the error lists the presets.
+      InputError: There is no such preset; the error suggests the nearest one, or lists all of them.
     """
     if name not in list_presets():
-        raise InputError("config", f"no preset {name!r}; the presets are {', '.join(list_presets())}")
+        raise InputError("config", f"no preset {name!r}; {suggest(name, list_presets(), 'presets')}")
     return importlib.import_module(f"{__name__}.{name}")
 
 

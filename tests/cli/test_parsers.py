@@ -56,3 +56,29 @@ def test_verbs_of_a_config_share_its_options(name):
     assert set(actions) >= {"--config", "--config.KEY", "--import"}
     assert ", ".join(list_presets()) in actions["--config"].help
     assert isinstance(actions["--import"], argparse._AppendAction)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "overrides"),
+    [
+        (["--config.a.b=1"], {"a.b": "1"}),
+        (["--config.a.b", "1"], {"a.b": "1"}),
+        (["--config.a", "-1"], {"a": "-1"}),
+        (["--config.a", "-x"], {"a": "-x"}),
+        (["--config.a=--b"], {"a": "--b"}),
+        (["--config.a="], {"a": ""}),
+        (["--config.a", ""], {"a": ""}),
+        (["--config.a=b=c"], {"a": "b=c"}),
+        (["--config.a=1", "--config.a=2"], {"a": "2"}),
+    ],
+)
+def test_overrides_are_separated(arguments, overrides):
+    others, sections = split_overrides(["first", *arguments, "--last=1"], ("config", "slurm"))
+    assert others == ["first", "--last=1"]
+    assert sections == {"config": overrides, "slurm": {}}
+
+
+@pytest.mark.parametrize("text", ["10000", "1e4", "1_0000", "10000.0", " 10000"])
+def test_integers(text):
+    parser = build_parser("draw")
+    assert parser.parse_args(["causal", f"--length={text}"]).length == 10_000

@@ -2,12 +2,14 @@
 
 A fuzzer is a function of one case, a JSON value, which raises an exception if the case fails. A nightly run appends the
 cases that fail to `cases/NAME.json`, and the default tier runs these cases again. The seed of a night is random and
-printed. The environment variables SPARSEJAX_FUZZ_SEED and SPARSEJAX_FUZZ_COUNT repeat and shorten a run.
+printed. The environment variables SPARSEJAX_FUZZ_SEED, SPARSEJAX_FUZZ_COUNT and SPARSEJAX_FUZZ_SECONDS repeat and
+shorten a run.
 """
 
 from __future__ import annotations
 
 import importlib
+import itertools
 import json
 import os
 import random
@@ -91,12 +93,22 @@ def _cpu_seconds(process: subprocess.Popen[bytes]) -> float:
 
 
 def run_nightly(name: str, fuzzer: str, generate: Callable[[random.Random], Any], count: int) -> None:
-    """Runs `count` generated cases, or as many as SPARSEJAX_FUZZ_COUNT says, and stores those that fail."""
+    """Runs generated cases and stores those that fail.
+
+    Args:
+      name: Name of the file of stored cases.
+      fuzzer: "MODULE:FUNCTION" of the check of a case.
+      generate: Makes a case.
+      count: Number of cases, unless an environment variable limits it.
+    """
     seed = int(os.environ.get("SPARSEJAX_FUZZ_SEED") or random.SystemRandom().randrange(2**32))
     count = int(os.environ.get("SPARSEJAX_FUZZ_COUNT") or count)
     print(f"{name}: seed {seed}, {count} cases")
-    rng = random.Random(seed)
-    failures = run_cases(fuzzer, (generate(rng) for _ in range(count)))
+    rng, done = random.Random(seed), itertools.count()
+    deadline = time.monotonic() + float(os.environ.get("SPARSEJAX_FUZZ_SECONDS") or "inf")
+    cases = itertools.takewhile(lambda _: time.monotonic() < deadline, (generate(rng) for _ in range(count)))
+    failures = run_cases(fuzzer, (case for case in cases if next(done) >= 0))
+    print(f"{name}: {next(done)} cases run, {len(failures)} failed")
     if failures:
         stored = read_cases(name)
         write_cases(name, stored + [case for case, _ in failures if case not in stored])

@@ -30,6 +30,7 @@ from sparsejax.patterns import (
     Window,
     per_head,
 )
+from sparsejax.patterns.base import MAX_POSITION
 
 # New random examples every night; the database replays failures first.
 NIGHTLY = settings(
@@ -60,7 +61,10 @@ LIBRARY = {
     "causal": lambda longest: st.just(Causal()),
     "window": lambda longest: st.builds(Window, numbers(0, longest), st.just(0) | numbers(0, longest)),
     "dilated": lambda longest: st.builds(
-        Dilated, numbers(0, longest), st.just(0) | numbers(0, longest), stride=numbers(1, longest)
+        lambda left, right, stride: Dilated(left, right, stride=min(stride, MAX_POSITION // max(left, right, 1))),
+        numbers(0, longest),
+        st.just(0) | numbers(0, longest),
+        numbers(1, longest),
     ),
     "strided": lambda longest: st.builds(Strided, numbers(1, longest)),
     "fixed": lambda longest: numbers(1, longest).flatmap(
