@@ -1,8 +1,8 @@
 """JSON that may be damaged: every failure to parse it, and every value of another type, is an InputError.
 
 A schema is a type, a tuple of types, a list of one schema, or a dict of schemas by key. The schema of the key `...`
-applies to all keys that are not listed. A value is required unless None is among its types. `float` accepts integers, and
-no type of number accepts a bool.
+applies to all keys that are not listed. A value is required unless None is among its types. `float` accepts integers,
+and no type of number accepts a bool.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ INTEGERS = range(-(2**63), 2**63)
 NAMES = {
     dict: "an object",
     list: "an array",
-    str: "a text",
+    str: "text",
     int: "an integer",
     float: "a number",
     bool: "true or false",

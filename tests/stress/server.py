@@ -69,7 +69,7 @@ class Server:
         self._process.stdin.close()
         self._process.wait()
 
-    def run(self, *command: str, timeout: int = 60, **faults: object) -> Ended:
+    def run(self, *command: str, timeout: int = 300, **faults: object) -> Ended:
         """Runs a command of `sparsejax` with the variables of `faults.c` in lower case, without their prefix."""
         variables = {f"FAULT_{name.upper()}": str(value) for name, value in faults.items()}
         files = [str(self._folder / name) for name in ("stdout", "stderr")]

@@ -19,6 +19,7 @@ from sparsejax.errors import InputError
 from sparsejax.interop.huggingface.errors import ConversionError
 
 CONFIG, TENSORS, INDEX = "config.json", "model.safetensors", "model.safetensors.index.json"
+MAX_NAME = 255  # characters of a name in an error
 SHARD_BYTES = 5 * 10**9
 DTYPES = ("F64", "F32", "F16", "BF16", "I64", "I32", "I16", "I8", "U8", "BOOL")  # those of NumPy; others are quantized
 
@@ -30,14 +31,11 @@ def read_object(path: Path) -> dict[str, Any]:
       ConversionError: The file cannot be read, or contains something else.
     """
     try:
-        value = workdir.read_json(path)
-    except OSError as error:
+        return workdir.read_json(path, dict)
+    except FileNotFoundError as error:
         raise ConversionError(path, str(error.strerror)) from error
     except InputError as error:
-        raise ConversionError(path, "not valid JSON") from error
-    if not isinstance(value, dict):
-        raise ConversionError(path, f"expected a JSON object, got {type(value).__name__}")
-    return value
+        raise ConversionError(path, error.problem) from error
 
 
 class Checkpoint:
@@ -49,9 +47,12 @@ class Checkpoint:
         for path in self._paths():
             try:
                 file = safe_open(path, framework="numpy")
-                self._files |= dict.fromkeys(file.keys(), file)
+                names = file.keys()
             except (OSError, SafetensorError) as error:
                 raise ConversionError(path, "truncated or damaged") from error
+            if twice := self._files.keys() & set(names):
+                raise ConversionError(path, f"the tensor {min(twice)[:MAX_NAME]} is in another file as well")
+            self._files |= dict.fromkeys(names, file)
 
     @property
     def names(self) -> list[str]:
@@ -95,11 +96,11 @@ class Checkpoint:
         shards = read_object(index).get("weight_map")
         if not isinstance(shards, dict) or not all(isinstance(name, str) for name in shards.values()) or not shards:
             raise ConversionError(f"{index}: weight_map", "expected an object of tensor names and file names")
-        paths = [self.folder / name for name in dict.fromkeys(shards.values())]
-        for path in paths:
-            if not path.is_file():
-                raise ConversionError(path, f"missing, but listed in {INDEX}")
-        return paths
+        files = {path.name: path for path in self.folder.iterdir() if path.is_file()}
+        for name in shards.values():
+            if name not in files:
+                raise ConversionError(f"{index}: weight_map", f"no file {name[:MAX_NAME]!r}")
+        return [files[name] for name in dict.fromkeys(shards.values())]
 
 
 def write(folder: Path, config: dict[str, Any], tensors: dict[str, np.ndarray], shard_bytes: int = SHARD_BYTES) -> None:

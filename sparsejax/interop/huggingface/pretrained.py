@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
+import json
 from collections.abc import Collection
 from pathlib import Path
 from typing import Any
@@ -140,7 +141,10 @@ def describe(path: str | Path, length: int | None = None, ignore: Collection[str
     translation = _translate(hf_config, file, ignore)
     hf_config = hf_config | (hf_config.get("text_config") or {})
     if length is None:
-        length = hf_config.get("max_position_embeddings") or hf_config.get("model_max_length") or DEFAULT_LENGTH
+        key = next((key for key in ("max_position_embeddings", "model_max_length") if hf_config.get(key)), None)
+        length = DEFAULT_LENGTH if key is None else hf_config[key]
+        if type(length) is not int or length < 1:
+            raise ConversionError(f"{file}: {key}", f"{json.dumps(length)}: expected a positive integer")
         # Positions of RoBERTa start after the padding index.
         padding = translation.model.embedding.padding
         length -= 0 if padding is None else padding + 1
