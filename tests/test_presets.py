@@ -312,8 +312,9 @@ def plain(model):
     """A model without the names of layers and the settings of training, for comparisons."""
 
     def strip(layer):
-        routed = isinstance(layer.mlp, ExpertsConfig)
-        mlp, mixer = dataclasses.replace(layer.mlp, balance_weight=0.0) if routed else layer.mlp, layer.mixer
+        mlp, mixer = layer.mlp, layer.mixer
+        if isinstance(mlp, ExpertsConfig):
+            mlp = dataclasses.replace(mlp, balance_weight=0.0, bias_rate=0.0)
         if isinstance(mixer, AttentionConfig) and mixer.scale is None:
             mixer = dataclasses.replace(mixer, scale=mixer.head_width**-0.5)
         return dataclasses.replace(layer, mixer=mixer, mlp=mlp, remat=False)

@@ -42,7 +42,15 @@ def get_config(argument=""):
         impl="auto",
     )
     experts = recipe.experts(
-        256, 8, 1024, router="sigmoid", renormalize=True, scale=2.446, selection_bias=True, shared_width=1024
+        256,
+        8,
+        1024,
+        router="sigmoid",
+        renormalize=True,
+        scale=2.446,
+        selection_bias=True,
+        bias_rate=1e-3,
+        shared_width=1024,
     )
     full = recipe.model(
         vocab=163_840,
