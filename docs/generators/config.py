@@ -54,7 +54,7 @@ def generate() -> str:
         links.setdefault(section.schema, markdown.anchor(section.heading))
     hints = typing.get_type_hints(schema.Config)
     contents = [
-        f"- [`{field.name}`](#{field.name}): {_first_sentence(hints[field.name])}{_resume(field)}"
+        f"- [`{field.name}`](#{field.name}): {_first_sentence(hints[field.name])} {_resume(field)}".rstrip()
         for field in dataclasses.fields(schema.Config)
     ]
     parts = [part for section in sections for part in _section(section, links)]
@@ -125,7 +125,8 @@ def _section(section: Section, links: dict[type, str]) -> Iterator[str]:
     for field in dataclasses.fields(section.schema):
         annotation = _split_none(hints[field.name])[0]
         described = dataclasses.is_dataclass(annotation) and _first_sentence(annotation).rstrip(".")
-        meaning = markdown.sentence(comments.get(field.name) or described or "") + _resume(field)
+        meaning = markdown.sentence(comments.get(field.name) or described or "")
+        meaning = ". ".join(filter(None, (meaning, _resume(field))))
         kind = _type(hints[field.name], ranges.get(field.name, {}), links)
         rows.append((f"`{field.name}`", kind, _default(field), meaning))
     yield markdown.table(("key", "type", "default", "meaning"), rows) if rows else "It has no keys."
@@ -167,7 +168,7 @@ def _default(field: dataclasses.Field) -> str:
 
 def _resume(field: dataclasses.Field) -> str:
     """What the change of a key at a resume does; empty for a key that cannot change."""
-    return f" *Resume: {EFFECTS[field.metadata['resume']]}.*" if "resume" in field.metadata else ""
+    return f"*Resume: {EFFECTS[field.metadata['resume']]}.*" if "resume" in field.metadata else ""
 
 
 def _describe(section: type) -> str:
