@@ -81,6 +81,7 @@ def generate_exit_codes() -> str:
             verbs = [verb for verb in VERBS if int(value) in _exit_codes(verb)]
             shown = "all" if int(value) == exit_codes.USAGE_ERROR else ", ".join(f"`{verb}`" for verb in verbs)
             rows.append((value, f"`{name}`: {comment}", shown))
+    rows.sort(key=lambda row: int(row[0]))
     introduction = (
         "The names are constants of `sparsejax.cli`. A command that stopped with 75 resumes when it is run again."
     )
