@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-import textwrap
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -17,8 +16,9 @@ from rich.text import Text
 from sparsejax.errors import InputError
 from sparsejax.figures import write_figure
 from sparsejax.palette import CELLS
+from sparsejax.paths import local_path
 from sparsejax.patterns import Panel, Pattern, draw_mask, draw_pattern, format_numbers, receptive_field
-from sparsejax.patterns.drawing import COUNTED_TILE, panels_to_svg
+from sparsejax.patterns.drawing import COUNTED_TILE, mark_cells, panels_to_svg, wrap_title
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -26,40 +26,75 @@ if TYPE_CHECKING:
 
 SUFFIXES = (".png", ".svg")
 MAX_CELLS = 4096  # per side of a picture in a file
+DEFAULT_CELLS = 256  # per side of a picture in a file, if no tile is given
 MAX_RECEPTIVE_FIELD = 2048  # tokens; receptive fields are products of boolean matrices here
 MAX_TOKENS = 2**18  # at which a full pattern has four million tiles
 
-# By state of a cell: dead, partial, full, and keys that count two, three, and more times.
-SIXTEEN_COLOURS = ("white", "cyan", "blue", "yellow", "red", "magenta")  # for terminals with 16 colours
-PLAIN = ".+#234"  # for terminals without colours
+# By state of a cell, as `palette.CELLS`.
+SIXTEEN_COLOURS = (  # for terminals with 16 colours
+    *("white", "cyan", "blue", "yellow", "red", "magenta"),
+    *("green", "bright_magenta", "bright_yellow"),
+)
+PLAIN = ".+#234~=?"  # for terminals without colours
 
 PANELS_IN_A_ROW = 4
 INCHES = 2.1  # side of a panel
 TITLE_WIDTH = 30  # characters
 
-Titled = Sequence[tuple[str | None, Pattern]]
+
+@dataclasses.dataclass(frozen=True)
+class Part:
+    """A mixer of a layer: its kind, what it reads, and the state of the cells if it is no attention with a pattern."""
+
+    kind: str
+    pattern: Pattern
+    state: int | None = None
 
 
-def draw(patterns: Titled, length: int, console: Console, tile: int | None = None, out: str | None = None) -> None:
+@dataclasses.dataclass(frozen=True)
+class Subject:
+    """A pattern to draw.
+
+    Attributes:
+      pattern: The pattern.
+      title: Defaults to the text form of the pattern.
+      state: State of the cells of a layer that is no attention with a static pattern, see `mark_cells`.
+      describe: Whether the text form follows the title.
+    """
+
+    pattern: Pattern
+    title: str | None = None
+    state: int | None = None
+    describe: bool = False
+
+
+def draw(
+    subjects: Sequence[Subject], length: int, console: Console, tile: int | None = None, out: str | None = None
+) -> None:
     """Draws patterns, one panel per pattern and head.
 
     Args:
-      patterns: Titles and patterns; a title defaults to the text form.
+      subjects: The patterns.
       length: Sequence length in tokens.
       console: The terminal, used if `out` is None.
-      tile: Tokens of a cell. Defaults to 1, or to the smallest power of two that fits the terminal.
+      tile: Tokens of a cell. Defaults to the smallest power of two at which the picture fits: the width of the
+        terminal, or `DEFAULT_CELLS` cells in a file.
       out: Path of a .png or .svg file.
 
     Raises:
       InputError: An argument is invalid; the error names it.
     """
     tile = choose_tile(length, tile, console, out)
-    panels = [panel for title, pattern in patterns for panel in draw_pattern(pattern, length, tile, title)]
-    draw_panels(panels, console, out)
+    draw_panels([panel for subject in subjects for panel in _draw_subject(subject, length, tile)], console, out)
+
+
+def _draw_subject(subject: Subject, length: int, tile: int) -> Sequence[Panel]:
+    panels = draw_pattern(subject.pattern, length, tile, subject.title, subject.describe)
+    return panels if subject.state is None else [mark_cells(panel, subject.state) for panel in panels]
 
 
 def draw_receptive_field(
-    layers: Titled, length: int, console: Console, tile: int | None = None, out: str | None = None
+    layers: Sequence[Subject], length: int, console: Console, tile: int | None = None, out: str | None = None
 ) -> None:
     """Draws which inputs (across) can influence which outputs (down) after each layer.
 
@@ -71,11 +106,11 @@ def draw_receptive_field(
     if length > MAX_RECEPTIVE_FIELD:
         raise InputError("length", f"{length} exceeds {MAX_RECEPTIVE_FIELD}, the limit of receptive fields")
     tile = choose_tile(length, tile, console, out)
-    reached = list(receptive_field.matrices((pattern for _, pattern in layers), length))[1:]
+    reached = list(receptive_field.matrices((layer.pattern for layer in layers), length))[1:]
     firsts = [i for i, now in enumerate(reached) if i == 0 or (now != reached[i - 1]).any()]
     panels = []
     for first, stop in itertools.pairwise([*firsts, len(layers)]):
-        names = ", ".join(dict.fromkeys(title or str(pattern) for title, pattern in layers[first:stop]))
+        names = ", ".join(dict.fromkeys(layer.title or str(layer.pattern) for layer in layers[first:stop]))
         title = f"after {_name_layers(range(first, stop))}: {names}"
         panel = draw_mask(title, reached[first], tile)
         panels.append(dataclasses.replace(panel, axes=("output", "input"), words=("reached", "not reached")))
@@ -86,29 +121,28 @@ def draw_panels(panels: Sequence[Panel], console: Console, out: str | None = Non
     """Writes panels to the file `out`, or prints them if it is None."""
     if out is None:
         print_panels(panels, console)
-    elif Path(out).suffix == ".svg":
-        Path(out).write_text(panels_to_svg(panels))
+    elif (path := local_path(out, "out")).suffix == ".svg":
+        path.write_text(panels_to_svg(panels))
     else:
-        write_figure(lambda: _build_figure(panels), Path(out))
+        write_figure(lambda: build_figure(panels), path)
 
 
-def title_layers(layers: Iterable[tuple[str, str, Pattern]]) -> list[tuple[str, Pattern]]:
-    """Titles and patterns of the layers of a schedule; equal layers share one.
+def title_layers(layers: Iterable[tuple[str, Sequence[Part]]]) -> list[Subject]:
+    """The mixers of a schedule with the numbers and names of their layers; equal ones share a title.
 
     Args:
-      layers: Name, kind of mixer and connectivity of each layer, in order.
+      layers: Name and mixers of each layer, in order.
     """
-    equal: dict[tuple[str, Pattern], dict[int, str]] = {}
-    for number, (name, kind, pattern) in enumerate(layers):
-        equal.setdefault((kind, pattern), {})[number] = name
-    return [
-        (
-            f"{_name_layers(list(names))}: {', '.join(dict.fromkeys(names.values()))}\n"
-            + (str(pattern) if kind == "attention" else f"{pattern} ({kind})"),
-            pattern,
-        )
-        for (kind, pattern), names in equal.items()
-    ]
+    equal: dict[Part, dict[int, str]] = {}
+    for number, (name, parts) in enumerate(layers):
+        for part in parts:
+            equal.setdefault(part, {})[number] = name
+    subjects = []
+    for part, names in equal.items():
+        kind = "" if part.kind == "attention" else f" ({part.kind})"
+        title = f"{_name_layers(list(names))}: {', '.join(dict.fromkeys(names.values()))}{kind}"
+        subjects.append(Subject(part.pattern, title, part.state, describe=part.state is None))
+    return subjects
 
 
 def _name_layers(numbers: Sequence[int]) -> str:
@@ -122,12 +156,12 @@ def choose_tile(length: int, tile: int | None, console: Console, out: str | None
       InputError: An argument is invalid; the error names it.
     """
     _check(length, tile, out)
-    tile = 1 if tile is None else tile
-    cells = _cells(console) if out is None else MAX_CELLS
+    cells = _cells(console) if out is None else MAX_CELLS if tile else DEFAULT_CELLS
+    automatic, tile = tile is None or out is None, tile or 1
     if -(-length // tile) <= cells:
         return tile
     fitting = next(2**i for i in range(64) if 2**i >= tile and -(-length // 2**i) <= cells)
-    if out is None:
+    if automatic:
         return fitting
     raise InputError(
         "tile", f"{tile} gives more than {MAX_CELLS} cells per side for {length} tokens; use {fitting} or more"
@@ -143,16 +177,12 @@ def _check(length: int, tile: int | None, out: str | None) -> None:
         raise InputError("tile", f"{tile} is neither up to {COUNTED_TILE} nor a multiple of it")
     if out is not None and Path(out).suffix not in SUFFIXES:
         raise InputError("out", f"{out!r} does not end in {' or '.join(SUFFIXES)}")
-    if out is not None and not Path(out).parent.is_dir():
-        raise InputError("out", f"folder {str(Path(out).parent)!r} does not exist")
+    if out is not None and not local_path(out, "out").parent.is_dir():
+        raise InputError("out", f"folder {str(local_path(out, 'out').parent)!r} does not exist")
 
 
 def _legend(panels: Sequence[Panel]) -> dict[int, str]:
     return {state: word for panel in panels for state, word in panel.legend.items()}
-
-
-def _wrap(title: str, width: int) -> str:
-    return "\n".join(textwrap.fill(line, width, break_on_hyphens=False) for line in title.splitlines())
 
 
 # The terminal.
@@ -164,7 +194,7 @@ def print_panels(panels: Sequence[Panel], console: Console) -> None:
     colours = SIXTEEN_COLOURS if console.color_system in ("standard", "windows") else CELLS
     pictures = [_characters(panel.states) if plain else _half_characters(panel.states, colours) for panel in panels]
     width = max(TITLE_WIDTH, *(len(picture.plain.split("\n", 1)[0]) for picture in pictures))
-    titles = [_wrap(panel.title, width) for panel in panels]
+    titles = ["\n".join(wrap_title(panel.title, width)) for panel in panels]
     lines = max(title.count("\n") for title in titles)  # shorter titles are padded on top to align the pictures
     columns = [
         Text("\n", no_wrap=True).join(
@@ -204,7 +234,8 @@ def _half_characters(states: np.ndarray, colours: Sequence[str]) -> Text:
 # PNG files.
 
 
-def _build_figure(panels: Sequence[Panel]) -> Figure:
+def build_figure(panels: Sequence[Panel]) -> Figure:
+    """The figure of panels, at most four per row."""
     from matplotlib.figure import Figure
     from matplotlib.patches import Patch
 
@@ -215,7 +246,7 @@ def _build_figure(panels: Sequence[Panel]) -> Figure:
     axes = figure.subplots(rows, columns, squeeze=False).ravel()
     for number, (panel, axis) in enumerate(zip(panels, axes, strict=False)):
         _draw_axes(panel, axis)
-        if number % columns == 0:
+        if number % columns == 0 or panel.axes[0] != panels[number - 1].axes[0]:
             axis.set_ylabel(panel.axes[0])
     for axis in axes[len(panels) :]:
         axis.set_visible(False)
@@ -239,5 +270,5 @@ def _draw_axes(panel: Panel, axes: Axes) -> None:
         axis.set_ticks(tokens + 0.5 * (tile == 1), labels=tokens.tolist())
     axes.tick_params(length=2, width=0.5, labelsize=7)
     axes.spines[:].set(linewidth=0.5, edgecolor="#999999")
-    axes.set_title(_wrap(panel.title, TITLE_WIDTH), fontsize=9)
+    axes.set_title("\n".join(wrap_title(panel.title, TITLE_WIDTH)), fontsize=7.5)
     axes.set_xlabel(f"{panel.axes[1]}\n{panel.caption}", linespacing=1.5)

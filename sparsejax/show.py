@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import itertools
 import operator
+from collections.abc import Sequence
 
 from rich.console import Console
 from rich.table import Table
@@ -15,6 +16,9 @@ from sparsejax.config import Config, ModelConfig
 from sparsejax.data import load_dataset, preview
 from sparsejax.errors import InputError
 from sparsejax.layers import LayerConfig
+from sparsejax.patterns.drawing import wrap_title
+
+TEXT_WIDTHS = (24, 16, 12, 8, 4)  # of columns of texts, the widest first
 
 
 def show(model: ModelConfig, length: int, console: Console) -> None:
@@ -33,16 +37,14 @@ def show(model: ModelConfig, length: int, console: Console) -> None:
     total = functools.reduce(operator.add, layers, outside)
     sparse = total.active_parameters < total.parameters
     columns = ("parameters", *(("active",) if sparse else ()), "pairs", "FLOPs/token", "cache bytes", "live tiles")
-    title = f"{model.schedule}, {length:,} tokens"
-    table = Table("layer", "name", "mixer", "pattern", *columns, title=title)
-    for column in table.columns[4:]:
-        column.justify = "right"
-    for number, (name, account) in enumerate(zip(model.names, layers, strict=True)):
-        table.add_row(str(number), name, *_describe(model.layers[name]), *_numbers(account, sparse))
-    table.add_row("", "embedding, norm, head", "", "", *_numbers(outside, sparse))
-    table.add_section()
-    table.add_row("", "total", "", "", *_numbers(total, sparse))
-    console.print(table)
+    rows = [
+        (str(number), name, *_describe(model.layers[name]), *_numbers(account, sparse))
+        for number, (name, account) in enumerate(zip(model.names, layers, strict=True))
+    ]
+    rows.append(("", "embedding, norm, head", "", "", *_numbers(outside, sparse)))
+    rows.append(("", "total", "", "", *_numbers(total, sparse)))
+    _print(console, f"{model.schedule}, {length:,} tokens")
+    _print_table(console, ("layer", "name", "mixer", "pattern", *columns), rows, texts=4, keys=2, total=True)
     _print(
         console,
         *(["active: parameters used by a token, without the experts that it does not select"] if sparse else []),
@@ -70,12 +72,7 @@ def show_complexity(length: int | None, measured: bool, console: Console) -> Non
     _require_length(length)
     growth = {method.name: complexity.measure(method) for method in complexity.METHODS} if measured else None
     heading, *rows = complexity.tabulate(length, growth)
-    table = Table(*heading)
-    for column in table.columns[3:]:
-        column.justify = "right"
-    for row in rows:
-        table.add_row(*row)
-    console.print(table)
+    _print_table(console, heading, rows, texts=3, keys=1)
     _print(
         console,
         "pairs: of one head, counted from the pattern; of dense causal: relative to dense causal attention",
@@ -139,6 +136,59 @@ def _describe(layer: LayerConfig) -> tuple[str, str]:
         return "-", "-"
     side = "" if layer.side is None else f" + {layer.side.shared}"
     return f"{layer.mixer.summary}{side}", str(getattr(layer.mixer, "pattern", "-"))
+
+
+def _print_table(
+    console: Console, headings: Sequence[str], rows: Sequence[Sequence[str]], texts: int, keys: int, total: bool = False
+) -> None:
+    """Prints columns of texts and of numbers as a table that fits the console.
+
+    Texts are wrapped and folded; numbers that do not fit follow in further tables, so that no digit is lost.
+
+    Args:
+      console: Where to print.
+      headings: Names of the columns.
+      rows: Cells.
+      texts: Number of columns of texts, which come first.
+      keys: Number of columns that every table repeats.
+      total: Whether a line separates the last row.
+    """
+    columns = list(zip(*rows, strict=True))
+    natural = [max(map(len, (*cells, *name.split()))) for name, cells in zip(headings, columns, strict=True)]
+    numbers = range(texts, len(headings))
+    widest = max(natural[number] for number in numbers)
+    least, tables, shown = natural, [], list(range(texts))
+    for limit in TEXT_WIDTHS:  # the widest texts at which a table with one column of numbers fits
+        least = [min(width, limit) for width in natural[:texts]] + natural[texts:]
+        if _table_width([*least[:texts], widest]) <= console.width:
+            break
+    for number in numbers:
+        if _table_width([least[column] for column in (*shown, number)]) > console.width and len(shown) > keys:
+            tables.append(shown)
+            shown = list(range(keys))
+        shown.append(number)
+    for parts in [*tables, shown]:
+        widths = [least[column] for column in parts]
+        for i, column in enumerate(parts):
+            widths[i] += max(0, min(natural[column] - widths[i], console.width - _table_width(widths)))
+        table = Table()
+        for width, column in zip(widths, parts, strict=True):
+            table.add_column(
+                headings[column], width=width, overflow="fold", justify="left" if column < texts else "right"
+            )
+        for number, row in enumerate(rows):
+            cells = [_wrap_cell(row[column], width) for width, column in zip(widths, parts, strict=True)]
+            table.add_row(*cells, end_section=total and number == len(rows) - 2)
+        console.print(table, markup=False)
+
+
+def _table_width(widths: Sequence[int]) -> int:
+    """Width of a table with its lines and padding."""
+    return sum(widths) + 3 * len(widths) + 1
+
+
+def _wrap_cell(text: str, width: int) -> str:
+    return text if len(text) <= width else "\n".join(wrap_title(text, width))
 
 
 def _print(console: Console, *lines: str) -> None:

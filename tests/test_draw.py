@@ -1,27 +1,31 @@
 """`sparsejax draw`: terminal output by hand, reproducible files, and invalid input."""
 
 import io
+import itertools
 import re
 import shlex
 import sys
 import xml.etree.ElementTree as ElementTree
+from pathlib import Path
 
 import numpy as np
 import pytest
+from matplotlib.backends.backend_agg import FigureCanvasAgg
 from rich.color import Color
 from rich.console import Console
 
 from sparsejax import config as configs
 from sparsejax.cli import USAGE_ERROR, main
-from sparsejax.draw import MAX_CELLS, draw_panels, title_layers
+from sparsejax.draw import MAX_CELLS, Part, Subject, build_figure, draw_panels, title_layers
 from sparsejax.palette import CELLS
 from sparsejax.patterns import draw_pattern, parse
-from sparsejax.patterns.drawing import picture
+from sparsejax.patterns.drawing import STATE, TITLE_LINES, fold_text, picture, wrap_title
 from tests.messages import check_message
 from tests.train import recipe, runs
 
 pytestmark = pytest.mark.quick
 
+ROOT = Path(__file__).parent.parent
 PNG = b"\x89PNG\r\n\x1a\n"
 
 
@@ -89,16 +93,17 @@ def test_sixteen_colours():
 
 def test_equal_layers_of_a_schedule_share_a_panel(capsys):
     model = configs.check(recipe.get_config()).model
-    kinds = {"ssm": "mamba", "local": "attention", "full": "attention"}
-    named = title_layers((name, kinds[name], pattern) for name, pattern in model.connectivity)
-    assert named == [
-        ("layers 0, 2: ssm\ncausal (mamba)", parse("causal")),
-        ("layers 1, 3: local\ncausal & (window(5) | sink(2))", parse("causal & (window(5) | sink(2))")),
-        ("layer 4: full\ncausal", parse("causal")),
+    kinds = {"ssm": ("mamba", STATE), "local": ("attention", None), "full": ("attention", None)}
+    layers = [(name, [Part(kinds[name][0], pattern, kinds[name][1])]) for name, pattern in model.connectivity]
+    assert title_layers(layers) == [
+        Subject(parse("causal"), "layers 0, 2: ssm (mamba)", STATE),
+        Subject(parse("causal & (window(5) | sink(2))"), "layers 1, 3: local", describe=True),
+        Subject(parse("causal"), "layer 4: full", describe=True),
     ]
     lines = output(capsys, f"--config={runs.RECIPE}", "--config.model.schedule=local full local", "--length=8")
     assert lines[0].split("   ")[0] == "layers 0, 2: local"
     assert lines[0].endswith("layer 1: full")
+    assert [line.split("   ")[0] for line in lines[1:3]] == ["causal & (window(5) | sink(2))", "# . . . . . . ."]
     assert len(lines[2].split()) == 16
     assert len(output(capsys, f"--config={runs.RECIPE}")[2].split()) == 2 * recipe.get_config().data.length
 
@@ -143,7 +148,7 @@ BAD = {
     "pdf": ("causal --length=8 --out=picture.pdf", "--out"),
     "no suffix": ("causal --length=8 --out=picture", "--out"),
     "no folder": ("causal --length=8 --out=absent/picture.png", "--out"),
-    "too many cells": (f"causal --length={MAX_CELLS + 1} --out=picture.png", "--tile"),
+    "too many cells": (f"causal --length={MAX_CELLS + 1} --tile=1 --out=picture.png", "--tile"),
     "titles": ("causal --length=8 --titles=A,B", "--titles"),
     "nothing": ("--length=8", "--config"),
     "both": (f"causal --config={runs.RECIPE} --length=8", "--config"),
@@ -198,3 +203,84 @@ def test_receptive_field_of_a_config(capsys):
     assert (
         " ".join(lines[:2]) == "after layers 0-4: ssm, local, full"
     )  # the first layer attends to all earlier positions
+
+
+def test_files_have_at_most_256_cells_by_default(tmp_path, capsys):
+    file = tmp_path / "figure.svg"
+    output(capsys, "causal", "--length=3000", f"--out={file}")
+    assert any("of tiles of 16, " in text for text in texts(file))
+
+
+def test_recurrent_layers_are_not_drawn_as_attention(tmp_path, capsys):
+    file = tmp_path / "figure.svg"
+    lines = output(capsys, f"--config={runs.RECIPE}", "--length=4")
+    assert [line.split("   ")[0] for line in lines[2:6]] == ["~ . . .", "~ ~ . .", "~ ~ ~ .", "~ ~ ~ ~"]
+    assert lines[6].startswith("a state of fixed size, no pairs")
+    assert "~ read through a state" in lines[-1]
+    assert "# attended" in lines[-1]
+    output(capsys, f"--config={runs.RECIPE}", f"--out={file}", "--length=16")
+    assert {"layers 0, 2: ssm (mamba)", "input", "output", "read through a state"} <= set(texts(file))
+
+
+@pytest.mark.parametrize(
+    ("preset", "kinds"),
+    [
+        ("falcon_h1", ["layers 0-71: hybrid", "layers 0-71: hybrid (mamba2)"]),
+        ("nemotron_h", ["(mamba2)", "(feed-forward)", ": full"]),
+        ("kimi_linear", ["(delta)", "(latent)"]),
+        ("minimax_text_01", ["(lightning)", ": full"]),
+    ],
+)
+def test_the_mixers_of_a_preset_have_a_panel_each(preset, kinds, tmp_path, capsys):
+    file = tmp_path / "figure.svg"
+    output(capsys, f"--config=preset:{preset}", "--length=64", f"--out={file}")
+    titles = [title for title in ElementTree.parse(file).getroot()[0].text.split("; ") if title.startswith("layer")]
+    assert len(titles) == len(kinds)
+    for title, kind in zip(titles, kinds, strict=True):
+        assert kind in title
+
+
+MANY = ", ".join(f"tiles([[{n}, {n + 1}], [{n + 2}]], tile=32)" for n in range(12))
+
+
+@pytest.mark.parametrize(
+    ("text", "characters", "folded"),
+    [
+        ("causal & window(3)", 18, "causal & window(3)"),
+        ("causal & (window(2047) | sink(4) | full)", 38, "causal & (...)"),
+        (f"per_head({MANY})", 40, "per_head(12 patterns)"),
+        ("per_head(tiles([[0, 1]], tile=32), full)", 37, "per_head(tiles([...], tile=32), full)"),
+        ("a_long_name_without_brackets", 10, "a_long_..."),
+    ],
+)
+def test_long_texts_are_folded(text, characters, folded):
+    result = fold_text(text, characters)
+    assert len(result) <= characters
+    assert result == folded
+
+
+def test_titles_have_at_most_three_lines_per_part():
+    for characters in range(12, 60, 4):
+        lines = wrap_title(f"layer 0: name\nper_head({MANY})", characters)
+        assert len(lines) <= 2 * TITLE_LINES
+        assert max(map(len, lines)) <= characters
+
+
+@pytest.mark.parametrize("config", ["configs/bigbird_mlm.py:mini", "preset:griffin", "preset:kimi_linear"])
+def test_titles_of_neighbours_do_not_overlap(config, tmp_path, capsys, monkeypatch):
+    figures = []
+    monkeypatch.setattr(
+        "sparsejax.draw.build_figure", lambda panels: figures.append(build_figure(panels)) or figures[0]
+    )
+    output(capsys, f"--config={ROOT / config if '/' in config else config}", f"--out={tmp_path / 'figure.png'}")
+    (figure,) = figures
+    renderer = FigureCanvasAgg(figure).get_renderer()
+    figure.draw_without_rendering()
+    axes = [axis for axis in figure.axes if axis.get_visible()]
+    boxes = [axis.title.get_window_extent(renderer) for axis in axes]
+    boxes += [axis.get_window_extent(renderer) for axis in axes]
+    boxes += [axis.xaxis.label.get_window_extent(renderer) for axis in axes]
+    overlapping = [(i, j) for (i, a), (j, b) in itertools.combinations(enumerate(boxes), 2) if a.overlaps(b)]
+    assert not overlapping
+    sides = {round(axis.get_window_extent(renderer).width / figure.dpi, 1) for axis in axes}
+    assert min(sides) > 1

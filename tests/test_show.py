@@ -54,6 +54,31 @@ def table():
     return [[cell.strip() for cell in line.strip("│ ").split("│")] for line in shown()]
 
 
+@pytest.mark.parametrize("width", [40, 60, 80, 100, 140])
+def test_no_width_cuts_a_number(width):
+    def cells(width):
+        out = io.StringIO()
+        show(configs.check(configs.load("preset:jamba_1_5_large")).model, 262_144, Console(file=out, width=width))
+        lines = [line for line in out.getvalue().splitlines() if line[:1] in "│┃┏└├┡"]
+        assert max(map(len, lines)) <= width
+        return {
+            cell.strip() for line in lines for cell in line.split("│") if "," in cell and cell.strip()[:1].isdigit()
+        }
+
+    wide = cells(400)
+    assert len(wide) > 10
+    assert cells(width) == wide
+
+
+def test_long_patterns_are_folded():
+    text = f"per_head({', '.join(f'causal & window({n})' for n in range(1, 5))})"
+    layers = recipe.get_config().model.layers.to_dict()
+    layers["full"]["mixer"] |= {"heads": 4, "kv_heads": 4, "head_width": 4, "pattern": text}
+    rows = [line for line in shown(schedule="full", layers=layers) if line.startswith("│")]
+    assert len(rows) <= 5  # of the layer at most three, then those outside of the layers and the total
+    assert any("per_head(" in row for row in rows)
+
+
 def numbers(cells):
     return tuple(int(cell.replace(",", "")) for cell in cells)
 

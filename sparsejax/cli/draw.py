@@ -3,13 +3,19 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
+from typing import TYPE_CHECKING
 
 from rich.console import Console
 
 from sparsejax import draw, patterns
 from sparsejax.cli.arguments import add_config
 from sparsejax.errors import InputError
-from sparsejax.patterns.drawing import default_length
+from sparsejax.patterns.drawing import LOCAL, SELECTED, STATE, default_length
+
+if TYPE_CHECKING:
+    from sparsejax.config import ModelConfig
+    from sparsejax.layers import LayerConfig, MixerConfig
 
 EXAMPLE = "sparsejax draw 'causal & window(7)' 'causal & (window(7) | sink(2))' --length=32 --out=windows.svg"
 OVERRIDES = ("config",)
@@ -35,7 +41,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="take the patterns as a stack of layers and draw which inputs reach each output",
     )
     parser.add_argument(
-        "--tile", type=int, metavar="N", help="tokens per cell; defaults to 1, or to what fits the terminal"
+        "--tile", type=int, metavar="N", help="tokens per cell; defaults to what fits the terminal, or 256 cells of a file"
     )
     parser.add_argument("--out", metavar="FILE", help=".png or .svg file; defaults to the terminal")
     parser.add_argument("--titles", metavar="A,B", help="titles of the patterns, separated by commas")
@@ -43,32 +49,58 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace, console: Console) -> None:
     """Draws patterns, or the layers of a config."""
-    titled, length = _read_config(options) if options.config else _read_patterns(options)
+    subjects, length = _read_config(options) if options.config else _read_patterns(options)
     if options.titles is not None:
         titles = [title.strip() for title in options.titles.split(",")]
-        if len(titles) != len(titled):
-            raise InputError("titles", f"{len(titles)} titles, separated by commas, for {len(titled)} patterns")
-        titled = [(title, pattern) for title, (_, pattern) in zip(titles, titled, strict=True)]
-    draw_titled = draw.draw_receptive_field if options.receptive_field else draw.draw
-    draw_titled(titled, length, console, options.tile, options.out)
+        if len(titles) != len(subjects):
+            raise InputError("titles", f"{len(titles)} titles, separated by commas, for {len(subjects)} patterns")
+        subjects = [
+            dataclasses.replace(subject, title=title, describe=False)
+            for title, subject in zip(titles, subjects, strict=True)
+        ]
+    draw_subjects = draw.draw_receptive_field if options.receptive_field else draw.draw
+    draw_subjects(subjects, length, console, options.tile, options.out)
 
 
-def _read_config(options: argparse.Namespace) -> tuple[list[tuple[str, patterns.Pattern]], int]:
+def _read_config(options: argparse.Namespace) -> tuple[list[draw.Subject], int]:
     from sparsejax import config as configs  # slow, and not needed for patterns
 
     config = configs.check(configs.load(options.config, options.overrides["config"]))
     length = config.data.length if options.length is None else options.length
     model = config.model
     if options.receptive_field:
-        return model.connectivity, length
-    mixers = [model.layers[name].mixer for name in model.names]
-    kinds = ["feed-forward" if mixer is None else mixer.summary.split()[0] for mixer in mixers]
-    layers = zip(model.connectivity, kinds, strict=True)
-    return draw.title_layers((name, kind, pattern) for (name, pattern), kind in layers), length
+        return [draw.Subject(pattern, name) for name, pattern in model.connectivity], length
+    layers = [(name, _list_mixers(model, model.layers[name])) for name in model.names]
+    return draw.title_layers(layers), length
 
 
-def _read_patterns(options: argparse.Namespace) -> tuple[list[tuple[str | None, patterns.Pattern]], int]:
+def _list_mixers(model: ModelConfig, layer: LayerConfig) -> list[draw.Part]:
+    """What a layer reads through: its mixer or the branches of it, and a shared block."""
+    from sparsejax.layers import ParallelConfig
+
+    mixers = list(layer.mixer.branches.values()) if isinstance(layer.mixer, ParallelConfig) else []
+    mixers = [branch.mixer for branch in mixers] or [layer.mixer]
+    if layer.side is not None:
+        mixers.append(model.shared[layer.side.shared].mixer)
+    return [_describe(mixer) for mixer in mixers]
+
+
+def _describe(mixer: MixerConfig | None) -> draw.Part:
+    """The kind of a mixer, what it reads, and how."""
+    from sparsejax.layers import LshConfig
+
+    if mixer is None:
+        return draw.Part("feed-forward", patterns.Window(0), LOCAL)
+    kind, pattern = mixer.summary.split()[0], mixer.connectivity
+    if isinstance(mixer, LshConfig) or getattr(mixer, "indexer", None) is not None:
+        return draw.Part(kind, pattern, SELECTED)
+    if hasattr(mixer, "pattern"):
+        return draw.Part(kind, pattern)
+    return draw.Part(kind, pattern, STATE if isinstance(pattern, patterns.Causal | patterns.Full) else LOCAL)
+
+
+def _read_patterns(options: argparse.Namespace) -> tuple[list[draw.Subject], int]:
     parsed = [patterns.parse(text, options.length) for text in options.patterns]
     length = max(map(default_length, parsed)) if options.length is None else options.length
     titles = options.patterns if options.receptive_field else [None] * len(parsed)
-    return list(zip(titles, parsed, strict=True)), length
+    return [draw.Subject(pattern, title) for title, pattern in zip(titles, parsed, strict=True)], length

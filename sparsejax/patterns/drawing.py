@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import re
 import textwrap
 from collections.abc import Iterable, Iterator, Sequence
 
@@ -16,6 +17,14 @@ from sparsejax.patterns.layout import TileLayout
 
 # States of a cell: no allowed pair, some, or only such. A cell of one pair is dead, full, or counts more than once.
 DEAD, PARTIAL, FULL, TWICE, THRICE, MORE = range(6)
+# Layers whose connectivity is no attention pattern have one state for all cells that are not dead.
+STATE, LOCAL, SELECTED = range(6, 9)
+CAPTIONS = {
+    STATE: "a state of fixed size, no pairs",
+    LOCAL: "no attention",
+    SELECTED: "keys are selected from these by the data",
+}
+LEGENDS = {STATE: "read through a state", LOCAL: "read without attention", SELECTED: "may be attended to"}
 REPEATED_LEGEND = {TWICE: "twice", THRICE: "three times", MORE: "more often"}
 TILE_LEGEND = {FULL: "full tile", PARTIAL: "partial tile", DEAD: "dead tile"}
 MAX_HEADS = 8  # panels of one pattern
@@ -30,6 +39,9 @@ SIDE, SMALL_SIDE = 256, 192  # pixels of a panel alone, and of one of several
 LINED_CELL = 6  # pixels of a cell from which lines separate the cells
 LINE = 14  # pixels per line of text
 TITLE_FONT = 10.5
+INNERMOST = re.compile(r"[(\[][^()\[\]]*[)\]]")  # brackets without inner brackets
+FOLDED = "\ue000\ue001\ue002\ue003"  # of a text that is being folded: brackets that stay, and folded ones
+TITLE_LINES = 3  # of the name and of the text form of a pattern; longer ones are folded
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -46,13 +58,18 @@ class Panel:
     @property
     def legend(self) -> dict[int, str]:
         """The meaning of the states that the panel may show."""
+        for state, word in LEGENDS.items():
+            if (self.states == state).any():
+                return {state: word, DEAD: "not read"}
         if self.tile != (1, 1):
             return TILE_LEGEND
         words = {FULL: self.words[0], **REPEATED_LEGEND, DEAD: self.words[1]}
         return {state: word for state, word in words.items() if state < TWICE or (self.states == state).any()}
 
 
-def draw_pattern(pattern: Pattern, length: int, tile: int = 1, title: str | None = None) -> tuple[Panel, ...]:
+def draw_pattern(
+    pattern: Pattern, length: int, tile: int = 1, title: str | None = None, describe: bool = False
+) -> tuple[Panel, ...]:
     """Returns the panels of a pattern: one, or one per head. Equal heads share a panel.
 
     Args:
@@ -60,9 +77,11 @@ def draw_pattern(pattern: Pattern, length: int, tile: int = 1, title: str | None
       length: Sequence length in tokens.
       tile: Tokens per cell; above 128 a multiple of 128.
       title: Defaults to the text form of the pattern.
+      describe: Whether the text form follows the title.
     """
     if pattern.heads is None:
-        return (_draw_shared(pattern, length, tile, title or str(pattern)),)
+        text = f"\n{pattern}" if title and describe else ""
+        return (_draw_shared(pattern, length, tile, f"{title or pattern}{text}"),)
     heads: dict[Pattern, list[int]] = {}
     for index, head in enumerate(pattern.by_head()):
         heads.setdefault(head, []).append(index)
@@ -70,10 +89,52 @@ def draw_pattern(pattern: Pattern, length: int, tile: int = 1, title: str | None
     drawn = list(heads)[:MAX_HEADS]
     if len(drawn) < len(heads):
         titles[drawn[-1]] += f" ({len(heads) - len(drawn)} more not drawn)"
+    texts = {head: f"\n{head}" if describe else "" for head in drawn}
     return tuple(
-        _draw_shared(head, length, tile, f"{title}, {titles[head]}" if title else f"{titles[head]}: {head}")
+        _draw_shared(
+            head, length, tile, f"{title}, {titles[head]}{texts[head]}" if title else f"{titles[head]}: {head}"
+        )
         for head in drawn
     )
+
+
+def mark_cells(panel: Panel, state: int) -> Panel:
+    """The panel of a layer that is no attention with a static pattern: `STATE`, `LOCAL` or `SELECTED`."""
+    states = np.where(panel.states > DEAD, state, DEAD).astype(np.int8)
+    tile = f"\ncells of {panel.tile[0]} x {panel.tile[1]} positions" if panel.tile != (1, 1) else ""
+    return dataclasses.replace(panel, states=states, axes=("output", "input"), caption=f"{CAPTIONS[state]}{tile}")
+
+
+def fold_text(text: str, characters: int) -> str:
+    """The text form of a pattern in at most `characters`: its innermost arguments become "...", then the next ones."""
+    folded = text
+    while len(_unfold(folded)) > characters and INNERMOST.search(folded):
+        folded = _fold(folded)
+    text = _unfold(folded)
+    return text if len(text) <= characters else f"{text[: characters - 3]}..."
+
+
+def _fold(text: str) -> str:
+    """Replaces the deepest brackets of a text by one character each."""
+    depths = _depths(text)
+
+    def replace(match: re.Match[str]) -> str:
+        if depths[match.start()] < max(depths):
+            return match[0]
+        if text[: match.start()].endswith("per_head"):
+            return f"{FOLDED[0]}{match[0].count(', ') + 1} patterns{FOLDED[1]}"
+        return FOLDED[2] if match[0][0] == "(" else FOLDED[3]
+
+    return INNERMOST.sub(replace, text)
+
+
+def _depths(text: str) -> list[int]:
+    """The number of open brackets after each character."""
+    return list(itertools.accumulate((c in "([") - (c in ")]") for c in text))
+
+
+def _unfold(text: str) -> str:
+    return text.translate(dict(zip(map(ord, FOLDED), ("(", ")", "(...)", "[...]"), strict=True)))
 
 
 def draw_mask(title: str, mask: np.ndarray, tile: int = 1) -> Panel:
@@ -256,7 +317,17 @@ def _ticks(count: int, tile: int, size: float) -> Iterator[tuple[str, float]]:
 
 def _wrap(panel: Panel, side: float) -> list[str]:
     """The title in lines that fit a panel."""
-    characters = int((side + 40) / (svg.MONO_WIDTH * TITLE_FONT))
-    return [
-        line for part in panel.title.splitlines() for line in textwrap.wrap(part, characters, break_on_hyphens=False)
-    ]
+    return wrap_title(panel.title, int((side + 40) / (svg.MONO_WIDTH * TITLE_FONT)))
+
+
+def wrap_title(title: str, characters: int) -> list[str]:
+    """The lines of a title, each wrapped; a text form of more than `TITLE_LINES` lines is folded."""
+    return [line for part in title.splitlines() for line in _wrap_line(part, characters)]
+
+
+def _wrap_line(text: str, characters: int) -> list[str]:
+    for limit in range(TITLE_LINES * characters, 3, -4):
+        lines = textwrap.wrap(fold_text(text, limit), characters, break_on_hyphens=False)
+        if len(lines) <= TITLE_LINES:
+            return lines
+    raise AssertionError(text)

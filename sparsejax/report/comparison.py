@@ -122,10 +122,10 @@ class Comparison:
         return actual / expected - 1 if unequal and expected else None
 
     def similar(self, group: Group) -> list[Group]:
-        """The groups whose difference from a group is not significant, or not tested."""
+        """The groups whose difference from a group is tested and not significant."""
         differences, _ = statistics.compare_groups([other.values for other in self.groups], self.groups.index(group))
         tested = zip(self.groups, differences, strict=True)
-        return [other for other, d in tested if d is not None and (d.p is None or d.p >= SIGNIFICANCE)]
+        return [other for other, d in tested if d is not None and d.p is not None and d.p >= SIGNIFICANCE]
 
 
 def compare(
