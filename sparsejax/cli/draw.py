@@ -41,7 +41,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="take the patterns as a stack of layers and draw which inputs reach each output",
     )
     parser.add_argument(
-        "--tile", type=int, metavar="N", help="tokens per cell; defaults to what fits the terminal, or 256 cells of a file"
+        "--tile", type=int, metavar="N", help="tokens per cell; defaults to what fits the terminal or 256 cells"
     )
     parser.add_argument("--out", metavar="FILE", help=".png or .svg file; defaults to the terminal")
     parser.add_argument("--titles", metavar="A,B", help="titles of the patterns, separated by commas")
