@@ -122,6 +122,11 @@ class Checkpoints:
             _require_space(self.folder, sum(leaf.nbytes for leaf in jax.tree.leaves(arrays)))
             self._manager.save(step, args=args)
 
+    def wait(self) -> None:
+        """Waits for the last save; raises CheckpointError if it failed."""
+        with _report_failure(self.folder):
+            self._manager.wait_until_finished()
+
     def rank(self, step: int, loss: float | None) -> None:
         """Sets the evaluation loss of a checkpoint; `keep_best` ignores checkpoints without one."""
         self._losses[step] = loss

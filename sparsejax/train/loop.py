@@ -147,6 +147,7 @@ def train(settings: ConfigDict, workdir: str | os.PathLike[str], console: Consol
                 f" {files.metrics.name}"
             )
         summary = summarize(evaluation, last.dataset) | _evaluate_settings(evaluators, run, console)
+        checkpoints.wait()  # a run with a result has its last checkpoint
         if sharding.is_coordinator():
             size = {"step": int(run.state.step), "parameters": last.model.size}
             write_json(files.result, size | finite_or_none(summary))

@@ -78,6 +78,7 @@ class Runs:
         record = {"error": name, "lasts": lasts, "call": call.replace(str(workdir.path), ""), "code": ended.code}
         record |= {"before": before, "after": max(list_steps(workdir.checkpoints), default=0)}
         record |= {"resumed": int(resumed[1]) if resumed else None, "seconds": ended.seconds}
+        record["ended"] = workdir.result.exists()
         if problem := find_problem(ended, record, kill):
             record |= {"problem": problem, "errors": ended.errors[-2000:]}
         return record
@@ -110,6 +111,8 @@ def find_problem(ended: Ended, record: dict[str, Any], kill: bool) -> str | None
         return f"exit code {ended.code}, {len(lines)} lines on stderr"
     if record["after"] < record["before"] or (record["resumed"] or record["before"]) < record["before"]:
         return "a checkpoint is lost"
+    if record["ended"] and record["after"] < STEPS:
+        return "a result without its checkpoint"
     return None
 
 
