@@ -133,8 +133,10 @@ def _escape_output() -> None:
 
 
 def _report_unraisable(unraisable: sys.UnraisableHookArgs) -> None:
-    # When an array of a checkpoint cannot be read, the threads that read the others outlive the event loop.
-    if "Event loop is closed" not in str(unraisable.exc_value):
+    # When an array of a checkpoint cannot be read or written, Orbax abandons the coroutines of the others.
+    code = getattr(unraisable.object, "cr_code", None)
+    abandoned = code is not None and "orbax" in code.co_filename
+    if not abandoned and "Event loop is closed" not in str(unraisable.exc_value):
         sys.__unraisablehook__(unraisable)
 
 
