@@ -86,7 +86,7 @@ def check_utf8(
         part = bytes(text[offset : offset + CHECKED])
         last = offset + len(part) == len(text)
         try:
-            _, used = codecs.utf_8_decode(part, "strict", last and not cut)
+            used = len(part) if part.isascii() else codecs.utf_8_decode(part, "strict", last and not cut)[1]
         except UnicodeDecodeError as error:
             remedy = "convert the text, for instance with iconv"
             if argument == "data.files":

@@ -221,7 +221,7 @@ class _Writer:
         self._counts["read"] += 1
         # A document of bytes may be larger than the memory, so it is encoded in parts.
         step = PART if self._tokenizer.spelled else max(1, len(document.text))
-        start, digest = self._size, hashlib.blake2b(digest_size=8)
+        start, digest = self._size, hashlib.sha256()
         for offset in range(0, len(document.text), step):
             part = bytes(document.text[offset : offset + step])
             tokens = self._tokenizer.encode(part)
@@ -237,7 +237,7 @@ class _Writer:
             return
         self._bounds.extend((start, self._size))
         self._labels.append(document.label)
-        self._digests.append(int.from_bytes(digest.digest(), "little"))
+        self._digests.append(int.from_bytes(digest.digest()[:8], "little"))
 
     def _measure(self, text: bytes, tokens: np.ndarray) -> None:
         """Decodes a text, unless enough of the texts so far has been decoded."""
@@ -276,11 +276,13 @@ class _Writer:
         )
 
     def _write(self, tokens: np.ndarray) -> None:
-        self._file.write(tokens.astype(self._dtype, copy=False).tobytes())
+        self._file.write(tokens.astype(self._dtype, copy=False).data)
         self._size += len(tokens)
 
 
 def _count_characters(text: bytes) -> int:
+    if text.isascii():
+        return len(text)
     return int(np.count_nonzero(np.frombuffer(text, np.uint8) & 0xC0 != 0x80))
 
 
