@@ -59,8 +59,8 @@ def test_what_changes_no_number_may_change(key):
     ],
 )
 def test_what_changes_numbers_may_not(key, value):
-    (found,) = change({key: value})
-    assert (found.key, found.effect) == (key, None)
+    (item,) = change({key: value})
+    assert (item.key, item.effect) == (key, None)
 
 
 def test_microbatches_draw_dropout_masks_of_their_own():
