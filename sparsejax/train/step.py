@@ -115,8 +115,8 @@ def build_step(
     config: TrainConfig,
     mesh: Mesh,
     *,
-    first: int,
-    ends_row: Callable[[Int[Array, ""]], Bool[Array, ""]],
+    first: int = 0,
+    ends_row: Callable[[Int[Array, ""]], Bool[Array, ""]] | None = None,
 ) -> Callable[[TrainState[Array], DeviceBatch], tuple[TrainState[Array], Metrics]]:
     """Compiles the training step, which donates the buffers of its state.
 
@@ -130,11 +130,13 @@ def build_step(
       config: Microbatches, and what diverges.
       mesh: The mesh.
       first: Number of steps before the phase; the reference of spikes starts there.
-      ends_row: Whether a row of metrics follows a step. A row also follows a step that diverged.
+      ends_row: Whether a row of metrics follows a step; by default every `config.log_every` steps. A row also follows a
+        step that diverged.
     """
     differentiate = _build_gradient(model, config.accumulate, mesh)
     limit = config.max_skips if config.bad_loss == "skip" else 1
     rates = _bias_rates(model)
+    follows = ends_row or (lambda step: step % config.log_every == 0)
 
     def step(state: TrainState[Array], batch: DeviceBatch) -> tuple[TrainState[Array], Metrics]:
         key = jax.random.fold_in(state.key, state.step) if model.config.dropout else None
@@ -150,7 +152,7 @@ def build_step(
         after = TrainState(
             step=state.step + 1,
             skipped=state.skipped + diverged,
-            losses=losses.start_row(diverged | ends_row(state.step + 1)),
+            losses=losses.start_row(diverged | follows(state.step + 1)),
             key=state.key,
             parameters=parameters,
             optimizer=moments,
