@@ -158,13 +158,13 @@ def _describe_tests(comparison: Comparison) -> list[str]:
     """How the verdicts are computed: noise, degrees of freedom, number of tests."""
     differences = [group.difference for group in comparison.groups if group.difference is not None]
     tested = [difference for difference in differences if difference.p is not None]
-    if not tested or comparison.noise is None:
+    if not tested:
         return [f"A verdict needs {MIN_SEEDS} seeds in common with the baseline."] if differences else []
-    noise = f"{comparison.noise.deviation:.{count_decimals(comparison)}f}"
-    text = (
-        f"Noise: a run deviates by {noise} from the effects of its group and its seed, estimated from all groups with"
-    )
-    text += f" {comparison.noise.degrees} degrees of freedom. p is from a t-test with this noise"
+    text = "p is from a t-test"
+    if comparison.noise is not None:
+        deviation, degrees = comparison.noise.deviation, comparison.noise.degrees
+        noise = "Noise: the standard deviation of a run around the effects of its group and its seed is"
+        text = f"{noise} {deviation:.{count_decimals(comparison)}f}, pooled over all groups ({degrees} degrees of freedom). {text} with this noise"
     return [f"{text}{f', corrected for {len(tested)} tests (Holm)' if len(tested) > 1 else ''}."]
 
 
