@@ -162,9 +162,10 @@ def _describe_tests(comparison: Comparison) -> list[str]:
         return [f"A verdict needs {MIN_SEEDS} seeds in common with the baseline."] if differences else []
     text = "p is from a t-test"
     if comparison.noise is not None:
-        deviation, degrees = comparison.noise.deviation, comparison.noise.degrees
-        noise = "Noise: the standard deviation of a run around the effects of its group and its seed is"
-        text = f"{noise} {deviation:.{count_decimals(comparison)}f}, pooled over all groups ({degrees} degrees of freedom). {text} with this noise"
+        deviation = f"{comparison.noise.deviation:.{count_decimals(comparison)}f}"
+        noise = f"the standard deviation of a run around the effects of its group and its seed is {deviation}"
+        degrees = f"{comparison.noise.degrees} degrees of freedom"
+        text = f"Noise: {noise}, pooled over all groups ({degrees}). {text} with this noise"
     return [f"{text}{f', corrected for {len(tested)} tests (Holm)' if len(tested) > 1 else ''}."]
 
 
