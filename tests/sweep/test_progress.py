@@ -69,6 +69,6 @@ def test_terminal(attempts, tmp_path):
         progress.update(attempts)
         progress.report(attempts[0], "failed", ["why"])
     lines = console.file.getvalue().splitlines()
-    assert "│ running seed 2 │ 8/20 │ 0.1250 │ 0:00:06 │" in lines
+    assert "│ running seed 2 │ 8/20 │ 0.1250      │ 0:00:06 │" in lines
     assert any(line.endswith(f"{attempts[0].run.name} waiting seed 0: failed") for line in lines)
     assert any(line.endswith("    why") for line in lines)
