@@ -104,7 +104,9 @@ def _write_hugging_face(folder: Path) -> None:
 
 
 def _write_data(folder: Path) -> None:
+    import bz2
     import gzip
+    import lzma
 
     import pyarrow as pa
     import sentencepiece
@@ -116,10 +118,15 @@ def _write_data(folder: Path) -> None:
     records = [{"text": text, "label": i % 3} for i, text in enumerate(texts)]
     lines = "".join(json.dumps(record) + "\n" for record in records).encode()
     files = TEXTS | {"records.jsonl": lines, "records.json": json.dumps(records).encode()}
+    files |= {"records.jsonl.bz2": bz2.compress(lines), "records.jsonl.xz": lzma.compress(lines)}
     files |= {"records.jsonl.gz": gzip.compress(lines), "raw.txt.zst": zstandard.compress(TEXTS["raw.txt"] * 3)}
     for name, content in files.items():
         (folder / name).write_bytes(content)
-    parquet.write_table(pa.table({"text": texts, "label": [i % 3 for i in range(30)]}), folder / "records.parquet")
+    table = pa.table({"text": texts, "label": [i % 3 for i in range(30)]})
+    parquet.write_table(table, folder / "records.parquet")
+    for name, writer in (("records.arrow", pa.ipc.new_file), ("stream.arrow", pa.ipc.new_stream)):
+        with writer(str(folder / name), table.schema) as output:
+            output.write_table(table)
     vocabulary = {chr(i): i for i in range(32, 127)} | {"<unk>": 0, "<|endoftext|>": 1}
     Tokenizer(models.BPE(vocabulary, [], unk_token="<unk>")).save(str(folder / "tokenizer.json"))
     model = io.BytesIO()
