@@ -36,7 +36,7 @@ class ProgressReport:
 
     def begin(self, start: int, tokens: int) -> None:
         """Begins a phase after step `start` with `tokens` tokens per step, whose first step compiles."""
-        self._start, self._tokens = start, tokens
+        self._start, self._tokens, self._paused = start, tokens, 0.0
         self._mark_time, self._mark_step = time.monotonic(), start
 
     def advance(self, step: int) -> None:
@@ -48,19 +48,24 @@ class ProgressReport:
 
     @contextlib.contextmanager
     def pause(self) -> Iterator[None]:
-        """Excludes the time of a block, such as an evaluation, from the throughput."""
+        """Excludes the time of a block, such as an evaluation, from the throughput, but not from the remaining time."""
         start = time.monotonic()
         try:
             yield
         finally:
-            self._mark_time += time.monotonic() - start
+            elapsed = time.monotonic() - start
+            self._mark_time += elapsed
+            self._paused += elapsed
 
     def log(self, step: int, note: str) -> dict[str, float]:
         """Prints a note; returns the throughput since the previous one, or nothing if no step was measured."""
         now = time.monotonic()
         rate = (step - self._mark_step) / max(now - self._mark_time, 1e-9)
         self._mark_time, self._mark_step = now, step
-        remaining = datetime.timedelta(seconds=round((self._steps - step) / rate)) if rate else "?"
+        remaining: datetime.timedelta | str = "?"
+        if rate:
+            pace = 1 / rate + self._paused / (step - self._start)  # seconds per step
+            remaining = datetime.timedelta(seconds=round((self._steps - step) * pace))
         note = f"{note} | {rate:.2f} steps/s {rate * self._tokens:,.0f} tokens/s" if rate else note
         if self._bar:
             self._bar.update(self._task, note=note)

@@ -3,11 +3,13 @@
 import csv
 import io
 import json
+import types
 
 import pytest
 from rich.console import Console
 from tensorboardX.proto.event_pb2 import Event
 
+from sparsejax.train import progress as progress_module
 from sparsejax.train.progress import ProgressReport
 from sparsejax.train.writers import Writers, describe_versions
 from sparsejax.workdir import Workdir, read_rows, write_json
@@ -110,3 +112,16 @@ def test_a_bar_on_a_terminal():
     assert "4/4" in out
     assert "loss 1" in out
     assert "\x1b" in out
+
+
+def test_the_remaining_time_includes_evaluations(monkeypatch):
+    clock = iter([0.0, 0.0, 1.0, 5.0, 7.0])  # the start, step 1, an evaluation of 4 s, and step 4
+    monkeypatch.setattr(progress_module, "time", types.SimpleNamespace(monotonic=lambda: next(clock)))
+    console = Console(file=io.StringIO(), width=160)
+    with ProgressReport(console, 0, 8) as progress:
+        progress.advance(1)
+        with progress.pause():
+            pass
+        timing = progress.log(4, "")
+    assert timing["steps_per_second"] == 1  # three steps in 7 - 4 s
+    assert console.file.getvalue().endswith("ETA 0:00:08\n")  # four steps of 1 s, and again 4 s of evaluations
