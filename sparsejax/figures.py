@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sparsejax.errors import InputError
+from sparsejax.svg import clean
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -37,4 +38,4 @@ def render(figure: Figure, form: str, **options: Any) -> bytes:
     file = io.BytesIO()
     with rc_context({"svg.hashsalt": "sparsejax", "text.parse_math": False}):
         figure.savefig(file, format=form, metadata=metadata, **options)
-    return file.getvalue()
+    return clean(file.getvalue().decode()).encode() if form == "svg" else file.getvalue()

@@ -6,6 +6,7 @@ Pictures have a white background, which keeps them legible on light and dark pag
 from __future__ import annotations
 
 import itertools
+import re
 from collections.abc import Iterable, Sequence
 from html import escape
 
@@ -15,6 +16,7 @@ from sparsejax.palette import CELLS, INK, PAPER
 
 FONT = 11  # default size in pixels
 SANS, MONO = "system-ui, sans-serif", "ui-monospace, Menlo, Consolas, monospace"
+NOT_XML = re.compile("[^\t\n\r\u0020-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]")  # control characters, surrogates
 MONO_WIDTH = 0.62  # width of a monospaced character, relative to the size of the font
 
 
@@ -25,7 +27,7 @@ def document(width: float, height: float, title: str, elements: Iterable[str]) -
         [
             f'<svg xmlns="http://www.w3.org/2000/svg" {size} viewBox="0 0 {number(width)} {number(height)}" role="img"'
             f' font-family="{SANS}" font-size="{FONT}" fill="{INK}">',
-            f"<title>{escape(title)}</title>",
+            f"<title>{escape(clean(title))}</title>",
             f'<rect {size} rx="6" fill="{PAPER}"/>',
             *elements,
             "</svg>\n",
@@ -47,7 +49,7 @@ def text(
     extra = {"text-anchor": anchor} if anchor != "start" else {}
     extra |= {"font-size": number(size)} if size != FONT else {}
     extra |= {"font-family": MONO} if mono else {}
-    return f"<text{_write(extra | _position(x, y) | attributes)}>{escape(content, quote=False)}</text>"
+    return f"<text{_write(extra | _position(x, y) | attributes)}>{escape(clean(content), quote=False)}</text>"
 
 
 def rectangle(x: float, y: float, width: float, height: float, fill: str, **attributes: str) -> str:
@@ -107,6 +109,11 @@ def legend(x: float, y: float, entries: Iterable[tuple[str, str]]) -> tuple[str,
     return "\n".join(parts), x - start
 
 
+def clean(content: str) -> str:
+    """Replaces the characters that XML cannot hold."""
+    return NOT_XML.sub("\ufffd", content)
+
+
 def number(value: float) -> str:
     """A coordinate with up to two decimals."""
     return f"{value:.2f}".rstrip("0").rstrip(".")
@@ -131,4 +138,4 @@ def _position(x: float, y: float) -> dict[str, str]:
 
 
 def _write(attributes: dict[str, str]) -> str:
-    return "".join(f' {name.replace("_", "-")}="{escape(value)}"' for name, value in attributes.items())
+    return "".join(f' {name.replace("_", "-")}="{escape(clean(value))}"' for name, value in attributes.items())

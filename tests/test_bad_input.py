@@ -107,6 +107,7 @@ BAD_COMMANDS = {
     "draw-titles": (["draw", "causal", "--length=8", "--titles=a,b"], "--titles"),
     "preset": (["train", "--config=preset:jambo", "--workdir=run"], "--config"),
     "import": (["draw", "causal", "--import=absent.py"], "--import"),
+    "encoding": (["sweep", "--sweep=label=\udcff", "--workdir=s"], "not UTF-8"),
     "report-override": (["report", "run", "--config.model.width=8"], "unrecognized arguments"),
 }
 

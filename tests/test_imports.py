@@ -24,7 +24,7 @@ IMPORTS: dict[str, set[str]] = {
     "workdir": {"errors", "records"},
     "paths": {"errors"},
     "buckets": {"errors", "paths", "workdir"},
-    "figures": {"errors"},
+    "figures": {"errors", "svg"},
     "palette": set(),
     "svg": {"palette"},
     "registry": {"errors"},

@@ -55,6 +55,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     group = next((word for word in arguments[:1] if any(name.startswith(f"{word} ") for name in VERBS)), None)
     parser = _build_index(group)
     try:
+        for argument in arguments:
+            if any("\ud800" <= character <= "\udfff" for character in argument):
+                raise InputError(None, f"{argument!r} is not UTF-8")
         if name is None:
             parser.parse_args(arguments[1:] if group else arguments)  # prints the help and exits, or raises
             parser.error("the verb must come first")
