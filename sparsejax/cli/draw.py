@@ -78,8 +78,9 @@ def _list_mixers(model: ModelConfig, layer: LayerConfig) -> list[draw.Part]:
     """What a layer reads through: its mixer or the branches of it, and a shared block."""
     from sparsejax.layers import ParallelConfig
 
-    mixers = list(layer.mixer.branches.values()) if isinstance(layer.mixer, ParallelConfig) else []
-    mixers = [branch.mixer for branch in mixers] or [layer.mixer]
+    mixers: list[MixerConfig | None] = [layer.mixer]
+    if isinstance(layer.mixer, ParallelConfig):
+        mixers = [branch.mixer for branch in layer.mixer.branches.values()]
     if layer.side is not None:
         mixers.append(model.shared[layer.side.shared].mixer)
     return [_describe(mixer) for mixer in mixers]

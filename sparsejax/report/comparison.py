@@ -150,9 +150,10 @@ def compare(
     if counted.empty:
         raise ReportError("metric", f"{name} has no value in any of the {len(finished)} finished runs")
     keys = tuple(_resolve_key(key, results.keys) for key in by)
-    diverged = _label(results.runs[results.runs["status"] == DIVERGED], keys).value_counts(sort=False).to_dict()
+    labels = _label(results.runs[results.runs["status"] == DIVERGED], keys)
+    diverged = {str(label): int(count) for label, count in labels.value_counts(sort=False).items()}
     groups = [
-        Group(str(label), runs, _average(runs, name), diverged.pop(label, 0))
+        Group(str(label), runs, _average(runs, name), diverged.pop(str(label), 0))
         for label, runs in counted.groupby(_label(counted, keys), sort=False)
     ]
     reference = 0 if baseline is None else _find_group(baseline, groups)

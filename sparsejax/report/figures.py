@@ -93,9 +93,9 @@ def _curves(comparison: Comparison) -> Curves:
 
 def _training_curves(comparison: Comparison) -> Curves:
     """The curves of the training loss, in a unit that fits the metric."""
-    runs = comparison.results.runs.set_index("run")
+    runs: dict[Any, Any] = {row["run"]: row for row in comparison.results.runs.to_dict("records")}
     values = _pivot(comparison, TRAIN_LOSS_MEAN)
-    units = [loss_unit(comparison.metric, runs.loc[run]) for run in values]
+    units = [loss_unit(comparison.metric, runs[run]) for run in values]
     label = f"training loss ({', '.join(dict.fromkeys(unit for _, unit in units))})"
     return Curves("training", label, values * [factor for factor, _ in units])
 

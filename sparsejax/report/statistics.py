@@ -152,8 +152,8 @@ def _welch(values: Values, others: Values) -> Difference:
 def _correct(differences: Sequence[Difference | None]) -> list[Difference | None]:
     """Corrects p for the number of tests: Holm, "A simple sequentially rejective multiple test procedure" (1979)."""
     corrected, largest = list(differences), 0.0
-    tested = sorted((d.p, i) for i, d in enumerate(differences) if d is not None and d.p is not None)
-    for rank, (p, i) in enumerate(tested):
+    tested = sorted((d.p, i, d) for i, d in enumerate(differences) if d is not None and d.p is not None)
+    for rank, (p, i, difference) in enumerate(tested):
         largest = max(largest, min(1.0, (len(tested) - rank) * p))
-        corrected[i] = dataclasses.replace(corrected[i], p=largest)
+        corrected[i] = dataclasses.replace(difference, p=largest)
     return corrected
