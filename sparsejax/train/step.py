@@ -294,8 +294,8 @@ def _build_gradient(
                 lambda slice_, key: gradient_of(parameters, slice_, key, choices, scale), (slices, keys)
             )
         divisor = 1 / jnp.maximum(weight, 1)
-        gradient, means = jax.tree.map(lambda x: x * divisor, (gradient, objective[:3]))
-        return Objective(*means, objective.choices), gradient
+        gradient, (total, loss, auxiliary) = jax.tree.map(lambda x: x * divisor, (gradient, objective[:3]))
+        return Objective(total, loss, auxiliary, objective.choices), gradient
 
     return differentiate
 
