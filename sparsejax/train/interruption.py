@@ -18,7 +18,7 @@ class StopRequests:
 
     Several processes exchange their signals at the same calls, about every `PERIOD` seconds: the coordinator measures
     the time between two exchanges, and all processes use its number of calls up to the next one. Training steps and the
-    batches of an evaluation differ in duration, so that each kind of work has a schedule of its own.
+    batches of an evaluation differ in duration, so that each kind of work has its own schedule.
     """
 
     def __init__(self, signals: StopSignals):
