@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import base64
 import json
-import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -88,10 +87,7 @@ def _write_metric(values: Sequence[float]) -> Cell:
     if not values:
         return Cell(summary.NONE)
     estimate = statistics.estimate(values)
-    decimals = summary.DEFAULT_DECIMALS
-    if estimate.error:
-        decimals = min(max(1 - math.floor(math.log10(estimate.error)), summary.MIN_DECIMALS), summary.MAX_DECIMALS)
-    return summary.write_estimate(estimate, decimals)
+    return summary.write_estimate(estimate, summary.decimals_of([estimate.error]))
 
 
 def _tabulate_runs(runs: pd.DataFrame) -> Table:

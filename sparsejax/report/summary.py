@@ -207,10 +207,15 @@ def _count_seeds(group: Group) -> str:
 
 def count_decimals(comparison: Comparison) -> int:
     """Number of decimals that shows two digits of a typical standard error."""
-    errors = [group.estimate.error for group in comparison.groups if group.estimate.error]
-    if not errors:
+    return decimals_of([group.estimate.error for group in comparison.groups])
+
+
+def decimals_of(errors: Sequence[float | None]) -> int:
+    """Number of decimals that shows two digits of the median of standard errors."""
+    known = [error for error in errors if error and math.isfinite(error)]
+    if not known:
         return DEFAULT_DECIMALS
-    return min(max(1 - math.floor(math.log10(simple.median(errors))), MIN_DECIMALS), MAX_DECIMALS)
+    return min(max(1 - math.floor(math.log10(simple.median(known))), MIN_DECIMALS), MAX_DECIMALS)
 
 
 def write_estimate(estimate: Estimate, decimals: int) -> Cell:

@@ -330,11 +330,18 @@ def _type_table(runs: pd.DataFrame) -> pd.DataFrame:
     runs = runs.reindex(columns=[*FIRST, *keys, *metrics, *COSTS, *ORIGIN])
     texts = {name: runs[name].astype(object).where(runs[name].notna(), "").astype(str) for name in TEXTS}
     numbers = dict.fromkeys((*metrics, *COSTS), "float64")
-    return runs.assign(**texts).astype(numbers | dict.fromkeys(INTEGERS, "Int64"))
+    runs = runs.assign(**texts).astype(numbers | dict.fromkeys(INTEGERS, "Int64"))
+    return runs.assign(**{name: _drop_infinite(runs[name]) for name in metrics})
 
 
 def _type_curves(curves: pd.DataFrame) -> pd.DataFrame:
-    return curves[list(CURVE)].astype({"run": str, "step": "Int64", "metric": str, "value": float})
+    curves = curves[list(CURVE)].astype({"run": str, "step": "Int64", "metric": str, "value": float})
+    return curves.assign(value=_drop_infinite(curves["value"])).dropna(subset="step")
+
+
+def _drop_infinite(values: pd.Series) -> pd.Series:
+    """A metric that is not finite has no value."""
+    return values.where(values.abs() != float("inf"))
 
 
 # All inputs together.
