@@ -18,6 +18,8 @@ import numpy as np
 import pytest
 from rich.console import Console
 
+import sparsejax.cli.report
+import sparsejax.loading
 from sparsejax.cli import LOSS_DIVERGED, USAGE_ERROR, main
 from sparsejax.errors import InputError
 from tests.fuzz.damage import damage
@@ -49,6 +51,7 @@ WEIGHTS |= {"recorded": 5, "search": 4, "program": 1, "doctor": 1}
 
 
 def test_stored_cases():
+    templates()
     failures = run_cases(FUZZER, read_cases("files"))
     assert not failures, failures
 
@@ -250,8 +253,6 @@ def _resume(folder: Path, path: Path) -> None:
 
 
 def _load(folder: Path, path: Path) -> None:
-    import sparsejax
-
     try:
         model = sparsejax.load(folder / "w")
     except InputError:
@@ -266,8 +267,6 @@ def _load(folder: Path, path: Path) -> None:
 
 @functools.cache
 def _parameters():
-    import sparsejax
-
     return sparsejax.load(templates() / "load" / "w")
 
 
