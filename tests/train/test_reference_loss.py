@@ -17,7 +17,7 @@ pytestmark = pytest.mark.quick
 STEPS = 50
 REFERENCE = {
     "train/loss": 0.68004894,
-    "train/loss_mean": 4.1583829,
+    "train/loss_mean": 2.0178275,
     "train/grad_norm": 0.63573056,
     "eval/loss": 0.70621315,
 }
