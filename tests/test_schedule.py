@@ -157,3 +157,21 @@ def fewest(names):
             if names[start : start + width] * repeats == names[start : start + width * repeats]
         ]
     )
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["10000000000000x(local)", f"{'9' * 5000}x(local)", "32x(32x(local) local)", "local " * 1025, "1000x(100x(a b)"],
+)
+def test_layers_are_counted_before_they_are_listed(text):
+    with rejects(ScheduleError, "column") as caught:
+        schedule.parse(text)
+    assert len(str(caught.value)) < 250
+
+
+def test_long_schedules_fold_in_linear_time():
+    names = schedule.parse("1024x(local)")
+    assert schedule.fold(names) == Fold((), ("local",), 1024, ())
+    assert schedule.fold(("local",) * 100_000).repeats == 100_000
+    assert schedule.write(names) == "1024x(local)"
+    assert schedule.parse(schedule.write(("a", "b", "b") * 300 + ("c",) * 100)) == ("a", "b", "b") * 300 + ("c",) * 100

@@ -10,6 +10,7 @@ from sparsejax.errors import InputError, require_at_least, require_choice
 
 OBJECTIVES = ("causal", "masked", "prefix", "classify")
 PACKINGS = ("none", "packed")
+MAX_LENGTH = 2**24  # tokens per window
 UNITS = ("token", "word", "span")
 
 
@@ -69,6 +70,8 @@ class DataConfig:
 
     def __post_init__(self) -> None:
         require_at_least(self, 1, "length")
+        if self.length > MAX_LENGTH:
+            raise InputError("length", f"{self.length} is above {MAX_LENGTH}")
         require_choice(self, "task", ("text", *PROBES))
         if self.task != "text":
             self._set_up_probe()

@@ -16,7 +16,7 @@ from ml_collections import ConfigDict
 
 from sparsejax import config as configs
 from sparsejax.config import Config, ConfigError
-from sparsejax.overrides import LABEL, SEED, Overrides, name_runs, write_overrides, write_value
+from sparsejax.overrides import LABEL, SEED, Overrides, name_runs, to_python, write_overrides, write_value
 from sparsejax.paths import local_path
 from sparsejax.sweep.grid import SweepError, parse
 from sparsejax.train import Phase, find_change, plan_phases
@@ -125,9 +125,10 @@ def plan_runs(
       SweepError: A run is invalid, or it has two labels.
     """
     runs: dict[str, Run] = {}
-    sweep = list(sweep)
+    sweep = [to_python(overrides, "sweep") for overrides in sweep]
+    common = to_python(common or {}, "sweep")
     for specific, name, words in zip(sweep, name_runs(sweep), name_runs(sweep, {SEED}), strict=True):
-        overrides = {**(common or {}), **specific}
+        overrides = {**common, **specific}
         label = str(overrides.pop(LABEL, words))
         run = Run(config, tuple(sorted(overrides.items())), label, tuple(imports))
         try:

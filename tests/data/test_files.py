@@ -17,6 +17,7 @@ from sparsejax.data import DataConfig, DataError, load_corpus, load_dataset
 from sparsejax.data import formats as formats_module
 from sparsejax.data import text as text_module
 from sparsejax.data.files import Files
+from sparsejax.data.files import _list_files as list_files
 from sparsejax.data.kinds import CHUNK, read_chunks
 from tests.messages import rejects
 
@@ -383,3 +384,12 @@ def test_a_large_file_is_mapped_and_copied_in_parts(tmp_path, monkeypatch):
     np.testing.assert_array_equal(after.train, before.train)
     np.testing.assert_array_equal(after.validation, before.validation)
     assert after.training.characters == before.training.characters
+
+
+def test_commas_in_paths(tmp_path):
+    (tmp_path / "a,b.txt").write_text("first" * 100)
+    (tmp_path / "c.txt").write_text("second" * 100)
+    for files in (f"{tmp_path}/a,b.txt", f'"{tmp_path}/a,b.txt"', f'"{tmp_path}/a,b.txt", {tmp_path}/c.txt'):
+        names = [file.path.name for file in list_files(files, "data.files", "auto", {})]
+        assert names == ["a,b.txt", "c.txt"][: files.count(", ") + 1]
+    assert_rejected("data.files", f"{tmp_path}/a,c.txt")

@@ -75,7 +75,7 @@ def generate(rng: random.Random) -> dict:
     overrides = dict(override(rng, paths) for _ in range(rng.choice([0, 0, 0, 1, 1, 2])))
     case = {"base": base, "argument": argument, "edits": edits, "overrides": overrides}
     built = rng.random() < BUILT
-    return case | {"built": built, "length": rng.choice([None, None, None, 1, 100, 5000])}
+    return case | {"built": built, "length": rng.choice([None, None, None, 1, 100, 1000])}
 
 
 @functools.cache
@@ -205,4 +205,5 @@ def describe(settings: ConfigDict, checked: configs.Config, length: int | None) 
     checked.model.layer_schedule.default_length  # noqa: B018
     plan_phases(settings)
     plan_evaluations(settings)
-    assert Functional(checked.model).size > 0
+    if len(checked.model.fold.before) < 100:  # each unrolled layer takes a fraction of a second
+        assert Functional(checked.model).size > 0

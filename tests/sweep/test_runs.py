@@ -1,8 +1,10 @@
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 
+from sparsejax.errors import InputError
 from sparsejax.sweep import SweepError, plan_runs, read_sweep, show_command
 from tests.messages import rejects
 
@@ -103,3 +105,33 @@ def test_sweeps_of_a_file(tmp_path):
     with rejects(SweepError, "none.py"):
         read_sweep("none.py")
     assert read_sweep("a=[1, 2]") == [{"a": 1}, {"a": 2}]
+
+
+def test_scalars_of_numpy_are_python_values(tmp_path):
+    rates, widths = np.logspace(-3, -2, 2), np.array([48, 64])
+    swept = [{"optimizer.learning_rate": rate, "model.width": width} for rate, width in zip(rates, widths, strict=True)]
+    plain = [
+        {"optimizer.learning_rate": 0.001, "model.width": 48},
+        {"optimizer.learning_rate": 0.01, "model.width": 64},
+    ]
+    runs, expected = plan_runs(RECIPE, swept), plan_runs(RECIPE, plain)
+    assert [(run.name, run.label, run.overrides) for run in runs] == [
+        (run.name, run.label, run.overrides) for run in expected
+    ]
+    assert "--config.model.width=48" in runs[0].command(tmp_path)
+    with rejects(InputError, "train.steps"):
+        plan_runs(RECIPE, [{"train.steps": np.arange(3)}])
+
+
+def test_a_sweep_over_kinds():
+    runs = plan_runs(RECIPE, [{"model.layers.full.mixer.kind": kind} for kind in ("attention", "lightning")])
+    assert [type(run.checked.model.layers["full"].mixer).__name__ for run in runs] == [
+        "AttentionConfig",
+        "LightningConfig",
+    ]
+
+
+def test_colons_in_the_path_of_a_sweep(tmp_path):
+    path = tmp_path / "a:b.py"
+    path.write_text("def other():\n    return [{'train.steps': 3}]\n")
+    assert read_sweep(f"{path}:other") == [{"train.steps": 3}]
