@@ -125,8 +125,11 @@ class Characters:
         """Ids uint8 [n]; a space is 0."""
         codes = _CODES[np.frombuffer(text, np.uint8)]
         if (codes == 255).any():
-            other = bytes(text[np.argmax(codes == 255) :][:1])
-            raise DataError(None, f"{other!r} is not one of the 27 characters of text8, a space and a to z")
+            place = int(np.argmax(codes == 255))
+            other = text[place : place + 1]
+            raise DataError(
+                None, f"byte {place:,}, {other!r}, is not one of the 27 characters of text8, a space and a to z"
+            )
         return codes
 
     def decode(self, tokens: np.ndarray) -> str:
