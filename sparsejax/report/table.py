@@ -282,7 +282,7 @@ def _check_runs(runs: pd.DataFrame, path: Path) -> None:
         if row.seed is pd.NA:
             raise ReportError(place, "damaged: the seed is missing")
         if row.overrides:
-            parse_json(row.overrides, f"{place}: overrides", dict)
+            parse_json(str(row.overrides), f"{place}: overrides", dict)
 
 
 def _read_frame(path: Path, columns: Sequence[str], convert: Callable[[pd.DataFrame], pd.DataFrame]) -> pd.DataFrame:

@@ -42,6 +42,7 @@ try:
     from optuna.samplers import BaseSampler, NSGAIISampler, RandomSampler, TPESampler
     from optuna.storages import BaseStorage, JournalStorage
     from optuna.storages.journal import JournalFileBackend
+    from optuna.study import StudyDirection
     from optuna.trial import FrozenTrial, Trial, TrialState
 except ImportError as error:
     raise SweepError("search", f"needs {error.name}; pip install 'sparsejax[search]'") from None
@@ -160,7 +161,7 @@ def _open_study(search: Search, journal: Path, first_rung: int) -> tuple[BaseSto
     """
     optuna.logging.set_verbosity(optuna.logging.ERROR)
     single = len(search.objectives) == 1
-    directions = ["maximize" if objective.direction == "max" else "minimize" for objective in search.objectives]
+    directions = [StudyDirection[f"{objective.direction}imize".upper()] for objective in search.objectives]
     pruner = optuna.pruners.SuccessiveHalvingPruner(first_rung, REDUCTION) if single else optuna.pruners.NopPruner()
     try:
         storage = _open_storage(journal)
