@@ -265,9 +265,11 @@ def test_every_preset_is_in_the_table():
     assert set(list_presets()) == {*PUBLISHED, "quickstart", "dense", "window", "hybrid"}
 
 
-def test_an_unknown_preset_lists_the_presets():
-    with rejects(configs.ConfigError, "config") as caught:
+def test_an_unknown_preset_suggests_a_near_one_or_lists_all():
+    with rejects(configs.ConfigError, "'jamba'"):
         load("jambo")
+    with rejects(configs.ConfigError, "config") as caught:
+        load("xyz")
     assert ", ".join(list_presets()) in str(caught.value)
 
 
