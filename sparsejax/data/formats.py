@@ -94,8 +94,8 @@ def check_utf8(
             problem = f"{location}: byte {start + offset + error.start:,} is not UTF-8; {remedy}"
             raise DataError(argument, problem) from None
         if b"\0" in part:
-            place = start + offset + part.index(0)
-            raise DataError(argument, f"{location}: binary, byte {place:,} is zero; {AS_BYTES}")
+            byte = start + offset + part.index(0)
+            raise DataError(argument, f"{location}: binary, byte {byte:,} is zero; {AS_BYTES}")
         if last:
             return
         offset += used
@@ -210,9 +210,9 @@ def _read_columns(path: Path, kind: Kind, field: str, label: str) -> Iterator[Re
     except DataError:
         raise
     except (pyarrow.ArrowException, OSError, ValueError, OverflowError, MemoryError) as error:
-        place = f" after line {number}" if number else ""
+        after = f" after line {number}" if number else ""
         problem = " ".join(str(error).split()) or type(error).__name__
-        raise DataError("data.files", f"{path}: the {kind.format} data are damaged{place}: {problem}") from error
+        raise DataError("data.files", f"{path}: the {kind.format} data are damaged{after}: {problem}") from error
 
 
 def _read_batches(pyarrow: Any, path: Path, kind: Kind, arguments: dict[str, str]) -> Iterator[Any]:

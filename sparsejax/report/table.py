@@ -205,9 +205,9 @@ def _read_run(workdir: Workdir) -> _Read:
 
 
 def _read_status(result: Mapping[str, Any] | None, metrics: Sequence[Mapping[str, Any]]) -> str:
-    """Whether a run has ended; files have null for a loss that is not finite."""
+    """Whether a run has ended, or its loss has diverged: null in its evaluation or, without a result, in training."""
     last = result or (metrics[-1] if metrics else {})
-    if any(value is None for name, value in last.items() if name.startswith((EVAL_LOSS, TRAIN_LOSS))):
+    if any(name in last and last[name] is None for name in (EVAL_LOSS, TRAIN_LOSS)):
         return DIVERGED
     return UNFINISHED if result is None else FINISHED
 

@@ -114,8 +114,8 @@ LINES = "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in RECO
 def test_json_is_known_by_its_content(tmp_path, name, compress):
     if compress == "zstd":
         compress = pytest.importorskip("zstandard").compress
-    array, one = json.dumps(RECORDS, indent=1).encode(), json.dumps(RECORDS).encode()
-    for data in (LINES, b"\xef\xbb\xbf" + LINES, array, one):
+    array, line = json.dumps(RECORDS, indent=1).encode(), json.dumps(RECORDS).encode()
+    for data in (LINES, b"\xef\xbb\xbf" + LINES, array, line):
         (tmp_path / name).write_bytes(compress(data))
         assert both(load_corpus(str(tmp_path / name))) == sorted(TEXTS)
     (tmp_path / name).write_bytes(compress(LINES))
