@@ -7,7 +7,7 @@ import statistics as simple
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
-from sparsejax.metrics import TOKENS_PER_SECOND
+from sparsejax.metrics import RESTORED, TOKENS_PER_SECOND
 from sparsejax.report.comparison import TOLERANCE, Comparison, Group
 from sparsejax.report.statistics import MIN_SEEDS, UNEQUAL, Difference, Estimate
 
@@ -183,6 +183,11 @@ def describe_notes(comparison: Comparison) -> list[str]:
         notes.append(f"groups have between {min(counts)} and {max(counts)} seeds")
     counted = results.runs.loc[[index for group in comparison.groups for index in group.runs.index]]
     corpora, devices, commits = (counted[column].nunique() for column in ("corpus", "device", "git"))
+    for group in comparison.groups:
+        restored = group.runs[RESTORED].min() if RESTORED in group.runs else 1.0
+        if restored < 1:
+            kept = f"the tokenizer gives back {restored:.2%} of the text"
+            notes.append(f"{group.label}: {kept}; bits per byte count these bytes only")
     if corpora > 1:
         notes.append(f"the runs read {corpora} different corpora: their metrics are not comparable")
     if devices > 1:

@@ -327,3 +327,11 @@ def test_a_damaged_sweep_is_named(tmp_path, capsys):
     for content in ("{", "[]", '{"config": "a"}', '{"config": "a", "runs": {"b": {}}}'):
         (tmp_path / "sweep.json").write_text(content)
         assert "sweep.json" in fail(capsys, tmp_path)
+
+
+def test_text_that_a_tokenizer_loses_is_noted(tmp_path):
+    folder = write_sweep(tmp_path / "sweep", VALUES)
+    for path in sorted(folder.glob("runs/*/result.json"))[:1]:
+        path.write_text(json.dumps(json.loads(path.read_text()) | {"eval/restored": 0.8}))
+    notes = describe_notes(compare(read([folder])))
+    assert sum("gives back 80.00% of the text" in note for note in notes) == 1
