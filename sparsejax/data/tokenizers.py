@@ -125,10 +125,10 @@ class Characters:
         """Ids uint8 [n]; a space is 0."""
         codes = _CODES[np.frombuffer(text, np.uint8)]
         if (codes == 255).any():
-            place = int(np.argmax(codes == 255))
-            other = text[place : place + 1]
+            offset = int(np.argmax(codes == 255))
+            other = text[offset : offset + 1]
             raise DataError(
-                None, f"byte {place:,}, {other!r}, is not one of the 27 characters of text8, a space and a to z"
+                None, f"byte {offset:,}, {other!r}, is not one of the 27 characters of text8, a space and a to z"
             )
         return codes
 

@@ -276,13 +276,13 @@ def _check_runs(runs: pd.DataFrame, path: Path) -> None:
     import pandas as pd
 
     for number, row in enumerate(runs.itertuples(index=False), 1):
-        place = f"{path}: row {number}"
+        source = f"{path}: row {number}"
         if row.status not in STATUSES or (row.status == NOT_STARTED) == bool(row.run):
-            raise ReportError(place, f"damaged: the status of the run {row.run!r} is {row.status!r}")
+            raise ReportError(source, f"damaged: the status of the run {row.run!r} is {row.status!r}")
         if row.seed is pd.NA:
-            raise ReportError(place, "damaged: the seed is missing")
+            raise ReportError(source, "damaged: the seed is missing")
         if row.overrides:
-            parse_json(str(row.overrides), f"{place}: overrides", dict)
+            parse_json(str(row.overrides), f"{source}: overrides", dict)
 
 
 def _read_frame(path: Path, columns: Sequence[str], convert: Callable[[pd.DataFrame], pd.DataFrame]) -> pd.DataFrame:

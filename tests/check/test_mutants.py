@@ -161,7 +161,7 @@ def plant(monkeypatch, mutant: Mutant) -> None:
     for part in path:
         owner = getattr(owner, part)
     original = inspect.getattr_static(owner, name)
-    function = original.fget if isinstance(original, property) else original
+    function = inspect.unwrap(original)  # of the decorators that check shapes
     source = textwrap.dedent(inspect.getsource(function))
     assert source.count(mutant.old) >= 1, f"{mutant.target} has no {mutant.old!r}"
     namespace: dict[str, Any] = {}

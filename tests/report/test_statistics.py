@@ -39,15 +39,15 @@ def test_noise_is_pooled_over_groups_by_hand():
     # Group effects 0, 1, 2 and seed effects 0, 1, 5; the deviations add up to zero in every group and seed.
     deviations = [[0.1, -0.1, 0.0], [-0.1, 0.0, 0.1], [0.0, 0.1, -0.1]]
     groups = [{seed: group + (0, 1, 5)[seed] + deviations[group][seed] for seed in (2, 0, 1)} for group in range(3)]
-    (_, one, two), noise = compare_groups(groups, 0)
+    (_, first, second), noise = compare_groups(groups, 0)
     # The squares are 0.06, with (3 - 1) x (3 - 1) degrees of freedom.
     assert (noise.deviation, noise.degrees) == (pytest.approx(math.sqrt(0.015), rel=1e-9), 4)
     error = math.sqrt(0.015 * 2 / 3)
-    assert (one.mean, two.mean) == (pytest.approx(1), pytest.approx(2))
-    assert one.error == pytest.approx(error) == two.error
+    assert (first.mean, second.mean) == (pytest.approx(1), pytest.approx(2))
+    assert first.error == pytest.approx(error) == second.error
     # Holm: the smaller of two p counts twice, the larger once.
-    assert two.p == pytest.approx(2 * 2 * stats.t.sf(2 / error, 4), rel=1e-6)
-    assert one.p == pytest.approx(2 * stats.t.sf(1 / error, 4), rel=1e-6)
+    assert second.p == pytest.approx(2 * 2 * stats.t.sf(2 / error, 4), rel=1e-6)
+    assert first.p == pytest.approx(2 * stats.t.sf(1 / error, 4), rel=1e-6)
 
 
 def test_the_fit_is_that_of_least_squares():
@@ -57,13 +57,13 @@ def test_the_fit_is_that_of_least_squares():
     design = np.array([[1, i == 1, i == 2, *(seed == s for s in (1, 2, 5, 7))] for i, seed, _ in cells], float)
     observed = np.array([value for *_, value in cells])
     effects, squares, rank, _ = np.linalg.lstsq(design, observed, rcond=None)
-    (_, one, two), noise = compare_groups(groups, 0)
-    assert (one.mean, two.mean) == (pytest.approx(effects[1]), pytest.approx(effects[2]))
+    (_, first, second), noise = compare_groups(groups, 0)
+    assert (first.mean, second.mean) == (pytest.approx(effects[1]), pytest.approx(effects[2]))
     assert noise.degrees == len(cells) - rank == 4
     assert noise.deviation == pytest.approx(math.sqrt(squares[0] / 4))
     covariance = np.linalg.inv(design.T @ design) * noise.deviation**2
-    assert one.error == pytest.approx(math.sqrt(covariance[1, 1]))
-    assert (one.seeds, two.seeds) == (3, 3)
+    assert first.error == pytest.approx(math.sqrt(covariance[1, 1]))
+    assert (first.seeds, second.seeds) == (3, 3)
 
 
 @pytest.mark.parametrize("seeds", [3, 4, 8])
@@ -89,8 +89,8 @@ def test_false_alarms_are_as_rare_as_they_should_be():
 
 def test_fewer_than_three_common_seeds_have_no_p():
     groups = [{0: 1.0, 1: 2.0, 2: 6.0}, {0: 3.0, 1: 2.0, 9: 1.0}, {0: 2.5}, {8: 1.0, 9: 1.0, 10: 2.0}]
-    (_, two, single, none), _ = compare_groups(groups, 0)
-    assert (two.mean, two.error, two.p, two.seeds) == (1.0, None, None, 2)
+    (_, second, single, none), _ = compare_groups(groups, 0)
+    assert (second.mean, second.error, second.p, second.seeds) == (1.0, None, None, 2)
     assert (single.mean, single.error, single.p, single.seeds) == (1.5, None, None, 1)
     assert (none.mean, none.error, none.p, none.seeds) == (None, None, None, 0)
 
