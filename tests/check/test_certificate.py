@@ -102,7 +102,7 @@ def test_the_length_crosses_every_edge(pattern, edge):
     assert choose_length(config, 40) == 40
 
 
-def test_the_verb_reports_and_fails(tmp_path, capsys):
+def test_the_verb_reports_and_fails(registries, tmp_path, capsys):
     file = tmp_path / "leak.py"
     file.write_text(
         "import dataclasses\n"
