@@ -128,12 +128,13 @@ def _account_layer(layer: Layer, length: int) -> Account:
     idle = layer.mlp.parameters - layer.mlp.active_parameters if isinstance(layer.mlp, Experts) else 0
     # The bytes per sequence. The positions of the slots are the same for all sequences, and not counted.
     single, double = (
-        _count_bytes(jax.eval_shape(functools.partial(layer.init_cache, batch, length))) for batch in (1, 2)
+        count_bytes(jax.eval_shape(functools.partial(layer.init_cache, batch, length))) for batch in (1, 2)
     )
     return Account(length, parameters, parameters - idle, cost.pairs, cost.flops, double - single, *cost.tiles)
 
 
-def _count_bytes(cache: Cache) -> int:
+def count_bytes(cache: Cache) -> int:
+    """Number of bytes of the arrays of a cache, or of their shapes."""
     return sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in jax.tree.leaves(cache))
 
 

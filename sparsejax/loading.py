@@ -86,7 +86,7 @@ def read_run(path: str | Path) -> Config:
     Raises:
       InputError: The folder is not the workdir of a run.
     """
-    workdir = Workdir(Path(path))
+    workdir = Workdir(read_workdir(path))
     if not workdir.exists():
         raise InputError("path", f"{path} is not the workdir of a run")
     return _read_run(workdir, read_json(workdir.config))

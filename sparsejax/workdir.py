@@ -104,9 +104,7 @@ class Workdir:
     @contextlib.contextmanager
     def hold(self) -> Iterator[None]:
         """Holds the lock, and deletes partial files of a killed run; raises InputError if another process holds it."""
-        with hold_lock(self.lock, self.path):
-            for part in self.path.glob(f"*{PART}"):
-                part.unlink()
+        with hold_lock(self.lock, self.path, self.path):
             yield
 
     def exists(self) -> bool:
@@ -163,9 +161,7 @@ class SweepFolder:
     @contextlib.contextmanager
     def hold(self) -> Iterator[None]:
         """Holds the lock, and deletes partial files of a killed launcher; raises InputError if another one holds it."""
-        with hold_lock(self.lock, self.path):
-            for part in [*self.path.glob(f"*{PART}"), *self.jobs.glob(f"*{PART}")]:
-                part.unlink()
+        with hold_lock(self.lock, self.path, self.path, self.jobs):
             yield
 
     def workdir(self, name: str) -> Workdir:
@@ -233,8 +229,13 @@ class JobFiles:
 
 
 @contextlib.contextmanager
-def hold_lock(path: Path, subject: object) -> Iterator[None]:
+def hold_lock(path: Path, subject: object, *folders: Path) -> Iterator[None]:
     """Holds a lock file, which contains the process id and the host of its holder.
+
+    Args:
+      path: The lock file.
+      subject: What the lock protects, for errors.
+      folders: Folders of which the partial files of an earlier holder are deleted.
 
     Raises:
       InputError: Another process holds the lock of `subject`.
@@ -249,6 +250,9 @@ def hold_lock(path: Path, subject: object) -> Iterator[None]:
         raise busy(path, subject) from None
     try:
         path.write_text(f"{os.getpid()} {platform.node()}\n")
+        for folder in folders:
+            for part in folder.glob(f"*{PART}"):
+                part.unlink()
         yield
     finally:
         with contextlib.suppress(OSError):  # the content counts only while the lock is held

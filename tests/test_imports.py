@@ -31,7 +31,7 @@ IMPORTS: dict[str, set[str]] = {
     "extensions": {"errors", "paths", "registry", "workdir"},
     "patterns": {"errors", "palette", "svg", "registry"},
     "schedule": {"errors", "palette", "svg", "patterns"},
-    "ops": {"errors", "patterns", "records"},
+    "ops": {"errors", "paths", "patterns", "records"},
     "layers": {"errors", "registry", "patterns", "ops"},
     "data": {"errors", "paths", "signals", "workdir"},
     "presets": {"errors", "schedule"},

@@ -11,7 +11,7 @@ from typing import TypeGuard
 import jax
 import numpy as np
 
-from sparsejax.account import account_model
+from sparsejax.account import account_model, count_bytes
 from sparsejax.check.certificate import Finding
 from sparsejax.check.subject import Subject
 from sparsejax.layers import AttentionConfig, LatentConfig, MixerConfig
@@ -27,11 +27,10 @@ def check_account(subject: Subject) -> Iterator[Finding]:
     yield _equal("parameters", size, total.parameters)
     if subject.config.causal:
         model = subject.bind()
-        bytes_by_batch = [
-            sum(math.prod(x.shape) * x.dtype.itemsize for x in jax.tree.leaves(cache))
-            for cache in (jax.eval_shape(lambda n=n: model.init_cache(n, subject.length)) for n in (1, 2))
-        ]
-        yield _equal("cache bytes", bytes_by_batch[1] - bytes_by_batch[0], total.cache_bytes)
+        single, double = (
+            count_bytes(jax.eval_shape(functools.partial(model.init_cache, batch, subject.length))) for batch in (1, 2)
+        )
+        yield _equal("cache bytes", double - single, total.cache_bytes)
     for name in dict.fromkeys(subject.config.names):
         layer = subject.config.layers[name]
         if layer.side is None and _scores_every_pair(layer.mixer):

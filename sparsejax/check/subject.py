@@ -12,9 +12,8 @@ import numpy as np
 
 from sparsejax.config import ModelConfig
 from sparsejax.layers import EMPTY, Context
+from sparsejax.layers.testing import perturb
 from sparsejax.model import Functional, Model
-
-NOISE = 0.1  # added to initial parameters, so that parameters that start at zero take part
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,9 +38,8 @@ class Subject:
     @functools.cached_property
     def parameters(self) -> dict[str, Any]:
         """Random parameters."""
-        random = np.random.default_rng(self.seed)
         initial = jax.jit(self.model.init)(jax.random.key(self.seed))
-        return jax.tree.map(lambda x: x + NOISE * random.normal(size=x.shape).astype(x.dtype), initial)
+        return perturb(initial, np.random.default_rng(self.seed))
 
     def draw_tokens(self, rows: int, seed: int = 0) -> np.ndarray:
         """Random token ids [rows, length], none of which is padding."""

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import json
-from pathlib import Path
 
 from rich.console import Console
 
@@ -64,7 +63,7 @@ def _read_subject(options: argparse.Namespace) -> tuple[ModelConfig, int | None]
     if options.workdir:
         from sparsejax.loading import read_run
 
-        run = read_run(Path(options.workdir))
+        run = read_run(options.workdir)
     else:
         run = configs.check(configs.load(options.config, options.overrides["config"]))
     return run.model, run.data.length

@@ -15,7 +15,7 @@ from sparsejax.layers.protocols import Mixer, MixerConfig
 from sparsejax.layers.stream import Cost, Stream
 
 BATCH = 2
-NOISE = 0.1  # added to initial parameters, so that parameters that start at zero take part
+NOISE = 0.1  # standard deviation, see `perturb`
 
 
 def check_mixer(config: MixerConfig, length: int = 13, width: int = 8, seed: int = 0, tolerance: float = 1e-4) -> None:
@@ -41,8 +41,10 @@ def check_mixer(config: MixerConfig, length: int = 13, width: int = 8, seed: int
     _require("cost(length) is not a Cost", isinstance(mixer.cost(length), Cost))
     random = np.random.default_rng(seed)
     graph, state = nnx.split(mixer)
-    state = jax.tree.map(lambda x: x + NOISE * random.normal(size=x.shape).astype(x.dtype), state)
-    mixer, x = nnx.merge(graph, state), jnp.asarray(random.normal(size=(BATCH, length, width)), jnp.float32)
+    mixer, x = (
+        nnx.merge(graph, perturb(state, random)),
+        jnp.asarray(random.normal(size=(BATCH, length, width)), jnp.float32),
+    )
     y = jax.jit(mixer)(x)
     _require(
         f"the output is {y.dtype}{list(y.shape)}, expected float32{list(x.shape)}",
@@ -53,6 +55,11 @@ def check_mixer(config: MixerConfig, length: int = 13, width: int = 8, seed: int
     _check_tokens(mixer, x)
     if config.connectivity.lookahead() <= 0:
         _check_steps(mixer, x, y, tolerance)
+
+
+def perturb(parameters: Any, random: np.random.Generator) -> Any:
+    """Adds noise to initial parameters, so that parameters that start at zero take part."""
+    return jax.tree.map(lambda x: x + NOISE * random.normal(size=x.shape).astype(x.dtype), parameters)
 
 
 def _check_variables(mixer: Mixer) -> None:

@@ -21,6 +21,7 @@ from jax.experimental import multihost_utils
 from jaxtyping import Bool
 
 from sparsejax.errors import InputError
+from sparsejax.paths import default_cache
 from sparsejax.records import parse_json
 
 CACHE_VARIABLE = "SPARSEJAX_CACHE_DIR"
@@ -58,7 +59,7 @@ def record_path() -> Path:
     """The user's record: `verified.json` in $SPARSEJAX_CACHE_DIR, $XDG_CACHE_HOME/sparsejax or ~/.cache/sparsejax."""
     if folder := os.environ.get(CACHE_VARIABLE):
         return Path(folder) / "verified.json"
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "sparsejax" / "verified.json"
+    return default_cache() / "verified.json"
 
 
 def record_key(device_kind: str) -> str:

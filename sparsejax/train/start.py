@@ -50,7 +50,13 @@ def find_change(workdir: Path, settings: ConfigDict, extend: bool = False) -> Co
       settings: The configuration of the run.
       extend: Whether the run may have more steps than before.
     """
-    for change in find_changes(workdir, settings):
+    return _find_refused(workdir, find_changes(workdir, settings), settings, extend)
+
+
+def _find_refused(
+    workdir: Path, changes: Sequence[configs.Change], settings: ConfigDict, extend: bool
+) -> ConfigError | None:
+    for change in changes:
         if change.effect is not None:
             continue
         if change.key != STEPS or change.new < change.old:
@@ -71,7 +77,8 @@ def check_workdir(workdir: Workdir, settings: ConfigDict, extend: bool = False) 
       ConfigError: The workdir belongs to another run, or is a folder of something else.
       InputError: A process works on the run.
     """
-    _check_same_run(workdir, settings, extend)
+    if error := find_change(workdir.path, settings, extend):
+        raise error
     if not workdir.exists() and workdir.path.exists():
         others = (path for path in workdir.path.iterdir() if path.suffix != PART and path != workdir.lock)
         if any(others):
@@ -79,11 +86,6 @@ def check_workdir(workdir: Workdir, settings: ConfigDict, extend: bool = False) 
     # A process may look only when the coordinator does not hold the lock yet.
     if sharding.from_coordinator(sharding.is_coordinator() and is_held(workdir.lock, LOCK_TIMEOUT)):
         raise busy(workdir.lock, workdir.path)
-
-
-def _check_same_run(workdir: Workdir, settings: ConfigDict, extend: bool) -> None:
-    if error := find_change(workdir.path, settings, extend):
-        raise error
 
 
 def _check_same_text(workdir: Workdir, runtime: PhaseRuntime) -> None:
@@ -141,9 +143,10 @@ def claim_workdir(
     Raises:
       ConfigError: As `check_workdir`; another process may have written it since. Or the text is another one.
     """
-    _check_same_run(workdir, settings, extend)
-    _check_same_text(workdir, runtimes[0])
     changes = find_changes(workdir.path, settings)
+    if error := _find_refused(workdir.path, changes, settings, extend):
+        raise error
+    _check_same_text(workdir, runtimes[0])
     if not sharding.is_coordinator():
         return changes
     if any(change.key == STEPS for change in changes):

@@ -12,6 +12,7 @@ from sparsejax import config as configs
 from sparsejax.check import CheckFailed, check_model
 from sparsejax.check.reduce import MAX_PARAMETERS, choose_length, reduce
 from sparsejax.model import Functional
+from sparsejax.workdir import Workdir, write_json
 from tests.check.models import MIXERS, build
 
 
@@ -102,30 +103,45 @@ def test_the_length_crosses_every_edge(pattern, edge):
     assert choose_length(config, 40) == 40
 
 
+LEAK = (
+    "import dataclasses\n"
+    "import jax.numpy as jnp\n"
+    "from sparsejax import config, layers\n"
+    "from sparsejax.presets import recipe\n"
+    "@dataclasses.dataclass(frozen=True, kw_only=True)\n"
+    "class RollConfig(layers.MixerConfig):\n"
+    "    pass\n"
+    '@layers.register("roll", RollConfig)\n'
+    "class Roll(layers.Mixer):\n"
+    "    def __call__(self, x, context=layers.EMPTY):\n"
+    "        return jnp.roll(x, -1, axis=1)\n"
+    "def get_config(argument=''):\n"
+    "    norm = recipe.rms(1e-6)\n"
+    "    mixer = dict(kind='conv', conv=2) if argument == 'conv' else dict(kind='roll')\n"
+    "    layer = recipe.layer(mixer, None, norm)\n"
+    "    model = recipe.model(32, 16, '2x(a)', dict(a=layer), norm, tied=True)\n"
+    "    return recipe.make_run(model, length=24, steps=4, batch=2, learning_rate=1e-3, warmup=1)\n"
+)
+
+
 def test_the_verb_reports_and_fails(registries, tmp_path, capsys):
     file = tmp_path / "leak.py"
-    file.write_text(
-        "import dataclasses\n"
-        "import jax.numpy as jnp\n"
-        "from sparsejax import config, layers\n"
-        "from sparsejax.presets import recipe\n"
-        "@dataclasses.dataclass(frozen=True, kw_only=True)\n"
-        "class RollConfig(layers.MixerConfig):\n"
-        "    pass\n"
-        '@layers.register("roll", RollConfig)\n'
-        "class Roll(layers.Mixer):\n"
-        "    def __call__(self, x, context=layers.EMPTY):\n"
-        "        return jnp.roll(x, -1, axis=1)\n"
-        "def get_config(argument=''):\n"
-        "    norm = recipe.rms(1e-6)\n"
-        "    mixer = dict(kind='conv', conv=2) if argument == 'conv' else dict(kind='roll')\n"
-        "    layer = recipe.layer(mixer, None, norm)\n"
-        "    model = recipe.model(32, 16, '2x(a)', dict(a=layer), norm, tied=True)\n"
-        "    return recipe.make_run(model, length=24, steps=4, batch=2, learning_rate=1e-3, warmup=1)\n"
-    )
+    file.write_text(LEAK)
     assert cli.main(["check", f"--config={file}:conv", "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["passed"]
     assert cli.main(["check", f"--config={file}"]) == 5
     output = capsys.readouterr()
     assert "causality" in output.err
     assert "FAILED" in output.out
+
+
+def test_the_verb_reads_a_workdir(registries, tmp_path, monkeypatch, capsys):
+    (tmp_path / "leak.py").write_text(LEAK)
+    settings = configs.load(f"{tmp_path / 'leak.py'}:conv", {})
+    (tmp_path / "run").mkdir()
+    write_json(Workdir(tmp_path / "run").config, settings.to_dict())
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert cli.main(["check", "~/run", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["length"] == 24
+    assert cli.main(["check", "~/other"]) == cli.USAGE_ERROR
+    assert "other is not the workdir of a run" in capsys.readouterr().err
