@@ -107,6 +107,8 @@ class ModelConfig:
     shared: dict[str, SharedConfig] = dataclasses.field(default_factory=dict)
     # dropout rate on the embedding and on the outputs of mixers and MLPs in training (arXiv:1706.03762)
     dropout: float = 0.0
+    # allow mixers that leak by definition, such as LSH attention, in a causal model; reports mark its runs
+    allow_leaks: bool = dataclasses.field(default=False, metadata={"resume": "none"})
 
     def __post_init__(self) -> None:
         require_at_least(self, 1, "vocab", "width")
@@ -135,6 +137,11 @@ class ModelConfig:
             raise InputError(
                 f"{section}.mixer.pattern" if hasattr(mixer, "pattern") else f"{section}.mixer",
                 f"{str(mixer.connectivity)!r} reads from later positions, but causal is true; write 'causal & ...'",
+            )
+        if mixer.leaks and not self.allow_leaks:
+            raise InputError(
+                f"{section}.mixer",
+                f"reads the future: {mixer.leaks}; use another mixer, or set model.allow_leaks=true",
             )
 
     def check(self, length: int) -> None:
@@ -233,6 +240,8 @@ class TrainConfig:
     bad_loss: str = dataclasses.field(metadata={"resume": "divergence"})
     # multiple of the phase's mean above which a loss has diverged; 0: only a loss that is not finite
     spike: float = dataclasses.field(metadata={"resume": "divergence"})
+    # check the model beside the first steps, see `sparsejax check`; a run whose model fails stops without a checkpoint
+    check: bool = dataclasses.field(default=True, metadata={"resume": "none"})
     # consecutive updates that "skip" leaves out; after them the run stops with a checkpoint
     max_skips: int = dataclasses.field(default=20, metadata={"resume": "divergence"})
     phases: dict[str, PhaseConfig] = dataclasses.field(default_factory=dict)  # phases by name

@@ -51,6 +51,11 @@ class LshConfig(MixerConfig):
         """The positions that a position can read from under some hashes."""
         return patterns.Causal() if self.causal else patterns.Full()
 
+    @property
+    def leaks(self) -> str:
+        """A later token can move the chunk borders, see the class."""
+        return "later tokens move the chunk borders, which select the keys of earlier tokens" if self.causal else ""
+
 
 class Lsh(Mixer):
     """Attention with locality-sensitive hashing; queries are also the keys."""

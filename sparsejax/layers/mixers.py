@@ -57,6 +57,11 @@ class ParallelConfig(MixerConfig):
         """The positions that a position can read from in any branch."""
         return functools.reduce(operator.or_, (branch.mixer.connectivity for branch in self.branches.values()))
 
+    @property
+    def leaks(self) -> str:
+        """Leak of the first branch that has one."""
+        return next((branch.mixer.leaks for branch in self.branches.values() if branch.mixer.leaks), "")
+
     def check(self, length: int) -> None:
         """Raises InputError if a branch cannot run on `length` tokens."""
         for name, branch in self.branches.items():

@@ -55,6 +55,11 @@ class MixerConfig:
         """The positions that a position can read from, from which causality and the receptive field follow."""
         return patterns.Causal()
 
+    @property
+    def leaks(self) -> str:
+        """How a position depends on later tokens although `connectivity` is causal; empty if it does not."""
+        return ""
+
     def check(self, length: int) -> None:
         """Raises InputError, with the path of the argument, if the mixer cannot run on `length` tokens."""
 
