@@ -6,7 +6,9 @@ import json
 from collections.abc import Collection, Iterable
 from typing import Any
 
+from sparsejax.errors import SHOWN, describe_value, shorten
 from sparsejax.interop.huggingface.errors import ConversionError
+from sparsejax.schedule import MAX_LAYERS
 
 _REQUIRED = object()
 
@@ -40,6 +42,12 @@ DEFAULTS: dict[str, Any] = {
     "tie_word_embeddings": None,
 }
 
+# Types that `take` checks, as messages name them.
+KINDS = {bool: "true or false", int: "an integer", float: "a number", dict: "an object", list: "a list"}
+LIMITS = {"num_hidden_layers": MAX_LAYERS}  # largest value by key
+PER_LAYER = ("attention_window",)  # may be a list with an entry per layer
+MAX_INTEGER = 2**31 - 1  # of other keys
+
 
 class Fields:
     """A config.json read key by key; `finish` rejects the keys that were not read.
@@ -57,26 +65,33 @@ class Fields:
             if key not in values:
                 raise self.error(key, "cannot be ignored: there is no such key")
 
-    def take(self, key: str, default: Any = _REQUIRED) -> Any:
+    def take(self, key: str, default: Any = _REQUIRED, kind: type | None = None) -> Any:
         """Returns the value of a key; the key is required if there is no default.
 
         Non-finite numbers may be written as {"__float__": "Infinity"}.
 
+        Args:
+          key: The key.
+          default: The value if the key is absent.
+          kind: Type of the value; by default that of a bool, int or float `default`, and int for a required key.
+
         Raises:
-          ConversionError: The key is missing, or its value differs in type from a bool or number default.
+          ConversionError: The key is missing, its value is not of this kind, or an integer is out of range.
         """
         self._known.add(key)
         value = _decode(self.values.get(key))
-        if default is _REQUIRED:
-            if value is None:
-                raise self.error(key, "missing")
-            return value
+        if default is _REQUIRED and value is None:
+            raise self.error(key, "missing")
         if key not in self.values:
             return default
-        if isinstance(default, bool):
-            self._expect(key, value, "true or false", bool)
-        elif isinstance(default, int | float):
-            self._expect(key, value, "a number", int, float, list)  # a list has a number per layer
+        kind = int if kind is None and default is _REQUIRED else kind
+        kind = type(default) if kind is None and isinstance(default, bool | int | float) else kind
+        for item in value if isinstance(value, list) and key in PER_LAYER else [value]:
+            if kind is not None and item is not None and not _is_a(item, kind):
+                raise self.error(key, f"{_show(item)}: expected {KINDS[kind]}")
+            limit = LIMITS.get(key, MAX_INTEGER)
+            if isinstance(item, int) and item > limit:
+                raise self.error(key, f"{_show(item)} is above {limit:,}")
         return value
 
     def choose(self, key: str, options: dict[Any, Any], default: Any = _REQUIRED) -> Any:
@@ -97,11 +112,6 @@ class Fields:
         """Accepts any value of keys that do not affect the computation."""
         self._known.update(keys)
 
-    def _expect(self, key: str, value: Any, expected: str, *types: type) -> None:
-        """Rejects values of other types; null is left to the caller."""
-        if value is not None and not (isinstance(value, types) and (bool in types or not isinstance(value, bool))):
-            raise self.error(key, f"{json.dumps(value)}: expected {expected}")
-
     def error(self, key: str, problem: str) -> ConversionError:
         """Returns an error about a key."""
         return ConversionError(f"{self.path}: {key}", problem)
@@ -120,7 +130,7 @@ class Fields:
         problems = [f"{key}: {problem}" for key, problem in self._problems.items()]
         if unknown:
             keys = "unknown key" if len(unknown) == 1 else "unknown keys"
-            problems.append(f"{', '.join(unknown)}: {keys}, so the model cannot be converted exactly")
+            problems.append(f"{shorten(', '.join(unknown))}: {keys}, so the model cannot be converted exactly")
         if problems:
             key, _, problem = "; ".join(problems).partition(": ")
             raise self.error(key, problem)
@@ -128,7 +138,18 @@ class Fields:
 
 def _unsupported(value: Any, options: Iterable[Any]) -> str:
     supported = ", ".join(option if isinstance(option, str) else json.dumps(option) for option in options)
-    return f"{json.dumps(value)} is not supported; supported: {supported}"
+    return f"{_show(value)} is not supported; supported: {supported}"
+
+
+def _show(value: Any) -> str:
+    """A value of a config.json in a message."""
+    is_long = isinstance(value, int) and abs(value) >= 10**SHOWN
+    return describe_value(value) if is_long else shorten(json.dumps(value), SHOWN)
+
+
+def _is_a(value: Any, kind: type) -> bool:
+    """Whether a value is of a kind; an integer is a number, and true is neither."""
+    return isinstance(value, int | float if kind is float else kind) and (kind is bool or not isinstance(value, bool))
 
 
 def _decode(value: Any) -> Any:

@@ -48,14 +48,14 @@ def read_rope(
     Raises:
       ConversionError: The type of scaling is not supported, or one of its keys is missing or unknown.
     """
-    legacy = {key: fields.take(key, None) for key in ("rope_theta", "partial_rotary_factor")}
+    legacy = {key: fields.take(key, None, float) for key in ("rope_theta", "partial_rotary_factor")}
     parameters = read_rope_parameters(fields) or default or {}
     return _build_rope(fields, {"rope_theta": base} | _drop_null(legacy) | parameters, fraction)
 
 
 def read_rope_parameters(fields: Fields) -> dict[str, Any]:
     """Reads `rope_parameters`, or the older `rope_scaling`."""
-    values = [fields.take(key, None) for key in ("rope_scaling", "rope_parameters")]
+    values = [fields.take(key, None, dict) for key in ("rope_scaling", "rope_parameters")]
     return next((parameters for parameters in values if parameters), {})
 
 
@@ -70,13 +70,13 @@ def read_ropes(fields: Fields, bases: dict[str, tuple[str, float]], scaled: Sequ
     Raises:
       ConversionError: See `read_rope`; or `rope_parameters` are not by layer type.
     """
-    parameters, scaling = (fields.take(key, None) or {} for key in ("rope_parameters", "rope_scaling"))
+    parameters, scaling = (fields.take(key, None, dict) or {} for key in ("rope_parameters", "rope_scaling"))
     for layer_type in parameters:
         if layer_type not in bases:
             raise fields.error(f"rope_parameters.{layer_type}", f"not a layer type; expected {', '.join(bases)}")
     ropes = {}
     for layer_type, (key, base) in bases.items():
-        legacy = fields.take(key, None)
+        legacy = fields.take(key, None, float)
         values = {"rope_theta": base if legacy is None else legacy} | (parameters.get(layer_type) or {})
         values |= scaling if layer_type in scaled else {}
         if not values.pop("truncate", True):
@@ -94,7 +94,7 @@ def _build_rope(fields: Fields, values: dict[str, Any], fraction: float | None) 
     if name not in ROPE_TYPES:
         raise fields.unsupported("rope_type", name, ROPE_TYPES)
     if name in ("yarn", "llama3") and values.get("original_max_position_embeddings") is None:
-        values["original_max_position_embeddings"] = fields.take("max_position_embeddings", None)
+        values["original_max_position_embeddings"] = fields.take("max_position_embeddings", None, int)
     known, values = ROPE_TYPES[name], _drop_null(values)
     for key in values:
         if key not in known and not (key == "original_max_position_embeddings" and name in ("default", "linear")):

@@ -123,8 +123,8 @@ def read_attention(
     return AttentionConfig(
         pattern=pattern,
         heads=count,
-        kv_heads=fields.take("num_key_value_heads", kv_heads) or count,
-        head_width=fields.take("head_dim", head_width) or width // count,
+        kv_heads=fields.take("num_key_value_heads", kv_heads, int) or count,
+        head_width=fields.take("head_dim", head_width, int) or width // count,
         rope=rope,
         qk_norm=qk_norm,
         impl="auto",
@@ -136,7 +136,7 @@ def read_window(
     fields: Fields, default: int | None = None, key: str = "sliding_window", recipe: str = "mistral"
 ) -> str:
     """Reads a window as its number of keys, the query's position included, for a recipe; null stands for no window."""
-    width = fields.take(key, default)
+    width = fields.take(key, default, int)
     return "causal" if width is None else f"{recipe}({width})"
 
 

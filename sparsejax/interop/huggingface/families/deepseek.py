@@ -83,7 +83,7 @@ def _read_attention(fields: Fields) -> LatentConfig:
 
 def require_kv_heads(fields: Fields, heads: int) -> None:
     """Rejects grouped keys and values: latent attention expands as many as there are query heads."""
-    kv_heads = fields.take("num_key_value_heads", None)
+    kv_heads = fields.take("num_key_value_heads", None, int)
     if kv_heads not in (None, heads):
         raise fields.error("num_key_value_heads", f"{kv_heads} differs from num_attention_heads = {heads}")
 

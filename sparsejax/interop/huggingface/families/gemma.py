@@ -35,7 +35,7 @@ BASES = {
 def _translate(fields: Fields, generation: int) -> Translation:
     width, depth = fields.take("hidden_size"), fields.take("num_hidden_layers")
     fields.require("use_bidirectional_attention", None, False)
-    period = fields.take("sliding_window_pattern", None) or 6 if generation == 3 else 2
+    period = fields.take("sliding_window_pattern", None, int) or 6 if generation == 3 else 2
     fields.ignore("_sliding_window_pattern", "sliding_window_size", "cache_implementation")
     fields.ignore("hidden_act")  # the reference reads `hidden_activation`
     types = read_layer_types(
@@ -59,7 +59,7 @@ def _translate(fields: Fields, generation: int) -> Translation:
         kv_heads=4,
         head_width=256,
         qk_norm=norm if generation == 3 else None,
-        scale=fields.take("query_pre_attn_scalar", 256) ** -0.5,
+        scale=fields.take("query_pre_attn_scalar", 256.0) ** -0.5,
         softcap=fields.take("attn_logit_softcapping", None if generation == 3 else 50.0),
         bias=bias,
         out_bias=bias,
@@ -90,9 +90,7 @@ def translate_multimodal(fields: Fields) -> Translation:
     """Translates the text model of a `Gemma3Config`, whose images are not supported."""
     fields.ignore("vision_config", "mm_tokens_per_image", "image_token_index", "image_token_id", "boi_token_id")
     fields.ignore("eoi_token_id", "tie_word_embeddings")
-    text = fields.take("text_config")
-    if not isinstance(text, dict):
-        raise fields.error("text_config", "expected an object")
+    text = fields.take("text_config", kind=dict)
     inner = Fields({"vocab_size": 262_208} | text, f"{fields.path}: text_config")
     translation = translate_3(inner)
     inner.finish()

@@ -54,7 +54,7 @@ def translate(fields: Fields) -> Translation:
 
 def _read_experts(fields: Fields) -> ExpertsConfig:
     fields.require("hidden_act", "silu")
-    count = fields.take("num_local_experts", None)
+    count = fields.take("num_local_experts", None, int)
     return ExpertsConfig(
         experts=fields.take("num_experts", 128) if count is None else count,
         top_k=fields.take("num_experts_per_tok", 4),

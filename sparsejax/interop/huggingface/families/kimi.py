@@ -32,7 +32,7 @@ def translate(fields: Fields) -> Translation:
     fields.ignore("num_nextn_predict_layers", "use_grouped_topk")
     fields.require("mla_use_nope", True)
     width, depth = fields.take("hidden_size", 2304), fields.take("num_hidden_layers", 27)
-    legacy = fields.take("linear_attn_config", None) or {}
+    legacy = Fields(fields.take("linear_attn_config", None, dict) or {}, f"{fields.path}: linear_attn_config")
     types = read_layer_types(fields, _default_types(legacy, depth), allowed=("full_attention", "linear_attention"))
     layer_norm = NormConfig(kind="rms", eps=fields.take("rms_norm_eps", 1e-5))
     activation = fields.choose("hidden_act", SILU, "silu")
@@ -63,8 +63,8 @@ def translate(fields: Fields) -> Translation:
     return Translation(model, maps)
 
 
-def _default_types(legacy: dict[str, Any], depth: int) -> list[str]:
-    full = legacy.get("full_attn_layers")
+def _default_types(legacy: Fields, depth: int) -> list[str]:
+    full = legacy.take("full_attn_layers", None, list)
     if full is not None:  # counted from 1
         return ["full_attention" if i + 1 in full else "linear_attention" for i in range(depth)]
     return ["full_attention" if i and i % 4 == 0 else "linear_attention" for i in range(depth)]
@@ -76,7 +76,7 @@ def _read_attention(fields: Fields) -> LatentConfig:
     return LatentConfig(
         pattern="causal",
         heads=heads,
-        query_rank=fields.take("q_lora_rank", None),
+        query_rank=fields.take("q_lora_rank", None, int),
         kv_rank=fields.take("kv_lora_rank", 512),
         nope_width=fields.take("qk_nope_head_dim", 128),
         rope_width=fields.take("qk_rope_head_dim", 64),
@@ -88,15 +88,15 @@ def _read_attention(fields: Fields) -> LatentConfig:
     )
 
 
-def _read_delta(fields: Fields, legacy: dict[str, Any], eps: float) -> DeltaConfig:
-    heads = legacy.get("num_heads", fields.take("linear_num_heads", 32))
-    head_width = legacy.get("head_dim", fields.take("linear_head_dim", 128))
+def _read_delta(fields: Fields, legacy: Fields, eps: float) -> DeltaConfig:
+    heads = legacy.take("num_heads", fields.take("linear_num_heads", 32))
+    head_width = legacy.take("head_dim", fields.take("linear_head_dim", 128))
     return DeltaConfig(
         heads=heads,
         key_heads=heads,
         key_width=head_width,
         value_width=head_width,
-        conv=legacy.get("short_conv_kernel_size", fields.take("linear_conv_kernel_dim", 4)),
+        conv=legacy.take("short_conv_kernel_size", fields.take("linear_conv_kernel_dim", 4)),
         norm_eps=eps,
         channel_decay=True,
         rank=head_width,
@@ -110,7 +110,7 @@ def _read_experts(fields: Fields, activation: str) -> ExpertsConfig:
     inner = fields.take("moe_intermediate_size", 1024)
 
     def take(key: str, newer: str, default: Any) -> Any:
-        value = fields.take(key, None)
+        value = fields.take(key, None, type(default))
         return fields.take(newer, default) if value is None else value
 
     return ExpertsConfig(

@@ -33,7 +33,7 @@ def translate(fields: Fields) -> Translation:
     width = _read_width(fields, 768)
     rank = fields.take("time_step_rank", "auto")
     mixer = MambaConfig(
-        inner=fields.take("intermediate_size", None) or int(fields.take("expand", 2) * width),
+        inner=fields.take("intermediate_size", None, int) or int(fields.take("expand", 2, float) * width),
         state=fields.take("state_size", 16),
         conv=fields.take("conv_kernel", 4),
         dt_rank=math.ceil(width / 16) if rank == "auto" else rank,
@@ -63,7 +63,7 @@ def translate_2(fields: Fields) -> Translation:
         conv_bias=fields.take("use_conv_bias", True),
         **read_limits(fields),
     )
-    if mixer.inner != (inner := int(fields.take("expand", 2) * width)):
+    if mixer.inner != (inner := int(fields.take("expand", 2, float) * width)):
         raise fields.error("num_heads", f"{mixer.heads} heads of width {mixer.head_width} are not {inner} channels")
     return _translate(fields, mixer, width, tied=False)
 

@@ -38,7 +38,7 @@ def translate(fields: Fields) -> Translation:
     norm = NormConfig(kind="rms", eps=fields.take("rms_norm_eps", 1e-5))
     # The released model rotates the first `rotary_dim` channels of a head; transformers ignores the key.
     attention = read_attention(fields, width, None, pattern=read_window(fields))
-    rotated = fields.take("rotary_dim", None) or attention.head_width
+    rotated = fields.take("rotary_dim", None, int) or attention.head_width
     rope = read_rope(fields, base=1e6, fraction=rotated / attention.head_width)
     attention = dataclasses.replace(attention, rope=rope)
     lightning = LightningConfig(heads=attention.heads, head_width=attention.head_width, norm_eps=LIGHTNING_NORM_EPS)
@@ -80,7 +80,7 @@ def translate(fields: Fields) -> Translation:
 
 
 def _read_residual(fields: Fields, prefix: str) -> ResidualConfig:
-    keep, scale = (float(fields.take(f"{prefix}_{name}_factor", 1)) for name in ("alpha", "beta"))
+    keep, scale = (float(fields.take(f"{prefix}_{name}_factor", 1.0)) for name in ("alpha", "beta"))
     return ResidualConfig(base="norm", keep=keep, scale=scale)
 
 

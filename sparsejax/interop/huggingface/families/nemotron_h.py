@@ -119,7 +119,7 @@ def _read_experts(fields: Fields, activation: str, inner: int, bias: bool) -> Ex
         top_groups=fields.take("topk_group", 1),
         shared_width=fields.take("moe_shared_expert_intermediate_size", 7688) or inner,
         shared_bias=bias,
-        latent=fields.take("moe_latent_size", None),
+        latent=fields.take("moe_latent_size", None, int),
     )
 
 

@@ -21,7 +21,7 @@ from sparsejax.layers import AttentionConfig, DeltaConfig, ExpertsConfig, MlpCon
 def translate(fields: Fields) -> Translation:
     """Translates a `Qwen3NextConfig`."""
     width, depth = fields.take("hidden_size", 2048), fields.take("num_hidden_layers", 48)
-    period = fields.take("full_attention_interval", None) or 4
+    period = fields.take("full_attention_interval", None, int) or 4
     types = read_layer_types(
         fields,
         ["linear_attention" if (i + 1) % period else "full_attention" for i in range(depth)],

@@ -70,6 +70,7 @@ def translate(fields: Fields, lsh_rotations: np.ndarray | None = None) -> Transl
             embedding=embedding,
             head=HeadConfig(),
             reversible=True,
+            allow_leaks="lsh" in types,  # causal LSH attention is not strictly causal in the released model either
         )
         return model, multiple if padded != length else 1
 
@@ -114,7 +115,7 @@ def _read_lsh(fields: Fields, chunk: int, causal: bool) -> LshConfig:
         buckets=(2,),  # replaced by `num_buckets`, or by a function of the length
         hashes=fields.take("num_hashes", 1),
         causal=causal,
-        seed=fields.take("hash_seed", None) or 0,
+        seed=fields.take("hash_seed", None, int) or 0,
         before=before,
         after=after,
     )

@@ -89,12 +89,12 @@ def _read_mamba2(fields: Fields, width: int) -> Mamba2Config:
 
 def _read_attention(fields: Fields, width: int) -> AttentionConfig:
     heads = fields.take("num_attention_heads", 32)
-    head_width = fields.take("attention_head_dim", None) or 2 * width // heads
+    head_width = fields.take("attention_head_dim", None, int) or 2 * width // heads
     rope = read_rope(fields)
     return AttentionConfig(
         pattern="causal",
         heads=heads,
-        kv_heads=fields.take("num_key_value_heads", None) or heads,
+        kv_heads=fields.take("num_key_value_heads", None, int) or heads,
         head_width=head_width,
         rope=rope if fields.take("use_mem_rope", False) else None,
         qk_norm=None,
@@ -106,7 +106,7 @@ def _read_attention(fields: Fields, width: int) -> AttentionConfig:
 def _read_mlp(fields: Fields, width: int) -> MlpConfig:
     return MlpConfig(
         kind="gated",
-        width=fields.take("intermediate_size", None) or 4 * width,
+        width=fields.take("intermediate_size", None, int) or 4 * width,
         activation=fields.choose("hidden_act", ACTIVATIONS, "gelu"),
         bias=fields.take("add_bias_linear", False),
     )
