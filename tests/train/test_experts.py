@@ -1,6 +1,7 @@
 """Training of experts: losses and loads do not depend on microbatches, and the selection bias balances the loads."""
 
 import dataclasses
+import json
 
 import jax
 import jax.numpy as jnp
@@ -12,7 +13,7 @@ from sparsejax import sharding
 from sparsejax.model import Functional, restack
 from sparsejax.train import build_optimizer, build_schedule, build_step, init_state
 from sparsejax.train.step import read_context
-from tests.train import recipe
+from tests.train import recipe, runs
 
 TOP_K, LENGTH, RATE = 2, 16, 0.01
 LOSSES = {"balance_weight": 0.5, "router_z_weight": 0.25}
@@ -126,3 +127,23 @@ def test_a_skipped_step_leaves_the_bias():
     state, metrics = step(state, draw(1) | {"weights": np.full((4, LENGTH), np.nan, np.float32)})
     assert metrics["diverged"]
     np.testing.assert_array_equal(biases(model, state), before)
+
+
+@pytest.mark.nightly
+def test_devices_change_neither_losses_nor_loads(whole):
+    options, model, _, (expected, metrics) = whole
+    program = f"from tests.train import test_experts; test_experts.print_step({options!r})"
+    code, out, err = runs.finish(runs.start(program=("-c", program), devices=4))
+    assert code == 0, err
+    devices, details, moved = json.loads(out)
+    assert devices == 4
+    assert details == pytest.approx({name: float(value) for name, value in metrics["details"].items()}, rel=1e-5)
+    np.testing.assert_array_equal(np.float32(moved), biases(model, expected))
+
+
+def print_step(options):
+    """Prints the number of devices, the metrics of experts and the biases after a step, in another process."""
+    model, step, state = build(options)
+    after, metrics = step(state, draw(0))
+    details = {name: float(value) for name, value in metrics["details"].items()}
+    print(json.dumps([jax.device_count(), details, biases(model, after).tolist()]))
