@@ -6,8 +6,6 @@ import dataclasses
 import functools
 import math
 import operator
-from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
 import jax
 from flax import nnx
@@ -17,9 +15,6 @@ from sparsejax.errors import InputError
 from sparsejax.layers import Cache, Experts, Layer, attention_cost
 from sparsejax.model import Model
 from sparsejax.patterns import Pattern, plan_cache
-
-if TYPE_CHECKING:
-    from sparsejax.train import Phase
 
 TRAINING = 3  # FLOPs of forward and backward pass per FLOP of the forward pass (arXiv:2001.08361)
 FLOAT32 = 4  # bytes
@@ -114,13 +109,9 @@ class AccountCache:
             self._accounts[key] = functools.reduce(operator.add, layers, ends)
         return self._accounts[key]
 
-    def training_flops(self, phases: Sequence[Phase], steps: int) -> float:
-        """FLOPs of the first `steps` steps of a run."""
-        flops = 0.0
-        for phase in phases:
-            length = min(max(steps - phase.start, 0), phase.stop - phase.start)
-            flops += length * phase.config.train.batch * phase.config.data.length * self(phase.config).training_flops
-        return flops
+    def training_flops(self, config: Config, steps: int) -> float:
+        """FLOPs of `steps` training steps."""
+        return float(steps) * config.train.batch * config.data.length * self(config).training_flops
 
 
 def _account_layer(layer: Layer, length: int) -> Account:

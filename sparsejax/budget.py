@@ -24,7 +24,9 @@ from sparsejax.train import Phase, plan_phases
 
 # The cost of a run. A model that phases change counts as in the last phase.
 QUANTITIES: dict[str, Callable[[Sequence[Phase], AccountCache], float]] = {
-    "flops": lambda phases, accounts: accounts.training_flops(phases, phases[-1].stop),  # of the whole training
+    "flops": lambda phases, accounts: sum(  # of the whole training
+        accounts.training_flops(phase.config, phase.stop - phase.start) for phase in phases
+    ),
     "flops_per_token": lambda phases, accounts: accounts(phases[-1].config).flops,  # forward
     "parameters": lambda phases, accounts: accounts(phases[-1].config).parameters,
     "active_parameters": lambda phases, accounts: accounts(phases[-1].config).active_parameters,

@@ -12,6 +12,7 @@ import hashlib
 import importlib
 import importlib.util
 import sys
+import sysconfig
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import ModuleType
@@ -75,6 +76,23 @@ def loaded() -> list[Extension]:
 def describe_versions() -> dict[str, str]:
     """Distribution and digest of each of these modules, by source."""
     return {extension.source: extension.version for extension in loaded()}
+
+
+def digest_sources() -> dict[str, str] | None:
+    """SHA-256 of the imported files outside of distributions, by path, on which registered definitions may depend.
+
+    Returns:
+      Nothing if no module registered a definition; None if one was registered in an interactive session.
+    """
+    if not (extensions := loaded()):
+        return {}
+    if any(not extension.digest for extension in extensions):
+        return None
+    hidden = [module for folder in _folders.values() for module, _ in folder.modules.values()]
+    files = {file for file in map(_file, [*sys.modules.values(), *hidden]) if file is not None and file.is_file()}
+    others = {Path(sysconfig.get_path("stdlib")), Path(__file__).parent}
+    files = {file for file in files if not INSTALLED & set(file.parts) and not others & set(file.parents)}
+    return {str(file): file_digest(file) for file in sorted(files)} | describe_versions()
 
 
 def record(workdir: Workdir) -> None:

@@ -37,6 +37,11 @@ class Workdir:
         return self.path / "config.json"
 
     @property
+    def certificate(self) -> Path:
+        """The findings of the check of the models of the run, see `train.certify`."""
+        return self.path / "certificate.json"
+
+    @property
     def extensions(self) -> Path:
         """The user's modules that registered patterns or mixers, if there are any."""
         return self.path / "extensions.json"

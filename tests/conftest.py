@@ -89,6 +89,7 @@ def tiny_config() -> ConfigDict:
                 "log_every": 5,
                 "bad_loss": "stop",
                 "spike": 0.0,
+                "check": False,
             },
             "optimizer": {
                 "learning_rate": 3e-3,

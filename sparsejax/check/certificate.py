@@ -64,6 +64,12 @@ class Certificate:
         """The certificate with the types of JSON."""
         return {"passed": self.passed} | dataclasses.asdict(self)
 
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> Certificate:
+        """The certificate of `to_dict`, whose values fit `SCHEMA`."""
+        findings = tuple(Finding(**finding) for finding in values["findings"])
+        return cls(findings, values["length"], values["reduced"], values["seconds"])
+
     def print(self, console: Console) -> None:
         """Prints a row per finding."""
         table = Table(box=None, pad_edge=False)
@@ -77,4 +83,12 @@ class Certificate:
         console.print(f"{'passed' if self.passed else 'FAILED'} at {self.length} tokens in {self.seconds:.1f} s")
 
 
+# Schema of `Certificate.to_dict`, see `records`.
+SCHEMA = {
+    "passed": bool,
+    "findings": [{"name": str, "passed": (bool, None), "detail": str}],
+    "length": int,
+    "reduced": str,
+    "seconds": float,
+}
 VERDICTS = {True: "passed", False: "FAILED", None: "-"}

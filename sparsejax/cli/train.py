@@ -8,13 +8,14 @@ from rich.console import Console
 
 from sparsejax import config as configs
 from sparsejax import sharding
+from sparsejax.check import CheckFailed
 from sparsejax.cli.arguments import add_config
-from sparsejax.cli.exit_codes import INTERRUPTED, LOSS_DIVERGED
+from sparsejax.cli.exit_codes import INTERRUPTED, LOSS_DIVERGED, VERIFICATION_FAILED
 from sparsejax.train import Interrupted, LossDiverged, train
 
 EXAMPLE = "sparsejax train --config=preset:quickstart --workdir=runs/quickstart --config.train.steps=100"
 OVERRIDES = ("config",)
-EXIT_CODES = {Interrupted: INTERRUPTED, LossDiverged: LOSS_DIVERGED}
+EXIT_CODES = {Interrupted: INTERRUPTED, LossDiverged: LOSS_DIVERGED, CheckFailed: VERIFICATION_FAILED}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -224,7 +224,7 @@ def _count_cost(phases: Sequence[Phase], step: int) -> dict[str, Any]:
     return {
         "parameters": model.parameters,
         "training_flops_per_token": model.training_flops,
-        "training_flops": _accounts().training_flops(phases, step),
+        "training_flops": sum(_accounts().training_flops(phase.config, phase.elapsed(step)) for phase in phases),
         "cache_bytes": model.cache_bytes if phases[-1].config.model.causal else None,  # an encoder does not decode
     }
 

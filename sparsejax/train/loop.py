@@ -22,6 +22,7 @@ from sparsejax.data.tokenizers import read_tokenizer
 from sparsejax.metrics import TRAIN, finite_or_none
 from sparsejax.signals import Interrupted, StopSignals
 from sparsejax.train import display, start
+from sparsejax.train.certify import ModelCheck
 from sparsejax.train.checkpoint import Checkpoints
 from sparsejax.train.evaluate import Evaluation, describe, summarize
 from sparsejax.train.interruption import StopRequests
@@ -105,6 +106,8 @@ def train(settings: ConfigDict, workdir: str | os.PathLike[str], console: Consol
       InputError: Another process works on the workdir.
       Interrupted: A signal stopped the run after a checkpoint.
       LossDiverged: The loss diverged.
+      CheckFailed: A model does not do what its config declares, see `train.check`; no checkpoint was saved since the
+        start.
     """
     phases, evaluations = plan_phases(settings), plan_evaluations(settings)
     mesh = sharding.make_mesh(phases[0].config.sharding)
@@ -123,6 +126,8 @@ def train(settings: ConfigDict, workdir: str | os.PathLike[str], console: Consol
         meta = {"config": settings.to_dict(), "digest": configs.digest(settings), "corpus": runtimes[0].dataset.digest}
         losses = start.read_losses(files, runtimes)
         checkpoints = stack.enter_context(Checkpoints(files.checkpoints, phases[0].config.checkpoint, meta, losses))
+        remaining = [phase for phase in phases if phase.stop > (checkpoints.latest or 0)]
+        check = stack.enter_context(ModelCheck(files, remaining, console))
         state, batches, metrics = start.start_state(runtimes, checkpoints, mesh)
         first_step = int(state.step)
         if checkpoints.latest is not None:
@@ -137,7 +142,7 @@ def train(settings: ConfigDict, workdir: str | os.PathLike[str], console: Consol
             Writers(files, first_step, sharding.is_coordinator()) as writers,
             ProgressReport(console, first_step, phases[-1].stop) as progress,
         ):
-            requests = StopRequests(signals)
+            requests = StopRequests(signals, check)
             run = Run(files, runtimes, state, batches, checkpoints, writers, progress, requests, uploads)
             evaluation = _train_phases(run, metrics)
         last = runtimes[-1]
@@ -216,6 +221,8 @@ def _finish_step(
     evaluation, is written after it, if need be when the run resumes.
     """
     step, evaluation = metrics.step, None
+    if not stopped_by and (diverged or runtime.saves_after(step)):
+        stopped_by = run.requests.settle()
     if diverged or stopped_by or runtime.saves_after(step):
         _save(run, runtime, metrics)
     if not stopped_by:

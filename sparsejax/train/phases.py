@@ -63,6 +63,10 @@ class Phase:
         """Whether `step` is a step of the phase."""
         return self.start < step <= self.stop
 
+    def elapsed(self, step: int) -> int:
+        """Number of steps of the phase among the first `step` steps of the run."""
+        return min(max(step - self.start, 0), self.stop - self.start)
+
     @property
     def seed(self) -> int:
         """Seed of the training batches. The first phase uses that of the run, so that phases do not change it."""

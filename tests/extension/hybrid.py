@@ -38,6 +38,7 @@ def get_config():
                 "log_every": 2,
                 "bad_loss": "stop",
                 "spike": 0.0,
+                "check": False,
             },
             "optimizer": {
                 "learning_rate": 3e-3,

@@ -32,6 +32,7 @@ SETTINGS = {
     "train.steps": STEPS,
     "train.batch": 2,
     "train.log_every": 1,
+    "train.check": False,
     "data.length": 64,
     "model.schedule": "ssm local full",
     "checkpoint.every": EVERY,

@@ -268,7 +268,7 @@ def test_a_share_of_the_cores_changes_no_bit(tmp_path, text, monkeypatch):
         "eval.sample": 0,
         "checkpoint.keep_best": 0,
     }
-    overrides |= {"train.log_every": 1, "model.schedule": "ssm", "eval.every": 2, "eval.batch": 4}
+    overrides |= {"train.log_every": 1, "train.check": False, "model.schedule": "ssm", "eval.every": 2, "eval.batch": 4}
     (run,) = plan_runs("preset:quickstart", [{}], overrides)
     subprocess.run(run.command(tmp_path / "alone"), check=True, capture_output=True)
     out, error = launch_here([run], tmp_path / "shared", jobs=len(cores))

@@ -55,6 +55,7 @@ def get_config():
                 "log_every": 1,
                 "bad_loss": "stop",
                 "spike": 0.0,
+                "check": False,
             },
             "optimizer": {
                 "learning_rate": 1e-2,

@@ -8,9 +8,11 @@ import threading
 import time
 
 import pytest
+from rich.console import Console
 
 from sparsejax.signals import INTERRUPTED, Interrupted, StopSignals, call_interruptibly
 from sparsejax.train import list_steps, read_arrays
+from sparsejax.train.certify import ModelCheck
 from sparsejax.train.evaluate import evaluate
 from sparsejax.train.interruption import PERIOD, StopRequests, _Schedule
 from sparsejax.train.runtime import Evaluator
@@ -206,9 +208,9 @@ def test_processes_exchange_every_few_seconds(duration):
     assert sum(gaps[20:]) / len(gaps[20:]) == pytest.approx(max(PERIOD, duration), rel=0.2)
 
 
-def test_one_process_needs_no_exchange():
+def test_one_process_needs_no_exchange(tmp_path):
     with StopSignals() as signals:
-        requests = StopRequests(signals)
+        requests = StopRequests(signals, ModelCheck(Workdir(tmp_path), [], Console()))
         assert requests.poll("steps") is None
         signal.raise_signal(signal.SIGTERM)
         assert requests.poll("steps") == requests.poll("other") == "SIGTERM"
