@@ -39,7 +39,8 @@ class Change:
     effect: str | None
 
     def __str__(self) -> str:
-        return f"{self.key} was {self.old!r}, is {self.new!r}"
+        old, new = (value if value == ABSENT else repr(value) for value in (self.old, self.new))
+        return f"{self.key} was {old}, is {new}"
 
 
 def find_changes(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[Change]:
