@@ -12,7 +12,7 @@ from sparsejax import metrics
 from sparsejax.overrides import describe_overrides, shorten_keys
 from sparsejax.report import statistics
 from sparsejax.report.statistics import Difference, Estimate, Noise
-from sparsejax.report.table import COSTS, DIVERGED, FINISHED, ReportError, Results, column_names
+from sparsejax.report.table import CHECK, COSTS, DIVERGED, FINISHED, LEAKS, ReportError, Results, column_names
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -41,6 +41,11 @@ class Group:
     values: dict[int, float]
     diverged: int = 0
     difference: Difference | None = None
+
+    @property
+    def title(self) -> str:
+        """The label, and that a model reads the future if it does."""
+        return f"{self.label} ({LEAKS})" if (self.runs[CHECK] == LEAKS).any() else self.label
 
     @property
     def estimate(self) -> Estimate:

@@ -132,7 +132,7 @@ def _draw_multiples(comparison: Comparison, panel: Curves) -> Figure:
         if not is_baseline:
             _draw_group(axis, panel, comparison.baseline, color=BASELINE_GREY)
         _draw_group(axis, panel, group, color=BASELINE if is_baseline else SERIES[0])
-        axis.set_title(_wrap(f"{group.label}{' (baseline)' * is_baseline}", TITLE_WIDTH), fontsize=8, loc="left")
+        axis.set_title(_wrap(f"{group.title}{' (baseline)' * is_baseline}", TITLE_WIDTH), fontsize=8, loc="left")
         _style_axis(axis)
     for number, axis in enumerate(axes):
         axis.set_visible(number < len(groups))
@@ -296,7 +296,7 @@ def _figure(
     from matplotlib.lines import Line2D
 
     handles = [
-        Line2D([], [], label=_wrap(group.label, LABEL_WIDTH), markersize=5, linewidth=1.4, **style | {omitted: "none"})
+        Line2D([], [], label=_wrap(group.title, LABEL_WIDTH), markersize=5, linewidth=1.4, **style | {omitted: "none"})
         for group, style in _styles(comparison, groups)
     ]
     lines = sum(str(handle.get_label()).count("\n") + 1 for handle in handles)

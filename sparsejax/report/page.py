@@ -79,7 +79,7 @@ def _tabulate_metrics(comparison: Comparison) -> Table:
     rows = []
     for group in comparison.groups:
         by_seed = group.runs.groupby("seed")[names].mean()
-        rows.append([Cell(group.label), *(_write_metric(by_seed[name].dropna().tolist()) for name in names)])
+        rows.append([Cell(group.title), *(_write_metric(by_seed[name].dropna().tolist()) for name in names)])
     return [comparison.heading, *names], rows
 
 

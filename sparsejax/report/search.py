@@ -12,7 +12,9 @@ from typing import TYPE_CHECKING, Any
 from sparsejax.config.write import write_config
 from sparsejax.figures import write_figure
 from sparsejax.metrics import Direction, pareto_front
+from sparsejax.overrides import flatten
 from sparsejax.palette import CELLS
+from sparsejax.report.table import LEAKS, allows_leaks
 from sparsejax.workdir import SweepFolder
 
 if TYPE_CHECKING:
@@ -77,7 +79,7 @@ def write_results(
     table, summary, all_trials = folder / f"{stem}.csv", folder / f"{stem}.md", SweepFolder(folder).trials
     for file, rows in ((all_trials, trials), (table, front)):
         _write_csv(file, [_tabulate(trial, objectives, keys) for trial in rows])
-    summary.write_text(_write_markdown(front, objectives, keys))
+    summary.write_text(_write_markdown(front, objectives, keys, settings))
     for old in folder.glob(config.format("*")):
         old.unlink()
     configs = [folder / config.format(rank) for rank in range(1, len(front) + 1)]
@@ -109,14 +111,20 @@ def _write_csv(path: Path, rows: list[dict[str, Any]]) -> None:
         writer.writerows(rows)
 
 
-def _write_markdown(front: Sequence[FrozenTrial], objectives: Sequence[Objective], keys: Sequence[str]) -> str:
+def _write_markdown(
+    front: Sequence[FrozenTrial],
+    objectives: Sequence[Objective],
+    keys: Sequence[str],
+    settings: Mapping[int, Mapping[str, Any]],
+) -> str:
     """A row per trial, with its values and the overrides in which the trials differ."""
     shown = [key for key in keys if len(front) < 2 or len({_overrides(trial).get(key) for trial in front}) > 1]
     lines = [["", "trial", *(objective.name for objective in objectives), *shown]]
     lines.append(["---:"] * (2 + len(objectives)) + ["---"] * len(shown))
     for rank, trial in enumerate(front, 1):
         overrides = [_overrides(trial).get(key, "").replace("|", "\\|") for key in shown]
-        lines.append([str(rank), str(trial.number), *(f"{value:.6g}" for value in trial.values), *overrides])
+        leaks = f" ({LEAKS})" if allows_leaks(flatten(settings[trial.number])) else ""
+        lines.append([str(rank), f"{trial.number}{leaks}", *(f"{value:.6g}" for value in trial.values), *overrides])
     return "".join(f"| {' | '.join(line)} |\n" for line in lines)
 
 

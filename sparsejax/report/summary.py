@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 from sparsejax.metrics import RESTORED, TOKENS_PER_SECOND
 from sparsejax.report.comparison import TOLERANCE, Comparison, Group
 from sparsejax.report.statistics import MIN_SEEDS, UNEQUAL, Difference, Estimate
+from sparsejax.report.table import CHECK, FAILED, NOT_CHECKED
 
 NONE = "-"  # an unknown value
 UNEQUAL_COST, UNEQUAL_NOISE = "†", "‡"  # marks of footnotes
@@ -46,12 +47,12 @@ def write_table(comparison: Comparison) -> str:
 
 def write_metrics(comparisons: Sequence[Comparison]) -> str:
     """Returns one table of several comparisons of the same runs, groups by metrics; the best per metric is bold."""
-    labels = dict.fromkeys(group.label for comparison in comparisons for group in comparison.groups)
+    labels = dict.fromkeys(group.title for comparison in comparisons for group in comparison.groups)
     columns = []
     for comparison in comparisons:
         decimals, best = count_decimals(comparison), comparison.best
-        texts = {group.label: write_estimate(group.estimate, decimals).text for group in comparison.groups}
-        columns.append({label: _embolden(text, label == best.label) for label, text in texts.items()})
+        texts = {group.title: write_estimate(group.estimate, decimals).text for group in comparison.groups}
+        columns.append({label: _embolden(text, label == best.title) for label, text in texts.items()})
     lines = [[_escape(label), *(column.get(label, NONE) for column in columns)] for label in labels]
     return _write_markdown([comparisons[0].heading, *(comparison.metric for comparison in comparisons)], lines)
 
@@ -81,7 +82,7 @@ def tabulate(comparison: Comparison, costs: bool = False) -> tuple[list[str], li
     for group in comparison.groups:
         seconds = group.mean("seconds")
         row = [
-            Cell(group.label),
+            Cell(group.title),
             Cell(_count_seeds(group), len(group.values)),
             write_estimate(group.estimate, decimals),
             write_difference(group.difference, decimals),
@@ -148,9 +149,9 @@ def count_runs(comparison: Comparison) -> str:
 def describe_findings(comparison: Comparison) -> list[str]:
     """Sentences about the best group and about the noise and the tests of differences."""
     decimals, best = count_decimals(comparison), comparison.best
-    text = f"Best: {best.label}, {write_estimate(best.estimate, decimals).text}."
+    text = f"Best: {best.title}, {write_estimate(best.estimate, decimals).text}."
     if similar := comparison.similar(best):
-        text += f" Not significantly different from it: {'; '.join(group.label for group in similar)}."
+        text += f" Not significantly different from it: {'; '.join(group.title for group in similar)}."
     return [text, *_describe_tests(comparison)]
 
 
@@ -183,6 +184,9 @@ def describe_notes(comparison: Comparison) -> list[str]:
         notes.append(f"groups have between {min(counts)} and {max(counts)} seeds")
     counted = results.runs.loc[[index for group in comparison.groups for index in group.runs.index]]
     corpora, devices, commits = (counted[column].nunique() for column in ("corpus", "device", "git"))
+    for verdict, text in ((FAILED, "whose model failed the check"), (NOT_CHECKED, "without a check of the model")):
+        if count := int((counted[CHECK] == verdict).sum()):
+            notes.append(f"{_number(count, 'run')} {text}")
     for group in comparison.groups:
         restored = group.runs[RESTORED].min() if RESTORED in group.runs else 1.0
         if restored < 1:

@@ -36,14 +36,18 @@ TABLE, CURVES, CONFIGS = "results", "curves", "configs.json"
 SUFFIXES = (".parquet", ".csv")
 
 STATUSES = FINISHED, DIVERGED, UNFINISHED, NOT_STARTED = "finished", "diverged", "unfinished", "not started"
-TEXTS = ("label", "status", "device", "python", "jax", "git", "config", "overrides", "digest", "corpus", "name", "run")
+# Values of the column `check`, which is empty for runs that have not started or are older than the check.
+PASSED, FAILED, NOT_CHECKED, LEAKS = "passed", "failed", "not checked", "reads the future"
+CHECK, ALLOW_LEAKS = "check", "model.allow_leaks"
 INTEGERS = ("seed", "step", "parameters", "cache_bytes")
 # The columns of a row, between which stand a column per key that differs and a column per metric.
 FIRST = ("label", "seed", "status", "step")
 COSTS = ("parameters", "training_flops_per_token", "training_flops", "cache_bytes", "seconds", "tokens_per_second")
-ORIGIN = ("device", "python", "jax", "git", "config", "overrides", "digest", "corpus", "name", "run")
+ORIGIN = (CHECK, "device", "python", "jax", "git", "config", "overrides", "digest", "corpus", "name", "run")
+TEXTS = ("label", "status", *ORIGIN)
 CURVE = ("run", "step", "metric", "value")
 TRAINING = (TRAIN_LOSS, TRAIN_LOSS_MEAN)
+CERTIFICATES = [{"passed": bool}]  # schema of certificate.json
 TIMING = {"step": int, STEPS_PER_SECOND: float, TOKENS_PER_SECOND: float}  # schema of a row of timing.jsonl
 
 MAX_LABEL_KEYS = 3  # of the label of a run outside of sweeps; if more keys differ, the name of its workdir is clearer
@@ -189,6 +193,7 @@ def _read_run(workdir: Workdir) -> _Read:
         **{name: row[name] for row in metrics[-1:] for name in TRAINING if name in row},
         **_count_cost(phases, step),
         **_read_time(workdir.timing),
+        CHECK: _read_check(workdir.certificate),
         **_read_versions(workdir.versions),
         "digest": digest,
         "corpus": corpus,
@@ -210,6 +215,13 @@ def _read_status(result: Mapping[str, Any] | None, metrics: Sequence[Mapping[str
     if any(name in last and last[name] is None for name in (EVAL_LOSS, TRAIN_LOSS)):
         return DIVERGED
     return UNFINISHED if result is None else FINISHED
+
+
+def _read_check(path: Path) -> str:
+    """The verdict about the models of a run."""
+    if not path.exists():
+        return NOT_CHECKED
+    return PASSED if all(certificate["passed"] for certificate in read_json(path, CERTIFICATES)) else FAILED
 
 
 @functools.cache
@@ -299,7 +311,7 @@ def _read_frame(path: Path, columns: Sequence[str], convert: Callable[[pd.DataFr
                 if name in (*INTEGERS, "value") or name in COSTS or "/" in name:
                     read_number = int if name in INTEGERS else float
                     frame[name] = [read_number(text) if text else None for text in frame[name]]
-        missing = [name for name in columns if name not in frame]
+        missing = [name for name in columns if name not in frame and name != CHECK]
         if missing:
             raise ReportError(path, f"not a table of a report: the column {missing[0]!r} is missing")
         return convert(frame)
@@ -410,7 +422,13 @@ def _name(runs: pd.DataFrame, settings: Mapping[str, Mapping[str, Any]]) -> pd.D
     keys = _differing([values for values, alone in zip(known, unnamed, strict=True) if alone])
     varied = [key for planned in overrides for key in planned if key != SEED and _varies(key, known)]
     columns = {key: _type_key([values.get(key) for values in known]) for key in dict.fromkeys([*varied, *keys])}
-    return _type_table(runs.assign(label=_label(runs, known, unnamed, keys), **columns))
+    check = [LEAKS if allows_leaks(values) else verdict for values, verdict in zip(known, runs[CHECK], strict=True)]
+    return _type_table(runs.assign(label=_label(runs, known, unnamed, keys), check=check, **columns))
+
+
+def allows_leaks(settings: Mapping[str, Any]) -> bool:
+    """Whether a model of a run may read the future; `settings` are values by dotted key."""
+    return any(value is True for key, value in settings.items() if f".{key}".endswith(f".{ALLOW_LEAKS}"))
 
 
 def _varies(key: str, known: Sequence[Mapping[str, Any]]) -> bool:

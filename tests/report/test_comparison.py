@@ -3,11 +3,12 @@
 import json
 import shutil
 
+import pandas as pd
 import pytest
 from scipy import stats
 
 from sparsejax.cli import USAGE_ERROR, main
-from sparsejax.report import read, write
+from sparsejax.report import read, report, write
 from sparsejax.report.comparison import compare
 from sparsejax.report.summary import (
     count_runs,
@@ -295,8 +296,9 @@ def test_no_finished_run_is_one_line(tmp_path, capsys):
         ("config.json", "[]"),
         ("config.json", '{"model": {}}'),
         ("versions.json", "]"),
+        ("certificate.json", '[{"passed": 1}]'),
     ],
-    ids=["metrics", "timing", "result", "list", "empty_model", "versions"],
+    ids=["metrics", "timing", "result", "list", "empty_model", "versions", "certificate"],
 )
 def test_damaged_workdirs_are_named(tmp_path, capsys, name, content):
     workdir = write_workdir(tmp_path / "mine", settings_of(), 2.0)
@@ -335,3 +337,41 @@ def test_text_that_a_tokenizer_loses_is_noted(tmp_path):
         path.write_text(json.dumps(json.loads(path.read_text()) | {"eval/restored": 0.8}))
     notes = describe_notes(compare(read([folder])))
     assert sum("gives back 80.00% of the text" in note for note in notes) == 1
+
+
+def test_the_verdict_of_the_check_is_beside_each_run(tmp_path):
+    folder = write_sweep(tmp_path / "sweep", VALUES)
+    first, second, third, *_ = sorted(path.parent for path in folder.glob("runs/*/result.json"))
+    (first / "certificate.json").unlink()
+    (second / "certificate.json").write_text('[{"passed": true}, {"passed": false}]')
+    settings = json.loads((third / "config.json").read_text())
+    settings["model"]["allow_leaks"] = True
+    (third / "config.json").write_text(json.dumps(settings))
+    results = read([folder])
+    verdicts = dict(zip(results.runs["name"], results.runs["check"], strict=True))
+    names = [path.name for path in (first, second, third)]
+    assert [verdicts.pop(name) for name in names] == ["not checked", "failed", "reads the future"]
+    assert set(verdicts.values()) <= {"passed", ""}
+    result = report(folder)
+    assert "1 run without a check of the model" in str(result)
+    assert "1 run whose model failed the check" in str(result)
+    label = results.runs.set_index("name")["label"][third.name]
+    assert f"{label} (reads the future)" in result.table.replace("\\|", "|")
+    result.write(tmp_path / "out")
+    assert f"{label} (reads the future)" in (tmp_path / "out" / "index.html").read_text()
+
+
+def test_tables_from_before_the_check_have_no_verdict(tmp_path):
+    folder = write_sweep(tmp_path / "sweep", VALUES)
+    report(folder).write(tmp_path / "out")
+    (tmp_path / "out" / "results.parquet").unlink()
+    table = pd.read_csv(tmp_path / "out" / "results.csv", dtype=str, keep_default_na=False)
+    table.drop(columns="check").to_csv(tmp_path / "out" / "results.csv", index=False)
+    results = read([tmp_path / "out"])
+    assert set(results.runs["check"]) == {""}
+    assert not any("check" in note for note in describe_notes(compare(results)))
+    configs_file = tmp_path / "out" / "configs.json"
+    recorded = json.loads(configs_file.read_text())
+    recorded["common"]["model.allow_leaks"] = True
+    configs_file.write_text(json.dumps(recorded))
+    assert set(read([tmp_path / "out"]).runs["check"]) == {"reads the future"}

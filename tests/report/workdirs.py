@@ -21,6 +21,7 @@ def write_workdir(workdir, settings, value=None, metric="eval/bits_per_byte", st
     workdir.mkdir(parents=True)
     dump(workdir / "config.json", settings.to_dict())
     dump(workdir / "versions.json", [VERSIONS])
+    dump(workdir / "certificate.json", [{"passed": True}])
     dump(workdir / "data.json", {"digest": "c0ffee", "train": {"tokens": 1000}})
     with (workdir / "metrics.jsonl").open("w") as log, (workdir / "timing.jsonl").open("w") as timing:
         for number in range(5, step + 1, 5):
