@@ -68,7 +68,7 @@ def account_pattern(
       head_width: Number of features per head.
     """
     cost = attention_cost(pattern, length, heads=heads, score_width=head_width, value_width=head_width)
-    _, slots = plan_cache(pattern, length)
+    slots = plan_cache(pattern, length).count
     live, tiles = cost.tiles
     return Account(
         length,

@@ -65,9 +65,10 @@ class Embedding(nnx.Module):
         if not 0 <= ids.min() <= ids.max() < vocab:
             raise InputError("tokens", f"ids from {ids.min()} to {ids.max()} are not in [0, {vocab})")
 
-    def step(self, tokens: Int[Array, " b"], position: Int[Array, ""]) -> Float[Array, "b m"]:
-        """Returns the embedding of one token per row at `position`; none of them is padding."""
-        return self._embed(tokens, position if self.config.padding is None else position + self.config.padding + 1)
+    def extend(self, tokens: Int[Array, "b c"], positions: Int[Array, " b"]) -> Float[Array, "b c m"]:
+        """Returns the embedding of the next tokens, the first of which are at `positions`; none of them is padding."""
+        at = positions[:, None] + jnp.arange(tokens.shape[1])
+        return self._embed(tokens, at if self.config.padding is None else at + self.config.padding + 1)
 
     def _embed(self, tokens: Array, positions: Array) -> Array:
         x = self.tokens[...].astype(self.dtype)[tokens]

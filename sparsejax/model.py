@@ -15,7 +15,7 @@ from jaxtyping import Array, Float, Int
 from sparsejax.config import ModelConfig
 from sparsejax.embedding import Embedding, Head, mean_pool
 from sparsejax.errors import InputError
-from sparsejax.layers import EMPTY, Auxiliary, Cache, Context, Layer, Shared, Stream, make_norm, normalize
+from sparsejax.layers import EMPTY, Auxiliary, Cache, Context, Layer, Shared, Stream, Tokens, make_norm, normalize
 from sparsejax.layers.stream import decays, logical_axes
 from sparsejax.schedule import Fold
 
@@ -116,18 +116,35 @@ class Model(nnx.Module):
             "after": [layer.init_cache(batch, length) for layer in self.after],
         }
 
-    def step(
-        self, tokens: Int[Array, " b"], cache: Cache, position: Int[Array, ""], length: int
-    ) -> tuple[Float[Array, "b v"], Cache]:
-        """Returns logits after one more token at `position`, and the next cache; `length` as in `init_cache`."""
-        x = self._double(self.embedding.step(tokens, position))
-        context = EMPTY.with_extras(embeddings=x, shared=dict(self.shared))
+    def extend(
+        self,
+        tokens: Int[Array, "b c"],
+        cache: Cache,
+        positions: Int[Array, " b"],
+        length: int,
+        counts: Int[Array, " b"] | None = None,
+        last: bool = False,
+    ) -> tuple[Float[Array, "b *c v"], Cache]:
+        """Returns logits after the next tokens of each row, and the next caches.
+
+        Args:
+          tokens: A chunk of each row: of a prompt, or one token that was generated.
+          cache: The caches after the tokens before the chunk; `init_cache` before the first.
+          positions: Position of the first token of each row's chunk; rows may differ.
+          length: Number of positions, as in `init_cache`.
+          counts: Number of tokens of each row's chunk; the rest is ignored, changes no cache, and has undefined logits.
+            Defaults to c.
+          last: Whether to return only the logits after the last token of each row, [b, v].
+        """
+        mask = None if counts is None else jnp.arange(tokens.shape[1]) < counts[:, None]
+        x = self._double(self.embedding.extend(tokens, positions))
+        context = Context(Tokens(mask=mask)).with_extras(embeddings=x, shared=dict(self.shared))
 
         def run(layers: nnx.List, x: Array, caches: list[Cache], first: Array | int) -> tuple[Array, list[Cache]]:
             after = []
             for index, (layer, layer_cache) in enumerate(zip(layers, caches, strict=True)):
                 layer_context = context.with_extras(layer=jnp.asarray(first + index))
-                x, layer_cache = layer.step(x, layer_cache, position, length, layer_context)
+                x, layer_cache = layer.extend(x, layer_cache, positions, length, layer_context)
                 after.append(layer_cache)
             return x, after
 
@@ -141,6 +158,8 @@ class Model(nnx.Module):
                 (parameters, period, self._period_starts),
             )
         x, after = run(self.after, x, cache["after"], len(self.config.names) - len(self.after))
+        if last:
+            x = x[:, -1] if counts is None else x[jnp.arange(len(x)), counts - 1]
         return self.read_out(x, EMPTY), {"before": before, "period": period, "after": after}
 
     @property

@@ -186,8 +186,8 @@ def test_bfloat16_is_close_and_its_logits_are_not_rounded():
 
 def test_the_cache_is_what_the_layers_keep():
     cache = jax.eval_shape(lambda: Functional(CONFIG).bind(fill(CONFIG)).init_cache(BATCH, 100))
-    full = 4 * (2 * BATCH * 100 * 4 + 100)  # keys and values of a head of 4, and positions
-    local = 4 * (2 * BATCH * 6 * 4 + 6)  # 3 previous keys, the token itself and 2 sinks
+    full = 4 * 2 * BATCH * 100 * 4  # keys and values of a head of 4
+    local = 4 * 2 * BATCH * 6 * 4  # 3 previous keys, the token itself and 2 sinks
     ssm = 4 * BATCH * ((4 - 1) * 12 + 12 * 3)
     assert sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(cache)) == 2 * (ssm + local) + full
 

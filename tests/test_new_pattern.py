@@ -67,8 +67,8 @@ def test_attention(new, impl):
 
 
 def test_cache_receptive_field_drawing_and_training(new, tmp_path, capsys):
-    slots, count = plan_cache(new, 50)
-    assert (count, len(set(slots.tolist()))) == (50, 50)  # without last_query every key is kept
+    plan = plan_cache(new, 50)
+    assert (plan.count, len(set(plan.slots.tolist()))) == (50, 50)  # without last_query every key is kept
     # The oldest third without the sink, and three steps of two keys back.
     assert receptive_field.sizes([new] * 3, 100)[-1] == 33 + 7
     assert main(["draw", TEXT, "--length=9", f"--out={tmp_path / 'new.svg'}"]) == 0

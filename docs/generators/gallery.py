@@ -230,7 +230,7 @@ def _list_costs(pattern: Pattern) -> Iterable[tuple[str, str]]:
     yield "Scored pairs", f"{pairs:,.0f}"
     yield "Of dense causal", f"{pairs / dense:.2f}" if pairs > dense / 10 else f"1/{dense / pairs:,.0f}"
     yield "Live tiles", f"{live / heads:,.0f}"
-    yield "KV-cache slots", "-" if pattern.lookahead() > 0 else f"{plan_cache(pattern, LENGTH)[1]:,}"
+    yield "KV-cache slots", "-" if pattern.lookahead() > 0 else f"{plan_cache(pattern, LENGTH).count:,}"
 
 
 WIDTH, HEIGHT, LEFT, TOP = 256, 120, 52, 32  # pixels of the curve

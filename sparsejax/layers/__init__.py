@@ -1,6 +1,5 @@
 """Layers of a sequence model, as thin Flax NNX modules."""
 
-from sparsejax.layers import testing
 from sparsejax.layers.attention import Attention, AttentionConfig
 from sparsejax.layers.context import EMPTY, Context, Dropout, Extras, Tokens
 from sparsejax.layers.conv import Conv, ConvConfig, ShortConv
@@ -82,6 +81,5 @@ __all__ = [
     "normalize",
     "parameter",
     "register",
-    "testing",
     "yarn_growth",
 ]

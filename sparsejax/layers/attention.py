@@ -12,12 +12,14 @@ from jaxtyping import Array, Float, Int
 
 from sparsejax import patterns
 from sparsejax.errors import InputError, require_at_least, require_choice
+from sparsejax.layers.caching import chunk_positions, extend_keys
 from sparsejax.layers.context import EMPTY, Context
 from sparsejax.layers.norm import NormConfig, make_norm, normalize
 from sparsejax.layers.protocols import Cache, Mixer, MixerConfig, implementation_names, parse_pattern
 from sparsejax.layers.rotary import RopeConfig, rotate
 from sparsejax.layers.stream import Cost, Linear, Stream, attention_cost, output_scale, parameter
-from sparsejax.ops import add_alibi, attend, decode_attend, log_multiplicity, merge_lse
+from sparsejax.ops import AttentionCall, attend, attend_cached, merge_lse
+from sparsejax.ops.softmax import confine_nan
 
 MASKED_SEGMENT = -3  # a segment id that no query has
 
@@ -118,38 +120,41 @@ class Attention(Mixer):
 
     def init_cache(self, batch: int, length: int) -> Cache:
         """Returns an empty cache for `length` positions, with the slots of `patterns.plan_cache`."""
-        _, slots = patterns.plan_cache(self.pattern, length)
-        shape = (batch, slots, self.config.kv_heads, self.config.head_width)
-        dtype = self.key.dtype
-        return {"k": jnp.zeros(shape, dtype), "v": jnp.zeros(shape, dtype), "at": jnp.full(slots, -1, jnp.int32)}
+        slots = patterns.plan_cache(self.pattern, length).count
+        shape = (batch, self.config.kv_heads, slots, self.config.head_width)
+        return {name: jnp.zeros(shape, self.key.dtype) for name in ("k", "v")}
 
-    def step(
-        self, x: Float[Array, "b inputs"], cache: Cache, position: Int[Array, ""], length: int, context: Context = EMPTY
-    ) -> tuple[Float[Array, "b m"], Cache]:
-        """Mixes one more token, at `position` of at most `length`."""
-        table, _ = patterns.plan_cache(self.pattern, length)
-        q, k, v = self._project(x[:, None], position[None])
-        slot = jnp.asarray(table)[position]
-        cache = {
-            "k": cache["k"].at[:, slot].set(k[:, 0]),
-            "v": cache["v"].at[:, slot].set(v[:, 0]),
-            "at": cache["at"].at[slot].set(position),
-        }
-        keys_at = cache["at"]
-        mask = self.pattern.allows(position[None], keys_at, length, length) & (keys_at >= 0)
-        bias = jnp.atleast_2d(log_multiplicity(self.pattern, position[None], keys_at, length, length))
-        q, k = self._extend(q, cache["k"], position[None], keys_at)
-        y = decode_attend(
-            q[:, 0],
-            k,
-            cache["v"],
-            jnp.atleast_2d(mask),
-            scale=self._scale,
-            bias=add_alibi(bias, None if self._slopes is None else self._slopes[:, None], position - keys_at),
-            softcap=self.config.softcap,
-            sink_logits=None if self.sinks is None else self.sinks[...],
-        )
+    def extend(
+        self,
+        x: Float[Array, "b c inputs"],
+        cache: Cache,
+        positions: Int[Array, " b"],
+        length: int,
+        context: Context = EMPTY,
+    ) -> tuple[Float[Array, "b c m"], Cache]:
+        """Mixes the next tokens, whose queries attend to the slots of the cache and to the chunk."""
+        at = chunk_positions(positions, x.shape[1])
+        q, k, v = self._project(x, at)
+        plan = patterns.plan_cache(self.pattern, length)
+        q, k, v = confine_nan(q, k.swapaxes(1, 2), v.swapaxes(1, 2))
+        cache, keys, keys_at = extend_keys(plan, cache, {"k": k, "v": v}, positions, context.tokens, axis=2)
+        q, k = self._append_relative(q, keys["k"], at, keys_at, heads=-3)
+        sinks = None if self.sinks is None else self.sinks[...]
+        y = attend_cached(
+            q, k, keys["v"], self.pattern, at, keys_at, length, scale=self._scale, softcap=self.config.softcap,
+            sink_logits=sinks, alibi_slopes=self._slopes,
+        )  # fmt: skip
         return self._project_out(x, y), cache
+
+    def attention_calls(self, x: Float[Array, "b t inputs"], context: Context = EMPTY) -> dict[str, AttentionCall]:
+        """Returns the arguments of attention, without globals of the batch."""
+        positions = jnp.arange(x.shape[1])
+        q, k, v = self._project(x, positions)
+        q, k = self._append_relative(q, k, positions, positions)
+        sinks, segments = None if self.sinks is None else self.sinks[...], context.tokens.attend_segments
+        options = {"scale": self._scale, "softcap": self.config.softcap, "alibi_slopes": self._slopes}
+        call = AttentionCall(q, k, v, self.pattern, sink_logits=sinks, segments=segments, interpret=None, **options)
+        return {"": call}
 
     def cost(self, length: int) -> Cost:
         """Cost of the projections and of attention under the pattern."""
@@ -183,17 +188,20 @@ class Attention(Mixer):
         q, k, rope = normalize(self.query_norm, q), normalize(self.key_norm, k), self.config.rope
         return (q, k) if rope is None else (rotate(q, q_positions, rope), rotate(k, k_positions, rope))
 
-    def _extend(self, q: Array, k: Array, q_positions: Array, k_positions: Array) -> tuple[Array, Array]:
-        """Appends the features of relative positions, whose products are added to the scores."""
+    def _append_relative(
+        self, q: Array, k: Array, q_positions: Array, k_positions: Array, heads: int = -2
+    ) -> tuple[Array, Array]:
+        """Appends the features of relative positions, whose products are added to the scores; `heads`: an axis of k."""
         if self.relative is None:
             return q, k
-        q_features, k_features = self.relative(q, k, q_positions, k_positions)
-        q = q + self.relative.content[...].astype(q.dtype)
-        return jnp.concatenate([q, q_features], axis=-1), jnp.concatenate([k, k_features], axis=-1)
+        features = jnp.expand_dims(self.relative.key_features(k_positions).astype(k.dtype), heads)
+        k = jnp.concatenate([k, jnp.broadcast_to(features, (*k.shape[:-1], features.shape[-1]))], axis=-1)
+        content = q + self.relative.content[...].astype(q.dtype)
+        return jnp.concatenate([content, self.relative.query_features(q, q_positions)], axis=-1), k
 
     def _attend(self, q, k, v, pattern, segments, q_positions, k_positions=None, return_lse=False):
         k_positions = q_positions if k_positions is None else k_positions
-        q, k = self._extend(q, k, q_positions, k_positions)
+        q, k = self._append_relative(q, k, q_positions, k_positions)
         impl = self.config.impl if pattern is self.pattern else "auto"
         sinks = None if self.sinks is None else self.sinks[...]
         return attend(
@@ -253,26 +261,22 @@ class Relative(nnx.Module):
         init = jax.nn.initializers.normal(r**-0.5)
         self.weight = parameter(rngs, init, (h, r, d), (None, None, None), decay=True)
 
-    def __call__(
-        self,
-        q: Float[Array, "b t h d"],
-        k: Float[Array, "b s g d"],
-        q_positions: Int[Array, "*b t"],
-        k_positions: Int[Array, "*b s"],
-    ) -> tuple[Float[Array, "b t h r"], Float[Array, "b s g r"]]:
-        """Returns the features that are appended to queries and keys."""
+    def query_features(self, q: Float[Array, "b t h d"], positions: Int[Array, "*b t"]) -> Float[Array, "b t h r"]:
+        """Returns the features that are appended to queries."""
         q = q + self.position[...].astype(q.dtype)
         a, b = jnp.split(jnp.einsum("bthd,hrd->bthr", q, self.weight[...].astype(q.dtype)), 2, axis=-1)
-        sin, cos = (x[:, None].astype(q.dtype) for x in _sinusoids(q_positions, a.shape[-1]))
-        q_features = jnp.concatenate([b * sin - a * cos, a * sin + b * cos], axis=-1)
-        k_features = jnp.concatenate(_sinusoids(k_positions, a.shape[-1]), axis=-1).astype(k.dtype)
-        return q_features, jnp.broadcast_to(k_features[None, :, None], (*k.shape[:3], k_features.shape[-1]))
+        sin, cos = (x[..., None, :].astype(q.dtype) for x in self._sinusoids(positions))
+        return jnp.concatenate([b * sin - a * cos, a * sin + b * cos], axis=-1)
 
+    def key_features(self, positions: Int[Array, "*b s"]) -> Float[Array, "*b s r"]:
+        """Returns the features that are appended to keys."""
+        return jnp.concatenate(self._sinusoids(positions), axis=-1)
 
-def _sinusoids(positions: Array, pairs: int) -> tuple[Array, Array]:
-    """Sine and cosine of a position at frequencies from 1 down to nearly 1 / 10,000 (arXiv:1706.03762)."""
-    angles = positions[:, None] * 10_000.0 ** (-jnp.arange(pairs) / pairs)
-    return jnp.sin(angles), jnp.cos(angles)
+    def _sinusoids(self, positions: Array) -> tuple[Array, Array]:
+        """Sine and cosine of a position at frequencies from 1 down to nearly 1 / 10,000 (arXiv:1706.03762)."""
+        pairs = self.weight.shape[1] // 2
+        angles = positions[..., None] * 10_000.0 ** (-jnp.arange(pairs) / pairs)
+        return jnp.sin(angles), jnp.cos(angles)
 
 
 def alibi_slopes(heads: int) -> np.ndarray:

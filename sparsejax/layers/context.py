@@ -33,7 +33,8 @@ class Tokens:
     Attributes:
       segments: Ids of the documents that are packed into a row. Tokens of different documents do not interact.
       positions: Positions of the tokens in their documents, for learned positions. Defaults to positions in the row.
-      mask: False at padding. No query attends to padding, and padding changes a recurrent state as zero input does.
+      mask: False at padding. No query attends to padding, and padding leaves a recurrent state unchanged. In
+        `Mixer.extend` padding follows the tokens of a row.
     """
 
     segments: Int[Array, "b t"] | None = None
@@ -55,6 +56,10 @@ class Tokens:
             return None
         changed = self.segments[:, 1:] != self.segments[:, :-1]
         return jnp.pad(changed, ((0, 0), (1, 0)))
+
+    def count(self, shape: tuple[int, ...]) -> Int[Array, " b"]:
+        """Number of tokens per row that are not padding, of an array of tokens of this shape."""
+        return jnp.full(shape[0], shape[1]) if self.mask is None else self.mask.sum(axis=1)
 
     def zero_padding(self, x: Shaped[Array, "b t *features"]) -> Shaped[Array, "b t *features"]:
         """Sets `x` to zero at padding."""

@@ -41,12 +41,17 @@ class ShortConv(nnx.Module):
         taps, channels = self.shape
         return jnp.zeros((batch, taps - 1, channels), self.dtype)
 
-    def step(
-        self, x: Float[Array, "b c"], cache: Float[Array, "b w c"]
-    ) -> tuple[Float[Array, "b c"], Float[Array, "b w c"]]:
-        """Convolves one more token; returns its output and the next cache."""
-        recent = jnp.concatenate([cache, x[:, None].astype(cache.dtype)], axis=1)
-        return self._add_bias((recent * self.weight[...].astype(x.dtype)).sum(axis=1)), recent[:, 1:]
+    def extend(
+        self, x: Float[Array, "b t c"], cache: Float[Array, "b w c"], tokens: Tokens = EMPTY.tokens
+    ) -> tuple[Float[Array, "b t c"], Float[Array, "b w c"]]:
+        """Convolves the next tokens; returns their outputs, and the latest inputs."""
+        past = cache.shape[1]
+        inputs = jnp.concatenate([cache, x.astype(cache.dtype)], axis=1)
+        y = self._add_bias(causal_conv(inputs, self.weight[...].astype(x.dtype))[:, past:])
+        latest = tokens.count(x.shape)[:, None] + jnp.arange(past)
+        return y, inputs[:, x.shape[1] :] if tokens.mask is None else jnp.take_along_axis(
+            inputs, latest[..., None], axis=1
+        )
 
     @property
     def flops(self) -> float:
@@ -102,11 +107,11 @@ class Conv(Mixer):
         """Returns the latest inputs of the convolution, whose number does not depend on `length`."""
         return {"conv": self.conv.init_cache(batch)}
 
-    def step(
-        self, x: Float[Array, "b m"], cache: Cache, position: Int[Array, ""], length: int, context: Context = EMPTY
-    ) -> tuple[Float[Array, "b m"], Cache]:
-        """Mixes one more token."""
-        y, conv = self.conv.step(self.gate_in(x) * self.input(x), cache["conv"])
+    def extend(
+        self, x: Float[Array, "b c m"], cache: Cache, positions: Int[Array, " b"], length: int, context: Context = EMPTY
+    ) -> tuple[Float[Array, "b c m"], Cache]:
+        """Mixes the next tokens."""
+        y, conv = self.conv.extend(self.gate_in(x) * self.input(x), cache["conv"], context.tokens)
         return self.out(self.gate_out(x) * y), {"conv": conv}
 
     def cost(self, length: int) -> Cost:

@@ -12,14 +12,14 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
 from sparsejax.errors import InputError, require_at_least, require_choice
-from sparsejax.layers.context import EMPTY, Context
+from sparsejax.layers.context import EMPTY, Context, Tokens
 from sparsejax.layers.conv import ShortConv
 from sparsejax.layers.mamba import init_dt_bias, require_dt_range
 from sparsejax.layers.mamba2 import init_log_decay
 from sparsejax.layers.norm import GATES, GatedNorm
 from sparsejax.layers.protocols import Cache, Mixer, MixerConfig
 from sparsejax.layers.stream import Cost, Linear, Stream, output_scale, parameter
-from sparsejax.ops import delta_rule, delta_step
+from sparsejax.ops import delta_rule
 from sparsejax.ops.delta import CHUNK
 
 UNIT_EPS = 1e-6  # added to the squared norm of queries and keys
@@ -95,10 +95,7 @@ class Delta(Mixer):
         """Mixes a whole sequence."""
         tokens = context.tokens
         x = tokens.zero_padding(x)
-        # Zero keys and values only decay the state, whatever beta is, as padding should.
-        q, k, v = (tokens.zero_padding(jax.nn.silu(conv(linear(x), tokens))) for linear, conv in self._inputs.values())
-        y, _ = delta_rule(*self._split(q, k, v), *self._rates(x), starts=tokens.starts, chunk=self.config.chunk)
-        return self._project_out(x, y)
+        return self._scan(x, [conv(linear(x), tokens) for linear, conv in self._inputs.values()], tokens)[0]
 
     def init_cache(self, batch: int, length: int) -> Cache:
         """Returns the state before the first token, whose size does not depend on `length`."""
@@ -107,16 +104,16 @@ class Delta(Mixer):
         shape = (batch, config.heads, config.key_width, config.value_width)
         return convs | {"state": jnp.zeros(shape, jnp.float32)}
 
-    def step(
-        self, x: Float[Array, "b m"], cache: Cache, position: Int[Array, ""], length: int, context: Context = EMPTY
-    ) -> tuple[Float[Array, "b m"], Cache]:
-        """Mixes one more token."""
+    def extend(
+        self, x: Float[Array, "b c m"], cache: Cache, positions: Int[Array, " b"], length: int, context: Context = EMPTY
+    ) -> tuple[Float[Array, "b c m"], Cache]:
+        """Mixes the next tokens."""
         inputs, after = [], {}
         for name, (linear, conv) in self._inputs.items():
-            y, after[name] = conv.step(linear(x), cache[name])
-            inputs.append(jax.nn.silu(y))
-        y, after["state"] = delta_step(*self._split(*inputs), *self._rates(x), cache["state"])
-        return self._project_out(x, y), after
+            y, after[name] = conv.extend(linear(x), cache[name], context.tokens)
+            inputs.append(y)
+        y, after["state"] = self._scan(x, inputs, context.tokens, cache["state"])
+        return y, after
 
     def cost(self, length: int) -> Cost:
         """Cost of the projections, the convolutions, the state, and half a chunk of positions within a chunk.
@@ -142,6 +139,15 @@ class Delta(Mixer):
             "conv_key": (self.key, self.conv_key),
             "conv_value": (self.value, self.conv_value),
         }
+
+    def _scan(self, x: Array, inputs: list[Array], tokens: Tokens, state: Array | None = None) -> tuple[Array, Array]:
+        """The output and the next state, given the convolved queries, keys and values."""
+        q, k, v = self._split(*(tokens.zero_padding(jax.nn.silu(y)) for y in inputs))
+        decay, beta = self._rates(x)
+        y, state = delta_rule(
+            q, k, v, tokens.zero_padding(decay), beta, state=state, starts=tokens.starts, chunk=self.config.chunk
+        )
+        return self._project_out(x, y), state
 
     def _split(self, q: Array, k: Array, v: Array) -> tuple[Array, Array, Array]:
         """Heads. Queries and keys are unit vectors in float32, and queries are divided by the root of their width."""

@@ -11,12 +11,14 @@ from jaxtyping import Array, Float, Int
 
 from sparsejax import patterns
 from sparsejax.errors import InputError, require_at_least, require_choice
+from sparsejax.layers.caching import chunk_positions, extend_keys
 from sparsejax.layers.context import EMPTY, Context
 from sparsejax.layers.norm import Norm, NormConfig
 from sparsejax.layers.protocols import Cache, Mixer, MixerConfig, implementation_names, parse_pattern
 from sparsejax.layers.rotary import RopeConfig, rotate
 from sparsejax.layers.stream import Cost, Linear, Stream, attention_cost, output_scale
-from sparsejax.ops import attend, attend_selected, attention_flops, decode_attend, index_scores, select_keys, top_keys
+from sparsejax.ops import AttentionCall, attend, attend_cached, attend_selected, attention_flops, select_keys
+from sparsejax.ops.softmax import confine_nan
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -120,11 +122,7 @@ class Latent(Mixer):
             raise InputError("globals", "latent attention does not support run-time globals")
         (b, t, _), config, positions = x.shape, self.config, jnp.arange(x.shape[1])
         q_latent, q = self._query(x, positions)
-        kv_latent, k_pe = self._compress(x, positions)
-        expanded = self.expand(kv_latent).reshape(b, t, config.heads, -1)
-        k_nope, v = jnp.split(expanded, [config.nope_width], axis=-1)
-        k_pe = jnp.broadcast_to(k_pe[:, :, None], (*k_nope.shape[:3], k_pe.shape[-1]))
-        k, segments = jnp.concatenate([k_nope, k_pe], axis=-1), context.tokens.attend_segments
+        (k, v), segments = self._expand(x, positions), context.tokens.attend_segments
         if self.indexer is None:
             y = cast(Array, attend(q, k, v, self.pattern, impl=config.impl, scale=self._scale, segment_ids=segments))
         else:
@@ -134,43 +132,50 @@ class Latent(Mixer):
         return self.out(y.reshape(b, t, -1))
 
     def init_cache(self, batch: int, length: int) -> Cache:
-        """Returns an empty cache for `length` positions: latents, rotary keys, index keys and their positions."""
-        _, slots = patterns.plan_cache(self.pattern, length)
-        widths = {"latent": self.config.kv_rank, "k_pe": self.config.rope_width}
+        """Returns an empty cache for `length` positions: latents with rotary keys, and index keys."""
+        slots = patterns.plan_cache(self.pattern, length).count
+        widths = {"latent": self.config.kv_rank + self.config.rope_width}
         widths |= {} if self.indexer is None else {"index": self.indexer.width}
-        arrays = {name: jnp.zeros((batch, slots, width), self.out.dtype) for name, width in widths.items()}
-        return arrays | {"at": jnp.full(slots, -1, jnp.int32)}
+        return {name: jnp.zeros((batch, slots, width), self.out.dtype) for name, width in widths.items()}
 
-    def step(
-        self, x: Float[Array, "b m"], cache: Cache, position: Int[Array, ""], length: int, context: Context = EMPTY
-    ) -> tuple[Float[Array, "b m"], Cache]:
-        """Mixes one more token, at `position` of at most `length`.
+    def extend(
+        self, x: Float[Array, "b c m"], cache: Cache, positions: Int[Array, " b"], length: int, context: Context = EMPTY
+    ) -> tuple[Float[Array, "b c m"], Cache]:
+        """Mixes the next tokens.
 
         Nothing is expanded: the query of a head is mapped to the latent space, and the attended latent to its value.
         """
-        config, positions, x = self.config, position[None], x[:, None]
-        table, _ = patterns.plan_cache(self.pattern, length)
-        slot = jnp.asarray(table)[position]
-        q_latent, q = self._query(x, positions)
-        entries = dict(zip(("latent", "k_pe"), self._compress(x, positions), strict=True))
-        entries |= {} if self.indexer is None else {"index": self.indexer.key(x, positions)}
-        cache = {name: cache[name].at[:, slot].set(entry[:, 0]) for name, entry in entries.items()} | {
-            "at": cache["at"].at[slot].set(position)
-        }
-        mask = jnp.atleast_2d(self.pattern.allows(positions, cache["at"], length, length) & (cache["at"] >= 0))
-        keys = jnp.concatenate([cache["latent"], cache["k_pe"]], axis=-1)
-        if self.indexer is not None:
-            scores = index_scores(*self.indexer.query_and_weights(x, q_latent, positions), cache["index"])
-            selected = top_keys(scores[:, 0], mask, self.indexer.top_k)
-            # All rows are at the same position, so that they have the same number of keys.
-            keys, mask = jnp.take_along_axis(keys, selected[..., None], axis=1), selected[:1] >= 0
+        config, at = self.config, chunk_positions(positions, x.shape[1])
+        q_latent, q = self._query(x, at)
+        latent, k_pe = self._compress(x, at)
+        _, k_pe, latent = confine_nan(k_pe, k_pe, latent)
+        entries = {"latent": jnp.concatenate([latent, k_pe], axis=-1)}
+        entries |= {} if self.indexer is None else {"index": self.indexer.key(x, at)}
+        plan = patterns.plan_cache(self.pattern, length)
+        cache, keys, keys_at = extend_keys(plan, cache, entries, positions, context.tokens, axis=1)
         maps = self.expand.weight[...].astype(x.dtype).reshape(config.kv_rank, config.heads, -1)
         to_keys, to_values = jnp.split(maps, [config.nope_width], axis=-1)
-        q_nope, q_pe = jnp.split(q[:, 0], [config.nope_width], axis=-1)
-        q = jnp.concatenate([jnp.einsum("bhd,rhd->bhr", q_nope, to_keys), q_pe], axis=-1)
-        keys = keys[:, :, None]
-        y = decode_attend(q, keys, keys[..., : config.kv_rank], mask, scale=self._scale)
-        return self.out(jnp.einsum("bhr,rhe->bhe", y, to_values).reshape(len(x), -1)), cache
+        q_nope, q_pe = jnp.split(q, [config.nope_width], axis=-1)
+        q, k = jnp.concatenate([jnp.einsum("bchd,rhd->bchr", q_nope, to_keys), q_pe], axis=-1), keys["latent"]
+        if self.indexer is None:
+            k = k[:, None]  # the rotary part of the values is not used
+            y = attend_cached(q, k, k, self.pattern, at, keys_at, length, scale=self._scale)
+        else:
+            index = *self.indexer.query_and_weights(x, q_latent, at), keys["index"]
+            selected = select_keys(*index, self.indexer.top_k, self.pattern, positions=(at, keys_at), length=length)
+            k = k[:, :, None]
+            y = attend_selected(q, k, k[..., : config.kv_rank], selected, self._scale)
+        y = jnp.einsum("bchr,rhe->bche", y[..., : config.kv_rank], to_values)
+        return self.out(y.reshape(*x.shape[:2], -1)), cache
+
+    def attention_calls(self, x: Float[Array, "b t m"], context: Context = EMPTY) -> dict[str, AttentionCall]:
+        """Returns the arguments of attention over expanded keys; none with an indexer, which selects keys."""
+        if self.indexer is not None:
+            return {}
+        positions = jnp.arange(x.shape[1])
+        arrays = self._query(x, positions)[1], *self._expand(x, positions)
+        segments = context.tokens.attend_segments
+        return {"": AttentionCall(*arrays, self.pattern, self._scale, None, None, segments, None)}
 
     def cost(self, length: int) -> Cost:
         """Cost of the projections, the indexer, and attention over expanded keys and values."""
@@ -201,6 +206,14 @@ class Latent(Mixer):
         q_nope, q_pe = jnp.split(q, [self.config.nope_width], axis=-1)
         return latent, jnp.concatenate([q_nope, _rotate(q_pe, positions, self.config.rope)], axis=-1)
 
+    def _expand(self, x: Array, positions: Array) -> tuple[Array, Array]:
+        """Keys and values of each head [b, t, h, d]."""
+        latent, k_pe = self._compress(x, positions)
+        expanded = self.expand(latent).reshape(*x.shape[:2], self.config.heads, -1)
+        k_nope, v = jnp.split(expanded, [self.config.nope_width], axis=-1)
+        k_pe = jnp.broadcast_to(k_pe[:, :, None], (*k_nope.shape[:3], k_pe.shape[-1]))
+        return jnp.concatenate([k_nope, k_pe], axis=-1), v
+
     def _compress(self, x: Array, positions: Array) -> tuple[Array, Array]:
         """The latent of keys and values [b, t, r], and the rotary part of the key [b, t, d]."""
         latent, k_pe = jnp.split(self.latent(x), [self.config.kv_rank], axis=-1)
@@ -225,13 +238,13 @@ class Indexer(nnx.Module):
         self.weights = linear(stream.width, indexer.heads, ("width", None))
 
     def query_and_weights(
-        self, x: Float[Array, "b t m"], q_latent: Float[Array, "b t r"], positions: Int[Array, " t"]
+        self, x: Float[Array, "b t m"], q_latent: Float[Array, "b t r"], positions: Int[Array, "*b t"]
     ) -> tuple[Float[Array, "b t h d"], Float[Array, "b t h"]]:
         """Returns index queries, and the weights of heads."""
         q = self.queries(q_latent).reshape(*x.shape[:2], self.heads, -1)
         return self._rotate(q, positions), self.weights(x) * self.heads**-0.5
 
-    def key(self, x: Float[Array, "b t m"], positions: Int[Array, " t"]) -> Float[Array, "b t d"]:
+    def key(self, x: Float[Array, "b t m"], positions: Int[Array, "*b t"]) -> Float[Array, "b t d"]:
         """Returns index keys."""
         return self._rotate(self.key_norm(self.keys(x))[:, :, None], positions)[:, :, 0]
 

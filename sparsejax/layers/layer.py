@@ -21,6 +21,7 @@ from sparsejax.layers.norm import NormConfig, make_norm, normalize
 from sparsejax.layers.protocols import Auxiliary, Cache, FeedForward, MixerConfig
 from sparsejax.layers.shared import Side, SideConfig
 from sparsejax.layers.stream import Cost, Stream
+from sparsejax.ops import AttentionCall
 
 FeedForwardConfig = MlpConfig | ExpertsConfig
 # The config and the module of each value of `kind`.
@@ -145,25 +146,43 @@ class Layer(nnx.Module):
         cache = {} if self.mixer is None else self.mixer.init_cache(batch, length)
         return cache if self.side is None else {"mixer": cache, "side": self.side.init_cache(batch, length)}
 
-    def step(
-        self, x: Float[Array, "b m"], cache: Cache, position: Int[Array, ""], length: int, context: Context = EMPTY
-    ) -> tuple[Float[Array, "b m"], Cache]:
-        """Returns the stream after this layer, for one more token, and the next cache."""
+    def extend(
+        self, x: Float[Array, "b c m"], cache: Cache, positions: Int[Array, " b"], length: int, context: Context = EMPTY
+    ) -> tuple[Float[Array, "b c m"], Cache]:
+        """Returns the stream after this layer for the next tokens, and the next cache; see `Mixer.extend`."""
         if self.mixer is not None and self.mixer_residual is not None:
             mixer, extra, side = self.mixer, None, None
             if self.side is not None:
-                extra, side = self.side.step(x, cache["side"], position, length, context)
+                extra, side = self.side.extend(x, cache["side"], positions, length, context)
                 cache = cache["mixer"]
             x, cache = self._join(
                 x,
                 self.mixer_residual,
-                lambda read: mixer.step(read, cache, position, length, context),
+                lambda read: mixer.extend(read, cache, positions, length, context),
                 written=0,
                 extra=extra,
             )
             cache = cache if side is None else {"mixer": cache, "side": side}
-        x, _ = self._feed_forward(x[:, None], EMPTY)  # feed-forward parts work on sequences: [b, 1, m]
-        return x[:, 0], cache
+        return self._feed_forward(x, context)[0], cache
+
+    def attention_calls(self, x: Float[Array, "b t m"], context: Context = EMPTY) -> dict[str, AttentionCall]:
+        """Returns the arguments of the softmax attention of this layer, see `Mixer.attention_calls`.
+
+        Args:
+          x: The stream before this layer.
+          context: As in `__call__`.
+
+        Returns:
+          The arguments by section of the layer's config: `mixer`, a section in it, or `side` for the shared block.
+        """
+        if self.mixer is None or self.mixer_residual is None:
+            return {}
+        calls, read = {}, jnp.split(x, 2, axis=-1)[1] if self.reversible else x
+        if self.side is not None:
+            calls["side"] = self.side.attention_call(x, context)
+            read = read + self.side(x, context)
+        paths = self.mixer.attention_calls(self.mixer_residual.pre(read), context)
+        return calls | {f"mixer{path}": call for path, call in paths.items()}
 
     def cost(self, length: int) -> Cost:
         """Cost of the mixer, the shared block and the feed-forward part."""

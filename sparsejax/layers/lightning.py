@@ -14,7 +14,7 @@ from sparsejax.layers.context import EMPTY, Context
 from sparsejax.layers.norm import GatedNorm
 from sparsejax.layers.protocols import Cache, Mixer, MixerConfig
 from sparsejax.layers.stream import Cost, Linear, Stream, output_scale
-from sparsejax.ops import ssd, ssd_step
+from sparsejax.ops import ssd
 from sparsejax.ops.ssd import CHUNK
 
 TINY = 1e-5  # keeps the decay of the last layer above 0, and the rate defined for a single layer
@@ -59,24 +59,19 @@ class Lightning(Mixer):
 
     def __call__(self, x: Float[Array, "b t m"], context: Context = EMPTY) -> Float[Array, "b t m"]:
         """Mixes a whole sequence."""
-        x = context.tokens.zero_padding(x)
-        q, k, v = self._project(x)  # zeros at padding: the projections have no bias
-        ones = jnp.ones(v.shape[:3], jnp.float32)
-        y, _ = ssd(v, ones, self._decay(context), k, q, starts=context.tokens.starts, chunk=self.config.chunk)
-        return self._project_out(x, y)
+        return self._scan(x, context)[0]
 
     def init_cache(self, batch: int, length: int) -> Cache:
         """Returns the state before the first token, whose size does not depend on `length`."""
         width = self.config.head_width
         return {"state": jnp.zeros((batch, self.config.heads, width, width), jnp.float32)}
 
-    def step(
-        self, x: Float[Array, "b m"], cache: Cache, position: Int[Array, ""], length: int, context: Context = EMPTY
-    ) -> tuple[Float[Array, "b m"], Cache]:
-        """Mixes one more token."""
-        q, k, v = self._project(x)
-        y, state = ssd_step(v, jnp.ones(v.shape[:2], jnp.float32), self._decay(context), k, q, cache["state"])
-        return self._project_out(x, y), {"state": state}
+    def extend(
+        self, x: Float[Array, "b c m"], cache: Cache, positions: Int[Array, " b"], length: int, context: Context = EMPTY
+    ) -> tuple[Float[Array, "b c m"], Cache]:
+        """Mixes the next tokens."""
+        y, state = self._scan(x, context, cache["state"])
+        return y, {"state": state}
 
     def cost(self, length: int) -> Cost:
         """Cost of the projections, the state, and half a chunk of positions within a chunk."""
@@ -85,6 +80,16 @@ class Lightning(Mixer):
         linear = sum(part.flops for part in (self.query, self.key, self.value, self.gate, self.out))
         states = 4.0 * inner * config.head_width  # written and read
         return Cost(0, linear + states + 2.0 * min(config.chunk, length) * inner)
+
+    def _scan(self, x: Array, context: Context, state: Array | None = None) -> tuple[Array, Array]:
+        """The output and the next state."""
+        tokens = context.tokens
+        x = tokens.zero_padding(x)
+        q, k, v = self._project(x)  # zeros at padding: the projections have no bias
+        steps = tokens.zero_padding(jnp.ones(v.shape[:3], jnp.float32))
+        decay = self._decay(context)
+        y, state = ssd(v, steps, decay, k, q, state=state, starts=tokens.starts, chunk=self.config.chunk)
+        return self._project_out(x, y), state
 
     def _decay(self, context: Context) -> Float[Array, " h"]:
         heads = self.config.heads

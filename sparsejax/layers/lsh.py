@@ -11,6 +11,7 @@ from jaxtyping import Array, Float, Int
 
 from sparsejax import patterns
 from sparsejax.errors import InputError, require_at_least
+from sparsejax.layers.caching import chunk_positions, write_slots
 from sparsejax.layers.context import EMPTY, Context
 from sparsejax.layers.protocols import Cache, Mixer, MixerConfig
 from sparsejax.layers.stream import Cost, Linear, Stream, output_scale
@@ -97,22 +98,22 @@ class Lsh(Mixer):
         buckets = jnp.zeros((batch, config.heads, config.hashes, length), jnp.int32)
         return {"qk": jnp.zeros(shape, dtype), "v": jnp.zeros(shape, dtype), "buckets": buckets}
 
-    def step(
-        self, x: Float[Array, "b m"], cache: Cache, position: Int[Array, ""], length: int, context: Context = EMPTY
-    ) -> tuple[Float[Array, "b m"], Cache]:
-        """Mixes one more token as a call over the tokens so far does; sorts all positions in every step.
+    def extend(
+        self, x: Float[Array, "b c m"], cache: Cache, positions: Int[Array, " b"], length: int, context: Context = EMPTY
+    ) -> tuple[Float[Array, "b c m"], Cache]:
+        """Mixes the next tokens as a call over the tokens up to the end of the chunk does; sorts all positions.
 
-        A call over more tokens can give the token another output, see `LshConfig`.
+        A call over more tokens can give a token another output, see `LshConfig`.
         """
-        qk, v = self._project(x[:, None])
+        (qk, v), config, at = self._project(x), self.config, chunk_positions(positions, x.shape[1])
+        entries = {"qk": (qk, 1), "v": (v, 1), "buckets": (self._hash(qk, context), 3)}
         cache = {
-            "qk": cache["qk"].at[:, position].set(qk[:, 0]),
-            "v": cache["v"].at[:, position].set(v[:, 0]),
-            "buckets": cache["buckets"].at[..., position].set(self._hash(qk, context)[..., 0]),
+            name: write_slots(cache[name], entry, at, context.tokens, axis) for name, (entry, axis) in entries.items()
         }
-        sizes = {"chunk": self.config.chunk, "before": self.config.before, "after": self.config.after}
-        y = decode_attend_hashed(cache["qk"], cache["v"], cache["buckets"], position, **sizes)
-        return self.out(y.reshape(len(x), -1)), cache
+        sizes = {"chunk": config.chunk, "before": config.before, "after": config.after}
+        ends = positions + context.tokens.count(at.shape)
+        y = decode_attend_hashed(**cache, positions=jnp.minimum(at, length - 1), ends=ends, **sizes)
+        return self.out(y.reshape(*x.shape[:2], -1)), cache
 
     def cost(self, length: int) -> Cost:
         """Cost of the projections, the hashes and the scored pairs, including masked ones; without the sort."""

@@ -12,12 +12,12 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
 from sparsejax.errors import InputError, require_at_least
-from sparsejax.layers.context import EMPTY, Context
+from sparsejax.layers.context import EMPTY, Context, Tokens
 from sparsejax.layers.conv import ShortConv
 from sparsejax.layers.norm import NormConfig, make_norm, normalize
 from sparsejax.layers.protocols import Cache, Mixer, MixerConfig
 from sparsejax.layers.stream import Cost, Linear, Stream, output_scale, parameter
-from sparsejax.ops import selective_scan, selective_step
+from sparsejax.ops import selective_scan
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -67,11 +67,9 @@ class Mamba(Mixer):
 
     def __call__(self, x: Float[Array, "b t m"], context: Context = EMPTY) -> Float[Array, "b t m"]:
         """Mixes a whole sequence."""
-        tokens = context.tokens
-        x = tokens.zero_padding(x)
-        u = tokens.zero_padding(jax.nn.silu(self.conv(self.input(x), tokens)))
-        y, _ = selective_scan(u, *self._selection(u), starts=tokens.starts)
-        return self._project_out(x, u, y)
+        x = context.tokens.zero_padding(x)
+        u = self.conv(self.input(x), context.tokens)
+        return self._scan(x, u, context.tokens)[0]
 
     def init_cache(self, batch: int, length: int) -> Cache:
         """Returns the state before the first token, whose size does not depend on `length`."""
@@ -81,19 +79,25 @@ class Mamba(Mixer):
             "state": jnp.zeros((batch, d, self.config.state), jnp.float32),
         }
 
-    def step(
-        self, x: Float[Array, "b m"], cache: Cache, position: Int[Array, ""], length: int, context: Context = EMPTY
-    ) -> tuple[Float[Array, "b m"], Cache]:
-        """Mixes one more token."""
-        u, conv = self.conv.step(self.input(x), cache["conv"])
-        u = jax.nn.silu(u)
-        y, state = selective_step(u.astype(jnp.float32), *self._selection(u), cache["state"])
-        return self._project_out(x, u, y.astype(x.dtype)), {"conv": conv, "state": state}
+    def extend(
+        self, x: Float[Array, "b c m"], cache: Cache, positions: Int[Array, " b"], length: int, context: Context = EMPTY
+    ) -> tuple[Float[Array, "b c m"], Cache]:
+        """Mixes the next tokens."""
+        u, conv = self.conv.extend(self.input(x), cache["conv"], context.tokens)
+        y, state = self._scan(x, u, context.tokens, cache["state"])
+        return y, {"conv": conv, "state": state}
 
     def cost(self, length: int) -> Cost:
         """Cost of the projections and the convolution, and 7 FLOPs per element of the state."""
         parts = (self.input, self.gate, self.conv, self.select, self.dt, self.out)
         return Cost(0, sum(part.flops for part in parts) + 7.0 * self.config.inner * self.config.state)
+
+    def _scan(self, x: Array, u: Array, tokens: Tokens, state: Array | None = None) -> tuple[Array, Array]:
+        """The output and the next state, given the stream and the convolved input."""
+        u = tokens.zero_padding(jax.nn.silu(u))
+        dt, *rates = self._selection(u)
+        y, state = selective_scan(u, tokens.zero_padding(dt), *rates, state=state, starts=tokens.starts)
+        return self._project_out(x, u, y), state
 
     def _selection(self, u: Array) -> tuple[Array, Array, Array, Array]:
         """Step sizes, A, B and C from the convolved input, in float32."""

@@ -12,13 +12,13 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
 from sparsejax.errors import InputError, require_at_least
-from sparsejax.layers.context import EMPTY, Context
+from sparsejax.layers.context import EMPTY, Context, Tokens
 from sparsejax.layers.conv import ShortConv
 from sparsejax.layers.mamba import init_dt_bias, require_dt_range
 from sparsejax.layers.norm import GatedNorm
 from sparsejax.layers.protocols import Cache, Mixer, MixerConfig
 from sparsejax.layers.stream import Cost, Linear, Stream, output_scale, parameter
-from sparsejax.ops import ssd, ssd_step
+from sparsejax.ops import ssd
 from sparsejax.ops.ssd import CHUNK
 
 MULTIPLIED = ("gate", "x", "B", "C", "dt")
@@ -95,11 +95,7 @@ class Mamba2(Mixer):
         """Mixes a whole sequence."""
         tokens = context.tokens
         gate, u, select, dt = self._project(tokens.zero_padding(x))
-        u = tokens.zero_padding(jax.nn.silu(self.conv(u, tokens)))
-        select = tokens.zero_padding(jax.nn.silu(self.conv_select(select, tokens)))
-        u, B, C = self._split(u, select)
-        y, _ = ssd(u, dt, self._decay, B, C, starts=tokens.starts, chunk=self.config.chunk)
-        return self._project_out(y, u, gate)
+        return self._scan(gate, self.conv(u, tokens), self.conv_select(select, tokens), dt, tokens)[0]
 
     def init_cache(self, batch: int, length: int) -> Cache:
         """Returns the state before the first token, whose size does not depend on `length`."""
@@ -110,16 +106,15 @@ class Mamba2(Mixer):
             "state": jnp.zeros((batch, config.heads, config.head_width, config.state), jnp.float32),
         }
 
-    def step(
-        self, x: Float[Array, "b m"], cache: Cache, position: Int[Array, ""], length: int, context: Context = EMPTY
-    ) -> tuple[Float[Array, "b m"], Cache]:
-        """Mixes one more token."""
+    def extend(
+        self, x: Float[Array, "b c m"], cache: Cache, positions: Int[Array, " b"], length: int, context: Context = EMPTY
+    ) -> tuple[Float[Array, "b c m"], Cache]:
+        """Mixes the next tokens."""
         gate, u, select, dt = self._project(x)
-        u, conv = self.conv.step(u, cache["conv"])
-        select, conv_select = self.conv_select.step(select, cache["conv_select"])
-        u, B, C = self._split(jax.nn.silu(u), jax.nn.silu(select))
-        y, state = ssd_step(u, dt, self._decay, B, C, cache["state"])
-        return self._project_out(y, u, gate), {"conv": conv, "conv_select": conv_select, "state": state}
+        u, conv = self.conv.extend(u, cache["conv"], context.tokens)
+        select, conv_select = self.conv_select.extend(select, cache["conv_select"], context.tokens)
+        y, state = self._scan(gate, u, select, dt, context.tokens, cache["state"])
+        return y, {"conv": conv, "conv_select": conv_select, "state": state}
 
     def cost(self, length: int) -> Cost:
         """Cost of the projections, the convolutions, the state, and half a chunk of positions within a chunk."""
@@ -144,6 +139,17 @@ class Mamba2(Mixer):
             select = jnp.concatenate([by_B * B, by_C * C], axis=-1)
         dt = jax.nn.softplus(dt.astype(jnp.promote_types(dt.dtype, jnp.float32)) + self.dt_bias[...])
         return gate, u, select, jnp.clip(dt, config.dt_floor, config.dt_ceiling)
+
+    def _scan(
+        self, gate: Array, u: Array, select: Array, dt: Array, tokens: Tokens, state: Array | None = None
+    ) -> tuple[Array, Array]:
+        """The output and the next state, given the convolved x, and B and C."""
+        u, select = (tokens.zero_padding(jax.nn.silu(x)) for x in (u, select))
+        u, B, C = self._split(u, select)
+        y, state = ssd(
+            u, tokens.zero_padding(dt), self._decay, B, C, state=state, starts=tokens.starts, chunk=self.config.chunk
+        )
+        return self._project_out(y, u, gate), state
 
     def _split(self, u: Array, select: Array) -> tuple[Array, Array, Array]:
         """Heads of x, and groups of B and C."""

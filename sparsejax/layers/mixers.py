@@ -25,6 +25,7 @@ from sparsejax.layers.mamba2 import Mamba2, Mamba2Config
 from sparsejax.layers.protocols import Cache, Mixer, MixerConfig
 from sparsejax.layers.rglru import RgLru, RgLruConfig
 from sparsejax.layers.stream import Cost, Stream
+from sparsejax.ops import AttentionCall
 from sparsejax.registry import Registry, is_frozen_dataclass
 
 
@@ -90,15 +91,23 @@ class Parallel(Mixer):
         """Returns the cache of each branch."""
         return {name: mixer.init_cache(batch, length) for name, mixer in self.branches.items()}
 
-    def step(
-        self, x: Float[Array, "b m"], cache: Cache, position: Int[Array, ""], length: int, context: Context = EMPTY
-    ) -> tuple[Float[Array, "b m"], Cache]:
-        """Mixes one more token, at `position` of at most `length`."""
+    def extend(
+        self, x: Float[Array, "b c m"], cache: Cache, positions: Int[Array, " b"], length: int, context: Context = EMPTY
+    ) -> tuple[Float[Array, "b c m"], Cache]:
+        """Mixes the next tokens in each branch."""
         outputs, after = [], {}
         for name, branch in self.config.branches.items():
-            y, after[name] = self.branches[name].step(branch.scale_in * x, cache[name], position, length, context)
+            y, after[name] = self.branches[name].extend(branch.scale_in * x, cache[name], positions, length, context)
             outputs.append(branch.scale_out * y)
         return functools.reduce(operator.add, outputs), after
+
+    def attention_calls(self, x: Float[Array, "b t m"], context: Context = EMPTY) -> dict[str, AttentionCall]:
+        """Returns the arguments of attention in each branch."""
+        return {
+            f".branches.{name}.mixer{path}": call
+            for name, branch in self.config.branches.items()
+            for path, call in self.branches[name].attention_calls(branch.scale_in * x, context).items()
+        }
 
     def cost(self, length: int) -> Cost:
         """The sum of the costs of the branches."""

@@ -1,7 +1,7 @@
 """What a mixer, its config and a feed-forward part provide.
 
 A mixer is a config derived from `MixerConfig` and a module derived from `Mixer`, which `layers.register` connects.
-`layers.testing.check_mixer` compares a mixer with what it states.
+`sparsejax.testing.check_mixer` compares a mixer with what it states.
 """
 
 from __future__ import annotations
@@ -17,9 +17,10 @@ from jaxtyping import Array, Float, Int
 
 from sparsejax import patterns
 from sparsejax.errors import InputError
+from sparsejax.layers.caching import chunk_positions, write_slots
 from sparsejax.layers.context import EMPTY, Context
 from sparsejax.layers.stream import Cost, Stream, decays
-from sparsejax.ops import IMPLEMENTATIONS
+from sparsejax.ops import IMPLEMENTATIONS, AttentionCall
 
 Cache = dict[str, Any]  # arrays [b, ...] by name, or caches by name
 
@@ -71,8 +72,8 @@ class Mixer(nnx.Module):
 
       * `__call__`: the output for a whole sequence. It must honor `context.tokens`: documents that share a row do not
         interact (`segments`), and nothing is read from padding (`mask`).
-      * `init_cache` and `step`, together and optional: decoding. By default the inputs are cached and `__call__` runs
-        on all of them per token, which is correct for every causal mixer but slow.
+      * `init_cache` and `extend`, together and optional: decoding. By default the inputs are cached and `__call__` runs
+        on all of them per chunk, which is correct for every causal mixer but slow to decode.
       * `cost`, optional: FLOPs and scored pairs. By default two FLOPs per token and element of a matrix.
 
     Parameters come from `layers.Linear` and `layers.parameter`, which set the logical axes, by which a parameter is
@@ -90,15 +91,39 @@ class Mixer(nnx.Module):
         """Returns the cache before the first of `length` tokens: arrays [b, ...] by name."""
         return {"inputs": jnp.zeros((batch, length, self.width), self.dtype)}
 
-    def step(
-        self, x: Float[Array, "b m"], cache: Cache, position: Int[Array, ""], length: int, context: Context = EMPTY
-    ) -> tuple[Float[Array, "b m"], Cache]:
-        """Mixes one more token, at `position` of at most `length`; returns its output and the next cache.
+    def extend(
+        self,
+        x: Float[Array, "b c m"],
+        cache: Cache,
+        positions: Int[Array, " b"],
+        length: int,
+        context: Context = EMPTY,
+    ) -> tuple[Float[Array, "b c m"], Cache]:
+        """Mixes the next tokens of sequences whose past is in a cache: prefill in chunks, and decoding with c = 1.
 
-        The output equals that of `__call__` at this position. Shapes and dtypes of the cache do not change.
+        Args:
+          x: A chunk of each row, of any size.
+          cache: The cache after the tokens before the chunk.
+          positions: Position of the first token of each row's chunk; rows may differ.
+          length: Number of positions for which the cache was made.
+          context: `context.tokens.mask` [b, c] is true at the tokens of a row that exist, which come first. The others
+            change neither the cache nor the output at a token that exists. There are no segments.
+
+        Returns:
+          The output, equal to that of `__call__` over the whole sequence at these positions, however it is cut into
+          chunks; and the cache, whose shapes and dtypes do not change.
         """
-        inputs = cache["inputs"].at[:, position].set(x.astype(cache["inputs"].dtype))
-        return self(inputs, context)[:, position], {"inputs": inputs}
+        at = chunk_positions(positions, x.shape[1])
+        inputs = write_slots(cache["inputs"], x, at, context.tokens)
+        y = self(inputs, dataclasses.replace(context, tokens=EMPTY.tokens))
+        return jnp.take_along_axis(y, jnp.minimum(at, length - 1)[..., None], axis=1), {"inputs": inputs}
+
+    def attention_calls(self, x: Float[Array, "b t m"], context: Context = EMPTY) -> dict[str, AttentionCall]:
+        """Returns the arguments of every softmax attention that `__call__` computes, for analysis.
+
+        The keys are the paths of the sections of their mixers from that of this one, "" for this one.
+        """
+        return {}
 
     def cost(self, length: int) -> Cost:
         """Returns the cost over `length` tokens."""

@@ -11,11 +11,12 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int
 
 from sparsejax.errors import InputError, require_at_least
+from sparsejax.layers.caching import chunk_positions
 from sparsejax.layers.context import EMPTY, Context, Tokens
 from sparsejax.layers.conv import ShortConv
 from sparsejax.layers.protocols import Cache, Mixer, MixerConfig
 from sparsejax.layers.stream import Cost, Linear, Stream, output_scale, parameter
-from sparsejax.ops import linear_scan, linear_step
+from sparsejax.ops import linear_scan
 
 MAX_SLOPE = 1000.0  # bound on the derivative of the square root
 
@@ -96,23 +97,21 @@ class RgLru(Mixer):
         """Mixes a whole sequence."""
         tokens = context.tokens
         x = tokens.zero_padding(x)
-        u = tokens.zero_padding(self.conv(self.input(x), tokens))
         first = first_tokens(tokens, (x.shape[0], x.shape[1]))
-        y, _ = linear_scan(*self._gate_input(u, first), starts=first)
-        return self._project_out(x, y)
+        return self._scan(x, self.conv(self.input(x), tokens), first, tokens)[0]
 
     def init_cache(self, batch: int, length: int) -> Cache:
         """Returns the state before the first token, whose size does not depend on `length`."""
         return {"conv": self.conv.init_cache(batch), "state": jnp.zeros((batch, self.config.inner), jnp.float32)}
 
-    def step(
-        self, x: Float[Array, "b m"], cache: Cache, position: Int[Array, ""], length: int, context: Context = EMPTY
-    ) -> tuple[Float[Array, "b m"], Cache]:
-        """Mixes one more token; the token at position 0 is the first of its document."""
-        u, conv = self.conv.step(self.input(x), cache["conv"])
-        first = jnp.broadcast_to(position == 0, x.shape[:1])
-        y, state = linear_step(*self._gate_input(u, first), cache["state"])
-        return self._project_out(x, y), {"conv": conv, "state": state}
+    def extend(
+        self, x: Float[Array, "b c m"], cache: Cache, positions: Int[Array, " b"], length: int, context: Context = EMPTY
+    ) -> tuple[Float[Array, "b c m"], Cache]:
+        """Mixes the next tokens; the token at position 0 is the first of its document."""
+        u, conv = self.conv.extend(self.input(x), cache["conv"], context.tokens)
+        first = chunk_positions(positions, x.shape[1]) == 0
+        y, state = self._scan(x, u, first, context.tokens, cache["state"])
+        return y, {"conv": conv, "state": state}
 
     def cost(self, length: int) -> Cost:
         """Cost of the linear maps and the convolution, and 10 FLOPs per channel.
@@ -122,6 +121,14 @@ class RgLru(Mixer):
         """
         parts = (self.input, self.gate, self.conv, self.recurrence_gate, self.input_gate, self.out)
         return Cost(0, sum(part.flops for part in parts) + 10.0 * self.config.inner)
+
+    def _scan(
+        self, x: Array, u: Array, first: Bool[Array, "b t"], tokens: Tokens, state: Array | None = None
+    ) -> tuple[Array, Array]:
+        """The output and the next state, given the convolved input and where documents begin."""
+        inputs = self._gate_input(tokens.zero_padding(u), first)
+        y, state = linear_scan(*map(tokens.zero_padding, inputs), state=state, starts=first)
+        return self._project_out(x, y), state
 
     def _gate_input(self, u: Array, first: Bool[Array, "*b"]) -> tuple[Array, Array]:
         """The input of the recurrence and its log decay, in float32."""

@@ -22,6 +22,7 @@ from sparsejax.layers.mlp import Mlp, MlpConfig
 from sparsejax.layers.norm import NormConfig, make_norm, normalize
 from sparsejax.layers.protocols import Cache
 from sparsejax.layers.stream import Cost, Linear, Stream, parameter
+from sparsejax.ops import AttentionCall
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -66,11 +67,11 @@ class Shared(nnx.Module):
         """Maps the concatenated stream and embedding, w = 2 m, to the width of the stream."""
         return self._feed_forward(self.mixer(normalize(self.mixer_norm, x), context))
 
-    def step(
-        self, x: Float[Array, "b w"], cache: Cache, position: Int[Array, ""], length: int
-    ) -> tuple[Float[Array, "b m"], Cache]:
-        """Maps one more token."""
-        y, cache = self.mixer.step(normalize(self.mixer_norm, x), cache, position, length)
+    def extend(
+        self, x: Float[Array, "b c w"], cache: Cache, positions: Int[Array, " b"], length: int, context: Context
+    ) -> tuple[Float[Array, "b c m"], Cache]:
+        """Maps the next tokens."""
+        y, cache = self.mixer.extend(normalize(self.mixer_norm, x), cache, positions, length, context)
         return self._feed_forward(y), cache
 
     def _feed_forward(self, x: Array) -> Array:
@@ -100,16 +101,21 @@ class Side(nnx.Module):
         """Returns what is added to the input of the layer's mixer."""
         return self.out(self._adapt(context)(self._inputs(x, context), context))
 
-    def step(
-        self, x: Float[Array, "b m"], cache: Cache, position: Int[Array, ""], length: int, context: Context
-    ) -> tuple[Float[Array, "b m"], Cache]:
-        """Returns what is added for one more token, and the next cache."""
-        y, cache = self._adapt(context).step(self._inputs(x, context), cache, position, length)
+    def extend(
+        self, x: Float[Array, "b c m"], cache: Cache, positions: Int[Array, " b"], length: int, context: Context
+    ) -> tuple[Float[Array, "b c m"], Cache]:
+        """Returns what is added for the next tokens, and the next cache."""
+        y, cache = self._adapt(context).extend(self._inputs(x, context), cache, positions, length, context)
         return self.out(y), cache
 
     def init_cache(self, batch: int, length: int) -> Cache:
         """Returns the cache of the shared block's attention, of which every layer has its own."""
         return self._shapes.mixer.init_cache(batch, length)
+
+    def attention_call(self, x: Float[Array, "b t m"], context: Context) -> AttentionCall:
+        """Returns the arguments of the shared block's attention."""
+        shared = self._adapt(context)
+        return shared.mixer.attention_calls(normalize(shared.mixer_norm, self._inputs(x, context)), context)[""]
 
     def cost(self, length: int) -> Cost:
         """Cost of the shared block and the linear map; the adapters are merged into the weights."""

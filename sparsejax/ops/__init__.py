@@ -6,8 +6,9 @@ from sparsejax.ops.attention import (
     ImplementationError,
     attend,
     attention_flops,
-    decode_attend,
 )
+from sparsejax.ops.cached import attend_cached
+from sparsejax.ops.call import AttentionCall
 from sparsejax.ops.chunks import CHUNK
 from sparsejax.ops.conv import causal_conv
 from sparsejax.ops.delta import delta_rule, delta_step
@@ -22,16 +23,17 @@ from sparsejax.ops.ssd import ssd, ssd_step
 __all__ = [
     "CHUNK",
     "IMPLEMENTATIONS",
+    "AttentionCall",
     "Implementation",
     "ImplementationError",
     "add_alibi",
     "attend",
+    "attend_cached",
     "attend_edges",
     "attend_hashed",
     "attend_selected",
     "attention_flops",
     "causal_conv",
-    "decode_attend",
     "decode_attend_hashed",
     "delta_rule",
     "delta_step",

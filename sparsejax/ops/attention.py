@@ -9,12 +9,12 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Float, Int
 
 from sparsejax import patterns
 from sparsejax.errors import InputError
 from sparsejax.ops import cudnn, dense, gather, segment, softmax, verification
-from sparsejax.ops.call import AttentionCall, require_softcap
+from sparsejax.ops.call import AttentionCall
 from sparsejax.ops.chunks import vary_alike
 from sparsejax.ops.derivatives import reject_forward_mode
 from sparsejax.ops.kernels import gpu, tpu
@@ -158,40 +158,6 @@ def attend(
         call = dataclasses.replace(call, **reject_forward_mode({"q": call.q, "k": call.k, "v": call.v}, problem))
     out, lse = chosen.run(call)
     return (out.astype(dtype), lse) if return_lse else out.astype(dtype)
-
-
-def decode_attend(
-    q: Float[Array, "b h d"],
-    k: Float[Array, "b s g d"],
-    v: Float[Array, "b s g value"],
-    mask: Bool[Array, "#h s"],
-    scale: float | None = None,
-    bias: Float[Array, "#h #s"] | float = 0.0,
-    softcap: float | None = None,
-    sink_logits: Float[Array, " h"] | None = None,
-) -> Float[Array, "b h value"]:
-    """Attention of one query per sequence over the slots of a KV cache; other arguments are those of `attend`.
-
-    Args:
-      q: Queries.
-      k: Keys in the cache.
-      v: Values in the cache.
-      mask: The slots that the query attends to.
-      scale: Factor on q·k; defaults to `d ** -0.5`.
-      bias: Added to the scores after the softcap; for example `log_multiplicity`.
-      softcap: Bounds the scaled scores.
-      sink_logits: Logit per query head in the softmax's denominator.
-    """
-    require_softcap(softcap)
-    (b, h, d), g = q.shape, k.shape[2]
-    dtype = jnp.promote_types(q.dtype, jnp.float32)
-    q, k, v = softmax.confine_nan(q, k, v)
-    q = q.reshape(b, g, h // g, d).astype(dtype) * (d**-0.5 if scale is None else scale)
-    scores = softmax.softcap(jnp.einsum("bgrd,bsgd->bgrs", q, k.astype(dtype)), softcap)
-    mask, bias = (jnp.broadcast_to(x, (h, k.shape[1])).reshape(g, h // g, -1) for x in (mask, bias))
-    sink = None if sink_logits is None else sink_logits.astype(dtype).reshape(g, h // g, 1)
-    p, _ = softmax.masked_softmax(scores + bias, mask, sink)
-    return jnp.einsum("bgrs,bsge->bgre", p, v.astype(dtype)).reshape(b, h, -1).astype(v.dtype)
 
 
 def attention_flops(pairs: int, key_width: int, value_width: int | None = None) -> float:

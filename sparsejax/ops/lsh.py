@@ -11,11 +11,13 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, Shaped
 
+from sparsejax.ops.chunks import pad_to_multiple
 from sparsejax.ops.rows import move_rows
 
 # Scores of masked keys, and of a token with itself, to which it attends only if there is no other key.
 MASKED, SELF = -1e9, -1e5
 EPS = 1e-6
+QUERIES = 64  # queries of `decode_attend_hashed` whose keys are in memory at a time
 PADDING = jnp.iinfo(jnp.int32).max  # the segment of padding: sorts after all others
 
 
@@ -121,32 +123,48 @@ def decode_attend_hashed(
     qk: Float[Array, "b s h d"],
     v: Float[Array, "b s h value"],
     buckets: Int[Array, "b h r s"],
-    position: Int[Array, ""],
+    positions: Int[Array, "b t"],
+    ends: Int[Array, " b"],
     *,
     chunk: int,
     before: int = 1,
     after: int = 0,
-) -> Float[Array, "b h value"]:
-    """The output of `attend_hashed` for the token at `position`, the last one; later slots are empty."""
-    (b, s, h, _), rounds = qk.shape, buckets.shape[2]
-    dtype, chunks = jnp.promote_types(qk.dtype, jnp.float32), position // chunk + 1
-    order = _sort(jnp.broadcast_to(jnp.where(jnp.arange(s) > position, PADDING, 0), buckets.shape), buckets)
-    rank = jnp.argmax(order == position, axis=-1)
-    chunk_index = rank // chunk + chunks * jnp.arange(rounds)  # per round, on the ring of all rounds
-    near = (chunk_index[..., None] + jnp.arange(-before, after + 1)) % (chunks * rounds)
-    ranks = (near % chunks)[..., None] * chunk + jnp.arange(chunk)
-    indices = (near // chunks)[..., None] * s + jnp.minimum(ranks, s - 1)
-    k_positions = jnp.take_along_axis(order.reshape(b, h, -1), indices.reshape(b, h, -1), axis=-1)
-    allowed = (ranks <= position).reshape(b, h, -1)
+) -> Float[Array, "b t h value"]:
+    """Rows `positions` of causal `attend_hashed` over the tokens before position `ends` of each sequence.
 
-    def take(x: Float[Array, "b s h width"]) -> Float[Array, "b h k width"]:
-        return jnp.take_along_axis(x.astype(dtype).swapaxes(1, 2), k_positions[..., None], axis=2)
+    The slots from `ends` on are ignored. All positions are sorted once.
+    """
+    (b, s, h, _), rounds, end = qk.shape, buckets.shape[2], ends[:, None, None, None]
+    dtype, chunks = jnp.promote_types(qk.dtype, jnp.float32), -(-end // chunk)
+    order = _sort(jnp.broadcast_to(jnp.where(jnp.arange(s) >= end, PADDING, 0), buckets.shape), buckets)
+    ranks = jnp.argsort(order, axis=-1)
+    sorted_keys, keys, values = order.reshape(b, h, -1), *(x.astype(dtype).swapaxes(1, 2) for x in (qk, v))
 
-    q = jax.lax.dynamic_index_in_dim(qk, position, axis=1, keepdims=False).astype(dtype)
-    scores = jnp.einsum("bhd,bhkd->bhk", q, _normalize(take(qk)))
-    scores = jnp.where(allowed, jnp.where(k_positions == position, SELF, scores), MASKED)
-    values = jnp.where(allowed[..., None], take(v), 0)
-    return jnp.einsum("bhk,bhke->bhe", jax.nn.softmax(scores, axis=-1), values).astype(v.dtype)
+    def attend_block(positions: Int[Array, "b n"]) -> Float[Array, "b h n value"]:
+        n = positions.shape[1]
+        rank = jnp.take_along_axis(ranks, positions[:, None, None], axis=-1)
+        ring = (rank // chunk + chunks * jnp.arange(rounds)[:, None])[..., None]  # chunks of all rounds
+        near = (ring + jnp.arange(-before, after + 1)) % (chunks * rounds)[..., None]
+        inside = (near % chunks[..., None])[..., None] * chunk + jnp.arange(chunk)
+        index = (near // chunks[..., None])[..., None] * s + jnp.minimum(inside, s - 1)
+        by_query = [jnp.moveaxis(x, 2, 3).reshape(b, h, n, -1) for x in (index, inside)]
+        k_positions = jnp.take_along_axis(sorted_keys, by_query[0].reshape(b, h, -1), axis=-1)
+
+        def take(x: Float[Array, "b h s width"]) -> Float[Array, "b h n k width"]:
+            return jnp.take_along_axis(x, k_positions[..., None], axis=2).reshape(b, h, n, -1, x.shape[-1])
+
+        q_positions, k_at = positions[:, None, :, None], k_positions.reshape(b, h, n, -1)
+        allowed = (by_query[1] < end) & (k_at <= q_positions)
+        q = jnp.take_along_axis(keys, positions[:, None, :, None], axis=2)
+        scores = jnp.einsum("bhnd,bhnkd->bhnk", q, _normalize(take(keys)))
+        scores = jnp.where(allowed, jnp.where(k_at == q_positions, SELF, scores), MASKED)
+        picked = jnp.where(allowed[..., None], take(values), 0)
+        return jnp.einsum("bhnk,bhnke->bhne", jax.nn.softmax(scores, axis=-1), picked)
+
+    size = min(QUERIES, positions.shape[1])
+    blocks = pad_to_multiple(positions, size, 1).reshape(b, -1, size)
+    out = jnp.moveaxis(jax.lax.map(attend_block, jnp.moveaxis(blocks, 1, 0)), 0, 2).reshape(b, h, -1, v.shape[-1])
+    return out.swapaxes(1, 2)[:, : positions.shape[1]].astype(v.dtype)
 
 
 def _sort(segments: Int[Array, "b h r t"], buckets: Int[Array, "b h r t"]) -> Int[Array, "b h r t"]:

@@ -35,14 +35,16 @@ def top_keys(scores: Float[Array, "*batch s"], allowed: Bool[Array, "*#batch s"]
 def select_keys(
     q: Float[Array, "b t h d"],
     weights: Float[Array, "b t h"],
-    k: Float[Array, "b t d"],
+    k: Float[Array, "b s d"],
     top_k: int,
     pattern: Pattern,
-    segments: tuple[Int[Array, "b t"], Int[Array, "b t"]] | None = None,
+    segments: tuple[Int[Array, "b t"], Int[Array, "b s"]] | None = None,
+    positions: tuple[Int[Array, "b t"], Int[Array, "b s"]] | None = None,
+    length: int | None = None,
 ) -> Int[Array, "b t k"]:
     """The `top_keys` of each query by `index_scores`, among those that the pattern allows.
 
-    Time grows with t², memory with t. No gradient flows through the selection.
+    Time grows with t · s, memory with t + s. No gradient flows through the selection.
 
     Args:
       q: Index queries.
@@ -51,21 +53,25 @@ def select_keys(
       top_k: Keys per query.
       pattern: The allowed keys; a pattern without heads.
       segments: Segment ids of queries and of keys; a query selects keys of its segment.
+      positions: Positions of queries and of keys, -1 for a key that does not exist. Defaults to 0, 1, ... for both.
+      length: Length of the sequence that the pattern describes; defaults to t.
     """
     q, weights, k = jax.lax.stop_gradient((q, weights, k))
-    (b, t), positions = q.shape[:2], jnp.arange(q.shape[1])
-    q_ids, k_ids = jnp.zeros((2, b, t), jnp.int32) if segments is None else segments
+    (b, t), s = q.shape[:2], k.shape[1]
+    length, chunk = t if length is None else length, min(t, CHUNK)
+    q_at, k_at = (jnp.arange(t)[None], jnp.arange(s)[None]) if positions is None else positions
+    q_ids, k_ids = (jnp.zeros((1, n), jnp.int32) for n in (t, s)) if segments is None else segments
 
     def select(chunk: tuple[Array, ...]) -> Int[Array, "b c k"]:
-        queries, q, weights, q_ids = chunk
-        allowed = pattern.allows(queries[:, None], positions, t, t) & (q_ids[:, :, None] == k_ids[:, None])
-        return top_keys(index_scores(q, weights, k), allowed, top_k)
+        q_at, q, weights, q_ids = chunk
+        allowed = pattern.allows(q_at[..., None], k_at[:, None], length, length) & (k_at >= 0)[:, None]
+        return top_keys(index_scores(q, weights, k), allowed & (q_ids[..., None] == k_ids[:, None]), top_k)
 
-    def split(x: Shaped[Array, " ..."], axis: int) -> Shaped[Array, "chunks ..."]:
-        x = pad_to_multiple(x, CHUNK, axis)
-        return jnp.moveaxis(x.reshape(*x.shape[:axis], -1, CHUNK, *x.shape[axis + 1 :]), axis, 0)
+    def split(x: Shaped[Array, "b t ..."]) -> Shaped[Array, "chunks b c ..."]:
+        x = pad_to_multiple(x, chunk, 1)
+        return jnp.moveaxis(x.reshape(x.shape[0], -1, chunk, *x.shape[2:]), 1, 0)
 
-    chunks = split(positions, 0), split(q, 1), split(weights, 1), split(q_ids, 1)
+    chunks = split(q_at), split(q), split(weights), split(q_ids)
     keys = jnp.moveaxis(jax.lax.map(select, chunks), 0, 1)
     return keys.reshape(b, -1, keys.shape[-1])[:, :t]
 

@@ -4,7 +4,7 @@ from sparsejax.patterns import receptive_field, recipes, testing
 from sparsejax.patterns.algebra import And, Minus, Multiset, Or, PerHead, Shift, per_head
 from sparsejax.patterns.base import FOREVER, Pattern, PatternError, require
 from sparsejax.patterns.drawing import Panel, draw_mask, draw_pattern, format_numbers, picture
-from sparsejax.patterns.kv_cache import plan_cache
+from sparsejax.patterns.kv_cache import CachePlan, plan_cache
 from sparsejax.patterns.layout import TileGrid, TileLayout, from_ranges
 from sparsejax.patterns.library import (
     NAMES,
@@ -33,6 +33,7 @@ __all__ = [
     "REGISTRY",
     "And",
     "BigBirdRandom",
+    "CachePlan",
     "Causal",
     "Chunk",
     "Dilated",

@@ -43,19 +43,25 @@ class Ema(layers.Mixer):
         self.out = layers.Linear(config.inner, stream.width, ("inner", "width"), dtype=stream.dtype, rngs=rngs)
 
     def __call__(self, x, context=layers.EMPTY):
-        inputs, starts = context.tokens.zero_padding(self.input(x)), context.tokens.starts
-        keep = jnp.broadcast_to(self.keep, inputs.shape)
-        if starts is not None:
-            keep = jnp.where(starts[..., None], 0, keep)
-        _, average = jax.lax.associative_scan(lambda a, b: (a[0] * b[0], b[0] * a[1] + b[1]), (keep, inputs), axis=1)
-        return self.out(jax.nn.silu(self.gate(x)) * average)
+        return self.run(x, context.tokens, 0.0)[0]
 
     def init_cache(self, batch, length):
         return {"average": jnp.zeros((batch, self.config.inner), self.dtype)}
 
-    def step(self, x, cache, position, length, context=layers.EMPTY):
-        average = self.keep * cache["average"] + self.input(x)
-        return self.out(jax.nn.silu(self.gate(x)) * average), {"average": average}
+    def extend(self, x, cache, positions, length, context=layers.EMPTY):
+        y, average = self.run(x, context.tokens, cache["average"])
+        return y, {"average": average}
+
+    def run(self, x, tokens, past):
+        inputs, starts = tokens.zero_padding(self.input(x)), tokens.starts
+        keep = jnp.broadcast_to(self.keep, inputs.shape)
+        if starts is not None:
+            keep = jnp.where(starts[..., None], 0, keep)
+        if tokens.mask is not None:
+            keep = jnp.where(tokens.mask[..., None], keep, 1)
+        inputs = inputs.at[:, 0].add(keep[:, 0] * past)
+        _, average = jax.lax.associative_scan(lambda a, b: (a[0] * b[0], b[0] * a[1] + b[1]), (keep, inputs), axis=1)
+        return self.out(jax.nn.silu(self.gate(x)) * average), average[:, -1]
 
     @property
     def keep(self):

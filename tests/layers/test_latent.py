@@ -165,13 +165,11 @@ def test_gradients_are_those_of_the_reference_by_differences():
 def test_the_cache_is_the_latent():
     cache = build(SPARSE).init_cache(2, 50)
     assert {name: leaf.shape for name, leaf in cache.items()} == {
-        "latent": (2, 50, 5),
-        "k_pe": (2, 50, 2),
+        "latent": (2, 50, 5 + 2),
         "index": (2, 50, 6),
-        "at": (50,),
     }
     windowed = build(dataclasses.replace(CONFIG, pattern="causal & window(3)"))
-    assert windowed.init_cache(2, 50)["latent"].shape == (2, 4, 5)
+    assert windowed.init_cache(2, 50)["latent"].shape == (2, 4, 5 + 2)
 
 
 def test_the_cost():

@@ -215,8 +215,8 @@ def decode(module: nnx.Module, x: np.ndarray, length: int) -> jax.Array:
     """Outputs of the steps over all positions."""
 
     def step(cache, token):
-        y, cache = module.step(token[0], cache, token[1], length)
-        return cache, y
+        y, cache = module.extend(token[0][:, None], cache, jnp.full(len(x), token[1]), length)
+        return cache, y[:, 0]
 
     tokens = jnp.swapaxes(x, 0, 1), jnp.arange(x.shape[1])
     return jnp.swapaxes(jax.lax.scan(step, module.init_cache(len(x), length), tokens)[1], 0, 1)
@@ -263,8 +263,10 @@ def test_a_sequence_may_be_shorter_than_its_cache():
 def test_steps_keep_the_shapes_and_dtypes_of_the_cache(config):
     module = build(config)
     start = module.init_cache(BATCH, LENGTH)
-    _, end = jax.eval_shape(lambda x: module.step(x, start, jnp.int32(0), LENGTH), jnp.asarray(make_x()[:, 0]))
-    assert jax.tree.map(lambda a: (a.shape, a.dtype), end) == jax.tree.map(lambda a: (a.shape, a.dtype), start)
+    for size in (1, 5):
+        chunk, positions = jnp.asarray(make_x()[:, :size]), jnp.zeros(BATCH, jnp.int32)
+        _, end = jax.eval_shape(lambda *chunk: module.extend(chunk[0], start, chunk[1], LENGTH), chunk, positions)
+        assert jax.tree.map(lambda a: (a.shape, a.dtype), end) == jax.tree.map(lambda a: (a.shape, a.dtype), start)
 
 
 def cache_bytes(config, length: int) -> int:
@@ -282,7 +284,7 @@ def cache_bytes(config, length: int) -> int:
 )
 def test_an_attention_cache_has_as_many_slots_as_the_pattern_keeps_keys(pattern, slots):
     key_heads, head_width = 2, 4
-    expected = 2 * 4 * BATCH * slots * key_heads * head_width + 4 * slots  # keys, values, and their positions
+    expected = 2 * 4 * BATCH * slots * key_heads * head_width  # keys and values
     assert cache_bytes(attention(pattern), LENGTH) == expected
 
 

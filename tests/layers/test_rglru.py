@@ -99,7 +99,7 @@ def test_bfloat16_keeps_a_float32_state():
     expected = rglru(CONFIG, reference.weights(module), np.asarray(x, np.float64))
     np.testing.assert_allclose(y.astype(np.float32), expected, atol=0.03 * np.abs(expected).max())
     cache = module.init_cache(2, LENGTH)
-    y, cache = jax.eval_shape(lambda x: module.step(x, cache, jnp.int32(0), LENGTH), x[:, 0])
+    y, cache = jax.eval_shape(lambda x: module.extend(x, cache, jnp.zeros(2, jnp.int32), LENGTH), x)
     assert (y.dtype, cache["state"].dtype, cache["conv"].dtype) == (jnp.bfloat16, jnp.float32, jnp.bfloat16)
 
 

@@ -24,7 +24,7 @@ from hypothesis import given, reject, settings
 from hypothesis import strategies as st
 
 from sparsejax.errors import InputError
-from sparsejax.ops import IMPLEMENTATIONS, Implementation, ImplementationError, attend, decode_attend, merge_lse
+from sparsejax.ops import IMPLEMENTATIONS, Implementation, ImplementationError, attend, attend_cached, merge_lse
 from sparsejax.ops.call import AttentionCall
 from sparsejax.ops.gather import MAX_GROUPS, group_rows
 from sparsejax.ops.reference import Attention, attend_reference
@@ -647,27 +647,44 @@ def test_group_rows_pads_least(pattern, t, s):
     assert sum(len(rows) * layout.degrees[rows].max() for rows, _ in groups) == least
 
 
+@pytest.mark.parametrize("queries", [1, 7, 300])
 @pytest.mark.parametrize(
-    ("rows", "options"),
+    ("pattern", "options"),
     [
-        (1, {}),
-        (4, {}),
-        (4, {"dtype": "bfloat16", "values": 5}),
-        (4, {"softcap": 2.0, "values": 11}),
-        (4, {"sink": True, "softcap": 3.0}),
+        ("causal & window(90)", {}),
+        ("causal", {"sink": True, "softcap": 3.0}),
+        ("per_head(causal, window(3), causal & chunk(60), global_keys([260]))", {"alibi": True, "sink": True}),
+        ("causal & multiset(window(70), window(1), sink(2))", {"dtype": "bfloat16"}),
     ],
 )
-def test_decode_attend(rows, options):
-    case = Case("full", 1, 19, (4, 2), scale=0.9, **options)
-    inputs = draw_inputs(case)
-    mask = np.random.default_rng(rows).random((rows, case.s)) < 0.4
-    mask[2:3] = False  # a head without keys in the cache
-    expected = reference(case, inputs, np.broadcast_to(mask[:, None], (2, 4, 1, case.s)))
-    decode = jax.jit(functools.partial(decode_attend, scale=0.9, softcap=case.softcap))
-    out = decode(inputs.q[:, 0], inputs.k, inputs.v, mask, sink_logits=inputs.sink)
+def test_attend_cached(pattern, options, queries):
+    """Rows at different positions, keys in any order between empty slots, in one block and in several."""
+    length, slots, starts = 600, 500, (17, 300)
+    case = Case(pattern, queries, length, (4, 2), scale=0.9, **options)
+    inputs, random = draw_inputs(case), np.random.default_rng(queries)
+    k_at = np.stack([np.where(np.arange(slots) < n, random.permutation(length)[:slots], -1) for n in (500, 280)])
+    caches = [np.take_along_axis(x, np.maximum(k_at, 0)[..., None, None], axis=1) for x in (inputs.k, inputs.v)]
+    empty = (k_at < 0)[..., None, None]
+    k, v = (np.where(empty, fill, x).swapaxes(1, 2).astype(x.dtype) for x, fill in zip(caches, (np.nan, 1e3)))  # noqa: B905
+    run = jax.jit(
+        functools.partial(attend_cached, pattern=parse(pattern), length=length, scale=0.9, softcap=case.softcap)
+    )
+    out = run(
+        inputs.q,
+        k,
+        v,
+        q_positions=np.array(starts)[:, None] + np.arange(queries),
+        k_positions=k_at,
+        sink_logits=None if inputs.sink is None else jnp.asarray(inputs.sink),
+        alibi_slopes=None if case.slopes is None else jnp.asarray(case.slopes),
+    )
     assert out.dtype == case.dtype
-    assert_close("out", out, expected.out[:, 0], case.dtype)
-    assert (np.asarray(out)[:, 2:3] == 0).all() or rows == 1
+    for row, start in enumerate(starts):
+        single = Inputs(*(None if x is None else x if x.ndim == 1 else x[row : row + 1] for x in inputs))
+        counts = parse(pattern).counts(start + np.arange(queries)[:, None], np.arange(length), length, length)
+        counts = np.broadcast_to(counts, (1, 4, queries, length)) * np.isin(np.arange(length), k_at[row])
+        expected = reference(case._replace(q_offset=start), single, counts)
+        assert_close("out", out[row : row + 1], expected.out, case.dtype)
 
 
 # Disjoint parts of the keys of a row: all of them in one part, in several, or in none.

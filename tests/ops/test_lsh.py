@@ -152,7 +152,7 @@ def test_decode_attend_hashed_is_the_last_row_of_attend_hashed(rounds, options):
         n = position + 1
         filled = np.arange(length) < n  # later slots are ignored, whatever they hold
         cache = [np.where(filled[:, None, None], x, np.float32(1e3)) for x in (qk, v)]
-        out = run(*cache, jnp.where(filled, buckets, 5), position)
+        out = run(*cache, jnp.where(filled, buckets, 5), jnp.full((len(qk), 1), position), jnp.full(len(qk), n))[:, 0]
         expected = loop(*(x[:, :n] for x in wide), np.asarray(buckets)[..., :n], CHUNK, **options)
         assert_close(f"position {position}", out, expected[:, -1], "float32")
 

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from sparsejax.errors import InputError
-from sparsejax.ops import IMPLEMENTATIONS, attend, decode_attend, linear_scan, selective_scan
+from sparsejax.ops import IMPLEMENTATIONS, attend, attend_cached, linear_scan, selective_scan
 from sparsejax.ops.experts import dispatch, multiply, sort_by_expert
 from sparsejax.ops.reference import attend_reference
 from sparsejax.patterns import PatternError, parse
@@ -170,16 +170,6 @@ def test_keys_that_nobody_attends_to_may_be_nan(impl):
         np.testing.assert_array_equal(actual, wanted)
 
 
-def test_empty_cache_slots_may_be_nan():
-    case = Case("full", 1, 20, (2, 1))
-    inputs = draw_inputs(case)
-    mask = np.arange(20)[None] < 12
-    k, v = (np.where(mask[..., None, None], x, np.float32(np.nan)) for x in inputs[1:3])
-    query, mask = jnp.asarray(inputs.q[:, 0]), jnp.asarray(mask)
-    out, expected = (decode_attend(query, *map(jnp.asarray, arrays), mask) for arrays in ((k, v), inputs[1:3]))
-    np.testing.assert_array_equal(out, expected)
-
-
 # Dtypes and arguments
 
 
@@ -242,9 +232,8 @@ def test_a_softcap_is_positive(limit):
     with rejects(InputError, "softcap"):
         short("full", 5, 5, softcap=limit)
     with rejects(InputError, "softcap"):
-        decode_attend(
-            jnp.ones((1, 2, 4)), jnp.ones((1, 5, 1, 4)), jnp.ones((1, 5, 1, 4)), jnp.ones((1, 5), bool), softcap=limit
-        )
+        q, k, at = jnp.ones((1, 1, 2, 4)), jnp.ones((1, 1, 5, 4)), jnp.arange(5)[None]
+        attend_cached(q, k, k, parse("causal"), at[:, :1], at, 5, scale=1.0, softcap=limit)
 
 
 # `jax.shard_map`

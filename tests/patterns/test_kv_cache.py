@@ -13,7 +13,8 @@ pytestmark = pytest.mark.quick
 
 def lost_keys(pattern: Pattern, length: int) -> list[tuple[int, int]]:
     """Decodes token by token: the (query, key) pairs whose key was overwritten before the query."""
-    slots, count = plan_cache(pattern, length)
+    plan = plan_cache(pattern, length)
+    slots, count = plan.slots, plan.count
     mask = pattern.dense(length)
     mask = mask.any(axis=0) if pattern.heads else mask
     cache, lost = np.full(count, -1), []
@@ -27,7 +28,8 @@ def lost_keys(pattern: Pattern, length: int) -> list[tuple[int, int]]:
 @settings(max_examples=100)
 @given(patterns(longest=30), st.integers(0, 60))
 def test_no_key_is_lost(pattern, length):
-    slots, count = plan_cache(pattern, length)
+    plan = plan_cache(pattern, length)
+    slots, count = plan.slots, plan.count
     assert slots.shape == (length,)
     assert slots.dtype == np.int32
     assert 0 <= count <= length
@@ -64,9 +66,24 @@ def test_no_key_is_lost_around_pinned_keys(left, ids, length):
     ],
 )
 def test_slot_count(text, length, count):
-    slots, actual = plan_cache(parse(text), length)
-    assert actual == count
-    assert len(slots) == length
+    plan = plan_cache(parse(text), length)
+    assert plan.count == count
+    assert len(plan.slots) == length
+
+
+@settings(max_examples=100)
+@given(patterns(longest=30), st.integers(0, 40))
+def test_the_plan_states_what_each_slot_holds(pattern, length):
+    plan = plan_cache(pattern, length)
+    cache = np.full(plan.count, -1)
+    overwritten = np.full(length, length)
+    for key in range(length):
+        np.testing.assert_array_equal(plan.held(np.int32(key)), cache)
+        if cache[plan.slots[key]] >= 0:
+            overwritten[cache[plan.slots[key]]] = key
+        cache[plan.slots[key]] = key
+    np.testing.assert_array_equal(plan.held(np.array([length, 0])), [cache, np.full(plan.count, -1)])
+    np.testing.assert_array_equal(plan.overwritten, overwritten)
 
 
 class NewerHalf(Causal):
@@ -80,5 +97,5 @@ class NewerHalf(Causal):
 
 
 def test_the_ring_is_no_longer_than_the_sequence_needs():
-    assert plan_cache(NewerHalf(), 1024)[1] == 513  # the keys of query 1022 or 1023
+    assert plan_cache(NewerHalf(), 1024).count == 513  # the keys of query 1022 or 1023
     assert lost_keys(NewerHalf(), 1024) == []

@@ -1,0 +1,136 @@
+"""Attention of a few queries per sequence to the slots of a KV cache, for decoding and chunked prefill."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int, Shaped
+
+from sparsejax.ops import softmax
+from sparsejax.ops.call import require_softcap
+from sparsejax.ops.chunks import pad_to_multiple
+from sparsejax.ops.softmax import MASKED
+from sparsejax.patterns import Pattern
+
+State = tuple[Array, Array, Array]
+QUERIES, KEYS = 128, 256  # queries and keys whose scores are in memory at a time
+
+
+def attend_cached(
+    q: Float[Array, "b t h d"],
+    k: Float[Array, "b g s d"],
+    v: Float[Array, "b g s value"],
+    pattern: Pattern,
+    q_positions: Int[Array, "b t"],
+    k_positions: Int[Array, "b s"],
+    length: int,
+    *,
+    scale: float,
+    softcap: float | None = None,
+    sink_logits: Float[Array, " h"] | None = None,
+    alibi_slopes: Float[Array, " h"] | None = None,
+) -> Float[Array, "b t h value"]:
+    """Softmax attention of queries to keys in any order, whose positions may differ between sequences.
+
+    Blocks of keys to which no query of a block attends are skipped, so that time is proportional to the blocks with an
+    allowed pair, and memory to one block. Heads precede slots in keys and values, because a product with a cache of
+    another order would copy it in every step. A query that is not finite, or that attends to a key of NaN, gives NaN.
+
+    Args:
+      q: Queries.
+      k: Keys; a key that is not finite is NaN, as `softmax.confine_nan` returns it.
+      v: Values, which are finite.
+      pattern: The allowed keys per query.
+      q_positions: Position of each query.
+      k_positions: Position of each key; -1 in an empty slot.
+      length: Length of the sequence that the pattern describes.
+      scale: Factor on q·k.
+      softcap: Bounds the scaled scores; see `attend`.
+      sink_logits: Logit per query head in the softmax's denominator.
+      alibi_slopes: Slope per query head; see `attend`.
+
+    Returns:
+      The output in the dtype of `v`; zeros in a row without an allowed key.
+    """
+    require_softcap(softcap)
+    (b, t, h, d), (_, g, s, _), value = q.shape, k.shape, v.shape[-1]
+    dtype = jnp.promote_types(q.dtype, jnp.float32)
+    q = jnp.moveaxis(q.reshape(b, t, g, h // g, d), 1, 3).astype(k.dtype)
+    rows = b, g, h // g
+    sink, slopes = (None if x is None else x.astype(dtype).reshape(g, -1, 1) for x in (sink_logits, alibi_slopes))
+
+    def start(t: int) -> State:
+        """Maximum and sum of the scores, and the weighted sum of values, of a sink and no keys."""
+        m = jnp.full((*rows, t), MASKED, dtype) if sink is None else jnp.broadcast_to(sink, (*rows, t))
+        return m, jnp.full(m.shape, 0.0 if sink is None else 1.0, dtype), jnp.zeros((*m.shape, value), dtype)
+
+    def group(
+        x: Shaped[Array, "*h b t s"],
+    ) -> Shaped[
+        Array,
+        (
+            b  # g #r t s
+        ),
+    ]:
+        return x[:, None, None] if x.ndim == 3 else jnp.moveaxis(x.reshape(*rows[1:], *x.shape[1:]), 2, 0)
+
+    def find_allowed(
+        q_at: Int[Array, "b t"], k_at: Int[Array, "b s"]
+    ) -> Bool[
+        Array,
+        (
+            b  # g #r t s
+        ),
+    ]:
+        queries, keys = q_at[..., None], k_at[:, None]
+        return group(pattern.allows(queries, keys, length, length) & (keys >= 0))
+
+    def add(state: State, q: Array, k: Array, v: Array, q_at: Array, k_at: Array, mask: Array) -> State:
+        """Adds keys to the sums, as FlashAttention does."""
+        m, l, acc = state
+        scores = jnp.einsum("bgrtd,bgsd->bgrts", q, k, preferred_element_type=dtype) * scale
+        scores, queries, keys = softmax.softcap(scores, softcap), q_at[..., None], k_at[:, None]
+        if slopes is not None:
+            scores = softmax.add_alibi(scores, slopes[..., None], (queries - keys)[:, None, None])
+        if pattern.repeats:
+            scores = scores + group(softmax.log_multiplicity(pattern, queries, keys, length, length))
+        scores = jnp.where(mask, scores, MASKED)
+        before, m = m, jnp.maximum(m, scores.max(axis=-1))
+        p, alpha = jnp.where(mask, jnp.exp(scores - m[..., None]), 0.0), jnp.exp(before - m)
+        added = jnp.einsum("bgrts,bgse->bgrte", p.astype(v.dtype), v, preferred_element_type=dtype)
+        return m, alpha * l + p.sum(axis=-1), alpha[..., None] * acc + added
+
+    def attend_block(block: tuple[Array, Array]) -> Float[Array, "b g r queries value"]:
+        q, q_at = block
+
+        def visit(i: Array, state: State) -> State:
+            def take(x: Array, axis: int) -> Array:
+                return jax.lax.dynamic_slice_in_dim(x, i * KEYS, KEYS, axis)
+
+            k_at = take(k_positions, 1)
+            mask = find_allowed(q_at, k_at)
+            return jax.lax.cond(
+                mask.any(), lambda: add(state, q, take(k, 2), take(v, 2), q_at, k_at, mask), lambda: state
+            )
+
+        return finish(jax.lax.fori_loop(0, k.shape[2] // KEYS, visit, start(QUERIES)))
+
+    def finish(state: State) -> Float[Array, "b g r t value"]:
+        _, l, acc = state
+        return acc / jnp.where(l == 0, 1.0, l)[..., None]
+
+    if t == 1 or t * s <= QUERIES * KEYS:
+        mask = find_allowed(q_positions, k_positions)
+        out = finish(add(start(t), q, k, v, q_positions, k_positions, mask))
+    else:
+        k, v = (pad_to_multiple(x, KEYS, 2) for x in (k, v))
+        k_positions = pad_to_multiple(k_positions + 1, KEYS, 1) - 1
+        blocks = _split(q, 3), _split(q_positions, 1)
+        out = jnp.moveaxis(jax.lax.map(attend_block, blocks), 0, 3).reshape(*rows, -1, value)[..., :t, :]
+    return jnp.moveaxis(out, 3, 1).reshape(b, t, h, value).astype(v.dtype)
+
+
+def _split(x: Shaped[Array, ...], axis: int) -> Shaped[Array, "blocks ..."]:
+    """Cuts an axis into blocks of queries, padded with zeros."""
+    x = pad_to_multiple(x, QUERIES, axis)
+    return jnp.moveaxis(x.reshape(*x.shape[:axis], -1, QUERIES, *x.shape[axis + 1 :]), axis, 0)
