@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from sparsejax import config, data, interop, layers, ops, patterns, report, schedule, sweep, train
-    from sparsejax.decode import generate
     from sparsejax.errors import InputError
+    from sparsejax.inference import generate
     from sparsejax.loading import load
     from sparsejax.model import Functional, Model
     from sparsejax.ops import attend
@@ -43,7 +43,7 @@ _MODULES = {
     "InputError": "errors",
     "Model": "model",
     "attend": "ops",
-    "generate": "decode",
+    "generate": "inference",
     "load": "loading",
 }
 

@@ -163,13 +163,13 @@ def open_workdir(path: str | os.PathLike[str]) -> Iterator[tuple[Path, Uploads]]
             uploads.close()
 
 
-def read_workdir(path: str | os.PathLike[str], argument: str = "path", checkpoints: bool = False) -> Path:
+def read_workdir(path: str | os.PathLike[str], argument: str = "path", checkpoints: str = "none") -> Path:
     """Returns a folder from which a workdir can be read: that of the path, or a copy of a bucket's.
 
     Args:
       path: A path or the address of a bucket.
       argument: What the path is, for errors.
-      checkpoints: Whether to copy the newest checkpoint of a bucket.
+      checkpoints: Checkpoints of a bucket to copy: "none", "newest" or "all".
     """
     address = bucket_address(path, argument)
     if address is None:
@@ -183,7 +183,7 @@ def read_workdir(path: str | os.PathLike[str], argument: str = "path", checkpoin
 
     def select(name: str) -> bool:
         if name.startswith("checkpoints/"):
-            return checkpoints and name.startswith(f"checkpoints/{newest}/")
+            return checkpoints == "all" or (checkpoints == "newest" and name.startswith(f"checkpoints/{newest}/"))
         return not name.startswith("events/")
 
     return bucket.download(select)

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from sparsejax.errors import InputError
 from sparsejax.svg import clean
+from sparsejax.workdir import replace_file
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -17,17 +18,26 @@ DPI = 300
 
 
 def write_figure(build: Callable[[], Figure], path: Path) -> None:
-    """Writes the figure that `build` returns as a .png or .svg file, drawn in Matplotlib's default style.
+    """Writes the figure that `build` returns as a .png or .svg file, in one step, see `draw`.
 
     Raises:
       InputError: Matplotlib is not installed.
     """
+    replace_file(path, draw(build, path.suffix[1:], path.name))
+
+
+def draw(build: Callable[[], Figure], form: str, name: str = "figure") -> bytes:
+    """Returns the figure that `build` returns as "svg" or "png", drawn in Matplotlib's default style.
+
+    Raises:
+      InputError: Matplotlib is not installed; names the figure by `name`.
+    """
     try:
         from matplotlib import style
     except ImportError:
-        raise InputError(path.name, "figures require matplotlib; pip install 'sparsejax[plot]'") from None
+        raise InputError(name, "figures require matplotlib; pip install 'sparsejax[plot]'") from None
     with style.context(["default", {"svg.fonttype": "none", "text.parse_math": False, "font.size": 8}]):
-        path.write_bytes(render(build(), path.suffix[1:], dpi=DPI, bbox_inches="tight"))
+        return render(build(), form, dpi=DPI, bbox_inches="tight")
 
 
 def render(figure: Figure, form: str, **options: Any) -> bytes:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import orbax.checkpoint as ocp
@@ -16,54 +16,63 @@ from sparsejax import config as configs
 from sparsejax import extensions, sharding
 from sparsejax.buckets import read_workdir
 from sparsejax.config import Config
-from sparsejax.data.tokenizers import Tokenizer, recorded_tokenizer
+from sparsejax.data.tokenizers import Tokenizer, read_tokenizer, recorded_tokenizer
 from sparsejax.errors import InputError
-from sparsejax.loaded import LoadedModel, Parameters
+from sparsejax.loaded import LoadedModel, Parameters, Source
+from sparsejax.metrics import EVAL_LOSS
 from sparsejax.model import Functional
 from sparsejax.train import CheckpointError, plan_phases
 from sparsejax.train.checkpoint import describe_damage, list_steps, read_meta
-from sparsejax.workdir import SweepFolder, Workdir, read_json
+from sparsejax.workdir import SweepFolder, Workdir, read_json, read_rows
+
+Step = int | Literal["last", "best"]
 
 
-class TrainedModel(LoadedModel):
-    """The model of a workdir; `model(input_ids)` returns logits.
+@dataclasses.dataclass
+class RunSource(Source):
+    """The workdir from which a model was loaded.
 
     Attributes:
-      run: The configuration of the last phase of the run.
-      step: The step of the checkpoint.
+      workdir: Its files.
     """
 
-    def __init__(self, run: Config, step: int, parameters: Parameters, workdir: Workdir):
-        super().__init__(run.model, parameters)
-        self.run, self.step, self._workdir = run, step, workdir
+    workdir: Workdir | None = None
 
-    @functools.cached_property
-    def tokenizer(self) -> Tokenizer:
-        """The tokenizer of the run, from its workdir: `encode(text: bytes)` and `decode(tokens)`.
+    def load_tokenizer(self) -> Tokenizer:
+        """Loads the tokenizer of the run from its workdir.
 
         Raises:
           InputError: The run has no text, or its workdir does not hold the tokenizer.
         """
+        assert self.run is not None and self.workdir is not None  # noqa: PT018
         if self.run.data.task != "text":
-            raise InputError("data.task", f"the probe {self.run.data.task} has no tokenizer")
-        return recorded_tokenizer(self._workdir, self.run.data.tokenizer)
+            raise InputError("data.task", f"the probe {self.run.data.task} has no tokenizer; use token ids")
+        return recorded_tokenizer(self.workdir, self.run.data.tokenizer)
 
 
-def load(path: str | Path, *, mesh: Mesh | None = None, **options: Any) -> LoadedModel:
-    """Loads a model: the newest checkpoint of a workdir, or a Hugging Face folder, to compute in float32.
+def load(
+    path: str | Path,
+    *,
+    step: Step | None = None,
+    tokenizer: str | None = None,
+    mesh: Mesh | None = None,
+    **options: Any,
+) -> LoadedModel:
+    """Loads a model: a checkpoint of a workdir in the dtype of its run, or a Hugging Face folder in float32.
 
     Args:
       path: A workdir, or a folder with config.json and safetensors.
+      step: Step of the checkpoint of a workdir: a step that is kept, "last" (the default), or "best", that of the least
+        evaluation loss.
+      tokenizer: For a Hugging Face folder: "bytes", or a file, instead of the tokenizer of the folder.
       mesh: Shards the parameters over this mesh; by default they are on one device.
       **options: Options of a Hugging Face family, see `sparsejax.interop.huggingface.load`.
 
-    Returns:
-      A `TrainedModel`, or a `sparsejax.interop.huggingface.Pretrained`.
-
     Raises:
-      InputError: The folder is neither, a workdir has no checkpoint, or a file is damaged.
+      InputError: The folder is neither, a workdir has no checkpoint or not that of the step, or a file is damaged.
     """
-    workdir = Workdir(read_workdir(path, checkpoints=True))
+    every = "all" if step not in (None, "last") else "newest"
+    workdir = Workdir(read_workdir(path, checkpoints=every))
     if not workdir.path.is_dir():
         raise InputError("path", f"no folder {str(path)!r}")
     if SweepFolder(workdir.path).exists():
@@ -72,12 +81,16 @@ def load(path: str | Path, *, mesh: Mesh | None = None, **options: Any) -> Loade
     if "model_type" in recorded:
         from sparsejax.interop import huggingface  # needs safetensors
 
-        return huggingface.load(path, mesh=mesh, **options)
+        if step is not None:
+            raise InputError("step", f"{step}: {path} is a Hugging Face folder, which has no steps")
+        return huggingface.load(path, tokenizer=tokenizer, mesh=mesh, **options)
     if not {"model", "train"} <= set(recorded):
         raise InputError("path", f"{path} is neither a workdir nor a Hugging Face folder")
+    if tokenizer is not None:
+        options = {"tokenizer": tokenizer} | options
     if options:
         raise InputError(next(iter(options)), "not an option of a workdir")
-    return _load_workdir(workdir, recorded, mesh)
+    return _load_workdir(workdir, recorded, "last" if step is None else step, mesh)
 
 
 def read_run(path: str | Path) -> Config:
@@ -97,10 +110,11 @@ def _read_run(workdir: Workdir, recorded: dict[str, Any]) -> Config:
     return plan_phases(ConfigDict(configs.complete(recorded)))[-1].config
 
 
-def _load_workdir(workdir: Workdir, recorded: dict[str, Any], mesh: Mesh | None) -> TrainedModel:
+def _load_workdir(workdir: Workdir, recorded: dict[str, Any], step: Step, mesh: Mesh | None) -> LoadedModel:
     run = _read_run(workdir, recorded)
-    while steps := list_steps(workdir.checkpoints):
-        folder = workdir.checkpoints / str(steps[-1])
+    while list_steps(workdir.checkpoints):
+        number = _choose_step(workdir, step)
+        folder = workdir.checkpoints / str(number)
         try:
             # A run that resumed with another `model.scan` has checkpoints of the old layout until the next save.
             saved = plan_phases(ConfigDict(configs.complete(read_meta(folder)["config"])))[-1].config
@@ -109,8 +123,35 @@ def _load_workdir(workdir: Workdir, recorded: dict[str, Any], mesh: Mesh | None)
             if folder.exists():
                 raise
             continue  # the run, which is training, has replaced it by a newer one
-        return TrainedModel(dataclasses.replace(run, model=saved.model), steps[-1], parameters, workdir)
+        run = dataclasses.replace(run, model=saved.model)
+        source = RunSource(
+            kind="the model",
+            length=run.data.length,
+            step=number,
+            run=run,
+            data=dataclasses.asdict(run.data),
+            tokenizer_data=read_tokenizer(workdir),
+            workdir=workdir,
+        )
+        return LoadedModel(saved.model, parameters, source)
     raise InputError("path", f"{workdir.path} has no checkpoint yet")
+
+
+def _choose_step(workdir: Workdir, step: Step) -> int:
+    """Returns the step of a checkpoint that exists."""
+    steps = list_steps(workdir.checkpoints)
+    if step == "last":
+        return steps[-1]
+    if step == "best":
+        losses = {row["step"]: row[EVAL_LOSS] for row in read_rows(workdir.metrics) if row.get(EVAL_LOSS) is not None}
+        evaluated = [number for number in steps if number in losses]
+        if not evaluated:
+            raise InputError("step", f"best: no checkpoint of {workdir.path} has been evaluated; use last")
+        return min(evaluated, key=losses.__getitem__)
+    if step not in steps:
+        kept = ", ".join(map(str, steps))
+        raise InputError("step", f"{step}: {workdir.path} has no such checkpoint; it has {kept}")
+    return int(step)
 
 
 def _read_parameters(folder: Path, model: Functional, mesh: Mesh | None) -> Parameters:

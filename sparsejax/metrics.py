@@ -21,6 +21,7 @@ RESTORED = "eval/restored"  # fraction of the bytes that the tokenizer gives bac
 BITS_AT = "eval/bits_at_"  # + the first position of a bin
 ACCURACY = "eval/accuracy"  # share of scored tokens that are the model's first choice
 ACCURACY_AT_DISTANCE = "eval/accuracy_at_distance_"  # + the first distance of a bin
+PERPLEXITY = "eval/perplexity"  # exponential of the loss per token
 EXACT_MATCH = "eval/exact_match"  # share of rows of which every scored token is
 STEPS_PER_SECOND, TOKENS_PER_SECOND = "steps_per_second", "tokens_per_second"
 
@@ -30,6 +31,7 @@ Direction = Literal["min", "max"]
 _LOWER = (
     EVAL_LOSS,
     "eval/bits",
+    PERPLEXITY,
     TRAIN_LOSS,
     "parameters",
     "active_parameters",

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import re
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -84,6 +85,18 @@ def make_mesh(config: ShardingConfig) -> Mesh:
     return jax.make_mesh((data, config.fsdp, config.tensor), MESH_AXES, axis_types=(AxisType.Auto,) * 3)
 
 
+def single_device_mesh() -> Mesh:
+    """Returns the mesh of the first device."""
+    return jax.make_mesh((1, 1, 1), MESH_AXES, axis_types=(AxisType.Auto,) * 3, devices=jax.devices()[:1])
+
+
+def mesh_of(tree: Any) -> Mesh | None:
+    """Returns the mesh over which the arrays of a tree are sharded; None for arrays on one device."""
+    placement = getattr(jax.tree.leaves(tree)[0], "sharding", None)
+    mesh = placement.mesh if isinstance(placement, NamedSharding) else None
+    return mesh if isinstance(mesh, Mesh) else None
+
+
 def replicated(mesh: Mesh) -> NamedSharding:
     """The sharding that replicates an array on every device."""
     return NamedSharding(mesh, PartitionSpec())
@@ -92,6 +105,12 @@ def replicated(mesh: Mesh) -> NamedSharding:
 def batch_sharding(mesh: Mesh) -> NamedSharding:
     """The sharding that splits axis 0 over `data` and `fsdp`."""
     return NamedSharding(mesh, PartitionSpec(BATCH_AXES))
+
+
+def constrain_batch(mesh: Mesh) -> Callable[[jax.Array], jax.Array]:
+    """Returns a function that keeps an array sharded by `batch_sharding` under `jax.jit`."""
+    placement = batch_sharding(mesh)
+    return lambda x: jax.lax.with_sharding_constraint(x, placement)
 
 
 def batch_shards(mesh: Mesh) -> int:

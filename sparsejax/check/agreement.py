@@ -10,74 +10,132 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jaxtyping import Int
 
 from sparsejax.check.certificate import Finding
+from sparsejax.check.influence import Trace
 from sparsejax.check.reduce import replace_fields
 from sparsejax.check.subject import Subject
 from sparsejax.layers import Context
+from sparsejax.patterns import drawing
 
 # Largest difference between two programs of one model, relative to the largest logit.
 LIMITS = {"float32": 1e-4, "bfloat16": 5e-2}
 MAX_SCORES = 2**29  # elements of the scores of an attention layer in the reference implementation
+CHUNK = 3  # most tokens per chunk after a prompt
 
 
-def check_agreement(subject: Subject) -> Iterator[Finding]:
+def check_agreement(subject: Subject, trace: Trace) -> Iterator[Finding]:
     """Compares the forward pass with decoding, with unrolled layers and with the reference, in float32."""
-    exact = subject.with_config(dataclasses.replace(subject.config, dtype="float32"))
-    tokens = exact.draw_tokens(1, seed=2)
-    logits = exact.forward(tokens)
+    exact, tokens = subject.exact, trace.tokens[:1]
+    logits = trace.logits[:1] if exact is subject else exact.forward(tokens)
     yield _decode(exact, tokens, logits)
-    yield _unroll(exact, tokens, logits)
-    yield _use_reference(exact, tokens, logits)
-    if subject.config.dtype != "float32":
-        yield _compare(subject.config.dtype, subject.forward(tokens), logits, subject.config.dtype, "float32")
+    yield from _unroll(exact, tokens, logits)
+    if exact is not subject:
+        yield _compare(subject.config.dtype, trace.logits[:1], logits, subject.config.dtype, "float32")
 
 
 def _decode(subject: Subject, tokens: np.ndarray, logits: np.ndarray) -> Finding:
+    """Decodes one sequence in several splits, one per row of a batch, whose positions differ.
+
+    Each row reads a prompt, then a few chunks, then single tokens.
+    """
     if not subject.config.causal:
         return Finding("decoding", None, "the model is not causal")
+    if any(layer.mixer is not None and layer.mixer.leaks for layer in subject.config.layers.values()):
+        return Finding("decoding", None, "leaks allowed: outputs depend on later tokens, which decoding does not have")
     model, length = subject.model, subject.length
+    prompts, chunks = _plan_splits(subject)
 
-    @jax.jit
-    def decode(parameters: dict[str, Any], tokens: jax.Array) -> jax.Array:
-        bound = model.bind(parameters)
+    def decode(parameters: Any, tokens: jax.Array, prompts: jax.Array, chunks: jax.Array) -> Any:
+        bound, rows = model.bind(parameters), prompts.shape[0]
 
-        def step(cache: Any, token: tuple[jax.Array, jax.Array]) -> tuple[Any, jax.Array]:
-            y, cache = bound.step(token[0], cache, token[1], length)
-            return cache, y
+        def extend(state: Any, counts: jax.Array | None, size: int = 1) -> tuple[Any, tuple[jax.Array, jax.Array]]:
+            cache, at = state
+            y, cache = bound.extend(tokens[at[:, None] + jnp.arange(size)], cache, at, length, counts)
+            return (cache, at + (size if counts is None else counts)), (at, y)
 
-        inputs = jnp.swapaxes(tokens, 0, 1), jnp.arange(length)
-        return jnp.swapaxes(jax.lax.scan(step, bound.init_cache(len(tokens), length), inputs)[1], 0, 1)
+        state, prompt = extend((bound.init_cache(rows, length), jnp.zeros(rows, jnp.int32)), prompts, longest)
+        state, parts = jax.lax.scan(lambda state, counts: extend(state, counts, CHUNK), state, chunks)
+        return prompt, parts, jax.lax.scan(lambda state, _: extend(state, None), state, length=length)[1]
 
-    steps = np.asarray(decode(subject.parameters, jnp.asarray(tokens, jnp.int32)))
-    return _compare("decoding", steps, logits, "float32", "the forward pass")
+    longest = int(prompts.max())
+    padded = np.pad(tokens[0], (0, length + longest))  # a row that has ended goes on with zeros
+    prompt, parts, steps = jax.device_get(
+        subject.jit(decode)(subject.parameters, jnp.asarray(padded, jnp.int32), prompts, chunks)
+    )
+    decoded = np.full((len(prompts), *logits.shape[1:]), np.nan, logits.dtype)
+    for at, y, counts in [(*prompt, prompts), *zip(*parts, chunks, strict=True), *((*step, 1) for step in zip(*steps))]:
+        for row, count in enumerate(np.broadcast_to(counts, len(prompts))):
+            part = decoded[row, at[row] : at[row] + count]
+            part[:] = y[row, : len(part)]
+    splits = f"{len(prompts)} splits into prompts, chunks of up to {CHUNK} tokens and single tokens"
+    return _compare("decoding", decoded, logits, "float32", f"the forward pass in {splits}")
 
 
-def _unroll(subject: Subject, tokens: np.ndarray, logits: np.ndarray) -> Finding:
-    """Runs layer after layer, each compiled once per name."""
-    if not subject.config.fold.repeats:
-        return Finding("scan", None, "no layers are scanned")
+def _plan_splits(subject: Subject) -> tuple[Int[np.ndarray, " rows"], Int[np.ndarray, "chunks rows"]]:
+    """Number of tokens per prompt and per chunk. The longest prompt ends behind the largest window."""
+    length = subject.length
+    scales = [scale for _, pattern in subject.config.connectivity for scale in drawing.list_scales(pattern)]
+    size = max(min(max(scales, default=length // 2) + 2, length - 8), 2)
+    counts = [[0, size, 0, size - 2], [0, 0, CHUNK, 1], [0, 0, CHUNK, CHUNK], [0, 0, CHUNK, 2]]
+    ends = np.minimum(np.cumsum(counts, axis=0), length).astype(np.int32)
+    return ends[0], np.diff(ends, axis=0)
+
+
+def _unroll(subject: Subject, tokens: np.ndarray, logits: np.ndarray) -> Iterator[Finding]:
+    """Compares with the same layers one by one under the reference implementation, and if that fails under their own.
+
+    Unless it fails, one comparison covers both the scan and the implementation.
+    """
+    skipped, layers = _skip_reference(subject), "the same layers one by one"
+    if not skipped:
+        reference = _run_layers(subject.with_config(replace_fields(subject.config, impl="dense")), tokens)
+        scan = _compare("scan", logits, reference, "float32", f"{layers} under impl = dense")
+        implementation = dataclasses.replace(scan, name="implementation")
+        if not scan.passed:
+            chosen = _run_layers(subject, tokens)
+            scan = _compare("scan", logits, chosen, "float32", layers)
+            implementation = _compare("implementation", chosen, reference, "float32", "impl = dense")
+    else:
+        implementation = Finding("implementation", None, skipped)
+        if subject.config.fold.repeats:
+            scan = _compare("scan", logits, _run_layers(subject, tokens), "float32", layers)
+    yield scan if subject.config.fold.repeats else Finding("scan", None, "no layers are scanned")
+    yield implementation
+
+
+def _skip_reference(subject: Subject) -> str:
+    """Why the implementation is not compared with the reference; empty if it is."""
+    mixers = [layer.mixer for layer in subject.config.layers.values()]
+    if replace_fields(subject.config, impl="dense") == subject.config or not any(hasattr(x, "impl") for x in mixers):
+        return "no layer has another implementation than the reference"
+    if max(getattr(mixer, "heads", 1) for mixer in mixers) * subject.length**2 > MAX_SCORES:
+        return f"the reference needs all scores of {subject.length:,} tokens"
+    return ""
+
+
+def _run_layers(subject: Subject, tokens: np.ndarray) -> np.ndarray:
+    """Logits of layer after layer, each compiled once per name."""
     model = subject.bind()
-    x, context = model.embed(jnp.asarray(tokens, jnp.int32), Context())
-
     compiled: dict[str, Any] = {}
+
+    @subject.jit
+    def start(parameters: Any, tokens: jax.Array) -> jax.Array:
+        return subject.model.bind(parameters).embed(tokens, Context())[0]
+
+    @subject.jit
+    def finish(parameters: Any, x: jax.Array) -> jax.Array:
+        return subject.model.bind(parameters).read_out(x, Context())
+
+    x = embeddings = start(subject.parameters, jnp.asarray(tokens, jnp.int32))
+    context = Context().with_extras(embeddings=embeddings, shared=dict(model.shared))
     for index, (name, layer) in enumerate(zip(subject.config.names, model.unroll(), strict=True)):
         graph, state = nnx.split(layer)
         if name not in compiled:
-            compiled[name] = jax.jit(lambda state, x, context, graph=graph: nnx.merge(graph, state)(x, context)[0])
+            compiled[name] = subject.jit(lambda state, x, context, graph=graph: nnx.merge(graph, state)(x, context)[0])
         x = compiled[name](state, x, context.with_extras(layer=jnp.asarray(index)))
-    return _compare("scan", np.asarray(model.read_out(x, context)), logits, "float32", "the scanned layers")
-
-
-def _use_reference(subject: Subject, tokens: np.ndarray, logits: np.ndarray) -> Finding:
-    config = replace_fields(subject.config, impl="dense")
-    if config == subject.config or not any(hasattr(layer.mixer, "impl") for layer in config.layers.values()):
-        return Finding("implementation", None, "no layer has another implementation than the reference")
-    heads = max(getattr(layer.mixer, "heads", 1) for layer in config.layers.values())
-    if heads * subject.length**2 > MAX_SCORES:
-        return Finding("implementation", None, f"the reference needs all scores of {subject.length:,} tokens")
-    reference = subject.with_config(config).forward(tokens)
-    return _compare("implementation", logits, reference, "float32", "impl = dense")
+    return np.asarray(finish(subject.parameters, x))
 
 
 def _compare(name: str, actual: np.ndarray, expected: np.ndarray, dtype: str, other: str) -> Finding:
@@ -86,5 +144,5 @@ def _compare(name: str, actual: np.ndarray, expected: np.ndarray, dtype: str, ot
     detail = f"differs from {other} by {error:.1e} of the largest logit, at most {limit:.0e}"
     if error <= limit:
         return Finding(name, True, detail)
-    first = int(np.flatnonzero(~(difference[0] <= limit))[0])
+    first = int(np.flatnonzero(~(difference <= limit).all(axis=0))[0])
     return Finding(name, False, f"{detail}, first at position {first}")

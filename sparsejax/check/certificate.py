@@ -10,8 +10,8 @@ from rich.console import Console
 from rich.table import Table
 
 
-class CheckFailed(Exception):
-    """A model does not do what its schedule declares. The message is the first finding that failed."""
+class CheckFailed(AssertionError):
+    """A model or a mixer does not do what its config declares. The message is the first finding that failed."""
 
 
 @dataclasses.dataclass(frozen=True)

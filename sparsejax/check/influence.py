@@ -1,9 +1,10 @@
-"""Which inputs influence which outputs: causality, documents, padding and receptive fields."""
+"""Which inputs influence which outputs: causality, receptive fields, documents and padding."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import Any
+import dataclasses
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -15,114 +16,249 @@ from sparsejax.check.certificate import Finding
 from sparsejax.check.subject import Subject
 from sparsejax.layers import (
     AttentionConfig,
+    Auxiliary,
     Context,
     ConvConfig,
     LatentConfig,
     Layer,
+    LayerConfig,
     LshConfig,
+    MixerConfig,
     ParallelConfig,
     Tokens,
 )
-from sparsejax.layers.protocols import MixerConfig
+from sparsejax.model import FOLDED
 from sparsejax.patterns import drawing
 
-QUERIES = 24  # outputs whose gradients are taken, per layer
+QUERIES = 16  # fewest edits of a suffix, and outputs whose gradients are taken, per layer
 RECENT = 4  # keys before a query that have an influence through every recurrence
-ALONE = 2e-5  # largest difference between a document in a packed row and alone, relative to the largest logit
+# Largest difference between a document in a packed row and alone, relative to the largest logit.
+ALONE = {"float32": 2e-5, "bfloat16": 5e-2}
+DOUBLE = 1e-12  # largest change in float64 that is rounding, relative to the largest logit
 
 
-def check_causality(subject: Subject) -> Iterator[Finding]:
-    """Other tokens from a position on change no logit before it, bit for bit."""
-    if not subject.config.causal:
-        yield Finding("causality", None, "the model is not causal")
-        return
-    cuts = _choose_positions(subject)[1:]
+class Edit(NamedTuple):
+    """Two rows of a batch with the same tokens but at some positions.
+
+    Attributes:
+      row: The changed row.
+      base: The row that it is compared with.
+      kept: Positions [t] whose logits must not change.
+      problem: What it means if they do, with the fields `position` and `change`.
+    """
+
+    row: int
+    base: int
+    kept: Bool[np.ndarray, " t"]
+    problem: str
+
+
+@dataclasses.dataclass(frozen=True)
+class Trace:
+    """One forward and backward pass, whose row i is that of `tokens` with other tokens from `positions[i]` on.
+
+    Row 0 is not changed.
+
+    Attributes:
+      positions: Ascending positions, from 0: cuts, and the queries whose gradients are taken.
+      tokens: [b, t].
+      logits: [b, t, v].
+      touched: Per layer name, whether the gradient of the layer's output at `positions[i]` of row i is not zero for an
+        input, in any layer of the name, [b, t].
+      reached: The same, in every layer of the name.
+    """
+
+    positions: Int[np.ndarray, " b"]
+    tokens: Int[np.ndarray, "b t"]
+    logits: Float[np.ndarray, "b t v"]
+    touched: dict[str, Bool[np.ndarray, "b t"]]
+    reached: dict[str, Bool[np.ndarray, "b t"]]
+
+
+def trace(subject: Subject) -> Trace:
+    """Runs the program of a training step, with a gradient of its own in each layer."""
+    positions = _choose_positions(subject)
     (tokens,), (other,) = subject.draw_tokens(1), subject.draw_tokens(1, seed=1)
-    edited = np.where(np.arange(subject.length) < cuts[:, None], tokens, other)
-    logits = subject.forward(np.concatenate([tokens[None], edited]))
-    detail = f"{len(cuts)} edits of a suffix change no logit before it, bitwise"
-    for cut, changed in zip(cuts, logits[1:], strict=True):
-        difference = np.abs(changed[:cut] - logits[0, :cut]).max(axis=-1)
-        if not (difference == 0).all():
-            first = int(np.flatnonzero(difference != 0)[0])
-            worst = np.nanmax(difference)
-            yield Finding(
-                "causality",
-                False,
-                f"the logits at position {first} change by up to {worst:.2g} with the tokens from position {cut} on",
-            )
-            return
-    yield Finding("causality", True, detail)
+    cuts = np.where(positions > 0, positions, subject.length)
+    rows = np.where(np.arange(subject.length) < cuts[:, None], tokens, other)
+    names = dict.fromkeys(subject.config.names)
+
+    def run(probes: Any, parameters: Any, rows: jax.Array, positions: jax.Array) -> tuple[jax.Array, jax.Array]:
+        model = subject.model.bind(parameters)
+        for part in FOLDED:
+            layers = zip(getattr(subject.config.fold, part), getattr(model, part), strict=True)
+            setattr(model, part, nnx.List([_instrument(layer, probes[name], positions) for name, layer in layers]))
+        logits = model(rows)
+        return logits.sum(), logits
+
+    probes = {name: (jnp.zeros(rows.shape),) * 2 for name in names}
+    compiled = subject.jit(jax.grad(run, has_aux=True))
+    arrays = compiled(probes, subject.parameters, jnp.asarray(rows, jnp.int32), jnp.asarray(positions))
+    counts, logits = jax.device_get(arrays)
+    touched = {name: (stream + embeddings) > 0 for name, (stream, embeddings) in counts.items()}
+    reached = {name: stream == subject.config.names.count(name) for name, (stream, _) in counts.items()}
+    return Trace(positions, rows, logits, touched, reached)
 
 
-def check_documents(subject: Subject) -> Iterator[Finding]:
+def check_causality(subject: Subject, trace: Trace) -> Finding:
+    """Other tokens from a position on change no logit before it."""
+    if not subject.config.causal:
+        return Finding("causality", None, "the model is not causal")
+    mixers = {f"layers.{name}": layer.mixer for name, layer in subject.config.layers.items() if layer.mixer is not None}
+    if leaks := [f"{name}: {mixer.leaks}" for name, mixer in mixers.items() if mixer.leaks]:
+        allowed = subject.config.allow_leaks
+        return Finding("causality", None if allowed else False, f"leaks{' allowed' * allowed}: {'; '.join(leaks)}")
+    problem = "the logits at position {{position}} change by up to {{change:.2g}} with the tokens from position {} on"
+    edits = [
+        Edit(row, 0, np.arange(subject.length) < cut, problem.format(cut))
+        for row, cut in enumerate(trace.positions)
+        if row > 0
+    ]
+    problem, how = _compare(subject, edits, lambda subject: subject.forward(trace.tokens), trace.logits)
+    kept = f"{len(edits)} edits of a suffix change no logit before it"
+    return Finding("causality", not problem, problem or f"{kept}, {how}")
+
+
+def check_documents(subject: Subject) -> Finding:
     """In a packed row, tokens of a document or of padding change no logit of another token's document.
 
     Row 0 packs three documents and padding, and the next four rows change one part each. Then each document is alone,
     with padding elsewhere. The last two rows are one document with padding before and inside it.
     """
     if subject.config.head.pool != "none":
-        yield Finding("documents", None, "the head averages over all tokens")
-        return
+        return Finding("documents", None, "the head averages over all tokens")
     length = subject.length
     starts = np.asarray((0, length // 3, 2 * length // 3, length - 2))
     part = np.searchsorted(starts, np.arange(length), side="right")
     hole = np.isin(np.arange(length), (0, 1, length // 2))
     tokens, other = subject.draw_tokens(2, seed=2)
-    edits = [part == number for number in (1, 2, 3, 4)]
-    rows = [tokens, *(np.where(edit, other, tokens) for edit in edits), *[tokens] * 4, np.where(hole, other, tokens)]
+    changes = [part == number for number in (1, 2, 3, 4)]
+    rows = [tokens, *(np.where(change, other, tokens) for change in changes), *[tokens] * 4]
+    rows = np.stack([*rows, np.where(hole, other, tokens)])
     packed, alone = np.where(part <= 3, part, 0), [np.where(part == number, 1, 0) for number in (1, 2, 3)]
     segments = np.stack([*[packed] * 5, *alone, *[np.ones(length, int)] * 2])
     mask = (segments > 0) & ~(hole & (np.arange(10) >= 8)[:, None])
     positions = np.where(np.arange(10)[:, None] < 8, np.arange(length) - starts[part - 1], np.arange(length))
-    context = Context(Tokens(segments=jnp.asarray(segments), mask=jnp.asarray(mask), positions=jnp.asarray(positions)))
-    logits = subject.forward(np.stack(rows), context)
-    for number, name in enumerate(("document 1", "document 2", "document 3", "padding", "padding in a document"), 1):
-        first, row, changed = (0, number, edits[number - 1]) if number <= 4 else (8, 9, hole)
-        difference = np.where(mask[first] & ~changed, np.abs(logits[row] - logits[first]).max(axis=-1), 0)
-        if (difference != 0).any():
-            position, ignored = int(np.flatnonzero(difference)[0]), "segments" if number <= 3 else "mask"
-            detail = f"other tokens in {name} change the logits at position {position} by up to {difference.max():.2g}"
-            yield Finding("documents", False, f"{detail}; a mixer ignores context.tokens.{ignored}")
-            return
-    differences = [np.abs(logits[4 + number] - logits[0])[part == number].max() for number in (1, 2, 3)]
-    error = float(max(differences) / np.abs(logits[0]).max())
-    detail = "packed documents and padding do not interact, bitwise; alone, the logits of a document differ"
-    yield Finding("documents", error <= ALONE, f"{detail} by {error:.1e} of the largest, at most {ALONE:.0e}")
+    ids = {"segments": jnp.asarray(segments, jnp.int32), "positions": jnp.asarray(positions, jnp.int32)}
+    context = Context(Tokens(mask=jnp.asarray(mask), **ids))
+    problem = (
+        "other tokens in {} change the logits at position {{position}} by up to {{change:.2g}}; "
+        "a mixer ignores context.tokens.{}"
+    )
+    names = ("document 1", "document 2", "document 3", "padding")
+    edits = [
+        Edit(row, 0, mask[0] & ~changes[row - 1], problem.format(name, "mask" if row == 4 else "segments"))
+        for row, name in enumerate(names, 1)
+    ]
+    edits.append(Edit(9, 8, mask[8], problem.format("padding in a document", "mask")))
+    logits = subject.forward(rows, context)
+    problem, how = _compare(subject, edits, lambda subject: subject.forward(rows, context), logits)
+    if problem:
+        return Finding("documents", False, problem)
+    error = max(np.abs(logits[4 + number] - logits[0])[part == number].max() for number in (1, 2, 3))
+    error = float(error / np.abs(logits[0]).max())
+    limit = ALONE[subject.config.dtype]
+    detail = f"packed documents and padding do not interact, {how}; alone, the logits of a document differ"
+    return Finding("documents", error <= limit, f"{detail} by {error:.1e} of the largest, at most {limit:.0e}")
 
 
-def check_receptive_fields(subject: Subject) -> Iterator[Finding]:
+def check_receptive_fields(subject: Subject, trace: Trace) -> Iterator[Finding]:
     """The gradient of a layer's output is zero for inputs outside the declared pattern, and not inside."""
-    model, queries = subject.bind(), _choose_positions(subject)
-    layers = list(model.unroll())
-    embedded, context = model.embed(jnp.asarray(subject.draw_tokens(1), jnp.int32), Context())
-    x = jnp.asarray(np.random.default_rng(subject.seed).normal(size=embedded.shape), embedded.dtype)
+    queries, keys = trace.positions[:, None], np.arange(subject.length)
     for name, pattern in dict(subject.config.connectivity).items():
-        index = subject.config.names.index(name)
-        influence = _trace(layers[index], index, x, queries, context)
-        mask = pattern.allows(queries[:, None], np.arange(subject.length), subject.length, subject.length)
-        allowed = np.asarray(mask.any(axis=0) if mask.ndim == 3 else mask)
-        allowed |= queries[:, None] == np.arange(subject.length)
-        yield _compare(
-            name, influence, allowed, queries, _select_required(subject.config.layers[name], allowed, queries)
-        )
+        mask = pattern.allows(queries, keys, subject.length, subject.length)
+        allowed = np.asarray(mask.any(axis=0) if mask.ndim == 3 else mask) | (queries == keys)
+        required = _select_required(subject.config.layers[name], allowed, queries)
+        inside = f"not zero at {int(required.sum()):,} inputs inside"
+        detail, passed = f"gradients of {len(queries)} outputs: zero outside the pattern, {inside}", True
+        for wrong, problem in (
+            (required & ~trace.reached[name], "does not depend on the input at {}, inside the declared pattern"),
+            (trace.touched[name] & ~allowed, "depends on the input at {}, outside the declared pattern"),
+        ):
+            if wrong.any():
+                row, key = np.argwhere(wrong)[0]
+                detail, passed = f"the output at {queries[row, 0]} {problem.format(key)}", False
+        yield Finding(f"receptive field of {name}", passed, detail)
 
 
-def _compare(name: str, influence: Any, allowed: Any, queries: Any, required: Any) -> Finding:
-    title = f"receptive field of {name}"
-    for wrong, problem in (
-        (influence & ~allowed, "depends on the input at {key}, outside the declared pattern"),
-        (required & ~influence, "does not depend on the input at {key}, inside the declared pattern"),
-    ):
-        if wrong.any():
-            row, key = np.argwhere(wrong)[0]
-            return Finding(title, False, f"the output at {queries[row]} {problem.format(key=key)}")
-    inside = f"not zero at {int(required.sum()):,} inputs inside"
-    return Finding(title, True, f"gradients of {len(queries)} outputs: zero outside the pattern, {inside}")
+# Comparison of rows.
+
+
+def _compare(
+    subject: Subject, edits: Sequence[Edit], run: Callable[[Subject], np.ndarray], logits: np.ndarray
+) -> tuple[str, str]:
+    """The first edit that changes a logit that it must not change, or an empty text; and how rows were compared.
+
+    A program whose sums depend on the other tokens only by rounding is not bitwise, but exact in float64.
+    """
+    problem = _find_change(edits, logits, 0.0)
+    if not problem or not np.isfinite(logits).all():
+        return problem, "bitwise"
+    with jax.enable_x64(True):
+        try:
+            logits = run(subject.double)
+        except (TypeError, NotImplementedError):  # a mixer or a kernel without float64: only bits can prove it
+            return problem, "bitwise"
+    return _find_change(edits, logits, DOUBLE * float(np.abs(logits).max())), f"in float64 to {DOUBLE:.0e}"
+
+
+def _find_change(edits: Sequence[Edit], logits: np.ndarray, limit: float) -> str:
+    for edit in edits:
+        values = logits[edit.base][edit.kept]
+        difference = np.abs(logits[edit.row][edit.kept] - values).max(axis=-1)
+        changed = ~(difference <= limit)  # also if it is not a number
+        if changed.any():
+            position = int(np.flatnonzero(edit.kept)[np.argmax(changed)])
+            if not np.isfinite(values).all():
+                return f"the logits at position {position} are not finite"
+            return edit.problem.format(position=position, change=float(np.nanmax(difference)))
+    return ""
+
+
+# Gradients per layer: a probe, which is zero and added to nothing, receives as its gradient whether that of the layer's
+# input is not zero, and the gradient of the layer's output is a constant instead of that of the next layer's input.
+
+
+def _instrument(layer: Layer, probes: tuple[jax.Array, jax.Array], positions: jax.Array) -> nnx.Module:
+    """A layer whose output at one position per row has a gradient, that of its inputs being added to the probes."""
+
+    class Instrumented(nnx.Module):
+        def __init__(self) -> None:
+            self.layer = layer
+
+        def __call__(self, x: jax.Array, context: Context) -> tuple[jax.Array, Auxiliary]:
+            embeddings = _observe(context.extras.embeddings, probes[1])
+            x, auxiliary = self.layer(_observe(x, probes[0]), context.with_extras(embeddings=embeddings))
+            return _seed(x, positions), auxiliary
+
+    return Instrumented()
+
+
+@jax.custom_vjp
+def _observe(x: Float[jax.Array, "b t m"], probe: Float[jax.Array, "b t"]) -> Float[jax.Array, "b t m"]:
+    return x
+
+
+_observe.defvjp(
+    lambda x, probe: (x, ()), lambda _, dx: (jnp.zeros_like(dx), (dx != 0).any(axis=-1).astype(jnp.float32))
+)
+
+
+@jax.custom_vjp
+def _seed(y: Float[jax.Array, "b t m"], positions: Int[jax.Array, " b"]) -> Float[jax.Array, "b t m"]:
+    return y
+
+
+def _seed_backward(positions: jax.Array, dy: jax.Array) -> tuple[jax.Array, None]:
+    weights = jnp.linspace(0.5, 1.5, dy.shape[-1]).astype(dy.dtype)
+    return jnp.zeros_like(dy).at[jnp.arange(len(dy)), positions].set(weights), None
+
+
+_seed.defvjp(lambda y, positions: (y, positions), _seed_backward)
 
 
 def _select_required(
-    layer: Any, allowed: Bool[np.ndarray, "q t"], queries: Int[np.ndarray, " q"]
+    layer: LayerConfig, allowed: Bool[np.ndarray, "q t"], queries: Int[np.ndarray, "q 1"]
 ) -> Bool[np.ndarray, "q t"]:
     """The inputs that must have an influence: all of a pattern, the last few of a recurrence."""
     if layer.mixer is not None and _selects(layer.mixer):
@@ -130,7 +266,7 @@ def _select_required(
     if layer.mixer is None or (layer.side is None and _is_exact(layer.mixer)):
         return allowed
     keys = np.arange(allowed.shape[1])
-    return allowed & (keys > queries[:, None] - RECENT) & (keys <= queries[:, None])
+    return allowed & (keys > queries - RECENT) & (keys <= queries)
 
 
 def _is_exact(config: MixerConfig) -> bool:
@@ -145,33 +281,13 @@ def _selects(config: MixerConfig) -> bool:
     return isinstance(config, LshConfig) or getattr(config, "indexer", None) is not None
 
 
-def _trace(
-    layer: Layer, index: int, x: Float[jax.Array, "1 t m"], queries: Int[np.ndarray, " q"], context: Context
-) -> Bool[np.ndarray, "q t"]:
-    """Whether the gradient of an output with respect to each input is not zero."""
-    graph, state = nnx.split(layer)
-    weights = jnp.linspace(0.5, 1.5, x.shape[-1])
-
-    @jax.jit
-    def trace(state: Any, x: jax.Array, queries: jax.Array, context: Context) -> jax.Array:
-        module = nnx.merge(graph, state)
-
-        def run(x: jax.Array) -> jax.Array:
-            extras = context.with_extras(layer=jnp.asarray(index), embeddings=x)
-            return (module(x, extras)[0][0].astype(jnp.float32) * weights).sum(axis=-1)
-
-        outputs, pull = jax.vjp(run, x)
-        return jax.lax.map(lambda q: (pull(jnp.zeros_like(outputs).at[q].set(1))[0][0] != 0).any(axis=-1), queries)
-
-    return np.asarray(trace(state, x, jnp.asarray(queries), context))
-
-
 def _choose_positions(subject: Subject) -> Int[np.ndarray, " q"]:
-    """Positions at the edges of patterns, tiles and chunks, and random ones, ascending."""
+    """Position 0, positions at the edges of patterns, tiles and chunks, and random ones, ascending."""
     length = subject.length
     scales = {scale for _, pattern in subject.config.connectivity for scale in drawing.list_scales(pattern)}
-    edges = {0, 1, length // 2, length - 2, length - 1, *(e + d for e in (64, 128) for d in (-1, 0, 1))}
-    edges |= {scale + d for scale in sorted(scales)[:4] for d in (0, 1, 2)}
+    edges = {0, 1, length // 2, length - 2, length - 1, 63, 64, 127, 128}
+    edges |= {scale + d for scale in sorted(scales)[:4] for d in (0, 1)}
     edges = {edge for edge in edges if 0 <= edge < length}
-    random = np.random.default_rng(subject.seed).permutation(length)[: max(0, QUERIES - len(edges))]
-    return np.asarray(sorted(edges | set(random.tolist())))
+    random = np.random.default_rng(subject.seed).permutation(length)
+    chosen = [*edges, *(int(position) for position in random if int(position) not in edges)]
+    return np.asarray(sorted(chosen[: max(QUERIES, len(edges))]))

@@ -12,7 +12,8 @@ from sparsejax.model import Functional
 from sparsejax.patterns import PatternError, drawing
 
 MAX_PARAMETERS = 4_000_000  # of a model that is checked as it is
-TILE = 128  # of layouts, and the largest chunk of the scans
+TILE = 64  # of layouts
+SHORTEST = 2 * TILE + 3  # crosses the edges of both sizes of tiles
 WIDTH, VOCAB = 64, 256
 # Largest value per field of the sections of a layer. Numbers of heads are reduced by `_reduce_heads`.
 LIMITS = {
@@ -40,8 +41,9 @@ T = TypeVar("T")
 
 def choose_length(config: ModelConfig, limit: int | None = None) -> int:
     """A length that crosses the edges of every window, chunk and tile, up to `limit` and the model's positions."""
-    scales = [max(drawing.list_scales(pattern), default=0) for _, pattern in config.connectivity]
-    length = max(scales) + 2 * TILE + 3
+    scales = [scale for _, pattern in config.connectivity for scale in drawing.list_scales(pattern)]
+    chunks = [getattr(layer.mixer, "chunk", 0) for layer in config.layers.values()]
+    length = max(SHORTEST, max(scales, default=0) + TILE + 4, max(chunks, default=0) + 4)
     length = min(length, limit or length, config.embedding.max_length or length)
     for candidate in (length, -(-length // 64) * 64, limit or length):
         try:

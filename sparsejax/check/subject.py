@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -12,8 +13,16 @@ import numpy as np
 
 from sparsejax.config import ModelConfig
 from sparsejax.layers import EMPTY, Context
-from sparsejax.layers.testing import perturb
 from sparsejax.model import Functional, Model
+
+NOISE = 0.1  # standard deviation of what is added to initial parameters
+# Options of XLA on CPU that halve compilation and slow execution down, the first that the installed version accepts.
+# The optimized HLO, which determines what reads what, is the same.
+FAST_COMPILATION: tuple[dict[str, Any], ...] = (
+    {"xla_backend_optimization_level": 0, "xla_cpu_use_fusion_emitters": False},
+    {"xla_backend_optimization_level": 0},
+)
+LONG = 20_000  # layers times tokens of a row from which execution takes longer than compilation
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,9 +46,10 @@ class Subject:
 
     @functools.cached_property
     def parameters(self) -> dict[str, Any]:
-        """Random parameters."""
-        initial = jax.jit(self.model.init)(jax.random.key(self.seed))
-        return perturb(initial, np.random.default_rng(self.seed))
+        """Random parameters: initial ones with noise, so that parameters that start at zero take part."""
+        initial = jax.jit(self.model.init, compiler_options=_fast_compilation())(jax.random.key(self.seed))
+        random = np.random.default_rng(self.seed)
+        return jax.tree.map(lambda x: x + NOISE * random.normal(size=x.shape).astype(x.dtype), jax.device_get(initial))
 
     def draw_tokens(self, rows: int, seed: int = 0) -> np.ndarray:
         """Random token ids [rows, length], none of which is padding."""
@@ -47,13 +57,18 @@ class Subject:
         padding = self.config.embedding.padding
         return tokens if padding is None else np.where(tokens == padding, (padding + 1) % self.config.vocab, tokens)
 
+    def jit(self, function: Callable[..., Any]) -> Any:
+        """Compiles a function that runs once or twice."""
+        short = len(self.config.names) * self.length < LONG
+        return jax.jit(function, compiler_options=_fast_compilation() if short else None)
+
     def forward(self, tokens: np.ndarray, context: Context = EMPTY) -> np.ndarray:
-        """Logits of the compiled program, float32 [b, t, v]."""
+        """Logits of the compiled program, [b, t, v]."""
         return np.asarray(self._forward(self.parameters, jnp.asarray(tokens, jnp.int32), context))
 
     @functools.cached_property
     def _forward(self) -> Any:
-        return jax.jit(lambda parameters, tokens, context: self.model.bind(parameters)(tokens, context))
+        return self.jit(lambda parameters, tokens, context: self.model.bind(parameters)(tokens, context))
 
     def bind(self) -> Model:
         """The model with its parameters."""
@@ -64,3 +79,31 @@ class Subject:
         changed = dataclasses.replace(self, config=config)
         changed.__dict__["parameters"] = self.parameters
         return changed
+
+    @functools.cached_property
+    def exact(self) -> Subject:
+        """The model in float32."""
+        float32 = self.config.dtype == "float32"
+        return self if float32 else self.with_config(dataclasses.replace(self.config, dtype="float32"))
+
+    @functools.cached_property
+    def double(self) -> Subject:
+        """The model in float64, for use inside `jax.enable_x64`."""
+        config = dataclasses.replace(self.config)
+        object.__setattr__(config, "dtype", "float64")  # no run can have this dtype: JAX needs a global switch for it
+        changed = self.with_config(config)
+        changed.__dict__["parameters"] = jax.tree.map(np.float64, self.parameters)
+        return changed
+
+
+@functools.cache
+def _fast_compilation() -> dict[str, Any] | None:
+    if jax.default_backend() != "cpu":
+        return None
+    for options in FAST_COMPILATION:
+        try:
+            jax.jit(lambda: jnp.zeros(()), compiler_options=options)()
+        except jax.errors.JaxRuntimeError:
+            continue
+        return options
+    return None

@@ -31,6 +31,9 @@ __all__ = ["INTERRUPTED", "LOSS_DIVERGED", "RUNS_FAILED", "USAGE_ERROR", "VERBS"
 VERBS = {
     "train": "train a model, or resume its run",
     "show": "describe a model: layers, costs, receptive field and warnings",
+    "generate": "continue a text with a trained model",
+    "eval": "evaluate a trained model on a text, a corpus or a probe",
+    "analyze": "measure how a trained model uses its context, beside its receptive field",
     "check": "check that a model reads, decodes and costs what its config states",
     "data show": "describe the data of a config, with its first training rows",
     "data list": "list the corpora that data fetch downloads",
@@ -42,7 +45,7 @@ VERBS = {
     "doctor": "check the attention kernels of this machine, and record which are verified",
 }
 # packages that verbs import, and the extras that install them
-EXTRAS = {"safetensors": "interop", "scipy": "report"}
+EXTRAS = {"safetensors": "interop", "scipy": "report", "jinja2": "report"}
 PLAIN_WIDTH = 160  # columns of a table that goes to a file or a pipe
 
 

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Iterable, Sequence
-from typing import Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from sparsejax.errors import InputError, suggest
 from sparsejax.overrides import Overrides, parse_overrides, read_value
 from sparsejax.paths import local_path
 from sparsejax.presets import list_presets
+
+if TYPE_CHECKING:
+    from sparsejax.loaded import LoadedModel
 
 
 class Parser(argparse.ArgumentParser):
@@ -78,6 +81,36 @@ def add_config(parser: argparse.ArgumentParser, group: argparse._ActionsContaine
         metavar="FILE.py|MODULE",
         help="import a file or a module that registers patterns or mixers; can be repeated",
     )
+
+
+def add_model(parser: argparse.ArgumentParser) -> None:
+    """Adds MODEL and the options that choose one of its checkpoints and its tokenizer."""
+    parser.add_argument("model", metavar="MODEL", help="the workdir of a run, or a Hugging Face folder")
+    parser.add_argument(
+        "--step", type=_parse_step, metavar="N|last|best", help="checkpoint of a workdir; defaults to the last"
+    )
+    parser.add_argument(
+        "--tokenizer", metavar="FILE", help="for a Hugging Face folder: bytes, or a file, instead of that of the folder"
+    )
+
+
+def _parse_step(text: str) -> int | str:
+    if text in ("last", "best"):
+        return text
+    if not text.isdecimal():
+        raise argparse.ArgumentTypeError(f"{text!r} is neither a step nor last or best")
+    return int(text)
+
+
+def load_model(options: argparse.Namespace) -> LoadedModel:
+    """Loads the model of `add_model`.
+
+    Raises:
+      InputError: There is no such model, step or tokenizer.
+    """
+    from sparsejax.loading import load  # imports grain and Orbax
+
+    return load(options.model, step=options.step, tokenizer=options.tokenizer)
 
 
 def _resolve_import(source: str) -> str:

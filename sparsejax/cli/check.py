@@ -25,6 +25,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     subject.add_argument("--hf", metavar="PATH", help="a Hugging Face model: its folder or its config.json")
     subject.add_argument("workdir", nargs="?", metavar="WORKDIR", help="the folder of a run")
     parser.add_argument(
+        "--ignore",
+        action="append",
+        default=[],
+        metavar="KEY",
+        help="with --hf: a key of config.json to leave out; can be repeated",
+    )
+    parser.add_argument(
         "--length",
         type=int,
         metavar="N",
@@ -38,6 +45,8 @@ def run(options: argparse.Namespace, console: Console) -> None:
     """Checks a model."""
     if options.length is not None and options.length < 1:
         raise InputError("length", f"{options.length} is below 1")
+    if options.ignore and not options.hf:
+        raise InputError("ignore", "needs --hf")
     config, length = _read_subject(options)
 
     def show_progress(finding: Finding) -> None:
@@ -57,7 +66,7 @@ def _read_subject(options: argparse.Namespace) -> tuple[ModelConfig, int | None]
     if options.hf:
         from sparsejax.interop import huggingface
 
-        return huggingface.describe(options.hf, None, ())[0], None
+        return huggingface.describe(options.hf, None, options.ignore)[0], None
     from sparsejax import config as configs
 
     if options.workdir:

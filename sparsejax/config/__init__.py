@@ -22,6 +22,7 @@ from sparsejax.config.schema import (
     PhaseConfig,
     ShardingConfig,
     TrainConfig,
+    check_data,
 )
 
 __all__ = [
@@ -42,6 +43,7 @@ __all__ = [
     "TrainConfig",
     "build",
     "check",
+    "check_data",
     "check_evaluation",
     "check_phase",
     "complete",

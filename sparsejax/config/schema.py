@@ -373,41 +373,51 @@ class Config:
         longest = self.model.embedding.max_length
         if longest is not None and self.eval.sample > longest:
             raise InputError("eval.sample", f"{self.eval.sample} tokens exceed the model's {longest} positions")
-        if self.data.probe is not None:
-            self._check_probe(self.data.probe)
-        else:
-            self._check_objective()
-        with argument_path("model"):
-            self.model.check(self.data.length)
+        check_data(self.model, self.data)
 
-    def _check_probe(self, probe: Probe) -> None:
-        data = self.data
-        if probe.length != data.length:
-            raise InputError("data.length", f"{data.length} is not data.probe.length = {probe.length}")
-        if probe.vocab > self.model.vocab:
-            raise InputError("model.vocab", f"{self.model.vocab} is below {probe.vocab}, the vocabulary of {data.task}")
 
-    def _check_objective(self) -> None:
-        """Compares what the objective predicts with what the model attends to."""
-        objective, causal, pool = self.data.objective, self.model.causal, self.model.head.pool
-        if objective == "causal" and not causal:
-            raise InputError("model.causal", "is false, but data.objective = 'causal' predicts the next token")
-        if objective != "classify" and pool != "none":
-            raise InputError("model.head.pool", f"is {pool!r}, but data.objective = {objective!r} predicts tokens")
-        if objective == "classify" and causal and pool == "none":
-            raise InputError(
-                "model.causal",
-                "is true, but data.objective = 'classify' reads the class from the first token, which attends to itself"
-                " alone; set it to false, or model.head.pool to 'mean'",
-            )
-        if objective == "masked" and causal:
-            raise InputError("model.causal", "is true, but data.objective = 'masked' predicts from both sides")
-        if objective == "prefix" and not causal:
-            allowed = patterns.Causal() | patterns.Prefix(self.data.prefix)
-            for name, pattern in dict(self.model.connectivity).items():
-                if (pattern - allowed).pairs(self.data.length):
-                    raise InputError(
-                        f"model.layers.{name}.mixer.pattern",
-                        f"{str(pattern)!r} attends to tokens that data.objective = 'prefix' predicts; it can attend to"
-                        f" {str(allowed)!r}",
-                    )
+def check_data(model: ModelConfig, data: DataConfig) -> None:
+    """Checks that a model takes the sequences of the section `data`, and can predict what its objective asks for.
+
+    Raises:
+      InputError: It does not; the argument is the dotted key.
+    """
+    if data.probe is not None:
+        _check_probe(model, data, data.probe)
+    else:
+        _check_objective(model, data)
+    with argument_path("model"):
+        model.check(data.length)
+
+
+def _check_probe(model: ModelConfig, data: DataConfig, probe: Probe) -> None:
+    if probe.length != data.length:
+        raise InputError("data.length", f"{data.length} is not data.probe.length = {probe.length}")
+    if probe.vocab > model.vocab:
+        raise InputError("model.vocab", f"{model.vocab} is below {probe.vocab}, the vocabulary of {data.task}")
+
+
+def _check_objective(model: ModelConfig, data: DataConfig) -> None:
+    """Compares what the objective predicts with what the model attends to."""
+    objective, causal, pool = data.objective, model.causal, model.head.pool
+    if objective == "causal" and not causal:
+        raise InputError("model.causal", "is false, but data.objective = 'causal' predicts the next token")
+    if objective != "classify" and pool != "none":
+        raise InputError("model.head.pool", f"is {pool!r}, but data.objective = {objective!r} predicts tokens")
+    if objective == "classify" and causal and pool == "none":
+        raise InputError(
+            "model.causal",
+            "is true, but data.objective = 'classify' reads the class from the first token, which attends to itself"
+            " alone; set it to false, or model.head.pool to 'mean'",
+        )
+    if objective == "masked" and causal:
+        raise InputError("model.causal", "is true, but data.objective = 'masked' predicts from both sides")
+    if objective == "prefix" and not causal:
+        allowed = patterns.Causal() | patterns.Prefix(data.prefix)
+        for name, pattern in dict(model.connectivity).items():
+            if (pattern - allowed).pairs(data.length):
+                raise InputError(
+                    f"model.layers.{name}.mixer.pattern",
+                    f"{str(pattern)!r} attends to tokens that data.objective = 'prefix' predicts; it can attend to"
+                    f" {str(allowed)!r}",
+                )

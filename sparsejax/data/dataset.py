@@ -163,7 +163,12 @@ class Dataset:
 
 
 def load_dataset(
-    config: DataConfig, stride: int = 0, corpus: Corpus | None = None, *, recorded: bytes | None = None
+    config: DataConfig,
+    stride: int = 0,
+    corpus: Corpus | None = None,
+    *,
+    recorded: bytes | None = None,
+    split: bool = True,
 ) -> Dataset:
     """Reads, tokenizes and packs the data of a configuration.
 
@@ -172,13 +177,14 @@ def load_dataset(
       stride: Tokens between the starts of adjacent validation windows; 0 stands for `config.length`. See `Windows`.
       corpus: The text of `config` if it is loaded already, for instance for rows of another length.
       recorded: Content of the tokenizer's file in the workdir of a run, see `load_tokenizer`.
+      split: Whether there is training text; otherwise all of `config.files` is validation text, however short.
 
     Raises:
       DataError: The data cannot be read, or are too small.
     """
     if config.task != "text":
         return _load_probe(config)
-    return _cut_text(config, _read_text(config, recorded) if corpus is None else corpus, stride)
+    return _cut_text(config, _read_text(config, recorded, split) if corpus is None else corpus, stride, split)
 
 
 def _load_probe(config: DataConfig) -> Dataset:
@@ -192,7 +198,7 @@ def _load_probe(config: DataConfig) -> Dataset:
     return Dataset(config, training, held_out, probe.vocab, digest, None, None, counts | {"scored": scored})
 
 
-def _read_text(config: DataConfig, recorded: bytes | None) -> Corpus:
+def _read_text(config: DataConfig, recorded: bytes | None, split: bool) -> Corpus:
     if config.tfds:
         from sparsejax.data.tfds import TfdsSource  # TFDS takes seconds to import
 
@@ -207,21 +213,23 @@ def _read_text(config: DataConfig, recorded: bytes | None) -> Corpus:
         tokenizer=config.tokenizer,
         cache=config.cache,
         recorded=recorded,
+        split=split,
     )
 
 
-def _cut_text(config: DataConfig, corpus: Corpus, stride: int) -> Dataset:
-    if config.objective != "classify" and config.packing == "none":
+def _cut_text(config: DataConfig, corpus: Corpus, stride: int, split: bool) -> Dataset:
+    if split and config.objective != "classify" and config.packing == "none":
         require_window(corpus.train, config.length, "training")
         require_window(corpus.validation, config.length, "validation")
     training = _rows(config, corpus, corpus.training, drop_last=True)
     held_out = _rows(config, corpus, corpus.held_out, stride, drop_last=False)
     for rows, side in ((training, "training"), (held_out, "validation")):
-        if not len(rows):
-            raise DataError("data.files", f"the {side} text has no documents")
+        if not len(rows) and (split or rows is held_out):
+            missing = f"the {side} text has no documents" if split else "there is no token to predict"
+            raise DataError("data.files", missing)
     vocab = vocabulary(corpus.tokenizer, config.objective == "masked")
     if config.objective == "classify":
-        vocab = max(vocab, int(max(corpus.training.labels.max(), corpus.held_out.labels.max())) + 1)
+        vocab = max(vocab, int(max(side.labels.max(initial=-1) for side in (corpus.training, corpus.held_out))) + 1)
     sides = {"training": (corpus.training, training), "validation": (corpus.held_out, held_out)}
     counts: dict[str, Any] = {name: _count(side, rows) for name, (side, rows) in sides.items()}
     counts |= {"digest": corpus.digest, "files": corpus.files, "tokenizer": config.tokenizer}

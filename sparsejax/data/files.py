@@ -69,14 +69,17 @@ class Files:
         label: str = "",
         read_as: str = "auto",
         characters: bool = False,  # split a file between UTF-8 characters only
+        split: bool = True,  # hold out a part of `files` if there is no `validation`; else all of it is held out
     ):
         self._field, self._label, self._separator, self._read_as = field, label, _unescape(separator), read_as
         skipped: Skipped = {}
         train = _list_files(files, "data.files", read_as, skipped) if files.strip() else _list_standard_library()
         held_out = _list_files(validation, "data.validation", read_as, skipped) if validation.strip() else []
         # Files of several documents are split by document, files of one document each by file.
-        self._by_document = not held_out and (bool(separator) or any(file.has_records for file in train))
-        if held_out or self._by_document:
+        self._by_document = split and not held_out and (bool(separator) or any(file.has_records for file in train))
+        if not split:
+            self._sides = [], train + held_out
+        elif held_out or self._by_document:
             self._sides = train, held_out
             both = {file.path.resolve() for file in train} & {file.path.resolve() for file in held_out}
             if both:

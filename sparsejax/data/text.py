@@ -127,6 +127,7 @@ def load_corpus(
     tokenizer: str = "bytes",
     cache: str = "",
     recorded: bytes | None = None,
+    split: bool = True,
 ) -> Corpus:
     r"""Reads files, splits them into training and validation text, and tokenizes them.
 
@@ -153,11 +154,12 @@ def load_corpus(
       tokenizer: See `load_tokenizer`.
       cache: See `build_corpus`.
       recorded: See `load_tokenizer`.
+      split: Whether there is training text; otherwise all of `files` is validation text.
 
     Raises:
       DataError: A file does not exist, cannot be read, has no text, or has text that the tokenizer does not accept.
     """
-    source = Files(files, validation, field, separator, label, read_as, characters=tokenizer != "bytes")
+    source = Files(files, validation, field, separator, label, read_as, characters=tokenizer != "bytes", split=split)
     return build_corpus(source, tokenizer, cache, recorded)
 
 

@@ -240,6 +240,12 @@ class HuggingFace(_Subwords):
             unknown = self._model.token_to_id(model["unk_token"])
         super().__init__(name, self._model.get_vocab(with_added_tokens=True), unknown, data)
 
+    def find_prefix(self) -> tuple[int, ...]:
+        """Ids that the library adds before a text, such as <s>; `encode` does not add them."""
+        plain = self._model.encode("a", add_special_tokens=False).ids
+        whole = self._model.encode("a").ids
+        return tuple(whole[: max(0, next(i for i in range(len(whole)) if whole[i : i + len(plain)] == plain))])
+
     def _encode(self, text: str) -> list[int]:
         return self._model.encode(text, add_special_tokens=False).ids
 

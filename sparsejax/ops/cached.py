@@ -64,24 +64,10 @@ def attend_cached(
         m = jnp.full((*rows, t), MASKED, dtype) if sink is None else jnp.broadcast_to(sink, (*rows, t))
         return m, jnp.full(m.shape, 0.0 if sink is None else 1.0, dtype), jnp.zeros((*m.shape, value), dtype)
 
-    def group(
-        x: Shaped[Array, "*h b t s"],
-    ) -> Shaped[
-        Array,
-        (
-            b  # g #r t s
-        ),
-    ]:
+    def group(x: Shaped[Array, "*h b t s"]) -> Shaped[Array, "b _ _ t s"]:
         return x[:, None, None] if x.ndim == 3 else jnp.moveaxis(x.reshape(*rows[1:], *x.shape[1:]), 2, 0)
 
-    def find_allowed(
-        q_at: Int[Array, "b t"], k_at: Int[Array, "b s"]
-    ) -> Bool[
-        Array,
-        (
-            b  # g #r t s
-        ),
-    ]:
+    def find_allowed(q_at: Int[Array, "b t"], k_at: Int[Array, "b s"]) -> Bool[Array, "b _ _ t s"]:
         queries, keys = q_at[..., None], k_at[:, None]
         return group(pattern.allows(queries, keys, length, length) & (keys >= 0))
 

@@ -2,29 +2,24 @@
 
 from sparsejax.signals import Interrupted
 from sparsejax.train.checkpoint import CheckpointError, Checkpoints, list_steps, read_arrays, read_iterator
-from sparsejax.train.evaluate import Accuracy, Evaluation, evaluate, summarize
 from sparsejax.train.loop import LossDiverged, train
 from sparsejax.train.optimizer import build_optimizer, build_schedule
 from sparsejax.train.phases import EvaluationSetting, Phase, plan_evaluations, plan_phases
 from sparsejax.train.start import find_change
 from sparsejax.train.state import TrainState, init_state, state_shapes
-from sparsejax.train.step import build_evaluation, build_step
+from sparsejax.train.step import build_step
 
 __all__ = [
-    "Accuracy",
     "CheckpointError",
     "Checkpoints",
-    "Evaluation",
     "EvaluationSetting",
     "Interrupted",
     "LossDiverged",
     "Phase",
     "TrainState",
-    "build_evaluation",
     "build_optimizer",
     "build_schedule",
     "build_step",
-    "evaluate",
     "find_change",
     "init_state",
     "list_steps",
@@ -33,6 +28,5 @@ __all__ = [
     "read_arrays",
     "read_iterator",
     "state_shapes",
-    "summarize",
     "train",
 ]

@@ -5,8 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 from jaxtyping import Array
@@ -15,9 +13,9 @@ from rich.table import Table
 
 from sparsejax import patterns
 from sparsejax.data import Dataset
-from sparsejax.decode import generate
+from sparsejax.inference import generate
+from sparsejax.inference.evaluation import Evaluation, describe, summarize
 from sparsejax.overrides import write_overrides
-from sparsejax.train.evaluate import Evaluation, describe, summarize
 from sparsejax.train.runtime import Evaluator, PhaseRuntime
 from sparsejax.train.state import TrainState
 
@@ -83,9 +81,8 @@ def print_sample(runtime: PhaseRuntime, state: TrainState[Array], console: Conso
         return
     limit = runtime.config.model.embedding.max_length
     prompt_length = PROMPT_LENGTH if limit is None else min(PROMPT_LENGTH, limit + 1 - length)
-    prompt = jnp.asarray(dataset.corpus.validation[:prompt_length], jnp.int32)[None]
-    key = jax.random.fold_in(state.key, state.step)
-    sample = jax.jit(lambda parameters, key: generate(runtime.model.bind(parameters), prompt, length, key))
-    tokens = sample(state.parameters, key)
-    texts = [dataset.tokenizer.decode(np.asarray(part)[0]) for part in (prompt, tokens)]
+    prompt = dataset.corpus.validation[:prompt_length]
+    seed = (runtime.config.train.seed + int(state.step)) % 2**32
+    [tokens] = generate(runtime.model, state.parameters, [prompt], length, seeds=[seed])
+    texts = [dataset.tokenizer.decode(np.asarray(ids)) for ids in (prompt, tokens)]
     print_lines(console, "sample, as PROMPT|CONTINUATION:", "|".join(texts))

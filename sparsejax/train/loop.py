@@ -19,12 +19,12 @@ from sparsejax import config as configs
 from sparsejax import extensions, sharding
 from sparsejax.buckets import Uploads
 from sparsejax.data.tokenizers import read_tokenizer
+from sparsejax.inference.evaluation import Evaluation, describe, summarize
 from sparsejax.metrics import TRAIN, finite_or_none
 from sparsejax.signals import Interrupted, StopSignals
 from sparsejax.train import display, start
 from sparsejax.train.certify import ModelCheck
 from sparsejax.train.checkpoint import Checkpoints
-from sparsejax.train.evaluate import Evaluation, describe, summarize
 from sparsejax.train.interruption import StopRequests
 from sparsejax.train.phases import plan_evaluations, plan_phases
 from sparsejax.train.progress import ProgressReport

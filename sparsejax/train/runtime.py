@@ -12,13 +12,12 @@ from jaxtyping import Array
 
 from sparsejax import data, sharding
 from sparsejax.config import ConfigError
-from sparsejax.data.dataset import Sharing
+from sparsejax.inference.evaluation import Evaluation, build_evaluation, evaluate_on, shard_batch, share_rows
 from sparsejax.model import Functional
-from sparsejax.train.evaluate import Evaluation, evaluate
 from sparsejax.train.optimizer import build_optimizer, build_schedule
 from sparsejax.train.phases import EvaluationSetting, Phase
 from sparsejax.train.state import TrainState
-from sparsejax.train.step import DeviceBatch, Metrics, build_evaluation, build_step
+from sparsejax.train.step import Metrics, build_step
 
 
 class Evaluator:
@@ -30,12 +29,10 @@ class Evaluator:
         self._evaluate = build_evaluation(self.model, mesh, dataset.scores_accuracy)
 
     def evaluate(self, state: TrainState[Array], limit: int, before_batch: Callable[[], None]) -> Evaluation:
-        """Evaluates on at most `limit` validation batches; 0 is no limit. See `train.evaluate`."""
+        """Evaluates on at most `limit` validation batches; 0 is no limit. See `inference.evaluate`."""
         rows = self.config.eval.batch
         batches = self.dataset.validation_batches(rows, limit=limit, **share_rows(self._mesh, rows))
-        with jax.set_mesh(self._mesh):  # kernels are sharded over it
-            sharded = (shard_batch(batch, self._mesh) for batch in batches)
-            return evaluate(self._evaluate, state.parameters, sharded, before_batch)
+        return evaluate_on(self._mesh, self._evaluate, state.parameters, batches, before_batch)
 
 
 class PhaseRuntime(Evaluator):
@@ -132,15 +129,3 @@ def _require_vocabulary(setting: Phase | EvaluationSetting, dataset: data.Datase
 def _invalid(setting: Phase | EvaluationSetting, key: str, problem: str) -> ConfigError:
     error = ConfigError(key, problem)
     return error.within(setting.key) if setting.key else error
-
-
-def share_rows(mesh: Mesh, rows: int) -> Sharing:
-    """The share of this process in global batches of `rows` rows."""
-    index, count = sharding.local_rows(mesh, rows)
-    return Sharing(process_index=index, process_count=count)
-
-
-def shard_batch(batch: data.Batch, mesh: Mesh) -> DeviceBatch:
-    """Shards a global batch over the mesh, given this process's share of its rows."""
-    placement = sharding.batch_sharding(mesh)
-    return jax.tree.map(lambda rows: jax.make_array_from_process_local_data(placement, rows), batch)

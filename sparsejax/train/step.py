@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, NamedTuple, NotRequired, TypedDict
+from typing import Any, NamedTuple, TypedDict
 
 import jax
 import jax.numpy as jnp
@@ -13,22 +13,12 @@ from jaxtyping import Array, Bool, Float, Int, Key, PyTree
 
 from sparsejax import sharding
 from sparsejax.config import TrainConfig
-from sparsejax.layers import EMPTY, Context, Dropout, ExpertsConfig, Tokens
+from sparsejax.inference.evaluation import DeviceBatch, read_context, token_losses
+from sparsejax.layers import Dropout, ExpertsConfig
 from sparsejax.metrics import AUXILIARY, EXPERT_LOAD_MAX, EXPERT_LOAD_MIN
 from sparsejax.model import FOLDED, Choices, Functional, Losses
 from sparsejax.ops.experts import update_selection_bias
 from sparsejax.train.state import TrainState
-
-
-class DeviceBatch(TypedDict):
-    """A `data.Batch` on the mesh."""
-
-    inputs: Int[Array, "b t"]
-    targets: Int[Array, "b t"]
-    weights: Float[Array, "b t"]
-    segments: NotRequired[Int[Array, "b t"]]
-    positions: NotRequired[Int[Array, "b t"]]
-    distance: NotRequired[Int[Array, "b t"]]
 
 
 class Metrics(TypedDict):
@@ -70,42 +60,6 @@ class Objective(NamedTuple):
     loss: Float[Array, ""]
     auxiliary: Losses
     choices: Choices
-
-
-class AccuracySums(NamedTuple):
-    """Sums over a batch for the accuracy.
-
-    Attributes:
-      correct: Weights of correct predictions by position, float32 [t].
-      rows: Number of rows whose scored tokens are all correct, and of rows with scored tokens, [2].
-      by_distance: Weights of correct and of scored tokens by distance of the answer, float32 [2, t + 1]; at 0 where the
-        distance is unknown.
-    """
-
-    correct: Array
-    rows: Array
-    by_distance: Array
-
-
-class EvaluationSums(NamedTuple):
-    """Sums over a batch.
-
-    Attributes:
-      losses: Loss by position in the document, float32 [t].
-      weights: Weights of the scored tokens by position, float32 [t].
-      accuracy: None if accuracy is not scored.
-    """
-
-    losses: Array
-    weights: Array
-    accuracy: AccuracySums | None = None
-
-
-def token_losses(
-    logits: Float[Array, "b t v"], targets: Int[Array, "b t"], weights: Float[Array, "b t"]
-) -> Float[Array, "b t"]:
-    """Returns the weighted negative log-likelihood of each target, in nats."""
-    return optax.softmax_cross_entropy_with_integer_labels(logits, targets) * weights
 
 
 def build_step(
@@ -203,42 +157,6 @@ def _balance(parameters: dict[str, Any], choices: Choices, rates: dict[str, dict
     return parameters
 
 
-def build_evaluation(
-    model: Functional, mesh: Mesh, score_accuracy: bool = False
-) -> Callable[[dict[str, Any], DeviceBatch], EvaluationSums]:
-    """Compiles the evaluation of a batch, a function of parameters and batch."""
-    constrain = _constrain_batch(mesh)
-
-    def evaluate(parameters: dict[str, Any], batch: DeviceBatch) -> EvaluationSums:
-        logits, *_ = model.bind(parameters).forward(batch["inputs"], read_context(batch), constrain)
-        weights, length = batch["weights"], batch["weights"].shape[1]
-
-        def sum_by(indices: Array | None, x: Array, size: int) -> Array:
-            return x.sum(0) if indices is None else jnp.zeros(size).at[indices].add(x)
-
-        positions = batch.get("positions")
-        losses = sum_by(positions, token_losses(logits, batch["targets"], weights), length)
-        sums = EvaluationSums(losses, sum_by(positions, weights, length))
-        if not score_accuracy:
-            return sums
-        correct = weights * (logits.argmax(-1) == batch["targets"])
-        is_scored = weights.sum(1) > 0
-        rows = jnp.stack([(is_scored & (correct.sum(1) == weights.sum(1))).sum(), is_scored.sum()])
-        distance = batch.get("distance", jnp.zeros_like(batch["targets"]))
-        by_distance = jnp.stack([sum_by(distance, x, length + 1) for x in (correct, weights)])
-        return sums._replace(accuracy=AccuracySums(sum_by(positions, correct, length), rows, by_distance))
-
-    return jax.jit(evaluate)
-
-
-def read_context(batch: DeviceBatch) -> Context:
-    """Returns the document and the position of each token of packed documents; EMPTY for other batches."""
-    if "segments" not in batch:
-        return EMPTY
-    segments = batch["segments"]
-    return Context(Tokens(segments=segments, mask=segments > 0, positions=batch["positions"]))
-
-
 def _build_gradient(
     model: Functional, microbatches: int, mesh: Mesh
 ) -> Callable[[dict[str, Any], DeviceBatch, Key[Array, ""] | None], tuple[Objective, dict[str, Any]]]:
@@ -247,7 +165,7 @@ def _build_gradient(
     The sums do not depend on the number of microbatches. A balance loss over the batch is the product of the choices
     in the batch and of a mean over its tokens: the choices are counted first, by another forward pass.
     """
-    constrain = _constrain_batch(mesh)
+    constrain = sharding.constrain_batch(mesh)
     counts_first = microbatches > 1 and any(
         isinstance(layer.mlp, ExpertsConfig) and layer.mlp.balance_weight and layer.mlp.balance == "batch"
         for layer in model.config.layers.values()
@@ -312,8 +230,3 @@ def _count_tokens(batch: DeviceBatch) -> Float[Array, ""]:
     """Number of tokens that are no padding, at least 1."""
     mask = read_context(batch).tokens.mask
     return jnp.float32(batch["inputs"].size) if mask is None else jnp.maximum(mask.sum(), 1).astype(jnp.float32)
-
-
-def _constrain_batch(mesh: Mesh) -> Callable[[Array], Array]:
-    placement = sharding.batch_sharding(mesh)
-    return lambda x: jax.lax.with_sharding_constraint(x, placement)

@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
+import jax
 import pytest
 
 from sparsejax.check import check_model
@@ -62,8 +63,8 @@ MUTANTS = {
     "selection from the future": Mutant(
         "ops.selection",
         "select_keys",
-        "pattern.allows(queries[:, None], positions, t, t)",
-        "(positions >= 0)",
+        "pattern.allows(q_at[..., None], k_at[:, None], length, length)",
+        "(q_at[..., None] >= 0)",
         "selected",
     ),
     # Documents and padding.
@@ -76,11 +77,11 @@ MUTANTS = {
     "selection across documents": Mutant(
         "ops.selection",
         "select_keys",
-        "(q_ids[:, :, None] == k_ids[:, None])",
-        "(q_ids[:, :, None] >= k_ids[:, None])",
+        "(q_ids[..., None] == k_ids[:, None])",
+        "(q_ids[..., None] >= k_ids[:, None])",
         "selected",
     ),
-    "state across documents": Mutant("layers.mamba", "Mamba.__call__", "starts=tokens.starts", "starts=None", "mamba"),
+    "state across documents": Mutant("layers.mamba", "Mamba._scan", "starts=tokens.starts", "starts=None", "mamba"),
     "state across documents, in a chunk": Mutant(
         "ops.ssd", "decay_matrix", "connected = (triangle > 0) & ", "connected = (triangle > 0) | False & ", "mamba2"
     ),
@@ -88,14 +89,14 @@ MUTANTS = {
         "ops.ssd", "_run_chunk", "* (document == 0)[..., None]", "* 1", "mamba2"
     ),
     "state across documents, delta rule": Mutant(
-        "layers.delta", "Delta.__call__", "starts=tokens.starts", "starts=None", "delta"
+        "layers.delta", "Delta._scan", "starts=tokens.starts", "starts=None", "delta"
     ),
     "state across documents, linear scan": Mutant(
         "ops.linear_scan", "linear_scan", "jnp.where(starts[..., None], 0, decay)", "decay", "rglru"
     ),
     "convolution across documents": Mutant("layers.conv", "ShortConv.__call__", "tokens.starts", "None", "conv"),
     "state fed by padding": Mutant(
-        "layers.lightning", "Lightning.__call__", "context.tokens.zero_padding(x)", "x", "lightning"
+        "layers.context", "Tokens.zero_padding", "self.mask is None", "True", "lightning"
     ),
     # Recurrences.
     "convolution from the wrong side": Mutant(
@@ -114,44 +115,108 @@ MUTANTS = {
     "state of a chunk lost": Mutant(
         "ops.ssd", "_run_chunk", "y = y + from_state *", "y = y + 0 * from_state *", "lightning"
     ),
-    "correction of the delta rule lost": Mutant("ops.delta", "delta_step", "- stored)", "- 0 * stored)", "delta"),
+    "correction of the delta rule lost": Mutant("ops.delta", "_run_chunk", "(v - stored)", "v", "delta"),
     # Decoding.
     "positions after the wrap": Mutant(
-        "layers.attention", "Attention.step", "[slot].set(position)", "[slot].set(slot)", "window"
+        "patterns.kv_cache",
+        "CachePlan.held",
+        "newest - (newest - np.arange(ring)) % max(ring, 1)",
+        "xp.where(newest >= np.arange(ring), np.arange(ring), -1)",
+        "window",
     ),
     "rotation after the wrap": Mutant(
-        "layers.attention", "Attention.step", "x[:, None], position[None])", "x[:, None], position[None] % 7)", "window"
+        "layers.attention", "Attention.extend", "self._project(x, at)", "self._project(x, at % 7)", "window"
     ),
-    "empty slots attended to": Mutant("layers.attention", "Attention.step", " & (keys_at >= 0)", "", "causal"),
+    "empty slots attended to": Mutant("ops.cached", "attend_cached", " & (keys >= 0)", "", "causal"),
+    "keys overwritten before they are read": Mutant(
+        "layers.caching", "extend_keys", "if size == 1 or plan.pinned == plan.count:", "if True:", "window"
+    ),
+    "keys of padding written": Mutant("layers.caching", "write_slots", "if tokens.mask is None", "if True", "window"),
+    "padding counted as tokens": Mutant(
+        "layers.context", "Tokens.count", "self.mask.sum(axis=1)", "jnp.full(shape[0], shape[1])", "conv"
+    ),
     "ring too short": Mutant("patterns.library", "Window.last_query", "k + self.left", "k + self.left - 1", "window"),
     "sink not pinned": Mutant("patterns.library", "Sink.last_query", "FOREVER", "k + 3", "pinned"),
     "ring over the pinned slots": Mutant(
         "patterns.kv_cache", "plan_cache", "count + rank % max(ring, 1)", "rank % max(ring, 1)", "pinned"
     ),
     "convolution cache shifted the wrong way": Mutant(
-        "layers.conv", "ShortConv.step", "recent[:, 1:]", "recent[:, :-1]", "mamba"
+        "layers.conv", "ShortConv.extend", "inputs[:, x.shape[1] :] if", "inputs[:, :past] if", "mamba"
     ),
-    "state not kept": Mutant("layers.mamba", "Mamba.step", '"state": state}', '"state": cache["state"]}', "mamba"),
-    "first token unknown": Mutant("layers.rglru", "RgLru.step", "position == 0", "position < 0", "rglru"),
-    "branch not scaled": Mutant("layers.mixers", "Parallel.step", "branch.scale_in * x", "x", "parallel"),
+    "convolution cache of a chunk": Mutant(
+        "layers.conv", "ShortConv.extend", "jnp.arange(past)\n", "jnp.arange(past) - 1\n", "mamba"
+    ),
+    "state not kept": Mutant("layers.mamba", "Mamba.extend", '"state": state}', '"state": cache["state"]}', "mamba"),
+    "first token unknown": Mutant("layers.rglru", "RgLru.extend", "x.shape[1]) == 0", "x.shape[1]) < 0", "rglru"),
+    "branch not scaled": Mutant("layers.mixers", "Parallel.extend", "branch.scale_in * x", "x", "parallel"),
     "learned positions off by one": Mutant(
         "embedding",
-        "Embedding.step",
-        "self._embed(tokens, position if",
-        "self._embed(tokens, position + 1 if",
+        "Embedding.extend",
+        "self._embed(tokens, at if",
+        "self._embed(tokens, at + 1 if",
         "conv",
         40,
         {"embedding": {"positions": 64}},
     ),
     "index of the layer in decoding": Mutant(
-        "model", "Model.step", "jnp.asarray(first + index)", "jnp.asarray(index)", "lightning"
+        "model", "Model.extend", "jnp.asarray(first + index)", "jnp.asarray(index)", "lightning"
     ),
     "index of the layer in the scan": Mutant(
         "model", "Model.forward", "jnp.asarray(first + index)", "jnp.asarray(index)", "lightning"
     ),
+    "heads repeated in the wrong order": Mutant(
+        "ops.gather",
+        "_take",
+        "plan.g, heads // plan.g, *width)\n",
+        "heads // plan.g, plan.g, *width).swapaxes(2, 3)\n",
+        "grouped",
+        150,
+    ),
+    "heads repeated in the wrong order, decoding": Mutant(
+        "ops.cached",
+        "attend_cached",
+        "q.reshape(b, t, g, h // g, d)",
+        "q.reshape(b, t, h // g, g, d).swapaxes(2, 3)",
+        "grouped",
+    ),
+    # Layers and the model.
+    "norm over the sequence": Mutant("layers.norm", "standardize", "axis=-1", "axis=-2", "causal"),
+    "layers scanned in reverse": Mutant(
+        "model", "Model.forward", "self._period_starts, known", "self._period_starts[::-1], known", "lightning"
+    ),
+    "padding convolved": Mutant("layers.context", "Tokens.zero_padding", "self.mask is None", "True", "conv"),
+    "residual from the next token": Mutant(
+        "layers.layer", "Residual.post", "base = read if", "x = jnp.roll(x, -1, axis=1); base = read if", "conv"
+    ),
+    "tile layout of another length": Mutant(
+        "ops.gather", "_Plan.groups", "layout(self.t, self.s,", "layout(self.t - self.tile, self.s,", "window", 150
+    ),
+    "gradient in the wrong tile": Mutant(
+        "ops.gather", "_add", "x.at[:, tiles].add", "x.at[:, tiles + 1].add", "causal", 150
+    ),
     # Account.
+    "cache of two sequences": Mutant("account", "_account_layer", "double - single", "double", "causal"),
+    "layers counted with the ends": Mutant(
+        "account", "account_model", "sum(account.parameters for account in accounts.values())", "0", "causal"
+    ),
     "pairs of one head": Mutant("layers.stream", "attention_cost", "copies = heads if", "copies = 1 if", "window"),
 }
+
+
+def clear_caches() -> None:
+    """Forgets the programs and the layouts that functions computed before they were changed."""
+    jax.clear_caches()
+    for module in [module for name, module in sys.modules.items() if name.startswith("sparsejax.patterns.")]:
+        for value in vars(module).values():
+            if hasattr(value, "cache_clear"):
+                value.cache_clear()
+
+
+@pytest.fixture
+def fresh():
+    clear_caches()
+    yield
+    clear_caches()
 
 
 def plant(monkeypatch, mutant: Mutant) -> None:
@@ -161,13 +226,13 @@ def plant(monkeypatch, mutant: Mutant) -> None:
     for part in path:
         owner = getattr(owner, part)
     original = inspect.getattr_static(owner, name)
-    function = inspect.unwrap(original)  # of the decorators that check shapes
+    function = inspect.unwrap(original.fget if isinstance(original, property) else original)  # checks of shapes
     source = textwrap.dedent(inspect.getsource(function))
     assert source.count(mutant.old) >= 1, f"{mutant.target} has no {mutant.old!r}"
     namespace: dict[str, Any] = {}
     code = compile(source.replace(mutant.old, mutant.new), f"<{mutant.target}>", "exec", dont_inherit=True)
     exec(code, function.__globals__ | {"__annotations__": {}}, namespace)
-    changed = namespace[name]
+    changed = property(namespace[name]) if isinstance(original, property) else namespace[name]
     monkeypatch.setattr(owner, name, changed)
     if not path:
         for module in [m for n, m in sys.modules.items() if n.startswith("sparsejax.")]:
@@ -185,6 +250,6 @@ QUICK = ("window off by one", "state across documents", "positions after the wra
 
 
 @pytest.mark.parametrize("name", [pytest.param(n, marks=() if n in QUICK else pytest.mark.nightly) for n in MUTANTS])
-def test_fault_is_found(monkeypatch, name):
+def test_fault_is_found(fresh, monkeypatch, name):
     plant(monkeypatch, MUTANTS[name])
     assert find_failures(MUTANTS[name])

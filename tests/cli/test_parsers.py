@@ -29,7 +29,7 @@ def test_the_example_is_valid(name):
     program, *arguments = shlex.split(parser.epilog.partition("example:\n")[2])
     assert program == "sparsejax"
     assert arguments[: len(name.split())] == name.split()
-    others, _ = split_overrides(arguments[len(name.split()) :], ("config", "slurm"))
+    others, _ = split_overrides(arguments[len(name.split()) :], ("config", "data", "slurm"))
     parser.parse_args(others)
 
 
@@ -75,7 +75,7 @@ def test_verbs_of_a_config_share_its_options(name):
 def test_overrides_are_separated(arguments, overrides):
     others, sections = split_overrides(["first", *arguments, "--last=1"], ("config", "slurm"))
     assert others == ["first", "--last=1"]
-    assert sections == {"config": overrides, "slurm": {}}
+    assert sections == {"config": overrides, "data": {}, "slurm": {}}
 
 
 @pytest.mark.parametrize("text", ["10000", "1e4", "1_0000", "10000.0", " 10000"])

@@ -16,6 +16,7 @@ from sparsejax.errors import InputError
 from sparsejax.interop import huggingface
 from sparsejax.interop.huggingface import ConversionError, checkpoint
 from sparsejax.interop.huggingface.checkpoint import Checkpoint
+from sparsejax.loaded import LoadedModel
 from tests.messages import rejects
 from tests.train import runs
 
@@ -31,7 +32,7 @@ def folder(tmp_path) -> Path:
 
 
 @pytest.fixture(scope="module")
-def mistral() -> huggingface.Pretrained:
+def mistral() -> LoadedModel:
     return huggingface.load(GOLDEN / "mistral_sliding")
 
 
@@ -201,7 +202,7 @@ def test_all_keys_are_rejected_at_once(tmp_path):
 def test_ignored_keys_are_recorded(folder):
     edit_config(folder, new_key=1, quantization_config={"quant_method": "fp8"})
     model = huggingface.load(folder, ignore=["new_key", "quantization_config"])
-    assert model.ignored == ("new_key", "quantization_config")
+    assert model.source.ignored == ("new_key", "quantization_config")
     assert_rejected(folder, "new_key", ignore=["quantization_config"])
     assert_rejected(folder, "fp8", ignore=["new_key"])
     assert_rejected(folder, "other_key", ignore=["other_key"])
@@ -249,7 +250,7 @@ def test_the_text_model_of_gemma_3(tmp_path):
     stored = {f"language_model.{name}": tensor for name, tensor in load_file(text / "model.safetensors").items()}
     save_file(stored | {"vision_tower.a": np.zeros(3, np.float32)}, folder / "model.safetensors")
     ids = np.arange(12).reshape(1, -1)
-    np.testing.assert_array_equal(huggingface.load(folder)(ids), huggingface.load(text)(ids))
+    np.testing.assert_array_equal(huggingface.load(folder).logits(ids), huggingface.load(text).logits(ids))
     assert huggingface.describe(folder) == huggingface.describe(text)
     edit_config(folder, text_config=config | {"new_key": 1})
     assert_rejected(folder, "text_config: new_key")
@@ -286,7 +287,7 @@ def test_wrong_shape(folder, shape):
 def test_wrong_shapes_of_any_tensor(tmp_path, name):
     folder = copy(name, tmp_path)
     tensors = load_file(folder / "model.safetensors")
-    used = huggingface.load(folder).tensors()
+    used = huggingface.to_tensors(huggingface.load(folder))
     for key in list(used)[::9]:
         for other in (np.zeros((*tensors[key].shape, 1), np.float32), tensors[key][1:], np.zeros((), np.float32)):
             save_file(tensors | {key: np.asarray(other, order="C")}, folder / "model.safetensors")
@@ -359,7 +360,7 @@ def test_malformed_weight_map(folder, index):
 
 def test_shards_form_a_checkpoint(folder, mistral):
     sharded = huggingface.load(split(folder))
-    assert sharded.dtypes == mistral.dtypes
+    assert sharded.source.dtypes == mistral.source.dtypes
     jax.tree.map(np.testing.assert_array_equal, sharded.parameters, mistral.parameters)
 
 
@@ -378,7 +379,7 @@ def test_tensors_are_read_individually(folder, monkeypatch):
     monkeypatch.setattr(Checkpoint, "read", track)
     model = huggingface.load(sharded)
     total = sum(leaf.nbytes for leaf in jax.tree.leaves(model.parameters))
-    largest = max(tensor.nbytes for tensor in model.tensors().values())
+    largest = max(tensor.nbytes for tensor in huggingface.to_tensors(model).values())
     assert total > 5 * largest
     assert max(usage) <= 2 * largest
 
@@ -394,7 +395,7 @@ jax.tree.map(np.testing.assert_array_equal, model.parameters, sharded.parameters
 leaves = jax.tree.leaves(sharded.parameters)
 per_device = sum(leaf.addressable_shards[0].data.nbytes for leaf in leaves)
 ids = np.arange(24).reshape(2, 12)
-error = float(abs(np.asarray(model(ids)) - np.asarray(sharded(ids))).max())
+error = float(abs(np.asarray(model.logits(ids)) - np.asarray(sharded.logits(ids))).max())
 huggingface.save(sharded, "{copy}")
 print(json.dumps([per_device, sum(leaf.nbytes for leaf in leaves), error]))
 """
@@ -445,7 +446,7 @@ def test_saving_below_a_file(tmp_path, mistral):
         huggingface.save(mistral, tmp_path / "file" / "copy")
 
 
-def change_pattern(model: huggingface.Pretrained, name: str, pattern: str) -> None:
+def change_pattern(model: LoadedModel, name: str, pattern: str) -> None:
     layer = model.config.layers[name]
     changed = dataclasses.replace(layer, mixer=dataclasses.replace(layer.mixer, pattern=pattern))
     model.config = dataclasses.replace(model.config, layers=model.config.layers | {name: changed})
@@ -453,21 +454,21 @@ def change_pattern(model: huggingface.Pretrained, name: str, pattern: str) -> No
 
 def test_a_changed_config_is_saved_with_a_changed_config_json_only(folder):
     model = huggingface.load(folder)
-    before, (name, *_) = model(IDS), model.config.layers
+    before, (name, *_) = model.logits(IDS), model.config.layers
     change_pattern(model, name, "mistral(2)")
-    expected = model(IDS)
+    expected = model.logits(IDS)
     assert np.abs(expected - before).max() > 1e-3
     with rejects(ConversionError, f"layers.{name}.mixer.pattern"):
         huggingface.save(model, folder.with_name("copy"))
     assert not folder.with_name("copy").exists()
-    model.hf_config = model.hf_config | {"sliding_window": 2}
+    model.source.hf_config = model.source.hf_config | {"sliding_window": 2}
     huggingface.save(model, folder.with_name("copy"))
-    np.testing.assert_array_equal(huggingface.load(folder.with_name("copy"))(IDS), expected)
+    np.testing.assert_array_equal(huggingface.load(folder.with_name("copy")).logits(IDS), expected)
 
 
 def test_a_changed_config_json_is_saved_with_a_changed_config_only(folder):
     model = huggingface.load(folder)
-    model.hf_config = model.hf_config | {"rms_norm_eps": 0.5}
+    model.source.hf_config = model.source.hf_config | {"rms_norm_eps": 0.5}
     with rejects(ConversionError, "norm.eps"):
         huggingface.save(model, folder.with_name("copy"))
 
@@ -483,7 +484,7 @@ def test_a_config_that_depends_on_the_length_cannot_be_changed():
     model = huggingface.load(GOLDEN / "bigbird_block_sparse")
     change_pattern(model, next(iter(model.config.layers)), "full")
     with rejects(InputError, "config"):
-        model(np.ones((1, 300), int))
+        model.logits(np.ones((1, 300), int))
 
 
 # Arguments
@@ -496,17 +497,17 @@ def test_unknown_option():
 
 def test_unknown_mask(mistral):
     with rejects(InputError, "global_attention_mask"):
-        mistral(IDS, global_attention_mask=np.zeros_like(IDS))
+        mistral.logits(IDS, global_attention_mask=np.zeros_like(IDS))
 
 
 @pytest.mark.parametrize(
     "ids",
-    [[[1, 96]], [[-1, 3]], [1, 2, 3], [[1.0, 2.0]], np.zeros((1, 0), int)],
-    ids=["above the vocabulary", "negative", "one axis", "float", "empty"],
+    [[[1, 96]], [[-1, 3]], [[[1, 2, 3]]], [[1.0, 2.0]], np.zeros((1, 0), int)],
+    ids=["above the vocabulary", "negative", "three axes", "float", "empty"],
 )
 def test_invalid_ids(mistral, ids):
     with rejects(InputError, "input_ids"):
-        mistral(np.asarray(ids))
+        mistral.logits(np.asarray(ids))
 
 
 @pytest.mark.parametrize(
@@ -516,7 +517,7 @@ def test_invalid_ids(mistral, ids):
 )
 def test_invalid_masks(mistral, mask):
     with rejects(InputError, "attention_mask"):
-        mistral(IDS, attention_mask=np.asarray(mask))
+        mistral.logits(IDS, attention_mask=np.asarray(mask))
 
 
 @pytest.mark.parametrize(
@@ -533,10 +534,10 @@ def test_random_plans_for_another_length():
     plans = [np.ones((4, 14, 3), int)] * 3
     model = huggingface.load(GOLDEN / "bigbird_block_sparse", random_plans=plans)
     with rejects(InputError, "random_plans"):
-        model(np.ones((1, 15 * 16), int))
+        model.logits(np.ones((1, 15 * 16), int))
 
 
 def test_too_many_tokens():
     model = huggingface.load(GOLDEN / "longformer")
     with rejects(ValueError, "138"):
-        model(np.full((1, 139), 3))
+        model.logits(np.full((1, 139), 3))

@@ -11,6 +11,7 @@ import pytest
 from sparsejax.interop import huggingface
 from sparsejax.interop.huggingface import parity
 from sparsejax.interop.huggingface.checkpoint import Checkpoint
+from sparsejax.loaded import LoadedModel
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 FOLDERS = sorted(path.parent.name for path in GOLDEN.glob("*/config.json"))
@@ -23,7 +24,7 @@ def read(name: str) -> parity.Record:
 
 
 @functools.cache
-def load(name: str) -> huggingface.Pretrained:
+def load(name: str) -> LoadedModel:
     return read(name).load()
 
 
@@ -35,7 +36,9 @@ def measure(name: str):
 
 def assert_close(name: str, actual, expected, quantity: str):
     error = parity.max_difference(actual, expected)
-    assert error <= parity.TOLERANCES[load(name).hf_config["model_type"]], f"{name}: {quantity}: error {error:.2e}"
+    assert error <= parity.TOLERANCES[load(name).source.hf_config["model_type"]], (
+        f"{name}: {quantity}: error {error:.2e}"
+    )
 
 
 @ALL
@@ -47,7 +50,7 @@ def test_logits(name):
     assert_close(name, logits[valid], outputs["logits"][valid], "logits")
     if "leftpad_logits" in outputs:
         mask = inputs["leftpad_attention_mask"]
-        logits = load(name)(inputs["input_ids"][:1], attention_mask=mask)
+        logits = load(name).logits(inputs["input_ids"][:1], attention_mask=mask)
         valid = mask.astype(bool)
         assert_close(name, logits[valid], outputs["leftpad_logits"].reshape(logits.shape)[valid], "left padding")
 
@@ -81,8 +84,8 @@ def test_saved_tensors_equal_loaded_tensors(name, tmp_path):
     model = load(name)
     huggingface.save(model, tmp_path / "copy", shard_bytes=20_000)
     copy = huggingface.load(tmp_path / "copy")
-    assert copy.hf_config == model.hf_config
-    assert copy.dtypes == model.dtypes
+    assert copy.source.hf_config == model.source.hf_config
+    assert copy.source.dtypes == model.source.dtypes
     jax.tree.map(np.testing.assert_array_equal, copy.parameters, model.parameters)
     original, saved = Checkpoint(GOLDEN / name), Checkpoint(tmp_path / "copy")
     for key in saved.names:
@@ -94,7 +97,7 @@ def test_bigbird_with_the_random_plans_of_training():
     record = read(name)
     plans = [record.inputs[f"train_rand_attn_layer_{i}"] for i in range(3)]
     model = huggingface.load(GOLDEN / name, random_plans=plans)
-    logits = model(record.inputs["input_ids"], **record.masks)
+    logits = model.logits(record.inputs["input_ids"], **record.masks)
     valid = record.valid[0]
     assert_close(name, logits[0][valid], record.outputs["train_logits"][0][valid], "logits")
 

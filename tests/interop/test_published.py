@@ -9,12 +9,13 @@ import pytest
 from sparsejax.interop import huggingface
 from sparsejax.interop.huggingface import parity
 from sparsejax.layers import Mamba2Config
+from sparsejax.loaded import LoadedModel
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 CLAMPED = pytest.mark.parametrize("name", ["nemotron_h", "zamba2"])
 
 
-def load(name: str, tmp_path: Path, **keys) -> huggingface.Pretrained:
+def load(name: str, tmp_path: Path, **keys) -> LoadedModel:
     """Loads a golden folder with other keys in its config.json."""
     folder = Path(shutil.copytree(GOLDEN / name, tmp_path / "folder"))
     path = folder / "config.json"
@@ -26,7 +27,7 @@ def load(name: str, tmp_path: Path, **keys) -> huggingface.Pretrained:
 def test_time_step_min_is_not_a_bound(name, tmp_path):
     record = parity.read_record(GOLDEN / name)
     model = load(name, tmp_path, time_step_min=0.3)
-    logits = model(record.inputs["input_ids"], **record.masks)
+    logits = model.logits(record.inputs["input_ids"], **record.masks)
     error = parity.max_difference(logits[record.valid], record.outputs["logits"][record.valid])
     assert error <= parity.TOLERANCES[name]
 

@@ -17,7 +17,7 @@ def main(port: str, index: int, count: int, files: str) -> None:
     from sparsejax import sharding
     from sparsejax.config import ShardingConfig
     from sparsejax.data import DataConfig, load_dataset
-    from sparsejax.train.runtime import shard_batch, share_rows
+    from sparsejax.inference.evaluation import shard_batch, share_rows
 
     mesh = sharding.make_mesh(ShardingConfig(data=2, fsdp=2, tensor=1))
     dataset = load_dataset(DataConfig("text", files, 32, objective="masked"))

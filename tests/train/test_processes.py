@@ -11,10 +11,11 @@ import time
 import pytest
 
 from sparsejax import sharding
+from sparsejax.cli.exit_codes import VERIFICATION_FAILED
 from sparsejax.errors import InputError
 from sparsejax.signals import INTERRUPTED
 from sparsejax.train import list_steps
-from sparsejax.workdir import Workdir, read_rows
+from sparsejax.workdir import Workdir, read_json, read_rows
 from tests.messages import rejects
 from tests.train import runs
 
@@ -48,6 +49,42 @@ def test_two_processes_read_the_batches_of_one(text):
     assert {digest for _, digest in pair} == {single[1]}
 
 
+def start_pair(workdir, keys, *options):
+    """Starts two processes that train together."""
+    arguments = [f"--config={runs.RECIPE}", f"--workdir={workdir.path}", *options]
+    arguments += [f"--config.{key}={value}" for key, value in keys.items()]
+    address = f"127.0.0.1:{find_port()}"
+    return [runs.start("train", *arguments, f"--distributed={address},{index}/2") for index in range(2)]
+
+
+LEAKING = """
+import dataclasses
+import jax.numpy as jnp
+from sparsejax import layers
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class LeakingConfig(layers.MixerConfig):
+    pass
+
+@layers.register("leaking", LeakingConfig)
+class Leaking(layers.Mixer):
+    def __call__(self, x, context=layers.EMPTY):
+        return x + jnp.roll(x, 1, axis=1)
+"""
+
+
+def test_processes_agree_on_a_failed_check(text, tmp_path):
+    """The first process checks, and both stop before the first checkpoint."""
+    workdir = Workdir(tmp_path / "two")
+    (tmp_path / "leaking.py").write_text(LEAKING)
+    keys = {"data.files": text, "model.schedule": "full", "model.layers.full.mixer.kind": "leaking"}
+    pair = start_pair(workdir, keys | {"train.check": True}, f"--import={tmp_path / 'leaking.py'}")
+    for code, _, err in [runs.finish(process) for process in pair]:
+        assert code == VERIFICATION_FAILED, err
+        assert "sparsejax: causality: the logits at position 0 change" in err
+    assert list_steps(workdir.checkpoints) == []
+
+
 def test_processes_agree_on_a_signal(text, tmp_path):
     """SIGTERM to one of them stops both within seconds, although they log once in a long time."""
     workdir = Workdir(tmp_path / "two")
@@ -57,15 +94,15 @@ def test_processes_agree_on_a_signal(text, tmp_path):
         "train.log_every": 10**6,
         "eval.every": 20,
         "checkpoint.every": 20,
+        "model.schedule": "full",
+        "train.check": True,
     }
-    arguments = [f"--config={runs.RECIPE}", f"--workdir={workdir.path}"]
-    arguments += [f"--config.{key}={value}" for key, value in keys.items()]
-    address = f"127.0.0.1:{find_port()}"
-    pair = [runs.start("train", *arguments, f"--distributed={address},{index}/2") for index in range(2)]
+    pair = start_pair(workdir, keys)
     while not (workdir.checkpoints / "20").is_dir():
         assert pair[0].poll() is None
         time.sleep(0.1)
     pair[1].send_signal(signal.SIGTERM)
+    assert [certificate["passed"] for certificate in read_json(workdir.certificate)] == [True]
     start = time.monotonic()
     (code, _, err), (second_code, _, second_err) = [runs.finish(process) for process in pair]
     assert (code, second_code) == (INTERRUPTED, INTERRUPTED), err + second_err

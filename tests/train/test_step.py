@@ -9,8 +9,9 @@ import pytest
 
 from sparsejax import config as configs
 from sparsejax import sharding
+from sparsejax.inference import build_evaluation
 from sparsejax.model import Functional
-from sparsejax.train import build_evaluation, build_optimizer, build_schedule, build_step, init_state
+from sparsejax.train import build_optimizer, build_schedule, build_step, init_state
 from tests.train import recipe
 
 SCHEDULE = "local"

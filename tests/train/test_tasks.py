@@ -13,10 +13,10 @@ from sparsejax.cli import main
 from sparsejax.data import load_dataset
 from sparsejax.data.rows import Packed
 from sparsejax.errors import InputError
+from sparsejax.inference import build_evaluation, evaluate, summarize
+from sparsejax.inference.evaluation import EvaluationSums, read_context
 from sparsejax.model import Functional
 from sparsejax.overrides import flatten
-from sparsejax.train import build_evaluation, evaluate, summarize
-from sparsejax.train.step import EvaluationSums, read_context
 from sparsejax.workdir import Workdir, read_rows
 from tests.messages import rejects
 from tests.train import recipe, runs

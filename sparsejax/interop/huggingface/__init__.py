@@ -5,6 +5,6 @@ parameters. A config.json is converted exactly or rejected: an unknown key or va
 """
 
 from sparsejax.interop.huggingface.errors import ConversionError
-from sparsejax.interop.huggingface.pretrained import Pretrained, describe, load, read_config, save
+from sparsejax.interop.huggingface.pretrained import HuggingFaceSource, describe, load, read_config, save, to_tensors
 
-__all__ = ["ConversionError", "Pretrained", "describe", "load", "read_config", "save"]
+__all__ = ["ConversionError", "HuggingFaceSource", "describe", "load", "read_config", "save", "to_tensors"]

@@ -16,7 +16,8 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 from numpy.typing import ArrayLike
 
-from sparsejax.interop.huggingface.pretrained import Parameters, Pretrained, load
+from sparsejax.interop.huggingface.pretrained import load, to_tensors
+from sparsejax.loaded import LoadedModel, Parameters
 
 # Absolute tolerances of logits, streams and losses by `model_type`, and the relative tolerance of gradient norms.
 # Reformer rounds scores of -1e5 to multiples of 1/128 in float32, so its first tokens are noisy.
@@ -45,7 +46,7 @@ class Record:
         """Positions whose outputs are defined."""
         return valid_positions(self.inputs["input_ids"], **self.masks)
 
-    def load(self) -> Pretrained:
+    def load(self) -> LoadedModel:
         """Loads the model with the recorded random numbers."""
         if "lsh_random_rotations" in self.inputs:
             return load(self.folder, lsh_rotations=self.inputs["lsh_random_rotations"])
@@ -60,7 +61,7 @@ def read_record(folder: str | Path) -> Record:
 
 
 def measure(
-    model: Pretrained, input_ids: Int[Array, "b t"], labels: Int[Array, "b t"], **masks: Int[Array, "b t"]
+    model: LoadedModel, input_ids: Int[Array, "b t"], labels: Int[Array, "b t"], **masks: Int[Array, "b t"]
 ) -> tuple[Float[Array, "b t v"], float, dict[str, np.ndarray]]:
     """Returns logits, the mean cross entropy over positions that are not masked, and its gradient by tensor.
 
@@ -73,13 +74,13 @@ def measure(
     valid = valid_positions(input_ids, **masks)
 
     def run(parameters: Parameters) -> tuple[Array, Array]:
-        logits = model.logits(parameters, input_ids, **masks)
+        logits = model.logits(input_ids, parameters=parameters, **masks)
         losses = -jnp.take_along_axis(jax.nn.log_softmax(logits), jnp.asarray(labels)[..., None], axis=-1)[..., 0]
         return jnp.where(valid, losses, 0).sum() / valid.sum(), logits
 
     compiled = jax.jit(jax.value_and_grad(run, has_aux=True))
     (loss, logits), gradient = compiled(model.parameters)
-    return logits, float(loss), model.tensors(gradient)
+    return logits, float(loss), to_tensors(model, gradient)
 
 
 def valid_positions(

@@ -12,9 +12,9 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
-from jaxtyping import Array
 
 from sparsejax.config import ModelConfig
+from sparsejax.data.tokenizers import HuggingFace, Tokenizer, load_tokenizer
 from sparsejax.errors import InputError
 from sparsejax.interop.huggingface import checkpoint
 from sparsejax.interop.huggingface.assembly import assemble, disassemble
@@ -23,8 +23,8 @@ from sparsejax.interop.huggingface.errors import ConversionError
 from sparsejax.interop.huggingface.families import FAMILIES
 from sparsejax.interop.huggingface.fields import Fields
 from sparsejax.interop.huggingface.translation import Translation
-from sparsejax.layers import Context, Extras, Tokens
-from sparsejax.loaded import LoadedModel, Parameters
+from sparsejax.layers import Extras
+from sparsejax.loaded import LoadedModel, Parameters, Source
 from sparsejax.model import Functional, check_parameters
 from sparsejax.paths import local_path
 from sparsejax.patterns import Pattern
@@ -32,85 +32,83 @@ from sparsejax.patterns import Pattern
 DEFAULT_LENGTH = 4096  # of models without a maximum length
 
 
-class Pretrained(LoadedModel):
-    """A loaded model; `model(input_ids, attention_mask=None, ...)` returns logits.
+TOKENIZERS = ("tokenizer.json", "tokenizer.model")
+GENERATION = "generation_config.json"
+
+
+@dataclasses.dataclass
+class HuggingFaceSource(Source):
+    """The folder from which a model was loaded.
 
     Attributes:
-      hf_config: The config.json.
-      config: The configuration of the model. It may be changed, unless it depends on the sequence length (BigBird,
-        Reformer); `save` then requires the same change in `hf_config`.
-      parameters: Nested dicts of float32 arrays, for `Functional(config)`.
+      hf_config: The config.json. A changed `config` of the model needs the same change here before `save`.
+      translation: What it describes.
       dtypes: Dtype in which each tensor is stored.
       unused: Tensors that the model does not use, such as another head; `save` writes them back.
+      options: Options of the family.
       ignored: Keys of config.json that `load` was told to ignore, so that the model may differ from the original.
+      folder: The folder.
     """
 
-    def __init__(
-        self,
-        hf_config: dict[str, Any],
-        translation: Translation,
-        parameters: Parameters,
-        dtypes: dict[str, np.dtype],
-        unused: dict[str, np.ndarray],
-        options: dict[str, Any],
-        ignored: tuple[str, ...],
-    ):
-        super().__init__(translation.model, parameters)
-        self.hf_config, self.kind, self.masks = hf_config, f"a {hf_config['model_type']} model", translation.keywords
-        self.dtypes, self.unused, self.ignored = dtypes, unused, ignored
-        self._translation, self._options = translation, options
+    hf_config: dict[str, Any] = dataclasses.field(kw_only=True)
+    translation: Translation = dataclasses.field(kw_only=True)
+    dtypes: dict[str, np.dtype] = dataclasses.field(kw_only=True)
+    unused: dict[str, np.ndarray] = dataclasses.field(kw_only=True)
+    options: dict[str, Any] = dataclasses.field(kw_only=True)
+    ignored: tuple[str, ...] = dataclasses.field(kw_only=True)
+    folder: Path = dataclasses.field(kw_only=True)
 
-    def tensors(self, parameters: Parameters | None = None) -> dict[str, np.ndarray]:
-        """Returns `parameters`, or any tree of the same structure such as gradients, as tensors of the checkpoint."""
-        parameters = self.parameters if parameters is None else parameters
-        check_parameters(parameters, self._build(self._translation.model).shapes)
-        return disassemble(self._translation.tensor_maps, parameters, self._translation.model.fold)
+    def load_tokenizer(self) -> Tokenizer:
+        """Loads the tokenizer of the folder, or the one that `load` names.
 
-    def _prepare(
-        self, input_ids: Any, attention_mask: Any, other_masks: dict[str, Any]
-    ) -> tuple[Functional, Array, Context]:
-        tokens, masks = self._check(input_ids, {"attention_mask": attention_mask} | other_masks)
-        config, multiple = self.config, 1
-        if self._translation.at_length is not None:
-            if config != self._translation.model:
-                kind = self.hf_config["model_type"]
-                raise InputError("config", f"a {kind} model builds it for each length; change config.json and reload")
-            config, multiple = self._translation.at_length(tokens.shape[1])
-        tokens, masks = self._pad(tokens, masks, multiple)
-        return self._build(config), jnp.asarray(tokens, jnp.int32), self._make_context(masks)
+        Raises:
+          InputError: The folder has no tokenizer.json or tokenizer.model.
+        """
+        name = self.data.get("tokenizer")
+        if name is None:
+            problem = f"{self.folder} has neither {' nor '.join(TOKENIZERS)}; name a tokenizer, or use token ids"
+            raise InputError("tokenizer", problem)
+        return load_tokenizer(name, (), "", self.folder)
 
-    def _decoder(self) -> Functional:
-        if self._translation.at_length is not None:
-            raise InputError("generate", f"{self.kind} is built for each length, and cannot decode token by token")
-        return super()._decoder()
+    def at_length(self, config: ModelConfig, length: int) -> tuple[ModelConfig, int]:
+        """Returns the configuration for a length, and the multiple to which sequences are padded."""
+        if self.translation.at_length is None:
+            return config, 1
+        if config != self.translation.model:
+            raise InputError("config", f"{self.kind} builds it for each length; change config.json and reload")
+        return self.translation.at_length(length)
 
-    def _pad(
-        self, tokens: np.ndarray, masks: dict[str, np.ndarray], multiple: int
-    ) -> tuple[np.ndarray, dict[str, np.ndarray]]:
-        """Pads sequences to a multiple that the family requires, and masks the padding."""
-        gap = -tokens.shape[1] % multiple
-        if not gap:
-            return tokens, masks
-        masks = {"attention_mask": np.ones_like(tokens)} | masks
-        masks = {name: np.pad(mask, ((0, 0), (0, gap))) for name, mask in masks.items()}
-        padding = self.hf_config.get("pad_token_id") or 0
-        return np.pad(tokens, ((0, 0), (0, gap)), constant_values=padding), masks
+    @property
+    def is_built_per_length(self) -> bool:
+        """Whether `at_length` depends on the length."""
+        return self.translation.at_length is not None
 
-    def _make_context(self, masks: dict[str, np.ndarray]) -> Context:
-        mask, is_global = masks.get("attention_mask"), masks.get("global_attention_mask")
-        positions, rotations = None, self._translation.rotations
-        if is_global is not None:
-            is_global = is_global if mask is None else is_global * mask
-            count = int(is_global.sum(axis=1).max())
-            width = 1 << (count - 1).bit_length() if count else 0  # few distinct shapes, hence few compilations
-            rows = [np.flatnonzero(row) for row in is_global]
-            padded = [np.pad(row, (0, width - len(row)), constant_values=-1) for row in rows]
-            positions = np.stack(padded).astype(np.int32)
-        extras = Extras(
-            globals=None if positions is None or not positions.size else jnp.asarray(positions),
-            rotations=None if rotations is None else jnp.asarray(rotations, jnp.float32),
-        )
-        return Context(Tokens(mask=None if mask is None or mask.all() else jnp.asarray(mask, bool)), extras)
+    @property
+    def extras(self) -> Extras:
+        """The hash rotations of Reformer, if they were recorded."""
+        rotations = self.translation.rotations
+        return Extras(rotations=None if rotations is None else jnp.asarray(rotations, jnp.float32))
+
+    @property
+    def padding(self) -> int:
+        """Id of padding."""
+        return self.hf_config.get("pad_token_id") or 0
+
+    def prefix(self, tokenizer: Tokenizer) -> tuple[int, ...]:
+        """Ids that the tokenizer writes before every text, such as <s>."""
+        return tokenizer.find_prefix() if isinstance(tokenizer, HuggingFace) else ()
+
+    def ends(self, tokenizer: Tokenizer | None) -> tuple[int, ...]:
+        """The `eos_token_id` of generation_config.json or config.json; else the separator of the tokenizer."""
+        path = self.folder / GENERATION
+        recorded = checkpoint.read_object(path) if path.exists() else {}
+        ends = recorded.get("eos_token_id", self.hf_config.get("eos_token_id"))
+        if ends is None:
+            return super().ends(tokenizer)
+        ends = ends if isinstance(ends, list) else [ends]
+        if not all(type(end) is int for end in ends):
+            raise ConversionError(f"{path}: eos_token_id", f"{json.dumps(ends)}: expected integers")
+        return tuple(ends)
 
 
 def read_config(path: str | Path, ignore: Collection[str] = ()) -> Translation:
@@ -139,28 +137,42 @@ def describe(path: str | Path, length: int | None = None, ignore: Collection[str
     """
     hf_config, file = _read_json(path)
     translation = _translate(hf_config, file, ignore)
-    hf_config = hf_config | (hf_config.get("text_config") or {})
-    if length is None:
-        key = next((key for key in ("max_position_embeddings", "model_max_length") if hf_config.get(key)), None)
-        length = DEFAULT_LENGTH if key is None else hf_config[key]
-        if type(length) is not int or length < 1:
-            raise ConversionError(f"{file}: {key}", f"{json.dumps(length)}: expected a positive integer")
-        # Positions of RoBERTa start after the padding index.
-        padding = translation.model.embedding.padding
-        length -= 0 if padding is None else padding + 1
+    length = _read_length(hf_config, file, translation) if length is None else length
     model = translation.model if translation.at_length is None else translation.at_length(length)[0]
+    hf_config = hf_config | (hf_config.get("text_config") or {})
     dtype = hf_config.get("dtype") or hf_config.get("torch_dtype") or "float32"
     # float16 has the size of bfloat16.
     return dataclasses.replace(model, dtype="float32" if dtype == "float32" else "bfloat16"), length
 
 
-def load(folder: str | Path, *, mesh: Mesh | None = None, ignore: Collection[str] = (), **options: Any) -> Pretrained:
+def _read_length(hf_config: dict[str, Any], file: str, translation: Translation) -> int:
+    """Returns the maximum length of a model."""
+    hf_config = hf_config | (hf_config.get("text_config") or {})
+    key = next((key for key in ("max_position_embeddings", "model_max_length") if hf_config.get(key)), None)
+    length = DEFAULT_LENGTH if key is None else hf_config[key]
+    if type(length) is not int or length < 1:
+        raise ConversionError(f"{file}: {key}", f"{json.dumps(length)}: expected a positive integer")
+    # Positions of RoBERTa start after the padding index.
+    padding = translation.model.embedding.padding
+    return length - (0 if padding is None else padding + 1)
+
+
+def load(
+    folder: str | Path,
+    *,
+    tokenizer: str | None = None,
+    mesh: Mesh | None = None,
+    ignore: Collection[str] = (),
+    **options: Any,
+) -> LoadedModel:
     """Loads the model of a folder with config.json and safetensors, to compute in float32.
 
     Args:
       folder: The folder.
+      tokenizer: "bytes", or a file, instead of tokenizer.json or tokenizer.model of the folder.
       mesh: Shards parameters over this mesh by `sharding.RULES`, one at a time.
-      ignore: Keys of config.json to leave out, as if the file did not have them; `Pretrained.ignored` records them.
+      ignore: Keys of config.json to leave out, as if the file did not have them; `HuggingFaceSource.ignored` records
+        them.
       **options: Options of a family: `random_plans` (BigBird: random key tiles of the inner query tiles per layer, int
         [h, tiles - 2, r]), `lsh_rotations` (Reformer: float [h, d, hashes, buckets / 2]).
 
@@ -174,26 +186,65 @@ def load(folder: str | Path, *, mesh: Mesh | None = None, ignore: Collection[str
         method = quantization.get("quant_method", "unknown") if isinstance(quantization, dict) else quantization
         problem = f"the weights are quantized ({method}); convert them to bfloat16 first"
         raise ConversionError(f"{file}: quantization_config", problem)
-    parts = assemble(Checkpoint(local_path(folder)), translation, mesh)
-    return Pretrained(hf_config, translation, *parts, options, tuple(ignore))
+    path = local_path(folder)
+    parameters, dtypes, unused = assemble(Checkpoint(path), translation, mesh)
+    files = [str(path / name) for name in TOKENIZERS if (path / name).is_file()]
+    name = files[0] if tokenizer is None and files else tokenizer
+    source = HuggingFaceSource(
+        kind=f"a {hf_config['model_type']} model",
+        masks=translation.keywords,
+        length=min(_read_length(hf_config, file, translation), DEFAULT_LENGTH),
+        data={} if name is None else {"tokenizer": name},
+        hf_config=hf_config,
+        translation=translation,
+        dtypes=dtypes,
+        unused=unused,
+        options=options,
+        ignored=tuple(ignore),
+        folder=path,
+    )
+    return LoadedModel(translation.model, parameters, source)
 
 
-def save(model: Pretrained, folder: str | Path, shard_bytes: int = checkpoint.SHARD_BYTES) -> None:
+def to_tensors(model: LoadedModel, parameters: Parameters | None = None) -> dict[str, np.ndarray]:
+    """Returns the parameters of a loaded model as tensors of its checkpoint.
+
+    Args:
+      model: A model that `load` returned.
+      parameters: Other parameters, or any tree of the same structure, such as gradients.
+
+    Raises:
+      InputError: The model is not from a Hugging Face folder, or a parameter is missing or of another shape.
+    """
+    translation = _source_of(model).translation
+    parameters = model.parameters if parameters is None else parameters
+    check_parameters(parameters, Functional(translation.model).shapes)
+    return disassemble(translation.tensor_maps, parameters, translation.model.fold)
+
+
+def save(model: LoadedModel, folder: str | Path, shard_bytes: int = checkpoint.SHARD_BYTES) -> None:
     """Writes a loaded model as a folder in its original format and dtypes.
 
     Raises:
-      ConversionError: The folder exists already, or cannot be written; or `hf_config` describes another model than
-        `config`, which the folder would give when loaded.
-      InputError: A parameter is missing, or of another shape.
+      ConversionError: The folder exists already, or cannot be written; or `source.hf_config` describes another model
+        than `config`, which the folder would give when loaded.
+      InputError: The model is not from a Hugging Face folder, or a parameter is missing or of another shape.
     """
-    described = _translate(model.hf_config, checkpoint.CONFIG, model.ignored, **model._options).model
+    source = _source_of(model)
+    described = _translate(source.hf_config, checkpoint.CONFIG, source.ignored, **source.options).model
     difference = _find_difference(described, model.config)
     if difference is not None:
         path, written, held = difference
-        problem = f"config.json describes {written!r}, but the model has {held!r}; change hf_config too"
+        problem = f"config.json describes {written!r}, but the model has {held!r}; change source.hf_config too"
         raise ConversionError(f"config.{path}", problem)
-    tensors = {name: tensor.astype(model.dtypes[name]) for name, tensor in model.tensors().items()}
-    checkpoint.write(local_path(folder), model.hf_config, tensors | model.unused, shard_bytes)
+    tensors = {name: tensor.astype(source.dtypes[name]) for name, tensor in to_tensors(model).items()}
+    checkpoint.write(local_path(folder), source.hf_config, tensors | source.unused, shard_bytes)
+
+
+def _source_of(model: LoadedModel) -> HuggingFaceSource:
+    if not isinstance(model.source, HuggingFaceSource):
+        raise InputError("model", "was not loaded from a Hugging Face folder")
+    return model.source
 
 
 def _find_difference(first: Any, second: Any, path: tuple[str, ...] = ()) -> tuple[str, Any, Any] | None:

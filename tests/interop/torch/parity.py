@@ -24,6 +24,7 @@ from benchmarks.harness import OtherProcess, pin_cores, print_rows
 from sparsejax.interop import huggingface
 from sparsejax.interop.huggingface import parity
 from sparsejax.interop.huggingface.checkpoint import Checkpoint
+from sparsejax.loaded import LoadedModel
 from tests.interop.torch.random_models import FAMILIES, Case, draw_case
 
 WORKER = "tests.interop.torch.reference"
@@ -89,7 +90,7 @@ def read_options(case: Case, expected: dict[str, np.ndarray]) -> dict[str, objec
     return {"lsh_rotations": drawn[0]} if drawn else {}
 
 
-def find_stream(case: Case, model: huggingface.Pretrained, expected: dict[str, np.ndarray], tolerance: float) -> str:
+def find_stream(case: Case, model: LoadedModel, expected: dict[str, np.ndarray], tolerance: float) -> str:
     """Describes the first residual stream that differs."""
     valid = case.inputs["attention_mask"].astype(bool)
     masks = {key: value for key, value in case.inputs.items() if key != "labels"}
@@ -103,13 +104,13 @@ def find_stream(case: Case, model: huggingface.Pretrained, expected: dict[str, n
     return "but not the streams"
 
 
-def check_saving(model: huggingface.Pretrained, folder: Path, options: dict[str, object]) -> str:
+def check_saving(model: LoadedModel, folder: Path, options: dict[str, object]) -> str:
     """Describes the difference between a model and its saved copy; empty if there is none."""
     copy = folder.with_name("copy")
     huggingface.save(model, copy, shard_bytes=10_000)
     loaded = huggingface.load(copy, **options)
     equal = jax.tree.map(np.array_equal, model.parameters, loaded.parameters)
-    if loaded.hf_config != model.hf_config or not all(jax.tree.leaves(equal)):
+    if loaded.source.hf_config != model.source.hf_config or not all(jax.tree.leaves(equal)):
         return "the saved model differs when it is loaded"
     saved, original = Checkpoint(copy), Checkpoint(folder)
     if sorted(saved.names) != sorted(original.names):

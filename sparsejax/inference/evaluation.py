@@ -2,17 +2,108 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import math
 from collections.abc import Callable, Iterable
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, NotRequired, TypedDict
 
 import jax
+import jax.numpy as jnp
 import numpy as np
+import optax
+from jax.sharding import Mesh
+from jaxtyping import Array, Float, Int
 
-from sparsejax import metrics
-from sparsejax.data import Dataset
-from sparsejax.train.step import DeviceBatch, EvaluationSums
+from sparsejax import metrics, sharding
+from sparsejax.data import Batch, Dataset
+from sparsejax.data.dataset import Sharing
+from sparsejax.layers import EMPTY, Context, Extras, Tokens
+from sparsejax.model import Functional
+
+
+class DeviceBatch(TypedDict):
+    """A `data.Batch` on the mesh."""
+
+    inputs: Int[Array, "b t"]
+    targets: Int[Array, "b t"]
+    weights: Float[Array, "b t"]
+    segments: NotRequired[Int[Array, "b t"]]
+    positions: NotRequired[Int[Array, "b t"]]
+    distance: NotRequired[Int[Array, "b t"]]
+
+
+class AccuracySums(NamedTuple):
+    """Sums over a batch for the accuracy.
+
+    Attributes:
+      correct: Weights of correct predictions by position, float32 [t].
+      rows: Number of rows whose scored tokens are all correct, and of rows with scored tokens, [2].
+      by_distance: Weights of correct and of scored tokens by distance of the answer, float32 [2, t + 1]; at 0 where the
+        distance is unknown.
+    """
+
+    correct: Array
+    rows: Array
+    by_distance: Array
+
+
+class EvaluationSums(NamedTuple):
+    """Sums over a batch.
+
+    Attributes:
+      losses: Loss by position in the document, float32 [t].
+      weights: Weights of the scored tokens by position, float32 [t].
+      accuracy: None if accuracy is not scored.
+    """
+
+    losses: Array
+    weights: Array
+    accuracy: AccuracySums | None = None
+
+
+def token_losses(
+    logits: Float[Array, "b t v"], targets: Int[Array, "b t"], weights: Float[Array, "b t"]
+) -> Float[Array, "b t"]:
+    """Returns the weighted negative log-likelihood of each target, in nats."""
+    return optax.softmax_cross_entropy_with_integer_labels(logits, targets) * weights
+
+
+def build_evaluation(
+    model: Functional, mesh: Mesh, score_accuracy: bool = False, extras: Extras = EMPTY.extras
+) -> Callable[[dict[str, Any], DeviceBatch], EvaluationSums]:
+    """Compiles the evaluation of a batch, a function of parameters and batch; `extras` are inputs of modules."""
+    constrain = sharding.constrain_batch(mesh)
+
+    def evaluate(parameters: dict[str, Any], batch: DeviceBatch) -> EvaluationSums:
+        context = dataclasses.replace(read_context(batch), extras=extras)
+        logits, *_ = model.bind(parameters).forward(batch["inputs"], context, constrain)
+        weights, length = batch["weights"], batch["weights"].shape[1]
+
+        def sum_by(indices: Array | None, x: Array, size: int) -> Array:
+            return x.sum(0) if indices is None else jnp.zeros(size).at[indices].add(x)
+
+        positions = batch.get("positions")
+        losses = sum_by(positions, token_losses(logits, batch["targets"], weights), length)
+        sums = EvaluationSums(losses, sum_by(positions, weights, length))
+        if not score_accuracy:
+            return sums
+        correct = weights * (logits.argmax(-1) == batch["targets"])
+        is_scored = weights.sum(1) > 0
+        rows = jnp.stack([(is_scored & (correct.sum(1) == weights.sum(1))).sum(), is_scored.sum()])
+        distance = batch.get("distance", jnp.zeros_like(batch["targets"]))
+        by_distance = jnp.stack([sum_by(distance, x, length + 1) for x in (correct, weights)])
+        return sums._replace(accuracy=AccuracySums(sum_by(positions, correct, length), rows, by_distance))
+
+    return jax.jit(evaluate)
+
+
+def read_context(batch: DeviceBatch) -> Context:
+    """Returns the document and the position of each token of packed documents; EMPTY for other batches."""
+    if "segments" not in batch:
+        return EMPTY
+    segments = batch["segments"]
+    return Context(Tokens(segments=segments, mask=segments > 0, positions=batch["positions"]))
 
 
 class Accuracy(NamedTuple):
@@ -60,6 +151,11 @@ class Evaluation(NamedTuple):
         """Loss in bits per token."""
         return self.loss / math.log(2)
 
+    @property
+    def perplexity(self) -> float:
+        """Exponential of the loss, per token."""
+        return math.exp(min(self.loss, 700.0))  # below the overflow of float64
+
     def position_bins(self) -> list[tuple[int, int, float]]:
         """Returns the bits per token at positions `[start, stop)`, in bins that double, without empty bins.
 
@@ -101,6 +197,30 @@ def evaluate(
         accuracy = Accuracy(float(correct.sum() / total), float(exact / rows), np.asarray(by_distance))
     by_position, weights = np.asarray(sums.losses / np.maximum(sums.weights, 1)), np.asarray(sums.weights)
     return Evaluation(float(sums.losses.sum() / total), by_position, int(total), weights, accuracy)
+
+
+def evaluate_on(
+    mesh: Mesh,
+    run: Callable[[dict[str, Any], DeviceBatch], EvaluationSums],
+    parameters: dict[str, Any],
+    batches: Iterable[Batch],
+    before_batch: Callable[[], None] = lambda: None,
+) -> Evaluation:
+    """Evaluates like `evaluate`, on batches that are sharded over a mesh."""
+    with jax.set_mesh(mesh):  # kernels are sharded over it
+        return evaluate(run, parameters, (shard_batch(batch, mesh) for batch in batches), before_batch)
+
+
+def share_rows(mesh: Mesh, rows: int) -> Sharing:
+    """Returns the share of this process in global batches of `rows` rows."""
+    index, count = sharding.local_rows(mesh, rows)
+    return Sharing(process_index=index, process_count=count)
+
+
+def shard_batch(batch: Batch, mesh: Mesh) -> DeviceBatch:
+    """Shards a global batch over the mesh, given this process's share of its rows."""
+    placement = sharding.batch_sharding(mesh)
+    return jax.tree.map(lambda rows: jax.make_array_from_process_local_data(placement, rows), batch)
 
 
 def summarize(evaluation: Evaluation, dataset: Dataset) -> dict[str, float]:
