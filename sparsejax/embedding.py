@@ -108,7 +108,8 @@ class Head(nnx.Module):
         x = normalize(self.norm, x)
         weight = embedding.T if self.weight is None else self.weight[...]
         # Multiplied in the dtype of the stream, but accumulated in float32: rounded logits would affect the loss.
-        logits = jnp.matmul(x, weight.astype(self.dtype), preferred_element_type=jnp.float32)
+        dtype = jnp.promote_types(self.dtype, jnp.float32)
+        logits = jnp.matmul(x, weight.astype(self.dtype), preferred_element_type=dtype)
         logits = logits if self.bias is None else logits + self.bias[...]
         logits = logits if self.config.scale == 1 else logits * self.config.scale
         softcap = self.config.softcap

@@ -22,7 +22,7 @@ from sparsejax.loaded import LoadedModel, Parameters, Source
 from sparsejax.metrics import EVAL_LOSS
 from sparsejax.model import Functional
 from sparsejax.train import CheckpointError, plan_phases
-from sparsejax.train.checkpoint import describe_damage, list_steps, read_meta
+from sparsejax.train.checkpoint import compare_checksums, describe_damage, list_steps, read_meta
 from sparsejax.workdir import SweepFolder, Workdir, read_json, read_rows
 
 Step = int | Literal["last", "best"]
@@ -169,6 +169,7 @@ def _read_parameters(folder: Path, model: Functional, mesh: Mesh | None) -> Para
     arguments = functools.partial(
         ocp.args.PyTreeRestore, restore_args=ocp.checkpoint_utils.construct_restore_args(item)
     )
+    compare_checksums(folder)
     try:
         with ocp.PyTreeCheckpointer() as checkpointer:
             state = checkpointer.restore((folder / "state").absolute(), args=arguments(item, partial_restore=True))

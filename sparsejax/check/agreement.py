@@ -65,7 +65,8 @@ def _decode(subject: Subject, tokens: np.ndarray, logits: np.ndarray) -> Finding
         subject.jit(decode)(subject.parameters, jnp.asarray(padded, jnp.int32), prompts, chunks)
     )
     decoded = np.full((len(prompts), *logits.shape[1:]), np.nan, logits.dtype)
-    for at, y, counts in [(*prompt, prompts), *zip(*parts, chunks, strict=True), *((*step, 1) for step in zip(*steps))]:
+    calls = [(*prompt, prompts), *zip(*parts, chunks, strict=True), *zip(*steps, [1] * length, strict=True)]
+    for at, y, counts in calls:
         for row, count in enumerate(np.broadcast_to(counts, len(prompts))):
             part = decoded[row, at[row] : at[row] + count]
             part[:] = y[row, : len(part)]

@@ -9,6 +9,7 @@ import math
 import os
 import re
 import shutil
+import zlib
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -23,10 +24,13 @@ from sparsejax.config import CheckpointConfig
 from sparsejax.errors import InputError
 from sparsejax.records import parse_json
 from sparsejax.train.state import TrainState
+from sparsejax.workdir import read_json, write_json
 
 # A save needs this multiple of the size of the arrays, plus a margin for many small files.
 SIZE_FACTOR = 1.2
 SIZE_MARGIN = 2**20  # bytes
+CHECKSUMS = "checksums.json"  # CRC-32 by file, in the folder of a checkpoint
+REMEDY = "delete the folder of the step to resume from the previous checkpoint"
 
 
 class CheckpointError(InputError):
@@ -70,7 +74,9 @@ class Checkpoints:
         options = ocp.CheckpointManagerOptions(
             cleanup_tmp_directories=True,
             # Else threads wait for a folder that cannot be made, and the process does not end for minutes.
-            async_options=ocp.AsyncOptions(create_directories_asynchronously=False),
+            async_options=ocp.AsyncOptions(
+                create_directories_asynchronously=False, post_finalization_callback=self._write_checksums
+            ),
         )
         handlers = {
             "state": ocp.StandardCheckpointHandler(),
@@ -131,6 +137,11 @@ class Checkpoints:
         """Sets the evaluation loss of a checkpoint; `keep_best` ignores checkpoints without one."""
         self._losses[step] = loss
 
+    def _write_checksums(self) -> None:
+        """Writes the checksums of the checkpoint whose files are complete, before it gets its name."""
+        for folder in self.folder.glob(f"*{ocp.utils.TMP_DIR_SUFFIX}*"):
+            write_json(folder / CHECKSUMS, _checksums(folder))
+
     def _prune(self) -> None:
         """Waits for the last save, and deletes the checkpoints that are not kept."""
         self._manager.wait_until_finished()
@@ -163,6 +174,7 @@ class Checkpoints:
                 "data.files",
                 f"the digest of the text is {self.meta['corpus']}, but that of the text of {path} is {meta['corpus']}",
             )
+        compare_checksums(path)
         try:
             items = self._manager.restore(
                 step,
@@ -181,6 +193,7 @@ def list_steps(folder: Path) -> list[int]:
 
 def read_arrays(folder: Path, step: int) -> dict[str, np.ndarray]:
     """Reads all arrays of a checkpoint by path, such as `parameters.embedding`."""
+    compare_checksums(folder / str(step))
     with ocp.StandardCheckpointer() as checkpointer:
         tree = checkpointer.restore((folder / str(step) / "state").absolute())
     return {_join(path): np.asarray(leaf) for path, leaf in jax.tree.leaves_with_path(tree)}
@@ -196,7 +209,40 @@ def read_meta(folder: Path) -> dict[str, Any]:
 
 def read_iterator(folder: Path, step: int) -> dict[str, Any]:
     """Reads the state of the data iterator of a checkpoint."""
+    compare_checksums(folder / str(step))
     return json.loads((folder / str(step) / "data" / "metadata").read_text())
+
+
+def compare_checksums(folder: Path) -> None:
+    """Compares the files of a checkpoint with their checksums; checkpoints of older versions have none.
+
+    Arrays are compressed without a checksum, so that a damaged byte could otherwise change a number unnoticed.
+
+    Raises:
+      CheckpointError: A file is missing, unknown or damaged.
+    """
+    if not (folder / CHECKSUMS).exists():
+        return
+    try:
+        recorded, actual = read_json(folder / CHECKSUMS, {...: int}), _checksums(folder)
+    except (OSError, InputError) as error:  # such as a folder that a run replaces
+        raise CheckpointError(folder, describe_damage(error)) from error
+    for name in [*recorded, *actual]:
+        if recorded.get(name) != actual.get(name):
+            raise CheckpointError(folder, f"damaged checkpoint: {name} differs from {CHECKSUMS}; {REMEDY}")
+
+
+def _checksums(folder: Path) -> dict[str, int]:
+    paths = sorted(path for path in folder.glob("*/**/*") if path.is_file())  # the library changes files beside them
+    return {path.relative_to(folder).as_posix(): _checksum(path) for path in paths}
+
+
+def _checksum(path: Path) -> int:
+    checksum = 0
+    with path.open("rb") as file:
+        while block := file.read(2**22):
+            checksum = zlib.crc32(block, checksum)
+    return checksum
 
 
 def _rank(loss: float | None) -> float:
@@ -256,7 +302,7 @@ def _first_line(error: Exception) -> str:
 
 
 def _damaged(path: Path, error: Exception) -> CheckpointError:
-    return CheckpointError(path, f"{describe_damage(error)}; delete the folder to resume from the previous checkpoint")
+    return CheckpointError(path, f"{describe_damage(error)}; {REMEDY}")
 
 
 def _require_space(folder: Path, size: int) -> None:

@@ -2,18 +2,23 @@
 
 import dataclasses
 import json
+from pathlib import Path
 
+import jax
 import jax.numpy as jnp
 import pytest
 from flax import nnx
 
-from sparsejax import cli, layers
+from sparsejax import cli, layers, patterns
 from sparsejax import config as configs
-from sparsejax.check import CheckFailed, check_model
+from sparsejax.check import CheckFailed, check_mixer, check_model
 from sparsejax.check.reduce import MAX_PARAMETERS, choose_length, reduce
+from sparsejax.errors import InputError
 from sparsejax.model import Functional
 from sparsejax.workdir import Workdir, write_json
 from tests.check.models import MIXERS, build
+
+GOLDEN = Path(__file__).parents[1] / "golden"
 
 
 @pytest.mark.parametrize(
@@ -34,51 +39,102 @@ def test_no_false_alarm(mixer):
     }
 
 
-class Stateless(layers.Mixer):
-    """A mixer of users: a mean over positions that `weigh` selects."""
+def register(kind, mix, **members):
+    """Registers a mixer `mix` of the stream, followed by a linear map; `members` are those of its config."""
+    config = dataclasses.make_dataclass(f"{kind.title()}Config", [], bases=(layers.MixerConfig,), frozen=True)
+    for name, value in members.items():
+        setattr(config, name, value)
 
-    def __init__(self, config, stream, rngs):
-        super().__init__(config, stream, rngs)
-        self.out = nnx.Param(jnp.eye(stream.width))
+    class Mixer(layers.Mixer):
+        def __init__(self, config, stream, rngs):
+            super().__init__(config, stream, rngs)
+            self.out = nnx.Param(jnp.eye(stream.width))
 
-    def __call__(self, x, context=layers.EMPTY):
-        return self.mix(x) @ self.out[...]
+        def __call__(self, x, context=layers.EMPTY):
+            return mix(x) @ self.out[...]
 
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class CircularConfig(layers.MixerConfig):
-    pass
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class ForgetfulConfig(layers.MixerConfig):
-    pass
+    layers.register(kind, config)(Mixer)
+    return config()
 
 
-@pytest.fixture
-def leaking(registries):
-    @layers.register("circular", CircularConfig)
-    class Circular(Stateless):
-        def mix(self, x):
-            return x + jnp.roll(x, 1, axis=1)
-
-    @layers.register("forgetful", ForgetfulConfig)
-    class Forgetful(Stateless):
-        def mix(self, x):
-            return jnp.cumsum(x, axis=1) / jnp.arange(1, x.shape[1] + 1)[:, None]
+def round_off(x):
+    """The input, rounded by the sum over all positions."""
+    total = jax.lax.optimization_barrier(x.sum(axis=1, keepdims=True))
+    return (x + total) - total
 
 
-@pytest.mark.parametrize(
-    ("kind", "message"),
-    [
-        ("circular", r"causality: the logits at position 0 change by up to \d.* with the tokens from position \d+ on"),
-        ("forgetful", r"documents: other tokens in document 1 change the logits at position \d+ .*tokens\.segments"),
-    ],
-)
-def test_a_leaking_mixer_is_refused_with_its_position(leaking, kind, message):
+def average(x):
+    return jnp.cumsum(x, axis=1) / jnp.arange(1, x.shape[1] + 1)[:, None]
+
+
+FUTURE = r"causality: the logits at position 0 change by up to \d.* with the tokens from position \d+ on"
+DOCUMENT = r"documents: other tokens in document 1 change the logits at position \d+ .*tokens\.segments"
+LEAKS = {
+    "circular": (lambda x: x + jnp.roll(x, 1, axis=1), FUTURE),
+    "centered": (lambda x: x - x.mean(axis=1, keepdims=True), FUTURE),
+    "faint": (lambda x: round_off(x) + 1e-9 * jnp.roll(x, -1, axis=1), FUTURE),
+    "forgetful": (average, DOCUMENT),
+}
+
+
+@pytest.mark.parametrize("kind", LEAKS)
+def test_a_leaking_mixer_is_refused_with_its_position(registries, kind):
+    mix, message = LEAKS[kind]
+    config = register(kind, mix)
     certificate = check_model(build({"kind": kind}), 24)
     with pytest.raises(CheckFailed, match=message):
         certificate.require()
+    with pytest.raises(CheckFailed, match=message):
+        check_mixer(config, 24)
+
+
+def test_a_program_that_is_exact_but_not_bitwise_passes(registries):
+    register("rounding", round_off, connectivity=patterns.Window(0))
+    certificate = check_model(build({"kind": "rounding"}), 24)
+    findings = {finding.name: finding for finding in certificate.findings}
+    assert findings["causality"].passed
+    assert "in float64 to 1e-12" in findings["causality"].detail
+
+
+def test_a_declared_leak_is_named(registries):
+    register("sorted", average, leaks="later tokens move the borders")
+    with pytest.raises(InputError, match="allow_leaks"):
+        build({"kind": "sorted"})
+    certificate = check_model(build({"kind": "sorted"}, allow_leaks=True), 24)
+    finding = next(finding for finding in certificate.findings if finding.name == "causality")
+    assert finding.passed is None
+    assert finding.detail == "leaks allowed: layers.mix: later tokens move the borders"
+
+
+@pytest.mark.parametrize(
+    ("fault", "message"),
+    [
+        ({"summary": ""}, "config.summary is not a text"),
+        ({"cost": lambda self, length: 1.0}, "is not a Cost"),
+        ({"__call__": lambda self, x, context=layers.EMPTY: x[:, 1:]}, r"the output is float32\[2, 24, 8\]|expected"),
+        (
+            {"extend": lambda self, x, cache, *_: (x, {"inputs": cache["inputs"][0]})},
+            r"extend changes the cache from .*inputs.* to ",
+        ),
+    ],
+    ids=["summary", "cost", "shape", "cache"],
+)
+def test_a_violated_contract_ends_the_check(registries, fault, message):
+    config = register("faulty", average, **({"summary": ""} if "summary" in fault else {}))
+    _, module = layers.MIXERS["faulty"]
+    for name, value in fault.items():
+        setattr(module, name, value)
+    with pytest.raises(CheckFailed, match=f"mixer of mixer: .*({message})"):
+        check_mixer(config, 24)
+
+
+def test_check_mixer_returns_the_certificate():
+    certificate = check_mixer(layers.ConvConfig(conv=3), 24)
+    assert certificate.passed
+    assert certificate.length == 24
+    grid = build({**MIXERS["causal"], "pattern": "bigbird(8, 2, seed=0)"}, causal=False).layers["mix"].mixer
+    with pytest.raises(InputError, match="pattern"):
+        check_mixer(grid, 23)
 
 
 def test_a_large_model_is_checked_in_a_copy():
@@ -145,3 +201,14 @@ def test_the_verb_reads_a_workdir(registries, tmp_path, monkeypatch, capsys):
     assert json.loads(capsys.readouterr().out)["length"] == 24
     assert cli.main(["check", "~/other"]) == cli.USAGE_ERROR
     assert "other is not the workdir of a run" in capsys.readouterr().err
+
+
+def test_the_verb_ignores_keys_of_a_hugging_face_config(tmp_path, capsys):
+    config = json.loads((GOLDEN / "mamba" / "config.json").read_text()) | {"unheard_of": 1}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    assert cli.main(["check", f"--hf={tmp_path}"]) == cli.USAGE_ERROR
+    assert "unheard_of" in capsys.readouterr().err
+    assert cli.main(["check", f"--hf={tmp_path}", "--ignore=unheard_of", "--length=40", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["passed"]
+    assert cli.main(["check", "--config=preset:window", "--ignore=unheard_of"]) == cli.USAGE_ERROR
+    assert "--hf" in capsys.readouterr().err

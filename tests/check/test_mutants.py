@@ -95,9 +95,7 @@ MUTANTS = {
         "ops.linear_scan", "linear_scan", "jnp.where(starts[..., None], 0, decay)", "decay", "rglru"
     ),
     "convolution across documents": Mutant("layers.conv", "ShortConv.__call__", "tokens.starts", "None", "conv"),
-    "state fed by padding": Mutant(
-        "layers.context", "Tokens.zero_padding", "self.mask is None", "True", "lightning"
-    ),
+    "state fed by padding": Mutant("layers.context", "Tokens.zero_padding", "self.mask is None", "True", "lightning"),
     # Recurrences.
     "convolution from the wrong side": Mutant(
         "ops.conv", "causal_conv", "((0, 0), (before, 0), (0, 0))", "((0, 0), (0, before), (0, 0))", "mamba"

@@ -1,0 +1,38 @@
+"""Times the prefill and `generate` of Hugging Face: `generate CONFIG PROMPT TOKENS REPETITIONS` prints JSON.
+
+The model has random weights and runs in float32.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import statistics
+import sys
+import time
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM
+
+path, prompt, generated, repetitions = sys.argv[1], *map(int, sys.argv[2:])
+torch.set_num_threads(len(os.sched_getaffinity(0)))
+torch.manual_seed(0)
+model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(path)).eval().float()
+tokens = torch.randint(0, model.config.vocab_size, (1, prompt))
+
+
+def timed(count: int) -> float:
+    start = time.perf_counter()
+    options = {"do_sample": False, "min_new_tokens": count, "max_new_tokens": count, "pad_token_id": 0}
+    with torch.inference_mode():
+        model.generate(tokens, attention_mask=torch.ones_like(tokens), **options)
+    return time.perf_counter() - start
+
+
+timed(2)
+first, whole = ([] for _ in range(2))
+for _ in range(repetitions):
+    first.append(timed(1))
+    whole.append(timed(generated + 1))
+prefill, total = statistics.median(first), statistics.median(whole)
+print(json.dumps({"prefill, s": prefill, "decoding, tokens/s": generated / (total - prefill)}))
