@@ -46,6 +46,7 @@ CONFIGS: dict[str, dict[str, Any]] = {
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Adds the options."""
     parser.add_argument("--model", choices=CONFIGS, default="mistral", help="architecture")
     parser.add_argument("--prompt", type=int, default=1024, help="tokens of the prompt")
     parser.add_argument("--cores", type=int, default=2, help="cores of each process")
@@ -53,6 +54,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(options: argparse.Namespace, save: Save) -> None:
+    """Measures, prints and saves."""
     os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[: options.cores])
     prompt, generated = (48, 4) if options.quick else (options.prompt, 128)
     repetitions = 2 if options.quick else 5
@@ -124,6 +126,7 @@ COPY = 2**28
 
 
 def make_copy():
+    """Returns a function that times a copy of `COPY` bytes."""
     source, target = np.ones(COPY, np.uint8), np.zeros(COPY, np.uint8)
     return lambda: timed(lambda: np.copyto(target, source))
 
@@ -135,15 +138,19 @@ def clock(function) -> float:
 
 
 def count_bytes(tree: Any) -> int:
+    """Bytes of arrays or shapes."""
     return sum(math.prod(x.shape) * x.dtype.itemsize for x in jax.tree.leaves(tree))
 
 
 def make_forward(model: Functional, length: int):
+    """Returns a forward pass of the prompt."""
     forward = jax.jit(lambda parameters, tokens: model.bind(parameters)(tokens)[:, -1])
     return lambda parameters, tokens, _: jax.block_until_ready(forward(parameters, tokens))
 
 
 def make_extend(model: Functional, length: int):
+    """Returns a prefill in chunks, a function of parameters and tokens, with logits and cache."""
+
     @functools.partial(jax.jit, donate_argnums=1)
     def extend(parameters, cache, tokens, position):
         return model.bind(parameters).extend(tokens, cache, jnp.full(len(tokens), position), length, last=True)
@@ -158,11 +165,13 @@ def make_extend(model: Functional, length: int):
 
 
 def make_prefill(model: Functional, length: int):
+    """Returns a prefill with the signature of the other functions."""
     prefill = make_extend(model, length)
     return lambda parameters, tokens, _: prefill(parameters, tokens)[0]
 
 
 def make_decode(model: Functional, length: int):
+    """Returns a function that prefills and returns the seconds of decoding."""
     prefill = make_extend(model, length)
 
     @functools.partial(jax.jit, donate_argnums=1, static_argnums=4)

@@ -15,7 +15,7 @@ from flax import nnx
 
 import sparsejax
 from sparsejax import config as configs
-from sparsejax import extensions, layers, patterns
+from sparsejax import extensions, layers, patterns, testing
 from sparsejax.errors import InputError
 from sparsejax.layers.mixers import make_mixer
 from sparsejax.patterns.testing import check_pattern

@@ -22,6 +22,7 @@ tokens = torch.randint(0, model.config.vocab_size, (1, prompt))
 
 
 def timed(count: int) -> float:
+    """Seconds of `generate` for `count` tokens."""
     start = time.perf_counter()
     options = {"do_sample": False, "min_new_tokens": count, "max_new_tokens": count, "pad_token_id": 0}
     with torch.inference_mode():

@@ -133,8 +133,8 @@ def check_documents(subject: Subject) -> Finding:
     hole = np.isin(np.arange(length), (0, 1, length // 2))
     tokens, other = subject.draw_tokens(2, seed=2)
     changes = [part == number for number in (1, 2, 3, 4)]
-    rows = [tokens, *(np.where(change, other, tokens) for change in changes), *[tokens] * 4]
-    rows = np.stack([*rows, np.where(hole, other, tokens)])
+    edited = [np.where(change, other, tokens) for change in changes]
+    rows = np.stack([tokens, *edited, *[tokens] * 4, np.where(hole, other, tokens)])
     packed, alone = np.where(part <= 3, part, 0), [np.where(part == number, 1, 0) for number in (1, 2, 3)]
     segments = np.stack([*[packed] * 5, *alone, *[np.ones(length, int)] * 2])
     mask = (segments > 0) & ~(hole & (np.arange(10) >= 8)[:, None])
