@@ -195,7 +195,7 @@ def test_a_faulty_mixer_is_named(fault, folder):
 
 def test_defaults_describe_a_causal_mixer(folder):
     source = (folder / "ema.py").read_text()
-    start, stop = source.index("    def init_cache"), source.index("    @property\n    def keep")
+    start, stop = source.index("    def init_cache"), source.index("    def run")
     (folder / "ema.py").write_text(source[:start] + source[stop:])
     extensions.import_source(str(folder / "ema.py"))
     config, _ = layers.MIXERS["ema"]

@@ -60,7 +60,7 @@ def _decode(subject: Subject, tokens: np.ndarray, logits: np.ndarray) -> Finding
         return prompt, parts, jax.lax.scan(lambda state, _: extend(state, None), state, length=length)[1]
 
     longest = int(prompts.max())
-    padded = np.pad(tokens[0], (0, length + longest))  # a row that has ended goes on with zeros
+    padded = np.pad(tokens[0], (0, length + longest))  # rows that have ended continue with zeros
     prompt, parts, steps = jax.device_get(
         subject.jit(decode)(subject.parameters, jnp.asarray(padded, jnp.int32), prompts, chunks)
     )

@@ -66,9 +66,9 @@ class TextStream:
     def _release(self, is_last: bool) -> str:
         if self.stopped:
             return ""
-        found = [at for stop in self._stops if (at := self._pending.find(stop)) >= 0]
-        if found:
-            self.stopped, size = True, min(found)
+        ends = [at for stop in self._stops if (at := self._pending.find(stop)) >= 0]
+        if ends:
+            self.stopped, size = True, min(ends)
         else:
             size = len(self._pending) - (0 if is_last else self._count_held())
         released, self._pending = self._pending[:size], self._pending[size:]

@@ -75,7 +75,7 @@ def test_verbs_of_a_config_share_its_options(name):
 def test_overrides_are_separated(arguments, overrides):
     others, sections = split_overrides(["first", *arguments, "--last=1"], ("config", "slurm"))
     assert others == ["first", "--last=1"]
-    assert sections == {"config": overrides, "data": {}, "slurm": {}}
+    assert sections == {"config": overrides, "slurm": {}}
 
 
 @pytest.mark.parametrize("text", ["10000", "1e4", "1_0000", "10000.0", " 10000"])

@@ -153,9 +153,9 @@ def test_texts_are_continued(model):
     first, second = model.generate(prompts, 20, seed=3)
     assert model.generate(prompts[1], 20, seed=4).text == second.text
     assert [row.text for row in model.generate(prompts[:1], 20, seed=3)] == [first.text]
-    pieces = {0: "", 1: ""}
-    again = model.generate(prompts, 20, seed=3, on_text=lambda row, text: pieces.update({row: pieces[row] + text}))
-    assert [row.text for row in again] == [first.text, second.text] == [pieces[0], pieces[1]]
+    streamed = {0: "", 1: ""}
+    again = model.generate(prompts, 20, seed=3, on_text=lambda row, text: streamed.update({row: streamed[row] + text}))
+    assert [row.text for row in again] == [first.text, second.text] == [streamed[0], streamed[1]]
 
 
 def test_a_continuation_ends_at_a_stop_string_or_an_end_token(model):

@@ -86,8 +86,8 @@ def test_a_draw_does_not_depend_on_other_rows():
     settings, positions = Sampling(top_p=0.9).as_arrays(), jnp.arange(4) + 5
     together = sample(logits, row_keys([4, 5, 6, 7]), positions, present, settings)
     for row in range(4):
-        one = slice(row, row + 1)
-        alone = sample(logits[one], row_keys([4 + row]), positions[one], present[one], settings)
+        rows = slice(row, row + 1)
+        alone = sample(logits[rows], row_keys([4 + row]), positions[rows], present[rows], settings)
         assert alone[0] == together[row]
     order = [2, 0, 3, 1]
     moved = sample(logits[order], row_keys([6, 4, 7, 5]), positions[jnp.array(order)], present[order], settings)

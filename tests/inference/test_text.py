@@ -22,33 +22,33 @@ def split(tokens, cuts):
 @given(TEXT, st.lists(st.integers(0, 100)))
 def test_bytes_arrive_as_whole_characters(text, cuts):
     stream = TextStream(Bytes())
-    pieces = [stream.push(part) for part in split(Bytes().encode(text.encode()), cuts)]
-    assert "\ufffd" not in "".join(pieces)
-    assert "".join(pieces) + stream.finish() == stream.text == text
+    parts = [stream.push(part) for part in split(Bytes().encode(text.encode()), cuts)]
+    assert "\ufffd" not in "".join(parts)
+    assert "".join(parts) + stream.finish() == stream.text == text
 
 
 @given(st.binary(max_size=20))
 def test_bytes_that_are_not_text_are_replaced(content):
     stream = TextStream(Bytes())
-    pieces = [stream.push([byte]) for byte in content]
-    assert "".join(pieces) + stream.finish() == content.decode(errors="replace")
+    parts = [stream.push([byte]) for byte in content]
+    assert "".join(parts) + stream.finish() == content.decode(errors="replace")
 
 
 @given(TEXT, st.lists(st.text("abc", min_size=1, max_size=3), min_size=1, max_size=3), st.lists(st.integers(0, 100)))
 def test_a_stream_ends_at_the_first_stop_string(text, stops, cuts):
     text = text + "cabcabbac"
     stream = TextStream(Bytes(), stops)
-    pieces = []
+    parts = []
     for token in text.encode():
-        pieces.append(stream.push([token]))
+        parts.append(stream.push([token]))
         if stream.stopped:
             break
-    pieces.append(stream.finish())
+    parts.append(stream.finish())
     ends = [text.find(stop) for stop in stops if stop in text]
-    # Of stop strings that overlap, the one that is complete first counts.
+    # Of stop strings that overlap, the first to be complete counts.
     complete = [(text.find(stop) + len(stop), text.find(stop)) for stop in stops if stop in text]
     assert stream.stopped == bool(ends)
-    assert "".join(pieces) == (text[: min(complete)[1]] if ends else text)
+    assert "".join(parts) == (text[: min(complete)[1]] if ends else text)
 
 
 def byte_pairs(tmp_path):
@@ -68,9 +68,9 @@ def test_subwords_arrive_as_whole_characters(tmp_path):
     assert len(tokens) < len(text.encode())
     for context in ([], tokens[:3]):
         stream = TextStream(tokenizer, context=context)
-        pieces = [stream.push([token]) for token in tokens]
-        assert "\ufffd" not in "".join(pieces)
-        assert "".join(pieces) + stream.finish() == text
+        parts = [stream.push([token]) for token in tokens]
+        assert "\ufffd" not in "".join(parts)
+        assert "".join(parts) + stream.finish() == text
 
 
 @pytest.mark.parametrize("stops", ["ab", ["a", ""]], ids=["text", "empty"])

@@ -59,7 +59,7 @@ class HuggingFaceSource(Source):
     folder: Path = dataclasses.field(kw_only=True)
 
     def load_tokenizer(self) -> Tokenizer:
-        """Loads the tokenizer of the folder, or the one that `load` names.
+        """Loads the tokenizer that `load` names; by default that of the folder.
 
         Raises:
           InputError: The folder has no tokenizer.json or tokenizer.model.
