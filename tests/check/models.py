@@ -19,6 +19,7 @@ RANGE = {"dt_min": 0.05, "dt_max": 0.5}
 MIXERS: dict[str, dict[str, Any]] = {
     "causal": ATTENTION | {"pattern": "causal"},
     "window": ATTENTION | {"pattern": "causal & window(6)"},
+    "wide": ATTENTION | {"pattern": "causal & window(140)"},
     "chunk": ATTENTION | {"pattern": "causal & chunk(8)"},
     "pinned": ATTENTION | {"pattern": "causal & (window(5) | sink(2))", "sinks": True},
     "grouped": ATTENTION | {"pattern": "causal", "heads": 4, "kv_heads": 2},

@@ -47,7 +47,7 @@ MUTANTS = {
         "patterns.library", "Window.bounds", "first - self.left, last", "first, last", "window", 150
     ),
     "bounds too wide as full": Mutant(
-        "patterns.library", "Window.bounds", "(last - self.left, first", "(first - self.left, last", "window", 150
+        "patterns.library", "Window.bounds", "(last - self.left, first", "(first - self.left, last", "wide", 300
     ),
     "causal bounds too narrow": Mutant("patterns.library", "Causal.bounds", "last + 1)", "first)", "causal", 150),
     "tiles in the wrong place": Mutant("ops.gather", "_take", "x[:, tiles]", "x[:, tiles - 1]", "causal", 150),
@@ -230,7 +230,7 @@ def plant(monkeypatch, mutant: Mutant) -> None:
     namespace: dict[str, Any] = {}
     code = compile(source.replace(mutant.old, mutant.new), f"<{mutant.target}>", "exec", dont_inherit=True)
     exec(code, function.__globals__ | {"__annotations__": {}}, namespace)
-    changed = property(namespace[name]) if isinstance(original, property) else namespace[name]
+    changed = namespace[name]  # a property if the original is one: the source has its decorators
     monkeypatch.setattr(owner, name, changed)
     if not path:
         for module in [m for n, m in sys.modules.items() if n.startswith("sparsejax.")]:
