@@ -21,7 +21,7 @@ from sparsejax.data.rows import Windows
 from sparsejax.data.tokenizers import Tokenizer
 from sparsejax.errors import InputError, argument_path
 from sparsejax.inference.evaluation import Evaluation, build_evaluation, evaluate_on, summarize
-from sparsejax.inference.generation import BLOCK, NONE, Decoder, Plan
+from sparsejax.inference.generation import BLOCK, NONE, Decoder, Plan, round_up
 from sparsejax.inference.sampling import Sampling
 from sparsejax.inference.text import TextStream
 from sparsejax.layers import Context, Extras, Tokens
@@ -109,6 +109,20 @@ class Completion:
 
     def __str__(self) -> str:
         return str(self.tokens) if self.text is None else self.text
+
+
+class Score(NamedTuple):
+    """The likelihood of a continuation.
+
+    Attributes:
+      log_likelihood: Sum over its tokens, in nats.
+      tokens: Log-likelihood of each token, float64 [n].
+      is_greedy: Whether every token is the most likely one.
+    """
+
+    log_likelihood: float
+    tokens: np.ndarray
+    is_greedy: bool
 
 
 class Assessment(NamedTuple):
@@ -237,6 +251,73 @@ class LoadedModel:
         length = min(self.source.length if length is None else length, len(tokens) - 1)
         windows = Windows(tokens.astype(np.int32), length, _check_stride(stride, length), drop_last=False)
         return self._evaluate(ordered_batches(windows, batch), length, scores_accuracy=False).loss
+
+    def encode_pair(self, prompt: str, continuation: str) -> tuple[np.ndarray, np.ndarray]:
+        """Encodes a prompt and its continuation as one text, and splits the ids where those of the prompt end."""
+        size = len(self.encode(prompt))
+        tokens = self.encode(prompt + continuation)
+        return tokens[:size], tokens[size:]
+
+    def score(
+        self,
+        pairs: Sequence[tuple[Prompt, Prompt]],
+        *,
+        batch: int = ROWS,
+        progress: Callable[[int, int], None] = lambda batch, batches: None,
+    ) -> list[Score]:
+        """Returns the likelihood of continuations, each given its prompt.
+
+        Args:
+          pairs: Prompts and continuations: pairs of texts, which are encoded by `encode_pair`, or of ids [t].
+          batch: Rows per call of the model. Rows of similar lengths share a batch, padded to a bucket.
+          progress: Called before every batch with its index and the number of batches.
+
+        Raises:
+          InputError: The model is not causal, or a pair is empty, too long, or has ids outside of the vocabulary.
+        """
+        self._require_causal("score", "has no next-token likelihood")
+        if batch < 1:
+            raise InputError("batch", f"{batch} is below 1")
+        rows = [self._join_pair(*pair) for pair in pairs]
+        order = sorted(range(len(rows)), key=lambda index: -len(rows[index][0]))
+        groups = [order[start : start + batch] for start in range(0, len(order), batch)]
+        scores: dict[int, Score] = {}
+        for number, group in enumerate(groups):
+            progress(number, len(groups))
+            scores |= zip(group, self._score_rows([rows[index] for index in group], batch), strict=True)
+        return [scores[index] for index in range(len(rows))]
+
+    def _join_pair(self, prompt: Prompt, continuation: Prompt) -> tuple[np.ndarray, int]:
+        """Returns the ids of a prompt and its continuation, and the number of those of the continuation."""
+        if isinstance(prompt, str) and isinstance(continuation, str):
+            prompt, continuation = self.encode_pair(prompt, continuation)
+        elif isinstance(prompt, str) or isinstance(continuation, str):
+            raise InputError("pairs", "a text and ids: expected two texts, or ids [t] twice")
+        for name, ids in (("prompt", prompt), ("continuation", continuation)):
+            if not len(ids):
+                raise InputError(name, "is empty; pass at least one token")
+        tokens, limit = np.concatenate([prompt, continuation]), self.config.embedding.max_length
+        self._check(tokens[None], {})
+        if limit is not None and len(tokens) - 1 > limit:
+            raise InputError("prompt", f"{len(tokens):,} tokens with its continuation exceed {limit:,} positions")
+        return tokens, len(continuation)
+
+    def _score_rows(self, rows: Sequence[tuple[np.ndarray, int]], batch: int) -> Iterator[Score]:
+        limit, longest = self.config.embedding.max_length, max(len(tokens) for tokens, _ in rows) - 1
+        length = round_up(longest) if limit is None else min(round_up(longest), limit)
+        inputs, targets, mask = np.zeros((3, batch, length), np.int32)
+        mask[len(rows) :] = 1  # rows that only complete the batch
+        for row, (tokens, _) in enumerate(rows):
+            size = len(tokens) - 1
+            inputs[row, :size], targets[row, :size], mask[row, :size] = tokens[:-1], tokens[1:], 1
+        masks = {"attention_mask": mask} if "attention_mask" in self.source.masks else {}
+        model, padded, context = self._prepare(inputs, masks.get("attention_mask"), {})
+        targets = np.pad(targets, ((0, 0), (0, padded.shape[1] - length)))
+        values, hits = map(np.asarray, _run_scores(model, self.parameters, padded, context, targets))
+        for row, (tokens, count) in enumerate(rows):
+            scored = slice(len(tokens) - 1 - count, len(tokens) - 1)
+            likelihoods = values[row, scored].astype(np.float64)
+            yield Score(float(likelihoods.sum()), likelihoods, bool(hits[row, scored].all()))
 
     def load_data(self, data: Mapping[str, Any] | None = None, stride: int = 0) -> Dataset:
         """Loads the data of `evaluate`, which describes the arguments and the errors."""
@@ -545,6 +626,16 @@ def _list_globals(masks: Mapping[str, np.ndarray]) -> Array | None:
 @functools.partial(jax.jit, static_argnums=0)
 def _run_forward(model: Functional, parameters: Parameters, tokens: Array, context: Context) -> Array:
     return model.bind(parameters)(tokens, context)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _run_scores(
+    model: Functional, parameters: Parameters, tokens: Array, context: Context, targets: Array
+) -> tuple[Array, Array]:
+    """Returns the log-likelihood of each target [b, t], and whether it is the most likely token."""
+    logits = model.bind(parameters)(tokens, context).astype(jnp.float32)
+    picked = jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0]
+    return picked - jax.nn.logsumexp(logits, axis=-1), logits.argmax(axis=-1) == targets
 
 
 @functools.partial(jax.jit, static_argnums=0)

@@ -96,6 +96,7 @@ IMPORTS: dict[str, set[str]] = {
         "train",
         "interop",
     },
+    "harness": {"errors", "loaded", "loading"},
     "job": {"signals", "workdir"},
     "budget": {"errors", "overrides", "schedule", "config", "train", "account"},
     "report": {

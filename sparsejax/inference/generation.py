@@ -63,9 +63,9 @@ class Plan:
                 f"{longest:,} tokens and {tokens:,} to generate exceed the model's {limit:,} positions; shorten it, or"
                 " generate fewer",
             )
-        length = _round_up(inputs) if limit is None else min(_round_up(inputs), limit)
+        length = round_up(inputs) if limit is None else min(round_up(inputs), limit)
         whole, remainder = divmod(longest, chunk)
-        chunks = (chunk,) * whole + ((min(_round_up(remainder), chunk, length),) if remainder else ())
+        chunks = (chunk,) * whole + ((min(round_up(remainder), chunk, length),) if remainder else ())
         return cls(len(prompts), chunks, length)
 
     def __str__(self) -> str:
@@ -73,7 +73,8 @@ class Plan:
         return f"{self.rows} rows, chunks of {sizes} tokens, caches for {self.length} tokens"
 
 
-def _round_up(count: int) -> int:
+def round_up(count: int) -> int:
+    """Returns the bucket of a number of tokens: the least multiple of an eighth of an octave that is not below it."""
     step = max(LEAST, 1 << (count - 1).bit_length()) // 8 if count > LEAST else LEAST
     return -(-count // step) * step
 

@@ -72,6 +72,40 @@ def test_the_loss_of_a_text(model):
         model.loss(TEXT, length=8, stride=9)
 
 
+def test_continuations_are_scored(model):
+    """Whatever the batch; a text is split where the ids of the prompt end."""
+    pairs = [("window", " sink"), ("tile dense", " "), ("a", "b"), ("scan", TEXT)]
+    expected = []
+    for prompt, continuation in pairs:
+        tokens, count = model.encode(prompt + continuation), len(continuation)
+        losses = np.asarray(jax.nn.log_softmax(model.logits(np.pad(tokens, (0, 64 - len(tokens))))), np.float64)
+        expected.append(losses[np.arange(len(tokens) - 1), tokens[1:]][-count:])
+    seen = []
+    scores = model.score(pairs, batch=3, progress=lambda *counts: seen.append(counts))
+    assert seen == [(0, 2), (1, 2)]
+    for score, values in zip(scores, expected, strict=True):
+        np.testing.assert_allclose(score.tokens, values, atol=1e-5)
+        assert score.log_likelihood == pytest.approx(values.sum(), abs=1e-4)
+    ids = [tuple(model.encode(text) for text in pair) for pair in pairs]
+    assert [score.log_likelihood for score in model.score(ids, batch=3)] == [score.log_likelihood for score in scores]
+    greedy = model.generate("window", 4, temperature=0).tokens
+    assert [score.is_greedy for score in model.score([(ids[0][0], greedy), (ids[0][0], greedy[::-1] + 1)])] == [
+        True,
+        False,
+    ]
+    assert model.score([]) == []
+    for argument, pair in (
+        ("prompt", ("", "a")),
+        ("continuation", ("a", "")),
+        ("pairs", ("a", [3])),
+        ("ids", ([999], [3])),
+    ):
+        with rejects(InputError, argument):
+            model.score([pair])
+    with rejects(InputError, "batch"):
+        model.score(pairs, batch=0)
+
+
 @pytest.mark.parametrize(("length", "stride"), [(8, 0), (8, 8), (8, 3), (16, 1), (64, 5)])
 def test_sliding_windows_score_each_token_once(model, length, stride):
     tokens = model.encode(TEXT)
