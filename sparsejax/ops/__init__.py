@@ -11,14 +11,14 @@ from sparsejax.ops.cached import attend_cached
 from sparsejax.ops.call import AttentionCall
 from sparsejax.ops.chunks import CHUNK
 from sparsejax.ops.conv import causal_conv
-from sparsejax.ops.delta import delta_rule, delta_step
-from sparsejax.ops.linear_scan import linear_scan, linear_step
+from sparsejax.ops.delta import delta_rule
+from sparsejax.ops.linear_scan import linear_scan
 from sparsejax.ops.lsh import attend_hashed, decode_attend_hashed, hash_buckets, hashed_pairs
-from sparsejax.ops.scan import selective_scan, selective_step
+from sparsejax.ops.scan import selective_scan
 from sparsejax.ops.segment import attend_edges
 from sparsejax.ops.selection import attend_selected, index_scores, select_keys, top_keys
 from sparsejax.ops.softmax import add_alibi, log_multiplicity, merge_lse
-from sparsejax.ops.ssd import ssd, ssd_step
+from sparsejax.ops.ssd import ssd
 
 __all__ = [
     "CHUNK",
@@ -36,18 +36,14 @@ __all__ = [
     "causal_conv",
     "decode_attend_hashed",
     "delta_rule",
-    "delta_step",
     "hash_buckets",
     "hashed_pairs",
     "index_scores",
     "linear_scan",
-    "linear_step",
     "log_multiplicity",
     "merge_lse",
     "select_keys",
     "selective_scan",
-    "selective_step",
     "ssd",
-    "ssd_step",
     "top_keys",
 ]

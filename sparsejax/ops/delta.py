@@ -87,25 +87,6 @@ def delta_rule(
     return y.astype(v.dtype), state.reshape(b, h, n, p)
 
 
-def delta_step(
-    q: Float[Array, "b g n"],
-    k: Float[Array, "b g n"],
-    v: Float[Array, "b h p"],
-    log_decay: Float[Array, "b h"] | Float[Array, "b h n"],
-    beta: Float[Array, "b h"],
-    state: Float[Array, "b h n p"],
-) -> tuple[Float[Array, "b h p"], Float[Array, "b h n p"]]:
-    """One position of `delta_rule`: its output in the dtype of `v`, and the next state in float32."""
-    dtype = jnp.promote_types(v.dtype, jnp.float32)
-    share = v.shape[1] // k.shape[1]
-    q, k = (jnp.repeat(a.astype(dtype), share, axis=1) for a in (q, k))
-    decay = jnp.exp(log_decay.astype(dtype))
-    state = state.astype(dtype) * (decay[..., None, None] if decay.ndim == 2 else decay[..., None])
-    stored = _exact_einsum("bhnp,bhn->bhp", state, k)
-    state = state + k[..., None] * (beta.astype(dtype)[..., None] * (v.astype(dtype) - stored))[:, :, None]
-    return jnp.einsum("bhnp,bhn->bhp", state, q).astype(v.dtype), state
-
-
 def _run_chunk(
     state: Float[Array, "b r n p"], chunk: tuple[Array, Array, Array, Array, Array, Array]
 ) -> tuple[Float[Array, "b r n p"], Float[Array, "b c r p"]]:

@@ -46,15 +46,6 @@ def linear_scan(
     return y.astype(x.dtype), y[:, -1]
 
 
-def linear_step(
-    x: Float[Array, "b d"], log_decay: Float[Array, "b d"], state: Float[Array, "b d"]
-) -> tuple[Float[Array, "b d"], Float[Array, "b d"]]:
-    """One position of `linear_scan`: the next state in the dtype of `x`, and in float32."""
-    dtype = jnp.promote_types(x.dtype, jnp.float32)
-    state = jnp.exp(log_decay.astype(dtype)) * state.astype(dtype) + x.astype(dtype)
-    return state.astype(x.dtype), state
-
-
 def _scan_plain(
     chunk: int, x: Float[Array, "b t d"], decay: Float[Array, "b t d"], state: Float[Array, "b d"]
 ) -> Float[Array, "b t d"]:

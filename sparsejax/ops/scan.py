@@ -67,21 +67,6 @@ def selective_scan(
     return y.astype(x.dtype), state.swapaxes(1, 2)
 
 
-def selective_step(
-    x: Float[Array, "b d"],
-    dt: Float[Array, "b d"],
-    A: Float[Array, "d n"],
-    B: Float[Array, "b n"],
-    C: Float[Array, "b n"],
-    state: Float[Array, "b d n"],
-) -> tuple[Float[Array, "b d"], Float[Array, "b d n"]]:
-    """One position of `selective_scan`: its output in the dtype of `x`, and the next state in float32."""
-    dtype = jnp.promote_types(x.dtype, jnp.float32)
-    inputs = [a.astype(dtype) for a in (x, dt, B, C)]
-    state, y = _advance(A.astype(dtype).T, state.astype(dtype).swapaxes(1, 2), (*inputs, None))
-    return y.astype(x.dtype), state.swapaxes(1, 2)
-
-
 def _advance(
     A: Float[Array, "n d"], state: Float[Array, "b n d"], inputs: tuple[Array, Array, Array, Array, Array | None]
 ) -> tuple[Float[Array, "b n d"], Float[Array, "b d"]]:

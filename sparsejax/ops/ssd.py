@@ -57,24 +57,6 @@ def ssd(
     return y.astype(x.dtype), state
 
 
-def ssd_step(
-    x: Float[Array, "b h p"],
-    dt: Float[Array, "b h"],
-    A: Float[Array, " h"],
-    B: Float[Array, "b g n"],
-    C: Float[Array, "b g n"],
-    state: Float[Array, "b h p n"],
-) -> tuple[Float[Array, "b h p"], Float[Array, "b h p n"]]:
-    """One position of `ssd`: its output in the dtype of `x`, and the next state in float32."""
-    dtype = jnp.promote_types(x.dtype, jnp.float32)
-    share = x.shape[1] // B.shape[1]
-    B, C = (jnp.repeat(a.astype(dtype), share, axis=1) for a in (B, C))
-    dt = dt.astype(dtype)
-    added = (x.astype(dtype) * dt[..., None])[..., None] * B[:, :, None]
-    state = jnp.exp(dt * A.astype(dtype))[..., None, None] * state.astype(dtype) + added
-    return jnp.einsum("bhpn,bhn->bhp", state, C).astype(x.dtype), state
-
-
 def _run_chunk(
     state: Float[Array, "b h p n"], chunk: tuple[Array, Array, Array, Array, Array]
 ) -> tuple[Float[Array, "b h p n"], Float[Array, "b c h p"]]:

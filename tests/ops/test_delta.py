@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from sparsejax.ops import delta_rule, delta_step
+from sparsejax.ops import delta_rule
 from tests.tolerances import assert_close
 
 BATCH, HEADS, GROUPS, KEY, VALUE, CHUNK = 2, 4, 2, 5, 3, 8
@@ -108,13 +108,13 @@ def test_the_chunk_does_not_matter(chunk, channels):
 
 
 @EACH_DECAY
-def test_steps_equal_the_chunks(channels):
+def test_calls_of_one_position_equal_the_chunks(channels):
     *inputs, state = (jnp.asarray(a, jnp.float32) for a in make_inputs(11, channels))
     y, last = jax.jit(CHUNKS)(*inputs, state)
-    step = jax.jit(delta_step)
+    step = jax.jit(delta_rule)
     for t in range(11):
-        y_t, state = step(*(a[:, t] for a in inputs), state)
-        assert_close("y", y_t, y[:, t], "float32")
+        y_t, state = step(*(a[:, t : t + 1] for a in inputs), state)
+        assert_close("y", y_t[:, 0], y[:, t], "float32")
     assert_close("last", state, last, "float32")
 
 
@@ -173,8 +173,6 @@ def test_bfloat16_inputs_are_computed_in_float32():
     true_y, true_last = run_wide(recur, [*inputs, state])[0]  # of the rounded inputs
     assert_close("last", last, true_last, "float32")
     assert_close("y", y.astype(jnp.float32), true_y, "bfloat16")
-    step, last = jax.eval_shape(delta_step, *(a[:, 0] for a in inputs), state)
-    assert (step.dtype, last.dtype) == (jnp.bfloat16, jnp.float32)
 
 
 @EACH_DECAY

@@ -1,13 +1,14 @@
 """The linear recurrence in chunks against a float64 loop, its gradients against those of the plain recurrence."""
 
 import functools
+import itertools
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from sparsejax.ops import linear_scan, linear_step
+from sparsejax.ops import linear_scan
 from tests.tolerances import assert_close
 
 pytestmark = pytest.mark.quick
@@ -98,12 +99,12 @@ def test_the_chunk_does_not_matter(chunk):
         assert_close(name, *pair, "float32")
 
 
-def test_steps_equal_the_chunks():
+def test_calls_with_the_state_of_the_call_before_equal_one_call():
     x, log_decay, state = (jnp.asarray(a, jnp.float32) for a in make_inputs(11))
     y, last = linear_scan(x, log_decay, state, chunk=CHUNK)
-    for t in range(11):
-        y_t, state = linear_step(x[:, t], log_decay[:, t], state)
-        assert_close("y", y_t, y[:, t], "float32")
+    for start, stop in itertools.pairwise((0, 1, 2, 9, 11)):
+        part, state = linear_scan(x[:, start:stop], log_decay[:, start:stop], state, chunk=CHUNK)
+        assert_close("y", part, y[:, start:stop], "float32")
     assert_close("last", state, last, "float32")
 
 

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from sparsejax.ops import selective_scan, selective_step
+from sparsejax.ops import selective_scan
 from tests.tolerances import assert_close
 
 BATCH, WIDTH, STATE, CHUNK = 2, 3, 4, 8
@@ -161,15 +161,15 @@ def test_gradients_are_finite_where_the_decay_underflows():
         assert np.isfinite(gradient).all(), name
 
 
-def test_steps_equal_the_scan():
+def test_calls_of_one_position_equal_the_scan():
     *inputs, A, B, C, state = make_inputs(33)
     inputs = (*inputs, B, C)
     y, last = jax.jit(selective_scan)(*inputs[:2], A, *inputs[2:], state)
-    step = jax.jit(selective_step)
+    step = jax.jit(selective_scan)
     for t in range(33):
-        x, dt, b, c = (array[:, t] for array in inputs)
+        x, dt, b, c = (array[:, t : t + 1] for array in inputs)
         y_t, state = step(x, dt, A, b, c, state)
-        assert_close("y", y_t, y[:, t], "float32")
+        assert_close("y", y_t[:, 0], y[:, t], "float32")
     assert_close("last", state, last, "float32")
 
 
@@ -193,15 +193,6 @@ def test_bfloat16_inputs_are_computed_in_float32():
     expected_y, expected_state = loop(*inputs)  # of the rounded inputs; only the output is rounded again
     assert_close("last", state, expected_state, "float32")
     np.testing.assert_allclose(y.astype(np.float32), expected_y, rtol=2**-8, atol=1e-5)
-
-
-def test_a_bfloat16_step_equals_the_scan():
-    x, dt, A, B, C, state = (jnp.asarray(array, jnp.bfloat16) for array in make_inputs(1))
-    y, after = selective_step(x[:, 0], dt[:, 0], A, B[:, 0], C[:, 0], state.astype(jnp.float32))
-    expected_y, expected = jax.jit(selective_scan)(x, dt, A, B, C, state)
-    assert (y.dtype, after.dtype) == (expected_y.dtype, expected.dtype)
-    assert_close("y", y.astype(jnp.float32), expected_y[:, 0].astype(jnp.float32), "bfloat16")
-    assert_close("last", after, expected, "float32")
 
 
 def test_gradients_have_the_dtypes_of_the_inputs():

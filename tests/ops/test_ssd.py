@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from sparsejax.ops import ssd, ssd_step
+from sparsejax.ops import ssd
 from tests.tolerances import assert_close
 
 BATCH, HEADS, GROUPS, WIDTH, STATE, CHUNK = 2, 4, 2, 3, 5, 8
@@ -98,14 +98,15 @@ def test_the_chunk_does_not_matter(chunk):
         assert_close(name, *pair, "float32")
 
 
-def test_steps_equal_the_chunks():
+def test_calls_of_one_position_equal_the_chunks():
     *inputs, state = (jnp.asarray(a, jnp.float32) for a in make_inputs(11))
     x, dt, A, B, C = inputs
     y, last = jax.jit(functools.partial(ssd, chunk=CHUNK))(*inputs, state)
-    step = jax.jit(ssd_step)
+    step = jax.jit(ssd)
     for t in range(11):
-        y_t, state = step(x[:, t], dt[:, t], A, B[:, t], C[:, t], state)
-        assert_close("y", y_t, y[:, t], "float32")
+        x_t, dt_t, B_t, C_t = (a[:, t : t + 1] for a in (x, dt, B, C))
+        y_t, state = step(x_t, dt_t, A, B_t, C_t, state)
+        assert_close("y", y_t[:, 0], y[:, t], "float32")
     assert_close("last", state, last, "float32")
 
 
