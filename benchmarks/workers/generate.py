@@ -1,20 +1,18 @@
-"""Times the prefill and `generate` of Hugging Face: `generate CONFIG PROMPT TOKENS REPETITIONS` prints JSON.
+"""Times Hugging Face: `generate CONFIG PROMPT TOKENS` prints the seconds of each `prefill` or `decode` on its input.
 
-The model has random weights and runs in float32.
+The model has random weights and runs in float32. Decoding is `generate` of TOKENS + 1 tokens less that of one.
 """
 
 from __future__ import annotations
 
-import json
 import os
-import statistics
 import sys
 import time
 
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
-path, prompt, generated, repetitions = sys.argv[1], *map(int, sys.argv[2:])
+path, prompt, generated = sys.argv[1], *map(int, sys.argv[2:])
 torch.set_num_threads(len(os.sched_getaffinity(0)))
 torch.manual_seed(0)
 model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(path)).eval().float()
@@ -31,9 +29,6 @@ def timed(count: int) -> float:
 
 
 timed(2)
-first, whole = ([] for _ in range(2))
-for _ in range(repetitions):
-    first.append(timed(1))
-    whole.append(timed(generated + 1))
-prefill, total = statistics.median(first), statistics.median(whole)
-print(json.dumps({"prefill, s": prefill, "decoding, tokens/s": generated / (total - prefill)}))
+for line in sys.stdin:
+    first = min(timed(1) for _ in range(2))  # the first may page memory in
+    print(first if line.strip() == "prefill" else timed(generated + 1) - first, flush=True)
