@@ -13,6 +13,7 @@ from sparsejax.data.probes.images import Digits, Pathfinder
 from sparsejax.data.probes.listops import ListOps
 from sparsejax.data.probes.needle import KeyValue, Passkey, grid
 from sparsejax.data.probes.recall import InductionHeads, Mqar
+from sparsejax.data.probes.ruler import CommonWords, FrequentWords, Needles, VariableTracking
 from sparsejax.data.probes.state_tracking import StateTracking
 
 # Values of `data.task` -> the class whose fields are the section `data.probe`.
@@ -23,6 +24,10 @@ PROBES: dict[str, type[Probe]] = {
     "duplication": Duplication,
     "passkey": Passkey,
     "key_value": KeyValue,
+    "needles": Needles,
+    "variable_tracking": VariableTracking,
+    "common_words": CommonWords,
+    "frequent_words": FrequentWords,
     "listops": ListOps,
     "pathfinder": Pathfinder,
     "digits": Digits,
@@ -33,13 +38,16 @@ PROBES: dict[str, type[Probe]] = {
 
 __all__ = [
     "PROBES",
+    "CommonWords",
     "Digits",
     "Duplication",
     "Example",
+    "FrequentWords",
     "InductionHeads",
     "KeyValue",
     "ListOps",
     "Mqar",
+    "Needles",
     "Passkey",
     "Pathfinder",
     "Probe",
@@ -47,5 +55,6 @@ __all__ = [
     "StateTracking",
     "TextClassification",
     "TextRetrieval",
+    "VariableTracking",
     "grid",
 ]
