@@ -544,6 +544,15 @@ class LoadedModel:
         return self._models[-1][1]
 
 
+def set_dtype(config: ModelConfig, dtype: str | None) -> ModelConfig:
+    """Returns a configuration that computes in a dtype, or as it is for None.
+
+    Raises:
+      InputError: The dtype is neither float32 nor bfloat16.
+    """
+    return config if dtype is None else dataclasses.replace(config, dtype=dtype)
+
+
 def _check_stride(stride: int, length: int) -> int:
     if not 0 <= stride <= length:
         raise InputError("stride", f"{stride} is not in [0, {length}], the length of a window")

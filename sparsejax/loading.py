@@ -18,7 +18,7 @@ from sparsejax.buckets import read_workdir
 from sparsejax.config import Config
 from sparsejax.data.tokenizers import Tokenizer, read_tokenizer, recorded_tokenizer
 from sparsejax.errors import InputError
-from sparsejax.loaded import LoadedModel, Parameters, Source
+from sparsejax.loaded import LoadedModel, Parameters, Source, set_dtype
 from sparsejax.metrics import EVAL_LOSS
 from sparsejax.model import Functional
 from sparsejax.train import CheckpointError, plan_phases
@@ -56,9 +56,10 @@ def load(
     step: Step | None = None,
     tokenizer: str | None = None,
     mesh: Mesh | None = None,
+    dtype: str | None = None,
     **options: Any,
 ) -> LoadedModel:
-    """Loads a model: a checkpoint of a workdir in the dtype of its run, or a Hugging Face folder in float32.
+    """Loads a model: a checkpoint of a workdir, or a Hugging Face folder.
 
     Args:
       path: A workdir, or a folder with config.json and safetensors.
@@ -66,6 +67,8 @@ def load(
         evaluation loss.
       tokenizer: For a Hugging Face folder: "bytes", or a file, instead of the tokenizer of the folder.
       mesh: Shards the parameters over this mesh; by default they are on one device.
+      dtype: "float32" or "bfloat16", in which the model computes and keeps linear maps and embeddings. By default, a
+        workdir computes in the dtype of its run and a Hugging Face folder in float32, both with float32 parameters.
       **options: Options of a Hugging Face family, see `sparsejax.interop.huggingface.load`.
 
     Raises:
@@ -83,14 +86,14 @@ def load(
 
         if step is not None:
             raise InputError("step", f"{step}: {path} is a Hugging Face folder, which has no steps")
-        return huggingface.load(path, tokenizer=tokenizer, mesh=mesh, **options)
+        return huggingface.load(path, tokenizer=tokenizer, mesh=mesh, dtype=dtype, **options)
     if not {"model", "train"} <= set(recorded):
         raise InputError("path", f"{path} is neither a workdir nor a Hugging Face folder")
     if tokenizer is not None:
         options = {"tokenizer": tokenizer} | options
     if options:
         raise InputError(next(iter(options)), "not an option of a workdir")
-    return _load_workdir(workdir, recorded, "last" if step is None else step, mesh)
+    return _load_workdir(workdir, recorded, "last" if step is None else step, mesh, dtype)
 
 
 def read_run(path: str | Path) -> Config:
@@ -110,7 +113,9 @@ def _read_run(workdir: Workdir, recorded: dict[str, Any]) -> Config:
     return plan_phases(ConfigDict(configs.complete(recorded)))[-1].config
 
 
-def _load_workdir(workdir: Workdir, recorded: dict[str, Any], step: Step, mesh: Mesh | None) -> LoadedModel:
+def _load_workdir(
+    workdir: Workdir, recorded: dict[str, Any], step: Step, mesh: Mesh | None, dtype: str | None
+) -> LoadedModel:
     run = _read_run(workdir, recorded)
     while list_steps(workdir.checkpoints):
         number = _choose_step(workdir, step)
@@ -118,7 +123,8 @@ def _load_workdir(workdir: Workdir, recorded: dict[str, Any], step: Step, mesh: 
         try:
             # A run that resumed with another `model.scan` has checkpoints of the old layout until the next save.
             saved = plan_phases(ConfigDict(configs.complete(read_meta(folder)["config"])))[-1].config
-            parameters = _read_parameters(folder, Functional(saved.model), mesh)
+            config = set_dtype(saved.model, dtype)
+            parameters = _read_parameters(folder, Functional(config), mesh, dtype or "float32")
         except CheckpointError:
             if folder.exists():
                 raise
@@ -133,7 +139,7 @@ def _load_workdir(workdir: Workdir, recorded: dict[str, Any], step: Step, mesh: 
             tokenizer_data=read_tokenizer(workdir),
             workdir=workdir,
         )
-        return LoadedModel(saved.model, parameters, source)
+        return LoadedModel(config, parameters, source)
     raise InputError("path", f"{workdir.path} has no checkpoint yet")
 
 
@@ -154,15 +160,15 @@ def _choose_step(workdir: Workdir, step: Step) -> int:
     return int(step)
 
 
-def _read_parameters(folder: Path, model: Functional, mesh: Mesh | None) -> Parameters:
-    """Reads the parameters of a checkpoint, and not its optimizer."""
+def _read_parameters(folder: Path, model: Functional, mesh: Mesh | None, dtype: str) -> Parameters:
+    """Reads the parameters of a checkpoint in the dtypes of `Functional.shapes_in`, and not its optimizer."""
     if mesh is None:
         shardings = jax.tree.map(lambda _: SingleDeviceSharding(jax.devices()[0]), model.shapes)
     else:
         shardings = sharding.parameter_shardings(mesh, model.shapes, model.axes)
     shapes = jax.tree.map(
         lambda leaf, placement: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=placement),
-        model.shapes,
+        model.shapes_in(dtype),
         shardings,
     )
     item = {"parameters": shapes}

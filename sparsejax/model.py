@@ -233,6 +233,18 @@ class Functional:
         """Shape and dtype per parameter."""
         return nnx.to_pure_dict(self._state)
 
+    def shapes_in(self, dtype: str) -> dict[str, Any]:
+        """Shape and dtype per parameter, with linear maps and token embeddings in `dtype`, and the others in float32.
+
+        The others are norms, biases, and the decays and step sizes of recurrences: few, and sensitive to rounding.
+        """
+
+        def read(variable: nnx.Variable, stacked: int) -> jax.ShapeDtypeStruct:
+            rounds = decays(variable, stacked) or "vocab" in logical_axes(variable, stacked)
+            return jax.ShapeDtypeStruct(variable.shape, dtype if rounds else jnp.float32)
+
+        return self._metadata(read)
+
     @property
     def size(self) -> int:
         """Number of parameters."""

@@ -92,6 +92,11 @@ def add_model(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--tokenizer", metavar="FILE", help="for a Hugging Face folder: bytes, or a file, instead of that of the folder"
     )
+    parser.add_argument(
+        "--dtype",
+        choices=("float32", "bfloat16"),
+        help="dtype of the computation and of linear maps and embeddings",
+    )
 
 
 def _parse_step(text: str) -> int | str:
@@ -110,7 +115,7 @@ def load_model(options: argparse.Namespace) -> LoadedModel:
     """
     from sparsejax.loading import load  # imports grain and Orbax
 
-    return load(options.model, step=options.step, tokenizer=options.tokenizer)
+    return load(options.model, step=options.step, tokenizer=options.tokenizer, dtype=options.dtype)
 
 
 def _resolve_import(source: str) -> str:

@@ -268,3 +268,22 @@ def test_models_that_cannot_generate(name):
     if not model.config.causal:
         with rejects(InputError, "loss"):
             model.loss(np.array([3, 4, 5]))
+
+
+@pytest.mark.parametrize("fixture", ["workdir", "folder"])
+def test_bfloat16_halves_the_bytes_of_linear_maps(request, fixture):
+    path, tokens = request.getfixturevalue(fixture), np.arange(40) % 20 + 3
+    exact, low = (sparsejax.load(path, dtype=dtype) for dtype in ("float32", "bfloat16"))
+    sizes = [sum(leaf.nbytes for leaf in jax.tree.leaves(model.parameters)) for model in (exact, low)]
+    assert 0.5 < sizes[1] / sizes[0] < 0.53
+    norms = [leaf.dtype for path, leaf in jax.tree.leaves_with_path(low.parameters) if "scale" in str(path)]
+    assert set(norms) == {np.dtype("float32")}
+    logits = [np.asarray(model.logits(tokens)) for model in (exact, low)]
+    assert 0 < np.abs(logits[1] - logits[0]).max() < 0.05 * np.abs(logits[0]).max()
+    assert len(low.generate(tokens, 4).tokens) == 4
+
+
+def test_an_unknown_dtype_is_named(workdir, folder):
+    for path in (workdir, folder):
+        with rejects(InputError, "dtype"):
+            sparsejax.load(path, dtype="float16")

@@ -25,20 +25,21 @@ PARAMETER_DTYPES = tuple(np.dtype(name) for name in ("float32", "float16", jnp.b
 
 
 def assemble(
-    checkpoint: Checkpoint, translation: Translation, mesh: Mesh | None
+    checkpoint: Checkpoint, translation: Translation, mesh: Mesh | None, dtype: str = "float32"
 ) -> tuple[dict[str, Any], dict[str, np.dtype], dict[str, np.ndarray]]:
     """Loads the parameters of a model.
 
     Parameters are loaded and placed one at a time; those of a scanned layer, for all repetitions of the period.
 
     Returns:
-      The parameters as nested dicts of float32 arrays, the dtype in which each tensor is stored, and unused tensors.
+      The parameters as nested dicts of arrays in the dtypes of `Functional.shapes_in(dtype)`, the dtype in which each
+      tensor is stored, and unused tensors.
 
     Raises:
       ConversionError: A tensor is missing, unknown, or of another shape.
     """
     model, fold = Functional(translation.model), translation.model.fold
-    shapes = _flatten(model.shapes)
+    shapes = _flatten(model.shapes_in(dtype))
     shardings = None if mesh is None else _flatten(parameter_shardings(mesh, model.shapes, model.axes))
     unused = {name: checkpoint.read(name) for name in _check_names(checkpoint, translation)}
     dtypes: dict[str, np.dtype] = {}
@@ -58,7 +59,9 @@ def assemble(
             if repetition is None or len(repetitions) == fold.repeats:
                 if repetition is not None:
                     array = np.stack([repetitions[i] for i in range(fold.repeats)])
-                parameters[path] = _put(array, None if shardings is None else shardings[path])
+                parameters[path] = _put(
+                    array.astype(shapes[path].dtype), None if shardings is None else shardings[path]
+                )
                 del incomplete[path]
     missing = [".".join(map(str, path)) for path in shapes if path not in parameters]
     if missing:

@@ -24,7 +24,7 @@ from sparsejax.interop.huggingface.families import FAMILIES
 from sparsejax.interop.huggingface.fields import Fields
 from sparsejax.interop.huggingface.translation import Translation
 from sparsejax.layers import Extras
-from sparsejax.loaded import LoadedModel, Parameters, Source
+from sparsejax.loaded import LoadedModel, Parameters, Source, set_dtype
 from sparsejax.model import Functional, check_parameters
 from sparsejax.paths import local_path
 from sparsejax.patterns import Pattern
@@ -162,15 +162,17 @@ def load(
     *,
     tokenizer: str | None = None,
     mesh: Mesh | None = None,
+    dtype: str | None = None,
     ignore: Collection[str] = (),
     **options: Any,
 ) -> LoadedModel:
-    """Loads the model of a folder with config.json and safetensors, to compute in float32.
+    """Loads the model of a folder with config.json and safetensors.
 
     Args:
       folder: The folder.
       tokenizer: "bytes", or a file, instead of tokenizer.json or tokenizer.model of the folder.
       mesh: Shards parameters over this mesh by `sharding.RULES`, one at a time.
+      dtype: Dtype of the computation and of linear maps and embeddings; defaults to float32.
       ignore: Keys of config.json to leave out, as if the file did not have them; `HuggingFaceSource.ignored` records
         them.
       **options: Options of a family: `random_plans` (BigBird: random key tiles of the inner query tiles per layer, int
@@ -181,13 +183,14 @@ def load(
     """
     hf_config, file = _read_json(folder)
     translation = _translate(hf_config, file, ignore, **options)
+    config = set_dtype(translation.model, dtype)
     quantization = hf_config.get("quantization_config")
     if quantization and "quantization_config" not in ignore:
         method = quantization.get("quant_method", "unknown") if isinstance(quantization, dict) else quantization
         problem = f"the weights are quantized ({method}); convert them to bfloat16 first"
         raise ConversionError(f"{file}: quantization_config", problem)
     path = local_path(folder)
-    parameters, dtypes, unused = assemble(Checkpoint(path), translation, mesh)
+    parameters, dtypes, unused = assemble(Checkpoint(path), translation, mesh, dtype or "float32")
     files = [str(path / name) for name in TOKENIZERS if (path / name).is_file()]
     name = files[0] if tokenizer is None and files else tokenizer
     source = HuggingFaceSource(
@@ -203,7 +206,7 @@ def load(
         ignored=tuple(ignore),
         folder=path,
     )
-    return LoadedModel(translation.model, parameters, source)
+    return LoadedModel(config, parameters, source)
 
 
 def to_tensors(model: LoadedModel, parameters: Parameters | None = None) -> dict[str, np.ndarray]:
