@@ -3,9 +3,9 @@
 A model of 16M parameters in float32 (4 layers of width 512, window 512, 4,096 tokens of vocabulary; or Mamba) reads a
 prompt in chunks and generates 128 tokens, with layers scanned, unrolled as `LoadedModel.generate` runs them, and
 unrolled with bfloat16 weights. The bound of decoding is the bytes of weights and caches per token over the bandwidth of
-a copy, reads and writes, measured in the same process. `--torch` is a Python interpreter with torch and transformers,
-which runs the same config.json in its own process, in turn with the others. The peak memory of a prompt is measured in
-processes of their own.
+a copy, reads and writes. Copies and matrix-vector products of NumPy are timed in the same process. `--torch` is a Python
+interpreter with torch and transformers, which runs the same config.json in a process of its own, in turn with the
+others. `--long` measures the peak memory of a prompt, each in a process of its own.
 """
 
 from __future__ import annotations
@@ -108,7 +108,9 @@ def measure(config: ModelConfig, prompt: int, generated: int, repetitions: int, 
         "unrolled, bfloat16": (dataclasses.replace(unrolled, dtype="bfloat16"), low),
     }
     tokens = jax.random.randint(jax.random.key(1), (1, prompt), 0, config.vocab)
-    runs: Runs = {"copy": make_copy()} | {f"torch: {part}": run for part, run in torch.items()}
+    runs: Runs = {"copy": make_copy(), "products": make_products()} | {
+        f"torch: {part}": run for part, run in torch.items()
+    }
     sizes = {}
     for name, (variant, arrays) in variants.items():
         model = Functional(variant)
@@ -121,7 +123,11 @@ def measure(config: ModelConfig, prompt: int, generated: int, repetitions: int, 
         sizes[name] = count_bytes(arrays) - table + count_bytes(cache)
     rows = {name: row["seconds"] for name, row in alternate(runs, repetitions, 0.2).items()}
     bandwidth = 2 * COPY / rows["copy"]
-    result: dict[str, Any] = {"copy, GB/s": bandwidth / 1e9, "parameters": Functional(config).size}
+    result: dict[str, Any] = {
+        "copy, GB/s": bandwidth / 1e9,
+        "matrix-vector products of NumPy, GB/s": COPY / rows["products"] / 1e9,
+        "parameters": Functional(config).size,
+    }
     if torch:
         result["torch"] = {
             "prefill, s": rows["torch: prefill"],
@@ -150,6 +156,17 @@ def make_copy():
     """Returns a function that times a copy of `COPY` bytes."""
     source, target = np.ones(COPY, np.uint8), np.zeros(COPY, np.uint8)
     return lambda: min(timed(lambda: np.copyto(target, source)) for _ in range(2))  # the first may page memory in
+
+
+def make_products() -> Callable[[], float]:
+    """Returns a function that times products of a vector and float32 matrices of `COPY` bytes in NumPy."""
+    x, matrices = np.ones(1024, np.float32), np.ones((COPY // 2**22, 1024, 1024), np.float32)
+
+    def run() -> None:
+        for matrix in matrices:
+            matrix @ x
+
+    return lambda: min(timed(run) for _ in range(2))
 
 
 def count_bytes(tree: Any) -> int:
