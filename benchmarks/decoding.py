@@ -3,7 +3,7 @@
 A model of 16M parameters in float32 (4 layers of width 512, window 512, 4,096 tokens of vocabulary; or Mamba) reads a
 prompt in chunks and generates 128 tokens, with layers scanned, unrolled as `LoadedModel.generate` runs them, and
 unrolled with bfloat16 weights. The bound of decoding is the bytes of weights and caches per token over the bandwidth of
-a copy, reads and writes. Copies and matrix-vector products of NumPy are timed in the same process. `--torch` is a Python
+a copy, reads and writes. Copies and matrix-vector products of NumPy are timed in the same process. `--torch` is an
 interpreter with torch and transformers, which runs the same config.json in a process of its own, in turn with the
 others. `--long` measures the peak memory of a prompt, each in a process of its own.
 """
