@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import re
 from collections.abc import Sequence
 from typing import Any
@@ -22,6 +23,23 @@ from sparsejax.sharding import parameter_shardings
 Path = tuple[str | int, ...]
 # Dtypes that convert exactly to float32, in which models compute.
 PARAMETER_DTYPES = tuple(np.dtype(name) for name in ("float32", "float16", jnp.bfloat16))
+
+
+def match_names(checkpoint: Checkpoint, translation: Translation) -> Translation:
+    """Applies each replacement of `translation.older_names` with which more tensors are in the checkpoint."""
+    stored = set(checkpoint.names)
+
+    def count(maps: Sequence[TensorMap]) -> int:
+        return sum(name in stored for tensor_map in maps for name in tensor_map.tensors)
+
+    for pattern, text in translation.older_names:
+        maps = [
+            dataclasses.replace(tensor_map, tensors=tuple(re.sub(pattern, text, name) for name in tensor_map.tensors))
+            for tensor_map in translation.tensor_maps
+        ]
+        if count(maps) > count(translation.tensor_maps):
+            translation = dataclasses.replace(translation, tensor_maps=maps)
+    return translation
 
 
 def assemble(

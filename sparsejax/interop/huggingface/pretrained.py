@@ -17,7 +17,7 @@ from sparsejax.config import ModelConfig
 from sparsejax.data.tokenizers import HuggingFace, Tokenizer, load_tokenizer
 from sparsejax.errors import InputError
 from sparsejax.interop.huggingface import checkpoint
-from sparsejax.interop.huggingface.assembly import assemble, disassemble
+from sparsejax.interop.huggingface.assembly import assemble, disassemble, match_names
 from sparsejax.interop.huggingface.checkpoint import Checkpoint
 from sparsejax.interop.huggingface.errors import ConversionError
 from sparsejax.interop.huggingface.families import FAMILIES
@@ -30,7 +30,7 @@ from sparsejax.paths import local_path
 from sparsejax.patterns import Pattern
 
 DEFAULT_LENGTH = 4096  # of models without a maximum length
-
+LENGTHS = ("max_position_embeddings", "model_max_length", "n_positions")  # keys of a maximum length
 
 TOKENIZERS = ("tokenizer.json", "tokenizer.model")
 GENERATION = "generation_config.json"
@@ -148,7 +148,7 @@ def describe(path: str | Path, length: int | None = None, ignore: Collection[str
 def _read_length(hf_config: dict[str, Any], file: str, translation: Translation) -> int:
     """Returns the maximum length of a model."""
     hf_config = hf_config | (hf_config.get("text_config") or {})
-    key = next((key for key in ("max_position_embeddings", "model_max_length") if hf_config.get(key)), None)
+    key = next((key for key in LENGTHS if hf_config.get(key)), None)
     length = DEFAULT_LENGTH if key is None else hf_config[key]
     if type(length) is not int or length < 1:
         raise ConversionError(f"{file}: {key}", f"{json.dumps(length)}: expected a positive integer")
@@ -190,7 +190,9 @@ def load(
         problem = f"the weights are quantized ({method}); convert them to bfloat16 first"
         raise ConversionError(f"{file}: quantization_config", problem)
     path = local_path(folder)
-    parameters, dtypes, unused = assemble(Checkpoint(path), translation, mesh, dtype or "float32")
+    tensors = Checkpoint(path)
+    translation = match_names(tensors, translation)
+    parameters, dtypes, unused = assemble(tensors, translation, mesh, dtype or "float32")
     files = [str(path / name) for name in TOKENIZERS if (path / name).is_file()]
     name = files[0] if tokenizer is None and files else tokenizer
     source = HuggingFaceSource(

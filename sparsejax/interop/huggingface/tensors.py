@@ -76,6 +76,17 @@ def split_groups(source: str, targets: Sequence[str], groups: int, sizes: Sequen
     return TensorMap((source,), tuple(targets), load, store)
 
 
+def split_last(source: str, targets: Sequence[str], sizes: Sequence[int]) -> TensorMap:
+    """A tensor that concatenates parameters of these sizes along its last axis, with input rows."""
+
+    def load(arrays: Arrays) -> Arrays:
+        if arrays[0].shape[-1] != sum(sizes):
+            raise ValueError(f"expected a last axis of {sum(sizes)}")
+        return np.split(arrays[0], np.cumsum(sizes)[:-1], axis=-1)
+
+    return TensorMap((source,), tuple(targets), load, lambda arrays: [np.concatenate(arrays, axis=-1)])
+
+
 def stacked(sources: Iterable[str], target: str) -> TensorMap:
     """Tensors of one shape, such as those of the experts, stacked in one parameter; matrices are transposed."""
 
@@ -151,6 +162,11 @@ def attention(source: str, target: str, bias: bool = False, out_bias: bool = Fal
     return [*projections, *linear(f"{source}.o_proj", f"{target}.out", out_bias)]
 
 
+def qk_norms(source: str, target: str) -> list[TensorMap]:
+    """The norms of queries and keys."""
+    return [*norm(f"{source}.q_norm", f"{target}.query_norm"), *norm(f"{source}.k_norm", f"{target}.key_norm")]
+
+
 def gated_mlp(source: str, target: str, bias: bool = False) -> list[TensorMap]:
     """A gated MLP, under the names of most families."""
     return linears(source, target, {f"{name}_proj": name for name in ("gate", "up", "down")}, bias)
@@ -173,6 +189,12 @@ def experts(
         for name, matrix in zip(names, ("gate", "up", "down"), strict=True)
         if name is not None
     ]
+
+
+def mixtral_experts(source: str, target: str, count: int) -> list[TensorMap]:
+    """Experts and their router, under the names of Mixtral."""
+    router = linear(f"{source}.gate", f"{target}.router")
+    return [*router, *experts(f"{source}.experts", target, count, names=("w1", "w3", "w2"))]
 
 
 def embedding_and_head(tied: bool, embedding: str = "model.embed_tokens", norm: str = "model.norm") -> list[TensorMap]:

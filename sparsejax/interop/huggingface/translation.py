@@ -24,6 +24,7 @@ class Translation:
       tensor_maps: Maps between tensors and parameters.
       keywords: Arguments of the model besides `input_ids`.
       unused: Regular expressions of tensors that the model does not use, such as derived buffers.
+      older_names: Regular expressions of tensor names and their replacements in older files; see `match_names`.
       at_length: For models whose configuration depends on the sequence length: returns the configuration for a length,
         and the multiple to which sequences are padded. The parameters are the same for all lengths.
       rotations: Hash rotations of LSH attention, float [h, d, hashes, buckets / 2].
@@ -33,6 +34,7 @@ class Translation:
     tensor_maps: Sequence[TensorMap]
     keywords: frozenset[str] = frozenset({"attention_mask"})
     unused: tuple[str, ...] = ()
+    older_names: tuple[tuple[str, str], ...] = ()
     at_length: Callable[[int], tuple[ModelConfig, int]] | None = None
     rotations: np.ndarray | None = None
 

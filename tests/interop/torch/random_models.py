@@ -141,7 +141,7 @@ def draw_types(draw: Draw, depth: int, *types: str) -> dict[str, list[str]]:
 
 
 def draw_encoder(draw: Draw, longest: int) -> dict[str, Any]:
-    """Draws the keys that Longformer and BigBird share."""
+    """Draws the keys that encoders with learned positions share."""
     heads = draw.number(1, 4)
     return {
         "hidden_size": heads * draw.pick(4, 6, 8),
@@ -181,25 +181,101 @@ def big_bird(draw: Draw) -> tuple[dict, Traits]:
     return config | full, Traits(length, plans=sparse and not full and draw.chance())
 
 
-def mistral(draw: Draw) -> tuple[dict, Traits]:
-    """Windows of any width, or none."""
-    length = draw_length(draw)
+def draw_decoder(draw: Draw) -> dict[str, Any]:
+    """Draws the keys that Llama-like decoders share."""
     heads, shared = draw_heads(draw)
     head = draw.pick(None, 4, 6, 8, 12)
-    config = {
-        "hidden_size": heads * 2 * draw.number(2, 6) if head is None else draw.number(10, 40),
+    return {
+        "hidden_size": heads * 2 * draw.number(2, 6) if head is None else heads * draw.number(4, 10),
         "num_attention_heads": heads,
         "num_key_value_heads": shared,
         "head_dim": head,
         "num_hidden_layers": draw.number(1, 3),
         "intermediate_size": draw.number(10, 40),
-        "sliding_window": draw.pick(None, 1, 2, draw.number(3, 20), 200),
         "max_position_embeddings": draw.pick(64, 128),
         "rope_parameters": draw_rope(draw),
         **draw.maybe(hidden_act=draw.pick("silu", "gelu", "relu", "gelu_pytorch_tanh"), rms_norm_eps=1e-3),
         **draw.maybe(tie_word_embeddings=draw.chance()),
     }
-    return config, Traits(length, left=True)
+
+
+def draw_window(draw: Draw) -> int:
+    """Draws a window, often a narrow one."""
+    return draw.pick(1, 2, draw.number(3, 20), 200)
+
+
+def llama(draw: Draw) -> tuple[dict, Traits]:
+    """Biases in attention and MLPs, or none."""
+    config = draw_decoder(draw) | draw.maybe(attention_bias=draw.chance(), mlp_bias=draw.chance())
+    return config, Traits(draw_length(draw), left=True)
+
+
+def mistral(draw: Draw) -> tuple[dict, Traits]:
+    """Windows of any width, or none."""
+    return draw_decoder(draw) | {"sliding_window": draw.pick(None, draw_window(draw))}, Traits(
+        draw_length(draw), left=True
+    )
+
+
+def mixtral(draw: Draw) -> tuple[dict, Traits]:
+    """Windows of any width, or none; any number of experts."""
+    experts = draw.number(1, 6)
+    config, traits = mistral(draw)
+    return config | {"num_local_experts": experts, "num_experts_per_tok": draw.number(1, experts)}, traits
+
+
+def draw_qwen(draw: Draw) -> dict[str, Any]:
+    """Draws the keys that Qwen2 and Qwen3 share: windows from a layer on, by layer types, or none."""
+    config = draw_decoder(draw)
+    depth = config["num_hidden_layers"]
+    if draw.chance(0.7):
+        config |= {"use_sliding_window": True, "sliding_window": draw_window(draw)}
+        config |= draw.maybe(max_window_layers=draw.number(0, depth))
+        config |= draw_types(draw, depth, "sliding_attention", "full_attention")
+    return config
+
+
+def qwen2(draw: Draw) -> tuple[dict, Traits]:
+    """See `draw_qwen`."""
+    config = draw_qwen(draw)
+    if config.pop("head_dim"):
+        config["hidden_size"] = config["num_attention_heads"] * 2 * draw.number(2, 6)
+    return config, Traits(draw_length(draw), left=True)
+
+
+def qwen3(draw: Draw) -> tuple[dict, Traits]:
+    """See `draw_qwen`; biases in attention, or none."""
+    config = draw_qwen(draw) | draw.maybe(attention_bias=draw.chance())
+    return config | {"head_dim": config["head_dim"] or 10}, Traits(draw_length(draw), left=True)
+
+
+def gpt2(draw: Draw) -> tuple[dict, Traits]:
+    """Any scales of the scores."""
+    length, heads = draw_length(draw), draw.number(1, 4)
+    config = {
+        "n_embd": heads * draw.pick(4, 6, 7),
+        "n_head": heads,
+        "n_layer": draw.number(1, 4),
+        "n_positions": length + draw.number(0, 5),
+        **draw.maybe(n_inner=draw.number(10, 40), activation_function=draw.pick("gelu", "relu", "silu", "gelu_new")),
+        **draw.maybe(scale_attn_weights=draw.chance(), scale_attn_by_inverse_layer_idx=draw.chance()),
+        **draw.maybe(layer_norm_epsilon=1e-3, tie_word_embeddings=draw.chance()),
+        **dict.fromkeys(("attn_pdrop", "embd_pdrop", "resid_pdrop"), 0.0),
+    }
+    return config, Traits(length)
+
+
+def bert(draw: Draw) -> tuple[dict, Traits]:
+    """Any activation."""
+    length = draw_length(draw, 90)
+    return draw_encoder(draw, length + draw.number(0, 5)), Traits(length)
+
+
+def roberta(draw: Draw) -> tuple[dict, Traits]:
+    """Positions after the id of padding."""
+    length, padding = draw_length(draw, 90), draw.pick(0, 1, 2)
+    config = draw_encoder(draw, length + padding + 1 + draw.number(0, 5))
+    return config | {"pad_token_id": padding}, Traits(length, pad=padding)
 
 
 def gemma2(draw: Draw) -> tuple[dict, Traits]:
@@ -646,23 +722,30 @@ def reformer(draw: Draw) -> tuple[dict, Traits]:
 # `model_type` -> its function.
 FAMILIES: dict[str, Callable[[Draw], tuple[dict, Traits]]] = {
     "bamba": bamba,
+    "bert": bert,
     "big_bird": big_bird,
     "deepseek_v32": deepseek_v32,
     "falcon_h1": falcon_h1,
     "gemma2": gemma2,
     "gemma3_text": gemma3_text,
+    "gpt2": gpt2,
     "gpt_oss": gpt_oss,
     "jamba": jamba,
     "kimi_linear": kimi_linear,
+    "llama": llama,
     "longformer": longformer,
     "mamba": mamba,
     "mamba2": mamba2,
     "minimax": minimax,
     "mistral": mistral,
+    "mixtral": mixtral,
     "modernbert": modernbert,
     "nemotron_h": nemotron_h,
+    "qwen2": qwen2,
+    "qwen3": qwen3,
     "qwen3_next": qwen3_next,
     "reformer": reformer,
+    "roberta": roberta,
     "zamba2": zamba2,
 }
 

@@ -35,7 +35,7 @@ LOGIT_NOISE, GRADIENT_NOISE = 5e-5, 2e-4
 NOISE = {"jamba": 1e-4, "qwen3_next": 1e-4, "reformer": 0.1}
 GAIN_DECAY, MAX_TRIES = 0.7, 12
 
-MASKED = ("longformer", "big_bird", "modernbert")  # families with a masked language model head
+MASKED = ("bert", "big_bird", "longformer", "modernbert", "roberta")  # families with a masked language model head
 OFFSET_NORMS = r"gemma|qwen3_next"  # families that store the scales of norms minus 1
 EAGER = {"attn_implementation": "eager", "experts_implementation": "eager"}
 

@@ -1,4 +1,4 @@
-"""BERT-like encoders (arXiv:1810.04805): the common part of Longformer and BigBird.
+"""BERT (arXiv:1810.04805), RoBERTa (arXiv:1907.11692), and the parts that they share with Longformer and BigBird.
 
 They have learned positions, norms after each branch, biases in all linear layers, and a head that consists of a linear
 layer, an activation and a norm.
@@ -14,12 +14,45 @@ from typing import Any
 from sparsejax.config import EmbeddingConfig, HeadConfig, ModelConfig
 from sparsejax.interop.huggingface.fields import Fields
 from sparsejax.interop.huggingface.tensors import TensorMap, identity, linear, norm, transposed
-from sparsejax.interop.huggingface.translation import ACTIVATIONS, build_model
+from sparsejax.interop.huggingface.translation import ACTIVATIONS, Translation, build_model
 from sparsejax.layers import AttentionConfig, LayerConfig, MlpConfig, NormConfig
 from sparsejax.patterns import Pattern
 
 PROJECTIONS = ("query", "key", "value")
 GLOBAL_PROJECTIONS = tuple(f"{name}_global" for name in PROJECTIONS)
+# Redundant keys of Google's files.
+IGNORED = """
+    directionality pooler_fc_size pooler_num_attention_heads pooler_num_fc_layers pooler_size_per_head pooler_type
+"""
+# Names in TensorFlow, which the first files kept.
+OLDER_NORMS = ((r"LayerNorm\.weight$", "LayerNorm.gamma"), (r"LayerNorm\.bias$", "LayerNorm.beta"))
+
+
+def translate(fields: Fields) -> Translation:
+    """Translates a `BertConfig` with a masked language model head."""
+    fields.ignore(*IGNORED.split())
+    return _translate(fields, "bert", ("cls.predictions", "transform.dense", "transform.LayerNorm"))
+
+
+def translate_roberta(fields: Fields) -> Translation:
+    """Translates a `RobertaConfig` with a masked language model head, whose activation is gelu for any `hidden_act`."""
+    padding = fields.take("pad_token_id", 1)
+    return _translate(fields, "roberta", ("lm_head", "dense", "layer_norm"), head_activation="gelu", padding=padding)
+
+
+def _translate(fields: Fields, prefix: str, head_names: tuple[str, str, str], **settings: Any) -> Translation:
+    fields.require("is_decoder", False)
+    fields.require("add_cross_attention", False)
+    fields.require("position_embedding_type", "absolute")
+    model = build_encoder(fields, ["full"] * fields.take("num_hidden_layers", 12), **settings)
+    head, unused = head_tensors(*head_names, model.tied)
+    bare = rf"({prefix}\.)?(embeddings\.(position_ids|token_type_ids)|pooler\..*)"
+    return Translation(
+        model,
+        [*encoder_tensors(prefix, model, dict.fromkeys(PROJECTIONS, True)), *head],
+        unused=(*unused, bare, r"cls\.seq_relationship\..*"),
+        older_names=((rf"^{prefix}\.", ""), *OLDER_NORMS),
+    )
 
 
 def build_encoder(

@@ -65,11 +65,9 @@ def translate(fields: Fields) -> Translation:
     maps = tensors.embedding_and_head(tied)
     for i, layer_type in enumerate(types):
         source, target = f"model.layers.{i}", f"layers.{i}"
-        moe = f"{source}.block_sparse_moe"
         maps += [
             *tensors.pre_norms(source, target),
-            *tensors.linear(f"{moe}.gate", f"{target}.mlp.router"),
-            *tensors.experts(f"{moe}.experts", f"{target}.mlp", experts.experts, names=("w1", "w3", "w2")),
+            *tensors.mixtral_experts(f"{source}.block_sparse_moe", f"{target}.mlp", experts.experts),
         ]
         if layer_type == "full_attention":
             maps += tensors.attention(f"{source}.self_attn", f"{target}.mixer")
