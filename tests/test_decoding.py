@@ -46,6 +46,13 @@ def is_decoder(folder: Path) -> bool:
 PRESETS = [name for name in list_presets() if configs.check(configs.load(preset_path(name))).model.causal]
 GOLDENS = [f"golden/{path.parent.name}" for path in sorted(GOLDEN.glob("*/config.json")) if is_decoder(path.parent)]
 
+# Sinks; rings of several sizes; latent attention and the delta rule; shared blocks; gated linear attention; RG-LRU.
+QUICK = ("gpt_oss", "gemma3_text", "kimi_linear", "zamba2", "minimax_text01", "griffin")
+MODELS = [
+    pytest.param(name, marks=() if name.removeprefix("golden/") in QUICK else pytest.mark.nightly)
+    for name in [*PRESETS, *GOLDENS]
+]
+
 
 @functools.cache
 def load(name: str) -> tuple[ModelConfig, dict]:
@@ -125,21 +132,21 @@ def stagger(length: int, size: int, seed: int) -> Iterable[np.ndarray]:
         yield counts
 
 
-@pytest.mark.parametrize("name", [*PRESETS, *GOLDENS])
+@pytest.mark.parametrize("name", MODELS)
 def test_staggered_chunks_equal_the_forward_pass(name):
     case = build(name)
     size = case.window + 1
     assert case.compare(stagger(case.length, size, seed=0), size) <= TOLERANCES["float32"]
 
 
-@pytest.mark.parametrize("name", [*PRESETS, *GOLDENS])
+@pytest.mark.parametrize("name", MODELS)
 def test_the_bytes_of_a_cache_are_those_of_the_account(name):
     case = build(name)
     assert count_bytes(jax.eval_shape(case.init_cache)) == ROWS * account_model(case.config, case.length)[1].cache_bytes
 
 
 @pytest.mark.nightly
-@pytest.mark.parametrize("name", [*PRESETS, *GOLDENS])
+@pytest.mark.parametrize("name", MODELS)
 @pytest.mark.parametrize("size", [1, 3, "window - 1", "window", "window + 1", TILE - 1, TILE, TILE + 1, "all"])
 def test_chunks_of_any_size_equal_the_forward_pass(name, size):
     case = build(name)
@@ -149,7 +156,7 @@ def test_chunks_of_any_size_equal_the_forward_pass(name, size):
 
 
 @pytest.mark.nightly
-@pytest.mark.parametrize("name", [*PRESETS, *GOLDENS])
+@pytest.mark.parametrize("name", MODELS)
 @settings(max_examples=10)
 @given(size=st.sampled_from([1, 2, 5, 16, 33, 130]), seed=st.integers(0, 2**32 - 1))
 def test_any_split_equals_the_forward_pass(name, size, seed):
@@ -159,7 +166,7 @@ def test_any_split_equals_the_forward_pass(name, size, seed):
 
 
 @pytest.mark.nightly
-@pytest.mark.parametrize("name", [*PRESETS, *GOLDENS])
+@pytest.mark.parametrize("name", MODELS)
 def test_bfloat16(name):
     case = build(name, "bfloat16")
     assert case.compare(stagger(case.length, 17, seed=0), 17) <= TOLERANCES["bfloat16"]
