@@ -82,6 +82,8 @@ def grid(probe: Passkey, lengths: Iterable[int], depths: Iterable[float]) -> dic
 class KeyValue(Probe):
     """Key-value retrieval: pairs of random hexadecimal numbers, then one of the keys, whose value is the target.
 
+    With `queries` above 1, further keys follow, each after the value of the previous one.
+
         KEY k1 VALUE v1 KEY k2 VALUE v2 KEY k1 VALUE
         answers                                      v1
 
@@ -95,12 +97,15 @@ class KeyValue(Probe):
 
     pairs: int = 75  # number of key-value pairs
     digits: int = 32  # digits per key and per value
-    query: int | None = None  # index of the queried pair, from 0; none for a random one
+    query: int | None = None  # index of the first queried pair, from 0; none for a random one
+    queries: int = 1  # number of queried pairs, without repetition
 
     def __post_init__(self):
-        require(self, pairs=1, digits=1)
+        require(self, pairs=1, digits=1, queries=1)
         if HEX**self.digits < self.pairs:
             raise InputError("pairs", f"{self.pairs} is above 16 ** digits = {HEX**self.digits}, the number of keys")
+        if self.queries > self.pairs:
+            raise InputError("queries", f"{self.queries} is above pairs = {self.pairs}")
         if self.query is not None and not 0 <= self.query < self.pairs:
             raise InputError("query", f"{self.query} is not between 0 and pairs - 1 = {self.pairs - 1}")
 
@@ -110,7 +115,7 @@ class KeyValue(Probe):
 
     @property
     def length(self) -> int:
-        return self.pairs * (2 * self.digits + 2) + 2 * self.digits + 1
+        return (self.pairs + self.queries) * (2 * self.digits + 2) - 1
 
     def example(self, seed: int, index: int, validation: bool = False) -> Example:
         rng, width = open_stream(seed, index, validation), self.digits
@@ -122,6 +127,10 @@ class KeyValue(Probe):
         values = rng.integers(HEX, size=(self.pairs, width))
         key, value = np.full((self.pairs, 1), HEX), np.full((self.pairs, 1), HEX + 1)
         pairs = np.concatenate([key, keys, value, values], axis=1)
-        inputs = np.concatenate([pairs.ravel(), pairs[query, :-1]])
-        digits = np.arange(width)
-        return recall_example(inputs, self.length - width + digits, query * pairs.shape[1] + width + 2 + digits)
+        others = rng.permutation(np.delete(np.arange(self.pairs), query))
+        queries = np.concatenate([[query], others])[: self.queries]
+        inputs = np.concatenate([pairs.ravel(), pairs[queries].ravel()[:-1]])
+        first = np.arange(self.pairs, self.pairs + self.queries) * pairs.shape[1]
+        digits = width + 1 + np.arange(width)
+        positions, sources = np.add.outer(first, digits), np.add.outer(queries * pairs.shape[1], digits + 1)
+        return recall_example(inputs, positions.ravel(), sources.ravel())

@@ -78,6 +78,7 @@ INVALID = [
     ("text_classification", {"length": 0}, "length"),
     ("text_classification", {"classes": ("one",)}, "classes"),
     ("text_retrieval", {"length": 2}, "length"),
+    ("key_value", {"pairs": 4, "queries": 5}, "queries"),
 ]
 
 

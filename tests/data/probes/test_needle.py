@@ -80,3 +80,20 @@ def test_key_value_answer_is_the_value_of_the_key(probe):
         assert not example["weights"][: -probe.digits].any()
         queries.append(list(pairs).index(key))
     assert set(queries) == {3} if probe.query else len(set(queries)) > 10
+
+
+def test_key_value_queries_distinct_pairs_after_the_first():
+    probe, alone = KeyValue(pairs=5, digits=2, queries=5, query=1), KeyValue(pairs=5, digits=2, query=1)
+    for index in range(20):
+        example, single = probe.example(0, index), alone.example(0, index)
+        assert np.array_equal(example["inputs"][: alone.length], single["inputs"])
+        scored = np.flatnonzero(example["weights"])
+        sources = scored - example["distance"][scored] + 1
+        assert np.array_equal(example["inputs"][sources], example["targets"][scored])
+        assert list(scored[:2]) == list(np.flatnonzero(single["weights"]))
+        assert sorted(sources) == [start + 4 + digit for start in range(0, 30, 6) for digit in range(2)]
+        followed = scored[scored + 1 < probe.length]
+        assert np.array_equal(example["inputs"][followed + 1], example["targets"][followed])
+        tokens = example["inputs"]
+        for position, source in zip(scored[::2], sources[::2], strict=True):  # key, VALUE, answer
+            assert np.array_equal(tokens[position - 2 : position], tokens[source - 3 : source - 1])
