@@ -9,14 +9,12 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import nnx
 from jaxtyping import Int
 
 from sparsejax.check.certificate import Finding
 from sparsejax.check.influence import Trace
 from sparsejax.check.reduce import replace_fields
 from sparsejax.check.subject import Subject
-from sparsejax.layers import Context
 from sparsejax.patterns import drawing
 
 # Largest difference between two programs of one model, relative to the largest logit.
@@ -42,7 +40,7 @@ def _decode(subject: Subject, tokens: np.ndarray, logits: np.ndarray) -> Finding
     """
     if not subject.config.causal:
         return Finding("decoding", None, "the model is not causal")
-    if any(layer.mixer is not None and layer.mixer.leaks for layer in subject.config.layers.values()):
+    if any(mixer.leaks for mixer in subject.mixers.values()):
         return Finding("decoding", None, "leaks allowed: outputs depend on later tokens, which decoding does not have")
     model, length = subject.model, subject.length
     prompts, chunks = _plan_splits(subject)
@@ -91,52 +89,29 @@ def _unroll(subject: Subject, tokens: np.ndarray, logits: np.ndarray) -> Iterato
     """
     skipped, layers = _skip_reference(subject), "the same layers one by one"
     if not skipped:
-        reference = _run_layers(subject.with_config(replace_fields(subject.config, impl="dense")), tokens)
+        reference, _ = subject.with_config(replace_fields(subject.config, impl="dense")).run_layers(tokens)
         scan = _compare("scan", logits, reference, "float32", f"{layers} under impl = dense")
         implementation = dataclasses.replace(scan, name="implementation")
         if not scan.passed:
-            chosen = _run_layers(subject, tokens)
+            chosen, _ = subject.run_layers(tokens)
             scan = _compare("scan", logits, chosen, "float32", layers)
             implementation = _compare("implementation", chosen, reference, "float32", "impl = dense")
     else:
         implementation = Finding("implementation", None, skipped)
         if subject.config.fold.repeats:
-            scan = _compare("scan", logits, _run_layers(subject, tokens), "float32", layers)
+            scan = _compare("scan", logits, subject.run_layers(tokens)[0], "float32", layers)
     yield scan if subject.config.fold.repeats else Finding("scan", None, "no layers are scanned")
     yield implementation
 
 
 def _skip_reference(subject: Subject) -> str:
     """Why the implementation is not compared with the reference; empty if it is."""
-    mixers = [layer.mixer for layer in subject.config.layers.values()]
+    mixers = subject.mixers.values()
     if replace_fields(subject.config, impl="dense") == subject.config or not any(hasattr(x, "impl") for x in mixers):
         return "no layer has another implementation than the reference"
     if max(getattr(mixer, "heads", 1) for mixer in mixers) * subject.length**2 > MAX_SCORES:
         return f"the reference needs all scores of {subject.length:,} tokens"
     return ""
-
-
-def _run_layers(subject: Subject, tokens: np.ndarray) -> np.ndarray:
-    """Logits of layer after layer, each compiled once per name."""
-    model = subject.bind()
-    compiled: dict[str, Any] = {}
-
-    @subject.jit
-    def start(parameters: Any, tokens: jax.Array) -> jax.Array:
-        return subject.model.bind(parameters).embed(tokens, Context())[0]
-
-    @subject.jit
-    def finish(parameters: Any, x: jax.Array) -> jax.Array:
-        return subject.model.bind(parameters).read_out(x, Context())
-
-    x = embeddings = start(subject.parameters, jnp.asarray(tokens, jnp.int32))
-    context = Context().with_extras(embeddings=embeddings, shared=dict(model.shared))
-    for index, (name, layer) in enumerate(zip(subject.config.names, model.unroll(), strict=True)):
-        graph, state = nnx.split(layer)
-        if name not in compiled:
-            compiled[name] = subject.jit(lambda state, x, context, graph=graph: nnx.merge(graph, state)(x, context)[0])
-        x = compiled[name](state, x, context.with_extras(layer=jnp.asarray(index)))
-    return np.asarray(finish(subject.parameters, x))
 
 
 def _compare(name: str, actual: np.ndarray, expected: np.ndarray, dtype: str, other: str) -> Finding:

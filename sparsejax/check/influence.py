@@ -4,19 +4,17 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import nnx
 from jaxtyping import Bool, Float, Int
 
 from sparsejax.check.certificate import Finding
 from sparsejax.check.subject import Subject
 from sparsejax.layers import (
     AttentionConfig,
-    Auxiliary,
     Context,
     ConvConfig,
     LatentConfig,
@@ -27,7 +25,6 @@ from sparsejax.layers import (
     ParallelConfig,
     Tokens,
 )
-from sparsejax.model import FOLDED
 from sparsejax.patterns import drawing
 
 QUERIES = 16  # fewest edits of a suffix, and outputs whose gradients are taken, per layer
@@ -55,9 +52,7 @@ class Edit(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Trace:
-    """One forward and backward pass, whose row i is that of `tokens` with other tokens from `positions[i]` on.
-
-    Row 0 is not changed.
+    """A forward pass and the gradients of its layers; row i has other tokens from `positions[i]` on, but for row 0.
 
     Attributes:
       positions: Ascending positions, from 0: cuts, and the queries whose gradients are taken.
@@ -76,27 +71,27 @@ class Trace:
 
 
 def trace(subject: Subject) -> Trace:
-    """Runs the program of a training step, with a gradient of its own in each layer."""
+    """Runs the model, and then its layers one by one to take the gradients of each."""
     positions = _choose_positions(subject)
     (tokens,), (other,) = subject.draw_tokens(1), subject.draw_tokens(1, seed=1)
     cuts = np.where(positions > 0, positions, subject.length)
     rows = np.where(np.arange(subject.length) < cuts[:, None], tokens, other)
-    names = dict.fromkeys(subject.config.names)
+    touched = {name: np.zeros(rows.shape, bool) for name in subject.config.names}
+    reached = {name: ~touched[name] for name in subject.config.names}
 
-    def run(probes: Any, parameters: Any, rows: jax.Array, positions: jax.Array) -> tuple[jax.Array, jax.Array]:
-        model = subject.model.bind(parameters)
-        for part in FOLDED:
-            layers = zip(getattr(subject.config.fold, part), getattr(model, part), strict=True)
-            setattr(model, part, nnx.List([_instrument(layer, probes[name], positions) for name, layer in layers]))
-        logits = model(rows)
-        return logits.sum(), logits
+    def differentiate(layer: Layer, x: jax.Array, context: Context) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
+        def run(x: jax.Array, embeddings: jax.Array) -> jax.Array:
+            return layer(x, context.with_extras(embeddings=embeddings))[0]
 
-    probes = {name: (jnp.zeros(rows.shape),) * 2 for name in names}
-    compiled = subject.jit(jax.grad(run, has_aux=True))
-    arrays = compiled(probes, subject.parameters, jnp.asarray(rows, jnp.int32), jnp.asarray(positions))
-    counts, logits = jax.device_get(arrays)
-    touched = {name: (stream + embeddings) > 0 for name, (stream, embeddings) in counts.items()}
-    reached = {name: stream == subject.config.names.count(name) for name, (stream, _) in counts.items()}
+        y, pull_back = jax.vjp(run, x, context.extras.embeddings)
+        weights = jnp.linspace(0.5, 1.5, y.shape[-1]).astype(y.dtype)
+        gradients = pull_back(jnp.zeros_like(y).at[np.arange(len(y)), positions].set(weights))
+        return y, tuple((gradient != 0).any(axis=-1) for gradient in gradients)
+
+    logits = subject.forward(rows)
+    for name, (stream, embeddings) in subject.run_layers(rows, differentiate)[1]:
+        touched[name] |= np.asarray(stream | embeddings)
+        reached[name] &= np.asarray(stream)
     return Trace(positions, rows, logits, touched, reached)
 
 
@@ -104,10 +99,8 @@ def check_causality(subject: Subject, trace: Trace) -> Finding:
     """Other tokens from a position on change no logit before it."""
     if not subject.config.causal:
         return Finding("causality", None, "the model is not causal")
-    mixers = {f"layers.{name}": layer.mixer for name, layer in subject.config.layers.items() if layer.mixer is not None}
-    if leaks := [f"{name}: {mixer.leaks}" for name, mixer in mixers.items() if mixer.leaks]:
-        allowed = subject.config.allow_leaks
-        return Finding("causality", None if allowed else False, f"leaks{' allowed' * allowed}: {'; '.join(leaks)}")
+    if leaks := [f"{path}: {mixer.leaks}" for path, mixer in subject.mixers.items() if mixer.leaks]:
+        return Finding("causality", None, f"leaks allowed: {'; '.join(leaks)}")
     problem = "the logits at position {{position}} change by up to {{change:.2g}} with the tokens from position {} on"
     edits = [
         Edit(row, 0, np.arange(subject.length) < cut, problem.format(cut))
@@ -115,8 +108,11 @@ def check_causality(subject: Subject, trace: Trace) -> Finding:
         if row > 0
     ]
     problem, how = _compare(subject, edits, lambda subject: subject.forward(trace.tokens), trace.logits)
-    kept = f"{len(edits)} edits of a suffix change no logit before it"
-    return Finding("causality", not problem, problem or f"{kept}, {how}")
+    if problem:
+        keys, queries = np.arange(subject.length), trace.positions[:, None]
+        leaking = [name for name, touched in trace.touched.items() if (touched & (keys > queries)).any()]
+        return Finding("causality", False, problem + f", through {' and '.join(leaking)}" * bool(leaking))
+    return Finding("causality", True, f"{len(edits)} edits of a suffix change no logit before it, {how}")
 
 
 def check_documents(subject: Subject) -> Finding:
@@ -155,6 +151,9 @@ def check_documents(subject: Subject) -> Finding:
     problem, how = _compare(subject, edits, lambda subject: subject.forward(rows, context), logits)
     if problem:
         return Finding("documents", False, problem)
+    if any(isinstance(config, LshConfig) for mixer in subject.mixers.values() for config in _branches(mixer)):
+        detail = f"packed documents and padding do not interact, {how}; alone, LSH attention hashes into other chunks"
+        return Finding("documents", True, detail)
     error = max(np.abs(logits[4 + number] - logits[0])[part == number].max() for number in (1, 2, 3))
     error = float(error / np.abs(logits[0]).max())
     limit = ALONE[subject.config.dtype]
@@ -215,48 +214,6 @@ def _find_change(edits: Sequence[Edit], logits: np.ndarray, limit: float) -> str
     return ""
 
 
-# Gradients per layer: a probe, which is zero and added to nothing, receives as its gradient whether that of the layer's
-# input is not zero, and the gradient of the layer's output is a constant instead of that of the next layer's input.
-
-
-def _instrument(layer: Layer, probes: tuple[jax.Array, jax.Array], positions: jax.Array) -> nnx.Module:
-    """A layer whose output at one position per row has a gradient, that of its inputs being added to the probes."""
-
-    class Instrumented(nnx.Module):
-        def __init__(self) -> None:
-            self.layer = layer
-
-        def __call__(self, x: jax.Array, context: Context) -> tuple[jax.Array, Auxiliary]:
-            embeddings = _observe(context.extras.embeddings, probes[1])
-            x, auxiliary = self.layer(_observe(x, probes[0]), context.with_extras(embeddings=embeddings))
-            return _seed(x, positions), auxiliary
-
-    return Instrumented()
-
-
-@jax.custom_vjp
-def _observe(x: Float[jax.Array, "b t m"], probe: Float[jax.Array, "b t"]) -> Float[jax.Array, "b t m"]:
-    return x
-
-
-_observe.defvjp(
-    lambda x, probe: (x, ()), lambda _, dx: (jnp.zeros_like(dx), (dx != 0).any(axis=-1).astype(jnp.float32))
-)
-
-
-@jax.custom_vjp
-def _seed(y: Float[jax.Array, "b t m"], positions: Int[jax.Array, " b"]) -> Float[jax.Array, "b t m"]:
-    return y
-
-
-def _seed_backward(positions: jax.Array, dy: jax.Array) -> tuple[jax.Array, None]:
-    weights = jnp.linspace(0.5, 1.5, dy.shape[-1]).astype(dy.dtype)
-    return jnp.zeros_like(dy).at[jnp.arange(len(dy)), positions].set(weights), None
-
-
-_seed.defvjp(lambda y, positions: (y, positions), _seed_backward)
-
-
 def _select_required(
     layer: LayerConfig, allowed: Bool[np.ndarray, "q t"], queries: Int[np.ndarray, "q 1"]
 ) -> Bool[np.ndarray, "q t"]:
@@ -274,11 +231,18 @@ def _is_exact(config: MixerConfig) -> bool:
     return isinstance(config, AttentionConfig | LatentConfig | ConvConfig)
 
 
-def _selects(config: MixerConfig) -> bool:
+def _selects(mixer: MixerConfig) -> bool:
     """Whether the content selects among the keys of the pattern."""
-    if isinstance(config, ParallelConfig):
-        return any(_selects(branch.mixer) for branch in config.branches.values())
-    return isinstance(config, LshConfig) or getattr(config, "indexer", None) is not None
+    return any(isinstance(x, LshConfig) or getattr(x, "indexer", None) is not None for x in _branches(mixer))
+
+
+def _branches(mixer: MixerConfig) -> Iterator[MixerConfig]:
+    """The mixers that run in parallel; the mixer itself if it has no branches."""
+    if isinstance(mixer, ParallelConfig):
+        for branch in mixer.branches.values():
+            yield from _branches(branch.mixer)
+    else:
+        yield mixer
 
 
 def _choose_positions(subject: Subject) -> Int[np.ndarray, " q"]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 from collections.abc import Iterator
 from typing import Any, TypeVar
@@ -9,7 +10,7 @@ from typing import Any, TypeVar
 from sparsejax.config import ModelConfig
 from sparsejax.errors import InputError
 from sparsejax.model import Functional
-from sparsejax.patterns import PatternError, drawing
+from sparsejax.patterns import drawing
 
 MAX_PARAMETERS = 4_000_000  # of a model that is checked as it is
 TILE = 64  # of layouts
@@ -40,18 +41,23 @@ T = TypeVar("T")
 
 
 def choose_length(config: ModelConfig, limit: int | None = None) -> int:
-    """A length that crosses the edges of every window, chunk and tile, up to `limit` and the model's positions."""
+    """A length that crosses the edges of every window, chunk and tile, up to `limit` and the model's positions.
+
+    Raises:
+      InputError: The model runs neither on such a length nor on `limit` tokens.
+    """
     scales = [scale for _, pattern in config.connectivity for scale in drawing.list_scales(pattern)]
     chunks = [getattr(layer.mixer, "chunk", 0) for layer in config.layers.values()]
     length = max(SHORTEST, max(scales, default=0) + TILE + 4, max(chunks, default=0) + 4)
     length = min(length, limit or length, config.embedding.max_length or length)
-    for candidate in (length, -(-length // 64) * 64, limit or length):
-        try:
+    last = limit or max(drawing.default_length(pattern) for _, pattern in config.connectivity)
+    for candidate in (length, -(-length // TILE) * TILE):
+        with contextlib.suppress(InputError):
             config.check(candidate)
-        except (InputError, PatternError):
-            continue
-        return candidate
-    return max(drawing.default_length(pattern) for _, pattern in config.connectivity)
+            if candidate <= (limit or candidate):
+                return candidate
+    config.check(last)
+    return last
 
 
 def reduce(config: ModelConfig, max_parameters: int = MAX_PARAMETERS) -> tuple[ModelConfig, str]:
@@ -114,11 +120,11 @@ def _reduce(section: Any) -> Any:
 def _limit(section: Any, factor: int) -> Iterator[tuple[str, int]]:
     heads = dict(_reduce_heads(section))
     yield from heads.items()
-    for name, limit in LIMITS.items():
-        value = getattr(section, name, None)
+    for name in [name for name in _fields(section) if name in LIMITS]:
+        value = getattr(section, name)
         if isinstance(value, int) and not isinstance(value, bool):
             blocks = heads.get("heads", 1) if name == "inner" else 1
-            yield name, min(value, factor * limit // blocks * blocks)
+            yield name, min(value, factor * LIMITS[name] // blocks * blocks)
 
 
 def _reduce_heads(section: Any) -> Iterator[tuple[str, int]]:

@@ -11,6 +11,8 @@ import contextlib
 import functools
 import hashlib
 import json
+import os
+import sys
 import threading
 from collections.abc import Sequence
 from pathlib import Path
@@ -29,6 +31,7 @@ from sparsejax.train.display import print_lines
 from sparsejax.train.phases import Phase
 from sparsejax.workdir import Workdir, read_json, write_json
 
+NICE = 10  # priority of the thread, from -20, the highest, to 19
 KEY = "key"  # of a certificate in a file: the digest of what it depends on; None if that is unknown
 
 
@@ -98,6 +101,8 @@ class ModelCheck:
             raise CheckFailed(problem)
 
     def _run(self) -> None:
+        if sys.platform == "linux":  # where a thread has a priority of its own: training goes first
+            os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), NICE)
         try:
             for phase, key in zip(self._phases, self._keys, strict=True):
                 certificate = _find(self._workdir, key)

@@ -1,5 +1,7 @@
 """Small models, one per kind of mixer."""
 
+from collections.abc import Mapping
+from types import MappingProxyType
 from typing import Any
 
 from sparsejax import config
@@ -48,6 +50,16 @@ MIXERS: dict[str, dict[str, Any]] = {
         "indexer": {"heads": 2, "width": 8, "top_k": 8},
     },
 }
+VARIANTS: dict[str, dict[str, Any]] = {  # of mixers in `MIXERS`
+    "alibi": ATTENTION | {"pattern": "causal", "rope": None, "alibi": True},
+    "softcap": ATTENTION | {"pattern": "causal", "softcap": 1.0},
+    "gate": ATTENTION | {"pattern": "causal", "gate": True},
+    "relative": ATTENTION | {"pattern": "causal", "rope": None, "relative": 8},
+    "edges": ATTENTION | {"pattern": "causal & window(6)", "impl": "segment"},
+    "latent": MIXERS["selected"] | {"indexer": None},
+    "lsh": {"kind": "lsh", "heads": 2, "head_width": 8, "chunk": 8, "buckets": [4], "hashes": 2, "causal": True}
+    | {"seed": 0},
+}
 MIXERS["parallel"] = {
     "kind": "parallel",
     "branches": {
@@ -57,10 +69,18 @@ MIXERS["parallel"] = {
 }
 
 
-def build(mixer: str | dict[str, Any], schedule: str = "3x(mix)", **changes: Any) -> ModelConfig:
-    """A model of layers with one mixer, and no feed-forward part."""
-    mixer = MIXERS[mixer] if isinstance(mixer, str) else mixer
-    layer = {"mixer": mixer, "mlp": None, "norm": NORM, "norm_position": "pre", "remat": False}
+EXPERTS = {"kind": "experts", "experts": 4, "top_k": 2, "width": 8, "activation": "silu"}
+# A shared block, and its use by a layer.
+BLOCK = {"mixer": MIXERS["causal"], "mlp": {"kind": "gated", "width": 16, "activation": "gelu"}, "norm": NORM}
+SIDE = {"shared": "block", "mixer_rank": 2, "mlp_rank": None}
+
+
+def build(
+    mixer: str | dict[str, Any], schedule: str = "3x(mix)", layer: Mapping[str, Any] = MappingProxyType({}), **changes
+) -> ModelConfig:
+    """A model of layers with one mixer, and no feed-forward part unless `layer` has one."""
+    mixer = (MIXERS | VARIANTS)[mixer] if isinstance(mixer, str) else mixer
+    layer = {"mixer": mixer, "mlp": None, "norm": NORM, "norm_position": "pre", "remat": False} | layer
     section = {
         "vocab": 32,
         "width": 16,

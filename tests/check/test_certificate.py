@@ -3,6 +3,7 @@
 import dataclasses
 import json
 from pathlib import Path
+from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -67,10 +68,17 @@ def average(x):
     return jnp.cumsum(x, axis=1) / jnp.arange(1, x.shape[1] + 1)[:, None]
 
 
+def convolve(x):
+    """A circular convolution over all positions."""
+    taps = jnp.fft.rfft(jnp.asarray([0.0, 0.5, 1.0, 2.0]), n=x.shape[1])
+    return jnp.fft.irfft(jnp.fft.rfft(x, axis=1) * taps[:, None], n=x.shape[1], axis=1)
+
+
 FUTURE = r"causality: the logits at position 0 change by up to \d.* with the tokens from position \d+ on"
 DOCUMENT = r"documents: other tokens in document 1 change the logits at position \d+ .*tokens\.segments"
 LEAKS = {
     "circular": (lambda x: x + jnp.roll(x, 1, axis=1), FUTURE),
+    "convolved": (convolve, FUTURE),
     "centered": (lambda x: x - x.mean(axis=1, keepdims=True), FUTURE),
     "faint": (lambda x: round_off(x) + 1e-9 * jnp.roll(x, -1, axis=1), FUTURE),
     "forgetful": (average, DOCUMENT),
@@ -86,6 +94,65 @@ def test_a_leaking_mixer_is_refused_with_its_position(registries, kind):
         certificate.require()
     with pytest.raises(CheckFailed, match=message):
         check_mixer(config, 24)
+
+
+def test_the_leaking_layer_is_named(registries):
+    register("circular", LEAKS["circular"][0])
+    layer = build("conv").layers["mix"]
+    model = build({"kind": "circular"})
+    layers_of_both = {"rolled": model.layers["mix"], "mix": layer}
+    certificate = check_model(dataclasses.replace(model, schedule="2x(mix) rolled", layers=layers_of_both), 24)
+    with pytest.raises(CheckFailed, match=f"{FUTURE}, through rolled$"):
+        certificate.require()
+
+
+@dataclasses.dataclass(frozen=True)
+class Recent(patterns.Pattern):
+    """A window whose bounds are those of its own position."""
+
+    name: ClassVar[str] = "recent"
+    left: int
+
+    def allows(self, q, k, t=None, s=None):
+        return (k >= q - self.left) & (k <= q)
+
+    def bounds(self, grid):
+        first, last = grid.row_bounds()
+        return patterns.from_ranges(grid, (first, last + 1), (last - self.left, first + 1))
+
+    def last_query(self, k):
+        return k + self.left
+
+    def lookahead(self):
+        return 0
+
+
+@pytest.mark.parametrize(
+    ("length", "message"),
+    [
+        (24, r"pattern of mix: recent\(9\) at t=24, .*bounds.live_upper lacks live tiles: \[\(1, 0\)"),
+        (150, "receptive field of mix: the output at 64 does not depend on the input at 55, inside"),
+    ],
+)
+def test_a_pattern_with_narrow_bounds_is_refused(registries, length, message):
+    patterns.register(Recent)
+    certificate = check_model(build({**MIXERS["causal"], "pattern": "recent(9)"}), length)
+    with pytest.raises(CheckFailed, match=message):
+        certificate.require()
+
+
+def test_keys_that_count_twice_are_scored_once():
+    twice = build({**MIXERS["causal"], "pattern": "multiset(causal, causal & window(3))", "impl": "dense"})
+    certificate = check_model(twice, 24)
+    assert certificate.passed, list(certificate.failures)
+
+
+def test_documents_in_hash_attention_do_not_interact():
+    certificate = check_model(build("lsh", allow_leaks=True), 24)
+    findings = {finding.name: finding for finding in certificate.findings}
+    assert certificate.passed, list(certificate.failures)
+    assert findings["documents"].passed
+    assert findings["causality"].passed is None
 
 
 def test_a_program_that_is_exact_but_not_bitwise_passes(registries):
@@ -157,6 +224,13 @@ def test_the_length_crosses_every_edge(pattern, edge):
     config = build(MIXERS["causal"] | {"pattern": pattern})
     assert choose_length(config) > max(edge + 64, 130)
     assert choose_length(config, 40) == 40
+
+
+def test_the_length_fits_the_patterns_and_the_positions():
+    grid = build(MIXERS["causal"] | {"pattern": "bigbird(8, 2, seed=0)"}, causal=False)
+    with pytest.raises(InputError, match=r"layers\.mix\.mixer\.pattern"):
+        choose_length(grid, 37)
+    assert choose_length(build("conv", embedding={"positions": 20})) == 20
 
 
 LEAK = (

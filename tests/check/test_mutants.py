@@ -12,7 +12,7 @@ import jax
 import pytest
 
 from sparsejax.check import check_model
-from tests.check.models import build
+from tests.check.models import BLOCK, EXPERTS, SIDE, build
 
 
 class Mutant(NamedTuple):
@@ -27,6 +27,9 @@ class Mutant(NamedTuple):
     changes: Mapping[str, Any] = MappingProxyType({})
 
 
+EXPERT = MappingProxyType({"layer": {"mlp": EXPERTS}})
+SHARED = MappingProxyType({"layer": {"side": SIDE}, "shared": {"block": BLOCK}})
+LEAKS = MappingProxyType({"allow_leaks": True})
 MUTANTS = {
     # Patterns: what an implementation reads.
     "window off by one": Mutant(
@@ -191,6 +194,84 @@ MUTANTS = {
     ),
     "gradient in the wrong tile": Mutant(
         "ops.gather", "_add", "x.at[:, tiles].add", "x.at[:, tiles + 1].add", "causal", 150
+    ),
+    # Options of attention in decoding.
+    "distance lost in decoding": Mutant("ops.cached", "attend_cached", "if slopes is not None:", "if False:", "alibi"),
+    "bound lost in decoding": Mutant(
+        "ops.cached", "attend_cached", "softmax.softcap(scores, softcap)", "scores", "softcap"
+    ),
+    "sink lost in decoding": Mutant("ops.cached", "attend_cached", "0.0 if sink is None else 1.0", "0.0", "pinned"),
+    "relative positions of slots": Mutant(
+        "layers.attention", "Attention.extend", "at, keys_at, heads=-3", "at, keys_at - 1, heads=-3", "relative"
+    ),
+    "last block of keys lost": Mutant(
+        "ops.cached", "attend_cached", "k.shape[2] // KEYS, visit", "k.shape[2] // KEYS - 1, visit", "wide", 300
+    ),
+    "positions of the first row": Mutant(
+        "layers.caching", "chunk_positions", "positions[:, None]", "0 * positions[:, None] + positions[0]", "window"
+    ),
+    "rotation from the start of the chunk": Mutant(
+        "layers.latent", "Latent.extend", "self._compress(x, at)", "self._compress(x, at - at[:, :1])", "latent"
+    ),
+    "empty slots selected": Mutant("ops.selection", "select_keys", " & (k_at >= 0)[:, None]", "", "selected"),
+    "gate from the next token": Mutant(
+        "layers.attention", "Attention._project_out", "self.gate(x)", "self.gate(jnp.roll(x, -1, axis=1))", "gate"
+    ),
+    "ends of an edge swapped": Mutant(
+        "ops.segment",
+        "_run_pattern",
+        "*call.pattern.edges(call.q.shape[1], call.k.shape[1])",
+        "*call.pattern.edges(call.q.shape[1], call.k.shape[1])[::-1]",
+        "edges",
+    ),
+    # Rows of a chunk that end before it.
+    "padding of a chunk decays the state, delta rule": Mutant(
+        "layers.delta", "Delta._scan", "tokens.zero_padding(decay)", "decay", "delta"
+    ),
+    "padding of a chunk decays the state, Mamba-2": Mutant(
+        "layers.mamba2", "Mamba2._scan", "tokens.zero_padding(dt)", "dt", "mamba2"
+    ),
+    "padding of a chunk decays the state, RG-LRU": Mutant(
+        "layers.rglru", "RgLru._scan", "*map(tokens.zero_padding, inputs)", "*inputs", "rglru"
+    ),
+    "padding of a chunk decays the state, lightning": Mutant(
+        "layers.lightning", "Lightning._scan", "tokens.zero_padding(jnp.ones(", "(jnp.ones(", "lightning"
+    ),
+    # Experts.
+    "experts balanced over the batch": Mutant(
+        "ops.experts", "route", "top_k(choice, top_k)", "top_k(choice - choice.mean(axis=0), top_k)", "conv", 40, EXPERT
+    ),
+    "rows of other tokens": Mutant(
+        "ops.experts", "combine", "layout.rows.reshape(-1)", "jnp.roll(layout.rows.reshape(-1), 2)", "conv", 40, EXPERT
+    ),
+    "bound of an expert's tokens": Mutant(
+        "ops.experts",
+        "combine",
+        "weights.astype(y.dtype)",
+        "(weights * (jnp.cumsum(jnp.ones_like(weights), axis=0) < 0.9 * len(weights))).astype(y.dtype)",
+        "conv",
+        40,
+        EXPERT,
+    ),
+    # Shared blocks.
+    "cache of a shared block lost": Mutant(
+        "layers.shared", "Side.extend", "y, cache = self", "y, _ = self", "conv", 40, SHARED
+    ),
+    "adapters lost in decoding": Mutant(
+        "layers.shared",
+        "Side.extend",
+        "self._adapt(context)",
+        "(context.extras.shared or {})[self.config.shared]",
+        "conv",
+        40,
+        SHARED,
+    ),
+    # LSH attention, whose leak is allowed.
+    "later keys of a bucket": Mutant(
+        "ops.lsh", "attend_hashed", "(k_positions <= positions[..., None]) if", "True if", "lsh", 40, LEAKS
+    ),
+    "documents share a bucket": Mutant(
+        "ops.lsh", "attend_hashed", "(k_ids == q_ids[..., None]) & ", "", "lsh", 40, LEAKS
     ),
     # Account.
     "cache of two sequences": Mutant("account", "_account_layer", "double - single", "double", "causal"),

@@ -75,7 +75,7 @@ def block(report):
 
 
 def assert_no_thread():
-    assert "check: " not in {thread.name for thread in threading.enumerate()}
+    assert "check" not in {thread.name for thread in threading.enumerate()}
 
 
 def test_a_run_is_checked_without_changing_a_number(text, workdir, tmp_path, cache):
