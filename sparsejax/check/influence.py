@@ -28,6 +28,7 @@ from sparsejax.layers import (
 from sparsejax.patterns import drawing
 
 QUERIES = 16  # fewest edits of a suffix, and outputs whose gradients are taken, per layer
+SHORTEST_ROW = 7  # tokens of three documents and padding
 RECENT = 4  # keys before a query that have an influence through every recurrence
 # Largest difference between a document in a packed row and alone, relative to the largest logit.
 ALONE = {"float32": 2e-5, "bfloat16": 5e-2}
@@ -124,6 +125,8 @@ def check_documents(subject: Subject) -> Finding:
     if subject.config.head.pool != "none":
         return Finding("documents", None, "the head averages over all tokens")
     length = subject.length
+    if length < SHORTEST_ROW:
+        return Finding("documents", None, f"{length} tokens are too few for three documents")
     starts = np.asarray((0, length // 3, 2 * length // 3, length - 2))
     part = np.searchsorted(starts, np.arange(length), side="right")
     hole = np.isin(np.arange(length), (0, 1, length // 2))

@@ -233,6 +233,13 @@ def test_the_length_fits_the_patterns_and_the_positions():
     assert choose_length(build("conv", embedding={"positions": 20})) == 20
 
 
+@pytest.mark.parametrize("length", [1, 6])
+def test_a_short_sequence_is_checked(length):
+    certificate = check_model(build("conv", "mix", vocab=2, width=8), length)
+    assert certificate.passed, list(certificate.failures)
+    assert certificate.length == length
+
+
 LEAK = (
     "import dataclasses\n"
     "import jax.numpy as jnp\n"
