@@ -14,7 +14,7 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 
 from sparsejax import patterns
-from sparsejax.analysis.figures import color_depths, draw_cells, new_axes, note, use_log
+from sparsejax.analysis.figures import color_depths, draw_cells, new_axes, note, thin, use_log
 from sparsejax.analysis.kind import Analysis, Findings, Picture, Row, Unit, to_json
 from sparsejax.analysis.subject import Subject, choose_windows, require_options, take_inputs
 from sparsejax.config import ModelConfig
@@ -22,8 +22,9 @@ from sparsejax.errors import InputError
 from sparsejax.inference.evaluation import DeviceBatch
 from sparsejax.loaded import LoadedModel
 from sparsejax.ops import AttentionCall, add_alibi, log_multiplicity
+from sparsejax.ops.call import SelectedCall
 from sparsejax.ops.softmax import masked_softmax, softcap
-from sparsejax.palette import INK, SERIES
+from sparsejax.palette import GREY, INK, SERIES
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -41,12 +42,13 @@ TEXT_ROWS = 24  # layers above which the cells of a heat map have no numbers
 class AttentionOptions:
     """Options of `attention`."""
 
-    windows: int = dataclasses.field(default=4, metadata={"help": "most windows of the text"})
+    windows: int = dataclasses.field(default=4, metadata={"help": "largest number of windows of the text"})
     patterns: str = dataclasses.field(
-        default="", metadata={"help": "candidates, separated by semicolons; by default windows with and without sinks"}
+        default="",
+        metadata={"help": "candidate patterns, separated by semicolons; by default windows with and without sinks"},
     )
     tau: float = dataclasses.field(default=0.95, metadata={"help": "share of the attention that a pattern must keep"})
-    sinks: int = dataclasses.field(default=4, metadata={"help": "first tokens that count as sinks"})
+    sinks: int = dataclasses.field(default=4, metadata={"help": "number of first tokens that count as sinks"})
 
     def __post_init__(self) -> None:
         require_options(self, {"sinks": 1})
@@ -113,7 +115,7 @@ class Attention(Analysis):
                     for pattern, inside in zip(self.candidates, mean["inside"], strict=True)
                 ]  # fmt: skip
         choices = self._choose(means)
-        tables = {"heads": heads, "coverage": coverage, "choice": choices}
+        tables = {"heads": heads, "coverage": coverage} | ({"choice": choices} if choices else {})
         return Findings("Attention", tables, self._draw(means), self._describe(choices))
 
     def _section(self, layer: int, path: str) -> str:
@@ -124,6 +126,11 @@ class Attention(Analysis):
         side = self.subject.config.layers[name].side
         assert side is not None
         return f"shared.{side.shared}.mixer"
+
+    def _has_pattern(self, section: str) -> bool:
+        """Whether the config of a mixer sets its pattern; LSH and an indexer select keys themselves."""
+        mixer = _walk(self.subject.config, section.split("."))
+        return hasattr(mixer, "pattern") and getattr(mixer, "indexer", None) is None
 
     def _pattern(self, section: str) -> patterns.Pattern:
         return patterns.parse(_walk(self.subject.config, section.split(".")).pattern)
@@ -136,6 +143,8 @@ class Attention(Analysis):
             shares[section] = np.minimum(shares.get(section, 1.0), share)
         rows = []
         for section, share in shares.items():
+            if not self._has_pattern(section):
+                continue
             for head in range(share.shape[1]):
                 current = self._pattern(section).for_head(head)
                 options = [(current, 1.0), *zip(self.candidates, share[:, head], strict=True)]
@@ -160,13 +169,26 @@ class Attention(Analysis):
         return lines
 
     def _describe(self, choices: list[Row]) -> list[str]:
-        lines = [
-            f"model.{key}={line!r}" + " of a shared block" * key.startswith("shared.")
-            for key, line in self.lines(choices).items()
-        ]
-        after, before = (sum(row[name] for row in choices) for name in ("pairs", "pairs_before"))
-        kept = f"Per head, the cheapest pattern that keeps a share of {self.options.tau:g} of the attention on average"
-        return [f"{kept}; together {after / before:.1%} of the pairs at {self.subject.length:,} tokens:", *lines]
+        lines = []
+        if choices:
+            after, before = (sum(row[name] for row in choices) for name in ("pairs", "pairs_before"))
+            kept = (
+                f"Per head, the cheapest pattern that keeps a share of {self.options.tau:g} of the attention on average"
+            )
+            lines.append(f"{kept}; together {after / before:.1%} of the pairs at {self.subject.length:,} tokens:")
+            lines += [
+                f"model.{key}={line!r}" + " of a shared block" * key.startswith("shared.")
+                for key, line in self.lines(choices).items()
+            ]
+        names, scored = self.subject.config.names, {layer for layer, _ in self.sections}
+        silent = [f"{layer} {name}" for layer, name in enumerate(names) if layer not in scored]
+        if silent:
+            lines.append(f"Without scores of softmax attention: layers {', '.join(silent)}.")
+        selecting = sorted(
+            {self._section(*where) for where in self.sections if not self._has_pattern(self._section(*where))}
+        )
+        lines += [f"{section} selects its keys; the selected keys count as its pattern." for section in selecting]
+        return lines
 
     def _draw(self, means: list[dict[str, np.ndarray]]) -> list[Picture]:
         n, names = self.subject.length, self.subject.config.names
@@ -246,12 +268,15 @@ def measure_layers(
 
 
 def measure_attention(
-    call: AttentionCall, candidates: tuple[patterns.Pattern, ...], sinks: int, scores: int = SCORES
+    attention: AttentionCall | SelectedCall,
+    candidates: tuple[patterns.Pattern, ...],
+    sinks: int,
+    scores: int = SCORES,
 ) -> dict[str, Array]:
     """Returns sums over the queries of one row, from tiles of at most `scores` scores.
 
     Args:
-      call: The arguments of attention, with a batch of one.
+      attention: The arguments of attention, with a batch of one.
       candidates: Patterns without heads.
       sinks: Number of first tokens.
       scores: Largest number of scores in memory.
@@ -260,6 +285,7 @@ def measure_attention(
       `inside` [candidates, h], `sinks` [h], `mass` [h] on keys, `distance` [h], `entropy` [h] in nats, `keys`
       [TOP_P, h], `uniform_distance`, `uniform_entropy` and `uniform_keys` [h] of equal masses, and `queries`.
     """
+    call = attention.call if isinstance(attention, SelectedCall) else attention
     (_, t, h, _), s = call.q.shape, call.k.shape[1]
     size = max(1, min(t, scores // (h * s)))
     keys = jnp.arange(s)
@@ -269,7 +295,7 @@ def measure_attention(
         positions = start + jnp.arange(size)
         queries = jnp.minimum(positions, t - 1)
         counted = (positions < t) & real[queries]
-        p, mask = probabilities(call, queries)
+        p, mask = probabilities(attention, queries)
         distance = abs(queries[:, None] - keys)
         mass = p.sum(axis=-1)
         share = jnp.cumsum(jnp.sort(p, axis=-1, descending=True), axis=-1) / jnp.maximum(mass, 1e-30)[..., None]
@@ -292,9 +318,11 @@ def measure_attention(
 
 
 def probabilities(
-    call: AttentionCall, queries: Int[Array, " c"]
+    attention: AttentionCall | SelectedCall, queries: Int[Array, " c"]
 ) -> tuple[Float[Array, "h c s"], Float[Array, "h c s"]]:
     """Returns the probabilities of some queries of a batch of one, and the keys to which they may attend."""
+    selected = attention if isinstance(attention, SelectedCall) else None
+    call = attention.call if isinstance(attention, SelectedCall) else attention
     (_, t, h, d), (_, s, g, _) = call.q.shape, call.k.shape
     q, k = call.q[0, queries].astype(call.dtype).reshape(-1, g, h // g, d), call.k[0].astype(call.dtype)
     scores = jnp.einsum("cgrd,sgd->grcs", q, k, precision=jax.lax.Precision.HIGHEST).reshape(h, -1, s) * call.scale
@@ -306,6 +334,10 @@ def probabilities(
     if call.segments is not None:
         q_ids, k_ids = call.segments
         mask = mask & (q_ids[0, queries][:, None] == k_ids[0])
+    if selected is not None:
+        counts = selected.count(queries)
+        scores = scores if selected.self_score is None else jnp.where(at == keys, selected.self_score, scores)
+        scores, mask = scores + jnp.log(jnp.maximum(counts, 1)), mask & (counts > 0)
     sinks = None if call.sink_logits is None else call.sink_logits.astype(call.dtype)[:, None, None]
     return masked_softmax(scores, mask, sinks)[0], mask
 
@@ -340,12 +372,16 @@ def _replace(section: Any, path: Sequence[str], value: Any) -> Any:
 
 def draw_coverage(labels: Sequence[str], shown: Sequence[str], means: Sequence[dict[str, np.ndarray]]) -> Figure:
     """A heat map of layers and heads per candidate."""
-    columns = min(len(shown), PANELS_IN_A_ROW)
     heads = max(len(mean["mass"]) for mean in means)
-    width, height = max(1.9, 0.3 * heads), max(1.4, 0.2 * len(labels)) + 0.7
+    is_wide = max(heads, len(labels)) > TEXT_ROWS  # cells without numbers
+    width, height = (
+        max(1.9, (0.15 if is_wide else 0.3) * heads),
+        max(1.4, (0.15 if is_wide else 0.2) * len(labels)) + 0.7,
+    )
+    columns = max(1, min(len(shown), PANELS_IN_A_ROW, int(12 / width)))
     figure, axes = new_axes(-(-len(shown) // columns), columns, width, height)
     figure.set_figwidth(width * columns + 1.6)
-    form = "{:.2f}" if len(labels) <= TEXT_ROWS and heads <= TEXT_ROWS else ""
+    form = "" if is_wide else "{:.2f}"
     for index, axis in enumerate(axes):
         axis.set_visible(index < len(shown))
         if index < len(shown):
@@ -369,9 +405,11 @@ def draw_distance(layers: Sequence[int], means: Sequence[dict[str, np.ndarray]],
         uniform = [float(mean[f"uniform_{name}"].mean()) for mean in means]
         axis.plot(layers, uniform, "_", color=SERIES[1], markersize=14, markeredgewidth=1.6, label="equal masses")
         axis.plot([], [], "o", color=SERIES[0], markersize=3.5, label="head")
-        axis.set(xlabel="layer", ylabel=label, xticks=sorted(set(layers)))
+        axis.set(xlabel="layer", ylabel=label, xticks=thin(sorted(set(layers)), 12))
     left.plot(layers, reach, "_", color=INK, markersize=14, markeredgewidth=1.6, label="reach of the receptive field")
-    left.set_ylim(0, 1.25 * max(*reach, 1))
+    left.set_yscale("symlog", linthresh=1)  # a head may attend to its own position only
+    left.yaxis.set_major_formatter(lambda value, _: f"{value:,g}")
+    left.set_ylim(0, 30 * max(*reach, 1))
     for axis in (left, right):
         axis.legend(frameon=False, fontsize=7, loc="upper left")
     right.set_ylim(0, 1.3 * right.get_ylim()[1])
@@ -381,9 +419,12 @@ def draw_distance(layers: Sequence[int], means: Sequence[dict[str, np.ndarray]],
 def draw_keys(labels: Sequence[str], means: Sequence[dict[str, np.ndarray]], n: int) -> Figure:
     """The top-p curve of each layer."""
     figure, (axis,) = new_axes(1, 1, width=6.4)
+    named = set(thin(labels, MAX_PANELS))
     for label, mean, color in zip(labels, means, color_depths(len(means)), strict=True):
-        axis.plot(TOP_P, mean["keys"].mean(axis=1), color=color, marker="o", markersize=3, linewidth=1.2, label=label)
+        style: dict[str, Any] = {"color": color, "label": label if label in named else None}
+        axis.plot(TOP_P, mean["keys"].mean(axis=1), marker="o", markersize=3, linewidth=1.2, **style)
         axis.axhline(float(mean["uniform_keys"].mean()), color=color, linestyle=(0, (4, 2)), linewidth=0.9)
+    axis.plot([], [], color=GREY, linestyle=(0, (4, 2)), linewidth=0.9, label="keys of the pattern")
     use_log(axis, "y")
     axis.set(xlabel="share p of the mass", ylabel="keys", ylim=(0.9, 1.3 * n))
     axis.set_yticks([2**power for power in range(0, math.ceil(math.log2(n)) + 1, 2)])

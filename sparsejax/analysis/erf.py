@@ -33,7 +33,7 @@ MAX_DEPTHS = 8
 class ErfOptions:
     """Options of `erf`."""
 
-    windows: int = dataclasses.field(default=32, metadata={"help": "most windows of the text"})
+    windows: int = dataclasses.field(default=32, metadata={"help": "largest number of windows of the text"})
 
 
 class Erf(Analysis):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 
@@ -13,6 +13,8 @@ from sparsejax.palette import CELLS, GREY, INK, SERIES
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
+
+T = TypeVar("T")
 
 DARK = 0.5  # luminance below which the text of a cell is white
 
@@ -44,7 +46,8 @@ def draw_cells(
     axis.grid(False)
     axis.spines[:].set_visible(False)
     image = axis.imshow(values, cmap="cividis", vmin=0, vmax=1, aspect="auto")
-    axis.set_xticks(range(len(columns)), columns)
+    shown = thin(range(len(columns)), 16)
+    axis.set_xticks(shown, [columns[index] for index in shown])
     axis.set_yticks(range(len(rows)), rows)
     axis.tick_params(length=0)
     for (row, column), value in np.ndenumerate(values):
@@ -67,13 +70,20 @@ def mark_reach(axis: Axes, reach: int, length: int) -> None:
         axis.plot([], [], label="reach: the whole past", **style)
 
 
+def thin(values: Sequence[T], most: int = 8) -> list[T]:
+    """Returns at most `most` of the values, evenly spaced, for the labels of an axis."""
+    return list(values[:: -(-len(values) // most) or 1])
+
+
 def mark_unreachable(axis: Axes, positions: Sequence[float], reachable: Sequence[bool]) -> None:
     """Shades the surroundings of the positions that the receptive field does not reach."""
+    label: str | None = "outside of the receptive field"
     middles = [(a + b) / 2 for a, b in itertools.pairwise(positions)]
     edges = [positions[0] - 0.5, *middles, positions[-1] + 0.5]
     for left, right, is_reachable in zip(edges, edges[1:], reachable, strict=False):
         if not is_reachable:
-            axis.axvspan(left, right, color=CELLS[0], zorder=0, linewidth=0)
+            axis.axvspan(left, right, color=CELLS[0], zorder=0, linewidth=0, label=label)
+            label = None  # once in the legend
 
 
 def outline_reachable(axis: Axes, reachable: np.ndarray) -> None:
@@ -81,7 +91,7 @@ def outline_reachable(axis: Axes, reachable: np.ndarray) -> None:
     style: dict[str, Any] = {"color": SERIES[1], "linewidth": 2.2, "solid_capstyle": "butt"}
     for row, column in np.ndindex(reachable.shape):
         if not reachable[row, column]:
-            axis.text(column + 0.44, row - 0.44, "×", color=SERIES[1], fontsize=7, ha="right", va="top")
+            axis.text(column + 0.44, row - 0.44, "×", color=SERIES[1], fontsize=8, weight="bold", ha="right", va="top")
         if row + 1 < reachable.shape[0] and reachable[row, column] != reachable[row + 1, column]:
             axis.plot([column - 0.5, column + 0.5], [row + 0.5] * 2, **style)
         if column + 1 < reachable.shape[1] and reachable[row, column] != reachable[row, column + 1]:
@@ -96,6 +106,7 @@ def use_log(axes: Axes, name: str) -> None:
     axis = getattr(axes, f"{name}axis")
     axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
     axis.set_minor_formatter(NullFormatter())
+    axis.set_tick_params(which="minor", length=0)
 
 
 def note(axis: Axes, text: str) -> None:

@@ -37,11 +37,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--stride",
         type=int,
         metavar="N",
-        help="tokens between the starts of windows, which score their last N tokens; defaults to the length of a window"
-        " or to eval.stride of the run",
+        help="tokens between the starts of windows, each of which scores its last N tokens; defaults to eval.stride of"
+        " the run, or to data.length for another text",
     )
     parser.add_argument("--batch", type=int, metavar="N", help="rows per call of the model; defaults to eval.batch")
-    parser.add_argument("--limit", type=int, default=0, metavar="N", help="most batches, spread evenly; 0 is no limit")
+    parser.add_argument(
+        "--limit",
+        type=int,
+        default=0,
+        metavar="N",
+        help="largest number of batches, spread evenly over the rows; 0 for all",
+    )
     parser.add_argument("--json", action="store_true", help="print the result as JSON")
     parser.add_argument("--out", metavar="FILE", help="write the result as JSON to this file, in one step")
 

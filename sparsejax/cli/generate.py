@@ -32,9 +32,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="file of the prompt, or FILE.jsonl with a prompt per line, as a string or in the field prompt; without"
         " either option, the prompt is read from stdin",
     )
-    parser.add_argument("--tokens", type=int, default=128, metavar="N", help="most tokens per prompt; defaults to 128")
     parser.add_argument(
-        "--temperature", type=float, default=1.0, metavar="X", help="divides the logits; 0 takes the most likely token"
+        "--tokens",
+        type=int,
+        default=128,
+        metavar="N",
+        help="largest number of tokens to generate per prompt; defaults to 128",
+    )
+    parser.add_argument(
+        "--temperature",
+        type=float,
+        default=1.0,
+        metavar="X",
+        help="divide the logits by X, by default 1; 0 takes the most likely token",
     )
     parser.add_argument("--top-k", type=int, default=0, metavar="K", help="draw from the K most likely tokens")
     parser.add_argument(
@@ -58,13 +68,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--stop", action="append", default=[], metavar="TEXT", help="end before this text; can be repeated"
     )
     parser.add_argument(
-        "--seed", type=int, default=0, metavar="N", help="seed of the first prompt; the next prompts add 1 each"
+        "--seed",
+        type=int,
+        default=0,
+        metavar="N",
+        help="seed of the first prompt, of which each next prompt adds 1; defaults to 0",
     )
     parser.add_argument(
-        "--batch", type=int, default=8, metavar="N", help="prompts that are continued together; defaults to 8"
+        "--batch", type=int, default=8, metavar="N", help="number of prompts that are continued together; defaults to 8"
     )
-    parser.add_argument("--json", action="store_true", help="print an object of prompt and text per line")
-    parser.add_argument("--verbose", action="store_true", help="describe the shapes that are compiled on stderr")
+    parser.add_argument(
+        "--json", action="store_true", help="print a JSON object per prompt: prompt, text, tokens and reason"
+    )
+    parser.add_argument("--verbose", action="store_true", help="print the shapes that are compiled to stderr")
 
 
 def run(options: argparse.Namespace, console: Console) -> None:

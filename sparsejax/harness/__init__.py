@@ -88,7 +88,7 @@ class SparsejaxLM(TemplateLM):
 
     @property
     def prefix_token_id(self) -> int:
-        """The context of a text without one: the last token that begins every text, or the one that ends it."""
+        """The context of an empty context: the last token of those that begin every text; by default `eot_token_id`."""
         prefix = self.model.source.prefix(self.model.tokenizer)
         return prefix[-1] if prefix else self.eot_token_id
 

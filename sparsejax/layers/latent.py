@@ -18,6 +18,7 @@ from sparsejax.layers.protocols import Cache, Mixer, MixerConfig, implementation
 from sparsejax.layers.rotary import RopeConfig, rotate
 from sparsejax.layers.stream import Cost, Linear, Stream, attention_cost, output_scale
 from sparsejax.ops import AttentionCall, attend, attend_cached, attend_selected, attention_flops, select_keys
+from sparsejax.ops.call import SelectedCall
 from sparsejax.ops.softmax import confine_nan
 
 
@@ -168,14 +169,24 @@ class Latent(Mixer):
         y = jnp.einsum("bchr,rhe->bche", y[..., : config.kv_rank], to_values)
         return self.out(y.reshape(*x.shape[:2], -1)), cache
 
-    def attention_calls(self, x: Float[Array, "b t m"], context: Context = EMPTY) -> dict[str, AttentionCall]:
-        """Returns the arguments of attention over expanded keys; none with an indexer, which selects keys."""
-        if self.indexer is not None:
-            return {}
-        positions = jnp.arange(x.shape[1])
-        arrays = self._query(x, positions)[1], *self._expand(x, positions)
-        segments = context.tokens.attend_segments
-        return {"": AttentionCall(*arrays, self.pattern, self._scale, None, None, segments, None)}
+    def attention_calls(
+        self, x: Float[Array, "b t m"], context: Context = EMPTY
+    ) -> dict[str, AttentionCall | SelectedCall]:
+        """Returns the arguments of attention over expanded keys, with the keys that the indexer selects."""
+        positions, segments = jnp.arange(x.shape[1]), context.tokens.attend_segments
+        q_latent, q = self._query(x, positions)
+        arrays = q, *self._expand(x, positions)
+        call = AttentionCall(*arrays, self.pattern, self._scale, None, None, segments, None)
+        if self.indexer is None:
+            return {"": call}
+        index = *self.indexer.query_and_weights(x, q_latent, positions), self.indexer.key(x, positions)
+        keys = select_keys(*index, self.indexer.top_k, self.pattern, segments)[0]
+
+        def count(queries: Int[Array, " c"]) -> Int[Array, "heads c s"]:
+            counts = jnp.zeros((1, len(queries), x.shape[1] + 1), jnp.int32)  # index -1, for no key, is dropped
+            return counts.at[0, jnp.arange(len(queries))[:, None], keys[queries]].set(1)[..., :-1]
+
+        return {"": SelectedCall(call, count)}
 
     def cost(self, length: int) -> Cost:
         """Cost of the projections, the indexer, and attention over expanded keys and values."""

@@ -22,6 +22,7 @@ from sparsejax.layers.protocols import Auxiliary, Cache, FeedForward, MixerConfi
 from sparsejax.layers.shared import Side, SideConfig
 from sparsejax.layers.stream import Cost, Stream
 from sparsejax.ops import AttentionCall
+from sparsejax.ops.call import SelectedCall
 
 FeedForwardConfig = MlpConfig | ExpertsConfig
 # The config and the module of each value of `kind`.
@@ -165,7 +166,9 @@ class Layer(nnx.Module):
             cache = cache if side is None else {"mixer": cache, "side": side}
         return self._feed_forward(x, context)[0], cache
 
-    def attention_calls(self, x: Float[Array, "b t m"], context: Context = EMPTY) -> dict[str, AttentionCall]:
+    def attention_calls(
+        self, x: Float[Array, "b t m"], context: Context = EMPTY
+    ) -> dict[str, AttentionCall | SelectedCall]:
         """Returns the arguments of the softmax attention of this layer, see `Mixer.attention_calls`.
 
         Args:

@@ -15,7 +15,16 @@ from sparsejax.layers.caching import chunk_positions, write_slots
 from sparsejax.layers.context import EMPTY, Context
 from sparsejax.layers.protocols import Cache, Mixer, MixerConfig
 from sparsejax.layers.stream import Cost, Linear, Stream, output_scale
-from sparsejax.ops import attend_hashed, attention_flops, decode_attend_hashed, hash_buckets, hashed_pairs
+from sparsejax.ops import (
+    AttentionCall,
+    attend_hashed,
+    attention_flops,
+    decode_attend_hashed,
+    hash_buckets,
+    hashed_pairs,
+)
+from sparsejax.ops.call import SelectedCall
+from sparsejax.ops.lsh import SELF, count_hashed, normalize_keys
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -114,6 +123,21 @@ class Lsh(Mixer):
         ends = positions + context.tokens.count(at.shape)
         y = decode_attend_hashed(**cache, positions=jnp.minimum(at, length - 1), ends=ends, **sizes)
         return self.out(y.reshape(*x.shape[:2], -1)), cache
+
+    def attention_calls(
+        self, x: Float[Array, "b t m"], context: Context = EMPTY
+    ) -> dict[str, AttentionCall | SelectedCall]:
+        """Returns the arguments of attention among the keys that a query meets in its chunks."""
+        (qk, v), config, tokens = self._project(x), self.config, context.tokens
+        buckets = self._hash(qk, context)[0]
+        ids = jnp.zeros(x.shape[1], jnp.int32) if tokens.segments is None else tokens.segments[0]
+        ids = ids if tokens.mask is None else jnp.where(tokens.mask[0], ids, -1)
+        sizes = {"chunk": config.chunk, "before": config.before, "after": config.after}
+        segments = jnp.broadcast_to(ids, x.shape[:2])
+        call = AttentionCall(
+            qk, normalize_keys(qk), v, config.connectivity, 1.0, None, None, (segments, segments), None
+        )
+        return {"": SelectedCall(call, lambda queries: count_hashed(queries, buckets, ids, **sizes), SELF)}
 
     def cost(self, length: int) -> Cost:
         """Cost of the projections, the hashes and the scored pairs, including masked ones; without the sort."""

@@ -26,6 +26,7 @@ from sparsejax.layers.protocols import Cache, Mixer, MixerConfig
 from sparsejax.layers.rglru import RgLru, RgLruConfig
 from sparsejax.layers.stream import Cost, Stream
 from sparsejax.ops import AttentionCall
+from sparsejax.ops.call import SelectedCall
 from sparsejax.registry import Registry, is_frozen_dataclass
 
 
@@ -101,7 +102,9 @@ class Parallel(Mixer):
             outputs.append(branch.scale_out * y)
         return functools.reduce(operator.add, outputs), after
 
-    def attention_calls(self, x: Float[Array, "b t m"], context: Context = EMPTY) -> dict[str, AttentionCall]:
+    def attention_calls(
+        self, x: Float[Array, "b t m"], context: Context = EMPTY
+    ) -> dict[str, AttentionCall | SelectedCall]:
         """Returns the arguments of attention in each branch."""
         return {
             f".branches.{name}.mixer{path}": call

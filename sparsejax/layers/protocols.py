@@ -21,6 +21,7 @@ from sparsejax.layers.caching import chunk_positions, write_slots
 from sparsejax.layers.context import EMPTY, Context
 from sparsejax.layers.stream import Cost, Stream, decays
 from sparsejax.ops import IMPLEMENTATIONS, AttentionCall
+from sparsejax.ops.call import SelectedCall
 
 Cache = dict[str, Any]  # arrays [b, ...] by name, or caches by name
 
@@ -118,7 +119,9 @@ class Mixer(nnx.Module):
         y = self(inputs, dataclasses.replace(context, tokens=EMPTY.tokens))
         return jnp.take_along_axis(y, jnp.minimum(at, length - 1)[..., None], axis=1), {"inputs": inputs}
 
-    def attention_calls(self, x: Float[Array, "b t m"], context: Context = EMPTY) -> dict[str, AttentionCall]:
+    def attention_calls(
+        self, x: Float[Array, "b t m"], context: Context = EMPTY
+    ) -> dict[str, AttentionCall | SelectedCall]:
         """Returns the arguments of every softmax attention that `__call__` computes, for analysis.
 
         The keys are the paths of the sections of their mixers from that of this one, "" for this one.

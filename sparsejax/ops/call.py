@@ -107,3 +107,19 @@ def by_pattern(
         )
     out, lse = (jnp.concatenate(arrays, axis=2)[:, :, np.argsort(order)] for arrays in zip(*results, strict=True))
     return out, lse
+
+
+@dataclasses.dataclass(frozen=True)
+class SelectedCall:
+    """Softmax attention to keys that the data select, of a batch of one; for analysis.
+
+    Attributes:
+      call: The arguments of attention. Keys that its pattern excludes are not attended to.
+      count: Function of query positions [c] that returns how often each selects each key [heads, c, s]; `heads` is 1 if
+        all heads select alike. A key that is selected twice has twice the mass.
+      self_score: Score of a query with its own position; None for that of the product.
+    """
+
+    call: AttentionCall
+    count: Callable[[Int[Array, " c"]], Int[Array, "heads c s"]]
+    self_score: float | None = None

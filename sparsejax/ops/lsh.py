@@ -103,7 +103,7 @@ def attend_hashed(
     k_positions, k_ids = with_neighbours(positions)[..., None, :], with_neighbours(q_ids)[..., None, :]
     allowed = (k_ids == q_ids[..., None]) & (k_ids != PADDING)
     allowed = allowed & (k_positions <= positions[..., None]) if causal else allowed
-    scores = jnp.einsum("bhnqd,bhnkd->bhnqk", q, with_neighbours(_normalize(q)))
+    scores = jnp.einsum("bhnqd,bhnkd->bhnqk", q, with_neighbours(normalize_keys(q)))
     scores = jnp.where(k_positions == positions[..., None], SELF, jnp.where(allowed, scores, MASKED))
     m = jax.lax.stop_gradient(scores.max(axis=-1, keepdims=True))
     p = jnp.exp(scores - m)
@@ -117,6 +117,40 @@ def attend_hashed(
     # The sums of each round are relative to its maximum.
     total = (jnp.exp(m - m.max(axis=-1, keepdims=True))[..., None] * sums).sum(axis=3)
     return (total[..., :-1] / total[..., -1:]).swapaxes(1, 2)[:, :t].astype(v.dtype)
+
+
+def count_hashed(
+    queries: Int[Array, " c"],
+    buckets: Int[Array, "h r t"],
+    segments: Int[Array, " t"],
+    *,
+    chunk: int,
+    before: int = 1,
+    after: int = 0,
+) -> Int[Array, "h c t"]:
+    """Returns in how many rounds a query of `attend_hashed` meets each key, causality and segments apart.
+
+    Args:
+      queries: Positions of the queries.
+      buckets: The result of `hash_buckets` for one sequence.
+      segments: Segment ids of the tokens; those below 0 are sorted last, as padding is.
+      chunk: As in `attend_hashed`, as are the next two.
+      before: Preceding chunks.
+      after: Following chunks.
+    """
+    (h, rounds, t), chunks = buckets.shape, -(-buckets.shape[2] // chunk)
+    gap = chunks * chunk - t
+    ids = jnp.pad(jnp.where(segments < 0, PADDING, segments), (0, gap), constant_values=PADDING)
+    buckets = jnp.pad(buckets, ((0, 0), (0, 0), (0, gap)))[None]
+    ranks = jnp.argsort(_sort(jnp.broadcast_to(ids, buckets.shape), buckets), axis=-1)[0, ..., :t]
+    ring = ranks // chunk + chunks * jnp.arange(rounds)[:, None]  # chunks of all rounds
+    counts = jnp.zeros((h, len(queries), t), jnp.int32)
+    for offset in range(-before, after + 1):
+        near = (ring[..., queries] + offset) % (chunks * rounds)
+        for query_round in range(rounds):
+            for key_round in range(rounds):
+                counts += near[:, query_round, :, None] == ring[:, key_round, None]
+    return counts
 
 
 def decode_attend_hashed(
@@ -156,7 +190,7 @@ def decode_attend_hashed(
         q_positions, k_at = positions[:, None, :, None], k_positions.reshape(b, h, n, -1)
         allowed = (by_query[1] < end) & (k_at <= q_positions)
         q = jnp.take_along_axis(keys, positions[:, None, :, None], axis=2)
-        scores = jnp.einsum("bhnd,bhnkd->bhnk", q, _normalize(take(keys)))
+        scores = jnp.einsum("bhnd,bhnkd->bhnk", q, normalize_keys(take(keys)))
         scores = jnp.where(allowed, jnp.where(k_at == q_positions, SELF, scores), MASKED)
         picked = jnp.where(allowed[..., None], take(values), 0)
         return jnp.einsum("bhnk,bhnke->bhne", jax.nn.softmax(scores, axis=-1), picked)
@@ -173,5 +207,6 @@ def _sort(segments: Int[Array, "b h r t"], buckets: Int[Array, "b h r t"]) -> In
     return jax.lax.sort((segments, buckets, positions), dimension=-1, num_keys=2, is_stable=True)[-1]
 
 
-def _normalize(x: Float[Array, "*batch d"]) -> Float[Array, "*batch d"]:
+def normalize_keys(x: Float[Array, "*batch d"]) -> Float[Array, "*batch d"]:
+    """Returns the keys of queries: of mean square 1, divided by the root of their width."""
     return x * jax.lax.rsqrt((x * x).mean(axis=-1, keepdims=True) + EPS) * x.shape[-1] ** -0.5

@@ -6,9 +6,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 
-from sparsejax import analysis, patterns
-from sparsejax.analysis.attention import TOP_P, choose_pattern, measure_attention
+from sparsejax import analysis, layers, patterns
+from sparsejax.analysis.attention import TOP_P, choose_pattern, measure_attention, probabilities
 from sparsejax.errors import InputError
 from sparsejax.layers import EMPTY
 from sparsejax.model import Functional
@@ -111,6 +112,50 @@ def test_calls_reproduce_the_output_of_every_mixer(text):
         expected = layer.mixer(layer.mixer_residual.pre(x), context)
         np.testing.assert_allclose(layer.mixer.out(jnp.asarray(mixed, jnp.float32)), expected, rtol=1e-4, atol=1e-5)
         x, _ = layer(x, context)
+
+
+LSH = {"heads": 2, "head_width": 8, "chunk": 4, "buckets": (4,), "hashes": 3, "seed": 0}
+LATENT = {"pattern": "causal", "heads": 2, "query_rank": 6, "kv_rank": 6, "nope_width": 4, "rope_width": 4}
+LATENT |= {"value_width": 5, "rope": layers.RopeConfig(base=100.0), "norm_eps": 1e-6, "impl": "auto"}
+INDEXER = layers.IndexerConfig(heads=2, width=6, top_k=3)
+SELECTING = {
+    "lsh": (layers.Lsh, layers.LshConfig(**LSH, causal=True)),
+    "lsh of few chunks": (layers.Lsh, layers.LshConfig(**LSH | {"chunk": 9, "hashes": 1}, causal=False, after=1)),
+    "indexer": (layers.Latent, layers.LatentConfig(**LATENT, indexer=INDEXER)),
+}
+
+
+@pytest.mark.parametrize("masked", [False, True], ids=["whole", "documents and padding"])
+@pytest.mark.parametrize("name", SELECTING)
+def test_selections_reproduce_the_output(name, masked):
+    """The keys that LSH and an indexer select, with their multiplicity, give the output of the mixer."""
+    kind, config = SELECTING[name]
+    mixer = kind(config, layers.Stream(12, 1, jnp.float32), nnx.Rngs(0))
+    x = jax.random.normal(jax.random.key(1), (1, 14, 12))
+    segments = jnp.array([[1] * 6 + [2] * 6 + [0] * 2])
+    context = layers.Context(layers.Tokens(segments=segments, mask=segments > 0)) if masked else EMPTY
+    (call,) = mixer.attention_calls(x, context).values()
+    p, mask = probabilities(call, jnp.arange(14))
+    mixed = jnp.einsum("hts,bshd->bthd", p, call.call.v).reshape(1, 14, -1)
+    count = 12 if masked else 14
+    expected = mixer(x, context)[:, :count]
+    np.testing.assert_allclose(mixer.out(mixed)[:, :count], expected, rtol=1e-4, atol=1e-5)
+    assert (p[~np.broadcast_to(mask, p.shape)] == 0).all()
+    if name == "indexer":
+        assert (mask.sum(axis=-1) <= 3).all()
+    sums = measure_attention(call, CANDIDATES, 2, 64)
+    np.testing.assert_allclose(sums["mass"], [count] * 2, rtol=1e-5)
+
+
+def test_layers_without_scores_are_named(text, tmp_path):
+    lsh = {f"layers.local.mixer.{key}": value for key, value in {"kind": "lsh", **LSH, "causal": True}.items()}
+    config = models.build(text, {"schedule": "ssm local"})
+    findings = analysis.analyze(config, "attention", tmp_path / "ssm", windows=1)
+    assert "Without scores of softmax attention: layers 0 ssm." in findings.lines
+    hashed = {"schedule": "local", "allow_leaks": True} | lsh
+    findings = analysis.analyze(models.build(text, hashed), "attention", tmp_path / "lsh", windows=1)
+    assert findings.lines == ["layers.local.mixer selects its keys; the selected keys count as its pattern."]
+    assert set(findings.tables) == {"heads", "coverage"}
 
 
 def test_the_choice_is_that_of_an_exhaustive_search():

@@ -1,12 +1,16 @@
 """Accuracies equal those of the logits on the same examples; the prediction equals the dense receptive field."""
 
 import dataclasses
+import re
 
+import jax
 import numpy as np
 import pytest
 
 from sparsejax import analysis
-from sparsejax.data.probes import KeyValue, Passkey
+from sparsejax.analysis.prompts import QUESTION, SENTENCE, Haystack, build_pairs
+from sparsejax.data.probes import PROBES, KeyValue, Passkey
+from sparsejax.data.tokenizers import Bytes
 from sparsejax.errors import InputError
 from sparsejax.patterns import receptive_field
 from tests.analysis import models
@@ -85,3 +89,123 @@ def test_models_and_options_that_do_not_fit_are_refused(text, model, tmp_path):
     with rejects(InputError, "queries"):
         analysis.analyze(model, "retrieval", tmp_path, PAIRS, queries=1)
     assert not list(tmp_path.iterdir())
+
+
+RULER = {
+    "needles": {"length": 24, "keys": 2, "values": 2, "digits": 2, "names": 4, "fillers": 3},
+    "variable_tracking": {"length": 24, "hops": 1, "numbers": 4, "variables": 4, "fillers": 3},
+    "common_words": {"length": 24, "common": 2, "repeats": 5, "rare": 2, "words": 16},
+    "frequent_words": {"length": 24, "answers": 2, "words": 16},
+}
+
+
+@pytest.mark.parametrize("task", RULER)
+def test_the_tasks_of_ruler_by_length(model, tmp_path, task):
+    data = {"task": task} | {f"probe.{name}": value for name, value in RULER[task].items()}
+    options = {"lengths": (24, 32), "examples": 4} | ({"depths": (0.0, 1.0)} if task == "needles" else {})
+    rows = analysis.analyze(model, "needle", tmp_path, data, **options).tables["accuracy"]
+    assert [row["length"] for row in rows] == ([24, 24, 32, 32] if task == "needles" else [24, 32])
+    for row in rows:
+        probe = PROBES[task](**RULER[task] | {name: row[name] for name in ("length", "depth") if name in row})
+        if task in ("needles", "variable_tracking"):
+            expected = assess(model, probe, 4)
+        else:  # the evidence is everywhere
+            field = receptive_field.matrix([pattern for _, pattern in model.config.connectivity], probe.length)
+            scored = [np.flatnonzero(probe.example(0, index, validation=True)["weights"]) for index in range(4)]
+            inside = np.mean([field[p, : positions[0]].mean() for positions in scored for p in positions])
+            expected = (row["exact_match"], row["accuracy"], inside)
+        assert (row["exact_match"], row["accuracy"], row["reachable"]) == pytest.approx(expected)
+    with rejects(InputError, "needles"):
+        analysis.analyze(model, "needle", tmp_path, data, needles=(2,))
+    with rejects(InputError, "lengths"):
+        analysis.analyze(model, "needle", tmp_path, data, lengths=(3,))
+
+
+def build_reader(text, length):
+    model = models.build(text, LOCAL | {"layers.local.mixer.pattern": "causal & window(15)"}, length=length)
+    model.tokenizer = Bytes()  # the source of the model has no files
+    return model
+
+
+def test_needles_in_text_are_ranked_by_likelihood(text, tmp_path):
+    model = build_reader(text, 112)
+    options = {"lengths": (100, 112), "depths": (0.0, 1.0), "needles": (1, 2), "examples": 2, "candidates": 3}
+    data = {"files": str(text / "0.txt")}
+    findings = analysis.analyze(model, "needle", tmp_path, data, **options)
+    rows = findings.tables["accuracy"]
+    assert len(rows) == 8
+    content = (text / "0.txt").read_text()
+    haystack = Haystack(model, np.frombuffer(content.encode(), np.uint8), SENTENCE, QUESTION, 3)
+    for row in rows:
+        field = receptive_field.matrix([pattern for _, pattern in model.config.connectivity], row["length"])
+        hits, losses, inside = [], [], []
+        for seed in range(2):
+            question = haystack.build(row["length"], row["depth"], row["needles"], seed)
+            prompt = bytes(question.prompt.tolist()).decode()
+            key = prompt.split()[-2]
+            assert prompt.endswith(f" The code of {key} is")
+            value = re.search(rf"The code of {key} is (\d+)\.", prompt)[1]
+            candidates = [bytes(ids.tolist()).decode() for ids in question.candidates]
+            assert candidates[0] == f" {value}"
+            assert len(set(candidates)) == 3
+            assert len(prompt) + 5 == row["length"] == question.length
+            before = prompt.index(f" The code of {key}")
+            assert question.evidence.tolist() == list(range(before, before + len(f" The code of {key} is 1234.")))
+            assert prompt.count("The code of") == row["needles"] + 1
+            if row["needles"] == 1:
+                hay = re.sub(rf" The code of {key} is( \d+\.)?", "", prompt)
+                assert hay in content
+                assert before == round(row["depth"] * len(hay))
+            likelihoods = []
+            for ids in question.candidates:
+                tokens = np.concatenate([question.prompt, ids])
+                losses_of = jax.nn.log_softmax(model.logits(tokens[:-1]))
+                likelihoods.append(float(losses_of[np.arange(len(tokens) - 1), tokens[1:]][-len(ids) :].sum()))
+            hits.append(np.argmax(likelihoods) == 0)
+            losses.append(-likelihoods[0] / 5)
+            inside.append(field[len(prompt) - 1, question.evidence].mean())
+        expected = (np.mean(hits), np.mean(losses), np.mean(inside))
+        assert (row["exact_match"], row["loss"], row["reachable"]) == pytest.approx(expected, abs=1e-4)
+    assert rows[0]["reachable"] < rows[1]["reachable"]
+    for options, argument in (
+        ({"sentence": "no fields"}, "sentence"),
+        ({"question": "none"}, "question"),
+        ({"needles": (17,)}, "needles"),
+        ({"candidates": 1}, "candidates"),
+        ({"lengths": (20,)}, "lengths"),
+        ({"lengths": (100_000,)}, "lengths"),
+    ):
+        with rejects(InputError, argument):
+            analysis.analyze(model, "needle", tmp_path / "other", data, **options)
+
+
+def test_pairs_of_text_are_ranked_by_likelihood(text, tmp_path):
+    model = build_reader(text, 96)
+    findings = analysis.analyze(model, "retrieval", tmp_path, queries=3, examples=3, candidates=2, pairs=4)
+    rows = findings.tables["accuracy"]
+    assert [row["pair"] for row in rows] == [0, 2, 3]
+    for row in rows:
+        inside = []
+        for seed in range(3):
+            question = build_pairs(model, 4, row["pair"], 2, seed)
+            *lines, asked = bytes(question.prompt.tolist()).decode().split("\n")
+            pairs = [line.split(": ") for line in lines]
+            assert asked == f"{pairs[row['pair']][0]}:"
+            right, other = (bytes(ids.tolist()).decode().strip() for ids in question.candidates)
+            assert right == pairs[row["pair"]][1]
+            assert other in {value for _, value in pairs} - {right}
+            assert bytes(question.prompt[question.evidence].tolist()).decode() == f"{lines[row['pair']]}\n"
+            field = receptive_field.matrix([pattern for _, pattern in model.config.connectivity], question.length)
+            inside.append(field[len(question.prompt) - 1, question.evidence].mean())
+        assert row["reachable"] == pytest.approx(np.mean(inside))
+    assert rows[1]["reachable"] < rows[-1]["reachable"]
+    default = analysis.kind.open_analysis(analysis.KINDS, build_reader(text, 400), "retrieval", None)
+    assert build_pairs(default.model, default.pairs, 0, 8, 0).length <= 400
+    assert build_pairs(default.model, default.pairs + 1, 0, 8, 0).length > 400
+    for options, data, argument in (
+        ({"pairs": 7}, None, "pairs"),
+        ({}, {"length": 3}, "data.length"),
+        ({"pairs": 7}, PAIRS, "pairs"),
+    ):
+        with rejects(InputError, argument):
+            analysis.analyze(model, "retrieval", tmp_path / "other", data, **options)
