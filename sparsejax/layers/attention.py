@@ -35,12 +35,16 @@ class AttentionConfig(MixerConfig):
     rope: RopeConfig | None  # rotary positions; none for no rotation
     qk_norm: NormConfig | None  # norm of the queries and of the keys of a head, before the rotation; none for no norm
     impl: str = dataclasses.field(metadata={"resume": "rounding"})  # implementation of `ops.attend`
+    qk_norm_joint: bool = False  # normalize all heads together instead of each (OLMo 2, arXiv:2501.00656)
     alibi: bool = False  # lower scores linearly with the distance, by a slope per head (arXiv:2108.12409)
     # number of sinusoids of the relative positions of Transformer-XL (arXiv:1901.02860); none for none
     relative: int | None = None
     scale: float | None = None  # factor on the scores; none for head_width ** -0.5
     # bound of the scores: softcap * tanh(score / softcap) (Gemma 2, arXiv:2408.00118); none for no bound
     softcap: float | None = None
+    # growth g of the scores with the position t of the query, 1 + g log(1 + floor((t + 1) / growth_period)) (Llama 4)
+    growth: float = 0.0
+    growth_period: int = 8192  # tokens until the scores grow
     sinks: bool = False  # use a learned logit per head that takes a share of the softmax and has no value (gpt-oss)
     gate: bool = False  # multiply the output by sigmoid(gate(x)) before the last projection (arXiv:2505.06708)
     bias: bool = False  # whether the projections to queries, keys, values and gate have a bias
@@ -48,7 +52,7 @@ class AttentionConfig(MixerConfig):
     global_projections: bool = False  # use separate projections for the tokens of `Extras.globals` (Longformer)
 
     def __post_init__(self):
-        require_at_least(self, 1, "heads", "kv_heads", "head_width")
+        require_at_least(self, 1, "heads", "kv_heads", "head_width", "growth_period")
         if self.heads % self.kv_heads:
             raise InputError("heads", f"{self.heads} is not divisible by kv_heads = {self.kv_heads}")
         if self.rope is not None:
@@ -98,8 +102,8 @@ class Attention(Mixer):
         self.value_global = project(g) if config.global_projections else None
         axes, scale = ("heads", "width"), output_scale(stream)
         self.out = Linear(h, stream.width, axes, dtype=dtype, rngs=rngs, bias=config.out_bias, scale=scale)
-        self.query_norm = make_norm(config.qk_norm, d, rngs, axis=None)
-        self.key_norm = make_norm(config.qk_norm, d, rngs, axis=None)
+        self.query_norm = make_norm(config.qk_norm, h if config.qk_norm_joint else d, rngs, axis=None)
+        self.key_norm = make_norm(config.qk_norm, g if config.qk_norm_joint else d, rngs, axis=None)
         zeros = jax.nn.initializers.zeros
         self.sinks = parameter(rngs, zeros, (config.heads,), (None,)) if config.sinks else None
         self.relative = Relative(config.heads, d, config.relative, rngs) if config.relative else None
@@ -185,8 +189,19 @@ class Attention(Mixer):
         return x.reshape(*x.shape[:2], -1, self.config.head_width)
 
     def _encode_positions(self, q: Array, k: Array, q_positions: Array, k_positions: Array) -> tuple[Array, Array]:
-        q, k, rope = normalize(self.query_norm, q), normalize(self.key_norm, k), self.config.rope
-        return (q, k) if rope is None else (rotate(q, q_positions, rope), rotate(k, k_positions, rope))
+        config, rope = self.config, self.config.rope
+        if config.qk_norm_joint:
+            q, k = (
+                normalize(norm, x.reshape(*x.shape[:2], -1)).reshape(x.shape)
+                for norm, x in ((self.query_norm, q), (self.key_norm, k))
+            )
+        else:
+            q, k = normalize(self.query_norm, q), normalize(self.key_norm, k)
+        q, k = (q, k) if rope is None else (rotate(q, q_positions, rope), rotate(k, k_positions, rope))
+        if config.growth:
+            factor = 1 + config.growth * jnp.log1p((q_positions + 1) // config.growth_period)
+            q = (q * factor[..., None, None]).astype(q.dtype)
+        return q, k
 
     def _append_relative(
         self, q: Array, k: Array, q_positions: Array, k_positions: Array, heads: int = -2

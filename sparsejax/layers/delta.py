@@ -38,6 +38,7 @@ class DeltaConfig(MixerConfig):
     channel_decay: bool = False  # use a decay per channel of a key (Kimi) instead of per head
     rank: int | None = None  # rank of the maps to decay and gate; none for full rank
     gate: str = "silu"  # activation of the output gate
+    negative: bool = False  # double beta, so that eigenvalues of the transition reach -1 (arXiv:2411.12537)
     dt_min: float = 1e-3  # smallest initial step size; step sizes, which scale the decay, are initialized log-uniformly
     dt_max: float = 0.1  # largest initial step size
     chunk: int = CHUNK  # tokens per chunk of the scan; affects speed and memory only
@@ -161,8 +162,9 @@ class Delta(Mixer):
         decay, beta = self.decay(x if self.decay_low is None else self.decay_low(x)), self.beta(x)
         wide = jnp.promote_types(x.dtype, jnp.float32)
         dt = jax.nn.softplus(decay.astype(wide) + self.dt_bias[...]).reshape(*x.shape[:-1], *self.config.decays)
-        rate = jnp.exp(self.log_decay[...])
-        return -(rate[:, None] if self.config.channel_decay else rate) * dt, jax.nn.sigmoid(beta.astype(wide))
+        rate, beta = jnp.exp(self.log_decay[...]), jax.nn.sigmoid(beta.astype(wide))
+        decay = -(rate[:, None] if self.config.channel_decay else rate) * dt
+        return decay, 2 * beta if self.config.negative else beta
 
     def _project_out(self, x: Array, y: Array) -> Array:
         gate = self.gate(x if self.gate_low is None else self.gate_low(x))

@@ -34,6 +34,7 @@ class ExpertsConfig:
     router: str = "softmax"  # "softmax" over all experts, or "sigmoid" per expert
     renormalize: bool = False  # scale the weights of the selected experts to a sum of 1
     scale: float = 1.0  # factor on the weights
+    weigh_input: bool = False  # multiply the input of an expert by its weight instead of the output (Llama 4)
     selection_bias: bool = False  # add a bias to the scores of the selection only, without gradient (DeepSeek-V3)
     groups: int = 1  # number of groups of experts; a token selects from its best `top_groups`
     top_groups: int = 1  # groups per token
@@ -186,6 +187,8 @@ class Experts(nnx.Module):
             return y if bias is None else ops.add_bias(y, bias[...].astype(self.dtype), groups)
 
         x = ops.dispatch(tokens.astype(self.dtype) if self.enter is None else self.enter(tokens), groups)
+        if self.config.weigh_input:
+            x, weights = x * ops.dispatch_weights(weights.astype(x.dtype), groups), jnp.ones_like(weights)
         up = apply(x, self.up, self.up_bias)
         hidden = self._activate(up) if self.gate is None else self._multiply(apply(x, self.gate, self.gate_bias), up)
         y = ops.combine(apply(hidden, self.down, self.down_bias), weights, groups)

@@ -55,19 +55,23 @@ class LayerConfig:
     mixer: MixerConfig | None  # mixer of tokens; none for a layer of a feed-forward part alone
     mlp: FeedForwardConfig | None  # feed-forward part; none for a layer of a mixer alone
     norm: NormConfig | None  # norm of both branches; none for no norm
-    # "pre": x + f(norm(x)) (arXiv:2002.04745); "post": norm(x + f(x)); "both": x + norm(f(norm(x))) (Gemma 2)
+    # "pre": x + f(norm(x)) (arXiv:2002.04745); "post": norm(x + f(x)); "both": x + norm(f(norm(x))) (Gemma 2);
+    # "output": x + norm(f(x)) (OLMo 2, arXiv:2501.00656)
     norm_position: str
     # recompute activations in the backward pass instead of keeping them
     remat: bool = dataclasses.field(metadata={"resume": "rounding"})
     mixer_norm: bool = True  # whether the mixer has a norm; false in the first layer of ModernBERT (arXiv:2412.13663)
     mixer_residual: ResidualConfig = ResidualConfig()  # residual connection of the mixer
     mlp_residual: ResidualConfig = ResidualConfig()  # residual connection of the feed-forward part
+    parallel: bool = False  # let both branches read the norm of the mixer: x + f(norm(x)) + g(norm(x)) (GPT-J, Cohere)
     side: SideConfig | None = None  # shared block, whose output is added to the input of the mixer; none for no block
 
     def __post_init__(self):
-        require_choice(self, "norm_position", ("pre", "post", "both"))
+        require_choice(self, "norm_position", ("pre", "post", "both", "output"))
         if self.mixer is None and self.mlp is None:
             raise InputError("mixer", "a layer without a mixer needs an mlp, but both are none")
+        if self.parallel and (self.mixer is None or self.mlp is None or self.norm_position != "pre" or self.side):
+            raise InputError("parallel", 'requires a mixer and an mlp, norm_position "pre", and no side')
         if self.side is not None and self.mixer is None:
             raise InputError("side", "its output is added to the input of the mixer, but the mixer is none")
 
@@ -97,7 +101,7 @@ class Residual(nnx.Module):
     ):
         self.config = config
         self.before = make_norm(norm, width, rngs) if position in ("pre", "both") and norm_input else None
-        self.within = make_norm(norm, width, rngs) if position == "both" else None
+        self.within = make_norm(norm, width, rngs) if position in ("both", "output") else None
         self.after = make_norm(norm, width, rngs) if position == "post" else None
 
     def pre(self, x: Float[Array, "*b m"]) -> Float[Array, "*b m"]:
@@ -128,6 +132,8 @@ class Layer(nnx.Module):
 
     def __init__(self, config: LayerConfig, stream: Stream, rngs: nnx.Rngs):
         self.config, self.reversible = config, stream.reversible
+        if config.parallel and stream.reversible:
+            raise InputError("parallel", "cannot be combined with a reversible stream")
 
         def residual(residual_config: ResidualConfig, norm_input: bool = True) -> Residual:
             return Residual(residual_config, config.norm_position, config.norm, stream.width, rngs, norm_input)
@@ -136,7 +142,7 @@ class Layer(nnx.Module):
         self.mlp = None if config.mlp is None else make_feed_forward(config.mlp, stream, rngs)
         self.side = None if config.side is None else Side(config.side, stream, rngs)
         self.mixer_residual = None if self.mixer is None else residual(config.mixer_residual, config.mixer_norm)
-        self.mlp_residual = None if self.mlp is None else residual(config.mlp_residual)
+        self.mlp_residual = None if self.mlp is None else residual(config.mlp_residual, not config.parallel)
 
     def __call__(self, x: Float[Array, "b t m"], context: Context = EMPTY) -> tuple[Float[Array, "b t m"], Auxiliary]:
         """Returns the stream after this layer, for a whole sequence, and the losses and choices of its experts."""
@@ -151,6 +157,7 @@ class Layer(nnx.Module):
         self, x: Float[Array, "b c m"], cache: Cache, positions: Int[Array, " b"], length: int, context: Context = EMPTY
     ) -> tuple[Float[Array, "b c m"], Cache]:
         """Returns the stream after this layer for the next tokens, and the next cache; see `Mixer.extend`."""
+        read = self._shared_input(x)
         if self.mixer is not None and self.mixer_residual is not None:
             mixer, extra, side = self.mixer, None, None
             if self.side is not None:
@@ -164,7 +171,7 @@ class Layer(nnx.Module):
                 extra=extra,
             )
             cache = cache if side is None else {"mixer": cache, "side": side}
-        return self._feed_forward(x, context)[0], cache
+        return self._feed_forward(x, context, read)[0], cache
 
     def attention_calls(
         self, x: Float[Array, "b t m"], context: Context = EMPTY
@@ -194,19 +201,24 @@ class Layer(nnx.Module):
         return cost if self.mlp is None else cost + Cost(0, self.mlp.flops)
 
     def _run(self, x: Array, context: Context) -> tuple[Array, Auxiliary]:
+        read = self._shared_input(x)
         if self.mixer is not None and self.mixer_residual is not None:
             mixer = self.mixer
             extra = None if self.side is None else self.side(x, context)
             x, _ = self._join(
                 x, self.mixer_residual, lambda read: (mixer(read, context), None), 0, context.dropout, extra
             )
-        return self._feed_forward(x, context)
+        return self._feed_forward(x, context, read)
 
-    def _feed_forward(self, x: Array, context: Context) -> tuple[Array, Auxiliary]:
+    def _shared_input(self, x: Array) -> Array | None:
+        """The input of both branches, if they are parallel."""
+        return self.mixer_residual.pre(x) if self.config.parallel and self.mixer_residual is not None else None
+
+    def _feed_forward(self, x: Array, context: Context, read: Array | None) -> tuple[Array, Auxiliary]:
         if self.mlp is None or self.mlp_residual is None:
             return x, Auxiliary({})
         mlp = self.mlp
-        return self._join(x, self.mlp_residual, lambda read: mlp(read, context), 1, context.dropout)
+        return self._join(x, self.mlp_residual, lambda read: mlp(read, context), 1, context.dropout, shared=read)
 
     def _join(
         self,
@@ -216,6 +228,7 @@ class Layer(nnx.Module):
         written: int,
         dropout: Callable[[Array, int], Array] = EMPTY.dropout,
         extra: Array | None = None,
+        shared: Array | None = None,
     ) -> tuple[Array, Any]:
         """Runs a branch of the layer.
 
@@ -226,13 +239,14 @@ class Layer(nnx.Module):
           written: Index of the branch, and of the stream that it writes; with two streams it reads the other one.
           dropout: Applied to the output with the index of the branch.
           extra: Added to the input of the branch, and not to the stream.
+          shared: Input of the branch, by default the norm of the stream.
 
         Returns:
           The stream with the branch's output, and the auxiliary result.
         """
         streams = jnp.split(x, 2, axis=-1) if self.reversible else [x]
         source = streams[1 - written] if self.reversible else x
-        read = residual.pre(source if extra is None else source + extra)
+        read = residual.pre(source if extra is None else source + extra) if shared is None else shared
         y, auxiliary = run(read)
         target = written if self.reversible else 0
         streams[target] = residual.post(streams[target], y, read, lambda y: dropout(y, written))

@@ -24,6 +24,7 @@ class NormConfig:
     eps: float  # number added to the variance
     offset: bool = False  # add 1 to the stored scale (Gemma)
     bias: bool = True  # whether "layer" has a bias
+    scale: bool = True  # whether there is a learned scale; false for the queries and keys of Llama 4
 
     def __post_init__(self):
         require_choice(self, "kind", KINDS)
@@ -37,14 +38,16 @@ class Norm(nnx.Module):
     def __init__(self, config: NormConfig, width: int, rngs: nnx.Rngs, axis: str | None = "width"):
         self.config = config
         ones, zeros = jax.nn.initializers.ones, jax.nn.initializers.zeros
-        self.scale = parameter(rngs, zeros if config.offset else ones, (width,), (axis,))
+        init = zeros if config.offset else ones
+        self.scale = parameter(rngs, init, (width,), (axis,)) if config.scale else None
         self.bias = parameter(rngs, zeros, (width,), (axis,)) if config.kind == "layer" and config.bias else None
 
     def __call__(self, x: Float[Array, "*b m"]) -> Float[Array, "*b m"]:
         wide = x.astype(jnp.promote_types(x.dtype, jnp.float32))
         if self.config.kind == "layer":
             wide = wide - wide.mean(axis=-1, keepdims=True)
-        y = standardize(wide, self.config.eps) * (self.scale[...] + (1 if self.config.offset else 0))
+        y = standardize(wide, self.config.eps)
+        y = y if self.scale is None else y * (self.scale[...] + (1 if self.config.offset else 0))
         return (y if self.bias is None else y + self.bias[...]).astype(x.dtype)
 
 

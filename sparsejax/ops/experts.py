@@ -131,6 +131,11 @@ def dispatch(x: Float[Array, "n m"], layout: ExpertRows) -> Float[Array, "r m"]:
     return move_rows(x, layout.choices // layout.rows.shape[1], layout.rows)
 
 
+def dispatch_weights(weights: Float[Array, "n k"], layout: ExpertRows) -> Float[Array, "r 1"]:
+    """Copies the weight of each choice to its row; padding is zeros."""
+    return move_rows(weights.reshape(-1, 1), layout.choices, layout.rows.reshape(-1, 1))
+
+
 def combine(y: Float[Array, "r m"], weights: Float[Array, "n k"], layout: ExpertRows) -> Float[Array, "n m"]:
     """The weighted sum of each token's choices, in the dtype of `y`."""
     chosen = move_rows(y, layout.rows.reshape(-1), layout.choices[:, None]).reshape(*weights.shape, -1)

@@ -541,3 +541,131 @@ def test_too_many_tokens():
     model = huggingface.load(GOLDEN / "longformer")
     with rejects(ValueError, "138"):
         model.logits(np.full((1, 139), 3))
+
+
+def rename(folder: Path, names, **more: np.ndarray) -> None:
+    """Rewrites the tensors of a folder under the names `names(name)`, with `more` tensors."""
+    tensors = {names(name): tensor for name, tensor in load_file(folder / "model.safetensors").items()}
+    save_file(tensors | more, folder / "model.safetensors")
+
+
+MASK = np.ones((1, 1, 72, 72), np.float32)
+OLDER = {
+    "gpt2": [(lambda name: name.removeprefix("transformer."), {"h.0.attn.bias": MASK, "h.1.attn.masked_bias": MASK})],
+    "bert": [
+        (
+            lambda name: name.replace("LayerNorm.weight", "LayerNorm.gamma").replace(
+                "LayerNorm.bias", "LayerNorm.beta"
+            ),
+            {"bert.pooler.dense.bias": MASK, "cls.seq_relationship.bias": MASK, "bert.embeddings.position_ids": MASK},
+        ),
+        (lambda name: name.removeprefix("bert."), {"pooler.dense.bias": MASK}),
+        (
+            lambda name: (
+                name.removeprefix("bert.").replace("Norm.weight", "Norm.gamma").replace("Norm.bias", "Norm.beta")
+            ),
+            {},
+        ),
+    ],
+    "roberta": [(lambda name: name.removeprefix("roberta."), {"pooler.dense.bias": MASK})],
+    "mamba": [(lambda name: name.replace("embeddings", "embedding"), {})],
+    "llama": [(lambda name: name, {"model.layers.0.self_attn.rotary_emb.inv_freq": MASK})],
+}
+
+
+@pytest.mark.parametrize(("name", "names", "more"), [(name, *case) for name, cases in OLDER.items() for case in cases])
+def test_older_names_of_tensors(name, names, more, tmp_path):
+    folder = copy(name, tmp_path)
+    rename(folder, names, **more)
+    model = huggingface.load(folder)
+    jax.tree.map(np.testing.assert_array_equal, model.parameters, huggingface.load(GOLDEN / name).parameters)
+    huggingface.save(model, tmp_path / "saved")
+    original, saved = (load_file(path / "model.safetensors") for path in (folder, tmp_path / "saved"))
+    assert original.keys() == saved.keys()
+    for key, tensor in original.items():
+        np.testing.assert_array_equal(saved[key], tensor, err_msg=key)
+
+
+def test_mixed_names_of_tensors_are_rejected(tmp_path):
+    folder = copy("gpt2", tmp_path)
+    rename(folder, lambda name: name.removeprefix("transformer.") if "ln_f" in name else name)
+    with rejects(ConversionError, "transformer.ln_f.bias"):
+        huggingface.load(folder)
+
+
+@pytest.mark.parametrize("name", ["mamba", "mamba2"])
+def test_the_layout_of_the_original_mamba(name, tmp_path):
+    folder = copy(name, tmp_path)
+    config = json.loads((folder / "config.json").read_text())
+    ssm = {"d_state": config["state_size"], "d_conv": config["conv_kernel"], "expand": config["expand"]}
+    if name == "mamba":
+        ssm["dt_rank"] = config["time_step_rank"]
+    else:
+        ssm |= {"layer": "Mamba2", "headdim": config["head_dim"], "ngroups": config["n_groups"]}
+    original = {
+        "d_model": config["hidden_size"],
+        "n_layer": config["num_hidden_layers"],
+        "vocab_size": config["vocab_size"],
+        "ssm_cfg": ssm | {"conv_bias": config["use_conv_bias"], "bias": config["use_bias"]},
+        "rms_norm": True,
+        "residual_in_fp32": True,
+        "fused_add_norm": True,
+        "pad_vocab_size_multiple": 1,
+        "tie_embeddings": config["tie_word_embeddings"],
+    }
+    (folder / "config.json").write_text(json.dumps(original))
+    rename(folder, lambda name: name.replace("embeddings", "embedding"))
+    model, expected = huggingface.load(folder), huggingface.load(GOLDEN / name)
+    assert model.config == expected.config
+    jax.tree.map(np.testing.assert_array_equal, model.parameters, expected.parameters)
+    huggingface.save(model, tmp_path / "saved")
+    assert huggingface.load(tmp_path / "saved").config == model.config
+    for key, value in {"attn_layer_idx": [1], "d_intermediate": 64, "ssm_cfg": ssm | {"layer": "Mamba3"}}.items():
+        (folder / "config.json").write_text(json.dumps(original | {key: value}))
+        with rejects(ConversionError, key):
+            huggingface.load(folder)
+
+
+def test_the_text_model_of_llama_4(tmp_path):
+    folder = copy("llama4_text", tmp_path)
+    text = json.loads((folder / "config.json").read_text())
+    config = {
+        "model_type": "llama4",
+        "text_config": text,
+        "vision_config": {"hidden_size": 8},
+        "torch_dtype": "float32",
+    }
+    (folder / "config.json").write_text(json.dumps(config))
+    rename(folder, lambda name: f"language_model.{name}", **{"vision_model.class_embedding": MASK})
+    model, expected = huggingface.load(folder), huggingface.load(GOLDEN / "llama4_text")
+    jax.tree.map(np.testing.assert_array_equal, model.parameters, expected.parameters)
+
+
+@pytest.mark.parametrize(
+    ("name", "key", "value"),
+    [
+        ("llama", "rope_scaling", {"rope_type": "dynamic", "factor": 2.0}),
+        ("qwen2", "use_mrope", True),
+        ("qwen3", "layer_types", ["sliding_attention"] * 3),
+        ("gpt2", "add_cross_attention", True),
+        ("gpt2", "activation_function", "tanh"),
+        ("bert", "position_embedding_type", "relative_key"),
+        ("bert", "is_decoder", True),
+        ("cohere2", "use_qk_norm", True),
+        ("cohere2", "head_dim", 16),
+        ("llama4_text", "no_rope_layers", [1]),
+        ("llama4_text", "rope_parameters", {"rope_type": "yarn", "factor": 2.0, "rope_theta": 500.0}),
+        ("recurrent_gemma", "hidden_activation", "relu"),
+        ("recurrent_gemma", "block_types", ["recurrent", "conv"]),
+        ("granitemoehybrid", "position_embedding_type", "alibi"),
+        ("lfm2", "use_pos_enc", False),
+        ("olmo_hybrid", "hidden_act", "gelu"),
+    ],
+)
+def test_unsupported_values_of_the_families(name, key, value, tmp_path):
+    folder = copy(name, tmp_path)
+    edit_config(folder, **{key: value})
+    if key == "rope_scaling":
+        edit_config(folder, rope_parameters=None)
+    with rejects(ConversionError, "rope_type" if key.startswith("rope") else key):
+        huggingface.load(folder)

@@ -54,7 +54,7 @@ def norm(config, w, x):
     if config is None:
         return x
     if config.kind == "rms":
-        return x / np.sqrt((x**2).mean(-1, keepdims=True) + config.eps) * w["scale"]
+        return x / np.sqrt((x**2).mean(-1, keepdims=True) + config.eps) * (w["scale"] if config.scale else 1)
     centred = x - x.mean(-1, keepdims=True)
     return centred / np.sqrt(x.var(-1, keepdims=True) + config.eps) * w["scale"] + w["bias"]
 
@@ -144,13 +144,18 @@ def heads(config, w, x, allowed, projections):
     q, k, v = (
         linear(w[name + projections], x).reshape(b, t, -1, config.head_width) for name in ("query", "key", "value")
     )
-    q, k = norm(config.qk_norm, w.get("query_norm"), q), norm(config.qk_norm, w.get("key_norm"), k)
+    joint = (b, t, -1) if config.qk_norm_joint else (b, t, -1, config.head_width)
+    q, k = (
+        norm(config.qk_norm, w.get(name), x.reshape(joint)).reshape(x.shape)
+        for name, x in (("query_norm", q), ("key_norm", k))
+    )
     if config.rope is not None:
         q, k = rotate(q, config.rope), rotate(k, config.rope)
+    growth = 1 + config.growth * np.log(1 + (np.arange(t) + 1) // config.growth_period)
     y, distance = np.zeros_like(q), np.arange(t)[:, None] - np.arange(t)
     for head in range(config.heads):
         shared = head // (config.heads // config.kv_heads)
-        queries = q[:, :, head]
+        queries = q[:, :, head] * growth[:, None]
         scores = np.einsum(
             "btd,bsd->bts", queries + (w["relative"]["content"][head] if config.relative else 0), k[:, :, shared]
         )
@@ -198,10 +203,13 @@ def layer(config, w, x):
         parts.append((lambda x: mixer(config.mixer, w["mixer"], x), "mixer_residual", config.mixer_residual, first))
     if config.mlp is not None:
         parts.append((lambda x: mlp(config.mlp, w["mlp"], x), "mlp_residual", config.mlp_residual, config.norm))
+    start = x
     for part, name, how, first in parts:
         scales = w.get(name, {})
-        read = x if config.norm_position == "post" else norm(first, scales.get("before"), x)
-        y = norm(config.norm, scales.get("within"), part(read)) if config.norm_position == "both" else part(read)
+        read = norm(first, scales.get("before"), x) if "before" in scales else x
+        read = norm(first, w["mixer_residual"]["before"], start) if config.parallel else read
+        y = part(read)
+        y = norm(config.norm, scales.get("within"), y) if config.norm_position in ("both", "output") else y
         x = how.keep * (read if how.base == "norm" else x) + how.scale * y
         x = norm(config.norm, scales.get("after"), x) if config.norm_position == "post" else x
     return x

@@ -49,6 +49,8 @@ OPTIONS = [
     {"alibi": True, "rope": None, "sinks": True, "softcap": 2.0},
     {"alibi": True, "pattern": "per_head(full, window(3, 3), causal, full)", "impl": "gather"},
     {"relative": 8, "rope": None},
+    {"qk_norm": NormConfig(kind="rms", eps=1e-2), "qk_norm_joint": True},
+    {"qk_norm": NormConfig(kind="rms", eps=1e-2, scale=False), "growth": 0.7, "growth_period": 3},
     {
         "relative": 4,
         "pattern": "window(3, 4)",

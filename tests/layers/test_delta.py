@@ -52,6 +52,7 @@ def delta(config, w, x):
     q, k = (short(name).reshape(b, t, g, n) for name in ("query", "key"))
     q, k = (a / np.sqrt((a**2).sum(-1, keepdims=True) + 1e-6) for a in (q, k))
     v, beta = short("value").reshape(b, t, h, p), reference.sigmoid(reference.linear(w["beta"], x))
+    beta = 2 * beta if config.negative else beta
     steps = np.log1p(np.exp(reference.linear(w["decay"], low("decay")) + w["dt_bias"])).reshape(b, t, h, -1)
     kept = np.exp(-np.exp(w["log_decay"])[:, None] * steps)  # per head, or per channel
     y = np.zeros((b, t, h, p))
@@ -75,8 +76,9 @@ def delta(config, w, x):
         KIMI,
         dataclasses.replace(QWEN, rank=2, gate="sigmoid", conv=1, chunk=64),
         dataclasses.replace(QWEN, channel_decay=True, key_heads=1),
+        dataclasses.replace(QWEN, negative=True),
     ],
-    ids=["qwen", "kimi", "one decay of low rank", "shared keys with channel decay"],
+    ids=["qwen", "kimi", "one decay of low rank", "shared keys with channel decay", "negative eigenvalues"],
 )
 def test_equals_the_reference(config):
     module = build(config)

@@ -36,6 +36,7 @@ CHANGES = {
         "shared_width": 7,
     },
     "nemotron-h": {"router": "sigmoid", "gated": False, "activation": "relu2", "latent": 4, "shared_width": 7},
+    "llama 4": {"router": "sigmoid", "weigh_input": True, "shared_width": 7},
     "all": {"top_k": 8},
 }
 
@@ -77,7 +78,10 @@ def mixture(config, w, x):
         chosen = choose(scores + w.get("selection_bias", 0), config.top_k, config.groups, config.top_groups)
         shares = scores[chosen] / scores[chosen].sum() if config.renormalize else scores[chosen]
         inner = token @ w["enter"]["weight"] if config.latent else token
-        out = sum(config.scale * s * expert(config, w, e, inner) for s, e in zip(shares, chosen, strict=True))
+        pairs = list(zip(config.scale * shares, chosen, strict=True))
+        out = sum(
+            expert(config, w, e, s * inner) if config.weigh_input else s * expert(config, w, e, inner) for s, e in pairs
+        )
         y[slot] = out @ w["leave"]["weight"] if config.latent else out
         if config.shared_width:
             gate = reference.sigmoid(token @ w["shared_gate"]["weight"]) if config.shared_gate else 1

@@ -43,6 +43,8 @@ CHANGES = {
     "without an mlp": {"mlp": None},
     "without norms": {"norm": None, "mlp": MlpConfig(kind="plain", width=7, activation="gelu_tanh")},
     "norms on both sides": {"norm_position": "both"},
+    "norms of the outputs": {"norm_position": "output"},
+    "parallel": {"parallel": True},
     "without a mixer": {"mixer": None},
     "without a norm before the mixer": {"mixer_norm": False},
     "residual of the norm": {
@@ -97,6 +99,17 @@ def test_the_cost_adds_the_mlp():
 def test_rejects_an_unknown_norm_position():
     with rejects(InputError, "norm_position"):
         dataclasses.replace(CONFIG, norm_position="sandwich")
+
+
+@pytest.mark.parametrize("change", [{"mlp": None}, {"mixer": None}, {"norm_position": "both"}], ids=str)
+def test_rejects_parallel_branches_without_a_common_input(change):
+    with rejects(InputError, "parallel"):
+        dataclasses.replace(CONFIG, parallel=True, **change)
+
+
+def test_rejects_parallel_branches_in_a_reversible_stream():
+    with rejects(InputError, "parallel"):
+        Layer(dataclasses.replace(CONFIG, parallel=True), Stream(WIDTH, 4, jnp.float32, reversible=True), nnx.Rngs(0))
 
 
 def test_rejects_an_empty_layer():

@@ -20,7 +20,7 @@ from sparsejax.interop.huggingface import checkpoint
 from sparsejax.interop.huggingface.assembly import assemble, disassemble, match_names
 from sparsejax.interop.huggingface.checkpoint import Checkpoint
 from sparsejax.interop.huggingface.errors import ConversionError
-from sparsejax.interop.huggingface.families import FAMILIES
+from sparsejax.interop.huggingface.families import FAMILIES, read_model_type
 from sparsejax.interop.huggingface.fields import Fields
 from sparsejax.interop.huggingface.translation import Translation
 from sparsejax.layers import Extras
@@ -196,7 +196,7 @@ def load(
     files = [str(path / name) for name in TOKENIZERS if (path / name).is_file()]
     name = files[0] if tokenizer is None and files else tokenizer
     source = HuggingFaceSource(
-        kind=f"a {hf_config['model_type']} model",
+        kind=f"a {read_model_type(hf_config)} model",
         masks=translation.keywords,
         length=min(_read_length(hf_config, file, translation), DEFAULT_LENGTH),
         data={} if name is None else {"tokenizer": name},
@@ -275,7 +275,7 @@ def _read_json(path: str | Path) -> tuple[dict[str, Any], str]:
 
 def _translate(hf_config: dict[str, Any], path: str, ignore: Collection[str] = (), **options: Any) -> Translation:
     fields = Fields(hf_config, path, ignore)
-    model_type = hf_config.get("model_type")
+    model_type = read_model_type(hf_config)
     if not isinstance(model_type, str) or model_type not in FAMILIES:
         raise fields.unsupported("model_type", model_type, sorted(FAMILIES))
     translate = FAMILIES[model_type]

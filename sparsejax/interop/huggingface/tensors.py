@@ -76,15 +76,19 @@ def split_groups(source: str, targets: Sequence[str], groups: int, sizes: Sequen
     return TensorMap((source,), tuple(targets), load, store)
 
 
-def split_last(source: str, targets: Sequence[str], sizes: Sequence[int]) -> TensorMap:
-    """A tensor that concatenates parameters of these sizes along its last axis, with input rows."""
+def split_last(source: str, targets: Sequence[str], sizes: Sequence[int], swapped: bool = False) -> TensorMap:
+    """A tensor that concatenates parameters of these sizes along its last axis; the last two may be swapped."""
+
+    def swap(arrays: Arrays) -> Arrays:
+        return [array.swapaxes(-1, -2) for array in arrays] if swapped else arrays
 
     def load(arrays: Arrays) -> Arrays:
-        if arrays[0].shape[-1] != sum(sizes):
-            raise ValueError(f"expected a last axis of {sum(sizes)}")
-        return np.split(arrays[0], np.cumsum(sizes)[:-1], axis=-1)
+        (array,) = swap(arrays)
+        if array.shape[-1] != sum(sizes):
+            raise ValueError(f"expected an axis of {sum(sizes)}")
+        return np.split(array, np.cumsum(sizes)[:-1], axis=-1)
 
-    return TensorMap((source,), tuple(targets), load, lambda arrays: [np.concatenate(arrays, axis=-1)])
+    return TensorMap((source,), tuple(targets), load, lambda arrays: swap([np.concatenate(arrays, axis=-1)]))
 
 
 def stacked(sources: Iterable[str], target: str) -> TensorMap:

@@ -39,6 +39,29 @@ class Translation:
     rotations: np.ndarray | None = None
 
 
+def translate_text(
+    fields: Fields, translate: Callable[[Fields], Translation], unused: Sequence[str], **defaults: Any
+) -> Translation:
+    """Translates the text model of a model with images.
+
+    Args:
+      fields: The config.json, whose `text_config` is that of the text model.
+      translate: Translation of the text model.
+      unused: Patterns of the tensors of the other parts.
+      **defaults: Keys of `text_config` that it may lack.
+    """
+    fields.ignore("vision_config", "tie_word_embeddings")
+    text = Fields(defaults | fields.take("text_config", kind=dict), f"{fields.path}: text_config")
+    translation = translate(text)
+    text.finish()
+    maps = [
+        dataclasses.replace(entry, tensors=tuple(f"language_model.{name}" for name in entry.tensors))
+        for entry in translation.tensor_maps
+    ]
+    unused = (*(rf"language_model\.{name}" for name in translation.unused), *unused)
+    return dataclasses.replace(translation, tensor_maps=maps, unused=unused)
+
+
 def build_model(
     fields: Fields,
     width: int,

@@ -719,20 +719,148 @@ def reformer(draw: Draw) -> tuple[dict, Traits]:
     return config, Traits(length, gradients=False)
 
 
+def recurrent_gemma(draw: Draw) -> tuple[dict, Traits]:
+    """Any period of blocks, windows and widths of the recurrence."""
+    heads, shared = draw_heads(draw)
+    config = {
+        "hidden_size": heads * draw.pick(4, 8, 12),
+        "num_attention_heads": heads,
+        "num_key_value_heads": draw.pick(None, shared),
+        "num_hidden_layers": draw.number(1, 5),
+        "intermediate_size": draw.number(10, 60),
+        "attention_window_size": draw_window(draw),
+        "rope_parameters": {"rope_type": "default", "rope_theta": 100.0, "partial_rotary_factor": draw.pick(0.5, 1.0)},
+        "block_types": [draw.pick("recurrent", "attention") for _ in range(draw.number(1, 3))],
+        **draw.maybe(lru_width=heads * draw.number(2, 9), conv1d_width=draw.number(2, 5), logits_soft_cap=5.0),
+        **draw.maybe(attention_bias=draw.chance(), rms_norm_eps=1e-3, tie_word_embeddings=draw.chance()),
+    }
+    return config, Traits(draw_length(draw))
+
+
+def granitemoehybrid(draw: Draw) -> tuple[dict, Traits]:
+    """Any factors; experts, or the shared MLP alone; rotary positions, or none."""
+    config, traits = bamba(draw)
+    config.pop("attn_layer_indices")
+    config.pop("mlp_bias", None)
+    config["rope_parameters"].pop("partial_rotary_factor", None)
+    experts = draw.pick(0, draw.number(1, 6))
+    names = ("embedding_multiplier", "logits_scaling", "residual_multiplier", "attention_multiplier")
+    config |= {
+        "num_local_experts": experts,
+        "num_experts_per_tok": draw.number(1, max(experts, 1)),
+        "shared_intermediate_size": draw.number(10, 40),
+        "position_embedding_type": draw.pick(None, "rope"),
+        **draw.maybe(**{name: draw.real(0.5, 1.5) for name in names}),
+        **draw_types(draw, config["num_hidden_layers"], "linear_attention", "full_attention"),
+    }
+    return config, traits
+
+
+def lfm2(draw: Draw) -> tuple[dict, Traits]:
+    """Layer types in any order; any rounding of the width of the MLPs."""
+    config = draw_decoder(draw)
+    config.pop("hidden_act", None)
+    config["hidden_size"] = config["num_attention_heads"] * 2 * draw.number(2, 6)
+    depth = config["num_hidden_layers"]
+    del config["head_dim"]
+    config |= draw.maybe(full_attn_idxs=[i for i in range(depth) if draw.chance()])
+    config |= draw_types(draw, depth, "conv", "full_attention") | draw.maybe(norm_eps=1e-3, conv_bias=draw.chance())
+    config |= {"block_multiple_of": draw.pick(1, 8), "conv_L_cache": draw.number(2, 5)}
+    config |= draw.maybe(block_auto_adjust_ff_dim=draw.chance(), block_ffn_dim_multiplier=draw.pick(0.8, 1.3))
+    config.pop("rms_norm_eps", None)
+    return config, Traits(draw_length(draw), left=not config.get("conv_bias"))
+
+
+def olmo3(draw: Draw) -> tuple[dict, Traits]:
+    """Layer types in any order, with rotary positions of any type."""
+    config = draw_decoder(draw)
+    config |= {"rope_parameters": draw_ropes(draw), "sliding_window": draw_window(draw)}
+    if config.pop("head_dim"):
+        config["hidden_size"] = config["num_attention_heads"] * 2 * draw.number(2, 6)
+    config |= draw_types(draw, config["num_hidden_layers"], "sliding_attention", "full_attention")
+    return config | draw.maybe(attention_bias=draw.chance()), Traits(draw_length(draw), left=True)
+
+
+def cohere2(draw: Draw) -> tuple[dict, Traits]:
+    """Layer types in any order, or any period."""
+    config, traits = olmo3(draw)
+    config |= {"rope_parameters": draw_rope(draw), "num_hidden_layers": (depth := draw.number(1, 5))}
+    config |= {"layer_types": [draw.pick("sliding_attention", "full_attention") for _ in range(depth)]}
+    if draw.chance():
+        del config["layer_types"]
+        config |= draw.maybe(sliding_window_pattern=draw.number(1, 4))
+    config.pop("rms_norm_eps", None)
+    return config | draw.maybe(layer_norm_eps=1e-3, logit_scale=draw.real(0.1, 2.0)), traits
+
+
+def llama4_text(draw: Draw) -> tuple[dict, Traits]:
+    """Any layers with experts and rotary positions; any chunks and growth of the scores."""
+    config = draw_decoder(draw)
+    depth, experts = draw.number(1, 5), draw.number(1, 5)
+    while config["rope_parameters"]["rope_type"] == "yarn":
+        config["rope_parameters"] = draw_rope(draw)
+    config |= {
+        "head_dim": config["head_dim"] or 8,
+        "num_hidden_layers": depth,
+        "intermediate_size_mlp": draw.number(10, 40),
+        "num_local_experts": experts,
+        "num_experts_per_tok": draw.number(1, experts),
+        "attention_chunk_size": draw.number(2, 20),
+        "floor_scale": draw.number(1, 20),
+        "attn_scale": draw.real(0.1, 0.9),
+        **draw.maybe(
+            moe_layers=[i for i in range(depth) if draw.chance()], interleave_moe_layer_step=draw.number(1, 3)
+        ),
+        **draw.maybe(
+            no_rope_layers=[draw.number(0, 1) for _ in range(depth)], no_rope_layer_interval=draw.number(1, 4)
+        ),
+        **draw.maybe(use_qk_norm=draw.chance(), attn_temperature_tuning=draw.chance(), attention_bias=draw.chance()),
+    }
+    return config, Traits(draw_length(draw))
+
+
+def olmo_hybrid(draw: Draw) -> tuple[dict, Traits]:
+    """Both types of layers in any order; convolutions of one width, since transformers 5.23 saves others wrongly."""
+    config = draw_decoder(draw)
+    config.pop("hidden_act", None)
+    if config.pop("head_dim"):
+        config["hidden_size"] = config["num_attention_heads"] * 2 * draw.number(2, 6)
+    keys, share, width = draw.number(1, 3), draw.number(1, 3), draw.number(2, 6)
+    rope = draw.pick({"rope_type": "default", "rope_theta": None}, {"rope_type": "default", "rope_theta": 1000.0})
+    types = ["linear_attention", "full_attention", *(draw.pick("linear_attention", "full_attention") for _ in range(2))]
+    draw.random.shuffle(types)
+    config |= {
+        "rope_parameters": rope,
+        "layer_types": types,
+        "num_hidden_layers": len(types),
+        "linear_num_key_heads": keys,
+        "linear_num_value_heads": keys * share,
+        "linear_key_head_dim": width * share,
+        "linear_value_head_dim": width,
+        **draw.maybe(linear_conv_kernel_dim=draw.number(2, 5), linear_allow_neg_eigval=draw.chance()),
+        **draw.maybe(attention_bias=draw.chance()),
+    }
+    return config, Traits(draw_length(draw), left=True)
+
+
 # `model_type` -> its function.
 FAMILIES: dict[str, Callable[[Draw], tuple[dict, Traits]]] = {
     "bamba": bamba,
     "bert": bert,
     "big_bird": big_bird,
+    "cohere2": cohere2,
     "deepseek_v32": deepseek_v32,
     "falcon_h1": falcon_h1,
     "gemma2": gemma2,
     "gemma3_text": gemma3_text,
     "gpt2": gpt2,
     "gpt_oss": gpt_oss,
+    "granitemoehybrid": granitemoehybrid,
     "jamba": jamba,
     "kimi_linear": kimi_linear,
+    "lfm2": lfm2,
     "llama": llama,
+    "llama4_text": llama4_text,
     "longformer": longformer,
     "mamba": mamba,
     "mamba2": mamba2,
@@ -741,9 +869,12 @@ FAMILIES: dict[str, Callable[[Draw], tuple[dict, Traits]]] = {
     "mixtral": mixtral,
     "modernbert": modernbert,
     "nemotron_h": nemotron_h,
+    "olmo3": olmo3,
+    "olmo_hybrid": olmo_hybrid,
     "qwen2": qwen2,
     "qwen3": qwen3,
     "qwen3_next": qwen3_next,
+    "recurrent_gemma": recurrent_gemma,
     "reformer": reformer,
     "roberta": roberta,
     "zamba2": zamba2,
@@ -755,6 +886,11 @@ def to_legacy(family: str, config: dict[str, Any]) -> dict[str, Any]:
     if family == "nemotron_h":
         letters = {"linear_attention": "M", "full_attention": "*", "mlp": "-", "moe": "E"}
         return config | {"hybrid_override_pattern": "".join(letters[kind] for kind in config.pop("layers_block_type"))}
+    if family == "granitemoehybrid" and "layer_types" in config:
+        names = {"linear_attention": "mamba", "full_attention": "attention"}
+        config["layer_types"] = [names[kind] for kind in config["layer_types"]]
+    if family == "olmo3":  # transformers reads the older base of one of the two layer types only
+        return config
     ropes = config.pop("rope_parameters", None)
     if ropes is None:
         return config

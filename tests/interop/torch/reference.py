@@ -117,6 +117,9 @@ def measure(model: torch.nn.Module, case: Case) -> dict[str, Any]:
         loss.backward()
         parameters = model.named_parameters()
         gradients = {name: torch.zeros_like(p) if p.grad is None else p.grad.clone() for name, p in parameters}
+    for module in model.modules():  # RecurrentGemma keeps its last state, of which there is no copy in float64
+        if hasattr(module, "recurrent_states"):
+            module.recurrent_states = None
     length = valid.shape[1]
     return {
         "logits": out.logits.detach().numpy(),

@@ -22,6 +22,7 @@ from sparsejax.interop.huggingface.translation import (
     read_attention,
     read_layer_types,
     read_window,
+    translate_text,
 )
 from sparsejax.layers import LayerConfig, MlpConfig, NormConfig
 
@@ -88,19 +89,9 @@ def _translate(fields: Fields, generation: int) -> Translation:
 
 def translate_multimodal(fields: Fields) -> Translation:
     """Translates the text model of a `Gemma3Config`, whose images are not supported."""
-    fields.ignore("vision_config", "mm_tokens_per_image", "image_token_index", "image_token_id", "boi_token_id")
-    fields.ignore("eoi_token_id", "tie_word_embeddings")
-    text = fields.take("text_config", kind=dict)
-    inner = Fields({"vocab_size": 262_208} | text, f"{fields.path}: text_config")
-    translation = translate_3(inner)
-    inner.finish()
-    maps = [
-        dataclasses.replace(entry, tensors=tuple(f"language_model.{name}" for name in entry.tensors))
-        for entry in translation.tensor_maps
-    ]
-    unused = tuple(rf"language_model\.{name}" for name in translation.unused)
+    fields.ignore("mm_tokens_per_image", "image_token_index", "image_token_id", "boi_token_id", "eoi_token_id")
     images = (r"vision_tower\..*", r"multi_modal_projector\..*")
-    return dataclasses.replace(translation, tensor_maps=maps, unused=(*unused, *images))
+    return translate_text(fields, translate_3, images, vocab_size=262_208)
 
 
 def _layer_tensors(source: str, target: str, bias: bool, qk_norm: bool) -> list[TensorMap]:

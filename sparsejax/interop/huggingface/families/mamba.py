@@ -26,6 +26,27 @@ IGNORED = (
     # Keys of the original implementation's files.
     " d_model d_inner n_layer ssm_cfg fused_add_norm pad_vocab_size_multiple norm_before_gate"
 )
+# Keys of the original implementation's `ssm_cfg`, by its layer -> those of transformers, and their defaults.
+ORIGINAL = {
+    "Mamba1": {
+        "d_state": ("state_size", 16),
+        "d_conv": ("conv_kernel", 4),
+        "expand": ("expand", 2),
+        "dt_rank": ("time_step_rank", "auto"),
+        "bias": ("use_bias", False),
+        "conv_bias": ("use_conv_bias", True),
+    },
+    "Mamba2": {
+        "d_state": ("state_size", 128),
+        "d_conv": ("conv_kernel", 4),
+        "expand": ("expand", 2),
+        "headdim": ("head_dim", 64),
+        "ngroups": ("n_groups", 1),
+        "bias": ("use_bias", False),
+        "conv_bias": ("use_conv_bias", True),
+    },
+}
+OLDER_NAMES = ((r"^backbone\.embeddings\.", "backbone.embedding."),)
 
 
 def translate(fields: Fields) -> Translation:
@@ -68,6 +89,30 @@ def translate_2(fields: Fields) -> Translation:
     return _translate(fields, mixer, width, tied=False)
 
 
+def translate_original(fields: Fields) -> Translation:
+    """Translates the config.json of the original implementation, of which mamba_ssm writes either generation."""
+    fields.ignore("fused_add_norm", "residual_in_fp32")
+    fields.require("rms_norm", True)
+    fields.require("d_intermediate", 0)
+    fields.require("attn_layer_idx", [])
+    fields.require("attn_cfg", {})
+    cell = Fields(fields.take("ssm_cfg", None, dict) or {}, f"{fields.path}: ssm_cfg")
+    cell.ignore("chunk_size", "dt_min", "dt_max", "dt_init", "dt_scale", "dt_init_floor", "use_fast_path")
+    layer = cell.choose("layer", {name: name for name in ORIGINAL}, "Mamba1")
+    values = {newer: cell.take(key, default) for key, (newer, default) in ORIGINAL[layer].items()}
+    cell.finish()
+    multiple = fields.take("pad_vocab_size_multiple", 8)
+    values |= {
+        "hidden_size": fields.take("d_model"),
+        "num_hidden_layers": fields.take("n_layer"),
+        "vocab_size": multiple * -(-fields.take("vocab_size") // multiple),
+        "tie_word_embeddings": fields.take("tie_embeddings", True),
+    }
+    if layer == "Mamba2":
+        values["num_heads"] = values["expand"] * values["hidden_size"] // values["head_dim"]
+    return (translate_2 if layer == "Mamba2" else translate)(Fields(values, fields.path))
+
+
 def _read_width(fields: Fields, default: int) -> int:
     fields.ignore(*IGNORED.split())
     fields.require("hidden_act", "silu")
@@ -88,7 +133,7 @@ def _translate(fields: Fields, mixer: MambaConfig | Mamba2Config, width: int, ti
             maps += mamba_tensors(f"{source}.mixer", f"{target}.mixer", mixer)
         else:
             maps += mamba2_tensors(f"{source}.mixer", f"{target}.mixer", mixer)
-    return Translation(model, maps, unused=tied_head(tied))
+    return Translation(model, maps, unused=tied_head(tied), older_names=OLDER_NAMES)
 
 
 def backbone_tensors(tied: bool) -> list[TensorMap]:
