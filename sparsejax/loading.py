@@ -57,6 +57,7 @@ def load(
     tokenizer: str | None = None,
     mesh: Mesh | None = None,
     dtype: str | None = None,
+    ema: bool = False,
     **options: Any,
 ) -> LoadedModel:
     """Loads a model: a checkpoint of a workdir, or a Hugging Face folder.
@@ -69,6 +70,7 @@ def load(
       mesh: Shards the parameters over this mesh; by default they are on one device.
       dtype: "float32" or "bfloat16", in which the model computes and keeps linear maps and embeddings. By default, a
         workdir computes in the dtype of its run and a Hugging Face folder in float32, both with float32 parameters.
+      ema: Load the exponential moving average of the parameters of a run with `optimizer.ema`.
       **options: Options of a Hugging Face family, see `sparsejax.interop.huggingface.load`.
 
     Raises:
@@ -81,7 +83,9 @@ def load(
     if SweepFolder(workdir.path).exists():
         raise InputError("path", f"{path} is a sweep; load one of its runs, {SweepFolder(workdir.path).runs}/NAME")
     recorded = read_json(workdir.config) if workdir.exists() else {}
-    if "model_type" in recorded:
+    if {"model_type", "ssm_cfg"} & set(recorded):  # the original Mamba has no `model_type`
+        if ema:
+            raise InputError("ema", f"{path} is a Hugging Face folder, which has no averages")
         from sparsejax.interop import huggingface  # needs safetensors
 
         if step is not None:
@@ -93,7 +97,7 @@ def load(
         options = {"tokenizer": tokenizer} | options
     if options:
         raise InputError(next(iter(options)), "not an option of a workdir")
-    return _load_workdir(workdir, recorded, "last" if step is None else step, mesh, dtype)
+    return _load_workdir(workdir, recorded, "last" if step is None else step, mesh, dtype, ema)
 
 
 def read_run(path: str | Path) -> Config:
@@ -114,9 +118,13 @@ def _read_run(workdir: Workdir, recorded: dict[str, Any]) -> Config:
 
 
 def _load_workdir(
-    workdir: Workdir, recorded: dict[str, Any], step: Step, mesh: Mesh | None, dtype: str | None
+    workdir: Workdir, recorded: dict[str, Any], step: Step, mesh: Mesh | None, dtype: str | None, ema: bool
 ) -> LoadedModel:
     run = _read_run(workdir, recorded)
+    if ema and run.optimizer.ema is None:
+        raise InputError("ema", f"{workdir.path} has no average of its parameters; train with optimizer.ema")
+    averages = ema or run.optimizer.name == "schedule_free_adamw"
+    item = "averages" if averages else "state", "ema" if ema else "parameters"
     while list_steps(workdir.checkpoints):
         number = _choose_step(workdir, step)
         folder = workdir.checkpoints / str(number)
@@ -124,7 +132,7 @@ def _load_workdir(
             # A run that resumed with another `model.scan` has checkpoints of the old layout until the next save.
             saved = plan_phases(ConfigDict(configs.complete(read_meta(folder)["config"])))[-1].config
             config = set_dtype(saved.model, dtype)
-            parameters = _read_parameters(folder, Functional(config), mesh, dtype or "float32")
+            parameters = _read_parameters(folder, item, Functional(config), mesh, dtype or "float32")
         except CheckpointError:
             if folder.exists():
                 raise
@@ -160,8 +168,19 @@ def _choose_step(workdir: Workdir, step: Step) -> int:
     return int(step)
 
 
-def _read_parameters(folder: Path, model: Functional, mesh: Mesh | None, dtype: str) -> Parameters:
-    """Reads the parameters of a checkpoint in the dtypes of `Functional.shapes_in`, and not its optimizer."""
+def _read_parameters(
+    folder: Path, item: tuple[str, str], model: Functional, mesh: Mesh | None, dtype: str
+) -> Parameters:
+    """Reads the parameters of a checkpoint in the dtypes of `Functional.shapes_in`, and not its optimizer.
+
+    Args:
+      folder: The folder of the checkpoint.
+      item: Folder in it, and key of the parameters there.
+      model: Has the shapes and axes of the parameters.
+      mesh: The mesh; None for one device.
+      dtype: Dtype of linear maps and embeddings.
+    """
+    name, key = item
     if mesh is None:
         shardings = jax.tree.map(lambda _: SingleDeviceSharding(jax.devices()[0]), model.shapes)
     else:
@@ -171,14 +190,14 @@ def _read_parameters(folder: Path, model: Functional, mesh: Mesh | None, dtype: 
         model.shapes_in(dtype),
         shardings,
     )
-    item = {"parameters": shapes}
+    expected = {key: shapes}
     arguments = functools.partial(
-        ocp.args.PyTreeRestore, restore_args=ocp.checkpoint_utils.construct_restore_args(item)
+        ocp.args.PyTreeRestore, restore_args=ocp.checkpoint_utils.construct_restore_args(expected)
     )
     compare_checksums(folder)
     try:
         with ocp.PyTreeCheckpointer() as checkpointer:
-            state = checkpointer.restore((folder / "state").absolute(), args=arguments(item, partial_restore=True))
+            state = checkpointer.restore((folder / name).absolute(), args=arguments(expected, partial_restore=True))
     except Exception as error:
         raise CheckpointError(folder, describe_damage(error)) from error
-    return state["parameters"]
+    return state[key]

@@ -13,6 +13,7 @@ TRAIN_LOSS_MEAN = "train/loss_mean"  # nats per scored token of all batches sinc
 AUXILIARY = "aux/"  # + name of an auxiliary loss, weighted and summed over layers; not in TRAIN_LOSS
 EXPERT_LOAD_MAX = "expert_load_max"  # choices of the most chosen expert of a layer, relative to the mean of the layer
 EXPERT_LOAD_MIN = "expert_load_min"
+EMA = "eval/ema_"  # prefix: of an evaluation of the exponential moving average of the parameters
 EVAL_LOSS = "eval/loss"  # nats per scored token
 BITS_PER_TOKEN = "eval/bits_per_token"
 BITS_PER_BYTE = "eval/bits_per_byte"
@@ -46,6 +47,7 @@ _HIGHER = (ACCURACY, EXACT_MATCH, STEPS_PER_SECOND, TOKENS_PER_SECOND)
 
 def direction(name: str) -> Direction | None:
     """Whether a metric or a cost is best at its minimum or at its maximum; None if the name is unknown."""
+    name = EVAL + name.removeprefix(EMA) if name.startswith(EMA) else name
     if name.startswith(_LOWER):
         return "min"
     return "max" if name.startswith(_HIGHER) else None

@@ -302,6 +302,13 @@ def restack(parameters: dict[str, Any], source: ModelConfig, target: ModelConfig
     check_parameters(parameters, Functional(source).shapes)
     if len(source.names) != len(target.names):
         raise InputError("target", f"has {len(target.names)} layers, not {len(source.names)}")
+    result = restack_layers(parameters, source, target)
+    check_parameters(result, Functional(target).shapes)
+    return result
+
+
+def restack_layers(parameters: dict[str, Any], source: ModelConfig, target: ModelConfig) -> dict[str, Any]:
+    """Converts as `restack` any tree with the layers of `source`, whose leaves may have other shapes, or be missing."""
     layers = list(_split_layers(parameters, source.fold))
     fold, others = target.fold, {key: value for key, value in parameters.items() if key not in FOLDED}
     first, width = len(fold.before), len(fold.period)
@@ -313,9 +320,7 @@ def restack(parameters: dict[str, Any], source: ModelConfig, target: ModelConfig
             check_parameters(layer, repetitions[0])
         period[i] = jax.tree.map(lambda *x: jnp.stack(x), *repetitions)
     parts = {"before": dict(enumerate(layers[:first])), "period": period, "after": dict(enumerate(layers[last:]))}
-    result = others | {key: part for key, part in parts.items() if part}
-    check_parameters(result, Functional(target).shapes)
-    return result
+    return others | {key: part for key, part in parts.items() if part}
 
 
 def _split_layers(parameters: dict[str, Any], fold: Fold) -> Iterator[dict[str, Any]]:

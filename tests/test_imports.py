@@ -61,6 +61,7 @@ IMPORTS: dict[str, set[str]] = {
         "config",
         "sharding",
         "model",
+        "account",
         "check",
         "inference",
     },

@@ -84,6 +84,8 @@ def _subsections(section: Section) -> Iterator[Section]:
         key, annotation = f"{section.path}.{field.name}", _split_none(hints[field.name])[0]
         if typing.get_origin(annotation) is dict and annotation != Overrides:
             key, annotation = f"{key}.NAME", typing.get_args(annotation)[1]
+        if typing.get_origin(annotation) is tuple:
+            key, annotation = f"{key}[i]", typing.get_args(annotation)[0]
         if annotation in UNIONS:
             yield from (Section(key, member, kind) for kind, member in _kinds(annotation).items())
         elif dataclasses.is_dataclass(annotation):
@@ -149,7 +151,7 @@ def _name(annotation: Any, links: dict[type, str]) -> str:
     if typing.get_origin(annotation) is dict:
         return f"{_name(typing.get_args(annotation)[1], links)} per name"
     if typing.get_origin(annotation) is tuple:
-        return f"list ({NAMES[typing.get_args(annotation)[0]]})"
+        return f"list ({_name(typing.get_args(annotation)[0], links)})"
     if dataclasses.is_dataclass(annotation):
         return f"[section](#{links[typing.cast(type, annotation)]})"
     return NAMES[annotation]

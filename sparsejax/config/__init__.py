@@ -11,11 +11,14 @@ from sparsejax.config.override import check, check_evaluation, check_phase, over
 from sparsejax.config.resume import EFFECTS, Change, find_changes, resumable_keys
 from sparsejax.config.schema import (
     BASE_PHASE,
+    OPTIMIZERS,
+    UNBOUNDED_SCHEDULES,
     AxialConfig,
     CheckpointConfig,
     Config,
     EmbeddingConfig,
     EvalConfig,
+    GroupConfig,
     HeadConfig,
     ModelConfig,
     OptimizerConfig,
@@ -28,6 +31,8 @@ from sparsejax.config.schema import (
 __all__ = [
     "BASE_PHASE",
     "EFFECTS",
+    "OPTIMIZERS",
+    "UNBOUNDED_SCHEDULES",
     "AxialConfig",
     "Change",
     "CheckpointConfig",
@@ -35,6 +40,7 @@ __all__ = [
     "ConfigError",
     "EmbeddingConfig",
     "EvalConfig",
+    "GroupConfig",
     "HeadConfig",
     "ModelConfig",
     "OptimizerConfig",

@@ -25,12 +25,13 @@ from sparsejax.config.build import (
     split_none,
     unknown_key,
 )
-from sparsejax.config.schema import EVALUATION_KEYS, PHASE_KEYS, Config
+from sparsejax.config.schema import EVALUATION_KEYS, OPTIMIZER_KEYS, OPTIMIZERS, PHASE_KEYS, Config
 from sparsejax.errors import InputError, argument_path
 from sparsejax.overrides import flatten, read_value
 
 # Sections that an override can add by any name, and the keys in them that hold overrides themselves.
 OPEN_SECTIONS = ("train.phases", "eval.also")
+OPTIMIZER = "optimizer.name"  # selects which of `OPTIMIZER_KEYS` the section has
 NESTED_OVERRIDE = re.compile(r"(?:train\.phases\.[^.]+\.set|eval\.also\.[^.]+)\.(.+)")
 
 
@@ -38,7 +39,7 @@ def override(config: ConfigDict, overrides: Mapping[str, Any], allowed: Sequence
     """Applies overrides to a ConfigDict in place.
 
     A key that holds a reference sets what it refers to, so that values computed from it follow. A new kind of a section
-    keeps the keys that it has in common with the old kind.
+    keeps the keys that it has in common with the old kind, and so does another optimizer.
 
     Args:
       config: The configuration.
@@ -62,7 +63,7 @@ def override(config: ConfigDict, overrides: Mapping[str, Any], allowed: Sequence
 
 
 def _names_kind(key: str) -> bool:
-    return key in KIND_KEYS or key.endswith(".kind")
+    return key in KIND_KEYS or key.endswith(".kind") or key == OPTIMIZER
 
 
 def _matches(key: str, name: str) -> bool:
@@ -83,6 +84,10 @@ def _set_value(config: ConfigDict, key: str, value: Any) -> Any:
         raise ConfigError(key, f"is a section; set {keys}")
     _replace(section, name, value)
     if not _names_kind(key) or value == current:
+        return None
+    if key == OPTIMIZER:
+        for name in set(OPTIMIZER_KEYS) - set(OPTIMIZERS.get(str(value), OPTIMIZER_KEYS)):
+            _replace(section, name, None)
         return None
     if key in KIND_KEYS:
         sibling = KIND_KEYS[key]

@@ -7,6 +7,8 @@ in `sparsejax.layers`, those of the data in `sparsejax.data.config`.
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
+from typing import Any
 
 from sparsejax import patterns
 from sparsejax import schedule as schedules
@@ -245,10 +247,16 @@ class TrainConfig:
     # consecutive updates that "skip" leaves out; after them the run stops with a checkpoint
     max_skips: int = dataclasses.field(default=20, metadata={"resume": "divergence"})
     phases: dict[str, PhaseConfig] = dataclasses.field(default_factory=dict)  # phases by name
+    # weight of the squared logarithm of the normalizer of the logits (PaLM, arXiv:2204.02311), as an auxiliary loss
+    z_loss: float = 0.0
+    # probability that the targets spread evenly over the vocabulary (arXiv:1512.00567), as an auxiliary loss
+    label_smoothing: float = 0.0
 
     def __post_init__(self) -> None:
         require_at_least(self, 1, "steps", "batch", "accumulate", "log_every", "max_skips")
-        require_at_least(self, 0, "seed", "spike")
+        require_at_least(self, 0, "seed", "spike", "z_loss")
+        if not 0 <= self.label_smoothing < 1:
+            raise InputError("label_smoothing", f"{self.label_smoothing} is not in [0, 1)")
         require_choice(self, "bad_loss", ("stop", "skip"))
         if self.batch % self.accumulate:
             raise InputError("batch", f"{self.batch} is not divisible by accumulate = {self.accumulate}")
@@ -263,29 +271,128 @@ class TrainConfig:
 
 
 @dataclasses.dataclass(frozen=True)
+class GroupConfig:
+    """Parameters whose paths match, and what differs for them."""
+
+    match: str  # patterns of parameter paths, separated by commas, such as "period.0.mixer.*, *.norm.*"
+    rate: float = 1.0  # factor on the learning rate
+    weight_decay: float | None = None  # weight decay of those of the parameters that decay; none for that of the run
+    freeze: bool = False  # leave the parameters as they are, without state of the optimizer
+
+    def __post_init__(self) -> None:
+        require_at_least(self, 0, "rate")
+        if self.weight_decay is not None:
+            require_at_least(self, 0, "weight_decay")
+        if self.freeze and (self.rate != 1 or self.weight_decay is not None):
+            raise InputError("freeze", "is true, but frozen parameters have neither rate nor weight_decay")
+
+
+# The keys of each optimizer, besides those of all optimizers, and their defaults.
+OPTIMIZERS: dict[str, dict[str, Any]] = {
+    "adamw": {"beta1": 0.9, "beta2": 0.999, "eps": 1e-8},
+    "lion": {"beta1": 0.9, "beta2": 0.99},
+    "adafactor": {"momentum": 0.0, "min_factored": 128},
+    "sgd": {"momentum": 0.0, "nesterov": False},
+    "muon": {"beta1": 0.9, "beta2": 0.999, "eps": 1e-8, "momentum": 0.95, "nesterov": True},
+    "schedule_free_adamw": {"beta1": 0.9, "beta2": 0.999, "eps": 1e-8},
+}
+OPTIMIZER_KEYS = tuple(dict.fromkeys(key for keys in OPTIMIZERS.values() for key in keys))
+SCHEDULES = ("cosine", "linear", "constant", "wsd", "inverse_sqrt")
+UNBOUNDED_SCHEDULES = ("constant", "inverse_sqrt")  # those that do not depend on the number of steps
+DECAY_KEYS = {"decay_fraction": 0.1, "decay_shape": "linear"}  # keys of "wsd", and their defaults
+
+
+@dataclasses.dataclass(frozen=True)
 class OptimizerConfig:
-    """AdamW (arXiv:1711.05101) with linear warm-up, a learning-rate schedule and clipping by global norm."""
+    """An optimizer of optax with linear warm-up, a learning-rate schedule and clipping by global norm.
+
+    | `name` | optimizer | keys |
+    |---|---|---|
+    | `adamw` | AdamW (arXiv:1711.05101) | `beta1`, `beta2`, `eps` |
+    | `lion` | Lion (arXiv:2302.06675) | `beta1`, `beta2` |
+    | `adafactor` | Adafactor (arXiv:1804.04235), whose rate is relative to the scale of each parameter | `momentum`, `min_factored` |
+    | `sgd` | gradient descent | `momentum`, `nesterov` |
+    | `muon` | Muon (arXiv:2502.16982) on matrices of linear maps except the head, AdamW on the rest | `momentum`, `nesterov`, `beta1`, `beta2`, `eps` |
+    | `schedule_free_adamw` | schedule-free AdamW (arXiv:2405.15682) | `beta1`, `beta2`, `eps` |
+
+    A key that an optimizer lacks must be none, and one that is none has the default of the optimizer. Weight decay is
+    decoupled from the gradient in all of them, and applies to the matrices of linear maps.
+
+    `freeze` and `groups` refer to parameters by path, such as `period.0.mixer.query.weight`, with the wildcards `*`,
+    `?` and `[...]`. The patterns of `freeze` come first, then the groups in order; the first that matches counts.
+
+        config.optimizer.freeze = "embedding.*"
+        config.optimizer.groups = [dict(match="*.mixer.*", rate=0.1), dict(match="head.*", weight_decay=0.0)]
+    """  # noqa: E501
 
     learning_rate: float  # peak learning rate, reached at the end of the warm-up
-    final_rate: float  # learning rate at the last step as a fraction of the peak; a constant schedule ignores it
+    # learning rate at the last step as a fraction of the peak; the schedules "constant" and "inverse_sqrt" ignore it
+    final_rate: float
     warmup: int  # steps of the linear warm-up
-    beta1: float  # decay of the mean of the gradient
-    beta2: float  # decay of the mean of the squared gradient
-    eps: float  # number added to the denominator of the update
     weight_decay: float  # decay of matrices per step, times the learning rate
     clip: float | None  # maximal global norm of the gradient; none for no clipping
-    schedule: str = "cosine"  # learning-rate schedule after the warm-up
+    name: str = "adamw"  # optimizer, see above
+    beta1: float | None = None  # decay of the mean of the gradient
+    beta2: float | None = None  # decay of the mean of the squared gradient
+    eps: float | None = None  # number added to the denominator of the update
+    momentum: float | None = None  # decay of the sum of the gradients; 0 for none
+    nesterov: bool | None = None  # whether the momentum is that of Nesterov
+    min_factored: int | None = None  # least size of both axes of a matrix whose squared gradients are factored
+    # learning-rate schedule after the warm-up: "cosine", "linear", "constant", "wsd" (warm-up, stable, decay), or
+    # "inverse_sqrt": the peak times (warmup / step) ** 0.5
+    schedule: str = "cosine"
+    decay_fraction: float | None = None  # fraction of the steps in which "wsd" decays, at the end; none for 0.1
+    decay_shape: str | None = None  # decay of "wsd": "linear", "cosine" or "sqrt" (1 - sqrt); none for "linear"
+    freeze: str = ""  # patterns of parameters that are not trained, separated by commas
+    groups: tuple[GroupConfig, ...] = ()  # groups of parameters with other rates or weight decays
+    # decay of an exponential moving average of the parameters, which is evaluated and saved beside them; none for none
+    ema: float | None = None
 
     def __post_init__(self) -> None:
         require_at_least(self, 0, "learning_rate", "final_rate", "warmup", "weight_decay")
-        require_choice(self, "schedule", ("cosine", "linear", "constant"))
-        for name in ("beta1", "beta2"):
-            if not 0 <= getattr(self, name) < 1:
-                raise InputError(name, f"{getattr(self, name)} is not in [0, 1)")
-        if self.eps <= 0:
-            raise InputError("eps", f"{self.eps} is not above 0")
-        if self.clip is not None and self.clip <= 0:
-            raise InputError("clip", f"{self.clip} is not above 0; none turns clipping off")
+        require_choice(self, "name", tuple(OPTIMIZERS))
+        require_choice(self, "schedule", SCHEDULES)
+        self._require_known(OPTIMIZER_KEYS, OPTIMIZERS[self.name], self.name)
+        self._require_known(tuple(DECAY_KEYS), DECAY_KEYS if self.schedule == "wsd" else {}, self.schedule)
+        for name in ("beta1", "beta2", "momentum", "ema"):
+            value = getattr(self, name)
+            if value is not None and not 0 <= value < 1:
+                raise InputError(name, f"{value} is not in [0, 1)")
+        for name in ("eps", "clip"):
+            value = getattr(self, name)
+            if value is not None and value <= 0:
+                hint = "; none turns clipping off" if name == "clip" else ""
+                raise InputError(name, f"{value} is not above 0{hint}")
+        if self.min_factored is not None:
+            require_at_least(self, 1, "min_factored")
+        if self.decay_shape is not None:
+            require_choice(self, "decay_shape", ("linear", "cosine", "sqrt"))
+        if self.decay_fraction is not None and not 0 < self.decay_fraction <= 1:
+            raise InputError("decay_fraction", f"{self.decay_fraction} is not in (0, 1]")
+        if self.name == "schedule_free_adamw":
+            self._check_schedule_free()
+
+    def _check_schedule_free(self) -> None:
+        if self.schedule != "constant":
+            raise InputError(
+                "schedule", f"{self.schedule!r} decays the rate, which {self.name} replaces; use 'constant'"
+            )
+        if self.beta1 == 0:
+            raise InputError("beta1", f"0.0 is not above 0, as {self.name} requires")
+        if self.ema is not None:
+            raise InputError("ema", f"{self.ema}: {self.name} averages the parameters itself; set it to none")
+
+    def _require_known(self, names: tuple[str, ...], known: Mapping[str, Any], owner: str) -> None:
+        for name in names:
+            value = getattr(self, name)
+            if value is not None and name not in known:
+                keys = f"it has {', '.join(known)}; " if known else ""
+                raise InputError(name, f"{value!r}: {owner} has no such key; {keys}set it to none")
+
+    def option(self, name: str) -> Any:
+        """Returns the value of a key of the optimizer or the schedule, or its default."""
+        value = getattr(self, name)
+        return (OPTIMIZERS[self.name] | DECAY_KEYS)[name] if value is None else value
 
 
 @dataclasses.dataclass(frozen=True)

@@ -138,6 +138,7 @@ class Evaluation(NamedTuple):
       tokens: Number of scored tokens.
       scored: Number of scored tokens at each position [t].
       accuracy: None if it was not scored.
+      ema: Evaluation of the exponential moving average of the parameters, if the run has one.
     """
 
     loss: float
@@ -145,6 +146,7 @@ class Evaluation(NamedTuple):
     tokens: int
     scored: np.ndarray
     accuracy: Accuracy | None = None
+    ema: Evaluation | None = None
 
     @property
     def bits(self) -> float:
@@ -246,6 +248,9 @@ def summarize(evaluation: Evaluation, dataset: Dataset) -> dict[str, float]:
         summary[metrics.EXACT_MATCH] = evaluation.accuracy.exact_match
         bins = evaluation.accuracy.distance_bins()
         summary |= {f"{metrics.ACCURACY_AT_DISTANCE}{start}": accuracy for start, _, accuracy in bins}
+    if evaluation.ema is not None:
+        average = summarize(evaluation.ema, dataset)
+        summary |= {metrics.EMA + name.removeprefix(metrics.EVAL): value for name, value in average.items()}
     return summary
 
 

@@ -23,6 +23,7 @@ from jaxtyping import Array
 from sparsejax.config import CheckpointConfig
 from sparsejax.errors import InputError
 from sparsejax.records import parse_json
+from sparsejax.train.optimizer import averaged_parameters, find_ema, is_averaging
 from sparsejax.train.state import TrainState
 from sparsejax.workdir import read_json, write_json
 
@@ -80,6 +81,7 @@ class Checkpoints:
         )
         handlers = {
             "state": ocp.StandardCheckpointHandler(),
+            "averages": ocp.StandardCheckpointHandler(),
             # Batches are a function of the step, so one iterator state serves any number of processes.
             "data": ocp.JsonCheckpointHandler(),
             "meta": ocp.JsonCheckpointHandler(),
@@ -118,14 +120,16 @@ class Checkpoints:
         step, arrays = int(state.step), _to_arrays(state)
         if step in self._manager.all_steps():
             return
+        averages = _average(state)
         args = ocp.args.Composite(
             state=ocp.args.StandardSave(arrays),
+            **({"averages": ocp.args.StandardSave(averages)} if averages else {}),
             data=ocp.args.JsonSave(dict(iterator.get_state())),
             meta=ocp.args.JsonSave(self.meta | {"metrics": None if metrics is None else dict(metrics)}),
         )
         with _report_failure(self.folder):
             self._prune()
-            _require_space(self.folder, sum(leaf.nbytes for leaf in jax.tree.leaves(arrays)))
+            _require_space(self.folder, sum(leaf.nbytes for leaf in jax.tree.leaves((arrays, averages))))
             self._manager.save(step, args=args)
 
     def wait(self) -> None:
@@ -266,6 +270,17 @@ def _to_arrays(state: TrainState[Any]) -> dict[str, Any]:
         "parameters": state.parameters,
         "optimizer": state.optimizer,
     }
+
+
+def _average(state: TrainState[Array]) -> dict[str, Any]:
+    """Returns the averages of parameters that a reader of the checkpoint needs beside the state, if there are any.
+
+    They are functions of the state, but without them a reader would have to know and restore the optimizer.
+    """
+    if is_averaging(state.optimizer):
+        return {"parameters": jax.jit(averaged_parameters)(state.optimizer, state.parameters)}
+    ema = find_ema(state.optimizer)
+    return {} if ema is None else {"ema": ema}
 
 
 def _from_arrays(arrays: dict[str, Any]) -> TrainState[Array]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 
+import jax
 import numpy as np
 from jax.sharding import Mesh
 from jaxtyping import Array
@@ -12,10 +13,12 @@ from rich.console import Console
 from rich.table import Table
 
 from sparsejax import patterns
+from sparsejax.account import count_bytes
 from sparsejax.data import Dataset
 from sparsejax.inference import generate
 from sparsejax.inference.evaluation import Evaluation, describe, summarize
 from sparsejax.overrides import write_overrides
+from sparsejax.train.groups import find_frozen
 from sparsejax.train.runtime import Evaluator, PhaseRuntime
 from sparsejax.train.state import TrainState
 
@@ -33,6 +36,7 @@ def print_plan(runtimes: Sequence[PhaseRuntime], evaluators: Sequence[Evaluator]
     lines = [
         *runtimes[0].dataset.describe(),
         f"model: {model.size:,} parameters, {len(model.config.names)} layers: {model.config.schedule}",
+        *_describe_optimizer(runtimes[0]),
         f"mesh: {' x '.join(f'{name} {n}' for name, n in mesh.shape.items())} on {mesh.devices.flat[0].device_kind}",
     ]
     for runtime in runtimes:
@@ -47,6 +51,19 @@ def print_plan(runtimes: Sequence[PhaseRuntime], evaluators: Sequence[Evaluator]
         overrides = ", ".join(write_overrides(evaluator.setting.overrides)) or "no overrides"
         lines.append(f"evaluation {evaluator.setting.name}: {overrides}")
     print_lines(console, *lines)
+
+
+def _describe_optimizer(runtime: PhaseRuntime) -> list[str]:
+    """Describes an optimizer that is not plain AdamW, with the parameters that it trains and the size of its state."""
+    config, model = runtime.config.optimizer, runtime.model
+    if config.name == "adamw" and not (config.freeze or config.groups or config.ema):
+        return []
+    state = count_bytes(jax.eval_shape(runtime.optimizer.init, model.shapes))
+    frozen = jax.tree.leaves(find_frozen(config, model.shapes))
+    trained = sum(
+        math.prod(leaf.shape) for leaf, keep in zip(jax.tree.leaves(model.shapes), frozen, strict=True) if not keep
+    )
+    return [f"optimizer: {config.name}, {trained:,} of {model.size:,} parameters are trained, {state:,} bytes of state"]
 
 
 def format_losses(values: Mapping[str, float], dataset: Dataset) -> str:
@@ -83,6 +100,6 @@ def print_sample(runtime: PhaseRuntime, state: TrainState[Array], console: Conso
     prompt_length = PROMPT_LENGTH if limit is None else min(PROMPT_LENGTH, limit + 1 - length)
     prompt = dataset.corpus.validation[:prompt_length]
     seed = (runtime.config.train.seed + int(state.step)) % 2**32
-    [tokens] = generate(runtime.model, state.parameters, [prompt], length, seeds=[seed])
+    [tokens] = generate(runtime.model, runtime.parameters(state), [prompt], length, seeds=[seed])
     texts = [dataset.tokenizer.decode(np.asarray(ids)) for ids in (prompt, tokens)]
     print_lines(console, "sample, as PROMPT|CONTINUATION:", "|".join(texts))

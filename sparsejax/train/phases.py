@@ -14,6 +14,7 @@ from sparsejax import config as configs
 from sparsejax.config import BASE_PHASE, Config, ConfigError
 from sparsejax.model import Functional
 from sparsejax.overrides import Overrides
+from sparsejax.train.groups import assign_groups
 
 
 @dataclasses.dataclass(frozen=True)
@@ -87,8 +88,11 @@ def plan_phases(settings: ConfigDict) -> list[Phase]:
 
     Raises:
       ConfigError: As `config.check`, or a phase changes the shapes of the parameters.
+      InputError: A pattern of `optimizer.freeze` or `optimizer.groups` matches no parameter.
     """
     base = configs.check(settings)
+    if base.optimizer.freeze or base.optimizer.groups:
+        assign_groups(base.optimizer, Functional(base.model).shapes)
     if not base.train.phases:
         return [Phase(1, None, 0, base.train.steps, base)]
     starts = sorted((phase.start, name) for name, phase in base.train.phases.items())

@@ -14,7 +14,8 @@ from sparsejax import data, sharding
 from sparsejax.config import ConfigError
 from sparsejax.inference.evaluation import Evaluation, build_evaluation, evaluate_on, shard_batch, share_rows
 from sparsejax.model import Functional
-from sparsejax.train.optimizer import build_optimizer, build_schedule
+from sparsejax.train.groups import find_frozen
+from sparsejax.train.optimizer import averaged_parameters, build_optimizer, build_schedule, find_ema, is_averaging
 from sparsejax.train.phases import EvaluationSetting, Phase
 from sparsejax.train.state import TrainState
 from sparsejax.train.step import Metrics, build_step
@@ -27,12 +28,26 @@ class Evaluator:
         self.setting, self.config, self.dataset, self._mesh = setting, setting.config, dataset, mesh
         self.model = Functional(self.config.model)
         self._evaluate = build_evaluation(self.model, mesh, dataset.scores_accuracy)
+        self._average = jax.jit(averaged_parameters)
 
     def evaluate(self, state: TrainState[Array], limit: int, before_batch: Callable[[], None]) -> Evaluation:
         """Evaluates on at most `limit` validation batches; 0 is no limit. See `inference.evaluate`."""
+        evaluation = self._evaluate_parameters(self.parameters(state), limit, before_batch)
+        ema = find_ema(state.optimizer)
+        return (
+            evaluation if ema is None else evaluation._replace(ema=self._evaluate_parameters(ema, limit, before_batch))
+        )
+
+    def parameters(self, state: TrainState[Array]) -> dict[str, Any]:
+        """Returns the parameters to evaluate: those of the state, or their averages by a schedule-free optimizer."""
+        return self._average(state.optimizer, state.parameters) if is_averaging(state.optimizer) else state.parameters
+
+    def _evaluate_parameters(
+        self, parameters: dict[str, Any], limit: int, before_batch: Callable[[], None]
+    ) -> Evaluation:
         rows = self.config.eval.batch
         batches = self.dataset.validation_batches(rows, limit=limit, **share_rows(self._mesh, rows))
-        return evaluate_on(self._mesh, self._evaluate, state.parameters, batches, before_batch)
+        return evaluate_on(self._mesh, self._evaluate, parameters, batches, before_batch)
 
 
 class PhaseRuntime(Evaluator):
@@ -42,7 +57,7 @@ class PhaseRuntime(Evaluator):
         super().__init__(phase, dataset, mesh)
         self.phase = phase
         rate = self.config.optimizer, steps, phase.restart
-        self.optimizer = build_optimizer(*rate, decay=self.model.decay)
+        self.optimizer = build_optimizer(*rate, decay=self.model.decay, axes=self.model.axes)
         self._step = build_step(
             self.model,
             self.optimizer,
@@ -51,6 +66,7 @@ class PhaseRuntime(Evaluator):
             mesh,
             first=phase.start,
             ends_row=self.logs_after,
+            frozen=find_frozen(self.config.optimizer, self.model.shapes),
         )
 
     def train_batches(self) -> grain.DatasetIterator:

@@ -172,8 +172,9 @@ def describe_changes(changes: Sequence[configs.Change], runtime: PhaseRuntime, s
 def _describe_extension(runtime: PhaseRuntime, change: configs.Change, step: int) -> str:
     """Describes the learning rates of the schedule over the new number of steps."""
     optimizer = runtime.config.optimizer
-    if optimizer.schedule == "constant":
-        return "the learning rate stays constant"
+    if optimizer.schedule in configs.UNBOUNDED_SCHEDULES:
+        stays = "stays constant" if optimizer.schedule == "constant" else f"follows {optimizer.schedule} as before"
+        return f"the learning rate {stays}"
     old, new = (
         float(build_schedule(optimizer, steps, runtime.phase.restart)(step)) for steps in (change.old, change.new)
     )
@@ -200,7 +201,7 @@ def start_state(
         state, metrics = checkpoints.restore(state_shapes(first.model, first.optimizer, mesh), batches)
         return state, batches, metrics
     model = Functional(source.model)
-    optimizer = build_optimizer(source.optimizer, source.train.steps, decay=model.decay)
+    optimizer = build_optimizer(source.optimizer, source.train.steps, decay=model.decay, axes=model.axes)
     state, metrics = checkpoints.restore(state_shapes(model, optimizer, mesh), batches)
     return restack_state(state, model, first.model, first.optimizer, mesh), batches, metrics
 

@@ -13,7 +13,8 @@ from jax.sharding import Mesh, NamedSharding
 from jaxtyping import Array, Key
 
 from sparsejax import sharding
-from sparsejax.model import Functional, restack
+from sparsejax.model import Functional, restack_layers
+from sparsejax.train.groups import map_parameters
 from sparsejax.train.losses import LossStatistics, init_losses
 
 Leaf = TypeVar("Leaf")
@@ -74,7 +75,7 @@ def restack_state(
         return isinstance(tree, dict) and tree.keys() == source.shapes.keys()
 
     def convert(tree: Any) -> Any:
-        return restack(tree, source.config, target.config) if is_parameters(tree) else tree
+        return restack_layers(tree, source.config, target.config) if is_parameters(tree) else tree
 
     def convert_all(state: TrainState[Array]) -> TrainState[Array]:
         parameters, moments = jax.tree.map(convert, (state.parameters, state.optimizer), is_leaf=is_parameters)
@@ -98,13 +99,18 @@ def _build_init(
 def _shardings(model: Functional, optimizer: optax.GradientTransformation, mesh: Mesh) -> TrainState[NamedSharding]:
     replicated = sharding.replicated(mesh)
     parameters = sharding.parameter_shardings(mesh, model.shapes, model.axes)
-    moments = optax.tree.map_params(
-        optimizer,
-        lambda _, placement: placement,
-        jax.eval_shape(optimizer.init, model.shapes),
+    placed = jax.tree.map(
+        lambda leaf, placement: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=placement),
+        model.shapes,
         parameters,
+    )
+    moments = map_parameters(
+        # Factored statistics, which lack an axis of their parameter, are small.
+        lambda leaf, parameter: parameter.sharding if leaf.shape == parameter.shape else replicated,
+        jax.eval_shape(optimizer.init, model.shapes),
+        placed,
         # Counters of optax need a placement too: on a single device they would not restore.
-        transform_non_params=lambda _: replicated,
+        others=lambda _: replicated,
     )
     losses = jax.tree.map(lambda _: replicated, jax.eval_shape(init_losses))
     return TrainState(replicated, replicated, losses, replicated, parameters, moments)

@@ -18,6 +18,7 @@ from sparsejax.layers import Dropout, ExpertsConfig
 from sparsejax.metrics import AUXILIARY, EXPERT_LOAD_MAX, EXPERT_LOAD_MIN
 from sparsejax.model import FOLDED, Choices, Functional, Losses
 from sparsejax.ops.experts import update_selection_bias
+from sparsejax.train.losses import label_smoothing, z_loss
 from sparsejax.train.state import TrainState
 
 
@@ -71,6 +72,7 @@ def build_step(
     *,
     first: int = 0,
     ends_row: Callable[[Int[Array, ""]], Bool[Array, ""]] | None = None,
+    frozen: PyTree[bool] | None = None,
 ) -> Callable[[TrainState[Array], DeviceBatch], tuple[TrainState[Array], Metrics]]:
     """Compiles the training step, which donates the buffers of its state.
 
@@ -86,8 +88,10 @@ def build_step(
       first: Number of steps before the phase; the reference of spikes starts there.
       ends_row: Whether a row of metrics follows a step; by default every `config.log_every` steps. A row also follows a
         step that diverged.
+      frozen: Whether each parameter keeps its value, without a gradient; by default none does.
     """
-    differentiate = _build_gradient(model, config.accumulate, mesh)
+    frozen = jax.tree.map(lambda _: False, model.shapes) if frozen is None else frozen
+    differentiate = _build_gradient(model, config, mesh, frozen)
     limit = config.max_skips if config.bad_loss == "skip" else 1
     rates = _bias_rates(model)
     follows = ends_row or (lambda step: step % config.log_every == 0)
@@ -100,7 +104,9 @@ def build_step(
         diverged = ~(jnp.isfinite(objective.total) & jnp.isfinite(norm)) | losses.is_spike(objective.loss, config.spike)
         losses = losses.add(objective.loss, batch["weights"].sum(), config.spike, diverged)
         updates, moments = optimizer.update(gradient, state.optimizer, state.parameters)
-        updated = _balance(optax.apply_updates(state.parameters, updates), objective.choices, rates), moments
+        parameters = _balance(optax.apply_updates(state.parameters, updates), objective.choices, rates)
+        parameters = jax.tree.map(lambda keep, a, b: a if keep else b, frozen, state.parameters, parameters)
+        updated = parameters, moments
         current = state.parameters, state.optimizer
         parameters, moments = jax.tree.map(lambda a, b: jnp.where(diverged, a, b), current, updated)
         after = TrainState(
@@ -158,14 +164,14 @@ def _balance(parameters: dict[str, Any], choices: Choices, rates: dict[str, dict
 
 
 def _build_gradient(
-    model: Functional, microbatches: int, mesh: Mesh
+    model: Functional, config: TrainConfig, mesh: Mesh, frozen: PyTree[bool]
 ) -> Callable[[dict[str, Any], DeviceBatch, Key[Array, ""] | None], tuple[Objective, dict[str, Any]]]:
     """Returns a function to the objective of a batch and its gradient, summed over microbatches that run in sequence.
 
     The sums do not depend on the number of microbatches. A balance loss over the batch is the product of the choices
     in the batch and of a mean over its tokens: the choices are counted first, by another forward pass.
     """
-    constrain = sharding.constrain_batch(mesh)
+    constrain, microbatches = sharding.constrain_batch(mesh), config.accumulate
     counts_first = microbatches > 1 and any(
         isinstance(layer.mlp, ExpertsConfig) and layer.mlp.balance_weight and layer.mlp.balance == "batch"
         for layer in model.config.layers.values()
@@ -186,10 +192,16 @@ def _build_gradient(
         choices: Choices | None,
         scale: Float[Array, ""],
     ) -> tuple[Float[Array, ""], Objective]:
+        parameters = jax.tree.map(lambda keep, x: jax.lax.stop_gradient(x) if keep else x, frozen, parameters)
         logits, auxiliary, counted = forward(parameters, batch, key, choices)
         # Auxiliary losses are means over tokens; the scale makes them sums that add up like the loss of the tokens.
         weighted = {name: value * _count_tokens(batch) * scale for name, value in auxiliary.items()}
         loss = token_losses(logits, batch["targets"], batch["weights"]).sum()
+        if config.z_loss:
+            weighted["z_loss"] = config.z_loss * (z_loss(logits) * batch["weights"]).sum()
+        if config.label_smoothing:
+            smoothed = label_smoothing(logits, batch["targets"]) * batch["weights"]
+            weighted["label_smoothing"] = config.label_smoothing * smoothed.sum()
         total = loss + sum(weighted.values())
         return total, Objective(total, loss, weighted, counted)
 
