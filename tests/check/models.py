@@ -71,7 +71,11 @@ MIXERS["parallel"] = {
 
 EXPERTS = {"kind": "experts", "experts": 4, "top_k": 2, "width": 8, "activation": "silu"}
 # A shared block, and its use by a layer.
-BLOCK = {"mixer": MIXERS["causal"], "mlp": {"kind": "gated", "width": 16, "activation": "gelu"}, "norm": NORM}
+BLOCK = {
+    "mixer": {key: MIXERS["causal"][key] for key in MIXERS["causal"] if key != "kind"},
+    "mlp": {"kind": "gated", "width": 16, "activation": "gelu"},
+    "norm": NORM,
+}
 SIDE = {"shared": "block", "mixer_rank": 2, "mlp_rank": None}
 
 
