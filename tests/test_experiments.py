@@ -1,5 +1,7 @@
 """Every run of every recorded sweep is valid, and the sizes of the papers match."""
 
+import csv
+import re
 from pathlib import Path
 
 import jax
@@ -31,6 +33,8 @@ SWEEPS = [
     ("mqar", "", "sweep", 24),
     ("mqar", "", "other_rates", 4),
     ("mqar", "", "longer", 12),
+    ("needle", "", "sweep", 18),
+    ("lost_in_the_middle", "", "sweep", 9),
     ("duplication", "", "sweep", 30),
     ("reformer_duplication", "mini", "sweep", 12),
     ("reformer_duplication", "paper", "sweep", 12),
@@ -98,3 +102,20 @@ def test_a_step_of_the_papers_size_has_consistent_shapes(name):
     state, metrics = jax.eval_shape(step, state_shapes(model, optimizer, mesh), batch)
     assert metrics["loss"].shape == ()
     assert jax.tree.map(jnp.shape, state.parameters) == jax.tree.map(jnp.shape, model.shapes)
+
+
+@pytest.mark.parametrize("name", ["needle", "lost_in_the_middle"])
+def test_recorded_accuracies_agree_with_the_page(name):
+    """The page has the recorded means, and nothing outside of a receptive field is retrieved."""
+    folder = ROOT / "experiments" / name
+    with open(folder / "means.csv", newline="") as file:
+        rows = list(csv.DictReader(file))
+    page = (folder / "README.md").read_text()
+    for schedule in dict.fromkeys(row["schedule"] for row in rows):
+        cells = [row for row in rows if row["schedule"] == schedule and row.get("length", "128") == "128"]
+        line = next(line for line in page.splitlines() if line.startswith(f"| {schedule} |"))
+        shown = re.findall(r"\d\.\d\d", line)
+        assert shown == [f"{float(row[name]):.2f}" for row in cells for name in ("mean", "standard_error")]
+    outside = [float(row["mean"]) for row in rows if float(row["reachable"]) == 0]
+    assert outside
+    assert max(outside) < 0.25
