@@ -543,10 +543,10 @@ def test_too_many_tokens():
         model.logits(np.full((1, 139), 3))
 
 
-def rename(folder: Path, names, **more: np.ndarray) -> None:
-    """Rewrites the tensors of a folder under the names `names(name)`, with `more` tensors."""
+def rename(folder: Path, names, **extra: np.ndarray) -> None:
+    """Rewrites the tensors of a folder under the names `names(name)`, with `extra` tensors."""
     tensors = {names(name): tensor for name, tensor in load_file(folder / "model.safetensors").items()}
-    save_file(tensors | more, folder / "model.safetensors")
+    save_file(tensors | extra, folder / "model.safetensors")
 
 
 MASK = np.ones((1, 1, 72, 72), np.float32)
@@ -573,10 +573,10 @@ OLDER = {
 }
 
 
-@pytest.mark.parametrize(("name", "names", "more"), [(name, *case) for name, cases in OLDER.items() for case in cases])
-def test_older_names_of_tensors(name, names, more, tmp_path):
+@pytest.mark.parametrize(("name", "names", "extra"), [(name, *case) for name, cases in OLDER.items() for case in cases])
+def test_older_names_of_tensors(name, names, extra, tmp_path):
     folder = copy(name, tmp_path)
-    rename(folder, names, **more)
+    rename(folder, names, **extra)
     model = huggingface.load(folder)
     jax.tree.map(np.testing.assert_array_equal, model.parameters, huggingface.load(GOLDEN / name).parameters)
     huggingface.save(model, tmp_path / "saved")

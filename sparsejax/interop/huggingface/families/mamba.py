@@ -27,7 +27,7 @@ IGNORED = (
     " d_model d_inner n_layer ssm_cfg fused_add_norm pad_vocab_size_multiple norm_before_gate"
 )
 # Keys of the original implementation's `ssm_cfg`, by its layer -> those of transformers, and their defaults.
-ORIGINAL = {
+ORIGINAL: dict[str, dict[str, tuple[str, Any]]] = {
     "Mamba1": {
         "d_state": ("state_size", 16),
         "d_conv": ("conv_kernel", 4),
