@@ -4,10 +4,13 @@ import io
 import json
 import os
 import re
+import shutil
 import signal
 import sys
 from pathlib import Path
 
+import jax
+import numpy as np
 import pytest
 
 import sparsejax
@@ -117,6 +120,50 @@ sys.exit(main(sys.argv[1:]))
 """
 
 
+@pytest.fixture(scope="module")
+def sharded(text, tmp_path_factory):
+    """The workdir of a run on eight devices, of a model with 40 learned positions."""
+    workdir = tmp_path_factory.mktemp("sharded") / "run"
+    settings = {"train.steps": 4, "checkpoint.every": 4, "eval.every": 4, "eval.batches": 1, "eval.batch": 8}
+    settings |= {"sharding.data": 2, "sharding.fsdp": 2, "sharding.tensor": 2, "model.embedding.positions": 40}
+    options = [f"--config.{name}={value}" for name, value in settings.items()]
+    arguments = ("train", f"--config={runs.RECIPE}", f"--config.data.files={text}", *options, f"--workdir={workdir}")
+    code, out, err = runs.finish(runs.start(*arguments, devices=8))
+    assert code == 0, err
+    assert "data 2 x fsdp 2 x tensor 2" in out
+    return workdir
+
+
+def test_one_device_opens_the_checkpoint_of_eight(sharded, capsys):
+    result = read_json(Workdir(sharded).result)
+    metrics = json.loads(succeed(capsys, "eval", sharded, "--json").out)["metrics"]
+    assert metrics["eval/loss"] == pytest.approx(result["eval/loss"], abs=1e-5)
+    model = sparsejax.load(sharded)
+    assert all(len(leaf.sharding.device_set) == 1 for leaf in jax.tree.leaves(model.parameters))
+    printed = succeed(capsys, "generate", sharded, "--prompt=window sink", *GREEDY).out
+    tokens = list(b"window sink")
+    for _ in range(20):
+        tokens.append(int(model.logits(np.array(tokens + [0] * (40 - len(tokens))))[len(tokens) - 1].argmax()))
+    assert printed == model.tokenizer.decode(np.array(tokens[11:])) + "\n"
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ("generate", "--prompt=" + "window " * 6),
+        ("generate", "--prompt=window", "--tokens=36"),
+        ("eval", "--data.length=41"),
+    ],
+    ids=["prompt", "tokens", "length"],
+)
+def test_learned_positions_limit_the_length(sharded, arguments, capsys):
+    verb, *options = arguments
+    assert main([verb, str(sharded), *options]) == 2
+    _, err = capsys.readouterr()
+    assert err.count("\n") == 1
+    check_message(err.strip())
+
+
 def test_progress_without_a_terminal(workdir, capsys, monkeypatch):
     monkeypatch.setattr(progress, "INTERVAL", 0.0)
     printed = succeed(capsys, "eval", workdir, "--batch=2")
@@ -135,6 +182,14 @@ def test_progress_without_a_terminal(workdir, capsys, monkeypatch):
         ("generate", "WORKDIR", "--prompt=a", "--seed=-1"),
         ("generate", "WORKDIR", "--prompt=a", "--batch=0"),
         ("generate", "WORKDIR", "--prompt=a", "--top-p=2"),
+        ("generate", "WORKDIR", "--prompt=a", "--top-p=0"),
+        ("generate", "WORKDIR", "--prompt=a", "--top-k=-1"),
+        ("generate", "WORKDIR", "--prompt=a", "--min-p=1.5"),
+        ("generate", "WORKDIR", "--prompt=a", "--temperature=-1"),
+        ("generate", "WORKDIR", "--prompt=a", "--temperature=nan"),
+        ("generate", "WORKDIR", "--prompt=a", "--repetition-penalty=0"),
+        ("generate", "WORKDIR", "--prompt-file=BINARY"),
+        ("generate", "EMPTY", "--prompt=a"),
         ("generate", "WORKDIR", "--prompt=a", "--stop="),
         ("generate", "WORKDIR", "--prompt=a", "--tokenizer=bytes"),
         ("generate", "/absent", "--prompt=a"),
@@ -145,6 +200,11 @@ def test_progress_without_a_terminal(workdir, capsys, monkeypatch):
         ("generate", "GOLDEN/mistral_sliding", "--prompt=a", "--tokenizer=bytes"),
         ("eval", "/absent"),
         ("eval", "WORKDIR", "--data.files=/absent"),
+        ("eval", "WORKDIR", "--data.files=BINARY"),
+        ("eval", "WORKDIR", "--batch=0"),
+        ("eval", "WORKDIR", "--limit=-1"),
+        ("eval", "WORKDIR", "--data.task=mqar"),
+        ("eval", "EMPTY"),
         ("eval", "WORKDIR", "--data.fils=a"),
         ("eval", "WORKDIR", "--data.files=a", "--data.validation=b"),
         ("eval", "WORKDIR", "--data.length=16", "--stride=17"),
@@ -156,9 +216,12 @@ def test_progress_without_a_terminal(workdir, capsys, monkeypatch):
     ],
     ids=" ".join,
 )
-def test_bad_input_is_one_line(arguments, workdir, text, capsys):
-    names = {"WORKDIR": str(workdir), "TEXT": str(text)}
-    arguments = [names.get(argument, argument.replace("GOLDEN", str(GOLDEN))) for argument in arguments]
+def test_bad_input_is_one_line(arguments, workdir, text, tmp_path, capsys):
+    empty = shutil.copytree(workdir, tmp_path / "empty", ignore=shutil.ignore_patterns("checkpoints"))
+    (tmp_path / "binary").write_bytes(b"\x89PNG\r\n\0\xff")
+    names = {"WORKDIR": workdir, "TEXT": text, "GOLDEN": GOLDEN, "EMPTY": empty, "BINARY": tmp_path / "binary"}
+    for name, path in names.items():
+        arguments = [argument.replace(name, str(path)) for argument in arguments]
     assert main(arguments) == 2
     out, err = capsys.readouterr()
     assert not out
