@@ -59,7 +59,7 @@ def build_schedule(config: OptimizerConfig, steps: int, restart: tuple[int, int]
 def _inverse_sqrt(peak: float, warmup: int) -> optax.Schedule:
     """The rate by update after the warm-up (arXiv:1706.03762, section 5.3)."""
     first = max(warmup, 1)
-    return lambda step: peak * jnp.sqrt(first / (first + step))
+    return lambda step: peak * jnp.sqrt(first / (first + jnp.maximum(step, 0)))
 
 
 def _stable_decay(config: OptimizerConfig, warmup: int, last: int) -> optax.Schedule:
@@ -69,7 +69,7 @@ def _stable_decay(config: OptimizerConfig, warmup: int, last: int) -> optax.Sche
     shapes: dict[str, optax.Schedule] = {
         "linear": optax.linear_schedule(peak, peak * ratio, count),
         "cosine": optax.cosine_decay_schedule(peak, count, ratio),
-        "sqrt": lambda step: peak * (1 - (1 - ratio) * jnp.sqrt(jnp.minimum(step, count) / count)),
+        "sqrt": lambda step: peak * (1 - (1 - ratio) * jnp.sqrt(jnp.clip(step, 0, count) / count)),
     }
     decay = shapes[config.option("decay_shape")]
     return optax.join_schedules([optax.constant_schedule(peak), decay], [last - warmup - count])
