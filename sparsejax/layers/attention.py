@@ -114,7 +114,7 @@ class Attention(Mixer):
         Raises:
           InputError: There are globals, but the pattern is causal or an option does not support them.
         """
-        positions = jnp.arange(x.shape[1])
+        positions = self._positions(x, context)
         q, k, v = self._project(x, positions)
         if context.extras.globals is None:
             y = self._attend(q, k, v, self.pattern, context.tokens.attend_segments, positions)
@@ -152,7 +152,7 @@ class Attention(Mixer):
 
     def attention_calls(self, x: Float[Array, "b t inputs"], context: Context = EMPTY) -> dict[str, AttentionCall]:
         """Returns the arguments of attention, without globals of the batch."""
-        positions = jnp.arange(x.shape[1])
+        positions = self._positions(x, context)
         q, k, v = self._project(x, positions)
         q, k = self._append_relative(q, k, positions, positions)
         sinks, segments = None if self.sinks is None else self.sinks[...], context.tokens.attend_segments
@@ -180,6 +180,11 @@ class Attention(Mixer):
     @property
     def _slopes(self) -> Float[Array, " h"] | None:
         return jnp.asarray(alibi_slopes(self.config.heads)) if self.config.alibi else None
+
+    def _positions(self, x: Array, context: Context) -> Array:
+        """Positions in the row, from which distances follow; for growing scores those in the document."""
+        positions = context.tokens.positions
+        return jnp.arange(x.shape[1]) if positions is None or not self.config.growth else positions
 
     def _project(self, x: Array, positions: Array) -> tuple[Array, Array, Array]:
         q, k, v = (self._split_heads(linear(x)) for linear in (self.query, self.key, self.value))

@@ -119,18 +119,23 @@ def compare_norms(actual: Mapping[str, np.ndarray], expected: Mapping[str, float
 # Tensors of a checkpoint -> parameters of the modules of transformers, where names differ or tensors are merged.
 IN_MODULES = [
     (r"^backbone\.", "model."),
+    (r"\.router\.layer\.", ".router."),
+    (r"\.block_sparse_moe\.input_linear\.weight", ".block_sparse_moe.experts.gate_up_proj"),
+    (r"\.block_sparse_moe\.output_linear\.weight", ".block_sparse_moe.experts.down_proj"),
     (r"\.block_sparse_moe\.", ".mlp."),
     (r"\.experts\.\d+\.(gate_proj|w1|w3)\.weight", ".experts.gate_up_proj"),
     (r"\.experts\.\d+\.(down_proj|w2)\.weight", ".experts.down_proj"),
     (r"\.[qkv]_conv1d\.", ".conv1d."),
+    (r"\.attention_layer_norm\.", ".input_layernorm."),
+    (r"\.feedforward_layer_norm\.", ".post_attention_layernorm."),
     (r"\.self_attn\.(f_a_proj|f_b_proj|A_log|dt_bias)", r".self_attn.forget_gate.\1"),
 ]
 
 
 def _name_in_module(name: str, known: Mapping[str, float]) -> str:
-    if name in known:
-        return name
     for pattern, text in IN_MODULES:
+        if name in known:
+            return name
         name = re.sub(pattern, text, name)
     up = r"\.experts\.\d+\.up_proj\.weight"  # merged with the gate if experts are gated
     joint = re.sub(up, ".experts.gate_up_proj", name)
