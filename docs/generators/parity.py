@@ -32,7 +32,7 @@ def _measure(folder: Path) -> list[str]:
         folder.name,
         model.config.schedule,
         f"{error:.1e}",
-        f"{parity.TOLERANCES[model.hf_config['model_type']]:.0e}",
+        f"{parity.TOLERANCES[model.source.hf_config['model_type']]:.0e}",
         "-" if noise is None else f"{noise:.1e}",
         f"{parity.max_difference(loss, record.outputs['loss']):.1e}",
         gradient_error,
