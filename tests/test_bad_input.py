@@ -39,7 +39,7 @@ CASES = {
     "unknown-section": ({"modle.width": "8"}, "modle"),
     "integer": ({"train.steps": "many"}, "train.steps"),
     "boolean": ({"model.tied": "3"}, "model.tied"),
-    "number": ({"optimizer.eps": "none"}, "optimizer.eps"),
+    "number": ({"optimizer.learning_rate": "none"}, "optimizer.learning_rate"),
     "kind": ({f"{FULL}.kind": "mamba"}, f"{FULL}.kind"),
     "layers": ({"model.schedule": "10000000000000x(local)"}, "model.schedule"),
     "product": ({f"{LOCAL}.pattern": "causal & dilated(8, 1073741824, stride=2)"}, f"{LOCAL}.pattern"),

@@ -107,7 +107,7 @@ def test_missing_keys(tiny_config, key):
         ("optimizer.clip", "1"),
         ("optimizer.clip", False),
         ("optimizer.clip", 2**1024),
-        ("optimizer.eps", None),
+        ("optimizer.learning_rate", None),
         ("model.tied", 1),
         ("model.layers.ssm.remat", "yes"),
         ("model.dtype", 32),

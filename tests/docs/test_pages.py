@@ -12,7 +12,7 @@ from tests.docs import runner
 
 ROOT = runner.ROOT
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
-LANGUAGES = {*runner.EXECUTED, "text", "console", "json", "toml", "bibtex"}
+LANGUAGES = {*runner.EXECUTED, "text", "console", "json", "toml", "yaml", "bibtex"}
 COMMAND = re.compile(r"\s*(\$ |sparsejax |python |pip |scripts/|import |from \w+ import )")
 
 
