@@ -15,7 +15,6 @@ import contextlib
 import dataclasses
 import functools
 import json
-import math
 import os
 import subprocess
 import sys
@@ -29,6 +28,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from benchmarks.harness import ROOT, Save, alternate, timed
+from sparsejax.account import count_bytes
 from sparsejax.config import ModelConfig
 from sparsejax.inference import Sampling
 from sparsejax.inference.generation import Decoder, Plan, iterate
@@ -167,11 +167,6 @@ def make_products() -> Callable[[], float]:
             matrix @ x
 
     return lambda: min(timed(run) for _ in range(2))
-
-
-def count_bytes(tree: Any) -> int:
-    """Bytes of arrays or shapes."""
-    return sum(math.prod(x.shape) * x.dtype.itemsize for x in jax.tree.leaves(tree))
 
 
 def make_parts(

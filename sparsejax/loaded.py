@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 from jaxtyping import Array, Float, Int
 from ml_collections import ConfigDict
 
@@ -303,15 +304,14 @@ class LoadedModel:
         return tokens, len(continuation)
 
     def _score_rows(self, rows: Sequence[tuple[np.ndarray, int]], batch: int) -> Iterator[Score]:
-        limit, longest = self.config.embedding.max_length, max(len(tokens) for tokens, _ in rows) - 1
-        length = round_up(longest) if limit is None else min(round_up(longest), limit)
+        longest = max(len(tokens) for tokens, _ in rows) - 1
+        length = round_up(longest, self.config.embedding.max_length)
         inputs, targets, mask = np.zeros((3, batch, length), np.int32)
         mask[len(rows) :] = 1  # rows that only complete the batch
         for row, (tokens, _) in enumerate(rows):
             size = len(tokens) - 1
             inputs[row, :size], targets[row, :size], mask[row, :size] = tokens[:-1], tokens[1:], 1
-        masks = {"attention_mask": mask} if "attention_mask" in self.source.masks else {}
-        model, padded, context = self._prepare(inputs, masks.get("attention_mask"), {})
+        model, padded, context = self._prepare(inputs, mask if "attention_mask" in self.source.masks else None, {})
         targets = np.pad(targets, ((0, 0), (0, padded.shape[1] - length)))
         values, hits = map(np.asarray, _run_scores(model, self.parameters, padded, context, targets))
         for row, (tokens, count) in enumerate(rows):
@@ -643,8 +643,7 @@ def _run_scores(
 ) -> tuple[Array, Array]:
     """Returns the log-likelihood of each target [b, t], and whether it is the most likely token."""
     logits = model.bind(parameters)(tokens, context).astype(jnp.float32)
-    picked = jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0]
-    return picked - jax.nn.logsumexp(logits, axis=-1), logits.argmax(axis=-1) == targets
+    return -optax.softmax_cross_entropy_with_integer_labels(logits, targets), logits.argmax(axis=-1) == targets
 
 
 @functools.partial(jax.jit, static_argnums=0)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import operator
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -334,5 +334,9 @@ def _split_layers(parameters: dict[str, Any], fold: Fold) -> Iterator[dict[str, 
 
 def _shapes_by_path(tree: dict[str, Any]) -> dict[str, tuple[int, ...]]:
     leaves, _ = jax.tree.flatten_with_path(tree)
-    paths = (".".join(str(getattr(entry, "key", entry)) for entry in path) for path, _ in leaves)
-    return {path: getattr(leaf, "shape", ()) for path, (_, leaf) in zip(paths, leaves, strict=True)}
+    return {path_of(path): getattr(leaf, "shape", ()) for path, leaf in leaves}
+
+
+def path_of(path: Sequence[Any]) -> str:
+    """Returns the dotted path of a parameter, such as `period.0.mixer.query.weight`."""
+    return jax.tree_util.keystr(tuple(path), simple=True, separator=".")

@@ -63,7 +63,7 @@ class Plan:
                 f"{longest:,} tokens and {tokens:,} to generate exceed the model's {limit:,} positions; shorten it, or"
                 " generate fewer",
             )
-        length = round_up(inputs) if limit is None else min(round_up(inputs), limit)
+        length = round_up(inputs, limit)
         whole, remainder = divmod(longest, chunk)
         chunks = (chunk,) * whole + ((min(round_up(remainder), chunk, length),) if remainder else ())
         return cls(len(prompts), chunks, length)
@@ -73,10 +73,14 @@ class Plan:
         return f"{self.rows} rows, chunks of {sizes} tokens, caches for {self.length} tokens"
 
 
-def round_up(count: int) -> int:
-    """Returns the bucket of a number of tokens: the least multiple of an eighth of an octave that is not below it."""
+def round_up(count: int, limit: int | None = None) -> int:
+    """Returns the bucket of a number of tokens: the least multiple of an eighth of an octave that is not below it.
+
+    `limit` bounds the bucket.
+    """
     step = max(LEAST, 1 << (count - 1).bit_length()) // 8 if count > LEAST else LEAST
-    return -(-count // step) * step
+    bucket = -(-count // step) * step
+    return bucket if limit is None else min(bucket, limit)
 
 
 @jax.tree_util.register_dataclass

@@ -11,6 +11,7 @@ from jaxtyping import PyTree
 
 from sparsejax.config import GroupConfig, OptimizerConfig
 from sparsejax.errors import InputError
+from sparsejax.model import path_of
 
 FROZEN, OTHERS = "frozen", "others"  # labels of parameters that are not trained, and of those in no group
 
@@ -55,11 +56,6 @@ def find_frozen(config: OptimizerConfig, parameters: PyTree) -> PyTree[bool]:
     """Returns whether each parameter is frozen."""
     labels = assign_groups(config, parameters)
     return jax.tree.map(lambda _: False, parameters) if labels is None else jax.tree.map(FROZEN.__eq__, labels)
-
-
-def path_of(path: Sequence[Any]) -> str:
-    """Returns the dotted path of a parameter, such as `period.0.mixer.query.weight`."""
-    return jax.tree_util.keystr(tuple(path), simple=True, separator=".")
 
 
 def map_parameters(

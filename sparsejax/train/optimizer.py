@@ -169,26 +169,25 @@ def _by_layer(transform: optax.GradientTransformation) -> optax.GradientTransfor
     The transformation must treat every parameter independently of the others.
     """
 
-    def axes_of(parameters: PyTree) -> tuple[PyTree, PyTree]:
-        """The axes of parameters and of the state over which to map."""
-        axis = jax.tree.map_with_path(lambda path, _: 0 if path[0].key == "period" else None, parameters)
+    def axes_of(parameters: PyTree) -> tuple[PyTree, PyTree] | None:
+        """The axes of parameters and of the state over which to map; None if no parameter is stacked."""
         stacked = jax.tree.map_with_path(lambda path, _: path[0].key == "period", parameters)
+        if not any(jax.tree.leaves(stacked)):
+            return None
+        axis = jax.tree.map(lambda stacked: 0 if stacked else None, stacked)
         state = jax.eval_shape(transform.init, parameters)
         return axis, map_parameters(lambda _, stacked: 0 if stacked else None, state, stacked, lambda _: None)
 
-    def is_scanned(parameters: PyTree) -> bool:
-        return bool(jax.tree.leaves(axes_of(parameters)[0]))
-
     def init(parameters: PyTree) -> PyTree:
-        if not is_scanned(parameters):
+        if (axes := axes_of(parameters)) is None:
             return transform.init(parameters)
-        axis, state_axis = axes_of(parameters)
+        axis, state_axis = axes
         return jax.vmap(transform.init, (axis,), state_axis)(parameters)
 
     def update(updates: PyTree, state: PyTree, parameters: PyTree) -> tuple[PyTree, PyTree]:
-        if not is_scanned(parameters):
+        if (axes := axes_of(parameters)) is None:
             return transform.update(updates, state, parameters)
-        axis, state_axis = axes_of(parameters)
+        axis, state_axis = axes
         return jax.vmap(transform.update, (axis, state_axis, axis), (axis, state_axis))(updates, state, parameters)
 
     return optax.GradientTransformation(init, update)
