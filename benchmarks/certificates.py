@@ -31,7 +31,9 @@ SWEEPS = {
     "duplication": ("", ("sweep",)),
     "layer_schedules": (":mini", ("text", "recall", "needle")),
     "longformer_lm": (":mini", ("mini",)),
+    "lost_in_the_middle": ("", ("sweep",)),
     "mqar": ("", ("sweep",)),
+    "needle": ("", ("sweep",)),
     "reformer_duplication": (":mini", ("sweep",)),
 }
 RUN_KEYS = ("label", "train.seed")  # keys of a row of a sweep that are not about the model

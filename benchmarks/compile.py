@@ -354,8 +354,8 @@ def compile_training(target: str) -> list[dict]:
     from sparsejax import config as configs
     from sparsejax import sharding
     from sparsejax.model import Functional
-    from sparsejax.train.optimizer import build_optimizer, build_schedule
-    from sparsejax.train.state import state_shapes
+    from sparsejax.runs.optimizer import build_optimizer, build_schedule
+    from sparsejax.runs.state import state_shapes
     from sparsejax.train.step import build_step
 
     settings = configs.load(f"{ROOT}/configs/layer_schedules.py:paper")

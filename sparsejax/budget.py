@@ -20,7 +20,7 @@ from sparsejax.account import AccountCache
 from sparsejax.config import ConfigError
 from sparsejax.errors import InputError
 from sparsejax.overrides import LABEL, SEED, Overrides, name_runs, write_overrides, write_value
-from sparsejax.train import Phase, plan_phases
+from sparsejax.runs import Phase, plan_phases
 
 # The cost of a run. A model that phases change counts as in the last phase.
 QUANTITIES: dict[str, Callable[[Sequence[Phase], AccountCache], float]] = {

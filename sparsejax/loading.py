@@ -15,14 +15,14 @@ from ml_collections import ConfigDict
 from sparsejax import config as configs
 from sparsejax import extensions, sharding
 from sparsejax.buckets import read_workdir
-from sparsejax.config import Config
+from sparsejax.config import Config, ModelSource
 from sparsejax.data.tokenizers import Tokenizer, read_tokenizer, recorded_tokenizer
 from sparsejax.errors import InputError
 from sparsejax.loaded import LoadedModel, Parameters, Source, set_dtype
 from sparsejax.metrics import EVAL_LOSS
 from sparsejax.model import Functional
-from sparsejax.train import CheckpointError, plan_phases
-from sparsejax.train.checkpoint import compare_checksums, describe_damage, list_steps, read_meta
+from sparsejax.runs import CheckpointError, plan_phases
+from sparsejax.runs.checkpoint import compare_checksums, describe_damage, list_steps, read_meta
 from sparsejax.workdir import SweepFolder, Workdir, read_json, read_rows
 
 Step = int | Literal["last", "best"]
@@ -98,6 +98,19 @@ def load(
     if options:
         raise InputError(next(iter(options)), "not an option of a workdir")
     return _load_workdir(workdir, recorded, "last" if step is None else step, mesh, dtype, ema)
+
+
+def load_source(source: ModelSource, *, mesh: Mesh | None = None, dtype: str | None = None) -> LoadedModel:
+    """Loads the model of a source, see `load`.
+
+    Raises:
+      InputError: As `load`; or a workdir is named as a Hugging Face folder, or the reverse.
+    """
+    step = None if source.kind == "hf" else source.step
+    model = load(source.path, step=step, mesh=mesh, dtype=dtype)
+    if source.kind == "hf" and model.source.run is not None:
+        raise InputError("source", f"{source}: is a workdir; write run:{source.path}")
+    return model
 
 
 def read_run(path: str | Path) -> Config:

@@ -8,7 +8,7 @@ import pytest
 
 from sparsejax.cli import LOSS_DIVERGED, USAGE_ERROR, main
 from sparsejax.overrides import write_overrides
-from sparsejax.train import list_steps
+from sparsejax.runs import list_steps
 from sparsejax.workdir import read_rows
 from tests.messages import check_message
 from tests.train import runs

@@ -13,8 +13,9 @@ from sparsejax import sharding
 from sparsejax.account import account_model
 from sparsejax.config import ShardingConfig
 from sparsejax.model import Functional
+from sparsejax.runs import build_optimizer, build_schedule, plan_phases, state_shapes
 from sparsejax.sweep import plan_runs, read_sweep
-from sparsejax.train import build_optimizer, build_schedule, build_step, plan_phases, state_shapes
+from sparsejax.train import build_step
 
 ROOT = Path(__file__).parent.parent
 

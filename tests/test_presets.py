@@ -19,7 +19,8 @@ from sparsejax.layers import AttentionConfig, ExpertsConfig, LatentConfig, Light
 from sparsejax.model import Functional, Model
 from sparsejax.overrides import parse_overrides
 from sparsejax.presets import find_preset, list_presets, summarize_presets
-from sparsejax.train import build_optimizer, build_schedule, build_step, init_state
+from sparsejax.runs import build_optimizer, build_schedule, init_state
+from sparsejax.train import build_step
 from tests.layers import test_shared
 from tests.messages import rejects
 

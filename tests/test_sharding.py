@@ -18,7 +18,7 @@ SHOW_SHARDS = """
 import json, pathlib, jax
 from sparsejax import config, sharding
 from sparsejax.model import Functional
-from sparsejax.train import build_optimizer, init_state
+from sparsejax.runs import build_optimizer, init_state
 settings = config.check(config.load("{recipe}", {{"sharding.data": 2, "sharding.fsdp": 2, "sharding.tensor": 2}}))
 model = Functional(settings.model)
 optimizer = build_optimizer(settings.optimizer, 20, decay=model.decay)

@@ -21,7 +21,7 @@ PAGES = {
     "model": ("Model and inference", ["sparsejax.model", "sparsejax.inference"]),
     "config": ("Config and schedules", ["sparsejax.config", "sparsejax.schedule"]),
     "data": ("Data and probes", ["sparsejax.data", "sparsejax.data.probes"]),
-    "train": ("Training", ["sparsejax.train"]),
+    "train": ("Training", ["sparsejax.train", "sparsejax.runs"]),
     "sweep": ("Sweeps and searches", ["sparsejax.sweep", "sparsejax.sweep.search"]),
     "report": ("Reports", ["sparsejax.report"]),
     "analysis": ("Analysis", ["sparsejax.analysis"]),

@@ -27,6 +27,7 @@ from sparsejax.config.schema import (
     TrainConfig,
     check_data,
 )
+from sparsejax.config.source import ModelSource
 
 __all__ = [
     "BASE_PHASE",
@@ -43,6 +44,7 @@ __all__ = [
     "GroupConfig",
     "HeadConfig",
     "ModelConfig",
+    "ModelSource",
     "OptimizerConfig",
     "PhaseConfig",
     "ShardingConfig",

@@ -26,7 +26,7 @@ from sparsejax.errors import InputError
 from sparsejax.metrics import EVAL, EVAL_LOSS, STEPS_PER_SECOND, TOKENS_PER_SECOND, TRAIN_LOSS, TRAIN_LOSS_MEAN
 from sparsejax.overrides import SEED, describe_overrides, flatten, write_value
 from sparsejax.records import parse_json
-from sparsejax.train import Phase, plan_phases
+from sparsejax.runs import Phase, plan_phases
 from sparsejax.workdir import ROW, SweepFolder, Workdir, read_json, read_rows, replace_file, write_json
 
 if TYPE_CHECKING:

@@ -18,8 +18,9 @@ from sparsejax import config as configs
 from sparsejax.config import Config, ConfigError
 from sparsejax.overrides import LABEL, SEED, Overrides, name_runs, to_python, write_overrides, write_value
 from sparsejax.paths import local_path
+from sparsejax.runs import Phase, plan_phases
 from sparsejax.sweep.grid import SweepError, parse
-from sparsejax.train import Phase, find_change, plan_phases
+from sparsejax.train import find_change
 from sparsejax.workdir import SweepFolder, Workdir
 
 

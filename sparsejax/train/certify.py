@@ -27,8 +27,8 @@ from sparsejax.config import Config
 from sparsejax.errors import InputError
 from sparsejax.ops import verification
 from sparsejax.registry import file_digest
+from sparsejax.runs.phases import Phase
 from sparsejax.train.display import print_lines
-from sparsejax.train.phases import Phase
 from sparsejax.workdir import Workdir, read_json, write_json
 
 NICE = 10  # priority of the thread, from -20, the highest, to 19

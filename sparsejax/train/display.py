@@ -18,9 +18,9 @@ from sparsejax.data import Dataset
 from sparsejax.inference import generate
 from sparsejax.inference.evaluation import Evaluation, describe, summarize
 from sparsejax.overrides import write_overrides
-from sparsejax.train.groups import find_frozen
+from sparsejax.runs.groups import find_frozen
+from sparsejax.runs.state import TrainState
 from sparsejax.train.runtime import Evaluator, PhaseRuntime
-from sparsejax.train.state import TrainState
 
 PROMPT_LENGTH = 64  # tokens of validation text
 

@@ -21,15 +21,15 @@ from sparsejax.buckets import Uploads
 from sparsejax.data.tokenizers import read_tokenizer
 from sparsejax.inference.evaluation import Evaluation, describe, summarize
 from sparsejax.metrics import TRAIN, finite_or_none
+from sparsejax.runs.checkpoint import Checkpoints
+from sparsejax.runs.phases import plan_evaluations, plan_phases
+from sparsejax.runs.state import TrainState
 from sparsejax.signals import Interrupted, StopSignals
 from sparsejax.train import display, start
 from sparsejax.train.certify import ModelCheck
-from sparsejax.train.checkpoint import Checkpoints
 from sparsejax.train.interruption import StopRequests
-from sparsejax.train.phases import plan_evaluations, plan_phases
 from sparsejax.train.progress import ProgressReport
 from sparsejax.train.runtime import Evaluator, PhaseRuntime, set_up
-from sparsejax.train.state import TrainState
 from sparsejax.train.step import Metrics
 from sparsejax.train.writers import Writers
 from sparsejax.workdir import Workdir, write_json

@@ -14,10 +14,10 @@ from sparsejax import data, sharding
 from sparsejax.config import ConfigError
 from sparsejax.inference.evaluation import Evaluation, build_evaluation, evaluate_on, shard_batch, share_rows
 from sparsejax.model import Functional
-from sparsejax.train.groups import find_frozen
-from sparsejax.train.optimizer import averaged_parameters, build_optimizer, build_schedule, find_ema, is_averaging
-from sparsejax.train.phases import EvaluationSetting, Phase
-from sparsejax.train.state import TrainState
+from sparsejax.runs.groups import find_frozen
+from sparsejax.runs.optimizer import averaged_parameters, build_optimizer, build_schedule, find_ema, is_averaging
+from sparsejax.runs.phases import EvaluationSetting, Phase
+from sparsejax.runs.state import TrainState
 from sparsejax.train.step import Metrics, build_step
 
 

@@ -23,11 +23,11 @@ from sparsejax.errors import InputError
 from sparsejax.metrics import EVAL_LOSS
 from sparsejax.model import Functional
 from sparsejax.paths import bucket_address
-from sparsejax.train.checkpoint import Checkpoints, list_steps, read_meta
-from sparsejax.train.optimizer import build_optimizer, build_schedule
-from sparsejax.train.phases import plan_phases
+from sparsejax.runs.checkpoint import Checkpoints, list_steps, read_meta
+from sparsejax.runs.optimizer import build_optimizer, build_schedule
+from sparsejax.runs.phases import plan_phases
+from sparsejax.runs.state import TrainState, init_state, restack_state, state_shapes
 from sparsejax.train.runtime import PhaseRuntime
-from sparsejax.train.state import TrainState, init_state, restack_state, state_shapes
 from sparsejax.train.writers import describe_versions
 from sparsejax.workdir import LOCK_TIMEOUT, PART, Workdir, busy, is_held, read_json, read_rows, write_json
 

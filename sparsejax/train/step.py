@@ -18,8 +18,8 @@ from sparsejax.layers import Dropout, ExpertsConfig
 from sparsejax.metrics import AUXILIARY, EXPERT_LOAD_MAX, EXPERT_LOAD_MIN
 from sparsejax.model import FOLDED, Choices, Functional, Losses
 from sparsejax.ops.experts import update_selection_bias
+from sparsejax.runs.state import TrainState
 from sparsejax.train.losses import label_smoothing, z_loss
-from sparsejax.train.state import TrainState
 
 
 class Metrics(TypedDict):

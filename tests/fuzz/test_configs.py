@@ -25,7 +25,7 @@ from sparsejax.errors import InputError
 from sparsejax.model import Functional
 from sparsejax.overrides import write_value
 from sparsejax.presets import find_preset, list_presets
-from sparsejax.train.phases import plan_evaluations, plan_phases
+from sparsejax.runs.phases import plan_evaluations, plan_phases
 from tests.fuzz import test_patterns
 from tests.fuzz.worker import ROOT, read_cases, run_cases, run_nightly
 

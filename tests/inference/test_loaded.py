@@ -11,7 +11,7 @@ import pytest
 import sparsejax
 from sparsejax.data.tokenizers import Bytes
 from sparsejax.errors import InputError
-from sparsejax.train import list_steps, read_arrays
+from sparsejax.runs import list_steps, read_arrays
 from sparsejax.workdir import Workdir, read_json, read_rows
 from tests.inference.conftest import GOLDEN, write_tokenizer
 from tests.messages import rejects

@@ -22,7 +22,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from sparsejax.train import list_steps
+from sparsejax.runs import list_steps
 from sparsejax.workdir import Workdir
 from tests.stress.kill_runs import find_differences
 from tests.stress.server import Ended, Server, compile_faults

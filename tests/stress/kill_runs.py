@@ -23,7 +23,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from benchmarks.harness import describe_machine
-from sparsejax.train import list_steps, read_arrays, read_iterator
+from sparsejax.runs import list_steps, read_arrays, read_iterator
 from sparsejax.workdir import Workdir, read_rows
 
 STEPS, EVERY = 600, 10

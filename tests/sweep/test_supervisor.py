@@ -14,11 +14,11 @@ import pytest
 from rich.console import Console
 
 from sparsejax.cli import RUNS_FAILED, main
+from sparsejax.runs import list_steps, read_arrays
 from sparsejax.signals import INTERRUPTED, Interrupted
 from sparsejax.sweep import RunsFailed, SweepError, executors, launch, plan_runs, read_sweep
 from sparsejax.sweep.executors import Attempt, Local, build_job
 from sparsejax.sweep.progress import Progress, read_progress
-from sparsejax.train import list_steps, read_arrays
 from sparsejax.workdir import SweepFolder, Workdir, read_json, read_tail
 from tests.messages import check_message, rejects
 from tests.sweep.commands import Command, wait_for

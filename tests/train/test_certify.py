@@ -12,8 +12,9 @@ import pytest
 from sparsejax import cli, layers
 from sparsejax.check import Certificate, CheckFailed, Finding
 from sparsejax.cli.exit_codes import VERIFICATION_FAILED
+from sparsejax.runs import list_steps, read_arrays
 from sparsejax.signals import Interrupted
-from sparsejax.train import certify, list_steps, read_arrays
+from sparsejax.train import certify
 from sparsejax.train.writers import Writers
 from sparsejax.workdir import Workdir, read_json, read_rows
 from tests.messages import check_message

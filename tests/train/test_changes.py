@@ -7,7 +7,8 @@ import pytest
 
 from sparsejax import config as configs
 from sparsejax.config import ConfigError
-from sparsejax.train import find_change, read_arrays
+from sparsejax.runs import read_arrays
+from sparsejax.train import find_change
 from sparsejax.workdir import Workdir, read_json, read_rows
 from tests.messages import rejects
 from tests.train import runs

@@ -16,8 +16,8 @@ import pytest
 
 from sparsejax.config import CheckpointConfig
 from sparsejax.data import train_batches
-from sparsejax.train import CheckpointError, Checkpoints, TrainState
-from sparsejax.train.losses import init_losses
+from sparsejax.runs import CheckpointError, Checkpoints, TrainState
+from sparsejax.runs.statistics import init_losses
 from tests.messages import rejects
 
 TEXT = np.arange(4000, dtype=np.uint8)

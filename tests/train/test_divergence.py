@@ -3,7 +3,8 @@
 import numpy as np
 import pytest
 
-from sparsejax.train import LossDiverged, list_steps, read_arrays
+from sparsejax.runs import list_steps, read_arrays
+from sparsejax.train import LossDiverged
 from sparsejax.train.runtime import PhaseRuntime
 from sparsejax.workdir import Workdir, read_rows
 from tests.messages import rejects

@@ -12,8 +12,8 @@ from sparsejax import sharding
 from sparsejax.config import ConfigError
 from sparsejax.data import load_dataset
 from sparsejax.model import Functional
+from sparsejax.runs import plan_evaluations, plan_phases, read_arrays
 from sparsejax.signals import Interrupted
-from sparsejax.train import plan_evaluations, plan_phases, read_arrays
 from sparsejax.train.interruption import StopRequests
 from sparsejax.workdir import Workdir
 from tests.messages import rejects

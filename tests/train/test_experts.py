@@ -11,7 +11,8 @@ import pytest
 from sparsejax import config as configs
 from sparsejax import sharding
 from sparsejax.model import Functional, restack
-from sparsejax.train import build_optimizer, build_schedule, build_step, init_state
+from sparsejax.runs import build_optimizer, build_schedule, init_state
+from sparsejax.train import build_step
 from sparsejax.train.step import read_context
 from tests.train import recipe, runs
 

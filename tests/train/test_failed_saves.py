@@ -8,8 +8,8 @@ from types import SimpleNamespace
 import pytest
 
 from sparsejax.cli import _report_unraisable
-from sparsejax.train import CheckpointError
-from sparsejax.train.checkpoint import _report_failure
+from sparsejax.runs import CheckpointError
+from sparsejax.runs.checkpoint import _report_failure
 from tests.messages import rejects
 
 STORE = "UNKNOWN: Error writing local file \"/w/4/manifest.ocdbt\": Failed to open [os_error_code='{}']\ndetails"

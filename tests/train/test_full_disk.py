@@ -7,7 +7,7 @@ import subprocess
 
 import pytest
 
-from sparsejax.train import CheckpointError, checkpoint, list_steps
+from sparsejax.runs import CheckpointError, checkpoint, list_steps
 from sparsejax.workdir import Workdir, read_rows
 from tests.train import runs
 

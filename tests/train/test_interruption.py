@@ -11,8 +11,8 @@ import pytest
 from rich.console import Console
 
 from sparsejax.inference import evaluate
+from sparsejax.runs import list_steps, read_arrays
 from sparsejax.signals import INTERRUPTED, Interrupted, StopSignals, call_interruptibly
-from sparsejax.train import list_steps, read_arrays
 from sparsejax.train.certify import ModelCheck
 from sparsejax.train.interruption import PERIOD, StopRequests, _Schedule
 from sparsejax.train.runtime import Evaluator

@@ -4,7 +4,7 @@ import shutil
 
 import pytest
 
-from sparsejax.train import list_steps
+from sparsejax.runs import list_steps
 from sparsejax.workdir import Workdir, read_rows
 from tests.train import runs
 

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from sparsejax.config import OptimizerConfig
-from sparsejax.train import build_optimizer, build_schedule
+from sparsejax.runs import build_optimizer, build_schedule
 
 pytestmark = pytest.mark.quick
 

@@ -12,8 +12,8 @@ from sparsejax import config as configs
 from sparsejax.config import OPTIMIZERS
 from sparsejax.errors import InputError
 from sparsejax.model import Functional
+from sparsejax.runs import read_arrays
 from sparsejax.signals import Interrupted
-from sparsejax.train import read_arrays
 from sparsejax.train.losses import label_smoothing, z_loss
 from sparsejax.workdir import Workdir, read_rows
 from tests.messages import rejects

@@ -15,9 +15,9 @@ from sparsejax import sharding
 from sparsejax.config import OPTIMIZERS, ConfigError, GroupConfig, OptimizerConfig
 from sparsejax.errors import InputError
 from sparsejax.model import Functional, restack
-from sparsejax.train import build_optimizer, build_schedule, init_state, state_shapes
-from sparsejax.train.optimizer import averaged_parameters, find_ema
-from sparsejax.train.state import restack_state
+from sparsejax.runs import build_optimizer, build_schedule, init_state, state_shapes
+from sparsejax.runs.optimizer import averaged_parameters, find_ema
+from sparsejax.runs.state import restack_state
 from tests.messages import rejects
 from tests.train import recipe
 

@@ -7,9 +7,9 @@ import jax.numpy as jnp
 import pytest
 
 from sparsejax.config import ConfigError
+from sparsejax.runs import list_steps, plan_phases, read_arrays
+from sparsejax.runs.optimizer import build_schedule
 from sparsejax.signals import Interrupted
-from sparsejax.train import list_steps, plan_phases, read_arrays
-from sparsejax.train.optimizer import build_schedule
 from sparsejax.workdir import Workdir, read_rows
 from tests.messages import rejects
 from tests.train import runs

@@ -13,8 +13,8 @@ import pytest
 from sparsejax import sharding
 from sparsejax.cli.exit_codes import VERIFICATION_FAILED
 from sparsejax.errors import InputError
+from sparsejax.runs import list_steps
 from sparsejax.signals import INTERRUPTED
-from sparsejax.train import list_steps
 from sparsejax.workdir import Workdir, read_json, read_rows
 from tests.messages import rejects
 from tests.train import runs

@@ -5,8 +5,8 @@ import signal
 
 import pytest
 
+from sparsejax.runs import list_steps, read_arrays, read_iterator
 from sparsejax.signals import INTERRUPTED
-from sparsejax.train import list_steps, read_arrays, read_iterator
 from sparsejax.workdir import Workdir, read_rows
 from tests.messages import check_message
 from tests.train import runs

@@ -11,7 +11,8 @@ from sparsejax import config as configs
 from sparsejax import sharding
 from sparsejax.inference import build_evaluation
 from sparsejax.model import Functional
-from sparsejax.train import build_optimizer, build_schedule, build_step, init_state
+from sparsejax.runs import build_optimizer, build_schedule, init_state
+from sparsejax.train import build_step
 from tests.train import recipe
 
 SCHEDULE = "local"

@@ -23,8 +23,8 @@ from jaxtyping import Array
 from sparsejax.config import CheckpointConfig
 from sparsejax.errors import InputError
 from sparsejax.records import parse_json
-from sparsejax.train.optimizer import averaged_parameters, find_ema, is_averaging
-from sparsejax.train.state import TrainState
+from sparsejax.runs.optimizer import averaged_parameters, find_ema, is_averaging
+from sparsejax.runs.state import TrainState
 from sparsejax.workdir import read_json, write_json
 
 # A save needs this multiple of the size of the arrays, plus a margin for many small files.

@@ -14,7 +14,7 @@ from sparsejax import config as configs
 from sparsejax.config import BASE_PHASE, Config, ConfigError
 from sparsejax.model import Functional
 from sparsejax.overrides import Overrides
-from sparsejax.train.groups import assign_groups
+from sparsejax.runs.groups import assign_groups
 
 
 @dataclasses.dataclass(frozen=True)

@@ -14,8 +14,8 @@ from jaxtyping import Array, Key
 
 from sparsejax import sharding
 from sparsejax.model import Functional, restack_layers
-from sparsejax.train.groups import map_parameters
-from sparsejax.train.losses import LossStatistics, init_losses
+from sparsejax.runs.groups import map_parameters
+from sparsejax.runs.statistics import LossStatistics, init_losses
 
 Leaf = TypeVar("Leaf")
 

@@ -12,7 +12,7 @@ import optax.contrib
 from jaxtyping import Array, Int, PyTree
 
 from sparsejax.config import OPTIMIZERS, OptimizerConfig
-from sparsejax.train.groups import FROZEN, assign_groups, group_of, map_parameters
+from sparsejax.runs.groups import FROZEN, assign_groups, group_of, map_parameters
 
 MUON_RMS = 0.2  # of the updates of Muon, which is that of AdamW, so that both have one rate (arXiv:2502.16982)
 
