@@ -68,7 +68,8 @@ def add_config(parser: argparse.ArgumentParser, group: argparse._ActionsContaine
         "--config",
         required=group is None,
         metavar="CONFIG",
-        help="FILE.py[:ARG], which defines get_config(), or preset:NAME[:ARG]; the presets are "
+        help="FILE.py[:ARG], which defines get_config(); hf:FOLDER or run:WORKDIR[@STEP|best], to start from the"
+        " weights of a model; or preset:NAME[:ARG]; the presets are "
         + ", ".join(list_presets()),
     )
     add_overrides(parser, "config", "set a key of the config, such as --config.model.width=256")

@@ -12,6 +12,7 @@ from sparsejax.check import CheckFailed
 from sparsejax.cli.arguments import add_config
 from sparsejax.cli.exit_codes import INTERRUPTED, LOSS_DIVERGED, VERIFICATION_FAILED
 from sparsejax.train import Interrupted, LossDiverged, train
+from sparsejax.train.start import read_recorded
 
 EXAMPLE = "sparsejax train --config=preset:quickstart --workdir=runs/quickstart --config.train.steps=100"
 OVERRIDES = ("config",)
@@ -39,7 +40,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace, console: Console) -> None:
     """Trains a model."""
-    settings = configs.load(options.config, options.overrides["config"])
+    settings = configs.load(options.config, options.overrides["config"], read_recorded(options.workdir))
     if options.distributed is not None:
         sharding.initialize_distributed(options.distributed)
         console.quiet = not sharding.is_coordinator()

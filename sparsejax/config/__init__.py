@@ -4,7 +4,7 @@ Below this package nothing reads a ConfigDict. `load` fills in every default at 
 digests cover the whole configuration. A key without a default must be present.
 """
 
-from sparsejax.config.build import ConfigError, build, complete
+from sparsejax.config.build import ConfigError, build, complete, to_section
 from sparsejax.config.diff import difference, digest
 from sparsejax.config.load import load, resolve_source, run_file, split_source
 from sparsejax.config.override import check, check_evaluation, check_phase, override
@@ -20,6 +20,7 @@ from sparsejax.config.schema import (
     EvalConfig,
     GroupConfig,
     HeadConfig,
+    InitConfig,
     ModelConfig,
     OptimizerConfig,
     PhaseConfig,
@@ -43,6 +44,7 @@ __all__ = [
     "EvalConfig",
     "GroupConfig",
     "HeadConfig",
+    "InitConfig",
     "ModelConfig",
     "ModelSource",
     "OptimizerConfig",
@@ -64,4 +66,5 @@ __all__ = [
     "resumable_keys",
     "run_file",
     "split_source",
+    "to_section",
 ]

@@ -116,6 +116,24 @@ def build(schema: type, section: dict[str, Any]) -> Any:
     return _build(schema, section, "")
 
 
+def to_section(config: Any) -> dict[str, Any]:
+    """Returns the section from which `build` builds a dataclass of the schema, such as a ModelConfig."""
+    hints = _hints(type(config))
+    return {name: _to_value(getattr(config, name), split_none(hints[name])[0]) for name in fields_of(type(config))}
+
+
+def _to_value(value: Any, annotation: Any = None) -> Any:
+    if isinstance(value, Pattern):
+        return str(value)
+    if is_section(value):
+        kinds = getattr(UNIONS.get(annotation), "members", UNIONS.get(annotation, ()))
+        kind = next((kind for kind in kinds if member_of(annotation, {"kind": kind}) is type(value)), None)
+        return ({} if kind is None else {"kind": kind}) | to_section(value)
+    if isinstance(value, Mapping):
+        return {name: _to_value(item) for name, item in value.items()}
+    return tuple(map(_to_value, value)) if isinstance(value, tuple) else value
+
+
 def _complete(annotation: Any, value: Any, kind: Any = None) -> Any:
     """Fills in the defaults of nested sections; what does not fit the schema is left for `build` to reject."""
     annotation, _ = split_none(annotation)

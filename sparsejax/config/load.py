@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import importlib
 import re
 import traceback
 from collections.abc import Mapping
@@ -14,11 +15,15 @@ from ml_collections import ConfigDict
 from sparsejax import presets
 from sparsejax.config.build import ConfigError, complete, copy_sections, resolve
 from sparsejax.config.override import follow_references, override
+from sparsejax.config.source import ModelSource
 from sparsejax.errors import InputError, shorten
 from sparsejax.extensions import importing_from, run_file
 from sparsejax.paths import local_path
 
 PRESET = "preset:"
+MODELS = ("hf:", "run:")  # sources that are trained models
+# Defines the `get_config` of these. It stands above this package, and is imported when such a source is loaded.
+MODEL_CONFIGS = "sparsejax.init.configs"
 
 
 def split_source(source: str) -> tuple[str, str]:
@@ -48,36 +53,81 @@ def _is_file(path: str) -> bool:
 
 
 def resolve_source(source: str) -> str:
-    """Returns the source of a configuration with the absolute path of its file."""
+    """Returns the source of a configuration with the absolute path of its file or folder."""
+    if source.startswith(MODELS):
+        return str(ModelSource.parse(source).resolve())
     name, argument = split_source(source)
     resolved = name if name.startswith(PRESET) else str(Path(name).resolve())
     return f"{resolved}:{argument}" if argument else resolved
 
 
-def load(source: str, overrides: Mapping[str, Any] | None = None) -> ConfigDict:
+def load(
+    source: str, overrides: Mapping[str, Any] | None = None, recorded: Mapping[str, Any] | None = None
+) -> ConfigDict:
     """Runs a configuration file or a preset, fills in defaults and applies overrides.
 
+    The tokenizer defaults to that of `init.source`, whose path becomes absolute.
+
     Args:
-      source: `FILE.py`, `FILE.py:ARGUMENT`, `preset:NAME` or `preset:NAME:ARGUMENT`. The file or preset defines
-        `get_config()`, or `get_config(argument)`, which returns a ConfigDict, with references and placeholders, or
-        a dict. A file can import other files of its folder.
+      source: `FILE.py`, `FILE.py:ARGUMENT`, `preset:NAME` or `preset:NAME:ARGUMENT`, which defines `get_config()`, or
+        `get_config(argument)`, which returns a ConfigDict, with references and placeholders, or a dict. A file can
+        import other files of its folder. Or a trained model, see `ModelSource`, from whose weights the run starts.
       overrides: Values by dotted key, see `sparsejax.overrides`.
+      recorded: The configuration that a run recorded. It replaces what a resume would read from a model that is gone.
 
     Raises:
-      ConfigError: There is no such file or preset, `get_config` fails, an override has an unknown key, or a required
-        placeholder has no value.
+      ConfigError: There is no such file, preset or model, `get_config` fails, an override has an unknown key, or a
+        required placeholder has no value.
     """
-    name, argument = split_source(source)
-    config = _get_config(name, argument)
-    if not isinstance(config, ConfigDict | dict):
-        raise ConfigError(name, f"get_config returned {type(config).__name__}, not a ConfigDict or a dict")
+    overrides, model = overrides or {}, _find_recorded_model(recorded)
+    if source.startswith(MODELS):
+        config = recorded if model and resolve_source(source) == model else _read_model(source)
+    else:
+        name, argument = split_source(source)
+        config = _get_config(name, argument)
+        if not isinstance(config, ConfigDict | dict):
+            raise ConfigError(name, f"get_config returned {type(config).__name__}, not a ConfigDict or a dict")
     # A dict that a file uses twice is one ConfigDict in two sections; copies keep an override of one from the other.
     # References stay until the overrides are applied, because values that are computed from them follow.
-    config = ConfigDict(complete(copy_sections(config)))
-    override(config, overrides or {})
+    sections = copy_sections(config)
+    has_tokenizer = "data.tokenizer" in overrides or "tokenizer" in (sections.get("data") or {})
+    config = ConfigDict(complete(sections))
+    override(config, overrides)
     resolved = ConfigDict(complete(resolve(config)))  # overrides can add a phase
     follow_references(config, resolved)
+    _settle_model(resolved, has_tokenizer, recorded if model else None)
     return resolved
+
+
+def _find_recorded_model(recorded: Mapping[str, Any] | None) -> str | None:
+    """The model from which a recorded run started, if it is gone."""
+    source = ((recorded or {}).get("init") or {}).get("source")
+    return None if source is None or ModelSource.parse(source).exists() else source
+
+
+def _read_model(source: str) -> Any:
+    try:
+        return importlib.import_module(MODEL_CONFIGS).get_config(ModelSource.parse(source).resolve())
+    except InputError as error:
+        raise ConfigError("config" if error.argument == "source" else error.argument, error.problem) from error
+
+
+def _settle_model(config: ConfigDict, has_tokenizer: bool, recorded: Mapping[str, Any] | None) -> None:
+    """Makes the path of `init.source` absolute, and takes its tokenizer unless the configuration names one."""
+    init, data = config.get("init"), config.get("data")
+    source = init.get("source") if isinstance(init, ConfigDict) else None
+    try:
+        model = ModelSource.parse(source).resolve() if isinstance(source, str) else None
+    except InputError:  # a bucket, or another form, which `check` reports
+        model = None
+    if init is None or model is None:
+        return
+    init.source = str(model)
+    if has_tokenizer or not isinstance(data, ConfigDict) or data.get("task") != "text":
+        return
+    known = recorded is not None and recorded["init"]["source"] == str(model)
+    tokenizer = recorded["data"]["tokenizer"] if known else model.find_tokenizer()
+    data.tokenizer = data.get("tokenizer") if tokenizer is None else tokenizer
 
 
 def _get_config(name: str, argument: str) -> Any:

@@ -12,6 +12,7 @@ from typing import Any
 
 from sparsejax import patterns
 from sparsejax import schedule as schedules
+from sparsejax.config.source import ModelSource
 from sparsejax.data.config import DataConfig
 from sparsejax.data.probes import Probe
 from sparsejax.errors import InputError, argument_path, require_at_least, require_choice
@@ -396,6 +397,29 @@ class OptimizerConfig:
 
 
 @dataclasses.dataclass(frozen=True)
+class InitConfig:
+    """The model from whose weights the parameters start; by default they are drawn at random.
+
+    Each parameter is loaded from the layer of the same index, or derived by a named rule of `sparsejax.init.rules`, or
+    listed in `fresh`; anything else is an error. A run that resumes does not read the source again.
+    """
+
+    source: str | None = (
+        None  # "hf:FOLDER", "run:WORKDIR", "run:WORKDIR@STEP" or "run:WORKDIR@best"; none for no source
+    )
+    # parameters that are drawn at random: patterns of paths, separated by commas, such as "layers.3.mixer.gate.*"
+    fresh: str = ""
+    rules: str = "auto"  # rules that may derive parameters, separated by commas; "auto" for all, "none" for none
+
+    def __post_init__(self) -> None:
+        if self.source is not None:
+            ModelSource.parse(self.source)
+        elif self.fresh or self.rules != "auto":
+            name = "fresh" if self.fresh else "rules"
+            raise InputError(name, f"{getattr(self, name)!r}: has no effect without source; set source, or remove it")
+
+
+@dataclasses.dataclass(frozen=True)
 class CheckpointConfig:
     """Checkpoints, of which the newest and the best by evaluation loss are kept."""
 
@@ -467,6 +491,7 @@ class Config:
     checkpoint: CheckpointConfig
     sharding: ShardingConfig = dataclasses.field(metadata={"resume": "rounding"})
     eval: EvalConfig
+    init: InitConfig = InitConfig()
 
     def __post_init__(self) -> None:
         if self.checkpoint.keep_best and self.checkpoint.every % self.eval.every:

@@ -8,6 +8,7 @@ from typing import Literal
 
 from sparsejax.errors import InputError
 from sparsejax.paths import local_path
+from sparsejax.workdir import Workdir, read_json
 
 FORMS = "hf:FOLDER, run:WORKDIR, run:WORKDIR@STEP or run:WORKDIR@best"
 
@@ -50,6 +51,22 @@ class ModelSource:
     def resolve(self) -> ModelSource:
         """Returns the source with the absolute path of its folder."""
         return dataclasses.replace(self, path=str(Path(local_path(self.path, "source")).resolve()))
+
+    def exists(self) -> bool:
+        """Whether the folder exists on this machine."""
+        try:
+            return local_path(self.path, "source").is_dir()
+        except InputError:  # in a bucket
+            return False
+
+    def find_tokenizer(self) -> str | None:
+        """Returns the value of `data.tokenizer` for the tokenizer of the model; None if the folder has none."""
+        folder = local_path(self.path, "source").resolve()
+        workdir = Workdir(folder)
+        for path in (workdir.tokenizer, workdir.sentencepiece):  # named as in a Hugging Face folder
+            if path.is_file():
+                return str(path)
+        return read_json(workdir.config)["data"]["tokenizer"] if self.kind == "run" and workdir.exists() else None
 
     def __str__(self) -> str:
         return f"{self.kind}:{self.path}" + ("" if self.step == "last" else f"@{self.step}")

@@ -22,7 +22,7 @@ from sparsejax.data.tokenizers import write_tokenizer
 from sparsejax.errors import InputError
 from sparsejax.metrics import EVAL_LOSS
 from sparsejax.model import Functional
-from sparsejax.paths import bucket_address
+from sparsejax.paths import bucket_address, local_path
 from sparsejax.runs.checkpoint import Checkpoints, list_steps, read_meta
 from sparsejax.runs.optimizer import build_optimizer, build_schedule
 from sparsejax.runs.phases import plan_phases
@@ -32,6 +32,12 @@ from sparsejax.train.writers import describe_versions
 from sparsejax.workdir import LOCK_TIMEOUT, PART, Workdir, busy, is_held, read_json, read_rows, write_json
 
 STEPS = "train.steps"
+
+
+def read_recorded(workdir: str | os.PathLike[str]) -> dict[str, Any] | None:
+    """Returns the configuration that a run recorded in a workdir of this machine; None if there is none."""
+    files = None if bucket_address(workdir, "workdir") else Workdir(local_path(workdir, "workdir"))
+    return read_json(files.config) if files is not None and files.exists() else None
 
 
 def find_changes(workdir: Path, settings: ConfigDict) -> list[configs.Change]:
