@@ -130,43 +130,103 @@ def _read_run(workdir: Workdir, recorded: dict[str, Any]) -> Config:
     return plan_phases(ConfigDict(configs.complete(recorded)))[-1].config
 
 
+@dataclasses.dataclass(frozen=True)
+class RunCheckpoint:
+    """A checkpoint of a run, whose parameters are read on demand.
+
+    Attributes:
+      run: Configuration of the last phase of the run, with the model of the checkpoint.
+      step: Its step.
+      folder: Its folder.
+      item: Folder in it, and key of the parameters there.
+    """
+
+    run: Config
+    step: int
+    folder: Path
+    item: tuple[str, str]
+
+    def read(self, shapes: Parameters) -> Parameters:
+        """Reads parameters, and not the optimizer.
+
+        Args:
+          shapes: Shape, dtype and sharding of each parameter, or of some of them.
+
+        Raises:
+          CheckpointError: The checkpoint is damaged.
+        """
+        name, key = self.item
+        expected = {key: shapes}
+        arguments = functools.partial(
+            ocp.args.PyTreeRestore, restore_args=ocp.checkpoint_utils.construct_restore_args(expected)
+        )
+        try:
+            with ocp.PyTreeCheckpointer() as checkpointer:
+                arrays = checkpointer.restore(
+                    (self.folder / name).absolute(), args=arguments(expected, partial_restore=True)
+                )
+        except Exception as error:
+            raise CheckpointError(self.folder, describe_damage(error)) from error
+        return arrays[key]
+
+
+def open_checkpoint(source: ModelSource) -> RunCheckpoint:
+    """Opens the checkpoint of a source `run:WORKDIR`.
+
+    Raises:
+      InputError: The folder is not the workdir of a run, has no checkpoint or not that of the step, or is damaged.
+    """
+    every = "newest" if source.step == "last" else "all"
+    workdir = Workdir(read_workdir(source.path, checkpoints=every))
+    recorded = read_json(workdir.config) if workdir.exists() else {}
+    if not {"model", "train"} <= set(recorded):
+        raise InputError("source", f"{source}: {source.path} is not the workdir of a run")
+    return _open_checkpoint(workdir, _read_run(workdir, recorded), source.step, ema=False)
+
+
+def _open_checkpoint(workdir: Workdir, run: Config, step: Step, ema: bool) -> RunCheckpoint:
+    averages = ema or run.optimizer.name == "schedule_free_adamw"
+    item = "averages" if averages else "state", "ema" if ema else "parameters"
+    number = _choose_step(workdir, step)
+    folder = workdir.checkpoints / str(number)
+    # A run that resumed with another `model.scan` has checkpoints of the old layout until the next save.
+    saved = plan_phases(ConfigDict(configs.complete(read_meta(folder)["config"])))[-1].config
+    compare_checksums(folder)
+    return RunCheckpoint(dataclasses.replace(run, model=saved.model), number, folder, item)
+
+
 def _load_workdir(
     workdir: Workdir, recorded: dict[str, Any], step: Step, mesh: Mesh | None, dtype: str | None, ema: bool
 ) -> LoadedModel:
     run = _read_run(workdir, recorded)
     if ema and run.optimizer.ema is None:
         raise InputError("ema", f"{workdir.path} has no average of its parameters; train with optimizer.ema")
-    averages = ema or run.optimizer.name == "schedule_free_adamw"
-    item = "averages" if averages else "state", "ema" if ema else "parameters"
-    while list_steps(workdir.checkpoints):
-        number = _choose_step(workdir, step)
-        folder = workdir.checkpoints / str(number)
+    while True:
         try:
-            # A run that resumed with another `model.scan` has checkpoints of the old layout until the next save.
-            saved = plan_phases(ConfigDict(configs.complete(read_meta(folder)["config"])))[-1].config
-            config = set_dtype(saved.model, dtype)
-            parameters = _read_parameters(folder, item, Functional(config), mesh, dtype or "float32")
-        except CheckpointError:
-            if folder.exists():
+            checkpoint = _open_checkpoint(workdir, run, step, ema)
+            config = set_dtype(checkpoint.run.model, dtype)
+            parameters = checkpoint.read(_place(Functional(config), mesh, dtype or "float32"))
+        except CheckpointError as error:
+            if Path(error.argument or "").exists():
                 raise
             continue  # the run, which is training, has replaced it by a newer one
-        run = dataclasses.replace(run, model=saved.model)
         source = RunSource(
             kind="the model",
             length=run.data.length,
-            step=number,
-            run=run,
+            step=checkpoint.step,
+            run=checkpoint.run,
             data=dataclasses.asdict(run.data),
             tokenizer_data=read_tokenizer(workdir),
             workdir=workdir,
         )
         return LoadedModel(config, parameters, source)
-    raise InputError("path", f"{workdir.path} has no checkpoint yet")
 
 
 def _choose_step(workdir: Workdir, step: Step) -> int:
     """Returns the step of a checkpoint that exists."""
     steps = list_steps(workdir.checkpoints)
+    if not steps:
+        raise InputError("path", f"{workdir.path} has no checkpoint yet")
     if step == "last":
         return steps[-1]
     if step == "best":
@@ -181,36 +241,20 @@ def _choose_step(workdir: Workdir, step: Step) -> int:
     return int(step)
 
 
-def _read_parameters(
-    folder: Path, item: tuple[str, str], model: Functional, mesh: Mesh | None, dtype: str
-) -> Parameters:
-    """Reads the parameters of a checkpoint in the dtypes of `Functional.shapes_in`, and not its optimizer.
+def _place(model: Functional, mesh: Mesh | None, dtype: str) -> Parameters:
+    """Returns shape, dtype and sharding per parameter, in the dtypes of `Functional.shapes_in`.
 
     Args:
-      folder: The folder of the checkpoint.
-      item: Folder in it, and key of the parameters there.
-      model: Has the shapes and axes of the parameters.
+      model: The model.
       mesh: The mesh; None for one device.
       dtype: Dtype of linear maps and embeddings.
     """
-    name, key = item
     if mesh is None:
         shardings = jax.tree.map(lambda _: SingleDeviceSharding(jax.devices()[0]), model.shapes)
     else:
         shardings = sharding.parameter_shardings(mesh, model.shapes, model.axes)
-    shapes = jax.tree.map(
+    return jax.tree.map(
         lambda leaf, placement: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=placement),
         model.shapes_in(dtype),
         shardings,
     )
-    expected = {key: shapes}
-    arguments = functools.partial(
-        ocp.args.PyTreeRestore, restore_args=ocp.checkpoint_utils.construct_restore_args(expected)
-    )
-    compare_checksums(folder)
-    try:
-        with ocp.PyTreeCheckpointer() as checkpointer:
-            state = checkpointer.restore((folder / name).absolute(), args=arguments(expected, partial_restore=True))
-    except Exception as error:
-        raise CheckpointError(folder, describe_damage(error)) from error
-    return state[key]

@@ -5,6 +5,26 @@ parameters. A config.json is converted exactly or rejected: an unknown key or va
 """
 
 from sparsejax.interop.huggingface.errors import ConversionError
-from sparsejax.interop.huggingface.pretrained import HuggingFaceSource, describe, load, read_config, save, to_tensors
+from sparsejax.interop.huggingface.export import Exported, export
+from sparsejax.interop.huggingface.pretrained import (
+    HuggingFaceSource,
+    describe,
+    load,
+    open_parameters,
+    read_config,
+    save,
+    to_tensors,
+)
 
-__all__ = ["ConversionError", "HuggingFaceSource", "describe", "load", "read_config", "save", "to_tensors"]
+__all__ = [
+    "ConversionError",
+    "Exported",
+    "HuggingFaceSource",
+    "describe",
+    "export",
+    "load",
+    "open_parameters",
+    "read_config",
+    "save",
+    "to_tensors",
+]

@@ -87,6 +87,26 @@ def assemble(
     return _nest(model.shapes, parameters), dtypes, unused
 
 
+class ParameterReader:
+    """Reads the parameters of a model one at a time, by path in the unrolled model.
+
+    Raises:
+      ConversionError: A tensor is missing or unknown.
+    """
+
+    def __init__(self, checkpoint: Checkpoint, translation: Translation):
+        _check_names(checkpoint, translation)
+        self._checkpoint = checkpoint
+        self._maps = {name: tensor_map for tensor_map in translation.tensor_maps for name in tensor_map.parameters}
+
+    def read(self, name: str, shape: tuple[int, ...]) -> np.ndarray:
+        """Returns a parameter in float32; raises ConversionError if it has another shape."""
+        tensor_map = self._maps[name]
+        array = _load(self._checkpoint, tensor_map, {})[tensor_map.parameters.index(name)]
+        _check_shape(self._checkpoint, tensor_map, array.shape, shape)
+        return array
+
+
 def disassemble(tensor_maps: Sequence[TensorMap], parameters: dict[str, Any], fold: Fold) -> dict[str, np.ndarray]:
     """Converts parameters, or any tree of the same structure, to tensors by name."""
     leaves = {path: np.asarray(leaf) for path, leaf in _flatten(parameters).items()}

@@ -17,9 +17,10 @@ from sparsejax.config import ModelConfig
 from sparsejax.data.tokenizers import HuggingFace, Tokenizer, load_tokenizer
 from sparsejax.errors import InputError
 from sparsejax.interop.huggingface import checkpoint
-from sparsejax.interop.huggingface.assembly import assemble, disassemble, match_names
+from sparsejax.interop.huggingface.assembly import ParameterReader, assemble, disassemble, match_names
 from sparsejax.interop.huggingface.checkpoint import Checkpoint
 from sparsejax.interop.huggingface.errors import ConversionError
+from sparsejax.interop.huggingface.expression import find_differences
 from sparsejax.interop.huggingface.families import FAMILIES, read_model_type
 from sparsejax.interop.huggingface.fields import Fields
 from sparsejax.interop.huggingface.translation import Translation
@@ -27,7 +28,6 @@ from sparsejax.layers import Extras
 from sparsejax.loaded import LoadedModel, Parameters, Source, set_dtype
 from sparsejax.model import Functional, check_parameters
 from sparsejax.paths import local_path
-from sparsejax.patterns import Pattern
 
 DEFAULT_LENGTH = 4096  # of models without a maximum length
 LENGTHS = ("max_position_embeddings", "model_max_length", "n_positions")  # keys of a maximum length
@@ -184,14 +184,8 @@ def load(
     hf_config, file = _read_json(folder)
     translation = _translate(hf_config, file, ignore, **options)
     config = set_dtype(translation.model, dtype)
-    quantization = hf_config.get("quantization_config")
-    if quantization and "quantization_config" not in ignore:
-        method = quantization.get("quant_method", "unknown") if isinstance(quantization, dict) else quantization
-        problem = f"the weights are quantized ({method}); convert them to bfloat16 first"
-        raise ConversionError(f"{file}: quantization_config", problem)
     path = local_path(folder)
-    tensors = Checkpoint(path)
-    translation = match_names(tensors, translation)
+    tensors, translation = _open_tensors(path, hf_config, translation, ignore)
     parameters, dtypes, unused = assemble(tensors, translation, mesh, dtype or "float32")
     files = [str(path / name) for name in TOKENIZERS if (path / name).is_file()]
     name = files[0] if tokenizer is None and files else tokenizer
@@ -209,6 +203,17 @@ def load(
         folder=path,
     )
     return LoadedModel(config, parameters, source)
+
+
+def open_parameters(folder: str | Path) -> tuple[ModelConfig, ParameterReader]:
+    """Returns the model of a folder, and a reader of its parameters.
+
+    Raises:
+      ConversionError: As `load`, except that a tensor of a wrong shape is found when it is read.
+    """
+    hf_config, file = _read_json(folder)
+    tensors, translation = _open_tensors(local_path(folder), hf_config, _translate(hf_config, file))
+    return translation.model, ParameterReader(tensors, translation)
 
 
 def to_tensors(model: LoadedModel, parameters: Parameters | None = None) -> dict[str, np.ndarray]:
@@ -237,33 +242,30 @@ def save(model: LoadedModel, folder: str | Path, shard_bytes: int = checkpoint.S
     """
     source = _source_of(model)
     described = _translate(source.hf_config, checkpoint.CONFIG, source.ignored, **source.options).model
-    difference = _find_difference(described, model.config)
-    if difference is not None:
-        path, written, held = difference
+    for path, written, held in find_differences(described, model.config):
         problem = f"config.json describes {written!r}, but the model has {held!r}; change source.hf_config too"
         raise ConversionError(f"config.{path}", problem)
     tensors = {name: tensor.astype(source.dtypes[name]) for name, tensor in to_tensors(model).items()}
     checkpoint.write(local_path(folder), source.hf_config, tensors | source.unused, shard_bytes)
 
 
+def _open_tensors(
+    folder: Path, hf_config: dict[str, Any], translation: Translation, ignore: Collection[str] = ()
+) -> tuple[Checkpoint, Translation]:
+    """Opens the tensors, and adapts the translation to their names."""
+    quantization = hf_config.get("quantization_config")
+    if quantization and "quantization_config" not in ignore:
+        method = quantization.get("quant_method", "unknown") if isinstance(quantization, dict) else quantization
+        problem = f"the weights are quantized ({method}); convert them to bfloat16 first"
+        raise ConversionError(f"{folder / checkpoint.CONFIG}: quantization_config", problem)
+    tensors = Checkpoint(folder)
+    return tensors, match_names(tensors, translation)
+
+
 def _source_of(model: LoadedModel) -> HuggingFaceSource:
     if not isinstance(model.source, HuggingFaceSource):
         raise InputError("model", "was not loaded from a Hugging Face folder")
     return model.source
-
-
-def _find_difference(first: Any, second: Any, path: tuple[str, ...] = ()) -> tuple[str, Any, Any] | None:
-    """The path of the first field in which two configurations differ, and both values."""
-    if first == second:
-        return None
-    if dataclasses.is_dataclass(first) and type(first) is type(second) and not isinstance(first, Pattern):
-        names = [field.name for field in dataclasses.fields(first)]
-        entries = [(name, getattr(first, name), getattr(second, name)) for name in names]
-    elif isinstance(first, dict) and isinstance(second, dict) and first.keys() == second.keys():
-        entries = [(key, first[key], second[key]) for key in first]
-    else:
-        return ".".join(path), first, second
-    return next(filter(None, (_find_difference(a, b, (*path, key)) for key, a, b in entries)))
 
 
 def _read_json(path: str | Path) -> tuple[dict[str, Any], str]:
