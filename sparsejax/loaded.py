@@ -21,7 +21,7 @@ from sparsejax.data import DataConfig, Dataset, load_dataset, ordered_batches
 from sparsejax.data.rows import Windows
 from sparsejax.data.tokenizers import Tokenizer
 from sparsejax.errors import InputError, argument_path
-from sparsejax.inference.evaluation import Evaluation, build_evaluation, evaluate_on, summarize
+from sparsejax.inference.evaluation import Evaluation, build_evaluation, evaluate_on, evaluate_sources, summarize
 from sparsejax.inference.generation import BLOCK, NONE, Decoder, Plan, round_up
 from sparsejax.inference.sampling import Sampling
 from sparsejax.inference.text import TextStream
@@ -358,14 +358,17 @@ class LoadedModel:
         if batch < 1:
             raise InputError("batch", f"{batch} is below 1")
         dataset = self.load_data(changes, stride)
-        rows = len(dataset.held_out)
-        batches = -(-(min(rows, limit * batch) if limit else rows) // batch)
+        counts = [-(-len(source.held_out) // batch) for source in dataset.sources.values() or [dataset]]
+        batches = sum(min(count, limit) if limit else count for count in counts)
         counter = iter(range(batches))
-        evaluation = self._evaluate(
-            dataset.validation_batches(batch, limit=limit),
-            dataset.held_out.length,
-            dataset.scores_accuracy,
-            lambda: progress(next(counter), batches),
+        evaluation = evaluate_sources(
+            dataset,
+            lambda source: self._evaluate(
+                source.validation_batches(batch, limit=limit),
+                source.held_out.length,
+                source.scores_accuracy,
+                lambda: progress(next(counter), batches),
+            ),
         )
         values = summarize(evaluation, dataset)
         return Assessment(evaluation, values | {metrics.PERPLEXITY: evaluation.perplexity}, dataset)
@@ -464,6 +467,8 @@ class LoadedModel:
         defaults = {"task": "text", "files": "", "length": self.source.length} | self.source.data
         section = ConfigDict({"data": configs.complete(defaults, DataConfig)})
         configs.override(section, {f"data.{key}": value for key, value in changes.items()})
+        if not changes.keys().isdisjoint(("files", "validation", "tfds", "task")):
+            section.data.sources = {}
         if "validation" in changes:
             section.data.files = section.data.validation
         if not changes.keys().isdisjoint(("files", "validation")):

@@ -30,7 +30,7 @@ from sparsejax.errors import InputError, argument_path
 from sparsejax.overrides import flatten, read_value
 
 # Sections that an override can add by any name, and the keys in them that hold overrides themselves.
-OPEN_SECTIONS = ("train.phases", "eval.also")
+OPEN_SECTIONS = ("train.phases", "eval.also", "data.sources")
 OPTIMIZER = "optimizer.name"  # selects which of `OPTIMIZER_KEYS` the section has
 NESTED_OVERRIDE = re.compile(r"(?:train\.phases\.[^.]+\.set|eval\.also\.[^.]+)\.(.+)")
 
@@ -52,7 +52,7 @@ def override(config: ConfigDict, overrides: Mapping[str, Any], allowed: Sequence
     changed = {}
     # The kind of a section decides which keys the section has, and the kinds of outer sections come first.
     for key in sorted(overrides, key=lambda key: (not _names_kind(key), key.count(".") * _names_kind(key))):
-        old = _set_value(config, key, overrides[key])
+        old = _set_value(config, key, overrides[key], can_add=allowed is None)
         if allowed is not None and not any(_matches(key, name) for name in allowed):
             names = ", ".join(f"{name}*" if name.endswith(".") else name for name in allowed)
             raise ConfigError(key, f"cannot be set here, only {names}")
@@ -67,13 +67,14 @@ def _names_kind(key: str) -> bool:
 
 
 def _matches(key: str, name: str) -> bool:
-    """Whether `key` is `name`, or starts with it if it ends in a dot."""
-    return key == name or (name.endswith(".") and key.startswith(name))
+    """Whether `key` is `name`, in which `*` stands for any name, or starts with it if it ends in a dot."""
+    pattern = re.escape(name).replace(r"\*", "[^.]+")
+    return bool(re.match(pattern if name.endswith(".") else f"{pattern}$", key))
 
 
-def _set_value(config: ConfigDict, key: str, value: Any) -> Any:
+def _set_value(config: ConfigDict, key: str, value: Any, can_add: bool = True) -> Any:
     """Sets a key. Returns the old kind if this changes the class of a section, else None."""
-    if any(key.startswith(f"{name}.") for name in OPEN_SECTIONS):
+    if can_add and any(key.startswith(f"{name}.") for name in OPEN_SECTIONS):
         _set_open(config, key, value)
         return None
     section, name = _look_up(config, key)

@@ -217,6 +217,7 @@ BASE_PHASE = "base"  # name of the steps before the first phase
 # Keys that a phase can set, and prefixes, which end in a dot. A phase cannot change the shapes of the parameters.
 PHASE_KEYS = (
     "data.length",
+    "data.sources.*.weight",
     "train.batch",
     "train.accumulate",
     "optimizer.learning_rate",
@@ -502,6 +503,8 @@ class Config:
             )
         if self.eval.stride > self.data.length:
             raise InputError("eval.stride", f"{self.eval.stride} is above data.length = {self.data.length}")
+        if both := self.data.sources.keys() & self.eval.also:
+            raise InputError("eval.also", f"{min(both)} is the name of a source of data.sources, too; rename it")
         longest = self.model.embedding.max_length
         if longest is not None and self.eval.sample > longest:
             raise InputError("eval.sample", f"{self.eval.sample} tokens exceed the model's {longest} positions")
@@ -514,7 +517,13 @@ def check_data(model: ModelConfig, data: DataConfig) -> None:
     Raises:
       InputError: It does not; the argument is the dotted key.
     """
-    if data.probe is not None:
+    if data.sources:
+        for name, source in data.sources.items():
+            if source.probe is not None and source.probe.length != data.length:
+                problem = f"{source.probe.length} is not data.length = {data.length}"
+                raise InputError(f"data.sources.{name}.probe.length", problem)
+            check_data(model, data.source(name))
+    elif data.probe is not None:
         _check_probe(model, data, data.probe)
     else:
         _check_objective(model, data)

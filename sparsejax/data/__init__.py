@@ -5,9 +5,10 @@ set is read.
 """
 
 from sparsejax.data.batches import fresh_batches, ordered_batches, shuffled_batches, train_batches, validation_batches
-from sparsejax.data.config import DataConfig, MaskConfig
-from sparsejax.data.dataset import Dataset, load_dataset
+from sparsejax.data.config import DataConfig, MaskConfig, SourceConfig
+from sparsejax.data.dataset import Dataset, Mixture
 from sparsejax.data.errors import DataError
+from sparsejax.data.load import load_dataset
 from sparsejax.data.preview import preview
 from sparsejax.data.rows import Batch
 from sparsejax.data.text import Corpus, build_corpus, load_corpus
@@ -19,6 +20,8 @@ __all__ = [
     "DataError",
     "Dataset",
     "MaskConfig",
+    "Mixture",
+    "SourceConfig",
     "build_corpus",
     "fresh_batches",
     "load_corpus",

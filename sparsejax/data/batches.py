@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING
 
@@ -68,48 +69,60 @@ def shuffled_batches(
     Raises:
       DataError: There are no rows, or `batch` is not divisible by `process_count`.
     """
-    from grain.experimental import index_shuffle
-
-    share = _share("train.batch", batch, process_count)
     if not len(rows):
         raise DataError("data.files", "there are no rows to train on")
+    draw = functools.partial(draw_shuffled, rows, seed=seed, transform=transform)
+    return numbered_batches(draw, batch, process_index=process_index, process_count=process_count)
+
+
+def draw_shuffled(rows: Rows, numbers: np.ndarray, seed: int, transform: Transform | None = None) -> Batch:
+    """Returns rows by their numbers in an endless sequence of epochs, each shuffled by `seed` and its number.
+
+    Args:
+      rows: Rows of an epoch.
+      numbers: int64 [b].
+      seed: Any non-negative integer.
+      transform: See `shuffled_batches`.
+    """
+    from grain.experimental import index_shuffle
+
     # Epoch e is shuffled with mixed_seed + e. Unmixed, epoch 0 of seed 1 would be epoch 1 of seed 0.
     mixed_seed = int(np.random.SeedSequence(seed).generate_state(1)[0])
     count = len(rows)
+    indices = [
+        index_shuffle(number % count, max_index=count - 1, seed=(mixed_seed + number // count) % (1 << 32), rounds=4)
+        for number in numbers.tolist()
+    ]
+    drawn = rows.take(np.array(indices))
+    return drawn if transform is None else transform(drawn, numbers)
 
-    def draw(step: int) -> Batch:
-        numbers = step * batch + process_index * share + np.arange(share)
-        indices = [
-            index_shuffle(
-                number % count, max_index=count - 1, seed=(mixed_seed + number // count) % (1 << 32), rounds=4
-            )
-            for number in numbers.tolist()
-        ]
-        drawn = rows.take(np.array(indices))
-        return drawn if transform is None else transform(drawn, numbers)
 
-    return _iterate(draw)
+def numbered_batches(
+    draw: Callable[[np.ndarray], Batch], batch: int, *, process_index: int = 0, process_count: int = 1
+) -> grain.DatasetIterator:
+    """Iterates endlessly over the batches that `draw` returns for the numbers of their rows, counted from 0.
+
+    The state of the iterator is the number of batches read. The other arguments are those of `shuffled_batches`.
+    """
+    import grain
+
+    share = share_of("train.batch", batch, process_count)
+    offsets = process_index * share + np.arange(share)
+    # No threads: the text is in memory, and drawing a batch costs less than passing it between threads.
+    options = grain.ReadOptions(num_threads=0, prefetch_buffer_size=0)
+    return iter(grain.MapDataset.range(ENDLESS).map(lambda step: draw(step * batch + offsets)).to_iter_dataset(options))
 
 
 def fresh_batches(rows: Rows, batch: int, *, process_index: int = 0, process_count: int = 1) -> grain.DatasetIterator:
     """Iterates over an endless supply of rows in order; otherwise like `shuffled_batches`."""
-    share = _share("train.batch", batch, process_count)
-    return _iterate(lambda step: rows.take(step * batch + process_index * share + np.arange(share)))
+    return numbered_batches(rows.take, batch, process_index=process_index, process_count=process_count)
 
 
-def _share(key: str, batch: int, process_count: int) -> int:
+def share_of(key: str, batch: int, process_count: int) -> int:
     """Rows per process of a global batch."""
     if batch < 1 or batch % process_count:
         raise DataError(key, f"{batch} rows cannot be shared equally by {process_count} processes")
     return batch // process_count
-
-
-def _iterate(draw: Callable[[int], Batch]) -> grain.DatasetIterator:
-    import grain
-
-    # No threads: the text is in memory, and drawing a batch costs less than passing it between threads.
-    options = grain.ReadOptions(num_threads=0, prefetch_buffer_size=0)
-    return iter(grain.MapDataset.range(ENDLESS).map(draw).to_iter_dataset(options))
 
 
 def validation_batches(data: np.ndarray, length: int, batch: int, *, limit: int = 0) -> Iterator[Batch]:
@@ -153,7 +166,7 @@ def ordered_batches(
     Raises:
       DataError: `batch` is not divisible by `process_count`.
     """
-    share = _share("eval.batch", batch, process_count)
+    share = share_of("eval.batch", batch, process_count)
     count = len(rows)
     kept = min(count, limit * batch) if limit > 0 else count
     indices = np.full((-(-kept // batch), batch), -1)

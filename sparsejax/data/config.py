@@ -6,7 +6,7 @@ import dataclasses
 
 from sparsejax.data.kinds import READ_AS
 from sparsejax.data.probes import PROBES, Probe
-from sparsejax.errors import InputError, require_at_least, require_choice
+from sparsejax.errors import InputError, argument_path, require_at_least, require_choice
 
 OBJECTIVES = ("causal", "masked", "prefix", "classify")
 PACKINGS = ("none", "packed")
@@ -37,8 +37,37 @@ class MaskConfig:
 
 
 @dataclasses.dataclass(frozen=True)
+class SourceConfig:
+    """A source of a mixture. Keys that are not here, such as `tokenizer` and `length`, are those of the mixture."""
+
+    weight: float  # rows of the source per row of the mixture, up to a common factor; 0 for validation only
+    task: str = "text"  # as `data.task`, and so for the other keys
+    files: str = dataclasses.field(default="", metadata={"resume": "none"})
+    validation: str = dataclasses.field(default="", metadata={"resume": "none"})
+    tfds: str = ""
+    tfds_dir: str = dataclasses.field(default="", metadata={"resume": "none"})
+    train_split: str = "train"
+    validation_split: str = "validation"
+    read_as: str = "auto"
+    field: str = "text"
+    label: str = ""
+    separator: str = ""
+    probe: Probe | None = dataclasses.field(default=None, metadata={"kind": "task"})
+
+    def __post_init__(self) -> None:
+        require_at_least(self, 0, "weight")
+
+
+@dataclasses.dataclass(frozen=True)
 class DataConfig:
-    """Source of the tokens, tokenizer, windows and objective."""
+    """Source of the tokens, tokenizer, windows and objective.
+
+    `sources` mixes several sources by weight, instead of `files` and the other keys of one source:
+
+        config.data.sources = dict(books=dict(files="books/*.txt", weight=0.7), code=dict(files="src", weight=0.3))
+
+    Phases can set the weights.
+    """
 
     task: str  # "text", or a probe, whose keys are then the section `probe`
     # a file, a folder or a glob of text, or several joined by commas, with double quotes around a path that has commas;
@@ -67,6 +96,7 @@ class DataConfig:
     prefix: int = 0  # tokens at the start of a window that are not predicted, for the objective "prefix"
     # keys of the probe that `task` names; none for text
     probe: Probe | None = dataclasses.field(default=None, metadata={"kind": "task"})
+    sources: dict[str, SourceConfig] = dataclasses.field(default_factory=dict)  # sources of a mixture by name
 
     def __post_init__(self) -> None:
         require_at_least(self, 1, "length")
@@ -88,8 +118,30 @@ class DataConfig:
             raise InputError("packing", "a packed window has several documents, but the prefix is that of the window")
         if self.objective == "classify" and self.packing == "packed":
             raise InputError("packing", "must be 'none' for the objective 'classify'")
-        if self.objective == "classify" and not self.label:
+        if self.sources:
+            self._check_sources()
+        elif self.objective == "classify" and not self.label:
             raise InputError("label", "is empty, but the objective 'classify' reads the class from this field")
+
+    def _check_sources(self) -> None:
+        for field in dataclasses.fields(SourceConfig)[1:]:
+            if getattr(self, field.name) != field.default:
+                value = getattr(self, field.name)
+                raise InputError(field.name, f"{value!r} cannot be combined with sources; set it per source")
+        if not any(source.weight for source in self.sources.values()):
+            raise InputError("sources", "every weight is 0")
+        for name in self.sources:
+            if not name or "/" in name:  # a metric has it as a suffix behind a slash
+                raise InputError("sources", f"the name {name!r} is empty or contains '/'")
+            with argument_path(f"sources.{name}"):
+                self.source(name)
+
+    def source(self, name: str) -> DataConfig:
+        """Returns the configuration of a source alone; a probe is not packed."""
+        source = self.sources[name]
+        keys = {field.name: getattr(source, field.name) for field in dataclasses.fields(source)[1:]}
+        packing = self.packing if source.task == "text" else "none"
+        return dataclasses.replace(self, **keys, sources={}, packing=packing)
 
     def _set_up_probe(self) -> None:
         for name, default in (("objective", "causal"), ("packing", "none")):

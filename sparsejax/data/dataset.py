@@ -3,32 +3,25 @@
 from __future__ import annotations
 
 import dataclasses
-import hashlib
-from collections.abc import Iterator
+import functools
+from collections.abc import Callable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any, TypedDict
 
 import numpy as np
 
-from sparsejax.data.batches import (
-    Transform,
-    fresh_batches,
-    ordered_batches,
-    require_window,
-    shuffled_batches,
-)
+from sparsejax.data.batches import Transform, draw_shuffled, numbered_batches, ordered_batches
 from sparsejax.data.config import DataConfig
 from sparsejax.data.errors import DataError
+from sparsejax.data.files import hash_name
+from sparsejax.data.mixture import Joined, MixtureOrder, join_rows
 from sparsejax.data.objectives import apply_objective
-from sparsejax.data.probes import PROBES
-from sparsejax.data.rows import Batch, Examples, Labelled, Packed, Rows, Windows
-from sparsejax.data.text import Corpus, Side, build_corpus, load_corpus
-from sparsejax.data.tokenizers import Tokenizer, vocabulary
+from sparsejax.data.rows import Batch, Examples, Rows
+from sparsejax.data.text import Corpus
+from sparsejax.data.tokenizers import Tokenizer
 
 if TYPE_CHECKING:
     import grain
 
-HELD_OUT_EXAMPLES = 1024  # of a probe that generates its validation examples
-ENDLESS = 1 << 48  # training examples of a probe
 IMPLICIT = ("tokens", "rows", "row_length", "restored")  # counts that `describe` reports elsewhere
 LABELS = {  # of counts whose names `describe` does not print
     "documents": "documents used",
@@ -50,23 +43,25 @@ class Dataset:
 
     Attributes:
       config: The configuration.
-      training: Training rows.
+      training: Training rows; None for a mixture.
       held_out: Validation rows.
       vocab: Vocabulary size that a model needs.
       digest: Changes with any text, its split, and the tokenizer.
       tokenizer: The tokenizer; None for a probe.
       corpus: The text; None for a probe.
       counts: Numbers of documents and tokens, for the record.
+      sources: The sources of a mixture by name; empty for other data sets.
     """
 
     config: DataConfig
-    training: Rows
+    training: Rows | None
     held_out: Rows
     vocab: int
     digest: str
     tokenizer: Tokenizer | None
     corpus: Corpus | None
     counts: dict[str, Any]
+    sources: Mapping[str, Dataset] = dataclasses.field(default_factory=dict)
 
     @property
     def scores_accuracy(self) -> bool:
@@ -108,9 +103,14 @@ class Dataset:
     ) -> grain.DatasetIterator:
         """Iterates endlessly over training batches, a function of `seed` and step; see `shuffled_batches`."""
         sharing = Sharing(process_index=process_index, process_count=process_count)
+        return numbered_batches(functools.partial(self.draw, seed=seed), batch, **sharing)
+
+    def draw(self, numbers: np.ndarray, seed: int) -> Batch:
+        """Returns the training rows of a run with these numbers, int64 [b], counted from 0 over all epochs."""
         if isinstance(self.training, Examples):
-            return fresh_batches(dataclasses.replace(self.training, seed=seed), batch, **sharing)
-        return shuffled_batches(self.training, batch, seed, transform=self._transform(seed), **sharing)
+            return dataclasses.replace(self.training, seed=seed).take(numbers)
+        assert self.training is not None
+        return draw_shuffled(self.training, numbers, seed, self._transform(seed))
 
     def validation_batches(
         self, batch: int, *, limit: int = 0, process_index: int = 0, process_count: int = 1
@@ -118,6 +118,11 @@ class Dataset:
         """Iterates over the validation rows in order; see `ordered_batches`."""
         sharing = Sharing(process_index=process_index, process_count=process_count)
         return ordered_batches(self.held_out, batch, limit=limit, transform=self._transform(MASK_SEED), **sharing)
+
+    @property
+    def prompt(self) -> np.ndarray | None:
+        """Validation tokens that a model trained on the data can continue, [n]; None if it cannot continue a text."""
+        return self.corpus.validation if self.corpus is not None and self.is_generative else None
 
     def describe(self) -> list[str]:
         """Describes the text and the rows made of it, one fact per line."""
@@ -162,100 +167,92 @@ class Dataset:
         return lambda batch, numbers: apply_objective(self.config, tokenizer, batch, seed, numbers)
 
 
-def load_dataset(
-    config: DataConfig,
-    stride: int = 0,
-    corpus: Corpus | None = None,
-    *,
-    recorded: bytes | None = None,
-    split: bool = True,
-) -> Dataset:
-    """Reads, tokenizes and packs the data of a configuration.
+class Mixture(Dataset):
+    """Rows of several data sets by weight; `held_out` has those of all of them.
 
-    Args:
-      config: The configuration.
-      stride: Tokens between the starts of adjacent validation windows; 0 stands for `config.length`. See `Windows`.
-      corpus: The text of `config` if it is loaded already, for instance for rows of another length.
-      recorded: Content of the tokenizer's file in the workdir of a run, see `load_tokenizer`.
-      split: Whether there is training text; otherwise all of `config.files` is validation text, however short.
-
-    Raises:
-      DataError: The data cannot be read, or are too small.
+    Losses and ratios of the whole are those of a text in which the sources have tokens by weight.
     """
-    if config.task != "text":
-        return _load_probe(config)
-    return _cut_text(config, _read_text(config, recorded, split) if corpus is None else corpus, stride, split)
+
+    @functools.cached_property
+    def shares(self) -> dict[str, float]:
+        """Fraction of the training rows per source."""
+        weights = {name: source.weight for name, source in self.config.sources.items()}
+        return {name: weight / sum(weights.values()) for name, weight in weights.items()}
+
+    @property
+    def scores_accuracy(self) -> bool:
+        """Whether accuracy is meaningful in every source."""
+        return all(source.scores_accuracy for source in self.sources.values())
+
+    @property
+    def is_generative(self) -> bool:
+        """Whether a source has a text that the model can continue."""
+        return any(source.is_generative for source in self.sources.values())
+
+    @property
+    def prompt(self) -> np.ndarray | None:
+        """That of the first source that has one."""
+        return next((source.prompt for source in self.sources.values() if source.prompt is not None), None)
+
+    @property
+    def tokens_per_byte(self) -> float | None:
+        """Ratio of the whole; None unless all tokens of every source are predicted."""
+        return self._mix_ratios(lambda source: source.tokens_per_byte)
+
+    @property
+    def tokens_per_character(self) -> float | None:
+        """Ratio of the whole; None unless all tokens of every source are predicted."""
+        return self._mix_ratios(lambda source: source.tokens_per_character)
+
+    @property
+    def restored(self) -> float:
+        """Mean over the sources by weight."""
+        return sum(share * self.sources[name].restored for name, share in self.shares.items())
+
+    def validation_batches(
+        self, batch: int, *, limit: int = 0, process_index: int = 0, process_count: int = 1
+    ) -> Iterator[Batch]:
+        """Iterates over the validation rows of one source after another, `limit` batches of each."""
+        sharing = Sharing(process_index=process_index, process_count=process_count)
+        for source in self.sources.values():
+            yield from source.validation_batches(batch, limit=limit, **sharing)
+
+    def draw(self, numbers: np.ndarray, seed: int) -> Batch:
+        """Returns the training rows of a run with these numbers, int64 [b], counted from 0 over all sources."""
+        names, joined = list(self.sources), self._joined
+        parts = []
+        for index, (positions, rows) in self._order.split(numbers).items():
+            name = names[index]
+            parts.append((positions, self.sources[name].draw(rows, source_seed(seed, name))))
+        return join_rows(parts, joined.fields, len(numbers), joined.length)
+
+    def describe(self) -> list[str]:
+        """Describes the sources, one fact per line."""
+        lines = [f"mixture: {len(self.sources)} sources, digest {self.digest}"]
+        for name, source in self.sources.items():
+            lines += [f"source {name} ({self.shares[name]:.2%} of the rows): {line}" for line in source.describe()]
+        return lines
+
+    @functools.cached_property
+    def _order(self) -> MixtureOrder:
+        return MixtureOrder([source.weight for source in self.config.sources.values()])
+
+    @property
+    def _joined(self) -> Joined:
+        assert isinstance(self.held_out, Joined)
+        return self.held_out
+
+    def _mix_ratios(self, ratio: Callable[[Dataset], float | None]) -> float | None:
+        """Tokens of the whole per unit of which each source has `ratio` tokens."""
+        units = 0.0
+        for name, share in self.shares.items():
+            tokens = ratio(self.sources[name])
+            if share and tokens is None:
+                return None
+            units += share / tokens if tokens else 0.0
+        return 1 / units
 
 
-def _load_probe(config: DataConfig) -> Dataset:
-    probe = PROBES[config.task]() if config.probe is None else config.probe
-    digest = hashlib.sha256(repr(probe).encode()).hexdigest()[:16]
-    count = HELD_OUT_EXAMPLES if probe.held_out is None else probe.held_out
-    held_out = Examples(probe, 0, count, validation=True)
-    training = Examples(probe, 0, ENDLESS)
-    scored = float(held_out.take(np.zeros(1, np.int64))["weights"].sum())
-    counts = {"probe": config.task, "length": probe.length, "vocab": probe.vocab, "validation_examples": count}
-    return Dataset(config, training, held_out, probe.vocab, digest, None, None, counts | {"scored": scored})
-
-
-def _read_text(config: DataConfig, recorded: bytes | None, split: bool) -> Corpus:
-    if config.tfds:
-        from sparsejax.data.tfds import TfdsSource  # TFDS takes seconds to import
-
-        return build_corpus(TfdsSource(config), config.tokenizer, config.cache, recorded)
-    return load_corpus(
-        config.files,
-        validation=config.validation,
-        field=config.field,
-        separator=config.separator,
-        label=config.label,
-        read_as=config.read_as,
-        tokenizer=config.tokenizer,
-        cache=config.cache,
-        recorded=recorded,
-        split=split,
-    )
-
-
-def _cut_text(config: DataConfig, corpus: Corpus, stride: int, split: bool) -> Dataset:
-    if split and config.objective != "classify" and config.packing == "none":
-        require_window(corpus.train, config.length, "training")
-        require_window(corpus.validation, config.length, "validation")
-    training = _rows(config, corpus, corpus.training, drop_last=True)
-    held_out = _rows(config, corpus, corpus.held_out, stride, drop_last=False)
-    for rows, side in ((training, "training"), (held_out, "validation")):
-        if not len(rows) and (split or rows is held_out):
-            missing = f"the {side} text has no documents" if split else "there is no token to predict"
-            raise DataError("data.files", missing)
-    vocab = vocabulary(corpus.tokenizer, config.objective == "masked")
-    if config.objective == "classify":
-        vocab = max(vocab, int(max(side.labels.max(initial=-1) for side in (corpus.training, corpus.held_out))) + 1)
-    sides = {"training": (corpus.training, training), "validation": (corpus.held_out, held_out)}
-    counts: dict[str, Any] = {name: _count(side, rows) for name, (side, rows) in sides.items()}
-    counts |= {"digest": corpus.digest, "files": corpus.files, "tokenizer": config.tokenizer}
-    counts |= {"tokenizer_digest": corpus.tokenizer.digest, "vocab": vocab}
-    return Dataset(config, training, held_out, vocab, corpus.digest, corpus.tokenizer, corpus, counts)
-
-
-def _rows(config: DataConfig, corpus: Corpus, side: Side, stride: int = 0, *, drop_last: bool) -> Rows:
-    if config.objective == "classify":
-        return Labelled(side.tokens, side.documents, side.labels, config.length)
-    if config.packing == "packed":
-        return Packed(side.tokens, side.documents, corpus.tokenizer.separator, config.length, stride)
-    return Windows(side.tokens, config.length, stride, drop_last)
-
-
-def _count(side: Side, rows: Rows) -> dict[str, int | float]:
-    counts = {
-        "documents_read": side.read,
-        "empty_documents": side.empty,
-        "documents": len(side.documents),
-        "repeated_documents": side.repeated,
-        "bytes": side.bytes,
-        "characters": side.characters,
-        "restored": side.restored,
-        "tokens": len(side.tokens),
-        "rows": len(rows),
-        "row_length": rows.length,
-    }
-    return counts | rows.counts()
+def source_seed(seed: int, name: str) -> int:
+    """Returns the seed of a source of a mixture, which does not depend on the other sources."""
+    return int(np.random.SeedSequence([seed, hash_name(name)]).generate_state(1)[0])

@@ -163,7 +163,24 @@ def load_corpus(
     return build_corpus(source, tokenizer, cache, recorded)
 
 
-def build_corpus(source: Source, tokenizer: str = "bytes", cache: str = "", recorded: bytes | None = None) -> Corpus:
+def build_tokenizer(
+    sources: Sequence[Source], name: str = "bytes", cache: str = "", recorded: bytes | None = None
+) -> Tokenizer:
+    """Loads a tokenizer, or trains it on the training text of all sources; see `load_tokenizer`."""
+    training = (document for source in sources for side, document in source.read() if side == TRAIN)
+    digest = "".join(source.digest for source in sources)
+    if len(sources) > 1:
+        digest = hashlib.sha256(digest.encode()).hexdigest()[:16]
+    return load_tokenizer(name, training, digest, _cache_folder(cache), recorded)
+
+
+def build_corpus(
+    source: Source,
+    tokenizer: str = "bytes",
+    cache: str = "",
+    recorded: bytes | None = None,
+    coder: Tokenizer | None = None,
+) -> Corpus:
     """Tokenizes the documents of a source.
 
     Args:
@@ -172,13 +189,13 @@ def build_corpus(source: Source, tokenizer: str = "bytes", cache: str = "", reco
       cache: Folder in which tokens are stored by digest, to be mapped into memory. "" stands for ~/.cache/sparsejax,
         except that a byte corpus that fits in memory is not stored.
       recorded: See `load_tokenizer`.
+      coder: The tokenizer that `tokenizer` names; by default it is loaded, or trained on the source.
 
     Raises:
       DataError: The tokenizer does not accept the text or gives none of it back, or the cache cannot be written.
     """
-    folder = local_path(cache, "data.cache") if cache else default_cache()
-    training = (document for side, document in source.read() if side == TRAIN)
-    coder = load_tokenizer(tokenizer, training, source.digest, folder, recorded)
+    folder = _cache_folder(cache)
+    coder = build_tokenizer([source], tokenizer, cache, recorded) if coder is None else coder
     plain = tokenizer == "bytes"
     digest = source.digest if plain else hashlib.sha256(f"{source.digest} {coder.digest}".encode()).hexdigest()[:16]
     if plain and not cache and source.bytes <= FITS:
@@ -193,6 +210,10 @@ def build_corpus(source: Source, tokenizer: str = "bytes", cache: str = "", reco
             raise DataError("data.tokenizer", f"{tokenizer} gives back none of the {text} text: all of it is unknown")
     files = source.train_files, source.validation_files
     return Corpus(*sides, digest, *files, coder, source.record, source.notes)
+
+
+def _cache_folder(cache: str) -> Path:
+    return local_path(cache, "data.cache") if cache else default_cache()
 
 
 def _encode(source: Source, tokenizer: Tokenizer, files: Sequence[IO[bytes]]) -> tuple[Side, Side]:

@@ -5,7 +5,8 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
+from types import MappingProxyType
 from typing import Any, NamedTuple, NotRequired, TypedDict
 
 import jax
@@ -16,7 +17,7 @@ from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int
 
 from sparsejax import metrics, sharding
-from sparsejax.data import Batch, Dataset
+from sparsejax.data import Batch, Dataset, Mixture
 from sparsejax.data.dataset import Sharing
 from sparsejax.layers import EMPTY, Context, Extras, Tokens
 from sparsejax.model import Functional
@@ -139,6 +140,7 @@ class Evaluation(NamedTuple):
       scored: Number of scored tokens at each position [t].
       accuracy: None if it was not scored.
       ema: Evaluation of the exponential moving average of the parameters, if the run has one.
+      sources: Evaluations of the sources of a mixture by name; the others are then means over them by weight.
     """
 
     loss: float
@@ -147,6 +149,7 @@ class Evaluation(NamedTuple):
     scored: np.ndarray
     accuracy: Accuracy | None = None
     ema: Evaluation | None = None
+    sources: Mapping[str, Evaluation] = MappingProxyType({})
 
     @property
     def bits(self) -> float:
@@ -201,6 +204,31 @@ def evaluate(
     return Evaluation(float(sums.losses.sum() / total), by_position, int(total), weights, accuracy)
 
 
+def evaluate_sources(dataset: Dataset, run: Callable[[Dataset], Evaluation]) -> Evaluation:
+    """Evaluates a data set with `run`; of a mixture, every source alone, and their mean by weight."""
+    if not isinstance(dataset, Mixture):
+        return run(dataset)
+    sources = {name: run(source) for name, source in dataset.sources.items()}
+    parts = [(share, sources[name]) for name, share in dataset.shares.items() if share]
+    # At a position that a source does not score, the mean is that of the others.
+    weights = np.stack([share * (part.scored > 0) for share, part in parts])
+    sums = (weights * np.stack([part.by_position for _, part in parts])).sum(0)
+    accuracies = [(share, part.accuracy) for share, part in parts if part.accuracy is not None]
+    accuracy = Accuracy(
+        tokens=sum(share * part.tokens for share, part in accuracies),
+        exact_match=sum(share * part.exact_match for share, part in accuracies),
+        by_distance=np.asarray(sum(part.by_distance for _, part in accuracies)),
+    )
+    return Evaluation(
+        loss=sum(share * part.loss for share, part in parts),
+        by_position=sums / np.where(weights.any(0), weights.sum(0), 1),
+        tokens=sum(part.tokens for part in sources.values()),
+        scored=np.sum([part.scored for part in sources.values()], axis=0),
+        accuracy=accuracy if len(accuracies) == len(parts) else None,
+        sources=sources,
+    )
+
+
 def evaluate_on(
     mesh: Mesh,
     run: Callable[[dict[str, Any], DeviceBatch], EvaluationSums],
@@ -231,6 +259,7 @@ def summarize(evaluation: Evaluation, dataset: Dataset) -> dict[str, float]:
     If every token of a text is predicted, bits are per byte, and also per character if tokens are not bytes: the bits
     of all tokens divided by the bytes or characters that decoding the tokens gives back. The fraction that it gives
     back is a metric too if it is below 1. Otherwise bits are per scored token, and do not compare between tokenizers.
+    Of a mixture, the metrics of each source follow, with its name as a suffix.
     """
     summary = {metrics.EVAL_LOSS: evaluation.loss}
     scale = dataset.tokens_per_byte
@@ -251,6 +280,8 @@ def summarize(evaluation: Evaluation, dataset: Dataset) -> dict[str, float]:
     if evaluation.ema is not None:
         average = summarize(evaluation.ema, dataset)
         summary |= {metrics.EMA + name.removeprefix(metrics.EVAL): value for name, value in average.items()}
+    for name, source in evaluation.sources.items():
+        summary |= {f"{metric}/{name}": value for metric, value in summarize(source, dataset.sources[name]).items()}
     return summary
 
 
@@ -261,6 +292,8 @@ def describe(summary: dict[str, float]) -> str:
         bits = summary[metrics.BITS_PER_TOKEN]
         return f"accuracy {accuracy:.4f}, exact match {exact_match:.4f}, {bits:.4f} bits/token"
     names = {metrics.BITS_PER_BYTE: "bits/byte", metrics.BITS_PER_CHARACTER: "bits/character"}
+    if not summary.keys() & names:  # tokens that are not those of a text
+        names = {metrics.BITS_PER_TOKEN: "bits/token"}
     parts = [f"{summary[name]:.4f} {unit}" for name, unit in names.items() if name in summary]
     if metrics.RESTORED in summary:
         parts.append(f"of the {summary[metrics.RESTORED]:.2%} of the text that the tokenizer gives back")

@@ -86,19 +86,22 @@ def print_evaluation(evaluation: Evaluation, dataset: Dataset, console: Console)
         for start, stop, fraction in accuracy.distance_bins():
             table.add_row(f"{start}-{stop - 1}", f"{fraction:.4f}")
         console.print(table)
-    unit = "bytes" if dataset.config.tokenizer == "bytes" and dataset.corpus is not None else "tokens"
+    unit = "bytes" if dataset.config.tokenizer == "bytes" and dataset.tokenizer is not None else "tokens"
     summary = describe(summarize(evaluation, dataset))
     console.print(f"validation: {summary} over {evaluation.tokens:,} {unit}", highlight=False)
+    for name, source in evaluation.sources.items():
+        values = describe(summarize(source, dataset.sources[name]))
+        console.print(f"validation of {name}: {values} over {source.tokens:,} {unit}", highlight=False)
 
 
 def print_sample(runtime: PhaseRuntime, state: TrainState[Array], console: Console) -> None:
     """Prints a continuation of the first validation text, if the configuration asks for one and the data has text."""
     dataset, length = runtime.dataset, runtime.config.eval.sample
-    if not length or dataset.corpus is None or dataset.tokenizer is None or not dataset.is_generative:
+    if not length or dataset.prompt is None or dataset.tokenizer is None:
         return
     limit = runtime.config.model.embedding.max_length
     prompt_length = PROMPT_LENGTH if limit is None else min(PROMPT_LENGTH, limit + 1 - length)
-    prompt = dataset.corpus.validation[:prompt_length]
+    prompt = dataset.prompt[:prompt_length]
     seed = (runtime.config.train.seed + int(state.step)) % 2**32
     [tokens] = generate(runtime.model, runtime.parameters(state), [prompt], length, seeds=[seed])
     texts = [dataset.tokenizer.decode(np.asarray(ids)) for ids in (prompt, tokens)]

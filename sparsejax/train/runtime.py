@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -12,7 +13,14 @@ from jaxtyping import Array
 
 from sparsejax import data, sharding
 from sparsejax.config import ConfigError
-from sparsejax.inference.evaluation import Evaluation, build_evaluation, evaluate_on, shard_batch, share_rows
+from sparsejax.inference.evaluation import (
+    Evaluation,
+    build_evaluation,
+    evaluate_on,
+    evaluate_sources,
+    shard_batch,
+    share_rows,
+)
 from sparsejax.model import Functional
 from sparsejax.runs.groups import find_frozen
 from sparsejax.runs.optimizer import averaged_parameters, build_optimizer, build_schedule, find_ema, is_averaging
@@ -27,7 +35,7 @@ class Evaluator:
     def __init__(self, setting: EvaluationSetting | Phase, dataset: data.Dataset, mesh: Mesh):
         self.setting, self.config, self.dataset, self._mesh = setting, setting.config, dataset, mesh
         self.model = Functional(self.config.model)
-        self._evaluate = build_evaluation(self.model, mesh, dataset.scores_accuracy)
+        self._build = functools.cache(functools.partial(build_evaluation, self.model, mesh))
         self._average = jax.jit(averaged_parameters)
 
     def evaluate(self, state: TrainState[Array], limit: int, before_batch: Callable[[], None]) -> Evaluation:
@@ -46,8 +54,12 @@ class Evaluator:
         self, parameters: dict[str, Any], limit: int, before_batch: Callable[[], None]
     ) -> Evaluation:
         rows = self.config.eval.batch
-        batches = self.dataset.validation_batches(rows, limit=limit, **share_rows(self._mesh, rows))
-        return evaluate_on(self._mesh, self._evaluate, parameters, batches, before_batch)
+
+        def evaluate(dataset: data.Dataset) -> Evaluation:
+            batches = dataset.validation_batches(rows, limit=limit, **share_rows(self._mesh, rows))
+            return evaluate_on(self._mesh, self._build(dataset.scores_accuracy), parameters, batches, before_batch)
+
+        return evaluate_sources(self.dataset, evaluate)
 
 
 class PhaseRuntime(Evaluator):
@@ -115,8 +127,8 @@ def set_up(
         _require_even_batches(setting, mesh)
     datasets: list[data.Dataset] = []
     for setting in settings:
-        corpus = datasets[-1].corpus if datasets else None
-        datasets.append(data.load_dataset(setting.config.data, setting.config.eval.stride, corpus, recorded=recorded))
+        loaded = datasets[-1] if datasets else None
+        datasets.append(data.load_dataset(setting.config.data, setting.config.eval.stride, loaded, recorded=recorded))
         _require_vocabulary(setting, datasets[-1])
     steps = phases[-1].stop
     return (
