@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from sparsejax import config, data, interop, layers, ops, patterns, report, schedule, sweep, train
     from sparsejax.errors import InputError
     from sparsejax.inference import generate
+    from sparsejax.interop.huggingface import export
     from sparsejax.loading import load
     from sparsejax.model import Functional, Model
     from sparsejax.ops import attend
@@ -25,6 +26,7 @@ __all__ = [
     "attend",
     "config",
     "data",
+    "export",
     "generate",
     "interop",
     "layers",
@@ -43,6 +45,7 @@ _MODULES = {
     "InputError": "errors",
     "Model": "model",
     "attend": "ops",
+    "export": "interop.huggingface",
     "generate": "inference",
     "load": "loading",
 }
@@ -59,3 +62,5 @@ def __getattr__(name: str) -> Any:
 
 def __dir__() -> list[str]:
     return [*__all__, "__version__"]
+
+__version__ = "0.2.0"

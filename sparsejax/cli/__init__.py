@@ -35,6 +35,7 @@ VERBS = {
     "eval": "evaluate a trained model on a text, a corpus or a probe",
     "analyze": "measure how a trained model uses its context, beside its receptive field",
     "check": "check that a model reads, decodes and costs what its config states",
+    "export": "write a trained model as a folder that transformers loads",
     "data show": "describe the data of a config, with its first training rows",
     "data list": "list the corpora that data fetch downloads",
     "data fetch": "download a corpus and check its digest",

@@ -69,8 +69,7 @@ def add_config(parser: argparse.ArgumentParser, group: argparse._ActionsContaine
         required=group is None,
         metavar="CONFIG",
         help="FILE.py[:ARG], which defines get_config(); hf:FOLDER or run:WORKDIR[@STEP|best], to start from the"
-        " weights of a model; or preset:NAME[:ARG]; the presets are "
-        + ", ".join(list_presets()),
+        " weights of a model; or preset:NAME[:ARG]; the presets are " + ", ".join(list_presets()),
     )
     add_overrides(parser, "config", "set a key of the config, such as --config.model.width=256")
     parser.add_argument(
@@ -84,7 +83,7 @@ def add_config(parser: argparse.ArgumentParser, group: argparse._ActionsContaine
     )
 
 
-def add_model(parser: argparse.ArgumentParser) -> None:
+def add_checkpoint(parser: argparse.ArgumentParser) -> None:
     """Adds MODEL and the options that choose one of its checkpoints and its tokenizer."""
     parser.add_argument("model", metavar="MODEL", help="the workdir of a run, or a Hugging Face folder")
     parser.add_argument(
@@ -93,6 +92,11 @@ def add_model(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--tokenizer", metavar="FILE", help="for a Hugging Face folder: bytes, or a file, instead of that of the folder"
     )
+
+
+def add_model(parser: argparse.ArgumentParser) -> None:
+    """Adds the options of `add_checkpoint`, and the dtype of the computation."""
+    add_checkpoint(parser)
     parser.add_argument(
         "--dtype",
         choices=("float32", "bfloat16"),

@@ -6,7 +6,8 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Iterable
+import types
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -103,10 +104,21 @@ class Checkpoint:
         return [files[name] for name in dict.fromkeys(shards.values())]
 
 
-def write(folder: Path, config: dict[str, Any], tensors: dict[str, np.ndarray], shard_bytes: int = SHARD_BYTES) -> None:
-    """Writes config.json and the tensors, in files of at most `shard_bytes` unless a single tensor is larger.
+def write(
+    folder: Path,
+    config: dict[str, Any],
+    tensors: dict[str, np.ndarray],
+    shard_bytes: int = SHARD_BYTES,
+    files: Mapping[str, bytes] = types.MappingProxyType({}),
+) -> None:
+    """Writes a folder, which appears in one step.
 
-    The folder appears in one step.
+    Args:
+      folder: The folder.
+      config: Content of config.json.
+      tensors: Tensors by name.
+      shard_bytes: Largest size of a file of tensors, unless a single tensor is larger.
+      files: Content of other files by name.
 
     Raises:
       ConversionError: The folder exists already, or cannot be written.
@@ -118,6 +130,8 @@ def write(folder: Path, config: dict[str, Any], tensors: dict[str, np.ndarray], 
         folder.parent.mkdir(parents=True, exist_ok=True)
         partial = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
         (partial / CONFIG).write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
+        for name, content in files.items():
+            (partial / name).write_bytes(content)
         _write_tensors(partial, tensors, shard_bytes)
         os.replace(partial, folder)
     except (OSError, SafetensorError) as error:
