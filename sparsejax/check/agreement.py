@@ -15,6 +15,8 @@ from sparsejax.check.certificate import Finding
 from sparsejax.check.influence import Trace
 from sparsejax.check.reduce import replace_fields
 from sparsejax.check.subject import Subject
+from sparsejax.config import ModelConfig
+from sparsejax.layers import Context, ExpertsConfig, Layer
 from sparsejax.patterns import drawing
 
 # Largest difference between two programs of one model, relative to the largest logit.
@@ -30,7 +32,7 @@ def check_agreement(subject: Subject, trace: Trace) -> Iterator[Finding]:
     yield _decode(exact, tokens, logits)
     yield from _unroll(exact, tokens, logits)
     if exact is not subject:
-        yield _compare(subject.config.dtype, trace.logits[:1], logits, subject.config.dtype, "float32")
+        yield _round(subject, exact, tokens, trace.logits[:1], logits)
 
 
 def _decode(subject: Subject, tokens: np.ndarray, logits: np.ndarray) -> Finding:
@@ -104,6 +106,50 @@ def _unroll(subject: Subject, tokens: np.ndarray, logits: np.ndarray) -> Iterato
     yield implementation
 
 
+def _round(subject: Subject, exact: Subject, tokens: np.ndarray, rounded: np.ndarray, logits: np.ndarray) -> Finding:
+    """Compares the dtype of the model with float32.
+
+    Depth amplifies rounding, and a token that rounding moves to another expert has another output. If logits differ by
+    more than the limit, the layers are compared one by one on the same inputs, and with every token at all experts.
+    """
+    dtype = subject.config.dtype
+    finding = _compare(dtype, rounded, logits, dtype, "float32")
+    if finding.passed:
+        return finding
+
+    def run(layer: Layer, x: jax.Array, context: Context) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
+        y, _ = layer(x, context)
+        return y, (x, y)
+
+    lower, exact = (each.with_config(_choose_all(each.config)) for each in (subject, exact))
+    last, layers = exact.run_layers(tokens, run)
+    lower_last, lower_layers = lower.run_layers(tokens, run, [np.asarray(x) for _, (x, _) in layers])
+    names = [f"layer {index} ({name})" for index, (name, _) in enumerate(layers)]
+    outputs = [(y, lower) for (_, (_, y)), (_, (_, lower)) in zip(layers, lower_layers, strict=True)]
+    errors = {
+        name: _difference(np.asarray(lower, np.float32), np.asarray(y)).max()
+        for name, (y, lower) in zip([*names, "the head"], [*outputs, (last, lower_last)], strict=True)
+    }
+    worst = max(errors, key=lambda name: np.nan_to_num(errors[name], nan=np.inf))
+    detail = (
+        f"{finding.detail}; on the same inputs {worst} differs most, by {errors[worst]:.1e} of its largest output, at"
+        f" most {LIMITS[dtype]:.0e}"
+    )
+    return Finding(dtype, bool(errors[worst] <= LIMITS[dtype]), detail)
+
+
+def _choose_all(config: ModelConfig) -> ModelConfig:
+    """The model with all experts chosen, whose outputs depend continuously on the scores."""
+    mlps = {name: layer.mlp for name, layer in config.layers.items() if isinstance(layer.mlp, ExpertsConfig)}
+    layers = {
+        name: dataclasses.replace(
+            config.layers[name], mlp=dataclasses.replace(mlp, top_k=mlp.experts, top_groups=mlp.groups)
+        )
+        for name, mlp in mlps.items()
+    }
+    return dataclasses.replace(config, layers=config.layers | layers)
+
+
 def _skip_reference(subject: Subject) -> str:
     """Why the implementation is not compared with the reference; empty if it is."""
     mixers = subject.mixers.values()
@@ -115,10 +161,15 @@ def _skip_reference(subject: Subject) -> str:
 
 
 def _compare(name: str, actual: np.ndarray, expected: np.ndarray, dtype: str, other: str) -> Finding:
-    difference = np.abs(actual - expected).max(axis=-1) / np.abs(expected).max()
+    difference = _difference(actual, expected)
     error, limit = float(difference.max()), LIMITS[dtype]
     detail = f"differs from {other} by {error:.1e} of the largest logit, at most {limit:.0e}"
     if error <= limit:
         return Finding(name, True, detail)
     first = int(np.flatnonzero(~(difference <= limit).all(axis=0))[0])
     return Finding(name, False, f"{detail}, first at position {first}")
+
+
+def _difference(actual: np.ndarray, expected: np.ndarray) -> np.ndarray:
+    """Largest difference per position, relative to the largest value."""
+    return np.abs(actual - expected).max(axis=-1) / np.abs(expected).max()

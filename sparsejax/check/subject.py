@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -82,11 +82,15 @@ class Subject:
         return self.jit(lambda parameters, tokens, context: self.model.bind(parameters)(tokens, context))
 
     def run_layers(
-        self, tokens: np.ndarray, run: Callable[[Layer, jax.Array, Context], tuple[jax.Array, Any]] = Layer.__call__
+        self,
+        tokens: np.ndarray,
+        run: Callable[[Layer, jax.Array, Context], tuple[jax.Array, Any]] = Layer.__call__,
+        inputs: Sequence[np.ndarray] | None = None,
     ) -> tuple[np.ndarray, list[tuple[str, Any]]]:
         """Logits of the layers one by one, and per layer its name and what `run` returns next to its output.
 
-        Layers of the same name share a program.
+        Layers of the same name share a program. With `inputs`, each layer reads its input from there instead of the
+        output of the layer before.
         """
         model, compiled, results = self.bind(), dict[str, Any](), []
 
@@ -104,6 +108,7 @@ class Subject:
             graph, state = nnx.split(layer)
             if name not in compiled:
                 compiled[name] = self.jit(lambda state, *inputs, graph=graph: run(nnx.merge(graph, state), *inputs))
+            x = x if inputs is None else jnp.asarray(inputs[index], x.dtype)
             x, result = compiled[name](state, x, context.with_extras(layer=jnp.asarray(index)))
             results.append((name, result))
         return np.asarray(finish(self.parameters, x)), results

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import re
 from pathlib import Path
 from typing import ClassVar
 
@@ -17,7 +18,7 @@ from sparsejax.check.reduce import MAX_PARAMETERS, choose_length, reduce
 from sparsejax.errors import InputError
 from sparsejax.model import Functional
 from sparsejax.workdir import Workdir, write_json
-from tests.check.models import MIXERS, build
+from tests.check.models import EXPERTS, MIXERS, build
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 
@@ -52,7 +53,7 @@ def register(kind, mix, **members):
             self.out = nnx.Param(jnp.eye(stream.width))
 
         def __call__(self, x, context=layers.EMPTY):
-            return mix(x) @ self.out[...]
+            return (mix(x) @ self.out[...]).astype(x.dtype)
 
     layers.register(kind, config)(Mixer)
     return config()
@@ -76,6 +77,7 @@ def convolve(x):
 
 FUTURE = r"causality: the logits at position 0 change by up to \d.* with the tokens from position \d+ on"
 DOCUMENT = r"documents: other tokens in document 1 change the logits at position \d+ .*tokens\.segments"
+OWN = patterns.Causal() & patterns.Window(0)  # each token attends to itself
 LEAKS = {
     "circular": (lambda x: x + jnp.roll(x, 1, axis=1), FUTURE),
     "convolved": (convolve, FUTURE),
@@ -161,6 +163,21 @@ def test_a_program_that_is_exact_but_not_bitwise_passes(registries):
     findings = {finding.name: finding for finding in certificate.findings}
     assert findings["causality"].passed
     assert "in float64 to 1e-12" in findings["causality"].detail
+
+
+def test_depth_and_routing_may_amplify_rounding():
+    model = build("conv", layer={"mlp": EXPERTS})
+    deep = dataclasses.replace(model, schedule="24x(mix)", dtype="bfloat16")
+    finding = next(finding for finding in check_model(deep, 24).findings if finding.name == "bfloat16")
+    assert finding.passed
+    assert re.search(r"logit, at most 5e-02, first at .*; on the same inputs layer \d+ \(mix\)", finding.detail)
+
+
+def test_a_layer_that_rounds_more_than_its_dtype_is_refused(registries):
+    register("coarse", lambda x: x if x.dtype == jnp.float32 else x[..., ::-1], connectivity=OWN)
+    model = dataclasses.replace(build({"kind": "coarse"}), dtype="bfloat16")
+    finding = next(finding for finding in check_model(model, 24).failures if finding.name == "bfloat16")
+    assert re.search(r"; on the same inputs layer \d+ \(mix\) differs most, by [1-9]", finding.detail)
 
 
 def test_a_declared_leak_is_named(registries):
