@@ -67,6 +67,11 @@ class Workdir:
         return self.path / "tokenizer.model"
 
     @property
+    def init(self) -> Path:
+        """Where each parameter came from, if the run started from the weights of a model."""
+        return self.path / "init.json"
+
+    @property
     def versions(self) -> Path:
         """The software and devices of each start."""
         return self.path / "versions.json"

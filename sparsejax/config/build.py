@@ -118,7 +118,7 @@ def build(schema: type, section: dict[str, Any]) -> Any:
 
 def to_section(config: Any) -> dict[str, Any]:
     """Returns the section from which `build` builds a dataclass of the schema, such as a ModelConfig."""
-    hints = _hints(type(config))
+    hints = hints_of(type(config))
     return {name: _to_value(getattr(config, name), split_none(hints[name])[0]) for name in fields_of(type(config))}
 
 
@@ -148,7 +148,7 @@ def _complete(annotation: Any, value: Any, kind: Any = None) -> Any:
         return {key: _complete(typing.get_args(annotation)[1], item) for key, item in value.items()}
     if not is_section(annotation):
         return value
-    fields, hints = fields_of(annotation), _hints(annotation)
+    fields, hints = fields_of(annotation), hints_of(annotation)
     missing = [name for name in fields if name not in value and is_optional(fields[name])]
     value = value | {name: _default(fields[name]) for name in missing}
     return {
@@ -171,7 +171,7 @@ def annotation_of(config: Mapping[str, Any], key: str) -> Any:
             annotation = typing.get_args(annotation)[1] if annotation != Overrides else None
         elif is_section(annotation) and name in fields_of(annotation):
             kind = _kind_of(fields_of(annotation)[name], section)
-            annotation = _hints(annotation)[name]
+            annotation = hints_of(annotation)[name]
         else:
             return None
         try:
@@ -242,7 +242,7 @@ def _build_section(schema: type, value: Any, path: str) -> Any:
     arguments = {}
     for name, field in fields.items():
         if name in value:
-            hint, kind = _hints(schema)[name], _kind_of(field, value)
+            hint, kind = hints_of(schema)[name], _kind_of(field, value)
             arguments[name] = _build(hint, value[name], f"{prefix}{name}", kind)
         elif not is_optional(field):
             raise ConfigError(f"{prefix}{name}", "missing")
@@ -296,7 +296,8 @@ def _kind_of(field: dataclasses.Field, section: Any) -> Any:
 
 
 @functools.cache
-def _hints(schema: type) -> dict[str, Any]:
+def hints_of(schema: type) -> dict[str, Any]:
+    """The annotations of the fields of a dataclass by name."""
     # A module that a configuration file imports may have left `sys.modules`.
     return typing.get_type_hints(schema, localns=getattr(vars(schema).get("__init__"), "__globals__", None))
 

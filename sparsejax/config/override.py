@@ -11,6 +11,7 @@ from ml_collections import ConfigDict
 from ml_collections.config_dict import FieldReference
 
 from sparsejax.config.build import (
+    EXPECTED,
     KIND_KEYS,
     UNIONS,
     ConfigError,
@@ -19,6 +20,8 @@ from sparsejax.config.build import (
     complete,
     copy_sections,
     fields_of,
+    hints_of,
+    is_optional,
     is_section,
     member_of,
     resolve,
@@ -110,12 +113,21 @@ def _change_kind(config: ConfigDict, key: str, section: ConfigDict) -> bool:
     member = member_of(union, section) if union in UNIONS else None
     if member is None:  # such as the kind of a norm, or an unknown kind, which `check` reports
         return False
-    for name in set(section.keys()) - {"kind", *fields_of(member)}:
-        del section[name]
+    fields = fields_of(member)
+    for name in set(section.keys()) - {"kind"}:
+        # A key of another type, such as `gate` of attention and of the delta rule, has another meaning.
+        if name not in fields or (is_optional(fields[name]) and not _fits(member, name, section[name])):
+            del section[name]
     for name, value in complete(copy_sections(section), union).items():
         if name not in section:
             section[name] = value
     return True
+
+
+def _fits(schema: type, name: str, value: Any) -> bool:
+    """Whether the type of a value is that of a field that is no section."""
+    annotation, optional = split_none(hints_of(schema)[name])
+    return annotation not in EXPECTED or (optional and value is None) or type(value) is annotation
 
 
 def _check_kind(config: ConfigDict, key: str, old: Any, overrides: Mapping[str, Any]) -> None:

@@ -44,10 +44,26 @@ class TrainState(Generic[Leaf]):
     optimizer: Any
 
 
-def init_state(model: Functional, optimizer: optax.GradientTransformation, seed: int, mesh: Mesh) -> TrainState[Array]:
-    """Initializes a state on the mesh, without a copy elsewhere."""
-    init = jax.jit(_build_init(model, optimizer), out_shardings=_shardings(model, optimizer, mesh))
-    return init(jax.random.key(seed))
+def init_state(
+    model: Functional,
+    optimizer: optax.GradientTransformation,
+    seed: int,
+    mesh: Mesh,
+    parameters: dict[str, Any] | None = None,
+) -> TrainState[Array]:
+    """Initializes a state on the mesh, without a copy elsewhere.
+
+    Args:
+      model: The model.
+      optimizer: The optimizer.
+      seed: Seed of the state.
+      mesh: The mesh.
+      parameters: Parameters of the model on the mesh, whose buffers are donated; by default they are drawn at random.
+    """
+    init = jax.jit(
+        _build_init(model, optimizer), out_shardings=_shardings(model, optimizer, mesh), donate_argnames="parameters"
+    )
+    return init(jax.random.key(seed), parameters=parameters)
 
 
 def state_shapes(
@@ -86,10 +102,10 @@ def restack_state(
 
 def _build_init(
     model: Functional, optimizer: optax.GradientTransformation
-) -> Callable[[Key[Array, ""]], TrainState[Array]]:
-    def init(key: Key[Array, ""]) -> TrainState[Array]:
+) -> Callable[..., TrainState[Array]]:
+    def init(key: Key[Array, ""], parameters: dict[str, Any] | None = None) -> TrainState[Array]:
         parameter_key, step_key = jax.random.split(key)
-        parameters = model.init(parameter_key)
+        parameters = model.init(parameter_key) if parameters is None else parameters
         zero = jnp.zeros((), jnp.int32)
         return TrainState(zero, zero, init_losses(), step_key, parameters, optimizer.init(parameters))
 

@@ -10,7 +10,6 @@ import os
 from collections.abc import Sequence
 from typing import Any
 
-import grain
 from jaxtyping import Array
 from ml_collections import ConfigDict
 from rich.console import Console
@@ -18,6 +17,7 @@ from rich.console import Console
 from sparsejax import config as configs
 from sparsejax import extensions, sharding
 from sparsejax.buckets import Uploads
+from sparsejax.data import BatchIterator
 from sparsejax.data.tokenizers import read_tokenizer
 from sparsejax.inference.evaluation import Evaluation, describe, summarize
 from sparsejax.metrics import TRAIN, finite_or_none
@@ -56,7 +56,7 @@ class Run:
     workdir: Workdir
     runtimes: Sequence[PhaseRuntime]
     state: TrainState[Array]
-    batches: grain.DatasetIterator
+    batches: BatchIterator
     checkpoints: Checkpoints
     writers: Writers
     progress: ProgressReport
@@ -119,16 +119,20 @@ def train(settings: ConfigDict, workdir: str | os.PathLike[str], console: Consol
             files = Workdir(path)
             start.check_workdir(files, settings, extend)
             runtimes, evaluators = set_up(phases, evaluations, mesh, read_tokenizer(files))
-        stack.enter_context(start.hold(files))
+            init = start.plan_init(runtimes[0], files)
+            stack.enter_context(start.hold(files))
+            parameters = None if init is None else init.load(mesh, phases[0].config.train.seed)
         changed = extensions.find_changes(files)  # before the record is replaced
         changes = start.claim_workdir(files, settings, runtimes, extend)
         display.print_plan(runtimes, evaluators, mesh, console)
+        if init is not None:
+            display.print_lines(console, *init.describe())
         meta = {"config": settings.to_dict(), "digest": configs.digest(settings), "corpus": runtimes[0].dataset.digest}
         losses = start.read_losses(files, runtimes)
         checkpoints = stack.enter_context(Checkpoints(files.checkpoints, phases[0].config.checkpoint, meta, losses))
         remaining = [phase for phase in phases if phase.stop > (checkpoints.latest or 0)]
         check = stack.enter_context(ModelCheck(files, remaining, console))
-        state, batches, metrics = start.start_state(runtimes, checkpoints, mesh)
+        state, batches, metrics = start.start_state(runtimes, checkpoints, mesh, parameters)
         first_step = int(state.step)
         if checkpoints.latest is not None:
             current = next(runtime for runtime in runtimes if first_step <= runtime.phase.stop)
@@ -138,6 +142,8 @@ def train(settings: ConfigDict, workdir: str | os.PathLike[str], console: Consol
                 display.print_lines(console, f"warning: {source} has changed since the run last started")
         if sharding.is_coordinator():
             start.record_versions(files, changes)
+            if init is not None:
+                write_json(files.init, init.record)
         with (
             Writers(files, first_step, sharding.is_coordinator()) as writers,
             ProgressReport(console, first_step, phases[-1].stop) as progress,

@@ -9,7 +9,6 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-import grain
 import jax
 from jax.sharding import Mesh
 from jaxtyping import Array
@@ -18,8 +17,10 @@ from ml_collections import ConfigDict
 from sparsejax import buckets, extensions, sharding
 from sparsejax import config as configs
 from sparsejax.config import ConfigError
+from sparsejax.data import BatchIterator
 from sparsejax.data.tokenizers import write_tokenizer
 from sparsejax.errors import InputError
+from sparsejax.init.plan import Plan, plan
 from sparsejax.metrics import EVAL_LOSS
 from sparsejax.model import Functional
 from sparsejax.paths import bucket_address, local_path
@@ -190,16 +191,32 @@ def _describe_extension(runtime: PhaseRuntime, change: configs.Change, step: int
     )
 
 
+def plan_init(runtime: PhaseRuntime, workdir: Workdir) -> Plan | None:
+    """Plans where the parameters of a new run come from; None without a source, or for a run that resumes.
+
+    Raises:
+      InputError: See `init.plan.plan`.
+    """
+    config = runtime.config.init
+    if config.source is None or sharding.from_coordinator(bool(list_steps(workdir.checkpoints))):
+        return None
+    return plan(config, runtime.model)
+
+
 def start_state(
-    runtimes: Sequence[PhaseRuntime], checkpoints: Checkpoints, mesh: Mesh
-) -> tuple[TrainState[Array], grain.DatasetIterator, dict[str, float] | None]:
+    runtimes: Sequence[PhaseRuntime],
+    checkpoints: Checkpoints,
+    mesh: Mesh,
+    parameters: dict[str, Any] | None = None,
+) -> tuple[TrainState[Array], BatchIterator, dict[str, float] | None]:
     """Returns the newest state, the batches that follow it, and the training metrics of its step, see `Restored`.
 
-    Without a checkpoint they are those of a new run.
+    Without a checkpoint they are those of a new run, which starts from `parameters` or at random.
     """
     first, latest = runtimes[0], checkpoints.latest
     if latest is None:
-        return init_state(first.model, first.optimizer, first.config.train.seed, mesh), first.train_batches(), None
+        state = init_state(first.model, first.optimizer, first.config.train.seed, mesh, parameters)
+        return state, first.train_batches(), None
     # A checkpoint at the end of a phase holds the iterator of that phase.
     batches = next(runtime for runtime in runtimes if latest <= runtime.phase.stop).train_batches()
     source = plan_phases(ConfigDict(configs.complete(read_meta(checkpoints.folder / str(latest))["config"])))[0].config

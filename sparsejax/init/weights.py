@@ -1,0 +1,120 @@
+"""The parameters of a trained model, by path in the unrolled model and read one at a time."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from sparsejax.config import ModelConfig, ModelSource
+from sparsejax.errors import InputError
+from sparsejax.model import Functional, path_of
+
+
+class Location(NamedTuple):
+    """Where a model keeps a parameter of the unrolled model.
+
+    Attributes:
+      path: Keys of the parameter in the nested dicts.
+      repetition: Index of its repetition of the period; None if the parameter is not stacked.
+      shape: Shape of the parameter.
+    """
+
+    path: tuple[Any, ...]
+    repetition: int | None
+    shape: tuple[int, ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class Weights:
+    """A trained model, whose parameters are read on demand.
+
+    Attributes:
+      source: Where it is, with the absolute path and the step of a checkpoint.
+      config: The model.
+      shapes: Shape of each parameter by path in the unrolled model, such as `layers.3.mixer.query.weight`.
+      read: Reads a parameter by this path, in float32.
+    """
+
+    source: ModelSource
+    config: ModelConfig
+    shapes: dict[str, tuple[int, ...]]
+    read: Callable[[str], np.ndarray]
+
+
+def locate_parameters(model: Functional) -> dict[str, Location]:
+    """Returns the location of each parameter by path in the unrolled model, such as `layers.3.mixer.query.weight`.
+
+    The parameters of equal name in all layers are adjacent.
+    """
+    fold = model.config.fold
+    first, width = len(fold.before), len(fold.period)
+    starts = {"before": 0, "after": first + width * fold.repeats}
+    located: dict[str, Location] = {}
+    for path, leaf in sorted(jax.tree.leaves_with_path(model.shapes), key=lambda item: path_of(item[0][2:])):
+        root, *keys = (entry.key for entry in path)
+        if root == "period":
+            for repetition in range(fold.repeats):
+                name = ".".join(map(str, ("layers", first + repetition * width + keys[0], *keys[1:])))
+                located[name] = Location((root, *keys), repetition, leaf.shape[1:])
+        elif root in starts:
+            located[".".join(map(str, ("layers", starts[root] + keys[0], *keys[1:])))] = Location(
+                (root, *keys), None, leaf.shape
+            )
+        else:
+            located[path_of(path)] = Location((root, *keys), None, leaf.shape)
+    return located
+
+
+def open_weights(source: ModelSource) -> Weights:
+    """Opens a trained model; reads its configuration, and no parameter.
+
+    Raises:
+      InputError: There is no such model or checkpoint, or it is damaged.
+    """
+    try:
+        return _open_run(source) if source.kind == "run" else _open_folder(source.resolve())
+    except InputError as error:
+        named = error.argument in ("source", "path", "step")
+        raise InputError("init.source" if named else error.argument, error.problem) from error
+
+
+def _open_folder(source: ModelSource) -> Weights:
+    from sparsejax.interop import huggingface  # needs safetensors
+
+    if not source.exists():
+        raise InputError("source", f"{source}: no folder {source.path!r}")
+    config, reader = huggingface.open_parameters(source.path)
+    shapes = {name: location.shape for name, location in locate_parameters(Functional(config)).items()}
+    return Weights(source, config, shapes, lambda name: reader.read(name, shapes[name]))
+
+
+def _open_run(source: ModelSource) -> Weights:
+    from sparsejax.loading import open_checkpoint  # imports grain and Orbax
+
+    checkpoint = open_checkpoint(source)
+    model = Functional(checkpoint.run.model)
+    located = locate_parameters(model)
+    stacked = {tuple(entry.key for entry in path): leaf for path, leaf in jax.tree.leaves_with_path(model.shapes)}
+    device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+
+    # The layers of one name are read one after another, alternating between the layers of the period.
+    @functools.lru_cache(maxsize=max(1, len(model.config.fold.period)))
+    def read_stack(path: tuple[Any, ...]) -> np.ndarray:
+        shape: Any = jax.ShapeDtypeStruct(stacked[path].shape, jnp.float32, sharding=device)
+        [leaf] = jax.tree.leaves(checkpoint.read(functools.reduce(lambda tree, key: {key: tree}, path[::-1], shape)))
+        return np.asarray(leaf)
+
+    def read(name: str) -> np.ndarray:
+        path, repetition, _ = located[name]
+        return read_stack(path) if repetition is None else read_stack(path)[repetition]
+
+    resolved = source if source.path.partition("://")[1] else source.resolve()
+    resolved = dataclasses.replace(resolved, step=checkpoint.step)
+    shapes = {name: location.shape for name, location in located.items()}
+    return Weights(resolved, checkpoint.run.model, shapes, read)
