@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from collections.abc import Callable, Iterator, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -25,7 +26,7 @@ from sparsejax.layers import (
     ParallelConfig,
     Tokens,
 )
-from sparsejax.patterns import drawing
+from sparsejax.patterns import Pattern, drawing
 
 QUERIES = 16  # fewest edits of a suffix, and outputs whose gradients are taken, per layer
 SHORTEST_ROW = 7  # tokens of three documents and padding
@@ -119,37 +120,14 @@ def check_causality(subject: Subject, trace: Trace) -> Finding:
 def check_documents(subject: Subject) -> Finding:
     """In a packed row, tokens of a document or of padding change no logit of another token's document.
 
-    Row 0 packs three documents and padding, and the next four rows change one part each. Then each document is alone,
-    with padding elsewhere. The last two rows are one document with padding before and inside it.
+    A document also has the logits that it has alone, with padding elsewhere: at its place in the row, and, if the
+    patterns do not depend on the place in the row, at the start of a row.
     """
     if subject.config.head.pool != "none":
         return Finding("documents", None, "the head averages over all tokens")
-    length = subject.length
-    if length < SHORTEST_ROW:
-        return Finding("documents", None, f"{length} tokens are too few for three documents")
-    starts = np.asarray((0, length // 3, 2 * length // 3, length - 2))
-    part = np.searchsorted(starts, np.arange(length), side="right")
-    hole = np.isin(np.arange(length), (0, 1, length // 2))
-    tokens, other = subject.draw_tokens(2, seed=2)
-    changes = [part == number for number in (1, 2, 3, 4)]
-    edited = [np.where(change, other, tokens) for change in changes]
-    rows = np.stack([tokens, *edited, *[tokens] * 4, np.where(hole, other, tokens)])
-    packed, alone = np.where(part <= 3, part, 0), [np.where(part == number, 1, 0) for number in (1, 2, 3)]
-    segments = np.stack([*[packed] * 5, *alone, *[np.ones(length, int)] * 2])
-    mask = (segments > 0) & ~(hole & (np.arange(10) >= 8)[:, None])
-    positions = np.where(np.arange(10)[:, None] < 8, np.arange(length) - starts[part - 1], np.arange(length))
-    ids = {"segments": jnp.asarray(segments, jnp.int32), "positions": jnp.asarray(positions, jnp.int32)}
-    context = Context(Tokens(mask=jnp.asarray(mask), **ids))
-    problem = (
-        "other tokens in {} change the logits at position {{position}} by up to {{change:.2g}}; "
-        "a mixer ignores context.tokens.{}"
-    )
-    names = ("document 1", "document 2", "document 3", "padding")
-    edits = [
-        Edit(row, 0, mask[0] & ~changes[row - 1], problem.format(name, "mask" if row == 4 else "segments"))
-        for row, name in enumerate(names, 1)
-    ]
-    edits.append(Edit(9, 8, mask[8], problem.format("padding in a document", "mask")))
+    if subject.length < SHORTEST_ROW:
+        return Finding("documents", None, f"{subject.length} tokens are too few for three documents")
+    rows, context, edits, alone = _lay_out_documents(subject)
     logits = subject.forward(rows, context)
     problem, how = _compare(subject, edits, lambda subject: subject.forward(rows, context), logits)
     if problem:
@@ -157,11 +135,60 @@ def check_documents(subject: Subject) -> Finding:
     if any(isinstance(config, LshConfig) for mixer in subject.mixers.values() for config in _branches(mixer)):
         detail = f"packed documents and padding do not interact, {how}; alone, LSH attention hashes into other chunks"
         return Finding("documents", True, detail)
-    error = max(np.abs(logits[4 + number] - logits[0])[part == number].max() for number in (1, 2, 3))
+    error = max(
+        np.abs(np.roll(logits[row], shift, axis=0) - logits[0])[document].max() for row, (document, shift) in alone
+    )
     error = float(error / np.abs(logits[0]).max())
     limit = ALONE[subject.config.dtype]
     detail = f"packed documents and padding do not interact, {how}; alone, the logits of a document differ"
     return Finding("documents", error <= limit, f"{detail} by {error:.1e} of the largest, at most {limit:.0e}")
+
+
+def _lay_out_documents(subject: Subject) -> tuple[np.ndarray, Context, list[Edit], list[tuple[int, Any]]]:
+    """Tokens and context of the rows, the edits among them, and the documents that are alone.
+
+    Row 0 packs three documents and padding, and the next four rows change one part each. Then each document is alone.
+    The last two rows are one document with padding before and inside it.
+
+    Returns:
+      Tokens [b, t], their context, the edits, and the row, the tokens in row 0 and the shift of documents that are
+      alone.
+    """
+    length = subject.length
+    starts = np.asarray((0, length // 3, 2 * length // 3, length - 2))
+    part = np.searchsorted(starts, np.arange(length), side="right")
+    at, hole = np.arange(length), np.isin(np.arange(length), (0, 1, length // 2))
+    tokens, other = subject.draw_tokens(2, seed=2)
+    shifts = [(number, 0) for number in (1, 2, 3)]
+    if all(_is_shift_invariant(pattern, starts) for pattern in dict(subject.config.connectivity).values()):
+        shifts += [(2, int(starts[1])), (3, int(starts[2]))]
+    packed, whole = (np.where(part <= 3, part, 0), at - starts[part - 1]), (np.ones(length, int), at)
+    rows = [(tokens, *packed), *[(np.where(part == number, other, tokens), *packed) for number in (1, 2, 3, 4)]]
+    rows += [tuple(np.roll(x, -shift) for x in (tokens, part == number, packed[1])) for number, shift in shifts]
+    rows += [(tokens, *whole), (np.where(hole, other, tokens), *whole)]
+    inputs, segments, positions = (np.stack(column).astype(np.int32) for column in zip(*rows, strict=True))
+    mask = segments > 0
+    mask[-2:] &= ~hole
+    ids = {"segments": jnp.asarray(segments), "positions": jnp.asarray(positions)}
+    problem = (
+        "other tokens in {} change the logits at position {{position}} by up to {{change:.2g}}; "
+        "a mixer ignores context.tokens.{}"
+    )
+    names = {1: "document 1", 2: "document 2", 3: "document 3", 4: "padding"}
+    edits = [
+        Edit(row, 0, mask[0] & (part != row), problem.format(name, "mask" if row == 4 else "segments"))
+        for row, name in names.items()
+    ]
+    edits.append(Edit(len(rows) - 1, len(rows) - 2, mask[-1], problem.format("padding in a document", "mask")))
+    alone = [(row, (part == number, shift)) for row, (number, shift) in enumerate(shifts, 5)]
+    return inputs, Context(Tokens(mask=jnp.asarray(mask), **ids)), edits, alone
+
+
+def _is_shift_invariant(pattern: Pattern, starts: Int[np.ndarray, " documents"]) -> bool:
+    """Whether queries of a document attend to the keys to which they would attend at the start of a row."""
+    mask = pattern.dense(int(starts[-1]))
+    documents = (mask[..., first:end, first:end] for first, end in itertools.pairwise(starts))
+    return all((document == mask[..., : document.shape[-1], : document.shape[-1]]).all() for document in documents)
 
 
 def check_receptive_fields(subject: Subject, trace: Trace) -> Iterator[Finding]:

@@ -31,6 +31,15 @@ EXPERT = MappingProxyType({"layer": {"mlp": EXPERTS}})
 SHARED = MappingProxyType({"layer": {"side": SIDE}, "shared": {"block": BLOCK}})
 LEAKS = MappingProxyType({"allow_leaks": True})
 MUTANTS = {
+    # Embeddings.
+    "learned positions of the row": Mutant(
+        "embedding",
+        "Embedding.__call__",
+        "self._embed(tokens, positions if",
+        "self._embed(tokens, jnp.arange(tokens.shape[1]) if",
+        "window",
+        changes=MappingProxyType({"embedding": {"positions": 64}}),
+    ),
     # Patterns: what an implementation reads.
     "window off by one": Mutant(
         "ops.gather", "_apply_positions", "allows(q_positions,", "allows(q_positions + 1,", "window"
