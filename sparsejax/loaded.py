@@ -468,7 +468,7 @@ class LoadedModel:
         section = ConfigDict({"data": configs.complete(defaults, DataConfig)})
         configs.override(section, {f"data.{key}": value for key, value in changes.items()})
         if not changes.keys().isdisjoint(("files", "validation", "tfds", "task")):
-            section.data.sources = {}
+            section.data.sources, section.data.stream, section.data.readers = {}, False, 1
         if "validation" in changes:
             section.data.files = section.data.validation
         if not changes.keys().isdisjoint(("files", "validation")):

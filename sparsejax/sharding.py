@@ -70,6 +70,16 @@ def from_coordinator(value: Any) -> Any:
     return json.loads(np.asarray(multihost_utils.broadcast_one_to_all(padded)).tobytes())
 
 
+def gather(value: Any) -> list[Any]:
+    """Returns the `value` of each process, which JSON can hold, in all processes that train together."""
+    if jax.process_count() == 1:
+        return [value]
+    content = np.frombuffer(json.dumps(value).encode(), np.uint8)
+    size = int(multihost_utils.process_allgather(np.int32(len(content))).max())
+    padded = np.pad(content, (0, size - len(content)), constant_values=ord(" "))
+    return [json.loads(row.tobytes()) for row in multihost_utils.process_allgather(padded)]
+
+
 def make_mesh(config: ShardingConfig) -> Mesh:
     """Builds the mesh of all devices; a single device is a 1 x 1 x 1 mesh.
 

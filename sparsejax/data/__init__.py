@@ -10,11 +10,12 @@ from sparsejax.data.dataset import Dataset, Mixture
 from sparsejax.data.errors import DataError
 from sparsejax.data.load import load_dataset
 from sparsejax.data.preview import preview
-from sparsejax.data.rows import Batch
+from sparsejax.data.rows import Batch, BatchIterator
 from sparsejax.data.text import Corpus, build_corpus, load_corpus
 
 __all__ = [
     "Batch",
+    "BatchIterator",
     "Corpus",
     "DataConfig",
     "DataError",

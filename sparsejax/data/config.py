@@ -52,6 +52,7 @@ class SourceConfig:
     field: str = "text"
     label: str = ""
     separator: str = ""
+    stream: bool = False
     probe: Probe | None = dataclasses.field(default=None, metadata={"kind": "task"})
 
     def __post_init__(self) -> None:
@@ -92,6 +93,12 @@ class DataConfig:
     cache: str = dataclasses.field(default="", metadata={"resume": "none"})
     packing: str = "none"  # "none" cuts windows from one stream; "packed" packs whole documents, split by segment ids
     objective: str = "causal"  # prediction of the next token, of masked tokens, of tokens after a prefix, or of a class
+    # read and tokenize `files` during training, in bounded memory and without a cache; needs `validation`
+    stream: bool = False
+    buffer: int = 1024  # rows of a stream that are shuffled at once
+    # readers of a stream, each with its own files and its own range of the rows of a batch; several processes read only
+    # the files of their rows if it is a multiple of their number
+    readers: int = 1
     mask: MaskConfig = MaskConfig()  # masking, for the objective "masked"
     prefix: int = 0  # tokens at the start of a window that are not predicted, for the objective "prefix"
     # keys of the probe that `task` names; none for text
@@ -99,7 +106,7 @@ class DataConfig:
     sources: dict[str, SourceConfig] = dataclasses.field(default_factory=dict)  # sources of a mixture by name
 
     def __post_init__(self) -> None:
-        require_at_least(self, 1, "length")
+        require_at_least(self, 1, "length", "buffer", "readers")
         if self.length > MAX_LENGTH:
             raise InputError("length", f"{self.length} is above {MAX_LENGTH}")
         require_choice(self, "task", ("text", *PROBES))
@@ -118,10 +125,28 @@ class DataConfig:
             raise InputError("packing", "a packed window has several documents, but the prefix is that of the window")
         if self.objective == "classify" and self.packing == "packed":
             raise InputError("packing", "must be 'none' for the objective 'classify'")
+        if self.stream:
+            self._check_stream()
+        elif self.readers > 1 and not any(source.stream for source in self.sources.values()):
+            raise InputError("readers", f"{self.readers}: there is no stream; set stream = true")
         if self.sources:
             self._check_sources()
         elif self.objective == "classify" and not self.label:
             raise InputError("label", "is empty, but the objective 'classify' reads the class from this field")
+
+    def _check_stream(self) -> None:
+        if self.task != "text" or self.tfds:
+            raise InputError("stream", "requires files, not a probe or a TFDS data set")
+        if not (self.files and self.validation):
+            name = "validation" if self.files else "files"
+            raise InputError(name, "is empty; a stream is not split, so both files and validation are required")
+        if self.objective == "classify":
+            raise InputError("stream", "is true, but the objective 'classify' counts the classes of all text first")
+        if self.tokenizer.startswith("bpe:"):
+            raise InputError(
+                "tokenizer",
+                f"{self.tokenizer} is trained on all of the text, which a stream does not read; name a file",
+            )
 
     def _check_sources(self) -> None:
         for field in dataclasses.fields(SourceConfig)[1:]:
@@ -141,7 +166,8 @@ class DataConfig:
         source = self.sources[name]
         keys = {field.name: getattr(source, field.name) for field in dataclasses.fields(source)[1:]}
         packing = self.packing if source.task == "text" else "none"
-        return dataclasses.replace(self, **keys, sources={}, packing=packing)
+        readers = self.readers if source.stream else 1
+        return dataclasses.replace(self, **keys, sources={}, packing=packing, readers=readers)
 
     def _set_up_probe(self) -> None:
         for name, default in (("objective", "causal"), ("packing", "none")):

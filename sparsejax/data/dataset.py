@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Callable, Iterator, Mapping
-from typing import TYPE_CHECKING, Any, TypedDict
+from typing import Any, TypedDict
 
 import numpy as np
 
@@ -13,14 +13,12 @@ from sparsejax.data.batches import Transform, draw_shuffled, numbered_batches, o
 from sparsejax.data.config import DataConfig
 from sparsejax.data.errors import DataError
 from sparsejax.data.files import hash_name
-from sparsejax.data.mixture import Joined, MixtureOrder, join_rows
+from sparsejax.data.mixture import Joined, MixedReader, MixtureOrder
 from sparsejax.data.objectives import apply_objective
-from sparsejax.data.rows import Batch, Examples, Rows
+from sparsejax.data.rows import Batch, BatchIterator, Examples, RowReader, Rows
+from sparsejax.data.stream import Stream, StreamBatches, StreamReader
 from sparsejax.data.text import Corpus
 from sparsejax.data.tokenizers import Tokenizer
-
-if TYPE_CHECKING:
-    import grain
 
 IMPLICIT = ("tokens", "rows", "row_length", "restored")  # counts that `describe` reports elsewhere
 LABELS = {  # of counts whose names `describe` does not print
@@ -54,7 +52,7 @@ class Dataset:
     """
 
     config: DataConfig
-    training: Rows | None
+    training: Rows | Stream | None
     held_out: Rows
     vocab: int
     digest: str
@@ -98,18 +96,31 @@ class Dataset:
         """Fraction of the bytes of the validation text that decoding the tokens gives back; 1 for probes."""
         return 1.0 if self.corpus is None else self.corpus.held_out.restored
 
-    def train_batches(
-        self, batch: int, seed: int, *, process_index: int = 0, process_count: int = 1
-    ) -> grain.DatasetIterator:
+    def train_batches(self, batch: int, seed: int, *, process_index: int = 0, process_count: int = 1) -> BatchIterator:
         """Iterates endlessly over training batches, a function of `seed` and step; see `shuffled_batches`."""
         sharing = Sharing(process_index=process_index, process_count=process_count)
-        return numbered_batches(functools.partial(self.draw, seed=seed), batch, **sharing)
+        readers = self.config.readers
+        if self.is_stream:
+            return StreamBatches([self.open_reader(seed, i, readers) for i in range(readers)], batch, **sharing)
+        return numbered_batches(self.open_reader(seed).draw, batch, **sharing)
+
+    @property
+    def is_stream(self) -> bool:
+        """Whether text is read during training."""
+        return isinstance(self.training, Stream)
+
+    def open_reader(self, seed: int, reader: int = 0, readers: int = 1) -> RowReader:
+        """Returns a reader of every `readers`-th training row; readers of a stream share its files instead."""
+        if isinstance(self.training, Stream):
+            return StreamReader(self.training, seed, self._transform(seed), reader, readers)
+        return _Drawer(lambda numbers: self.draw(numbers * readers + reader, seed))
 
     def draw(self, numbers: np.ndarray, seed: int) -> Batch:
         """Returns the training rows of a run with these numbers, int64 [b], counted from 0 over all epochs."""
         if isinstance(self.training, Examples):
             return dataclasses.replace(self.training, seed=seed).take(numbers)
         assert self.training is not None
+        assert not isinstance(self.training, Stream)
         return draw_shuffled(self.training, numbers, seed, self._transform(seed))
 
     def validation_batches(
@@ -129,6 +140,8 @@ class Dataset:
         if self.corpus is None:
             held_out = f"{len(self.held_out):,} examples to validate"
             return [f"probe: {self.config.probe}, {held_out}, digest {self.digest}"]
+        if isinstance(self.training, Stream):
+            return self._describe_stream(self.training, self.corpus)
         corpus, unit = self.corpus, "bytes" if self.config.tokenizer == "bytes" else "tokens"
         lines = [
             f"text: {len(corpus.train):,} {unit} to train on, {len(corpus.validation):,} to validate"
@@ -148,6 +161,16 @@ class Dataset:
                 )
         return lines
 
+    def _describe_stream(self, stream: Stream, corpus: Corpus) -> list[str]:
+        text, count = stream.text, self.counts["validation"]
+        return [
+            f"stream: {text.bytes:,} bytes in {text.train_files:,} files to train on, {self.config.buffer:,} rows are"
+            f" shuffled at once; {len(corpus.validation):,} tokens to validate, digest {self.digest}",
+            *text.notes,
+            *corpus.notes,
+            f"validation: {count['documents']:,} documents used; {count['rows']:,} rows of {count['row_length']:,}",
+        ]
+
     def require_vocabulary(self, vocab: int) -> None:
         """Checks that a model of `vocab` ids has an id for every token.
 
@@ -165,6 +188,19 @@ class Dataset:
         if tokenizer is None or self.config.objective in ("causal", "classify"):
             return None
         return lambda batch, numbers: apply_objective(self.config, tokenizer, batch, seed, numbers)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Drawer:
+    """A reader of rows that are a function of their numbers."""
+
+    draw: Callable[[np.ndarray], Batch]
+
+    def get_state(self) -> dict[str, Any]:
+        return {}
+
+    def set_state(self, state: Mapping[str, Any]) -> None:
+        pass
 
 
 class Mixture(Dataset):
@@ -217,14 +253,19 @@ class Mixture(Dataset):
         for source in self.sources.values():
             yield from source.validation_batches(batch, limit=limit, **sharing)
 
-    def draw(self, numbers: np.ndarray, seed: int) -> Batch:
-        """Returns the training rows of a run with these numbers, int64 [b], counted from 0 over all sources."""
-        names, joined = list(self.sources), self._joined
-        parts = []
-        for index, (positions, rows) in self._order.split(numbers).items():
-            name = names[index]
-            parts.append((positions, self.sources[name].draw(rows, source_seed(seed, name))))
-        return join_rows(parts, joined.fields, len(numbers), joined.length)
+    @property
+    def is_stream(self) -> bool:
+        """Whether text of a source is read during training."""
+        return any(source.is_stream for source in self.sources.values())
+
+    def open_reader(self, seed: int, reader: int = 0, readers: int = 1) -> RowReader:
+        """Returns a reader of a mixture of the rows of its own readers of the sources."""
+        opened = {
+            name: source.open_reader(source_seed(seed, name), reader, readers) for name, source in self.sources.items()
+        }
+        assert isinstance(self.held_out, Joined)
+        order = MixtureOrder([source.weight for source in self.config.sources.values()])
+        return MixedReader(opened, order, self.held_out.fields, self.held_out.length)
 
     def describe(self) -> list[str]:
         """Describes the sources, one fact per line."""
@@ -232,15 +273,6 @@ class Mixture(Dataset):
         for name, source in self.sources.items():
             lines += [f"source {name} ({self.shares[name]:.2%} of the rows): {line}" for line in source.describe()]
         return lines
-
-    @functools.cached_property
-    def _order(self) -> MixtureOrder:
-        return MixtureOrder([source.weight for source in self.config.sources.values()])
-
-    @property
-    def _joined(self) -> Joined:
-        assert isinstance(self.held_out, Joined)
-        return self.held_out
 
     def _mix_ratios(self, ratio: Callable[[Dataset], float | None]) -> float | None:
         """Tokens of the whole per unit of which each source has `ratio` tokens."""

@@ -11,13 +11,13 @@ import re
 import stat
 import sysconfig
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from itertools import takewhile
 from pathlib import Path
 
 from sparsejax.data.errors import DataError
-from sparsejax.data.formats import AS_BYTES, Document, read_records, read_text
-from sparsejax.data.kinds import RECORDS, TEXT, Kind, detect, read_chunks
+from sparsejax.data.formats import AS_BYTES, Document, check_utf8, read_records, read_text
+from sparsejax.data.kinds import BYTES, RECORDS, TEXT, Kind, detect, read_chunks
 from sparsejax.paths import local_path
 
 HELD_OUT = 20  # one file in 20 is validation text; of a single file, the last 1/20 of its bytes
@@ -70,16 +70,21 @@ class Files:
         read_as: str = "auto",
         characters: bool = False,  # split a file between UTF-8 characters only
         split: bool = True,  # hold out a part of `files` if there is no `validation`; else all of it is held out
+        stream: bool = False,  # all of `files` is training text, of which only the start of every file is inspected
     ):
         self._field, self._label, self._separator, self._read_as = field, label, _unescape(separator), read_as
         skipped: Skipped = {}
-        train = _list_files(files, "data.files", read_as, skipped) if files.strip() else _list_standard_library()
+        train = (
+            _list_files(files, "data.files", read_as, skipped, stream) if files.strip() else _list_standard_library()
+        )
         held_out = _list_files(validation, "data.validation", read_as, skipped) if validation.strip() else []
         # Files of several documents are split by document, files of one document each by file.
-        self._by_document = split and not held_out and (bool(separator) or any(file.has_records for file in train))
+        self._by_document = (
+            split and not stream and not held_out and (bool(separator) or any(file.has_records for file in train))
+        )
         if not split:
             self._sides = [], train + held_out
-        elif held_out or self._by_document:
+        elif held_out or self._by_document or stream:
             self._sides = train, held_out
             both = {file.path.resolve() for file in train} & {file.path.resolve() for file in held_out}
             if both:
@@ -90,7 +95,7 @@ class Files:
         if self._by_document:
             self.validation_files = self.train_files
         self.bytes = sum(file.path.stat().st_size for side in self._sides for file in side)
-        self.digest = self._digest()
+        self.digest = self._digest(whole=not stream)
         kinds = Counter(" ".join(filter(None, file.kind[:2])) for file in train + held_out)
         self.record = {"read": dict(kinds), "skipped": {reason: len(paths) for reason, paths in skipped.items()}}
         self.notes = _describe(kinds, skipped)
@@ -112,12 +117,29 @@ class Files:
             raise DataError("data.label", f"{file.path} is {file.kind.format} and has no labels; use JSON or parquet")
         return read_text(file.path, file.name, file.kind, self._separator, file.start, file.stop)
 
-    def _digest(self) -> str:
+    @property
+    def files(self) -> list[File]:
+        """The files of training text."""
+        return self._sides[TRAIN]
+
+    @property
+    def paths(self) -> set[Path]:
+        """The files of both sides without symbolic links."""
+        return {file.path.resolve() for side in self._sides for file in side}
+
+    def open_chunks(self, file: File) -> Iterator[Iterable[bytes]]:
+        """Iterates over the documents of a file in chunks; a file that is one document need not fit in memory."""
+        if file.has_records or self._separator:
+            yield from ([bytes(document.text)] for document in self._open(file))
+        else:
+            yield _checked(file)
+
+    def _digest(self, whole: bool) -> str:
         digest = hashlib.sha256()
         for side in self._sides:
             digest.update(b"%d\n" % len(side))
             for file in side:
-                _add_file(digest, file)
+                _add_file(digest, file, whole)
         if self._separator or any(file.has_records for side in self._sides for file in side):
             digest.update(repr((self._by_document, self._field, self._label, self._separator)).encode())
         if self._read_as != "auto":
@@ -137,12 +159,22 @@ def _describe(kinds: Counter[str], skipped: Skipped) -> list[str]:
     return notes
 
 
-def _add_file(digest: hashlib._Hash, file: File) -> None:
+def _checked(file: File) -> Iterator[bytes]:
+    """The chunks of a file, each a valid part of a text."""
+    start = file.start
+    for chunk in read_chunks(file.path, file.start, file.stop, file.kind.compression):
+        if file.kind.format != BYTES:
+            check_utf8(chunk, str(file.path), start, cut=True)
+        start += len(chunk)
+        yield chunk
+
+
+def _add_file(digest: hashlib._Hash, file: File, whole: bool) -> None:
     # Compressed files and records are hashed as stored, without unpacking them.
     start, stop = (0, None) if file.kind.compression or file.has_records else (file.start, file.stop)
     size = (file.path.stat().st_size if stop is None else stop) - start
     digest.update(b"%b\0%d\0" % (os.fsencode(file.name), size))
-    for chunk in read_chunks(file.path, start, start + size):
+    for chunk in read_chunks(file.path, start, start + size) if whole else ():
         digest.update(chunk)
 
 
@@ -185,14 +217,14 @@ def _split_list(files: str, key: str) -> list[str]:
     return [path for match in matches if (path := match[1] or (match[2] or "").strip())]
 
 
-def _list_files(files: str, key: str, read_as: str, skipped: Skipped) -> list[File]:
+def _list_files(files: str, key: str, read_as: str, skipped: Skipped, stream: bool = False) -> list[File]:
     """Lists the files to read, and adds those that folders and globs hold besides to `skipped`."""
     listed: dict[Path, File] = {}  # by resolved path: a file that is named twice must not be on both sides
     for item in (local_path(name, key) for name in _split_list(files, key)):
         root, paths = _expand(item, key, skipped)
         real = {path.resolve() for path in paths if not path.is_symlink()}
         for path in paths:
-            kind, reason = _inspect(path, key, read_as, is_named=path == item)
+            kind, reason = _inspect(path, key, read_as, is_named=path == item, peek=stream)
             target = path.resolve()
             if not reason and (target in listed or (path.is_symlink() and target in real)):
                 reason = "repeated"
@@ -205,7 +237,7 @@ def _list_files(files: str, key: str, read_as: str, skipped: Skipped) -> list[Fi
     return list(listed.values())
 
 
-def _inspect(path: Path, key: str, read_as: str, is_named: bool) -> tuple[Kind, str]:
+def _inspect(path: Path, key: str, read_as: str, is_named: bool, peek: bool) -> tuple[Kind, str]:
     """Returns the kind of a file, and the reason to skip it if it is in a folder and holds no text."""
     mode = path.stat().st_mode if path.exists() else 0
     if not stat.S_ISREG(mode):
@@ -216,7 +248,7 @@ def _inspect(path: Path, key: str, read_as: str, is_named: bool) -> tuple[Kind, 
             raise DataError(key, f"{path} is empty")
         return Kind(""), "empty"
     kind = detect(path, read_as)
-    if kind.format == TEXT and not is_named:
+    if kind.format == TEXT and not (is_named or peek):
         kind, empty = _look_for_zeros(path, kind)
         if empty:
             return kind, "empty"

@@ -18,8 +18,9 @@ from sparsejax.data.files import Files
 from sparsejax.data.mixture import Joined
 from sparsejax.data.probes import PROBES
 from sparsejax.data.rows import Examples, Labelled, Packed, Rows, Windows
+from sparsejax.data.stream import Stream
 from sparsejax.data.text import Corpus, Side, Source, build_corpus, build_tokenizer
-from sparsejax.data.tokenizers import vocabulary
+from sparsejax.data.tokenizers import Tokenizer, vocabulary
 
 HELD_OUT_EXAMPLES = 1024  # of a probe that generates its validation examples
 ENDLESS = 1 << 48  # training examples of a probe
@@ -49,10 +50,41 @@ def load_dataset(
         return _load_mixture(config, stride, loaded, recorded, split)
     if config.task != "text":
         return _load_probe(config)
+    if config.stream:
+        return _load_stream(config, stride, loaded, recorded)
     corpus = None if loaded is None else loaded.corpus
     if corpus is None:
-        corpus = build_corpus(_open_text(config, split), config.tokenizer, config.cache, recorded)
+        corpus = build_corpus(_open_source(config, split), config.tokenizer, config.cache, recorded)
     return _cut_text(config, corpus, stride, split)
+
+
+def _load_stream(
+    config: DataConfig,
+    stride: int,
+    loaded: Dataset | None,
+    recorded: bytes | None = None,
+    tokenizer: Tokenizer | None = None,
+) -> Dataset:
+    """Loads a data set whose validation text is a corpus, and whose training text is read later."""
+    if loaded is not None and loaded.corpus is not None and isinstance(loaded.training, Stream):
+        corpus, text = loaded.corpus, loaded.training.text
+    else:
+        text = _open_text(config, split=True)
+        validation = dataclasses.replace(config, files=config.validation, stream=False, readers=1)
+        held_out = _open_text(validation, split=False)
+        both = {file.path.resolve() for file in text.files} & held_out.paths
+        if both:
+            raise DataError("data.validation", f"{min(both)} is training text too, see data.files")
+        if len(text.files) < config.readers:
+            raise DataError("data.readers", f"{config.readers} readers need as many files, not {len(text.files)}")
+        corpus = build_corpus(held_out, config.tokenizer, config.cache, recorded, tokenizer)
+    cut = _cut_text(config, corpus, stride, split=False)
+    digest = hashlib.sha256(f"{text.digest} {corpus.digest}".encode()).hexdigest()[:16]
+    counts = {"files": text.train_files, "bytes": text.bytes, "read": text.record, "buffer": config.buffer}
+    training = Stream(config, text, corpus.tokenizer)
+    return dataclasses.replace(
+        cut, training=training, digest=digest, counts=cut.counts | {"training": counts, "digest": digest}
+    )
 
 
 def _load_mixture(
@@ -62,10 +94,11 @@ def _load_mixture(
     if loaded is None:
         texts: dict[str, Source] = {}
         for name, source in configs.items():
-            if source.task == "text":
+            if source.task == "text" and not source.stream:
                 with _naming(name):
-                    texts[name] = _open_text(source, split)
-        tokenizer = build_tokenizer(list(texts.values()), config.tokenizer, config.cache, recorded) if texts else None
+                    texts[name] = _open_source(source, split)
+        is_text = any(source.task == "text" for source in configs.values())
+        tokenizer = build_tokenizer(list(texts.values()), config.tokenizer, config.cache, recorded) if is_text else None
     else:
         tokenizer = loaded.tokenizer
     sources: dict[str, Dataset] = {}
@@ -74,7 +107,11 @@ def _load_mixture(
             if source.task != "text":
                 sources[name] = _load_probe(source)
                 continue
-            corpus = None if loaded is None else loaded.sources[name].corpus
+            previous = None if loaded is None else loaded.sources[name]
+            if source.stream:
+                sources[name] = _load_stream(source, stride, previous, tokenizer=tokenizer)
+                continue
+            corpus = None if previous is None else previous.corpus
             if corpus is None:
                 corpus = build_corpus(texts[name], config.tokenizer, config.cache, coder=tokenizer)
             sources[name] = _cut_text(source, corpus, stride, split)
@@ -111,20 +148,25 @@ def _load_probe(config: DataConfig) -> Dataset:
     return Dataset(config, training, held_out, probe.vocab, digest, None, None, counts | {"scored": scored})
 
 
-def _open_text(config: DataConfig, split: bool) -> Source:
+def _open_source(config: DataConfig, split: bool) -> Source:
     if config.tfds:
         from sparsejax.data.tfds import TfdsSource  # TFDS takes seconds to import
 
         return TfdsSource(config)
+    return _open_text(config, split)
+
+
+def _open_text(config: DataConfig, split: bool) -> Files:
     return Files(
         config.files,
-        config.validation,
+        "" if config.stream or not split else config.validation,
         config.field,
         config.separator,
         config.label,
         config.read_as,
         characters=config.tokenizer != "bytes",
         split=split,
+        stream=config.stream,
     )
 
 

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from fractions import Fraction
-from typing import cast
+from typing import Any, cast
 
 import numpy as np
 
-from sparsejax.data.rows import Batch, Rows
+from sparsejax.data.rows import Batch, RowReader, Rows
 
 Part = tuple[np.ndarray, Batch]  # positions of rows in a batch, int64 [k], and the rows
 
@@ -65,6 +65,39 @@ def join_rows(parts: Sequence[Part], fields: Mapping[str, np.dtype], count: int,
         for name, values in filled.items():
             batch[name][positions] = values
     return cast(Batch, batch)
+
+
+class MixedReader:
+    """A reader of the rows of several readers in the order of a mixture.
+
+    Args:
+      readers: The readers by name, in the order of the weights.
+      order: The order.
+      fields: See `join_rows`.
+      length: Tokens per row.
+    """
+
+    def __init__(
+        self, readers: Mapping[str, RowReader], order: MixtureOrder, fields: Mapping[str, np.dtype], length: int
+    ):
+        self._readers, self._order, self._fields, self._length = readers, order, fields, length
+
+    def draw(self, numbers: np.ndarray) -> Batch:
+        """Returns the rows with these numbers, int64 [b]; see `RowReader`."""
+        readers = list(self._readers.values())
+        split = self._order.split(numbers).items()
+        parts = [(positions, readers[source].draw(rows)) for source, (positions, rows) in split]
+        return join_rows(parts, self._fields, len(numbers), self._length)
+
+    def get_state(self) -> dict[str, Any]:
+        """Returns the states of the readers that have one, by name."""
+        states = {name: reader.get_state() for name, reader in self._readers.items()}
+        return {name: state for name, state in states.items() if state}
+
+    def set_state(self, state: Mapping[str, Any]) -> None:
+        """Continues with the states of the readers."""
+        for name, reader_state in state.items():
+            self._readers[name].set_state(reader_state)
 
 
 class Joined:

@@ -20,9 +20,12 @@ def preview(dataset: Dataset, seed: int, count: int) -> Iterator[str]:
     A row is shown by its inputs, by its targets where they are not simply the next token, and by the segments of the
     documents that share it.
     """
-    batches = dataset.train_batches(1, seed)
-    for number, batch in enumerate(islice(batches, count)):
-        row = cast(Batch, {name: values[0] for name, values in batch.items()})
+    rows = (
+        cast(Batch, {name: values[index] for name, values in batch.items()})
+        for batch in iter(dataset.train_batches(dataset.config.readers, seed).__next__, None)
+        for index in range(dataset.config.readers)
+    )
+    for number, row in enumerate(islice(rows, count)):
         scored = int((row["weights"] > 0).sum())
         yield f"row {number}: {scored:,} of {len(row['weights']):,} positions are scored"
         yield f"  inputs   {_show(dataset, row['inputs'][:MAX_POSITIONS])}"

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import mmap
-from typing import NotRequired, Protocol, TypedDict, cast
+from collections.abc import Mapping
+from typing import Any, NotRequired, Protocol, TypedDict, cast, runtime_checkable
 
 import numpy as np
 
@@ -50,6 +51,37 @@ class Rows(Protocol):
 
     def counts(self) -> dict[str, int | float]:
         """Statistics of how text became rows: tokens that are scored, cut off, or padding."""
+        ...
+
+
+class RowReader(Protocol):
+    """The training rows of a run, as far as they are read."""
+
+    def draw(self, numbers: np.ndarray) -> Batch:
+        """Returns the rows with these numbers, int64 [b], counted from 0; they increase from call to call."""
+        ...
+
+    def get_state(self) -> dict[str, Any]:
+        """Returns, as JSON, what a reader of later rows needs."""
+        ...
+
+    def set_state(self, state: Mapping[str, Any]) -> None:
+        """Continues with a state."""
+        ...
+
+
+@runtime_checkable
+class BatchIterator(Protocol):
+    """An endless iterator over training batches, such as `grain.DatasetIterator`."""
+
+    def __next__(self) -> Batch: ...
+
+    def get_state(self) -> dict[str, Any]:
+        """Returns the position as JSON."""
+        ...
+
+    def set_state(self, state: dict[str, Any]) -> None:
+        """Continues at a position."""
         ...
 
 

@@ -14,13 +14,14 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import grain
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
 from jaxtyping import Array
 
+from sparsejax import sharding
 from sparsejax.config import CheckpointConfig
+from sparsejax.data import BatchIterator
 from sparsejax.errors import InputError
 from sparsejax.records import parse_json
 from sparsejax.runs.optimizer import averaged_parameters, find_ema, is_averaging
@@ -82,7 +83,7 @@ class Checkpoints:
         handlers = {
             "state": ocp.StandardCheckpointHandler(),
             "averages": ocp.StandardCheckpointHandler(),
-            # Batches are a function of the step, so one iterator state serves any number of processes.
+            # Batches do not depend on the number of processes, so that one iterator state serves any number of them.
             "data": ocp.JsonCheckpointHandler(),
             "meta": ocp.JsonCheckpointHandler(),
         }
@@ -105,7 +106,7 @@ class Checkpoints:
         return self._manager.latest_step()
 
     def save(
-        self, state: TrainState[Array], iterator: grain.DatasetIterator, metrics: Mapping[str, float] | None = None
+        self, state: TrainState[Array], iterator: BatchIterator, metrics: Mapping[str, float] | None = None
     ) -> None:
         """Starts a save in the background, after the previous one has finished; a step is saved once.
 
@@ -124,7 +125,7 @@ class Checkpoints:
         args = ocp.args.Composite(
             state=ocp.args.StandardSave(arrays),
             **({"averages": ocp.args.StandardSave(averages)} if averages else {}),
-            data=ocp.args.JsonSave(dict(iterator.get_state())),
+            data=ocp.args.JsonSave(_gather_readers(dict(iterator.get_state()))),
             meta=ocp.args.JsonSave(self.meta | {"metrics": None if metrics is None else dict(metrics)}),
         )
         with _report_failure(self.folder):
@@ -156,7 +157,7 @@ class Checkpoints:
             if step not in kept:
                 self._manager.delete(step)
 
-    def restore(self, shapes: TrainState[jax.ShapeDtypeStruct], iterator: grain.DatasetIterator) -> Restored:
+    def restore(self, shapes: TrainState[jax.ShapeDtypeStruct], iterator: BatchIterator) -> Restored:
         """Restores the newest state with the shardings of `shapes`, and the position of `iterator`.
 
         Raises:
@@ -270,6 +271,14 @@ def _to_arrays(state: TrainState[Any]) -> dict[str, Any]:
         "parameters": state.parameters,
         "optimizer": state.optimizer,
     }
+
+
+def _gather_readers(state: dict[str, Any]) -> dict[str, Any]:
+    """Adds to the state of a stream the readers of other processes, so that any number of processes can resume."""
+    if "readers" in state:
+        for other in sharding.gather(state["readers"]):
+            state["readers"] = other | state["readers"]
+    return state
 
 
 def _average(state: TrainState[Array]) -> dict[str, Any]:
