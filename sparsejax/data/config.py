@@ -72,7 +72,7 @@ class DataConfig:
 
     task: str  # "text", or a probe, whose keys are then the section `probe`
     # a file, a folder or a glob of text, or several joined by commas, with double quotes around a path that has commas;
-    # empty for the text that CPython ships
+    # a folder of Hugging Face datasets; empty for the text that CPython ships
     files: str = dataclasses.field(metadata={"resume": "none"})
     length: int  # tokens per window
     # files of validation text; empty to hold out some of `files`, see `load_corpus`
@@ -80,8 +80,10 @@ class DataConfig:
     tfds: str = ""  # "name:version" of a TFDS data set, an alternative to `files`
     # folder of TFDS data sets; empty for the default of TFDS
     tfds_dir: str = dataclasses.field(default="", metadata={"resume": "none"})
-    train_split: str = "train"  # training split of the TFDS data set, with slices such as "train[:90%]"
-    validation_split: str = "validation"  # validation split of the TFDS data set
+    # training split of a data set with splits: of TFDS, with slices such as "train[:90%]", or of a folder that
+    # `save_to_disk` of Hugging Face datasets wrote
+    train_split: str = "train"
+    validation_split: str = "validation"  # validation split of such a data set
     # "auto" recognizes every file by its content; "text" reads records as text; "bytes" reads files as they are stored
     read_as: str = "auto"
     field: str = "text"  # field of JSON, parquet, Arrow and TFDS records that holds the text

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import codecs
 import dataclasses
+import functools
 import glob
 import hashlib
 import os
@@ -15,12 +16,14 @@ from collections.abc import Callable, Iterable, Iterator
 from itertools import takewhile
 from pathlib import Path
 
+from sparsejax.data import saved
 from sparsejax.data.errors import DataError
 from sparsejax.data.formats import AS_BYTES, Document, check_utf8, read_records, read_text
 from sparsejax.data.kinds import BYTES, RECORDS, TEXT, Kind, detect, read_chunks
 from sparsejax.paths import local_path
 
 HELD_OUT = 20  # one file in 20 is validation text; of a single file, the last 1/20 of its bytes
+SPLITS = "train", "validation"  # of a data set with splits
 HELD_OUT_REMAINDER = 13  # arbitrary; it holds out a typical 5 % of the standard library
 TRAIN, VALIDATION = 0, 1
 
@@ -71,13 +74,19 @@ class Files:
         characters: bool = False,  # split a file between UTF-8 characters only
         split: bool = True,  # hold out a part of `files` if there is no `validation`; else all of it is held out
         stream: bool = False,  # all of `files` is training text, of which only the start of every file is inspected
+        splits: tuple[str, str] = SPLITS,  # those to read of a data set with splits, see `saved`
     ):
         self._field, self._label, self._separator, self._read_as = field, label, _unescape(separator), read_as
         skipped: Skipped = {}
-        train = (
-            _list_files(files, "data.files", read_as, skipped, stream) if files.strip() else _list_standard_library()
-        )
-        held_out = _list_files(validation, "data.validation", read_as, skipped) if validation.strip() else []
+        train_split, validation_split = zip(("data.train_split", "data.validation_split"), splits, strict=True)
+        listed = functools.partial(_list_files, read_as=read_as, skipped=skipped)
+        if not files.strip():
+            train = _list_standard_library()
+        else:
+            train = listed(files, "data.files", train_split if split else validation_split, peek=stream)
+        if not validation.strip() and split and not stream:
+            validation = _find_validation(files, splits[VALIDATION])
+        held_out = listed(validation, "data.validation", validation_split) if validation.strip() else []
         # Files of several documents are split by document, files of one document each by file.
         self._by_document = (
             split and not stream and not held_out and (bool(separator) or any(file.has_records for file in train))
@@ -217,14 +226,37 @@ def _split_list(files: str, key: str) -> list[str]:
     return [path for match in matches if (path := match[1] or (match[2] or "").strip())]
 
 
-def _list_files(files: str, key: str, read_as: str, skipped: Skipped, stream: bool = False) -> list[File]:
-    """Lists the files to read, and adds those that folders and globs hold besides to `skipped`."""
+def _find_validation(files: str, split: str) -> str:
+    """Lists the folders in `files` that have a validation split, in the form of `files`."""
+    folders = (local_path(name, "data.files") for name in _split_list(files, "data.files"))
+    return ",".join(
+        f'"{folder}"'
+        for folder in folders
+        if saved.has_splits(folder) and (split != SPLITS[VALIDATION] or split in saved.list_splits(folder))
+    )
+
+
+def _list_files(
+    files: str, key: str, split: tuple[str, str], read_as: str, skipped: Skipped, peek: bool = False
+) -> list[File]:
+    """Lists the files to read, and adds those that folders and globs hold besides to `skipped`.
+
+    Args:
+      files: See `load_corpus`.
+      key: Configuration key of `files`.
+      split: Configuration key and name of the split to read of a data set with splits.
+      read_as: See `load_corpus`.
+      skipped: Is extended.
+      peek: Whether to inspect only the start of every file.
+    """
     listed: dict[Path, File] = {}  # by resolved path: a file that is named twice must not be on both sides
     for item in (local_path(name, key) for name in _split_list(files, key)):
+        if saved.has_splits(item):
+            item = saved.find_split(item, split[1], split[0])
         root, paths = _expand(item, key, skipped)
         real = {path.resolve() for path in paths if not path.is_symlink()}
         for path in paths:
-            kind, reason = _inspect(path, key, read_as, is_named=path == item, peek=stream)
+            kind, reason = _inspect(path, key, read_as, is_named=path == item, peek=peek)
             target = path.resolve()
             if not reason and (target in listed or (path.is_symlink() and target in real)):
                 reason = "repeated"
@@ -273,7 +305,9 @@ def _expand(item: Path, key: str, skipped: Skipped) -> tuple[Path, list[Path]]:
     """Expands a file, folder or glob to the folder that names are relative to, and its files."""
     if item.is_file():
         return item.parent, [item]
-    if item.is_dir():
+    if shards := saved.list_shards(item, key):
+        root, paths = item, shards
+    elif item.is_dir():
         root, paths = item, _walk(item, lambda name: name.startswith("."), skipped)
     elif item.exists():
         raise DataError(key, f"{item} is neither a file nor a folder")

@@ -167,6 +167,7 @@ def _open_text(config: DataConfig, split: bool) -> Files:
         characters=config.tokenizer != "bytes",
         split=split,
         stream=config.stream,
+        splits=(config.train_split, config.validation_split),
     )
 
 
