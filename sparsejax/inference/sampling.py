@@ -78,10 +78,10 @@ def sample(
       settings: `Sampling.as_arrays()`.
     """
     scores = _filter(_penalize(logits, present, settings["repetition_penalty"]), settings)
-    drawn = jax.vmap(lambda key, position, x: jax.random.categorical(jax.random.fold_in(key, position), x))(
-        keys, positions, scores
-    )
-    return jnp.where(settings["temperature"] == 0, scores.argmax(-1), drawn).astype(jnp.int32)
+    draw = jax.vmap(lambda key, position, x: jax.random.categorical(jax.random.fold_in(key, position), x))
+    is_greedy = settings["temperature"] == 0  # random numbers for a large vocabulary take time
+    token = jax.lax.cond(is_greedy, lambda: scores.argmax(-1), lambda: draw(keys, positions, scores))
+    return token.astype(jnp.int32)
 
 
 def log_probabilities(

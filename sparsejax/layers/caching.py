@@ -36,7 +36,10 @@ def write_slots(
     slots = slots if tokens.mask is None else jnp.where(tokens.mask, slots, cache.shape[axis])
     index = (slice(None),) * (axis - 1)
     write = jax.vmap(lambda cache, values, slots: cache.at[(*index, slots)].set(values, mode="drop"))
-    return write(cache, values.astype(cache.dtype), slots)
+    values = values.astype(cache.dtype)
+    if cache.dtype == jnp.bfloat16:  # XLA's CPU compiler converts the whole cache to float32 to write to it
+        return write(cache.view(jnp.uint16), values.view(jnp.uint16), slots).view(cache.dtype)
+    return write(cache, values, slots)
 
 
 def extend_keys(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import jax
 import jax.numpy as jnp
+from jax.experimental.layout import Layout, with_layout_constraint
 from jaxtyping import Array, Bool, Float, Int, Shaped
 
 from sparsejax.ops import softmax
@@ -14,6 +15,7 @@ from sparsejax.patterns import Pattern
 
 State = tuple[Array, Array, Array]
 QUERIES, KEYS = 128, 256  # queries and keys whose scores are in memory at a time
+GROUP = 16  # query heads per key head up to which a CPU multiplies each by the keys
 
 
 def attend_cached(
@@ -74,7 +76,8 @@ def attend_cached(
     def add(state: State, q: Array, k: Array, v: Array, q_at: Array, k_at: Array, mask: Array) -> State:
         """Adds keys to the sums, as FlashAttention does."""
         m, l, acc = state
-        scores = jnp.einsum("bgrtd,bgsd->bgrts", q, k, preferred_element_type=dtype) * scale
+        by_head = _multiply_by_head if q.shape[3] == 1 and q.shape[2] <= GROUP else _multiply
+        scores = scale * jax.lax.platform_dependent(q, k, cpu=by_head, default=_multiply).astype(dtype)
         scores, queries, keys = softmax.softcap(scores, softcap), q_at[..., None], k_at[:, None]
         if slopes is not None:
             scores = softmax.add_alibi(scores, slopes[..., None], (queries - keys)[:, None, None])
@@ -106,6 +109,7 @@ def attend_cached(
         return acc / jnp.where(l == 0, 1.0, l)[..., None]
 
     if t == 1 or t * s <= QUERIES * KEYS:
+        k, v = jax.lax.platform_dependent(k, v, cpu=_fix_layouts, default=lambda k, v: (k, v))
         mask = find_allowed(q_positions, k_positions)
         out = finish(add(start(t), q, k, v, q_positions, k_positions, mask))
     else:
@@ -114,6 +118,24 @@ def attend_cached(
         blocks = _split(q, 3), _split(q_positions, 1)
         out = jnp.moveaxis(jax.lax.map(attend_block, blocks), 0, 3).reshape(*rows, -1, value)[..., :t, :]
     return jnp.moveaxis(out, 3, 1).reshape(b, t, h, value).astype(v.dtype)
+
+
+def _multiply(q: Float[Array, "b g r t d"], k: Float[Array, "b g s d"]) -> Float[Array, "b g r t s"]:
+    return jnp.einsum("bgrtd,bgsd->bgrts", q, k, preferred_element_type=jnp.promote_types(q.dtype, jnp.float32))
+
+
+def _multiply_by_head(q: Float[Array, "b g r 1 d"], k: Float[Array, "b g s d"]) -> Float[Array, "b g r 1 s"]:
+    """Multiplies matrices by vectors, for which XLA's CPU compiler does not transpose the keys."""
+    dtype = jnp.promote_types(q.dtype, jnp.float32)
+    heads = [
+        jnp.einsum("bgsd,bgd->bgs", k, q[:, :, head, 0], preferred_element_type=dtype) for head in range(q.shape[2])
+    ]
+    return jnp.stack(heads, axis=2)[..., None, :]
+
+
+def _fix_layouts(*arrays: Shaped[Array, ...]) -> tuple[Shaped[Array, ...], ...]:
+    """Keeps arrays row-major. Otherwise XLA's CPU compiler transposes the cache of a single row in every step."""
+    return tuple(with_layout_constraint(x, Layout(tuple(range(x.ndim)))) for x in arrays)
 
 
 def _split(x: Shaped[Array, ...], axis: int) -> Shaped[Array, "blocks ..."]:
