@@ -4,18 +4,31 @@ from __future__ import annotations
 
 import math
 import operator
-from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
 from sparsejax.config import ModelConfig
 from sparsejax.embedding import Embedding, Head, mean_pool
 from sparsejax.errors import InputError
-from sparsejax.layers import EMPTY, Auxiliary, Cache, Context, Layer, Shared, Stream, Tokens, make_norm, normalize
+from sparsejax.layers import (
+    EMPTY,
+    Auxiliary,
+    Cache,
+    Context,
+    Layer,
+    Shared,
+    Stream,
+    Tokens,
+    Trace,
+    make_norm,
+    normalize,
+)
 from sparsejax.layers.stream import decays, logical_axes
 from sparsejax.schedule import Fold
 
@@ -23,6 +36,22 @@ FOLDED = ("before", "period", "after")  # the parts of a fold that hold layers
 Losses = dict[str, Float[Array, ""]]  # weighted losses by name
 # Number of choices per expert, [e] or in the period [repeats, e], at the path of the layer in the parameters.
 Choices = dict[str, dict[int, Int[Array, "*repeats e"]]]
+
+
+class Output(NamedTuple):
+    """What a model returns for a batch.
+
+    Attributes:
+      logits: Logits at every position, in float32.
+      losses: Weighted auxiliary losses of the layers, by name.
+      choices: Choices of the experts.
+      traces: Activations of each layer, if `Extras.traced`.
+    """
+
+    logits: Float[Array, "b t v"]
+    losses: Losses
+    choices: Choices
+    traces: tuple[Trace, ...] = ()
 
 
 class Model(nnx.Module):
@@ -61,8 +90,8 @@ class Model(nnx.Module):
         context: Context = EMPTY,
         constrain: Callable[[Array], Array] = lambda x: x,
         choices: Choices | None = None,
-    ) -> tuple[Float[Array, "b t v"], Losses, Choices]:
-        """Returns logits, the weighted auxiliary losses of the layers by name, and the choices of their experts.
+    ) -> Output:
+        """Returns logits, and the losses, the choices of experts and the activations of the layers.
 
         Args:
           tokens: Token ids.
@@ -93,7 +122,52 @@ class Model(nnx.Module):
                 (parameters, self._period_starts, known.get("period", {})),
             )
         x, parts["after"] = run(self.after, x, len(self.config.names) - len(self.after), known.get("after", {}))
-        return self.read_out(x, context), *_gather(parts)
+        traces = self._order_traces(parts) if context.extras.traced else ()
+        return Output(self.read_out(x, context), *_gather(parts), traces)
+
+    def mix(
+        self, inputs: Mapping[int, Float[Array, "b t m"]], context: Context = EMPTY
+    ) -> dict[int, Float[Array, "b t m"]]:
+        """Applies the mixers of single layers to `inputs`; returns their outputs by index of the layer.
+
+        Args:
+          inputs: Input of the mixer, after the norm, by index of the layer. The mixers of the period run in scans.
+          context: Facts about the tokens, and inputs of particular modules.
+        """
+
+        def run(layer: Layer, x: Array, index: Array) -> Array:
+            assert layer.mixer is not None
+            mix = jax.checkpoint(layer.mixer.__call__) if layer.config.remat else layer.mixer.__call__
+            return mix(x, context.with_extras(layer=index))
+
+        outputs = {}
+        last = len(self.config.names) - len(self.after)
+        for index, layer in [*enumerate(self.before), *enumerate(self.after, last)]:
+            if index in inputs:
+                outputs[index] = run(layer, inputs[index], jnp.asarray(index))
+        for first, layer in enumerate(self.period, len(self.fold.before)):
+            repetitions = range(first, last, len(self.fold.period))
+            indices = [index for index in repetitions if index in inputs]
+            if not indices:
+                continue
+            graph, parameters = nnx.split(layer)
+            if len(indices) < len(repetitions):
+                rows = np.array([repetitions.index(index) for index in indices])
+                parameters = jax.tree.map(lambda x, rows=rows: x[rows], parameters)
+            arguments = parameters, jnp.stack([inputs[index] for index in indices]), jnp.asarray(indices)
+            stacked = jax.lax.map(lambda x, graph=graph: run(nnx.merge(graph, x[0]), *x[1:]), arguments)
+            outputs |= zip(indices, stacked, strict=True)
+        return outputs
+
+    def _order_traces(self, parts: dict[str, list[Auxiliary]]) -> tuple[Trace, ...]:
+        """The activations of the layers in order, those of the period sliced from their stacks."""
+        traces = {part: [auxiliary.trace for auxiliary in layers] for part, layers in parts.items()}
+        period = [
+            jax.tree.map(operator.itemgetter(repetition), trace)
+            for repetition in range(self.fold.repeats)
+            for trace in traces.get("period", [])
+        ]
+        return *traces["before"], *period, *traces["after"]
 
     def streams(self, tokens: Int[Array, "b t"], context: Context = EMPTY) -> list[Float[Array, "b t m"]]:
         """Returns the stream before the first layer, after each layer, and after the last norm; unrolls every layer."""

@@ -72,6 +72,11 @@ class Workdir:
         return self.path / "init.json"
 
     @property
+    def teacher(self) -> Path:
+        """The model from which the run distils, if there is one: its source, digest and configuration."""
+        return self.path / "teacher.json"
+
+    @property
     def versions(self) -> Path:
         """The software and devices of each start."""
         return self.path / "versions.json"

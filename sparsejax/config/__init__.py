@@ -25,6 +25,7 @@ from sparsejax.config.schema import (
     OptimizerConfig,
     PhaseConfig,
     ShardingConfig,
+    TeacherConfig,
     TrainConfig,
     check_data,
 )
@@ -50,6 +51,7 @@ __all__ = [
     "OptimizerConfig",
     "PhaseConfig",
     "ShardingConfig",
+    "TeacherConfig",
     "TrainConfig",
     "build",
     "check",

@@ -222,12 +222,89 @@ PHASE_KEYS = (
     "train.accumulate",
     "optimizer.learning_rate",
     "optimizer.warmup",
+    "optimizer.freeze",
+    "optimizer.groups",
+    "train.teacher.kl",
+    "train.teacher.temperature",
+    "train.teacher.top_k",
+    "train.teacher.hidden",
+    "train.teacher.hidden_layers",
+    "train.teacher.attention_output",
+    "train.teacher.attention_layers",
+    "train.teacher.loss",
     "eval.batch",
     "eval.batches",
     "eval.final",
     "eval.stride",
     "model.",
 )
+
+
+@dataclasses.dataclass(frozen=True)
+class TeacherConfig:
+    """Distillation from a trained model, which is frozen. The teacher runs in phases in which a weight is above 0.
+
+    With `p` and `q` the distributions of teacher and model at the temperature `T`, `x` an activation of the teacher,
+    `y` that of the model, and `ms` the mean square over the features, the losses are
+
+    | weight | loss | mean over |
+    |---|---|---|
+    | `kl` | `T ** 2 * sum(p * log(p / q))` (arXiv:1503.02531) | scored tokens |
+    | `hidden` | `ms(y - x) / (ms(x) + 1e-6)` of the residual streams after the layers | tokens and layers |
+    | `attention_output` | the same of the outputs of the mixers, both on the teacher's input | tokens and layers |
+    | `loss` | the cross entropy | scored tokens |
+
+    With `top_k`, `p` and `q` are distributions over `top_k + 1` outcomes: the most likely tokens of the teacher, and
+    one for all other tokens. The divergence is then a lower bound of that of all tokens, and the teacher's logits take
+    the memory of `top_k` tokens.
+
+    `attention_output` aligns every mixer by itself (MOHAWK, arXiv:2408.10189, stage 2; LoLCATs, arXiv:2410.10254):
+    its gradient reaches no other parameters of the model.
+    """
+
+    # "hf:FOLDER", "run:WORKDIR", "run:WORKDIR@STEP" or "run:WORKDIR@best"; its vocabulary is that of the model
+    source: str = dataclasses.field(metadata={"resume": "none"})
+    dtype: str | None = None  # dtype of the teacher, "float32" or "bfloat16"; none for that of `sparsejax.load`
+    kl: float = 0.0  # weight of the divergence of the predictions from those of the teacher
+    temperature: float = 1.0  # temperature of both in `kl`
+    top_k: int = 0  # number of the teacher's most likely tokens that `kl` distinguishes; 0 for all
+    hidden: float = 0.0  # weight of the error of the residual streams
+    # layers whose streams are compared, "LAYER" or "LAYER:LAYER OF THE TEACHER" from 0, separated by commas, such as
+    # "0:0, 3:7"; by default every layer with the layer of the same index
+    hidden_layers: str = ""
+    attention_output: float = 0.0  # weight of the error of the mixers' outputs
+    # layers whose mixers are compared, as for `hidden_layers`; by default those whose mixers differ from the teacher's
+    attention_layers: str = ""
+    loss: float = 1.0  # weight of the cross entropy
+
+    def __post_init__(self) -> None:
+        ModelSource.parse(self.source)
+        if self.dtype is not None:
+            require_choice(self, "dtype", ("float32", "bfloat16"))
+        require_at_least(self, 0, "kl", "top_k", "hidden", "attention_output", "loss")
+        if self.temperature <= 0:
+            raise InputError("temperature", f"{self.temperature} is not above 0")
+        for name in ("hidden_layers", "attention_layers"):
+            self.layers(name)
+        if not (self.loss or self.is_active):
+            raise InputError("loss", "is 0, and so are kl, hidden and attention_output; set one of them")
+
+    @property
+    def is_active(self) -> bool:
+        """Whether a loss depends on the teacher."""
+        return bool(self.kl or self.hidden or self.attention_output)
+
+    def layers(self, name: str) -> dict[int, int]:
+        """Returns the layer of the teacher by layer of the model in `hidden_layers` or `attention_layers`."""
+        layers: dict[int, int] = {}
+        for item in filter(None, map(str.strip, getattr(self, name).split(","))):
+            first, colon, second = (part.strip() for part in item.partition(":"))
+            if not first.isdecimal() or not (second if colon else first).isdecimal():
+                raise InputError(name, f"{item!r}: expected LAYER or LAYER:LAYER OF THE TEACHER, such as 3:7")
+            if int(first) in layers:
+                raise InputError(name, f"{item!r}: layer {first} is there twice")
+            layers[int(first)] = int(second or first)
+        return layers
 
 
 @dataclasses.dataclass(frozen=True)
@@ -253,6 +330,7 @@ class TrainConfig:
     z_loss: float = 0.0
     # probability that the targets spread evenly over the vocabulary (arXiv:1512.00567), as an auxiliary loss
     label_smoothing: float = 0.0
+    teacher: TeacherConfig | None = None  # model from which the run distils; none for no teacher
 
     def __post_init__(self) -> None:
         require_at_least(self, 1, "steps", "batch", "accumulate", "log_every", "max_skips")
@@ -270,6 +348,11 @@ class TrainConfig:
         for name, phase in self.phases.items():
             if phase.start >= self.steps:
                 raise InputError(f"phases.{name}.start", f"{phase.start} is not below steps = {self.steps}")
+
+    @property
+    def active_teacher(self) -> TeacherConfig | None:
+        """The section `teacher`, if a loss depends on the teacher."""
+        return self.teacher if self.teacher is not None and self.teacher.is_active else None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -509,6 +592,9 @@ class Config:
         if longest is not None and self.eval.sample > longest:
             raise InputError("eval.sample", f"{self.eval.sample} tokens exceed the model's {longest} positions")
         check_data(self.model, self.data)
+        teacher = self.train.teacher
+        if teacher is not None and teacher.top_k > self.model.vocab:
+            raise InputError("train.teacher.top_k", f"{teacher.top_k} is above model.vocab = {self.model.vocab}")
 
 
 def check_data(model: ModelConfig, data: DataConfig) -> None:

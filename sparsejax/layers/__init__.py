@@ -14,7 +14,7 @@ from sparsejax.layers.mamba2 import Mamba2, Mamba2Config
 from sparsejax.layers.mixers import MIXERS, BranchConfig, Parallel, ParallelConfig, register
 from sparsejax.layers.mlp import ACTIVATIONS, Mlp, MlpConfig
 from sparsejax.layers.norm import Norm, NormConfig, make_norm, normalize
-from sparsejax.layers.protocols import Auxiliary, Cache, FeedForward, Mixer, MixerConfig
+from sparsejax.layers.protocols import Auxiliary, Cache, FeedForward, Mixer, MixerConfig, Trace
 from sparsejax.layers.rglru import RgLru, RgLruConfig
 from sparsejax.layers.rotary import RopeConfig, RopeScaling, yarn_growth
 from sparsejax.layers.shared import Shared, SharedConfig, Side, SideConfig
@@ -76,6 +76,7 @@ __all__ = [
     "SideConfig",
     "Stream",
     "Tokens",
+    "Trace",
     "attention_cost",
     "make_norm",
     "normalize",

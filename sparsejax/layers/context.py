@@ -80,6 +80,7 @@ class Extras:
       dropout: Dropout of the current training step.
       choices: Number of choices per expert of this layer in the whole batch, of which the tokens are a microbatch.
         For the balance loss of `Experts`.
+      traced: Whether a layer returns its activations, see `Auxiliary`.
     """
 
     globals: Int[Array, "b n"] | None = None
@@ -89,6 +90,7 @@ class Extras:
     shared: dict[str, Any] | None = None
     dropout: Dropout | None = None
     choices: Int[Array, " e"] | None = None
+    traced: bool = dataclasses.field(default=False, metadata={"static": True})
 
 
 @jax.tree_util.register_dataclass

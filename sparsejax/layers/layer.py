@@ -18,7 +18,7 @@ from sparsejax.layers.experts import Experts, ExpertsConfig
 from sparsejax.layers.mixers import make_mixer
 from sparsejax.layers.mlp import Mlp, MlpConfig
 from sparsejax.layers.norm import NormConfig, make_norm, normalize
-from sparsejax.layers.protocols import Auxiliary, Cache, FeedForward, MixerConfig
+from sparsejax.layers.protocols import Auxiliary, Cache, FeedForward, MixerConfig, Trace
 from sparsejax.layers.shared import Side, SideConfig
 from sparsejax.layers.stream import Cost, Stream
 from sparsejax.ops import AttentionCall
@@ -145,7 +145,7 @@ class Layer(nnx.Module):
         self.mlp_residual = None if self.mlp is None else residual(config.mlp_residual, not config.parallel)
 
     def __call__(self, x: Float[Array, "b t m"], context: Context = EMPTY) -> tuple[Float[Array, "b t m"], Auxiliary]:
-        """Returns the stream after this layer, for a whole sequence, and the losses and choices of its experts."""
+        """Returns the stream after this layer, for a whole sequence, and what it returns besides, see `Auxiliary`."""
         return jax.checkpoint(self._run)(x, context) if self.config.remat else self._run(x, context)
 
     def init_cache(self, batch: int, length: int) -> Cache:
@@ -201,14 +201,18 @@ class Layer(nnx.Module):
         return cost if self.mlp is None else cost + Cost(0, self.mlp.flops)
 
     def _run(self, x: Array, context: Context) -> tuple[Array, Auxiliary]:
-        read = self._shared_input(x)
+        read, mixed = self._shared_input(x), (None, None)
         if self.mixer is not None and self.mixer_residual is not None:
             mixer = self.mixer
+
+            def mix(read: Array) -> tuple[Array, tuple[Array, Array]]:
+                y = mixer(read, context)
+                return y, (read, y)
+
             extra = None if self.side is None else self.side(x, context)
-            x, _ = self._join(
-                x, self.mixer_residual, lambda read: (mixer(read, context), None), 0, context.dropout, extra
-            )
-        return self._feed_forward(x, context, read)
+            x, mixed = self._join(x, self.mixer_residual, mix, 0, context.dropout, extra)
+        x, auxiliary = self._feed_forward(x, context, read)
+        return x, auxiliary._replace(trace=Trace(*mixed, x) if context.extras.traced else None)
 
     def _shared_input(self, x: Array) -> Array | None:
         """The input of both branches, if they are parallel."""

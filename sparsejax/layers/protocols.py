@@ -26,16 +26,32 @@ from sparsejax.ops.call import SelectedCall
 Cache = dict[str, Any]  # arrays [b, ...] by name, or caches by name
 
 
+class Trace(NamedTuple):
+    """Activations of a layer.
+
+    Attributes:
+      mixer_input: Input of the mixer, after the norm; None without a mixer.
+      mixer_output: Output of the mixer, before dropout, norm and residual connection; None without a mixer.
+      stream: The residual stream after the layer.
+    """
+
+    mixer_input: Float[Array, "b t m"] | None
+    mixer_output: Float[Array, "b t m"] | None
+    stream: Float[Array, "b t s"]
+
+
 class Auxiliary(NamedTuple):
-    """What a feed-forward part returns besides its output.
+    """What a feed-forward part or a layer returns besides its output.
 
     Attributes:
       losses: Weighted losses by name, each a mean over the tokens of the batch.
       choices: Number of choices per expert; None without experts.
+      trace: Activations of a layer, if `Extras.traced`.
     """
 
     losses: dict[str, Float[Array, ""]]
     choices: Int[Array, " e"] | None = None
+    trace: Trace | None = None
 
 
 class MixerConfig:

@@ -12,7 +12,7 @@ import optax.contrib
 from jaxtyping import Array, Int, PyTree
 
 from sparsejax.config import OPTIMIZERS, OptimizerConfig
-from sparsejax.runs.groups import FROZEN, assign_groups, group_of, map_parameters
+from sparsejax.runs.groups import FROZEN, OTHERS, assign_groups, group_of, map_parameters
 
 MUON_RMS = 0.2  # of the updates of Muon, which is that of AdamW, so that both have one rate (arXiv:2502.16982)
 
@@ -234,6 +234,23 @@ def averaged_parameters(state: PyTree, parameters: PyTree) -> PyTree:
 def is_averaging(state: PyTree) -> bool:
     """Whether `averaged_parameters` differ from the parameters."""
     return bool(_find_states(state, optax.contrib.ScheduleFreeState))
+
+
+def carry_over(state: PyTree, fresh: PyTree) -> PyTree:
+    """Returns `fresh`, the first state of an optimizer, with the statistics of an optimizer with other groups.
+
+    Parameters that both train keep their statistics, and counters keep their values, which are the same in all groups.
+    """
+    known = {_path_in_group(path): leaf for path, leaf in jax.tree.leaves_with_path(state)}
+    return jax.tree.map_with_path(lambda path, leaf: known.get(_path_in_group(path), leaf), fresh)
+
+
+def _path_in_group(path: tuple[Any, ...]) -> tuple[Any, ...]:
+    """The path of a leaf of an optimizer's state without the group that `build_optimizer` puts it in."""
+    clip_or_algorithm, *inner = path
+    names = [getattr(part, "name", getattr(part, "key", "")) for part in inner[:2]]
+    in_group = names[:1] == ["inner_states"] and (names[1] == OTHERS or names[1].isdigit())
+    return (clip_or_algorithm, *inner[3:]) if in_group else path
 
 
 def _is_masked(tree: Any) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 from collections.abc import Sequence
 from typing import Any
@@ -11,7 +12,8 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from sparsejax import config as configs
-from sparsejax.config import BASE_PHASE, Config, ConfigError
+from sparsejax.config import BASE_PHASE, Config, ConfigError, GroupConfig
+from sparsejax.errors import argument_path
 from sparsejax.model import Functional
 from sparsejax.overrides import Overrides
 from sparsejax.runs.groups import assign_groups
@@ -87,14 +89,20 @@ def plan_phases(settings: ConfigDict) -> list[Phase]:
     warm-up of the run; a later phase that sets `optimizer.warmup` warms up again.
 
     Raises:
-      ConfigError: As `config.check`, or a phase changes the shapes of the parameters.
+      ConfigError: As `config.check`, or a phase changes the shapes of the parameters, or no phase uses the teacher.
       InputError: A pattern of `optimizer.freeze` or `optimizer.groups` matches no parameter.
     """
     base = configs.check(settings)
-    if base.optimizer.freeze or base.optimizer.groups:
-        assign_groups(base.optimizer, Functional(base.model).shapes)
-    if not base.train.phases:
-        return [Phase(1, None, 0, base.train.steps, base)]
+    phases = _plan(settings, base) if base.train.phases else [Phase(1, None, 0, base.train.steps, base)]
+    _require_same_parameters(base, phases)
+    for phase in phases:
+        _check_groups(phase, changes=len({_groups_of(phase) for phase in phases}) > 1)
+    if base.train.teacher is not None and not any(phase.config.train.active_teacher for phase in phases):
+        raise ConfigError("train.teacher", "kl, hidden and attention_output are 0 in every phase; set one of them")
+    return phases
+
+
+def _plan(settings: ConfigDict, base: Config) -> list[Phase]:
     starts = sorted((phase.start, name) for name, phase in base.train.phases.items())
     if starts[0][0] > 0:
         starts.insert(0, (0, BASE_PHASE))
@@ -110,8 +118,22 @@ def plan_phases(settings: ConfigDict) -> list[Phase]:
             optimizer = dataclasses.replace(config.optimizer, warmup=phases[0].config.optimizer.warmup)
             config = dataclasses.replace(config, optimizer=optimizer)
         phases.append(Phase(number, name, start, stop, config, restart, overrides))
-    _require_same_parameters(base, phases)
     return phases
+
+
+def _groups_of(phase: Phase) -> tuple[str, tuple[GroupConfig, ...]]:
+    return phase.config.optimizer.freeze, phase.config.optimizer.groups
+
+
+def _check_groups(phase: Phase, changes: bool) -> None:
+    """Checks the patterns of the parameters that a phase trains; `changes` if phases train different ones."""
+    config = phase.config.optimizer
+    key = phase.key if {"optimizer.freeze", "optimizer.groups"} & phase.overrides.keys() else ""
+    if changes and config.name == "schedule_free_adamw":
+        raise ConfigError("optimizer.name", f"{config.name} averages parameters, which all phases must train alike")
+    if config.freeze or config.groups:
+        with argument_path(key) if key else contextlib.nullcontext():
+            assign_groups(config, Functional(phase.config.model).shapes)
 
 
 def plan_evaluations(settings: ConfigDict) -> list[EvaluationSetting]:

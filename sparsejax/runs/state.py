@@ -15,6 +15,7 @@ from jaxtyping import Array, Key
 from sparsejax import sharding
 from sparsejax.model import Functional, restack_layers
 from sparsejax.runs.groups import map_parameters
+from sparsejax.runs.optimizer import carry_over
 from sparsejax.runs.statistics import LossStatistics, init_losses
 
 Leaf = TypeVar("Leaf")
@@ -100,9 +101,19 @@ def restack_state(
     return jax.jit(convert_all, out_shardings=_shardings(target, optimizer, mesh))(state)
 
 
-def _build_init(
-    model: Functional, optimizer: optax.GradientTransformation
-) -> Callable[..., TrainState[Array]]:
+def regroup_state(
+    state: TrainState[Array], model: Functional, optimizer: optax.GradientTransformation, mesh: Mesh
+) -> TrainState[Array]:
+    """Converts a state to an optimizer with other groups of parameters; see `optimizer.carry_over`."""
+
+    def convert(state: TrainState[Array]) -> TrainState[Array]:
+        moments = carry_over(state.optimizer, optimizer.init(state.parameters))
+        return dataclasses.replace(state, optimizer=moments)
+
+    return jax.jit(convert, out_shardings=_shardings(model, optimizer, mesh))(state)
+
+
+def _build_init(model: Functional, optimizer: optax.GradientTransformation) -> Callable[..., TrainState[Array]]:
     def init(key: Key[Array, ""], parameters: dict[str, Any] | None = None) -> TrainState[Array]:
         parameter_key, step_key = jax.random.split(key)
         parameters = model.init(parameter_key) if parameters is None else parameters

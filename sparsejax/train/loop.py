@@ -31,6 +31,7 @@ from sparsejax.train.interruption import StopRequests
 from sparsejax.train.progress import ProgressReport
 from sparsejax.train.runtime import Evaluator, PhaseRuntime, set_up
 from sparsejax.train.step import Metrics
+from sparsejax.train.teacher import find_teacher
 from sparsejax.train.writers import Writers
 from sparsejax.workdir import Workdir, write_json
 
@@ -118,7 +119,8 @@ def train(settings: ConfigDict, workdir: str | os.PathLike[str], console: Consol
             path, uploads = stack.enter_context(start.open_workdir(workdir))
             files = Workdir(path)
             start.check_workdir(files, settings, extend)
-            runtimes, evaluators = set_up(phases, evaluations, mesh, read_tokenizer(files))
+            teacher = find_teacher(phases, files, mesh)
+            runtimes, evaluators = set_up(phases, evaluations, mesh, read_tokenizer(files), teacher)
             init = start.plan_init(runtimes[0], files)
             stack.enter_context(start.hold(files))
             parameters = None if init is None else init.load(mesh, phases[0].config.train.seed)
@@ -144,6 +146,8 @@ def train(settings: ConfigDict, workdir: str | os.PathLike[str], console: Consol
             start.record_versions(files, changes)
             if init is not None:
                 write_json(files.init, init.record)
+            if teacher is not None:
+                write_json(files.teacher, teacher.record)
         with (
             Writers(files, first_step, sharding.is_coordinator()) as writers,
             ProgressReport(console, first_step, phases[-1].stop) as progress,
@@ -172,9 +176,10 @@ def _train_phases(run: Run, metrics: dict[str, float] | None) -> Evaluation:
     first_step = int(run.state.step)
     run.requests.check(first_step, "start")
     evaluation = _write_missing_row(run, metrics)
-    for runtime in run.runtimes:
+    for previous, runtime in zip([None, *run.runtimes], run.runtimes, strict=False):
         if runtime.phase.start >= first_step:
             run.batches = runtime.train_batches()
+            run.state = run.state if previous is None else runtime.enter(run.state, previous)
         if runtime.phase.stop > first_step:
             evaluation = _train_phase(run, runtime)
     if evaluation is None:  # the run had ended before

@@ -6,7 +6,6 @@ import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
-import grain
 import jax
 from jax.sharding import Mesh
 from jaxtyping import Array
@@ -25,8 +24,9 @@ from sparsejax.model import Functional
 from sparsejax.runs.groups import find_frozen
 from sparsejax.runs.optimizer import averaged_parameters, build_optimizer, build_schedule, find_ema, is_averaging
 from sparsejax.runs.phases import EvaluationSetting, Phase
-from sparsejax.runs.state import TrainState
+from sparsejax.runs.state import TrainState, regroup_state
 from sparsejax.train.step import Metrics, build_step
+from sparsejax.train.teacher import Distillation, Teacher
 
 
 class Evaluator:
@@ -65,9 +65,11 @@ class Evaluator:
 class PhaseRuntime(Evaluator):
     """A phase of a run of `steps` steps: an evaluator that also has training data and a compiled step."""
 
-    def __init__(self, phase: Phase, steps: int, dataset: data.Dataset, mesh: Mesh):
+    def __init__(self, phase: Phase, steps: int, dataset: data.Dataset, mesh: Mesh, teacher: Teacher | None = None):
         super().__init__(phase, dataset, mesh)
         self.phase = phase
+        self.distillation = None if teacher is None else _distil(phase, teacher)
+        self._teacher = None if self.distillation is None or teacher is None else teacher.model.parameters
         rate = self.config.optimizer, steps, phase.restart
         self.optimizer = build_optimizer(*rate, decay=self.model.decay, axes=self.model.axes)
         self._step = build_step(
@@ -79,9 +81,17 @@ class PhaseRuntime(Evaluator):
             first=phase.start,
             ends_row=self.logs_after,
             frozen=find_frozen(self.config.optimizer, self.model.shapes),
+            distillation=self.distillation,
         )
 
-    def train_batches(self) -> grain.DatasetIterator:
+    def enter(self, state: TrainState[Array], previous: PhaseRuntime) -> TrainState[Array]:
+        """Returns the state at the end of the previous phase with the groups of the optimizer of this one."""
+        old, new = previous.config.optimizer, self.config.optimizer
+        if (old.freeze, old.groups) == (new.freeze, new.groups):
+            return state
+        return regroup_state(state, self.model, self.optimizer, self._mesh)
+
+    def train_batches(self) -> data.BatchIterator:
         """Iterates over this process's share of the training batches, from the first of the phase."""
         rows = self.config.train.batch
         return self.dataset.train_batches(rows, self.phase.seed, **share_rows(self._mesh, rows))
@@ -89,7 +99,7 @@ class PhaseRuntime(Evaluator):
     def step(self, state: TrainState[Array], batch: data.Batch) -> tuple[TrainState[Array], Metrics]:
         """Takes a training step; donates the buffers of `state`."""
         with jax.set_mesh(self._mesh):
-            return self._step(state, shard_batch(batch, self._mesh))
+            return self._step(state, shard_batch(batch, self._mesh), self._teacher)
 
     def logs_after(self, step: Any) -> Any:
         """Whether a row of metrics follows `step`, an integer or an array. A row also follows a loss that diverged."""
@@ -109,7 +119,11 @@ class PhaseRuntime(Evaluator):
 
 
 def set_up(
-    phases: Sequence[Phase], evaluations: Sequence[EvaluationSetting], mesh: Mesh, recorded: bytes | None = None
+    phases: Sequence[Phase],
+    evaluations: Sequence[EvaluationSetting],
+    mesh: Mesh,
+    recorded: bytes | None = None,
+    teacher: Teacher | None = None,
 ) -> tuple[list[PhaseRuntime], list[Evaluator]]:
     """Binds phases and evaluation settings to the mesh. They share one text, which is read once.
 
@@ -118,9 +132,10 @@ def set_up(
       evaluations: The evaluation settings.
       mesh: The mesh.
       recorded: Content of the tokenizer's file in the workdir, see `load_tokenizer`.
+      teacher: The teacher of the phases in which a weight of `train.teacher` is above 0.
 
     Raises:
-      ConfigError, DataError: A setting does not fit the mesh, the text or the model.
+      ConfigError, DataError: A setting does not fit the mesh, the text, the model or the teacher.
     """
     settings: list[Phase | EvaluationSetting] = [*phases, *evaluations]
     for setting in settings:
@@ -132,9 +147,17 @@ def set_up(
         _require_vocabulary(setting, datasets[-1])
     steps = phases[-1].stop
     return (
-        [PhaseRuntime(phase, steps, dataset, mesh) for phase, dataset in zip(phases, datasets, strict=False)],
+        [PhaseRuntime(phase, steps, dataset, mesh, teacher) for phase, dataset in zip(phases, datasets, strict=False)],
         [Evaluator(*pair, mesh) for pair in zip(evaluations, datasets[len(phases) :], strict=True)],
     )
+
+
+def _distil(phase: Phase, teacher: Teacher) -> Distillation | None:
+    """The losses of a phase with the teacher; None in a phase in which every weight is 0."""
+    try:
+        return teacher.distil(phase.config) if phase.config.train.active_teacher else None
+    except ConfigError as error:
+        raise _invalid(phase, error.argument or "", error.problem) from None
 
 
 def _require_even_batches(setting: Phase | EvaluationSetting, mesh: Mesh) -> None:

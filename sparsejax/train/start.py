@@ -217,16 +217,18 @@ def start_state(
     if latest is None:
         state = init_state(first.model, first.optimizer, first.config.train.seed, mesh, parameters)
         return state, first.train_batches(), None
-    # A checkpoint at the end of a phase holds the iterator of that phase.
-    batches = next(runtime for runtime in runtimes if latest <= runtime.phase.stop).train_batches()
-    source = plan_phases(ConfigDict(configs.complete(read_meta(checkpoints.folder / str(latest))["config"])))[0].config
-    if source.model.fold == first.config.model.fold:
-        state, metrics = checkpoints.restore(state_shapes(first.model, first.optimizer, mesh), batches)
+    # A checkpoint at the end of a phase holds the iterator of that phase, and the state of its optimizer.
+    current = next(runtime for runtime in runtimes if latest <= runtime.phase.stop)
+    batches = current.train_batches()
+    recorded = plan_phases(ConfigDict(configs.complete(read_meta(checkpoints.folder / str(latest))["config"])))
+    source = next(phase for phase in recorded if latest <= phase.stop).config
+    if source.model.fold == current.config.model.fold:
+        state, metrics = checkpoints.restore(state_shapes(current.model, current.optimizer, mesh), batches)
         return state, batches, metrics
     model = Functional(source.model)
     optimizer = build_optimizer(source.optimizer, source.train.steps, decay=model.decay, axes=model.axes)
     state, metrics = checkpoints.restore(state_shapes(model, optimizer, mesh), batches)
-    return restack_state(state, model, first.model, first.optimizer, mesh), batches, metrics
+    return restack_state(state, model, current.model, current.optimizer, mesh), batches, metrics
 
 
 def record_versions(workdir: Workdir, changes: Sequence[configs.Change]) -> None:

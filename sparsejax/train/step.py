@@ -16,10 +16,11 @@ from sparsejax.config import TrainConfig
 from sparsejax.inference.evaluation import DeviceBatch, read_context, token_losses
 from sparsejax.layers import Dropout, ExpertsConfig
 from sparsejax.metrics import AUXILIARY, EXPERT_LOAD_MAX, EXPERT_LOAD_MIN
-from sparsejax.model import FOLDED, Choices, Functional, Losses
+from sparsejax.model import FOLDED, Choices, Functional, Losses, Output
 from sparsejax.ops.experts import update_selection_bias
 from sparsejax.runs.state import TrainState
 from sparsejax.train.losses import label_smoothing, z_loss
+from sparsejax.train.teacher import Distillation, Targets
 
 
 class Metrics(TypedDict):
@@ -51,7 +52,8 @@ class Objective(NamedTuple):
     """The objective of a batch and its parts.
 
     Attributes:
-      total: Mean of the loss over the scored tokens plus the auxiliary losses: what is differentiated.
+      total: Mean of the loss over the scored tokens, times its weight, plus the auxiliary losses: what is
+        differentiated.
       loss: Mean of the loss over the scored tokens, in nats.
       auxiliary: Weighted auxiliary losses by name, means over the tokens of the batch.
       choices: Number of choices per expert.
@@ -73,8 +75,11 @@ def build_step(
     first: int = 0,
     ends_row: Callable[[Int[Array, ""]], Bool[Array, ""]] | None = None,
     frozen: PyTree[bool] | None = None,
-) -> Callable[[TrainState[Array], DeviceBatch], tuple[TrainState[Array], Metrics]]:
-    """Compiles the training step, which donates the buffers of its state.
+    distillation: Distillation | None = None,
+) -> Callable[..., tuple[TrainState[Array], Metrics]]:
+    """Compiles the training step, a function of state, batch and, with `distillation`, parameters of the teacher.
+
+    The step donates the buffers of the state.
 
     If the loss diverges (it or the gradient is not finite, or it is a spike by `config.spike`), the step leaves the
     parameters and the optimizer unchanged and sets the metric `diverged`.
@@ -89,16 +94,19 @@ def build_step(
       ends_row: Whether a row of metrics follows a step; by default every `config.log_every` steps. A row also follows a
         step that diverged.
       frozen: Whether each parameter keeps its value, without a gradient; by default none does.
+      distillation: The losses with a teacher; None without a teacher.
     """
     frozen = jax.tree.map(lambda _: False, model.shapes) if frozen is None else frozen
-    differentiate = _build_gradient(model, config, mesh, frozen)
+    differentiate = _build_gradient(model, config, mesh, frozen, distillation)
     limit = config.max_skips if config.bad_loss == "skip" else 1
     rates = _bias_rates(model)
     follows = ends_row or (lambda step: step % config.log_every == 0)
 
-    def step(state: TrainState[Array], batch: DeviceBatch) -> tuple[TrainState[Array], Metrics]:
+    def step(
+        state: TrainState[Array], batch: DeviceBatch, teacher: dict[str, Any] | None = None
+    ) -> tuple[TrainState[Array], Metrics]:
         key = jax.random.fold_in(state.key, state.step) if model.config.dropout else None
-        objective, gradient = differentiate(state.parameters, batch, key)
+        objective, gradient = differentiate(state.parameters, batch, key, teacher)
         norm = optax.tree.norm(gradient)
         losses = state.losses.start_phase(state.step == first)
         diverged = ~(jnp.isfinite(objective.total) & jnp.isfinite(norm)) | losses.is_spike(objective.loss, config.spike)
@@ -164,14 +172,16 @@ def _balance(parameters: dict[str, Any], choices: Choices, rates: dict[str, dict
 
 
 def _build_gradient(
-    model: Functional, config: TrainConfig, mesh: Mesh, frozen: PyTree[bool]
-) -> Callable[[dict[str, Any], DeviceBatch, Key[Array, ""] | None], tuple[Objective, dict[str, Any]]]:
+    model: Functional, config: TrainConfig, mesh: Mesh, frozen: PyTree[bool], distillation: Distillation | None
+) -> Callable[..., tuple[Objective, dict[str, Any]]]:
     """Returns a function to the objective of a batch and its gradient, summed over microbatches that run in sequence.
 
     The sums do not depend on the number of microbatches. A balance loss over the batch is the product of the choices
     in the batch and of a mean over its tokens: the choices are counted first, by another forward pass.
     """
     constrain, microbatches = sharding.constrain_batch(mesh), config.accumulate
+    loss_weight = 1.0 if config.teacher is None else config.teacher.loss
+    traced = distillation is not None and bool(distillation.hidden)
     counts_first = microbatches > 1 and any(
         isinstance(layer.mlp, ExpertsConfig) and layer.mlp.balance_weight and layer.mlp.balance == "batch"
         for layer in model.config.layers.values()
@@ -179,10 +189,9 @@ def _build_gradient(
 
     def forward(
         parameters: dict[str, Any], batch: DeviceBatch, key: Key[Array, ""] | None, choices: Choices | None
-    ) -> tuple[Array, Losses, Choices]:
-        context = read_context(batch)
-        if key is not None:
-            context = context.with_extras(dropout=Dropout(key, model.config.dropout))
+    ) -> Output:
+        dropout = None if key is None else Dropout(key, model.config.dropout)
+        context = read_context(batch).with_extras(dropout=dropout, traced=traced)
         return model.bind(parameters).forward(batch["inputs"], context, constrain, choices)
 
     def total_loss(
@@ -191,37 +200,55 @@ def _build_gradient(
         key: Key[Array, ""] | None,
         choices: Choices | None,
         scale: Float[Array, ""],
+        targets: Targets | None,
     ) -> tuple[Float[Array, ""], Objective]:
         parameters = jax.tree.map(lambda keep, x: jax.lax.stop_gradient(x) if keep else x, frozen, parameters)
-        logits, auxiliary, counted = forward(parameters, batch, key, choices)
+        output = forward(parameters, batch, key, choices)
         # Auxiliary losses are means over tokens; the scale makes them sums that add up like the loss of the tokens.
-        weighted = {name: value * _count_tokens(batch) * scale for name, value in auxiliary.items()}
-        loss = token_losses(logits, batch["targets"], batch["weights"]).sum()
+        weighted = {name: value * _count_tokens(batch) * scale for name, value in output.losses.items()}
+        loss = token_losses(output.logits, batch["targets"], batch["weights"]).sum()
         if config.z_loss:
-            weighted["z_loss"] = config.z_loss * (z_loss(logits) * batch["weights"]).sum()
+            weighted["z_loss"] = config.z_loss * (z_loss(output.logits) * batch["weights"]).sum()
         if config.label_smoothing:
-            smoothed = label_smoothing(logits, batch["targets"]) * batch["weights"]
-            weighted["label_smoothing"] = config.label_smoothing * smoothed.sum()
-        total = loss + sum(weighted.values())
-        return total, Objective(total, loss, weighted, counted)
+            smoothed = label_smoothing(output.logits, batch["targets"]) * batch["weights"]
+            weighted["label_smoothing"] = loss_weight * config.label_smoothing * smoothed.sum()
+        if distillation is not None and targets is not None:
+            weighted |= distillation.losses(model.bind(parameters), output, targets, batch, scale)
+        total = sum(weighted.values(), loss_weight * loss if loss_weight else jnp.zeros(()))
+        return total, Objective(total, loss, weighted, output.choices)
+
+    def gradient_of(
+        parameters: dict[str, Any],
+        batch: DeviceBatch,
+        key: Key[Array, ""] | None,
+        choices: Choices | None,
+        scale: Float[Array, ""],
+        teacher: dict[str, Any] | None,
+    ) -> tuple[dict[str, Any], Objective]:
+        targets = None
+        if distillation is not None and teacher is not None:
+            targets = distillation.run_teacher(teacher, batch, constrain)
+        return jax.grad(total_loss, has_aux=True)(parameters, batch, key, choices, scale, targets)
 
     def differentiate(
-        parameters: dict[str, Any], batch: DeviceBatch, key: Key[Array, ""] | None
+        parameters: dict[str, Any],
+        batch: DeviceBatch,
+        key: Key[Array, ""] | None,
+        teacher: dict[str, Any] | None,
     ) -> tuple[Objective, dict[str, Any]]:
         weight = batch["weights"].sum()
         scale = weight / _count_tokens(batch)
-        gradient_of = jax.grad(total_loss, has_aux=True)
         if microbatches == 1:
-            gradient, objective = gradient_of(parameters, batch, key, None, scale)
+            gradient, objective = gradient_of(parameters, batch, key, None, scale, teacher)
         else:
             # Adjacent rows go to different microbatches, so that each microbatch is spread over all devices.
             slices = jax.tree.map(lambda x: x.reshape(-1, microbatches, *x.shape[1:]).swapaxes(0, 1), batch)
             keys = None if key is None else jax.random.split(key, microbatches)
             choices = None
             if counts_first:
-                choices = _add_up(lambda slice_, key: forward(parameters, slice_, key, None)[2], (slices, keys))
+                choices = _add_up(lambda slice_, key: forward(parameters, slice_, key, None).choices, (slices, keys))
             gradient, objective = _add_up(
-                lambda slice_, key: gradient_of(parameters, slice_, key, choices, scale), (slices, keys)
+                lambda slice_, key: gradient_of(parameters, slice_, key, choices, scale, teacher), (slices, keys)
             )
         divisor = 1 / jnp.maximum(weight, 1)
         gradient, (total, loss, auxiliary) = jax.tree.map(lambda x: x * divisor, (gradient, objective[:3]))

@@ -104,7 +104,7 @@ def test_equals_the_reference_whole_and_in_steps(change):
 def test_losses_are_weighted_and_do_not_count_padding(balance):
     module, bare = build(balance_weight=0.5, router_z_weight=0.25, balance=balance), build()
     mask = np.array([[True] * 9, [True] * 4 + [False] * 5])
-    (y, (losses, choices)), (same, _) = jax.jit(
+    (y, (losses, choices, _)), (same, _) = jax.jit(
         lambda: (module(jnp.asarray(X), Context(Tokens(mask=jnp.asarray(mask)))), bare(jnp.asarray(X)))
     )()
     np.testing.assert_array_equal(y, same)
@@ -151,7 +151,7 @@ def test_a_model_of_experts_adds_up_their_losses_and_has_gradients_scanned_or_no
             parameters |= {name: results[0][2][name] for name in ("embedding", "norm")}
 
         def total(parameters, model=model):
-            logits, losses, _ = model.bind(parameters).forward(jnp.asarray(tokens))
+            logits, losses, *_ = model.bind(parameters).forward(jnp.asarray(tokens))
             return logits.sum() + losses["balance"], losses["balance"]
 
         (value, balance), gradient = jax.jit(jax.value_and_grad(total, has_aux=True))(parameters)

@@ -104,7 +104,7 @@ def test_the_bias_follows_the_sign_of_the_load_error():
 
     @jax.jit
     def count(parameters):
-        _, _, choices = model.bind(parameters).forward(batch["inputs"], read_context(batch))
+        choices = model.bind(parameters).forward(batch["inputs"], read_context(batch)).choices
         return jnp.stack([choices["before"][0], *choices["period"][0]])
 
     for _ in range(3):
