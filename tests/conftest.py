@@ -4,7 +4,7 @@ import tempfile
 from jaxtyping import install_import_hook
 
 # Shapes and types of every annotated function in these packages are checked when tests call it.
-CHECKED = ["ops", "layers", "embedding", "model", "inference.evaluation", "train"]
+CHECKED = ["ops", "layers", "embedding", "model", "inference.evaluation", "runs", "train"]
 install_import_hook([f"sparsejax.{name}" for name in CHECKED], "beartype.beartype")
 
 # Most of the time of a test is compilation, of which LLVM's optimizations are a third. The nightly run keeps them.

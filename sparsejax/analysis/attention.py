@@ -100,12 +100,8 @@ class Attention(Analysis):
         return jax.jit(functools.partial(measure_layers, self.subject, *known))
 
     def summarize(self, results: list[Any]) -> Findings:
-        heads, coverage, means = [], [], []
-        for index, (layer, path) in enumerate(self.sections):
-            entries = [result[index] for result in results]
-            sums = {name: np.sum([entry[name] for entry in entries], axis=0) for name in entries[0]}
-            mean = {name: value / sums["queries"] for name, value in sums.items()}
-            means.append(mean)
+        heads, coverage, means = [], [], self._average(results)
+        for (layer, path), mean in zip(self.sections, means, strict=True):
             where = {"layer": layer, "section": self._section(layer, path)}
             for head in range(len(mean["mass"])):
                 heads.append(where | {"head": head} | _describe_head(mean, head))
@@ -117,6 +113,19 @@ class Attention(Analysis):
         choices = self._choose(means)
         tables = {"heads": heads, "coverage": coverage} | ({"choice": choices} if choices else {})
         return Findings("Attention", tables, self._draw(means), self._describe(choices))
+
+    def choose(self, results: list[Any]) -> dict[str, str]:
+        """Returns the chosen pattern of all heads by key of the config, see `lines`."""
+        return self.lines(self._choose(self._average(results)))
+
+    def _average(self, results: list[Any]) -> list[dict[str, np.ndarray]]:
+        """The means over the queries of all windows, per section."""
+        means = []
+        for index in range(len(self.sections)):
+            entries = [result[index] for result in results]
+            sums = {name: np.sum([entry[name] for entry in entries], axis=0) for name in entries[0]}
+            means.append({name: value / sums["queries"] for name, value in sums.items()})
+        return means
 
     def _section(self, layer: int, path: str) -> str:
         """The section of the config in which the pattern is."""
