@@ -153,7 +153,8 @@ def _tokenizer_files(model: LoadedModel) -> dict[str, bytes]:
     if tokenizer is None:
         return {}
     if tokenizer.data is None:
-        data = _write_json(_describe_bytes(tokenizer) if isinstance(tokenizer, Bytes) else _describe_characters())
+        is_masked = model.config.vocab > tokenizer.mask
+        data = _write_json(describe_bytes(is_masked) if isinstance(tokenizer, Bytes) else describe_characters())
         return {TOKENIZER: data, SETTINGS: _write_json({"tokenizer_class": "PreTrainedTokenizerFast"})}
     name = TOKENIZER if isinstance(tokenizer, HuggingFace) else SENTENCEPIECE
     files = {name: tokenizer.data}
@@ -167,20 +168,19 @@ def _tokenizer_files(model: LoadedModel) -> dict[str, bytes]:
     return files
 
 
-def _describe_bytes(tokenizer: Bytes) -> dict[str, Any]:
-    """The file of `tokenizers` whose ids are the bytes of UTF-8, and then the mask token."""
+def describe_bytes(is_masked: bool) -> dict[str, Any]:
+    """Returns the file of `tokenizers` whose ids are the bytes of UTF-8, and then the mask token if there is one."""
     printable = [*range(33, 127), *range(161, 173), *range(174, 256)]  # those that byte-level vocabularies keep
     others = iter(range(256, 512))
     vocabulary = {chr(byte if byte in printable else next(others)): byte for byte in range(256)}
-    mask = {"id": tokenizer.mask, "content": MASK_NAMES[0], "special": True, "normalized": False}
+    mask = {"id": Bytes.mask, "content": MASK_NAMES[0], "special": True, "normalized": False}
+    mask |= dict.fromkeys(("single_word", "lstrip", "rstrip"), False)
     settings = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": False}
-    return _describe(vocabulary, settings, settings) | {
-        "added_tokens": [mask | dict.fromkeys(("single_word", "lstrip", "rstrip"), False)]
-    }
+    return _describe(vocabulary, settings, settings) | {"added_tokens": [mask] if is_masked else []}
 
 
-def _describe_characters() -> dict[str, Any]:
-    """The file of `tokenizers` whose ids are the 27 characters of text8."""
+def describe_characters() -> dict[str, Any]:
+    """Returns the file of `tokenizers` whose ids are the 27 characters of text8."""
     return _describe({character: number for number, character in enumerate(CHARACTERS)}, None, {"type": "Fuse"})
 
 

@@ -16,6 +16,7 @@ from typing import Any, TypeAlias
 
 import numpy as np
 
+from sparsejax import patterns
 from sparsejax.config import ModelConfig
 from sparsejax.errors import InputError, shorten
 from sparsejax.interop.huggingface.errors import ConversionError
@@ -89,7 +90,8 @@ def _compare_fields(first: Any, second: Any, path: str) -> Iterator[Difference]:
         skipped = skipped - {"chunk"}
     for field in dataclasses.fields(first):
         if field.name not in skipped:
-            values = (getattr(config, field.name) for config in (first, second))
+            values = [getattr(config, field.name) for config in (first, second)]
+            values = [patterns.parse(value) for value in values] if field.name == "pattern" else values
             yield from find_differences(*values, f"{path}.{field.name}" if path else field.name)
 
 
@@ -97,13 +99,12 @@ def _make_explicit(config: Any) -> Any:
     """Returns an equivalent configuration, without defaults that depend on other fields and without unused values."""
     changes: dict[str, Any] = {}
     if isinstance(config, AttentionConfig):
-        changes["pattern"] = config.connectivity
         changes["scale"] = config.head_width**-0.5 if config.scale is None else config.scale
         changes |= {} if config.growth else {"growth_period": 1}
         changes |= {} if config.qk_norm else {"qk_norm_joint": False}
     elif isinstance(config, LatentConfig):
         width = config.nope_width + config.rope_width
-        changes = {"pattern": config.connectivity, "scale": width**-0.5 if config.scale is None else config.scale}
+        changes["scale"] = width**-0.5 if config.scale is None else config.scale
     elif isinstance(config, Mamba2Config):
         changes["multipliers"] = () if set(config.multipliers) == {1.0} else config.multipliers
         changes |= {"norm_groups": 1, "norm_before_gate": False} if config.norm_eps is None else {}
@@ -400,6 +401,9 @@ COMMON: dict[str, Answer] = {
 }
 
 
+UNUSED = {"num_attention_heads": 1, "num_key_value_heads": 1, "mamba_n_heads": 1}  # of mixers that no layer has
+
+
 def _absent(*keys: str) -> dict[str, Answer]:
     return dict.fromkeys(keys, lambda view: ABSENT)
 
@@ -410,7 +414,9 @@ QWEN: dict[str, Answer] = {
     "use_sliding_window": lambda view: _window(view) is not None,
     "max_window_layers": lambda view: (_indices([not full for full in _is_full(view)]) or [len(view.layers)])[0],
 }
-GEMMA: dict[str, Answer] = {
+# Of families whose windows must be set, also if no layer has one.
+WINDOWED: dict[str, Answer] = {"sliding_window": lambda view: _or_absent(_window(view))}
+GEMMA: dict[str, Answer] = WINDOWED | {
     "query_pre_attn_scalar": _inverse_square,
     "final_logit_softcapping": "model.head.softcap",
 }
@@ -586,7 +592,7 @@ EXPORTED: dict[str, Family] = {
         "RecurrentGemmaForCausalLM",
         {
             "rope_parameters": lambda view: _rope(view, partial=True),
-            "attention_window_size": _window,
+            "attention_window_size": lambda view: _or_absent(_window(view)),
             "lru_width": "rglru.inner",
             "conv1d_width": "rglru.conv",
             "intermediate_size": lambda view: 2 * view.get("mlp.width"),
@@ -594,7 +600,7 @@ EXPORTED: dict[str, Family] = {
             "block_types": lambda view: view.types(linear="recurrent", local="attention"),
         },
     ),
-    "olmo3": Family("Olmo3ForCausalLM", {"rope_parameters": _ropes}),
+    "olmo3": Family("Olmo3ForCausalLM", WINDOWED | {"rope_parameters": _ropes}),
     "olmo_hybrid": Family(
         "OlmoHybridForCausalLM",
         # Without `rope_theta`, which is not the default, attention has no positions.
@@ -602,7 +608,9 @@ EXPORTED: dict[str, Family] = {
     ),
     "cohere2": Family(
         "Cohere2ForCausalLM",
-        {"logit_scale": "model.head.scale", "rope_parameters": lambda view: _rope(view, "local")} | _absent("head_dim"),
+        WINDOWED
+        | {"logit_scale": "model.head.scale", "rope_parameters": lambda view: _rope(view, "local")}
+        | _absent("head_dim"),
     ),
     "lfm2": Family(
         "Lfm2ForCausalLM",
@@ -610,7 +618,8 @@ EXPORTED: dict[str, Family] = {
     ),
     "gpt_oss": Family(
         "GptOssForCausalLM",
-        {
+        WINDOWED
+        | {
             "swiglu_limit": lambda view: _or_absent(view.get("experts.limit")),
             "swiglu_alpha": "experts.alpha",
         },
@@ -654,7 +663,7 @@ EXPORTED: dict[str, Family] = {
             "rope_parameters": lambda view: _rope(view, "local"),
             "layer_types": lambda view: view.types(full="full_attention", local="chunked_attention"),
             "no_rope_layers": lambda view: [int(getattr(x.mixer, "rope", None) is not None) for _, x in view.layers],
-            "attention_chunk_size": _window,
+            "attention_chunk_size": lambda view: _or_absent(_window(view)),
             "use_qk_norm": lambda view: view.get("local.qk_norm") is not None,
             "attn_scale": "full.growth",
             "attn_temperature_tuning": lambda view: view.get("full.growth") != 0,
@@ -726,9 +735,9 @@ class Answers(Fields):
         try:
             if callable(answer):
                 return answer(self._view)
-            return next((self._view.get(path) for path in self._paths(key)), ABSENT)
+            return next((self._view.get(path) for path in self._paths(key)), UNUSED.get(key, ABSENT))
         except Missing:
-            return ABSENT
+            return UNUSED.get(key, ABSENT)
 
     def _paths(self, key: str) -> list[str]:
         """The paths of a key whose parts the model has."""
@@ -776,7 +785,9 @@ def express(view: View, family: str, length: int) -> Expression:
         return Expression(family, obstacles=(("layers", f"{family} has no such model: {error}"),), distance=REJECTED)
     expressed = translation.model if translation.at_length is None else translation.at_length(length)[0]
     differences = list(find_differences(expressed, view.model))
-    obstacles = tuple((path, f"{_show(b)}: {family} has {_show(a)}") for path, a, b in differences)
+    obstacles = tuple(
+        (path, f"{_show(b)}: {family} cannot express it and has {_show(a)} instead") for path, a, b in differences
+    )
     distance = sum(OTHER_SECTION if dataclasses.is_dataclass(b) else 1 for _, _, b in differences)
     for key in EXPORTED[family].others:
         answers.take(key, None)
@@ -809,7 +820,8 @@ def choose_family(
             return attempts[-1]
     nearest, *others = sorted(attempts, key=lambda attempt: attempt.distance)
     path, problem = nearest.obstacles[0]
-    problems = [problem, *(f"{other.family}: model.{other.obstacles[0][0]}" for other in others[: SHOWN - 1])]
+    near = [other for other in others[: SHOWN - 1] if other.distance < REJECTED]
+    problems = [problem, *(f"{other.family} differs in model.{other.obstacles[0][0]}" for other in near)]
     raise InputError(f"model.{path}", "; ".join(problems))
 
 

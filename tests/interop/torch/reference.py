@@ -4,9 +4,11 @@ It reads one JSON request per line of standard input, and writes one JSON respon
 
     {"do": "versions"}
     {"do": "make", "family": NAME, "seed": S, "number": N, "folder": PATH}
+    {"do": "run", "family": NAME, "seed": S, "number": N, "folder": PATH}
 
 `make` writes a random model with `save_pretrained`, its logits, streams and loss in `outputs.npz`, and its gradients in
-the folder `gradients`, as a checkpoint with the same tensors.
+the folder `gradients`, as a checkpoint with the same tensors. `run` loads a folder and writes its logits there, in
+`logits.npy`.
 """
 
 from __future__ import annotations
@@ -37,6 +39,7 @@ GAIN_DECAY, MAX_TRIES = 0.7, 12
 
 MASKED = ("bert", "big_bird", "longformer", "modernbert", "roberta")  # families with a masked language model head
 OFFSET_NORMS = r"gemma|qwen3_next"  # families that store the scales of norms minus 1
+UNUSED = r"pooler|predictions\.bias|lm_head\.bias|slope_rate|_decay$"  # tensors that logits do not depend on
 EAGER = {"attn_implementation": "eager", "experts_implementation": "eager"}
 
 
@@ -56,6 +59,18 @@ def make(family: str, seed: int, number: int, folder: str) -> dict[str, Any]:
         return {"error": f"float32 differs by {noise:.1e} and {gradient_noise:.1e} for any gain"}
     write_outputs(path, model, actual)
     return {"noise": noise, "gradient_noise": gradient_noise, "gain": gain}
+
+
+def run(family: str, seed: int, number: int, folder: str) -> dict[str, Any]:
+    """Loads a folder and writes its logits; returns the tensors that are missing or unknown."""
+    case, path = draw_case(family, seed, number), Path(folder)
+    model, loading = auto_class(case).from_pretrained(path, dtype=torch.float32, output_loading_info=True, **EAGER)
+    inputs = {key: torch.from_numpy(value) for key, value in case.inputs.items() if key != "labels"}
+    with torch.no_grad():
+        logits = model.eval()(**inputs, use_cache=False).logits
+    np.save(path / "logits.npy", logits.numpy())
+    names = sorted({*loading["missing_keys"], *loading["unexpected_keys"]})
+    return {"class": type(model).__name__, "names": [name for name in names if not re.search(UNUSED, name)]}
 
 
 def write_model(case: Case, seed: int, gain: float, folder: Path) -> None:
@@ -206,4 +221,4 @@ def report_versions() -> dict[str, str]:
 if __name__ == "__main__":
     torch.set_num_threads(THREADS)
     transformers.utils.logging.disable_progress_bar()
-    serve({"versions": report_versions, "make": make}, errors=(Exception,))
+    serve({"versions": report_versions, "make": make, "run": run}, errors=(Exception,))
