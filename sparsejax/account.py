@@ -10,10 +10,10 @@ import operator
 import jax
 from flax import nnx
 
-from sparsejax.config import Config, ModelConfig
-from sparsejax.errors import InputError
+from sparsejax.config import Config, ModelConfig, check_teacher
+from sparsejax.errors import InputError, argument_path
 from sparsejax.layers import Cache, Experts, Layer, attention_cost
-from sparsejax.model import Model
+from sparsejax.model import Functional, Model
 from sparsejax.patterns import Pattern, plan_cache
 
 TRAINING = 3  # FLOPs of forward and backward pass per FLOP of the forward pass (arXiv:2001.08361)
@@ -93,6 +93,63 @@ def account_model(config: ModelConfig, length: int) -> tuple[list[Account], Acco
     outside = _count_parameters(model) - sum(account.parameters for account in accounts.values())
     ends = Account(length, parameters=outside, active_parameters=outside, flops=2.0 * config.width * config.vocab)
     return [accounts[name] for name in config.names], ends
+
+
+@dataclasses.dataclass(frozen=True)
+class TeacherAccount:
+    """The cost of the teacher of a run.
+
+    Attributes:
+      parameters: Number of parameters.
+      parameter_bytes: Their bytes, on all devices together if each of them is sharded.
+      forward_flops: FLOPs of the teacher per training step.
+      mixer_flops: FLOPs per training step of the model's mixers on the teacher's inputs, forward and backward.
+      training_flops: FLOPs per training step of the model without a teacher.
+    """
+
+    parameters: int
+    parameter_bytes: int
+    forward_flops: float
+    mixer_flops: float
+    training_flops: float
+
+    def __str__(self) -> str:
+        mixers = f" and {self.mixer_flops:,.0f} of mixers on its inputs" if self.mixer_flops else ""
+        return (
+            f"{self.parameters:,} parameters, {self.parameter_bytes:,} bytes; {self.forward_flops:,.0f} FLOPs per step"
+            f"{mixers}, beside {self.training_flops:,.0f} of the model"
+        )
+
+
+def account_teacher(config: Config, teacher: ModelConfig) -> TeacherAccount:
+    """Returns the cost of the teacher of a run or a phase in which a weight of `train.teacher` is above 0.
+
+    Args:
+      config: The configuration.
+      teacher: The model of the teacher. Its head counts if the loss `kl` reads its predictions.
+
+    Raises:
+      InputError: The teacher does not fit the configuration.
+    """
+    section, length = config.train.teacher, config.data.length
+    assert section is not None
+    with argument_path("train.teacher"):
+        check_teacher(config.model, teacher, length)
+        pairs = section.pair_mixers(config.model, teacher)
+    tokens, shapes = config.train.batch * length, Functional(teacher).shapes_in(section.dtype or "float32")
+    layers, ends = account_model(teacher, length)
+    mixers = {
+        name: layer if layer.mixer is None else dataclasses.replace(layer, mlp=None, side=None, parallel=False)
+        for name, layer in config.model.layers.items()
+    }
+    alone, _ = account_model(dataclasses.replace(config.model, layers=mixers), length)
+    return TeacherAccount(
+        parameters=sum(layer.parameters for layer in layers) + ends.parameters,
+        parameter_bytes=count_bytes(shapes),
+        forward_flops=tokens * (sum(layer.flops for layer in layers) + (ends.flops if section.kl else 0)),
+        mixer_flops=tokens * sum(alone[layer].training_flops for layer in pairs),
+        training_flops=tokens * AccountCache()(config).training_flops,
+    )
 
 
 class AccountCache:

@@ -15,7 +15,7 @@ from ml_collections import ConfigDict
 from sparsejax import config as configs
 from sparsejax import extensions, sharding
 from sparsejax.buckets import read_workdir
-from sparsejax.config import Config, ModelSource
+from sparsejax.config import Config, ModelConfig, ModelSource
 from sparsejax.data.tokenizers import Tokenizer, read_tokenizer, recorded_tokenizer
 from sparsejax.errors import InputError
 from sparsejax.loaded import LoadedModel, Parameters, Source, set_dtype
@@ -111,6 +111,21 @@ def load_source(source: ModelSource, *, mesh: Mesh | None = None, dtype: str | N
     if source.kind == "hf" and model.source.run is not None:
         raise InputError("source", f"{source}: is a workdir; write run:{source.path}")
     return model
+
+
+def read_model(source: ModelSource, length: int) -> ModelConfig:
+    """Returns the model of a source for sequences of `length` tokens; reads no parameter.
+
+    Raises:
+      InputError: As `load_source`.
+    """
+    if source.kind == "run":
+        return open_checkpoint(source).run.model
+    from sparsejax.interop import huggingface  # needs safetensors
+
+    if not source.exists():
+        raise InputError("source", f"{source}: no folder {source.path!r}")
+    return huggingface.describe(source.path, length)[0]
 
 
 def read_run(path: str | Path) -> Config:

@@ -6,17 +6,21 @@ import functools
 import itertools
 import operator
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 from rich.console import Console
 from rich.table import Table
 
 from sparsejax import complexity, patterns
-from sparsejax.account import Account, account_model
-from sparsejax.config import Config, ModelConfig
+from sparsejax.account import Account, account_model, account_teacher
+from sparsejax.config import Config, ModelConfig, ModelSource
 from sparsejax.data import load_dataset, preview
-from sparsejax.errors import InputError
+from sparsejax.errors import InputError, argument_path
 from sparsejax.layers import LayerConfig
 from sparsejax.patterns.drawing import wrap_title
+
+if TYPE_CHECKING:
+    from sparsejax.runs.phases import Phase
 
 TEXT_WIDTHS = (24, 16, 12, 8, 4)  # of columns of texts, the widest first
 
@@ -55,6 +59,24 @@ def show(model: ModelConfig, length: int, console: Console) -> None:
         describe_receptive_field(model.connectivity, length),
         *(f"warning: {warning}" for warning in patterns.lint_schedule(model.connectivity, length)),
     )
+
+
+def show_teacher(phases: Sequence[Phase], console: Console) -> None:
+    """Prints the cost of the teacher in each phase of a run that has one; reads no parameter.
+
+    Raises:
+      InputError: There is no such model, or it does not fit the configuration.
+    """
+    for phase in phases:
+        section = phase.config.train.active_teacher
+        if section is None:
+            continue
+        from sparsejax.loading import read_model  # imports grain and Orbax
+
+        with argument_path("train.teacher"):
+            teacher = read_model(ModelSource.parse(section.source), phase.config.data.length)
+        prefix = "" if phase.name is None else f"phase {phase.name}: "
+        _print(console, f"{prefix}teacher {section.source}: {account_teacher(phase.config, teacher)}")
 
 
 def show_complexity(length: int | None, measured: bool, console: Console) -> None:

@@ -120,7 +120,7 @@ IMPORTS: dict[str, set[str]] = {
         "init",
     },
     "complexity": {"patterns", "ops"},
-    "show": {"errors", "patterns", "layers", "data", "config", "account", "complexity"},
+    "show": {"errors", "patterns", "layers", "data", "config", "account", "runs", "loading", "complexity"},
     "testing": {"patterns", "check"},
     "draw": {"errors", "paths", "figures", "palette", "patterns"},
     "doctor": {"patterns", "ops"},

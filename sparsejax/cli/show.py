@@ -57,5 +57,10 @@ def run(options: argparse.Namespace, console: Console) -> None:
     else:
         from sparsejax import config as configs
 
-        config = configs.check(configs.load(options.config, options.overrides["config"]))
+        settings = configs.load(options.config, options.overrides["config"])
+        config = configs.check(settings)
         show.show(config.model, config.data.length if options.length is None else options.length, console)
+        if config.train.teacher is not None:
+            from sparsejax.runs.phases import plan_phases  # imports Orbax
+
+            show.show_teacher(plan_phases(settings), console)

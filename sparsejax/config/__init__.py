@@ -25,11 +25,11 @@ from sparsejax.config.schema import (
     OptimizerConfig,
     PhaseConfig,
     ShardingConfig,
-    TeacherConfig,
     TrainConfig,
     check_data,
 )
 from sparsejax.config.source import ModelSource
+from sparsejax.config.teacher import TeacherConfig, check_teacher
 
 __all__ = [
     "BASE_PHASE",
@@ -58,6 +58,7 @@ __all__ = [
     "check_data",
     "check_evaluation",
     "check_phase",
+    "check_teacher",
     "complete",
     "difference",
     "digest",

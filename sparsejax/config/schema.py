@@ -7,12 +7,14 @@ in `sparsejax.layers`, those of the data in `sparsejax.data.config`.
 from __future__ import annotations
 
 import dataclasses
+import re
 from collections.abc import Mapping
 from typing import Any
 
 from sparsejax import patterns
 from sparsejax import schedule as schedules
 from sparsejax.config.source import ModelSource
+from sparsejax.config.teacher import TeacherConfig
 from sparsejax.data.config import DataConfig
 from sparsejax.data.probes import Probe
 from sparsejax.errors import InputError, argument_path, require_at_least, require_choice
@@ -240,71 +242,7 @@ PHASE_KEYS = (
 )
 
 
-@dataclasses.dataclass(frozen=True)
-class TeacherConfig:
-    """Distillation from a trained model, which is frozen. The teacher runs in phases in which a weight is above 0.
-
-    With `p` and `q` the distributions of teacher and model at the temperature `T`, `x` an activation of the teacher,
-    `y` that of the model, and `ms` the mean square over the features, the losses are
-
-    | weight | loss | mean over |
-    |---|---|---|
-    | `kl` | `T ** 2 * sum(p * log(p / q))` (arXiv:1503.02531) | scored tokens |
-    | `hidden` | `ms(y - x) / (ms(x) + 1e-6)` of the residual streams after the layers | tokens and layers |
-    | `attention_output` | the same of the outputs of the mixers, both on the teacher's input | tokens and layers |
-    | `loss` | the cross entropy | scored tokens |
-
-    With `top_k`, `p` and `q` are distributions over `top_k + 1` outcomes: the most likely tokens of the teacher, and
-    one for all other tokens. The divergence is then a lower bound of that of all tokens, and the teacher's logits take
-    the memory of `top_k` tokens.
-
-    `attention_output` aligns every mixer by itself (MOHAWK, arXiv:2408.10189, stage 2; LoLCATs, arXiv:2410.10254):
-    its gradient reaches no other parameters of the model.
-    """
-
-    # "hf:FOLDER", "run:WORKDIR", "run:WORKDIR@STEP" or "run:WORKDIR@best"; its vocabulary is that of the model
-    source: str = dataclasses.field(metadata={"resume": "none"})
-    dtype: str | None = None  # dtype of the teacher, "float32" or "bfloat16"; none for that of `sparsejax.load`
-    kl: float = 0.0  # weight of the divergence of the predictions from those of the teacher
-    temperature: float = 1.0  # temperature of both in `kl`
-    top_k: int = 0  # number of the teacher's most likely tokens that `kl` distinguishes; 0 for all
-    hidden: float = 0.0  # weight of the error of the residual streams
-    # layers whose streams are compared, "LAYER" or "LAYER:LAYER OF THE TEACHER" from 0, separated by commas, such as
-    # "0:0, 3:7"; by default every layer with the layer of the same index
-    hidden_layers: str = ""
-    attention_output: float = 0.0  # weight of the error of the mixers' outputs
-    # layers whose mixers are compared, as for `hidden_layers`; by default those whose mixers differ from the teacher's
-    attention_layers: str = ""
-    loss: float = 1.0  # weight of the cross entropy
-
-    def __post_init__(self) -> None:
-        ModelSource.parse(self.source)
-        if self.dtype is not None:
-            require_choice(self, "dtype", ("float32", "bfloat16"))
-        require_at_least(self, 0, "kl", "top_k", "hidden", "attention_output", "loss")
-        if self.temperature <= 0:
-            raise InputError("temperature", f"{self.temperature} is not above 0")
-        for name in ("hidden_layers", "attention_layers"):
-            self.layers(name)
-        if not (self.loss or self.is_active):
-            raise InputError("loss", "is 0, and so are kl, hidden and attention_output; set one of them")
-
-    @property
-    def is_active(self) -> bool:
-        """Whether a loss depends on the teacher."""
-        return bool(self.kl or self.hidden or self.attention_output)
-
-    def layers(self, name: str) -> dict[int, int]:
-        """Returns the layer of the teacher by layer of the model in `hidden_layers` or `attention_layers`."""
-        layers: dict[int, int] = {}
-        for item in filter(None, map(str.strip, getattr(self, name).split(","))):
-            first, colon, second = (part.strip() for part in item.partition(":"))
-            if not first.isdecimal() or not (second if colon else first).isdecimal():
-                raise InputError(name, f"{item!r}: expected LAYER or LAYER:LAYER OF THE TEACHER, such as 3:7")
-            if int(first) in layers:
-                raise InputError(name, f"{item!r}: layer {first} is there twice")
-            layers[int(first)] = int(second or first)
-        return layers
+LOGGERS = ("tensorboard", "wandb", "mlflow")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -331,10 +269,22 @@ class TrainConfig:
     # probability that the targets spread evenly over the vocabulary (arXiv:1512.00567), as an auxiliary loss
     label_smoothing: float = 0.0
     teacher: TeacherConfig | None = None  # model from which the run distils; none for no teacher
+    # destinations of the metrics besides the workdir's tables: "tensorboard", "wandb" and "mlflow", separated by commas
+    log_to: str = dataclasses.field(default="tensorboard", metadata={"resume": "none"})
+    # steps between two histograms of gradients and activations; 0 for none
+    histograms: int = dataclasses.field(default=0, metadata={"resume": "none"})
+    # first and last step of a trace by `jax.profiler`, such as "10:13"; empty for none
+    profile: str = dataclasses.field(default="", metadata={"resume": "none"})
 
     def __post_init__(self) -> None:
         require_at_least(self, 1, "steps", "batch", "accumulate", "log_every", "max_skips")
-        require_at_least(self, 0, "seed", "spike", "z_loss")
+        require_at_least(self, 0, "seed", "spike", "z_loss", "histograms")
+        for name in self.loggers:
+            if name not in LOGGERS:
+                raise InputError("log_to", f"{name!r} is not one of {', '.join(LOGGERS)}")
+        steps = self.profile_steps
+        if self.profile and not 1 <= steps.start < steps.stop:
+            raise InputError("profile", f"{self.profile!r} is not FIRST:LAST, such as 10:13 for the steps 10 to 13")
         if not 0 <= self.label_smoothing < 1:
             raise InputError("label_smoothing", f"{self.label_smoothing} is not in [0, 1)")
         require_choice(self, "bad_loss", ("stop", "skip"))
@@ -348,6 +298,17 @@ class TrainConfig:
         for name, phase in self.phases.items():
             if phase.start >= self.steps:
                 raise InputError(f"phases.{name}.start", f"{phase.start} is not below steps = {self.steps}")
+
+    @property
+    def loggers(self) -> tuple[str, ...]:
+        """Names of the loggers."""
+        return tuple(dict.fromkeys(name.strip() for name in self.log_to.split(",") if name.strip()))
+
+    @property
+    def profile_steps(self) -> range:
+        """Steps to trace; empty if there are none, or `profile` is malformed."""
+        match = re.fullmatch(r"(\d{1,18}):(\d{1,18})", self.profile)
+        return range(int(match[1]), int(match[2]) + 1) if match else range(0)
 
     @property
     def active_teacher(self) -> TeacherConfig | None:

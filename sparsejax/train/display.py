@@ -13,7 +13,7 @@ from rich.console import Console
 from rich.table import Table
 
 from sparsejax import patterns
-from sparsejax.account import count_bytes
+from sparsejax.account import account_teacher, count_bytes
 from sparsejax.data import Dataset
 from sparsejax.inference import generate
 from sparsejax.inference.evaluation import Evaluation, describe, summarize
@@ -45,6 +45,9 @@ def print_plan(runtimes: Sequence[PhaseRuntime], evaluators: Sequence[Evaluator]
             overrides = ", ".join(write_overrides(phase.overrides)) or "no overrides"
             lines.append(f"phase {phase.name}: steps {phase.start + 1:,} to {phase.stop:,}: {overrides}")
             prefix = f"phase {phase.name}: "
+        if runtime.distillation is not None:
+            teacher = account_teacher(config, runtime.distillation.teacher.config)
+            lines.append(f"{prefix}teacher {runtime.distillation.config.source}: {teacher}")
         warnings = patterns.lint_schedule(config.model.connectivity, config.data.length)
         lines += [f"warning: {prefix}{warning}" for warning in warnings]
     for evaluator in evaluators:

@@ -19,10 +19,10 @@ from jaxtyping import Array, Float, Int
 
 from sparsejax import config as configs
 from sparsejax import sharding
-from sparsejax.config import Config, ConfigError, ModelConfig, ModelSource, TeacherConfig
+from sparsejax.config import Config, ConfigError, ModelConfig, ModelSource, TeacherConfig, check_teacher
 from sparsejax.errors import InputError
 from sparsejax.inference.evaluation import DeviceBatch, read_context
-from sparsejax.layers import EMPTY, Extras, MixerConfig
+from sparsejax.layers import EMPTY, Extras
 from sparsejax.loaded import LoadedModel
 from sparsejax.loading import load_source
 from sparsejax.model import Functional, Losses, Model, Output, path_of
@@ -188,13 +188,17 @@ class Teacher:
         assert section is not None
         try:
             model, multiple = self.model.source.at_length(self.model.config, length)
-            _require_same_task(config, model, multiple)
+            check_teacher(config.model, model, length)
+            if length % multiple:
+                raise InputError(
+                    "source", f"data.length = {length} is not a multiple of {multiple}, as the teacher needs"
+                )
             return Distillation(
                 section,
                 Functional(model),
                 self.model.source.extras,
-                _map_streams(section, config.model, model) if section.hidden else {},
-                _map_mixers(section, config.model, model) if section.attention_output else {},
+                section.pair_streams(config.model, model),
+                section.pair_mixers(config.model, model),
             )
         except InputError as error:
             raise ConfigError(f"{SECTION}.{error.argument}", error.problem) from error
@@ -268,73 +272,3 @@ def _checksum(x: Array) -> Array:
         indices = jax.lax.broadcasted_iota(jnp.uint32, x.shape, axis)
         factors = (factors ^ indices) * jnp.uint32(0x9E3779B1)
     return (bits * (2 * factors + 1)).sum(dtype=jnp.uint32)
-
-
-def _require_same_task(config: Config, teacher: ModelConfig, multiple: int) -> None:
-    """Checks that the teacher reads the sequences of a run and predicts the same tokens."""
-    model, length, limit = config.model, config.data.length, teacher.embedding.max_length
-    if teacher.vocab != model.vocab:
-        raise InputError("source", f"the teacher has {teacher.vocab:,} token ids, but model.vocab = {model.vocab:,}")
-    if teacher.causal != model.causal:
-        kind = "causal" if teacher.causal else "not causal"
-        raise InputError("source", f"the teacher is {kind}, but model.causal = {str(model.causal).lower()}")
-    if teacher.head.pool != model.head.pool:
-        raise InputError("source", f"the teacher has head.pool = {teacher.head.pool!r}, the model {model.head.pool!r}")
-    if limit is not None and length > limit:
-        raise InputError("source", f"data.length = {length:,} exceeds the {limit:,} positions of the teacher")
-    if length % multiple:
-        raise InputError("source", f"data.length = {length:,} is not a multiple of {multiple}, as the teacher needs")
-
-
-def _map_streams(config: TeacherConfig, model: ModelConfig, teacher: ModelConfig) -> dict[int, int]:
-    """The layer of the teacher by layer of the model whose streams are compared."""
-    _require_same_width("hidden", model, teacher)
-    if model.reversible != teacher.reversible:
-        raise InputError("hidden", "one of the model and the teacher is reversible, and the other is not")
-    return _map_layers(config, "hidden_layers", model, teacher)
-
-
-def _map_mixers(config: TeacherConfig, model: ModelConfig, teacher: ModelConfig) -> dict[int, int]:
-    """The layer of the teacher by layer of the model whose mixers are compared."""
-    _require_same_width("attention_output", model, teacher)
-    layers = _map_layers(config, "attention_layers", model, teacher)
-    mixers = {
-        pair: (model.layers[model.names[pair[0]]].mixer, teacher.layers[teacher.names[pair[1]]].mixer)
-        for pair in layers.items()
-    }
-    if not config.attention_layers:
-        layers = dict(pair for pair, (mixer, other) in mixers.items() if mixer and other and _differ(mixer, other))
-        if not layers:
-            raise InputError("attention_layers", "no mixer differs from that of the teacher; name the layers")
-    for (layer, other), pair in mixers.items():
-        if None in pair and layer in layers:
-            raise InputError("attention_layers", f"{layer}:{other}: one of the layers has no mixer")
-    return layers
-
-
-def _map_layers(config: TeacherConfig, name: str, model: ModelConfig, teacher: ModelConfig) -> dict[int, int]:
-    """The layers that a key of the section names, or all layers."""
-    depths, layers = (len(model.names), len(teacher.names)), config.layers(name)
-    if not layers and depths[0] != depths[1]:
-        raise InputError(name, f"the model has {depths[0]} layers and the teacher {depths[1]}; name pairs, such as 3:7")
-    for pair in layers.items():
-        for kind, layer, depth in zip(("model", "teacher"), pair, depths, strict=True):
-            if layer >= depth:
-                text = f"{pair[0]}:{pair[1]}: the {kind} has no layer {layer}, only 0 to {depth - 1}"
-                raise InputError(name, text)
-    return layers or {layer: layer for layer in range(depths[0])}
-
-
-def _require_same_width(name: str, model: ModelConfig, teacher: ModelConfig) -> None:
-    if model.width != teacher.width:
-        raise InputError(name, f"the teacher has width {teacher.width}, but model.width = {model.width}")
-
-
-def _differ(mixer: MixerConfig, other: MixerConfig) -> bool:
-    """Whether two mixers differ in more than what changes rounding only."""
-
-    def describe(mixer: Any) -> dict[str, Any]:
-        fields = [field for field in dataclasses.fields(mixer) if field.metadata.get("resume") != "rounding"]
-        return {field.name: getattr(mixer, field.name) for field in fields}
-
-    return type(mixer) is not type(other) or describe(mixer) != describe(other)
