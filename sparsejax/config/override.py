@@ -29,12 +29,13 @@ from sparsejax.config.build import (
     unknown_key,
 )
 from sparsejax.config.schema import EVALUATION_KEYS, OPTIMIZER_KEYS, OPTIMIZERS, PHASE_KEYS, Config
-from sparsejax.errors import InputError, argument_path
+from sparsejax.errors import InputError, argument_path, suggest
 from sparsejax.overrides import flatten, read_value
 
 # Sections that an override can add by any name, and the keys in them that hold overrides themselves.
 OPEN_SECTIONS = ("train.phases", "eval.also", "data.sources")
 OPTIMIZER = "optimizer.name"  # selects which of `OPTIMIZER_KEYS` the section has
+LAYER = re.compile(r"model\.layers\.[^.]+")
 NESTED_OVERRIDE = re.compile(r"(?:train\.phases\.[^.]+\.set|eval\.also\.[^.]+)\.(.+)")
 
 
@@ -42,7 +43,8 @@ def override(config: ConfigDict, overrides: Mapping[str, Any], allowed: Sequence
     """Applies overrides to a ConfigDict in place.
 
     A key that holds a reference sets what it refers to, so that values computed from it follow. A new kind of a section
-    keeps the keys that it has in common with the old kind, and so does another optimizer.
+    keeps the keys that it has in common with the old kind, and so does another optimizer. `model.layers.NAME=OTHER`
+    comes first: it adds a layer, or replaces it, by a copy of the layer `OTHER`, whose keys can then be set.
 
     Args:
       config: The configuration.
@@ -54,7 +56,7 @@ def override(config: ConfigDict, overrides: Mapping[str, Any], allowed: Sequence
     """
     changed = {}
     # The kind of a section decides which keys the section has, and the kinds of outer sections come first.
-    for key in sorted(overrides, key=lambda key: (not _names_kind(key), key.count(".") * _names_kind(key))):
+    for key in sorted(overrides, key=_rank):
         old = _set_value(config, key, overrides[key], can_add=allowed is None)
         if allowed is not None and not any(_matches(key, name) for name in allowed):
             names = ", ".join(f"{name}*" if name.endswith(".") else name for name in allowed)
@@ -65,8 +67,17 @@ def override(config: ConfigDict, overrides: Mapping[str, Any], allowed: Sequence
         _check_kind(config, key, old, overrides)
 
 
+def _rank(key: str) -> tuple[bool, bool, int]:
+    return not LAYER.fullmatch(key), not _names_kind(key), key.count(".") * _names_kind(key)
+
+
 def _names_kind(key: str) -> bool:
     return key in KIND_KEYS or key.endswith(".kind") or key == OPTIMIZER
+
+
+def _selects(key: str) -> bool:
+    """Whether a key decides which other keys there are."""
+    return _names_kind(key) or bool(LAYER.fullmatch(key))
 
 
 def _matches(key: str, name: str) -> bool:
@@ -79,6 +90,9 @@ def _set_value(config: ConfigDict, key: str, value: Any, can_add: bool = True) -
     """Sets a key. Returns the old kind if this changes the class of a section, else None."""
     if can_add and any(key.startswith(f"{name}.") for name in OPEN_SECTIONS):
         _set_open(config, key, value)
+        return None
+    if LAYER.fullmatch(key) and isinstance(value, str):
+        _copy_layer(config, key, value)
         return None
     section, name = _look_up(config, key)
     current = _read_field(section, name)
@@ -99,6 +113,16 @@ def _set_value(config: ConfigDict, key: str, value: Any, can_add: bool = True) -
         _replace(section, sibling, complete(None, union, value))
         return None
     return current if _change_kind(config, key, section) else None
+
+
+def _copy_layer(config: ConfigDict, key: str, name: str) -> None:
+    """Sets the layer at `key` to a copy of the layer `name`."""
+    section, layers_name = _look_up(config, key.rpartition(".")[0])
+    layers = section[layers_name]
+    if not isinstance(layers, ConfigDict) or name not in layers:
+        raise ConfigError(key, f"{name!r} is not a layer to copy; {suggest(name, layers or (), 'layers')}")
+    with layers.unlocked():
+        layers[key.rpartition(".")[2]] = ConfigDict(resolve(layers[name]))
 
 
 def _change_kind(config: ConfigDict, key: str, section: ConfigDict) -> bool:
@@ -167,9 +191,10 @@ def _set_open(config: ConfigDict, key: str, value: Any) -> None:
         target, prefix = copy.deepcopy(config), key[: nested.start(1)]
         present = {k.removeprefix(prefix): v for k, v in flatten(copy_sections(config)).items() if k.startswith(prefix)}
         with argument_path(prefix[:-1]):
-            for kind in filter(_names_kind, present):
-                _set_value(target, kind, present[kind])
-            value = _read_override(target, nested[1], value, _read_field(*_look_up(target, nested[1])))
+            for name in sorted(filter(_selects, present), key=_rank):
+                _set_value(target, name, present[name])
+            if not LAYER.fullmatch(nested[1]):
+                value = _read_override(target, nested[1], value, _read_field(*_look_up(target, nested[1])))
     else:
         value = _read_override(config, key, value, None)
     section = config

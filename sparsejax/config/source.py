@@ -66,7 +66,8 @@ class ModelSource:
         for path in (workdir.tokenizer, workdir.sentencepiece):  # named as in a Hugging Face folder
             if path.is_file():
                 return str(path)
-        return read_json(workdir.config)["data"]["tokenizer"] if self.kind == "run" and workdir.exists() else None
+        recorded = read_json(workdir.config) if self.kind == "run" and workdir.exists() else {}
+        return recorded.get("data", {}).get("tokenizer")
 
     def __str__(self) -> str:
         return f"{self.kind}:{self.path}" + ("" if self.step == "last" else f"@{self.step}")
