@@ -101,27 +101,31 @@ class Model(nnx.Module):
             that of the batch.
         """
         x, context = self.embed(tokens, context)
-        x, known = constrain(x), choices or {}
+        x, known, scopes = constrain(x), choices or {}, self._scopes
 
-        def run(layers: nnx.List, x: Array, first: Array | int, known: dict[int, Array]) -> tuple[Array, list]:
+        def run(
+            layers: nnx.List, x: Array, first: Array | int, known: dict[int, Array], scopes: list[str]
+        ) -> tuple[Array, list]:
             auxiliary = []
             for index, layer in enumerate(layers):
                 extras = {"layer": jnp.asarray(first + index), "choices": known.get(index)}
-                x, added = layer(x, context.with_extras(**extras))
+                with jax.named_scope(scopes[index]):
+                    x, added = layer(x, context.with_extras(**extras))
                 x = constrain(x)
                 auxiliary.append(added)
             return x, auxiliary
 
         parts: dict[str, list[Auxiliary]] = {}
-        x, parts["before"] = run(self.before, x, 0, known.get("before", {}))
+        x, parts["before"] = run(self.before, x, 0, known.get("before", {}), scopes["before"])
         if self.fold.repeats:
             graph, parameters = nnx.split(self.period)
             x, parts["period"] = jax.lax.scan(
-                lambda x, period: run(nnx.merge(graph, period[0]), x, *period[1:]),
+                lambda x, period: run(nnx.merge(graph, period[0]), x, *period[1:], scopes["period"]),
                 x,
                 (parameters, self._period_starts, known.get("period", {})),
             )
-        x, parts["after"] = run(self.after, x, len(self.config.names) - len(self.after), known.get("after", {}))
+        last = len(self.config.names) - len(self.after)
+        x, parts["after"] = run(self.after, x, last, known.get("after", {}), scopes["after"])
         traces = self._order_traces(parts) if context.extras.traced else ()
         return Output(self.read_out(x, context), *_gather(parts), traces)
 
@@ -237,6 +241,15 @@ class Model(nnx.Module):
         return self.read_out(x, EMPTY), {"before": before, "period": period, "after": after}
 
     @property
+    def _scopes(self) -> dict[str, list[str]]:
+        """Names of the layers in traces, such as `layer_3/local`; `layer_3+2r` stands for the layers 3, 5, 7, ..."""
+        names, fold = self.config.names, self.fold
+        start, stop = len(fold.before), len(names) - len(fold.after)
+        period = [f"layer_{start + i}+{len(fold.period)}r/{name}" for i, name in enumerate(fold.period)]
+        before, after = ([f"layer_{i}/{names[i]}" for i in part] for part in (range(start), range(stop, len(names))))
+        return {"before": before, "period": period, "after": after}
+
+    @property
     def _period_starts(self) -> Array:
         """Index of the first layer of each repetition of the period."""
         return len(self.fold.before) + len(self.fold.period) * jnp.arange(self.fold.repeats)
@@ -249,6 +262,7 @@ class Model(nnx.Module):
             yield from nnx.merge(graph, jax.tree.map(operator.itemgetter(repetition), parameters))
         yield from self.after
 
+    @jax.named_scope("embedding")
     def embed(self, tokens: Array, context: Context) -> tuple[Array, Context]:
         x = self._double(context.dropout(self.embedding(tokens, context.tokens.positions)))
         return x, context.with_extras(embeddings=x, shared=dict(self.shared))
@@ -256,6 +270,7 @@ class Model(nnx.Module):
     def _double(self, x: Array) -> Array:
         return jnp.concatenate([x, x], axis=-1) if self.config.reversible else x
 
+    @jax.named_scope("head")
     def read_out(self, x: Array, context: Context) -> Array:
         x = normalize(self.norm, x)
         if self.config.head.pool == "mean":

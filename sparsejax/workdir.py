@@ -97,6 +97,21 @@ class Workdir:
         return self.path / "timing.jsonl"
 
     @property
+    def histograms(self) -> Path:
+        """Histograms of gradients and activations by step, if `train.histograms` asks for them."""
+        return self.path / "histograms.jsonl"
+
+    @property
+    def profile(self) -> Path:
+        """The folder of the traces of `train.profile`, which TensorBoard and xprof read."""
+        return self.path / "profile"
+
+    @property
+    def loggers(self) -> Path:
+        """Ids of the run in the services of `train.log_to`, with which a resumed run continues."""
+        return self.path / "loggers.json"
+
+    @property
     def events(self) -> Path:
         """The folder of TensorBoard's event files."""
         return self.path / "events"

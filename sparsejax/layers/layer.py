@@ -206,7 +206,8 @@ class Layer(nnx.Module):
             mixer = self.mixer
 
             def mix(read: Array) -> tuple[Array, tuple[Array, Array]]:
-                y = mixer(read, context)
+                with jax.named_scope("mixer"):
+                    y = mixer(read, context)
                 return y, (read, y)
 
             extra = None if self.side is None else self.side(x, context)
@@ -221,8 +222,8 @@ class Layer(nnx.Module):
     def _feed_forward(self, x: Array, context: Context, read: Array | None) -> tuple[Array, Auxiliary]:
         if self.mlp is None or self.mlp_residual is None:
             return x, Auxiliary({})
-        mlp = self.mlp
-        return self._join(x, self.mlp_residual, lambda read: mlp(read, context), 1, context.dropout, shared=read)
+        run = jax.named_scope("mlp")(self.mlp.__call__)
+        return self._join(x, self.mlp_residual, lambda read: run(read, context), 1, context.dropout, shared=read)
 
     def _join(
         self,

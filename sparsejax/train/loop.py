@@ -27,7 +27,10 @@ from sparsejax.runs.state import TrainState
 from sparsejax.signals import Interrupted, StopSignals
 from sparsejax.train import display, start
 from sparsejax.train.certify import ModelCheck
+from sparsejax.train.histograms import fetch
 from sparsejax.train.interruption import StopRequests
+from sparsejax.train.loggers import require_packages
+from sparsejax.train.profiler import Profiler
 from sparsejax.train.progress import ProgressReport
 from sparsejax.train.runtime import Evaluator, PhaseRuntime, set_up
 from sparsejax.train.step import Metrics
@@ -61,6 +64,7 @@ class Run:
     checkpoints: Checkpoints
     writers: Writers
     progress: ProgressReport
+    profiler: Profiler
     requests: StopRequests
     uploads: Uploads
 
@@ -111,6 +115,8 @@ def train(settings: ConfigDict, workdir: str | os.PathLike[str], console: Consol
         start.
     """
     phases, evaluations = plan_phases(settings), plan_evaluations(settings)
+    base = phases[0].config.train
+    require_packages(base.loggers)
     mesh = sharding.make_mesh(phases[0].config.sharding)
     # From here on a signal is recorded: the exception that it would raise could be lost in a callback.
     with contextlib.ExitStack() as stack:
@@ -149,11 +155,12 @@ def train(settings: ConfigDict, workdir: str | os.PathLike[str], console: Consol
             if teacher is not None:
                 write_json(files.teacher, teacher.record)
         with (
-            Writers(files, first_step, sharding.is_coordinator()) as writers,
+            Writers(files, first_step, sharding.is_coordinator(), base.loggers, settings.to_dict()) as writers,
             ProgressReport(console, first_step, phases[-1].stop) as progress,
+            Profiler(files, base.profile_steps) as profiler,
         ):
             requests = StopRequests(signals, check)
-            run = Run(files, runtimes, state, batches, checkpoints, writers, progress, requests, uploads)
+            run = Run(files, runtimes, state, batches, checkpoints, writers, progress, profiler, requests, uploads)
             evaluation = _train_phases(run, metrics)
         last = runtimes[-1]
         if not math.isfinite(evaluation.loss):
@@ -211,7 +218,12 @@ def _train_phase(run: Run, runtime: PhaseRuntime) -> Evaluation | None:
     evaluation: Evaluation | None = None
     run.progress.begin(first_step, train_config.batch * runtime.config.data.length)
     for step in range(first_step + 1, runtime.phase.stop + 1):
-        run.state, metrics = runtime.step(run.state, next(run.batches))
+        with run.profiler.step(step) as traced:
+            batch = next(run.batches)
+            if runtime.inspects(step):
+                run.writers.write_histograms(step, fetch(runtime.inspect(run.state, batch)))
+            run.state, metrics = runtime.step(run.state, batch)
+            traced.append(metrics)
         run.progress.advance(step)
         previous, current = current, StepMetrics(step, metrics)
         _log(run, runtime, previous)  # a step late, so that the device does not wait for Python

@@ -22,9 +22,11 @@ from sparsejax.inference.evaluation import (
 )
 from sparsejax.model import Functional
 from sparsejax.runs.groups import find_frozen
+from sparsejax.runs.lora import adapt
 from sparsejax.runs.optimizer import averaged_parameters, build_optimizer, build_schedule, find_ema, is_averaging
 from sparsejax.runs.phases import EvaluationSetting, Phase
 from sparsejax.runs.state import TrainState, regroup_state
+from sparsejax.train.histograms import Inspection, build_inspection
 from sparsejax.train.step import Metrics, build_step
 from sparsejax.train.teacher import Distillation, Teacher
 
@@ -34,7 +36,8 @@ class Evaluator:
 
     def __init__(self, setting: EvaluationSetting | Phase, dataset: data.Dataset, mesh: Mesh):
         self.setting, self.config, self.dataset, self._mesh = setting, setting.config, dataset, mesh
-        self.model = Functional(self.config.model)
+        self.base = Functional(self.config.model)  # without low-rank updates
+        self.model = adapt(self.base, self.config.optimizer)
         self._build = functools.cache(functools.partial(build_evaluation, self.model, mesh))
         self._average = jax.jit(averaged_parameters)
 
@@ -72,6 +75,7 @@ class PhaseRuntime(Evaluator):
         self._teacher = None if self.distillation is None or teacher is None else teacher.model.parameters
         rate = self.config.optimizer, steps, phase.restart
         self.optimizer = build_optimizer(*rate, decay=self.model.decay, axes=self.model.axes)
+        frozen = find_frozen(self.config.optimizer, self.model.shapes)
         self._step = build_step(
             self.model,
             self.optimizer,
@@ -80,9 +84,10 @@ class PhaseRuntime(Evaluator):
             mesh,
             first=phase.start,
             ends_row=self.logs_after,
-            frozen=find_frozen(self.config.optimizer, self.model.shapes),
+            frozen=frozen,
             distillation=self.distillation,
         )
+        self._inspect = build_inspection(self.model, self.config.train, mesh, frozen, self.distillation)
 
     def enter(self, state: TrainState[Array], previous: PhaseRuntime) -> TrainState[Array]:
         """Returns the state at the end of the previous phase with the groups of the optimizer of this one."""
@@ -100,6 +105,15 @@ class PhaseRuntime(Evaluator):
         """Takes a training step; donates the buffers of `state`."""
         with jax.set_mesh(self._mesh):
             return self._step(state, shard_batch(batch, self._mesh), self._teacher)
+
+    def inspect(self, state: TrainState[Array], batch: data.Batch) -> Inspection:
+        """Returns histograms of the gradients and activations of the step that follows."""
+        with jax.set_mesh(self._mesh):
+            return self._inspect(state, shard_batch(batch, self._mesh), self._teacher)
+
+    def inspects(self, step: int) -> bool:
+        """Whether histograms of `step` are due."""
+        return self.config.train.histograms > 0 and step % self.config.train.histograms == 0
 
     def logs_after(self, step: Any) -> Any:
         """Whether a row of metrics follows `step`, an integer or an array. A row also follows a loss that diverged."""

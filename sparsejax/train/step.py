@@ -97,7 +97,7 @@ def build_step(
       distillation: The losses with a teacher; None without a teacher.
     """
     frozen = jax.tree.map(lambda _: False, model.shapes) if frozen is None else frozen
-    differentiate = _build_gradient(model, config, mesh, frozen, distillation)
+    differentiate = build_gradient(model, config, mesh, frozen, distillation)
     limit = config.max_skips if config.bad_loss == "skip" else 1
     rates = _bias_rates(model)
     follows = ends_row or (lambda step: step % config.log_every == 0)
@@ -171,7 +171,7 @@ def _balance(parameters: dict[str, Any], choices: Choices, rates: dict[str, dict
     return parameters
 
 
-def _build_gradient(
+def build_gradient(
     model: Functional, config: TrainConfig, mesh: Mesh, frozen: PyTree[bool], distillation: Distillation | None
 ) -> Callable[..., tuple[Objective, dict[str, Any]]]:
     """Returns a function to the objective of a batch and its gradient, summed over microbatches that run in sequence.

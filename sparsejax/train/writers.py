@@ -8,28 +8,34 @@ import json
 import math
 import platform
 import subprocess
-import time
 from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import jax
-from tensorboardX.event_file_writer import EventsWriter
-from tensorboardX.proto.event_pb2 import Event, SessionLog
-from tensorboardX.proto.summary_pb2 import Summary
 
 from sparsejax.metrics import finite_or_none
+from sparsejax.train.histograms import Histogram, append_histograms
+from sparsejax.train.loggers import Logger, TensorBoard, open_loggers
 from sparsejax.workdir import Workdir, append_row, read_last_row, read_rows, replace_file
 
 PACKAGES = ("sparsejax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "ml_collections", "numpy")
 
 
 class Writers:
-    """Writes metrics as rows, as TensorBoard events and, at the end, as a table; a context manager.
+    """Writes metrics as rows, to loggers and, at the end, as a table; a context manager.
 
     Measurements that depend on the clock go to another file, so that two equal runs write equal metrics. Rows after
     `step`, from which the run resumes, are dropped, because the run writes them again. Of several processes that train
     together only one is `active`; the others write nothing.
+
+    Args:
+      workdir: The files.
+      step: Step from which the run resumes, or 0.
+      active: Whether this process writes.
+      log_to: Names of the loggers.
+      settings: Configuration of the run, for the loggers.
 
     Attributes:
       last_step: Step of the last row of metrics, or None.
@@ -37,18 +43,22 @@ class Writers:
 
     last_step: int | None = None
 
-    def __init__(self, workdir: Workdir, step: int, active: bool = True):
+    def __init__(
+        self,
+        workdir: Workdir,
+        step: int,
+        active: bool = True,
+        log_to: tuple[str, ...] = ("tensorboard",),
+        settings: Mapping[str, Any] = MappingProxyType({}),
+    ):
         self._workdir, self._active = workdir, active
         if not active:
             return
-        _drop_rows(workdir.metrics, step)
-        _drop_rows(workdir.timing, step)
+        self._logged = read_last_row(workdir.metrics).get("step", 0)
+        self._loggers = open_loggers(log_to, workdir, settings, step)
+        for path in (workdir.metrics, workdir.timing, workdir.histograms):
+            _drop_rows(path, step)
         self.last_step = read_last_row(workdir.metrics).get("step")
-        workdir.events.mkdir(exist_ok=True)
-        # A SummaryWriter would keep events back for minutes in a thread, and hang the run when that thread fails.
-        self._events = EventsWriter(str(workdir.events / "events"))
-        if step:  # TensorBoard then ignores the events of earlier files after this step
-            self._write_event(step + 1, session_log=SessionLog(status=SessionLog.START))
 
     def __enter__(self) -> Writers:
         return self
@@ -56,7 +66,8 @@ class Writers:
     def __exit__(self, *exception: object) -> None:
         if not self._active:
             return
-        self._events.close()
+        for logger in self._loggers:
+            logger.close()
         rows = read_rows(self._workdir.metrics)
         columns = list(dict.fromkeys(name for row in rows for name in row))
         with self._workdir.metrics_table.open("w", newline="") as file:
@@ -73,12 +84,20 @@ class Writers:
         if timing:
             append_row(self._workdir.timing, {"step": step, **timing})
         finite = {name: value for name, value in {**metrics, **(timing or {})}.items() if math.isfinite(value)}
-        scalars = [Summary.Value(tag=name, simple_value=value) for name, value in finite.items()]
-        self._write_event(step, summary=Summary(value=scalars))
+        for logger in self._loggers_of(step):
+            logger.write(step, finite)
 
-    def _write_event(self, step: int, **content: Any) -> None:
-        self._events.write_event(Event(wall_time=time.time(), step=step, **content))
-        self._events.flush()
+    def write_histograms(self, step: int, histograms: Mapping[str, Histogram]) -> None:
+        """Appends the histograms of a step."""
+        if not self._active:
+            return
+        append_histograms(self._workdir, step, histograms)
+        for logger in self._loggers_of(step):
+            logger.write_histograms(step, histograms)
+
+    def _loggers_of(self, step: int) -> list[Logger]:
+        """The loggers that lack a step: a service keeps the steps of a killed run that the resumed run repeats."""
+        return [logger for logger in self._loggers if step >= self._logged or isinstance(logger, TensorBoard)]
 
 
 def describe_versions() -> dict[str, Any]:
@@ -101,5 +120,5 @@ def describe_versions() -> dict[str, Any]:
 
 def _drop_rows(path: Path, step: int) -> None:
     if path.exists():
-        rows = (json.dumps(row) + "\n" for row in read_rows(path) if row["step"] <= step)
+        rows = (json.dumps(row) + "\n" for row in read_rows(path, {"step": int}) if row["step"] <= step)
         replace_file(path, "".join(rows).encode())
