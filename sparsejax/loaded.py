@@ -5,12 +5,11 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 from jaxtyping import Array, Float, Int
 from ml_collections import ConfigDict
 
@@ -24,6 +23,7 @@ from sparsejax.errors import InputError, argument_path
 from sparsejax.inference.evaluation import Evaluation, build_evaluation, evaluate_on, evaluate_sources, summarize
 from sparsejax.inference.generation import BLOCK, NONE, Decoder, Plan, round_up
 from sparsejax.inference.sampling import Sampling
+from sparsejax.inference.scoring import score_continuations, token_scores
 from sparsejax.inference.text import TextStream
 from sparsejax.layers import Context, Extras, Tokens
 from sparsejax.model import Functional, restack
@@ -31,6 +31,7 @@ from sparsejax.model import Functional, restack
 if TYPE_CHECKING:
     from sparsejax.config import Config
 
+T = TypeVar("T")
 Parameters = dict[str, Any]
 Prompt = str | Sequence[int] | np.ndarray
 
@@ -270,7 +271,8 @@ class LoadedModel:
 
         Args:
           pairs: Prompts and continuations: pairs of texts, which are encoded by `encode_pair`, or of ids [t].
-          batch: Rows per call of the model. Rows of similar lengths share a batch, padded to a bucket.
+          batch: Rows per call of the model. Rows of similar lengths share a batch, padded to a bucket. A prompt of
+            several continuations is one row: it is read once, and each continuation extends its caches.
           progress: Called before every batch with its index and the number of batches.
 
         Raises:
@@ -280,13 +282,24 @@ class LoadedModel:
         if batch < 1:
             raise InputError("batch", f"{batch} is below 1")
         rows = [self._join_pair(*pair) for pair in pairs]
-        order = sorted(range(len(rows)), key=lambda index: -len(rows[index][0]))
-        groups = [order[start : start + batch] for start in range(0, len(order), batch)]
+        prompts: dict[bytes, list[int]] = {}
+        for index, (tokens, count) in enumerate(rows):
+            prompts.setdefault(tokens[:-count].astype(np.int32).tobytes(), []).append(index)
+        shared = [group for group in prompts.values() if len(group) > 1] if self._can_decode else []
+        single = sorted(set(range(len(rows))) - {index for group in shared for index in group})
+        batches = [(self._score_forks, chunk) for chunk in _batch(shared, lambda group: len(rows[group[0]][0]), batch)]
+        batches += [(self._score_rows, chunk) for chunk in _batch(single, lambda index: len(rows[index][0]), batch)]
         scores: dict[int, Score] = {}
-        for number, group in enumerate(groups):
-            progress(number, len(groups))
-            scores |= zip(group, self._score_rows([rows[index] for index in group], batch), strict=True)
+        for number, (score, chunk) in enumerate(batches):
+            progress(number, len(batches))
+            scores |= score(rows, chunk, batch)
         return [scores[index] for index in range(len(rows))]
+
+    @property
+    def _can_decode(self) -> bool:
+        """Whether decoding gives the logits of the forward pass."""
+        leaks = any(layer.mixer is not None and layer.mixer.leaks for layer in self.config.layers.values())
+        return self.config.causal and not self.source.is_built_per_length and not leaks
 
     def _join_pair(self, prompt: Prompt, continuation: Prompt) -> tuple[np.ndarray, int]:
         """Returns the ids of a prompt and its continuation, and the number of those of the continuation."""
@@ -303,21 +316,39 @@ class LoadedModel:
             raise InputError("prompt", f"{len(tokens):,} tokens with its continuation exceed {limit:,} positions")
         return tokens, len(continuation)
 
-    def _score_rows(self, rows: Sequence[tuple[np.ndarray, int]], batch: int) -> Iterator[Score]:
-        longest = max(len(tokens) for tokens, _ in rows) - 1
-        length = round_up(longest, self.config.embedding.max_length)
+    def _score_forks(
+        self, rows: Sequence[tuple[np.ndarray, int]], groups: Sequence[Sequence[int]], batch: int
+    ) -> dict[int, Score]:
+        """Scores rows by index, in groups of equal prompts."""
+        splits = [[np.split(rows[index][0], [-rows[index][1]]) for index in group] for group in groups]
+        splits += [splits[0][:1]] * (batch - len(groups))  # rows that only complete the batch
+        prompts, continuations = [group[0][0] for group in splits], [[ids for _, ids in group] for group in splits]
+        results = score_continuations(self._build(self.config), self.parameters, prompts, continuations)
+        return {
+            index: _make_score(*scores)
+            for group, row in zip(groups, results, strict=False)
+            for index, scores in zip(group, row, strict=True)
+        }
+
+    def _score_rows(
+        self, rows: Sequence[tuple[np.ndarray, int]], indices: Sequence[int], batch: int
+    ) -> dict[int, Score]:
+        """Scores rows by index, in one forward pass."""
+        length = round_up(max(len(rows[index][0]) for index in indices) - 1, self.config.embedding.max_length)
         inputs, targets, mask = np.zeros((3, batch, length), np.int32)
-        mask[len(rows) :] = 1  # rows that only complete the batch
-        for row, (tokens, _) in enumerate(rows):
-            size = len(tokens) - 1
+        mask[len(indices) :] = 1  # rows that only complete the batch
+        for row, index in enumerate(indices):
+            tokens, size = rows[index][0], len(rows[index][0]) - 1
             inputs[row, :size], targets[row, :size], mask[row, :size] = tokens[:-1], tokens[1:], 1
         model, padded, context = self._prepare(inputs, mask if "attention_mask" in self.source.masks else None, {})
         targets = np.pad(targets, ((0, 0), (0, padded.shape[1] - length)))
         values, hits = map(np.asarray, _run_scores(model, self.parameters, padded, context, targets))
-        for row, (tokens, count) in enumerate(rows):
+        scores = {}
+        for row, index in enumerate(indices):
+            tokens, count = rows[index]
             scored = slice(len(tokens) - 1 - count, len(tokens) - 1)
-            likelihoods = values[row, scored].astype(np.float64)
-            yield Score(float(likelihoods.sum()), likelihoods, bool(hits[row, scored].all()))
+            scores[index] = _make_score(values[row, scored], hits[row, scored])
+        return scores
 
     def load_data(self, data: Mapping[str, Any] | None = None, stride: int = 0) -> Dataset:
         """Loads the data of `evaluate`, which describes the arguments and the errors."""
@@ -564,6 +595,17 @@ def _check_stride(stride: int, length: int) -> int:
     return stride
 
 
+def _batch(items: list[T], size: Callable[[T], int], batch: int) -> list[list[T]]:
+    """Splits items into batches of similar sizes, the largest first."""
+    ordered = sorted(items, key=lambda item: -size(item))
+    return [ordered[start : start + batch] for start in range(0, len(ordered), batch)]
+
+
+def _make_score(log_likelihoods: np.ndarray, hits: np.ndarray) -> Score:
+    values = log_likelihoods.astype(np.float64)
+    return Score(float(values.sum()), values, bool(hits.all()))
+
+
 def _split_prompts(prompts: Any) -> tuple[list[Any], bool]:
     """Returns the prompts as a list, and whether they are a single one."""
     if isinstance(prompts, str):
@@ -646,9 +688,7 @@ def _run_forward(model: Functional, parameters: Parameters, tokens: Array, conte
 def _run_scores(
     model: Functional, parameters: Parameters, tokens: Array, context: Context, targets: Array
 ) -> tuple[Array, Array]:
-    """Returns the log-likelihood of each target [b, t], and whether it is the most likely token."""
-    logits = model.bind(parameters)(tokens, context).astype(jnp.float32)
-    return -optax.softmax_cross_entropy_with_integer_labels(logits, targets), logits.argmax(axis=-1) == targets
+    return token_scores(model.bind(parameters)(tokens, context), targets)
 
 
 @functools.partial(jax.jit, static_argnums=0)

@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
-from jaxtyping import Array, Bool, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from sparsejax import sharding
 from sparsejax.errors import InputError
@@ -85,7 +85,7 @@ def round_up(count: int, limit: int | None = None) -> int:
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
-class _State:
+class State:
     """State of a generation between two calls.
 
     Attributes:
@@ -154,7 +154,7 @@ class Decoder:
         self._ends = np.array([*self.ends, *[NONE] * (width - len(self.ends))], np.int32)
         self._remaining = np.full(len(self._prompts), tokens)
         self.active = np.ones(len(self._prompts), bool)
-        self._state: _State | None = None
+        self._state: State | None = None
 
     def advance(self, count: int = BLOCK) -> np.ndarray:
         """Generates at most `count` tokens per row: ids [b, n], -1 in rows that have ended, n = 0 if all have.
@@ -165,7 +165,8 @@ class Decoder:
             return np.zeros((len(self.active), 0), np.int32)
         with contextlib.nullcontext() if self._mesh is None else jax.set_mesh(self._mesh):
             if self._state is None:
-                self._state = self._prefill()
+                state, logits = prefill(self._model, self._parameters, self._prompts, self.plan)
+                self._state = _draw(self._mesh, state, logits, self._keys, self._settings)
                 tokens = np.asarray(self._state.token)[:, None]
             else:
                 count = min(count, BLOCK, int(self._remaining[self.active].max()))
@@ -191,19 +192,21 @@ class Decoder:
         """Ends a row."""
         self.active[row] = False
 
-    def _prefill(self) -> _State:
-        counts = np.array([len(prompt) for prompt in self._prompts])
-        tokens = np.zeros((len(counts), sum(self.plan.chunks)), np.int32)
-        for row, prompt in zip(tokens, self._prompts, strict=True):
-            row[: len(prompt)] = prompt
-        state, logits = _start(self._model, self.plan.length, len(counts), self._parameters), None
-        starts = np.cumsum([0, *self.plan.chunks])
-        for start, stop in itertools.pairwise(starts):
-            inside = np.clip(counts - start, 0, stop - start).astype(np.int32)
-            state, logits = _extend(
-                self._model, self.plan.length, self._parameters, state, logits, tokens[:, start:stop], inside
-            )
-        return _draw(self._mesh, state, logits, self._keys, self._settings)
+
+def prefill(
+    model: Functional, parameters: Parameters, prompts: Sequence[np.ndarray], plan: Plan
+) -> tuple[State, Float[Array, "b v"]]:
+    """Reads prompts in chunks; returns the state after them, and the logits of the next token of each row."""
+    counts = np.array([len(prompt) for prompt in prompts])
+    tokens = np.zeros((len(counts), sum(plan.chunks)), np.int32)
+    for row, prompt in zip(tokens, prompts, strict=True):
+        row[: len(prompt)] = prompt
+    state, logits = _start(model, plan.length, len(counts), parameters), None
+    for start, stop in itertools.pairwise(np.cumsum([0, *plan.chunks])):
+        inside = np.clip(counts - start, 0, stop - start).astype(np.int32)
+        state, logits = _extend(model, plan.length, parameters, state, logits, tokens[:, start:stop], inside)
+    assert logits is not None
+    return state, logits
 
 
 def generate(
@@ -236,10 +239,10 @@ def _replicate(mesh: Mesh | None, x: Array) -> Array:
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2))
-def _start(model: Functional, length: int, rows: int, parameters: Parameters) -> _State:
+def _start(model: Functional, length: int, rows: int, parameters: Parameters) -> State:
     zeros = jnp.zeros(rows, jnp.int32)
     cache = model.bind(parameters).init_cache(rows, length)
-    return _State(cache, zeros, zeros, jnp.zeros((rows, model.config.vocab), bool))
+    return State(cache, zeros, zeros, jnp.zeros((rows, model.config.vocab), bool))
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1), donate_argnums=(3, 4))
@@ -247,22 +250,22 @@ def _extend(
     model: Functional,
     length: int,
     parameters: Parameters,
-    state: _State,
+    state: State,
     logits: Array | None,
     tokens: Array,
     counts: Array,
-) -> tuple[_State, Array]:
+) -> tuple[State, Array]:
     """Reads a chunk of the prompts; the logits are those after the last token of each row."""
     read, cache = model.bind(parameters).extend(tokens, state.cache, state.positions, length, counts, last=True)
     logits = read if logits is None else jnp.where(counts[:, None] > 0, read, logits)
     rows = jnp.arange(len(counts))[:, None]
     is_token = jnp.arange(tokens.shape[1]) < counts[:, None]
     present = state.present.at[rows, tokens].max(is_token)
-    return _State(cache, state.positions + counts, state.token, present), logits
+    return State(cache, state.positions + counts, state.token, present), logits
 
 
 @functools.partial(jax.jit, static_argnums=0, donate_argnums=1)
-def _draw(mesh: Mesh | None, state: _State, logits: Array, keys: Array, settings: dict[str, Any]) -> _State:
+def _draw(mesh: Mesh | None, state: State, logits: Array, keys: Array, settings: dict[str, Any]) -> State:
     token = _replicate(mesh, sample(logits, keys, state.positions, state.present, settings))
     present = state.present.at[jnp.arange(len(token)), token].set(True)
     return dataclasses.replace(state, token=token, present=present)
@@ -274,13 +277,13 @@ def _decode(
     length: int,
     mesh: Mesh | None,
     parameters: Parameters,
-    state: _State,
+    state: State,
     keys: Array,
     settings: dict[str, Any],
     ends: Array,
     remaining: Array,
     count: Array,
-) -> tuple[_State, Array, Array]:
+) -> tuple[State, Array, Array]:
     """Generates tokens until all rows have ended, at most `count`; returns them [b, BLOCK] and their number."""
     bound = model.bind(parameters)
     rows = jnp.arange(len(remaining))
@@ -296,7 +299,7 @@ def _decode(
         token = jnp.where(active, token, state.token)
         block = block.at[:, step].set(jnp.where(active, token, NONE))
         is_end = (token[:, None] == ends).any(axis=1)
-        state = _State(cache, positions, token, state.present.at[rows, token].set(True))
+        state = State(cache, positions, token, state.present.at[rows, token].set(True))
         return state, jnp.where(is_end, 0, remaining - active), block, step + 1
 
     def proceeds(carry: tuple[Any, ...]) -> Array:
