@@ -296,7 +296,7 @@ def _kind_of(field: dataclasses.Field, section: Any) -> Any:
 
 
 @functools.cache
-def hints_of(schema: type) -> dict[str, Any]:
+def hints_of(schema: Any) -> dict[str, Any]:
     """The annotations of the fields of a dataclass by name."""
     # A module that a configuration file imports may have left `sys.modules`.
     return typing.get_type_hints(schema, localns=getattr(vars(schema).get("__init__"), "__globals__", None))

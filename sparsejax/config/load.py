@@ -125,8 +125,10 @@ def _settle_model(config: ConfigDict, has_tokenizer: bool, recorded: Mapping[str
     init.source = str(model)
     if has_tokenizer or not isinstance(data, ConfigDict) or data.get("task") != "text":
         return
-    known = recorded is not None and recorded["init"]["source"] == str(model)
-    tokenizer = recorded["data"]["tokenizer"] if known else model.find_tokenizer()
+    if recorded is not None and recorded["init"]["source"] == str(model):
+        tokenizer = recorded["data"]["tokenizer"]
+    else:
+        tokenizer = model.find_tokenizer()
     data.tokenizer = data.get("tokenizer") if tokenizer is None else tokenizer
 
 

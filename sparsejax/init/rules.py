@@ -195,7 +195,7 @@ def attention_to_mamba2(source: AttentionConfig, target: Mamba2Config) -> dict[s
 
 
 # Rules for mixers by the configs of the source and of the new model.
-MIXER_RULES: dict[tuple[type[MixerConfig], type[MixerConfig]], Callable[..., dict[str, Derivation]]] = {
+MIXER_RULES: dict[tuple[type, type], Callable[..., dict[str, Derivation]]] = {
     (AttentionConfig, AttentionConfig): convert_attention,
     (AttentionConfig, LightningConfig): attention_to_lightning,
     (AttentionConfig, DeltaConfig): attention_to_delta,
