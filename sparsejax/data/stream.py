@@ -22,7 +22,7 @@ from sparsejax.data.kinds import BYTES
 from sparsejax.data.rows import Batch, Packed, RowReader, Rows, Windows
 from sparsejax.data.tokenizers import Tokenizer
 
-PIECE = 1 << 20  # bytes of a document that are tokenized at once; a longer document is cut at the end of a line
+SPAN = 1 << 20  # bytes of a document that are tokenized at once; a longer document is cut at the end of a line
 
 
 class Position(NamedTuple):
@@ -31,20 +31,20 @@ class Position(NamedTuple):
     Attributes:
       epoch: Number of times that it has read all of its files.
       file: Index of the file in the order of the epoch.
-      piece: Number of pieces of the file before the position.
-      token: Number of tokens of the piece before the position.
+      span: Number of spans of the file before the position.
+      token: Number of tokens of the span before the position.
       row: Number of rows before the position.
     """
 
     epoch: int = 0
     file: int = 0
-    piece: int = 0
+    span: int = 0
     token: int = 0
     row: int = 0
 
 
-class Piece(NamedTuple):
-    """A tokenized piece of a document.
+class Span(NamedTuple):
+    """A tokenized span of a document.
 
     Attributes:
       position: Where it starts.
@@ -88,33 +88,33 @@ class Stream:
     tokenizer: Tokenizer
 
     def read(self, file: File) -> Iterator[tuple[bytes, bool]]:
-        """Iterates over the pieces of a file, and whether each starts a document."""
+        """Iterates over the spans of a file, and whether each starts a document."""
         for document in self.text.open_chunks(file):
             yield from _cut(document, file.kind.format == BYTES)
 
-    def encode(self, epoch: int, files: list[File], file: int, piece: int) -> Iterator[Piece]:
-        """Tokenizes the pieces from a position to the end of the epoch."""
+    def encode(self, epoch: int, files: list[File], file: int, span: int) -> Iterator[Span]:
+        """Tokenizes the spans from a position to the end of the epoch."""
         for index in range(file, len(files)):
             for number, (text, starts) in enumerate(self.read(files[index])):
-                if number >= piece:
+                if number >= span:
                     try:
                         tokens = self.tokenizer.encode(text)
                     except DataError as error:
                         raise DataError("data.files", f"{files[index].path}: {error}") from error
                     if len(tokens):
-                        yield Piece(Position(epoch, index, number), tokens, starts)
-            piece = 0
+                        yield Span(Position(epoch, index, number), tokens, starts)
+            span = 0
 
 
 def _cut(chunks: Iterable[bytes], anywhere: bool) -> Iterator[tuple[bytes, bool]]:
-    """Cuts the chunks of a document into pieces, after the end of a line or at least after a character."""
+    """Cuts the chunks of a document into spans, after the end of a line or at least after a character."""
     text, starts = b"", True
     for chunk in chunks:
         text += chunk
-        while len(text) > PIECE:
-            stop = PIECE if anywhere else text.rfind(b"\n", 0, PIECE) + 1
+        while len(text) > SPAN:
+            stop = SPAN if anywhere else text.rfind(b"\n", 0, SPAN) + 1
             while not stop or (not anywhere and text[stop] & 0xC0 == 0x80):  # 10... continues a character of UTF-8
-                stop = (stop or PIECE + 1) - 1
+                stop = (stop or SPAN + 1) - 1
             yield text[:stop], starts
             text, starts = text[stop:], False
     if text:
@@ -163,8 +163,8 @@ class StreamReader:
         if self._next is not None:
             self._next.exception()  # waits for the block in progress
         self._start, self._block, self._next = position, None, None
-        self._pending: list[Piece] = []  # read ahead of the next block
-        self._pieces = self._read(position)
+        self._pending: list[Span] = []  # read ahead of the next block
+        self._spans = self._read(position)
 
     def _advance(self, row: int) -> Block:
         """Returns the block that holds a row."""
@@ -176,16 +176,16 @@ class StreamReader:
             self._next = self._executor.submit(self._build, block.stop)
         return self._block
 
-    def _read(self, start: Position) -> Iterator[Piece]:
-        epoch, file, piece = start[:3]
+    def _read(self, start: Position) -> Iterator[Span]:
+        epoch, file, span = start[:3]
         while True:
-            empty = file == piece == 0
-            for encoded in self._stream.encode(epoch, self._order(epoch), file, piece):
+            empty = file == span == 0
+            for encoded in self._stream.encode(epoch, self._order(epoch), file, span):
                 empty = False
                 yield encoded
             if empty:
                 raise DataError("data.files", f"reader {self._reader} of {self._readers} has no text")
-            epoch, file, piece = epoch + 1, 0, 0
+            epoch, file, span = epoch + 1, 0, 0
 
     def _order(self, epoch: int) -> list[File]:
         files = self._stream.text.files
@@ -193,41 +193,41 @@ class StreamReader:
         return [files[index] for index in random.permutation(len(files))[self._reader :: self._readers]]
 
     def _build(self, start: Position) -> Block:
-        config, pieces = self._stream.config, self._pending
-        pieces += [] if pieces else [next(self._pieces)]
-        size = sum(len(piece.tokens) for piece in pieces) - start.token
+        config, spans = self._stream.config, self._pending
+        spans += [] if spans else [next(self._spans)]
+        size = sum(len(span.tokens) for span in spans) - start.token
         while size <= config.buffer * config.length:
-            pieces.append(next(self._pieces))
-            size += len(pieces[-1].tokens)
-        rows, stop = (self._pack if config.packing == "packed" else self._cut)(pieces, start)
+            spans.append(next(self._spans))
+            size += len(spans[-1].tokens)
+        rows, stop = (self._pack if config.packing == "packed" else self._cut)(spans, start)
         random = _generator(self._seed, start.row, self._reader + 1)
         return Block(rows, random.permutation(len(rows)), start, stop._replace(row=start.row + len(rows)))
 
-    def _pack(self, pieces: list[Piece], start: Position) -> tuple[Rows, Position]:
-        self._pending = [next(self._pieces)]
-        stops = np.cumsum([len(piece.tokens) for piece in pieces])
+    def _pack(self, spans: list[Span], start: Position) -> tuple[Rows, Position]:
+        self._pending = [next(self._spans)]
+        stops = np.cumsum([len(span.tokens) for span in spans])
         bounds = np.stack([np.concatenate([[0], stops[:-1]]), stops], 1)
-        tokens = np.concatenate([piece.tokens for piece in pieces])
+        tokens = np.concatenate([span.tokens for span in spans])
         rows = Packed(tokens, bounds, self._stream.tokenizer.separator, self._stream.config.length)
         return rows, self._pending[0].position
 
-    def _cut(self, pieces: list[Piece], start: Position) -> tuple[Rows, Position]:
+    def _cut(self, spans: list[Span], start: Position) -> tuple[Rows, Position]:
         length = self._stream.config.length
-        tokens = np.concatenate([self._separated(piece) for piece in pieces])[start.token :]
+        tokens = np.concatenate([self._separated(span) for span in spans])[start.token :]
         rows = Windows(tokens, length)
         used = start.token + len(rows) * length  # the last target is the first input of the next block
-        while used >= (size := len(self._separated(pieces[0]))):
+        while used >= (size := len(self._separated(spans[0]))):
             used -= size
-            del pieces[0]
-        self._pending = pieces
-        return rows, pieces[0].position._replace(token=used)
+            del spans[0]
+        self._pending = spans
+        return rows, spans[0].position._replace(token=used)
 
-    def _separated(self, piece: Piece) -> np.ndarray:
-        """The tokens of a piece, after a separator if it starts a document."""
+    def _separated(self, span: Span) -> np.ndarray:
+        """The tokens of a span, after a separator if it starts a document."""
         separator = self._stream.tokenizer.separator
-        if separator is None or not piece.starts:
-            return piece.tokens
-        return np.concatenate([np.array([separator], piece.tokens.dtype), piece.tokens])
+        if separator is None or not span.starts:
+            return span.tokens
+        return np.concatenate([np.array([separator], span.tokens.dtype), span.tokens])
 
 
 def _generator(seed: int, number: int, reader: int) -> np.random.Generator:

@@ -130,8 +130,8 @@ class Mlflow:
         _write_record(workdir, mlflow=self._id)
 
     def _create(self, experiment: str, workdir: Workdir, settings: Mapping[str, Any]) -> str:
-        found = self._client.get_experiment_by_name(experiment)
-        number = found.experiment_id if found else self._client.create_experiment(experiment)
+        existing = self._client.get_experiment_by_name(experiment)
+        number = existing.experiment_id if existing else self._client.create_experiment(experiment)
         run = self._client.create_run(number, run_name=workdir.path.name).info.run_id
         parameters = [self._entities.Param(key, str(value)[:6000]) for key, value in flatten(dict(settings)).items()]
         for start in range(0, len(parameters), PARAMETERS):

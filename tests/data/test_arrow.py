@@ -75,8 +75,8 @@ def test_a_stream_reads_it_too():
         "data-00000-of-00002.arrow",
         "data-00001-of-00002.arrow",
     ]
-    pieces = [text.decode() for file in dataset.training.text.files for text, _ in dataset.training.read(file)]
-    assert pieces == TEXTS[:10]
+    spans = [text.decode() for file in dataset.training.text.files for text, _ in dataset.training.read(file)]
+    assert spans == TEXTS[:10]
     assert texts(dataset.corpus.held_out) == TEXTS[10:]
 
 

@@ -390,6 +390,6 @@ def test_commas_in_paths(tmp_path):
     (tmp_path / "a,b.txt").write_text("first" * 100)
     (tmp_path / "c.txt").write_text("second" * 100)
     for files in (f"{tmp_path}/a,b.txt", f'"{tmp_path}/a,b.txt"', f'"{tmp_path}/a,b.txt", {tmp_path}/c.txt'):
-        names = [file.path.name for file in list_files(files, "data.files", "auto", {})]
+        names = [file.path.name for file in list_files(files, "data.files", ("", ""), "auto", {})]
         assert names == ["a,b.txt", "c.txt"][: files.count(", ") + 1]
     assert_rejected("data.files", f"{tmp_path}/a,c.txt")

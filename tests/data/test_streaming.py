@@ -36,8 +36,8 @@ KINDS = {
 
 
 @pytest.fixture(autouse=True)
-def small_pieces(monkeypatch):
-    monkeypatch.setattr(streams, "PIECE", 40)
+def small_spans(monkeypatch):
+    monkeypatch.setattr(streams, "SPAN", 40)
 
 
 def write_shards(folder, count=6, records=False):
@@ -169,13 +169,13 @@ def test_windows_are_adjacent_text_in_the_order_of_the_files(tmp_path):
 @pytest.mark.quick
 def test_documents_are_cut_between_characters_and_lines(tmp_path):
     for text in ("aä€🙂" * 40, "line\n" * 60, "ä" * 100, "a" * 41, ""):
-        pieces = list(streams._cut([text.encode()[:55], text.encode()[55:]], anywhere=False))
-        assert b"".join(piece for piece, _ in pieces).decode() == text
-        assert [starts for _, starts in pieces] == [True, *[False] * (len(pieces) - 1)][: len(pieces)]
-        for piece, _ in pieces:
-            piece.decode()
-            assert len(piece) <= 40
-    assert all(piece.endswith(b"\n") for piece, _ in streams._cut([b"line\n" * 60], anywhere=False))
+        spans = list(streams._cut([text.encode()[:55], text.encode()[55:]], anywhere=False))
+        assert b"".join(span for span, _ in spans).decode() == text
+        assert [starts for _, starts in spans] == [True, *[False] * (len(spans) - 1)][: len(spans)]
+        for span, _ in spans:
+            span.decode()
+            assert len(span) <= 40
+    assert all(span.endswith(b"\n") for span, _ in streams._cut([b"line\n" * 60], anywhere=False))
 
 
 @pytest.mark.quick
@@ -294,7 +294,7 @@ def test_a_killed_run_ends_as_if_nothing_had_happened(tmp_path):
 
 def test_one_process_resumes_the_stream_of_two(tmp_path, monkeypatch):
     """The checkpoint has the readers of both processes."""
-    monkeypatch.undo()  # the pieces are those of the other processes
+    monkeypatch.undo()  # the spans are those of the other processes
     train, held_out = write_shards(tmp_path / "train"), write_shards(tmp_path / "validation", 1)
     keys = STREAM | {"data.files": train, "data.validation": held_out, "data.readers": 2, "model.schedule": "full"}
     keys |= {"train.steps": 20, "checkpoint.every": 5}
