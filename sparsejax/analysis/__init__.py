@@ -18,9 +18,10 @@ from sparsejax.analysis.erf import Erf
 from sparsejax.analysis.kind import Analysis, Findings, Picture, open_analysis, run
 from sparsejax.analysis.position import Position
 from sparsejax.analysis.retrieval import Needle, Retrieval
+from sparsejax.analysis.ruler import Ruler
 from sparsejax.loaded import LoadedModel
 
-KINDS: dict[str, type[Analysis]] = {kind.kind: kind for kind in (Position, Erf, Attention, Needle, Retrieval)}
+KINDS: dict[str, type[Analysis]] = {kind.kind: kind for kind in (Position, Erf, Attention, Needle, Retrieval, Ruler)}
 
 __all__ = ["KINDS", "Analysis", "Findings", "Picture", "analyze"]
 

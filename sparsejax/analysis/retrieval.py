@@ -46,7 +46,8 @@ class ContextAnalysis(Analysis):
         if not model.config.causal:
             raise InputError("kind", f"{self.kind} needs a causal model; {model.source.kind} is an encoder")
         if self.task not in ("text", *self.tasks):
-            problem = f"{self.task!r}: {self.kind} measures {', '.join(self.tasks)} or text; set data.task"
+            known = " or ".join(filter(None, [", ".join(self.tasks), "text"]))
+            problem = f"{self.task!r}: {self.kind} measures {known}; set data.task"
             raise InputError("data.task", problem)
         self.subjects: dict[int, Subject] = {}
 

@@ -1,6 +1,9 @@
 """Accuracies equal those of the logits on the same examples; the prediction equals the dense receptive field."""
 
+import collections
 import dataclasses
+import functools
+import itertools
 import re
 
 import jax
@@ -8,7 +11,17 @@ import numpy as np
 import pytest
 
 from sparsejax import analysis
-from sparsejax.analysis.prompts import QUESTION, SENTENCE, Haystack, build_pairs
+from sparsejax.analysis.prompts import (
+    QUESTION,
+    SENTENCE,
+    Haystack,
+    build_pairs,
+    build_tracking,
+    build_words,
+    count_common,
+    count_frequent,
+)
+from sparsejax.analysis.ruler import FREQUENT_QUESTION, TASKS
 from sparsejax.data.probes import PROBES, KeyValue, Passkey
 from sparsejax.data.tokenizers import Bytes
 from sparsejax.errors import InputError
@@ -91,6 +104,7 @@ def test_models_and_options_that_do_not_fit_are_refused(text, model, tmp_path):
     assert not list(tmp_path.iterdir())
 
 
+TEXT = "a window of a few tiles, a sink, and a scan over the rest; " * 20
 RULER = {
     "needles": {"length": 24, "keys": 2, "values": 2, "digits": 2, "names": 4, "fillers": 3},
     "variable_tracking": {"length": 24, "hops": 1, "numbers": 4, "variables": 4, "fillers": 3},
@@ -209,3 +223,74 @@ def test_pairs_of_text_are_ranked_by_likelihood(text, tmp_path):
     ):
         with rejects(InputError, argument):
             analysis.analyze(model, "retrieval", tmp_path / "other", data, **options)
+
+
+def read_question(question):
+    return bytes(question.prompt.tolist()).decode(), [bytes(ids.tolist()).decode() for ids in question.candidates]
+
+
+@pytest.mark.parametrize("length", [200, 333])
+def test_variables_are_tracked_in_text(text, length):
+    model = build_reader(text, 112)
+    hay = np.frombuffer(TEXT.encode(), np.uint8)
+    for seed in range(3):
+        question = build_tracking(model, hay, length, chains=2, hops=2, candidates=6, seed=seed)
+        prompt, candidates = read_question(question)
+        assert question.length == length
+        values = {}
+        for name, assigned in re.findall(r" Let (\w+) = (\w+)\.", prompt):
+            values[name] = values.get(assigned, assigned)
+        asked = re.search(r" The variables with the value (\d+) are$", prompt)[1]
+        right = [name for name, value in values.items() if value == asked]
+        assert len(values) == 6
+        assert candidates[0] == " " + ", ".join(right)
+        assert len(set(candidates)) == 6
+        evidence = bytes(question.prompt[question.evidence].tolist()).decode()
+        assert re.findall(r" Let (\w+) = ", evidence) == right
+    with rejects(InputError, "lengths"):
+        build_tracking(model, hay, 40, chains=2, hops=2, candidates=6, seed=0)
+
+
+@pytest.mark.parametrize("length", [230, 1000])
+@pytest.mark.parametrize("ranked", [False, True])
+def test_words_are_counted_in_text(text, length, ranked):
+    model, end = build_reader(text, 112), " The words are"
+    counts = functools.partial(count_frequent, alpha=2.0) if ranked else functools.partial(count_common, answers=3)
+    for seed in range(3):
+        question = build_words(model, length, counts, end, ranked, answers=3, candidates=8, seed=seed)
+        prompt, candidates = read_question(question)
+        assert length - 25 < question.length <= length
+        words = prompt.removesuffix(end).split()
+        ranking = collections.Counter(words).most_common()
+        right = [word for word, _ in ranking[:3]]
+        assert ranking[2][1] > ranking[3][1]
+        if not ranked:
+            right = [word for word in dict.fromkeys(words) if word in right]
+        assert candidates[0].split() == right
+        assert len(set(candidates)) == 8
+        assert all(set(candidate.split()) - set(right) for candidate in candidates[1:])
+        assert all(word in words for candidate in candidates for word in candidate.split())
+    with rejects(InputError, "lengths"):
+        build_words(model, 100, counts, end, ranked, answers=3, candidates=8, seed=0)
+
+
+def test_the_tasks_of_ruler_in_text(text, tmp_path):
+    model = models.build(text, LOCAL | {"layers.local.mixer.pattern": "causal & window(60)"}, length=240)
+    model.tokenizer = Bytes()
+    options = {"lengths": (240, 260), "examples": 2, "candidates": 4}
+    findings = analysis.analyze(model, "ruler", tmp_path, {"files": str(text / "0.txt")}, **options)
+    rows = findings.tables["accuracy"]
+    assert [(row["task"], row["length"]) for row in rows] == list(itertools.product(TASKS, (240, 260)))
+    for row in rows[4:]:  # frequent words
+        field = receptive_field.matrix([pattern for _, pattern in model.config.connectivity], row["length"])
+        counts = functools.partial(count_frequent, alpha=2.0)
+        questions = [
+            build_words(model, row["length"], counts, FREQUENT_QUESTION, True, 3, 4, seed) for seed in range(2)
+        ]
+        inside = [field[len(question.prompt) - 1, question.evidence].mean() for question in questions]
+        assert row["reachable"] == pytest.approx(np.mean(inside))
+    assert (tmp_path / "ruler.html").exists()
+    with rejects(InputError, "tasks"):
+        analysis.analyze(model, "ruler", tmp_path, tasks=("needle",))
+    with rejects(InputError, "data.task"):
+        analysis.analyze(model, "ruler", tmp_path, PASSKEY)
