@@ -220,13 +220,14 @@ def _train_phase(run: Run, runtime: PhaseRuntime) -> Evaluation | None:
     for step in range(first_step + 1, runtime.phase.stop + 1):
         with run.profiler.step(step) as traced:
             batch = next(run.batches)
-            if runtime.inspects(step):
-                run.writers.write_histograms(step, fetch(runtime.inspect(run.state, batch)))
+            inspection = runtime.inspect(run.state, batch) if runtime.inspects(step) else None
             run.state, metrics = runtime.step(run.state, batch)
             traced.append(metrics)
         run.progress.advance(step)
         previous, current = current, StepMetrics(step, metrics)
         _log(run, runtime, previous)  # a step late, so that the device does not wait for Python
+        if inspection is not None:  # after the row of the previous step, because W&B takes steps in order only
+            run.writers.write_histograms(step, fetch(inspection))
         diverged = previous is not None and previous.stops
         stopped_by = run.requests.poll(f"phase {runtime.phase.number}")
         if runtime.is_due(step) or diverged or stopped_by:

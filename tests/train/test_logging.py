@@ -40,7 +40,13 @@ class Service:
         name = settings.pop("id") or f"run{len(self.runs)}"
         self.runs.setdefault(name, [])
         self.opened.append((name, settings))
-        log = lambda values, step: self.runs[name].append((step, values))  # noqa: E731
+
+        def log(values, step):
+            assert step >= self.latest  # W&B drops what comes later
+            self.latest = step
+            self.runs[name].append((step, values))
+
+        self.latest = 0
         return types.SimpleNamespace(id=name, log=log, finish=lambda: self.finished.append(name))
 
     def build_histogram(self, np_histogram):
@@ -220,9 +226,13 @@ def test_histograms_and_traces_change_no_bit(plain, text, tmp_path, monkeypatch)
     assert traces[0].stat().st_size > 1000
 
 
-def test_histograms_of_frozen_parameters_and_microbatches(text, tmp_path):
+def test_histograms_of_frozen_parameters_and_microbatches(services, text, tmp_path):
     settings = SHORT | {"train.steps": 2, "train.histograms": 2, "train.accumulate": 2, "optimizer.freeze": "period.*"}
-    runs.train_here(runs.load(text, settings), tmp_path)
+    runs.train_here(runs.load(text, settings | {"train.log_to": "wandb,mlflow"}), tmp_path)
+    for service in services:
+        assert [step for step, _ in logged(service, "run0", "train/loss")] == [1, 2]
+    [(step, size)] = logged(services[0], "run0", "activations/layer_0/ssm/stream")
+    assert (step, size) == (2, 2 * 32 * 16)
     [row] = read_rows(Workdir(tmp_path).histograms, {"step": int})
     gradients = {name: Histogram(**values) for name, values in row["histograms"].items() if name.startswith("grad")}
     assert {name.split("/")[1] for name in gradients} == {"layer_4", "embedding", "norm"}
