@@ -23,6 +23,7 @@ from sparsejax.metrics import EVAL_LOSS
 from sparsejax.model import Functional
 from sparsejax.runs import CheckpointError, plan_phases
 from sparsejax.runs.checkpoint import compare_checksums, describe_damage, list_steps, read_meta
+from sparsejax.runs.lora import LowRank, adapt
 from sparsejax.workdir import SweepFolder, Workdir, read_json, read_rows
 
 Step = int | Literal["last", "best"]
@@ -220,11 +221,18 @@ def _load_workdir(
         try:
             checkpoint = _open_checkpoint(workdir, run, step, ema)
             config = set_dtype(checkpoint.run.model, dtype)
-            parameters = checkpoint.read(_place(Functional(config), mesh, dtype or "float32"))
+            model = adapt(Functional(config), run.optimizer)
+            parameters = checkpoint.read(_place(model, mesh, dtype or "float32"))
         except CheckpointError as error:
             if Path(error.argument or "").exists():
                 raise
             continue  # the run, which is training, has replaced it by a newer one
+        if isinstance(model, LowRank):
+            shapes = _place(model.base, mesh, dtype or "float32")
+            merged = jax.jit(model.merge)(parameters)
+            parameters = jax.tree.map(
+                lambda x, leaf: jax.device_put(x.astype(leaf.dtype), leaf.sharding), merged, shapes
+            )
         source = RunSource(
             kind="the model",
             length=run.data.length,

@@ -91,6 +91,7 @@ IMPORTS: dict[str, set[str]] = {
         "config",
         "sharding",
         "model",
+        "runs",
         "interop",
         "loading",
     },

@@ -333,6 +333,27 @@ class GroupConfig:
             raise InputError("freeze", "is true, but frozen parameters have neither rate nor weight_decay")
 
 
+@dataclasses.dataclass(frozen=True)
+class LoraConfig:
+    """Low-rank updates W + alpha / rank * a @ b of matrices (LoRA, arXiv:2106.09685).
+
+    Only the factors a and b are trained, and the parameters that `also` matches. Their paths are those of the matrices
+    after "lora.", such as `lora.period.0.mixer.query.weight.a`, so that `optimizer.groups` can match them.
+    """
+
+    match: str  # patterns of matrices of linear maps, separated by commas, such as "*.query.weight, *.value.weight"
+    rank: int = 8  # columns of a and rows of b
+    alpha: float = 16.0  # numerator of the factor on the update
+    also: str = ""  # patterns of other parameters that are trained, separated by commas, such as "*norm*, head.*"
+
+    def __post_init__(self) -> None:
+        require_at_least(self, 1, "rank")
+        if self.alpha <= 0:
+            raise InputError("alpha", f"{self.alpha} is not above 0")
+        if not self.match.strip():
+            raise InputError("match", "is empty; name matrices, such as '*.query.weight'")
+
+
 # The keys of each optimizer, besides those of all optimizers, and their defaults.
 OPTIMIZERS: dict[str, dict[str, Any]] = {
     "adamw": {"beta1": 0.9, "beta2": 0.999, "eps": 1e-8},
@@ -391,6 +412,7 @@ class OptimizerConfig:
     decay_shape: str | None = None  # decay of "wsd": "linear", "cosine" or "sqrt" (1 - sqrt); none for "linear"
     freeze: str = ""  # patterns of parameters that are not trained, separated by commas
     groups: tuple[GroupConfig, ...] = ()  # groups of parameters with other rates or weight decays
+    lora: LoraConfig | None = None  # low-rank updates of matrices instead of training all parameters; none for none
     # decay of an exponential moving average of the parameters, which is evaluated and saved beside them; none for none
     ema: float | None = None
 

@@ -96,16 +96,24 @@ def _open_folder(source: ModelSource) -> Weights:
 
 def _open_run(source: ModelSource) -> Weights:
     from sparsejax.loading import open_checkpoint  # imports grain and Orbax
+    from sparsejax.runs.lora import LORA, LowRank, adapt
 
     checkpoint = open_checkpoint(source)
-    model = Functional(checkpoint.run.model)
-    located = locate_parameters(model)
+    base = Functional(checkpoint.run.model)
+    located, model = locate_parameters(base), adapt(base, checkpoint.run.optimizer)
     stacked = {tuple(entry.key for entry in path): leaf for path, leaf in jax.tree.leaves_with_path(model.shapes)}
     device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
 
     # The layers of one name are read one after another, alternating between the layers of the period.
-    @functools.lru_cache(maxsize=max(1, len(model.config.fold.period)))
+    @functools.lru_cache(maxsize=max(1, len(base.config.fold.period)))
     def read_stack(path: tuple[Any, ...]) -> np.ndarray:
+        matrix = read_leaf(path)
+        factors = {name: (LORA, *path, name) for name in ("a", "b")}
+        if not isinstance(model, LowRank) or factors["a"] not in stacked:
+            return matrix
+        return np.asarray(model.add_product(matrix, {name: read_leaf(factors[name]) for name in factors}))
+
+    def read_leaf(path: tuple[Any, ...]) -> np.ndarray:
         shape: Any = jax.ShapeDtypeStruct(stacked[path].shape, jnp.float32, sharding=device)
         [leaf] = jax.tree.leaves(checkpoint.read(functools.reduce(lambda tree, key: {key: tree}, path[::-1], shape)))
         return np.asarray(leaf)

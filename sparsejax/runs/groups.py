@@ -13,11 +13,14 @@ from sparsejax.config import GroupConfig, OptimizerConfig
 from sparsejax.errors import InputError
 from sparsejax.model import path_of
 
+LORA = "lora"  # key of the factors of low-rank updates in the tree of parameters
 FROZEN, OTHERS = "frozen", "others"  # labels of parameters that are not trained, and of those in no group
 
 
 def assign_groups(config: OptimizerConfig, parameters: PyTree) -> PyTree[str] | None:
     """Returns the label of the group of each parameter: its index in `config.groups`, `FROZEN` or `OTHERS`.
+
+    With `config.lora`, parameters other than the factors are frozen, unless `config.lora.also` matches them.
 
     Args:
       config: The groups.
@@ -29,19 +32,25 @@ def assign_groups(config: OptimizerConfig, parameters: PyTree) -> PyTree[str] | 
     Raises:
       InputError: A pattern matches no parameter, or every parameter is frozen.
     """
-    frozen = [("freeze", pattern, FROZEN) for pattern in _split(config.freeze)]
+    frozen = [("freeze", pattern, FROZEN) for pattern in split_patterns(config.freeze)]
     rules = frozen + [
         (f"groups[{index}].match", pattern, FROZEN if group.freeze else str(index))
         for index, group in enumerate(config.groups)
-        for pattern in _split(group.match)
+        for pattern in split_patterns(group.match)
     ]
-    if not rules:
+    if not rules and config.lora is None:
         return None
+    also = [] if config.lora is None else split_patterns(config.lora.also)
     paths = [path_of(path) for path, _ in jax.tree.leaves_with_path(parameters)]
-    for argument, pattern, _ in rules:
+    for argument, pattern, _ in [*rules, *(("lora.also", pattern, OTHERS) for pattern in also)]:
         if not fnmatch.filter(paths, pattern):
             raise InputError(f"optimizer.{argument}", f"{pattern!r} matches no parameter, such as {paths[0]}")
-    labels = jax.tree.map_with_path(lambda path, _: _find_label(rules, path_of(path)), parameters)
+
+    def find_label(path: str) -> str:
+        is_trained = config.lora is None or path.startswith(f"{LORA}.") or _matches(path, also)
+        return _find_label(rules, path) if is_trained else FROZEN
+
+    labels = jax.tree.map_with_path(lambda path, _: find_label(path_of(path)), parameters)
     if set(jax.tree.leaves(labels)) == {FROZEN}:
         raise InputError("optimizer.freeze", "every parameter is frozen")
     return labels
@@ -82,9 +91,14 @@ def map_parameters(
     return jax.tree.map_with_path(visit, state)
 
 
-def _split(patterns: str) -> list[str]:
+def split_patterns(patterns: str) -> list[str]:
+    """Returns the patterns of a text that separates them by commas."""
     return [pattern.strip() for pattern in patterns.split(",") if pattern.strip()]
 
 
 def _find_label(rules: Sequence[tuple[str, str, str]], path: str) -> str:
     return next((label for _, pattern, label in rules if fnmatch.fnmatchcase(path, pattern)), OTHERS)
+
+
+def _matches(path: str, patterns: Sequence[str]) -> bool:
+    return any(fnmatch.fnmatchcase(path, pattern) for pattern in patterns)

@@ -12,7 +12,7 @@ import optax.contrib
 from jaxtyping import Array, Int, PyTree
 
 from sparsejax.config import OPTIMIZERS, OptimizerConfig
-from sparsejax.runs.groups import FROZEN, OTHERS, assign_groups, group_of, map_parameters
+from sparsejax.runs.groups import FROZEN, LORA, OTHERS, assign_groups, group_of, map_parameters
 
 MUON_RMS = 0.2  # of the updates of Muon, which is that of AdamW, so that both have one rate (arXiv:2502.16982)
 
@@ -171,7 +171,7 @@ def _by_layer(transform: optax.GradientTransformation) -> optax.GradientTransfor
 
     def axes_of(parameters: PyTree) -> tuple[PyTree, PyTree] | None:
         """The axes of parameters and of the state over which to map; None if no parameter is stacked."""
-        stacked = jax.tree.map_with_path(lambda path, _: path[0].key == "period", parameters)
+        stacked = jax.tree.map_with_path(lambda path, _: path[path[0].key == LORA].key == "period", parameters)
         if not any(jax.tree.leaves(stacked)):
             return None
         axis = jax.tree.map(lambda stacked: 0 if stacked else None, stacked)

@@ -17,6 +17,7 @@ from sparsejax.errors import argument_path
 from sparsejax.model import Functional
 from sparsejax.overrides import Overrides
 from sparsejax.runs.groups import assign_groups
+from sparsejax.runs.lora import adapt
 
 
 @dataclasses.dataclass(frozen=True)
@@ -131,9 +132,9 @@ def _check_groups(phase: Phase, changes: bool) -> None:
     key = phase.key if {"optimizer.freeze", "optimizer.groups"} & phase.overrides.keys() else ""
     if changes and config.name == "schedule_free_adamw":
         raise ConfigError("optimizer.name", f"{config.name} averages parameters, which all phases must train alike")
-    if config.freeze or config.groups:
+    if config.freeze or config.groups or config.lora:
         with argument_path(key) if key else contextlib.nullcontext():
-            assign_groups(config, Functional(phase.config.model).shapes)
+            assign_groups(config, adapt(Functional(phase.config.model), config).shapes)
 
 
 def plan_evaluations(settings: ConfigDict) -> list[EvaluationSetting]:

@@ -14,7 +14,8 @@ from jaxtyping import Array, Key
 
 from sparsejax import sharding
 from sparsejax.model import Functional, restack_layers
-from sparsejax.runs.groups import map_parameters
+from sparsejax.runs.groups import LORA, map_parameters
+from sparsejax.runs.lora import LowRank
 from sparsejax.runs.optimizer import carry_over
 from sparsejax.runs.statistics import LossStatistics, init_losses
 
@@ -92,7 +93,10 @@ def restack_state(
         return isinstance(tree, dict) and tree.keys() == source.shapes.keys()
 
     def convert(tree: Any) -> Any:
-        return restack_layers(tree, source.config, target.config) if is_parameters(tree) else tree
+        if not is_parameters(tree):
+            return tree
+        factors = {LORA: restack_layers(tree[LORA], source.config, target.config)} if LORA in tree else {}
+        return restack_layers(tree, source.config, target.config) | factors
 
     def convert_all(state: TrainState[Array]) -> TrainState[Array]:
         parameters, moments = jax.tree.map(convert, (state.parameters, state.optimizer), is_leaf=is_parameters)
@@ -116,7 +120,10 @@ def regroup_state(
 def _build_init(model: Functional, optimizer: optax.GradientTransformation) -> Callable[..., TrainState[Array]]:
     def init(key: Key[Array, ""], parameters: dict[str, Any] | None = None) -> TrainState[Array]:
         parameter_key, step_key = jax.random.split(key)
-        parameters = model.init(parameter_key) if parameters is None else parameters
+        if parameters is None:
+            parameters = model.init(parameter_key)
+        elif isinstance(model, LowRank):
+            parameters = model.add_factors(parameters, parameter_key)
         zero = jnp.zeros((), jnp.int32)
         return TrainState(zero, zero, init_losses(), step_key, parameters, optimizer.init(parameters))
 

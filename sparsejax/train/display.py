@@ -59,7 +59,7 @@ def print_plan(runtimes: Sequence[PhaseRuntime], evaluators: Sequence[Evaluator]
 def _describe_optimizer(runtime: PhaseRuntime) -> list[str]:
     """Describes an optimizer that is not plain AdamW, with the parameters that it trains and the size of its state."""
     config, model = runtime.config.optimizer, runtime.model
-    if config.name == "adamw" and not (config.freeze or config.groups or config.ema):
+    if config.name == "adamw" and not (config.freeze or config.groups or config.lora or config.ema):
         return []
     state = count_bytes(jax.eval_shape(runtime.optimizer.init, model.shapes))
     frozen = jax.tree.leaves(find_frozen(config, model.shapes))

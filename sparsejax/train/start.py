@@ -25,6 +25,7 @@ from sparsejax.metrics import EVAL_LOSS
 from sparsejax.model import Functional
 from sparsejax.paths import bucket_address, local_path
 from sparsejax.runs.checkpoint import Checkpoints, list_steps, read_meta
+from sparsejax.runs.lora import adapt
 from sparsejax.runs.optimizer import build_optimizer, build_schedule
 from sparsejax.runs.phases import plan_phases
 from sparsejax.runs.state import TrainState, init_state, restack_state, state_shapes
@@ -200,7 +201,7 @@ def plan_init(runtime: PhaseRuntime, workdir: Workdir) -> Plan | None:
     config = runtime.config.init
     if config.source is None or sharding.from_coordinator(bool(list_steps(workdir.checkpoints))):
         return None
-    return plan(config, runtime.model)
+    return plan(config, runtime.base)
 
 
 def start_state(
@@ -225,7 +226,7 @@ def start_state(
     if source.model.fold == current.config.model.fold:
         state, metrics = checkpoints.restore(state_shapes(current.model, current.optimizer, mesh), batches)
         return state, batches, metrics
-    model = Functional(source.model)
+    model = adapt(Functional(source.model), source.optimizer)
     optimizer = build_optimizer(source.optimizer, source.train.steps, decay=model.decay, axes=model.axes)
     state, metrics = checkpoints.restore(state_shapes(model, optimizer, mesh), batches)
     return restack_state(state, model, current.model, current.optimizer, mesh), batches, metrics
