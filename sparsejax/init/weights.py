@@ -111,7 +111,8 @@ def _open_run(source: ModelSource) -> Weights:
         factors = {name: (LORA, *path, name) for name in ("a", "b")}
         if not isinstance(model, LowRank) or factors["a"] not in stacked:
             return matrix
-        return np.asarray(model.add_product(matrix, {name: read_leaf(factors[name]) for name in factors}))
+        a, b = (jnp.asarray(read_leaf(factors[name])) for name in ("a", "b"))
+        return np.asarray(model.add_product(jnp.asarray(matrix), {"a": a, "b": b}))
 
     def read_leaf(path: tuple[Any, ...]) -> np.ndarray:
         shape: Any = jax.ShapeDtypeStruct(stacked[path].shape, jnp.float32, sharding=device)
