@@ -89,4 +89,5 @@ PARSERS: dict[str, tuple[Callable[[str], Any], str]] = {
     "str": (str, "TEXT"),
     "tuple[int, ...]": (_split(parse_integer), "N,N"),
     "tuple[float, ...]": (_split(float), "X,X"),
+    "tuple[str, ...]": (_split(str), "NAME,NAME"),
 }
