@@ -222,13 +222,13 @@ def _load_workdir(
             checkpoint = _open_checkpoint(workdir, run, step, ema)
             config = set_dtype(checkpoint.run.model, dtype)
             model = adapt(Functional(config), run.optimizer)
-            parameters = checkpoint.read(_place(model, mesh, dtype or "float32"))
+            parameters = checkpoint.read(_shapes_on(model, mesh, dtype or "float32"))
         except CheckpointError as error:
             if Path(error.argument or "").exists():
                 raise
             continue  # the run, which is training, has replaced it by a newer one
         if isinstance(model, LowRank):
-            shapes = _place(model.base, mesh, dtype or "float32")
+            shapes = _shapes_on(model.base, mesh, dtype or "float32")
             merged = jax.jit(model.merge)(parameters)
             parameters = jax.tree.map(
                 lambda x, leaf: jax.device_put(x.astype(leaf.dtype), leaf.sharding), merged, shapes
@@ -264,7 +264,7 @@ def _choose_step(workdir: Workdir, step: Step) -> int:
     return int(step)
 
 
-def _place(model: Functional, mesh: Mesh | None, dtype: str) -> Parameters:
+def _shapes_on(model: Functional, mesh: Mesh | None, dtype: str) -> Parameters:
     """Returns shape, dtype and sharding per parameter, in the dtypes of `Functional.shapes_in`.
 
     Args:

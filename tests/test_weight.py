@@ -57,9 +57,10 @@ def test_drawing_needs_no_jax(arguments, limit):
     [
         ["show", f"--hf={GOLDEN / 'jamba'}", "--length=100"],
         ["show", "--config=preset:quickstart"],
+        ["show", f"--config=hf:{GOLDEN / 'jamba'}", "--length=100"],
         ["draw", "--config=preset:quickstart", "--length=32"],
     ],
-    ids=["show-hf", "show", "draw"],
+    ids=["show-hf", "show", "show-config-hf", "draw"],
 )
 def test_describing_a_model_needs_no_training_package(arguments):
     code, _, modules = run(*arguments)

@@ -95,7 +95,7 @@ class Plan:
         parameters: dict[tuple[Any, ...], Array] = {}
         for path, stack in names.items():
             values = [self._read(name, located[name]) for name in stack]
-            parameters[path] = _place(values, located[stack[0]], shardings[path], drawn.get(path))
+            parameters[path] = _put(values, located[stack[0]], shardings[path], drawn.get(path))
         return jax.tree.map_with_path(lambda path, _: parameters[_keys(path)], self.model.shapes)
 
     def _read(self, name: str, location: Location) -> np.ndarray | None:
@@ -105,8 +105,9 @@ class Plan:
         derivation = self.derivations[name]
         value = derivation.convert(*map(self.weights.read, derivation.sources))
         if value.shape != location.shape:
-            given = f"{', '.join(derivation.rules)} gives the shape {list(value.shape)}, not {list(location.shape)}"
-            raise InputError("init.source", f"{name}: {given}")
+            rule = ", ".join(derivation.rules)
+            problem = f"{rule} gives the shape {list(value.shape)}, not {list(location.shape)}"
+            raise InputError("init.source", f"{name}: {problem}")
         return value
 
     def _draw(
@@ -286,7 +287,7 @@ def _missing(problems: dict[str, str], located: dict[str, Location], weights: We
     )
 
 
-def _place(values: list[np.ndarray | None], location: Location, placement: Any, drawn: Array | None) -> Array:
+def _put(values: list[np.ndarray | None], location: Location, placement: Any, drawn: Array | None) -> Array:
     """Places a parameter on the mesh, with all repetitions of the period; None stands for those of `drawn`."""
     if all(value is None for value in values):
         assert drawn is not None
