@@ -12,7 +12,7 @@ import numpy as np
 from sparsejax.analysis.figures import draw_cells, mark_unreachable, new_axes, note, outline_reachable, thin, use_log
 from sparsejax.analysis.kind import Analysis, Findings, Picture, Row, Unit
 from sparsejax.analysis.prompts import QUESTION, SENTENCE, Haystack, Question, build_pairs, rank
-from sparsejax.analysis.subject import Subject, require_options, require_positions
+from sparsejax.analysis.subject import Subject, require_one_text, require_options, require_positions
 from sparsejax.data import DataConfig
 from sparsejax.data.probes import KeyValue, Probe
 from sparsejax.data.probes.needle import HEX
@@ -154,6 +154,8 @@ class Needle(ContextAnalysis):
             if not 0 <= depth <= 1:
                 raise InputError("depths", f"{depth} is not in [0, 1]")
         self.dataset = model.load_data(self.data)
+        if self.is_text:
+            require_one_text(self.dataset)
         probe = self.dataset.config.probe
         fields = {"needles", "depth"} if probe is None else {field.name for field in dataclasses.fields(probe)}  # type: ignore[arg-type]
         if "needles" not in fields and options.needles != (1,):

@@ -212,7 +212,7 @@ class Mixture(Dataset):
     @functools.cached_property
     def shares(self) -> dict[str, float]:
         """Fraction of the training rows per source."""
-        weights = {name: source.weight for name, source in self.config.sources.items()}
+        weights = {name: self.config.sources[name].weight for name in self.sources}
         return {name: weight / sum(weights.values()) for name, weight in weights.items()}
 
     @property
@@ -264,7 +264,7 @@ class Mixture(Dataset):
             name: source.open_reader(source_seed(seed, name), reader, readers) for name, source in self.sources.items()
         }
         assert isinstance(self.held_out, Joined)
-        order = MixtureOrder([source.weight for source in self.config.sources.values()])
+        order = MixtureOrder([self.config.sources[name].weight for name in self.sources])
         return MixedReader(opened, order, self.held_out.fields, self.held_out.length)
 
     def describe(self) -> list[str]:

@@ -90,7 +90,7 @@ def _load_stream(
 def _load_mixture(
     config: DataConfig, stride: int, loaded: Dataset | None, recorded: bytes | None, split: bool
 ) -> Mixture:
-    configs = {name: config.source(name) for name in config.sources}
+    configs = {name: config.source(name) for name in sorted(config.sources)}
     if loaded is None:
         texts: dict[str, Source] = {}
         for name, source in configs.items():

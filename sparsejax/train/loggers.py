@@ -27,7 +27,7 @@ PARAMETERS = 100  # parameters that MLflow takes at once
 class Logger(Protocol):
     """A destination of metrics."""
 
-    def write(self, step: int, metrics: Mapping[str, float]) -> None:
+    def write(self, step: int, metrics: Mapping[str, float | int]) -> None:
         """Writes the finite metrics of a step."""
         ...
 
@@ -50,7 +50,7 @@ class TensorBoard:
         if step:  # TensorBoard then ignores the events of earlier files after this step
             self._write_event(step + 1, session_log=SessionLog(status=SessionLog.START))
 
-    def write(self, step: int, metrics: Mapping[str, float]) -> None:
+    def write(self, step: int, metrics: Mapping[str, float | int]) -> None:
         scalars = [Summary.Value(tag=name, simple_value=value) for name, value in metrics.items()]
         self._write_event(step, summary=Summary(value=scalars))
 
@@ -97,7 +97,7 @@ class WeightsAndBiases:
             raise _unavailable("wandb", error) from error
         _write_record(workdir, wandb=self._run.id)
 
-    def write(self, step: int, metrics: Mapping[str, float]) -> None:
+    def write(self, step: int, metrics: Mapping[str, float | int]) -> None:
         self._run.log(dict(metrics), step=step)
 
     def write_histograms(self, step: int, histograms: Mapping[str, Histogram]) -> None:
@@ -138,7 +138,7 @@ class Mlflow:
             self._client.log_batch(run, params=parameters[start : start + PARAMETERS])
         return run
 
-    def write(self, step: int, metrics: Mapping[str, float]) -> None:
+    def write(self, step: int, metrics: Mapping[str, float | int]) -> None:
         now = int(time.time() * 1000)
         values = [self._entities.Metric(name, value, now, step) for name, value in metrics.items()]
         self._client.log_batch(self._id, metrics=values)

@@ -5,12 +5,15 @@ from itertools import islice
 import numpy as np
 import pytest
 
+import sparsejax
 from sparsejax import config as configs
+from sparsejax.analysis import analyze
 from sparsejax.config import ConfigError
 from sparsejax.data import DataConfig, DataError, Mixture, SourceConfig, load_dataset
 from sparsejax.data.dataset import source_seed
 from sparsejax.data.mixture import MixtureOrder
 from sparsejax.data.probes import PROBES
+from sparsejax.errors import InputError
 from sparsejax.runs import list_steps, read_arrays, read_iterator
 from sparsejax.signals import Interrupted
 from sparsejax.workdir import Workdir, read_json, read_rows
@@ -70,10 +73,10 @@ def test_rows_are_those_of_the_sources(tmp_path, packing):
     dataset = build(tmp_path, packing=packing)
     assert isinstance(dataset, Mixture)
     batches = list(islice(dataset.train_batches(BATCH, 3), 30))
-    order, seen = MixtureOrder([0.75, 0.25]), {"low": 0, "high": 0}
+    order, seen = MixtureOrder([0.25, 0.75]), {"low": 0, "high": 0}
     for number in range(30 * BATCH):
         source, row = order.locate(number)
-        name = ("low", "high")[source]
+        name = ("high", "low")[source]  # sorted
         expected = dataset.sources[name].draw(np.array([row]), source_seed(3, name))
         batch = batches[number // BATCH]
         assert batch.keys() == expected.keys()
@@ -137,9 +140,9 @@ def test_a_probe_beside_packed_text(tmp_path):
     dataset = load_dataset(DataConfig("text", "", LENGTH, packing="packed", sources=sources))
     batch = next(dataset.train_batches(BATCH, 0))
     assert batch.keys() == {"inputs", "targets", "weights", "segments", "positions", "distance"}
-    assert (batch["segments"][::2] == 1).all()
-    np.testing.assert_array_equal(batch["positions"][0], np.arange(LENGTH))
-    assert (batch["distance"][1::2] == 0).all()
+    assert (batch["segments"][1::2] == 1).all()
+    np.testing.assert_array_equal(batch["positions"][1], np.arange(LENGTH))
+    assert (batch["distance"][::2] == 0).all()
     assert dataset.tokens_per_byte is None
     assert not dataset.scores_accuracy
 
@@ -175,6 +178,16 @@ def test_a_run_evaluates_every_source_and_resumes(tmp_path, monkeypatch):
     result = read_json(whole.result)
     assert result["eval/bits_per_byte/low"] == pytest.approx(result["eval/loss/low"] / np.log(2))
     assert read_json(whole.data)["sources"].keys() == {"low", "high"}
+
+    model = sparsejax.load(whole.path)
+    assessment = model.evaluate()
+    assert assessment.metrics["eval/loss"] == pytest.approx(result["eval/loss"], rel=1e-6)
+    assert assessment.evaluation.sources.keys() == {"low", "high"}
+    alone = model.evaluate({"files": str(tmp_path / "low")})
+    assert not alone.evaluation.sources
+    assert alone.metrics["eval/loss"] == pytest.approx(result["eval/loss/low"], rel=0.1)
+    with rejects(InputError, "data.files"):
+        analyze(model, "position", tmp_path / "analysis")
 
 
 @pytest.mark.quick
