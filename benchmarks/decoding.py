@@ -3,9 +3,10 @@
 A model of 16M parameters in float32 (4 layers of width 512, window 512, 4,096 tokens of vocabulary; or Mamba) reads a
 prompt in chunks and generates 128 tokens, with layers scanned, unrolled as `LoadedModel.generate` runs them, and
 unrolled with bfloat16 weights. The bound of decoding is the bytes of weights and caches per token over the bandwidth of
-a copy, reads and writes. Copies and matrix-vector products of NumPy are timed in the same process. `--torch` is an
-interpreter with torch and transformers, which runs the same config.json in a process of its own, in turn with the
-others. `--long` measures the peak memory of a prompt, each in a process of its own.
+a copy, reads and writes. The products of a vector and every matrix of the model are timed in the same process; the rest
+of the time of a token is attention or recurrences, and sampling. `--torch` is an interpreter with torch and
+transformers, which runs the same config.json in a process of its own, in turn with the others. `--long` measures the
+peak memory of a prompt, each in a process of its own.
 """
 
 from __future__ import annotations
@@ -108,9 +109,7 @@ def measure(config: ModelConfig, prompt: int, generated: int, repetitions: int, 
         "unrolled, bfloat16": (dataclasses.replace(unrolled, dtype="bfloat16"), low),
     }
     tokens = jax.random.randint(jax.random.key(1), (1, prompt), 0, config.vocab)
-    runs: Runs = {"copy": make_copy(), "products": make_products()} | {
-        f"torch: {part}": run for part, run in torch.items()
-    }
+    runs: Runs = {"copy": make_copy()} | {f"torch: {part}": run for part, run in torch.items()}
     sizes = {}
     for name, (variant, arrays) in variants.items():
         model = Functional(variant)
@@ -119,13 +118,13 @@ def measure(config: ModelConfig, prompt: int, generated: int, repetitions: int, 
             runs[f"{name}: {part}"] = function
         length = Plan.build([prompt], generated + 1).length
         cache = jax.eval_shape(lambda model=model, a=arrays, n=length: model.bind(a).init_cache(1, n))
+        runs[f"{name}: products"] = make_products(arrays, config.tied)
         table = 0 if config.tied else arrays["embedding"]["tokens"].nbytes
         sizes[name] = count_bytes(arrays) - table + count_bytes(cache)
     rows = {name: row["seconds"] for name, row in alternate(runs, repetitions, 0.2).items()}
     bandwidth = 2 * COPY / rows["copy"]
     result: dict[str, Any] = {
         "copy, GB/s": bandwidth / 1e9,
-        "matrix-vector products of NumPy, GB/s": COPY / rows["products"] / 1e9,
         "parameters": Functional(config).size,
     }
     if torch:
@@ -142,6 +141,7 @@ def measure(config: ModelConfig, prompt: int, generated: int, repetitions: int, 
             "prefill / forward": seconds["prefill"] / seconds["forward"],
             "prefill token by token, s": prompt / speed,
             "decoding, tokens/s": speed,
+            "products of the matrices alone, tokens/s": PRODUCTS / rows[f"{name}: products"],
             "bytes per token": sizes[name],
             "bound, tokens/s": bound,
             "fraction of the bound": speed / bound,
@@ -150,6 +150,7 @@ def measure(config: ModelConfig, prompt: int, generated: int, repetitions: int, 
 
 
 COPY = 2**28
+PRODUCTS = 32
 
 
 def make_copy():
@@ -158,15 +159,19 @@ def make_copy():
     return lambda: min(timed(lambda: np.copyto(target, source)) for _ in range(2))  # the first may page memory in
 
 
-def make_products() -> Callable[[], float]:
-    """Returns a function that times products of a vector and float32 matrices of `COPY` bytes in NumPy."""
-    x, matrices = np.ones(1024, np.float32), np.ones((COPY // 2**22, 1024, 1024), np.float32)
+def make_products(parameters: Any, tied: bool) -> Callable[[], float]:
+    """Returns a function that times `PRODUCTS` products of a vector with each matrix of an unstacked model."""
+    matrices = [x for x in jax.tree.leaves(parameters) if x.ndim == 2]
+    if not tied:  # a token reads one row of the table
+        matrices = [x for x in matrices if x is not parameters["embedding"]["tokens"]]
 
-    def run() -> None:
+    def multiply(matrices: list[jax.Array], x: jax.Array) -> jax.Array:
         for matrix in matrices:
-            matrix @ x
+            x = x + (jnp.full(matrix.shape[0], x, matrix.dtype) @ matrix)[0].astype(x.dtype)
+        return jnp.tanh(x)
 
-    return lambda: min(timed(run) for _ in range(2))
+    run = jax.jit(lambda matrices, x: jax.lax.fori_loop(0, PRODUCTS, lambda _, x: multiply(matrices, x), x))
+    return lambda: min(timed(lambda: jax.block_until_ready(run(matrices, jnp.float32(0)))) for _ in range(2))
 
 
 def make_parts(

@@ -21,6 +21,7 @@ from sparsejax import config as configs
 from sparsejax.account import account_model, count_bytes
 from sparsejax.config import ModelConfig
 from sparsejax.interop import huggingface
+from sparsejax.layers import ExpertsConfig
 from sparsejax.model import Functional
 from sparsejax.patterns import drawing
 from sparsejax.presets import find_preset, list_presets
@@ -41,6 +42,12 @@ def is_decoder(folder: Path) -> bool:
     """Whether a folder holds a causal model whose outputs depend on earlier tokens only."""
     config, _ = huggingface.describe(folder / "config.json")
     return config.causal and not any(layer.mixer and layer.mixer.leaks for layer in config.layers.values())
+
+
+def makes_choices(config: ModelConfig) -> bool:
+    """Whether rounding can change which experts a token takes or which keys a query selects."""
+    layers = config.layers.values()
+    return any(isinstance(layer.mlp, ExpertsConfig) or getattr(layer.mixer, "indexer", None) for layer in layers)
 
 
 PRESETS = [name for name in list_presets() if configs.check(configs.load(preset_path(name))).model.causal]
@@ -108,9 +115,19 @@ class Case:
 
     def compare(self, chunks: Iterable[np.ndarray], size: int) -> float:
         """Largest difference between decoding and the forward pass, relative to the largest logit."""
-        decoded = self.decode(chunks, size)
-        pairs = [(a[:n], b[:n]) for a, b, n in zip(decoded, self.logits, self.lengths, strict=True)]
-        return max(np.abs(a - b).max() for a, b in pairs) / np.abs(self.logits).max()
+        return self.difference(self.decode(chunks, size))
+
+    def difference(self, decoded: np.ndarray) -> float:
+        """Largest difference between decoded logits and those of the forward pass, relative to the largest logit."""
+        return np.abs(self.join(decoded - self.logits)).max() / np.abs(self.logits).max()
+
+    def rms(self, x: np.ndarray) -> float:
+        """Root mean square over the tokens of all rows."""
+        return float(np.sqrt((self.join(x) ** 2).mean()))
+
+    def join(self, x: np.ndarray) -> np.ndarray:
+        """The tokens of all rows, without padding."""
+        return np.concatenate([row[:n] for row, n in zip(x, self.lengths, strict=True)])
 
 
 @functools.cache
@@ -169,5 +186,9 @@ def test_any_split_equals_the_forward_pass(name, size, seed):
 @pytest.mark.nightly
 @pytest.mark.parametrize("name", MODELS)
 def test_bfloat16(name):
-    case = build(name, "bfloat16")
-    assert case.compare(stagger(case.length, 17, seed=0), 17) <= TOLERANCES["bfloat16"]
+    """Decoding is as close to float32 as the forward pass, and to the forward pass unless the model makes choices."""
+    case, exact = build(name, "bfloat16"), build(name).logits
+    decoded = case.decode(stagger(case.length, 17, seed=0), 17)
+    assert case.rms(decoded - exact) <= 1.5 * case.rms(case.logits - exact)
+    if not makes_choices(case.config):
+        assert case.difference(decoded) <= TOLERANCES["bfloat16"]
