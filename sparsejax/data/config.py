@@ -41,19 +41,19 @@ class SourceConfig:
     """A source of a mixture. Keys that are not here, such as `tokenizer` and `length`, are those of the mixture."""
 
     weight: float  # rows of the source per row of the mixture, up to a common factor; 0 for validation only
-    task: str = "text"  # as `data.task`, and so for the other keys
-    files: str = dataclasses.field(default="", metadata={"resume": "none"})
-    validation: str = dataclasses.field(default="", metadata={"resume": "none"})
-    tfds: str = ""
-    tfds_dir: str = dataclasses.field(default="", metadata={"resume": "none"})
-    train_split: str = "train"
-    validation_split: str = "validation"
-    read_as: str = "auto"
-    field: str = "text"
-    label: str = ""
-    separator: str = ""
-    stream: bool = False
-    probe: Probe | None = dataclasses.field(default=None, metadata={"kind": "task"})
+    task: str = "text"  # as `data.task`
+    files: str = dataclasses.field(default="", metadata={"resume": "none"})  # as `data.files`
+    validation: str = dataclasses.field(default="", metadata={"resume": "none"})  # as `data.validation`
+    tfds: str = ""  # as `data.tfds`
+    tfds_dir: str = dataclasses.field(default="", metadata={"resume": "none"})  # as `data.tfds_dir`
+    train_split: str = "train"  # as `data.train_split`
+    validation_split: str = "validation"  # as `data.validation_split`
+    read_as: str = "auto"  # as `data.read_as`
+    field: str = "text"  # as `data.field`
+    label: str = ""  # as `data.label`
+    separator: str = ""  # as `data.separator`
+    stream: bool = False  # as `data.stream`
+    probe: Probe | None = dataclasses.field(default=None, metadata={"kind": "task"})  # as `data.probe`
 
     def __post_init__(self) -> None:
         require_at_least(self, 0, "weight")
