@@ -15,6 +15,7 @@ from jaxtyping import Array, Float, Int, PyTree
 from sparsejax import sharding
 from sparsejax.config import TrainConfig
 from sparsejax.inference.evaluation import DeviceBatch, read_context
+from sparsejax.metrics import finite_or_none
 from sparsejax.model import FOLDED, Functional
 from sparsejax.runs.state import TrainState
 from sparsejax.train.step import build_gradient
@@ -156,5 +157,8 @@ def fetch(inspection: Inspection) -> dict[str, Histogram]:
 
 def append_histograms(workdir: Workdir, step: int, histograms: Mapping[str, Histogram]) -> None:
     """Appends the histograms of a step to the file of the workdir, with the edges of the buckets."""
-    rows = {name: dataclasses.asdict(histogram) for name, histogram in histograms.items()}
+    rows = {}
+    for name, histogram in histograms.items():
+        row = dataclasses.asdict(histogram)
+        rows[name] = {"counts": row.pop("counts"), **finite_or_none(row)}
     append_row(workdir.histograms, {"step": step, "edges": EDGES.tolist(), "histograms": rows})

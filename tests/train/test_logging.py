@@ -179,6 +179,23 @@ def test_a_histogram_counts_every_value():
     assert histogram.sum == pytest.approx(float(x.sum()), abs=1e24)
 
 
+@pytest.mark.quick
+def test_values_that_json_lacks_are_null(tmp_path):
+    [infinite] = fetch({"x": measure(np.array([np.nan, np.inf, -np.inf], np.float32))}).values()
+    with Writers(Workdir(tmp_path), 0) as writers:
+        writers.write_histograms(1, {"x": infinite})
+    [row] = read_rows(Workdir(tmp_path).histograms, {"step": int})
+    assert row["histograms"]["x"] == {
+        "counts": [0] * (len(EDGES) + 1),
+        "min": None,
+        "max": None,
+        "sum": 0,
+        "squares": 0,
+        "nonfinite": 3,
+    }
+    assert "Infinity" not in Workdir(tmp_path).histograms.read_text()
+
+
 GROUPS = {"mixer", "mlp", "mixer_residual", "mlp_residual"}
 
 
