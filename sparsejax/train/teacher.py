@@ -89,7 +89,7 @@ class Distillation:
 
         Args:
           parameters: Parameters of the teacher.
-          batch: A batch, of which each row is independent of the others.
+          batch: A batch, or the rows of a microbatch.
           constrain: As for `Model.forward`.
         """
         extras = dataclasses.replace(self.extras, traced=bool(self.hidden or self.attention))
@@ -115,7 +115,7 @@ class Distillation:
           output: Its output for the batch, with the activations if `hidden` is not empty.
           targets: Those of `run_teacher` for the batch.
           batch: The batch.
-          scale: Factor on the sums over all tokens, which makes them sums over as many tokens as are scored.
+          scale: Scored tokens per token of the whole batch: the factor on sums over all tokens.
         """
         config, context, losses = self.config, read_context(batch), {}
 
@@ -124,7 +124,7 @@ class Distillation:
             return scale * context.tokens.zero_padding(errors).sum()
 
         if targets.logits is not None:
-            divergence = kl_divergence(output.logits / config.temperature, targets.logits)
+            divergence = kl_divergence(output.logits, targets.logits, config.temperature)
             losses["kl"] = config.kl * config.temperature**2 * (divergence * batch["weights"]).sum()
         if targets.streams:
             streams = {layer: output.traces[layer].stream for layer in targets.streams}
@@ -148,11 +148,17 @@ def _add_others(logits: Float[Array, "b t v"], indices: Int[Array, "b t k"]) -> 
 
 
 @jax.checkpoint  # keeps the logits of both, and no distribution
-def kl_divergence(logits: Float[Array, "b t v"], teacher: Float[Array, "b t v"] | TopLogits) -> Float[Array, "b t"]:
+def kl_divergence(
+    logits: Float[Array, "b t v"], teacher: Float[Array, "b t v"] | TopLogits, temperature: float | Array = 1.0
+) -> Float[Array, "b t"]:
     """Returns the divergence of the predictions from those of the teacher, in nats per token.
 
-    With `TopLogits` the other tokens are one outcome.
+    Args:
+      logits: Logits of the model.
+      teacher: Logits of the teacher over the temperature. With `TopLogits` the other tokens are one outcome.
+      temperature: The temperature.
     """
+    logits = logits / temperature
     if isinstance(teacher, TopLogits):
         top = jnp.take_along_axis(logits, teacher.indices, axis=-1)
         logits = jnp.concatenate([top, _add_others(logits, teacher.indices)[..., None]], axis=-1)
