@@ -181,7 +181,7 @@ def test_a_histogram_counts_every_value():
 
 @pytest.mark.quick
 def test_values_that_json_lacks_are_null(tmp_path):
-    [infinite] = fetch({"x": measure(np.array([np.nan, np.inf, -np.inf], np.float32))}).values()
+    [infinite] = fetch({"x": jax.jit(measure)(np.array([np.nan, np.inf, -np.inf], np.float32))}).values()
     with Writers(Workdir(tmp_path), 0) as writers:
         writers.write_histograms(1, {"x": infinite})
     [row] = read_rows(Workdir(tmp_path).histograms, {"step": int})
