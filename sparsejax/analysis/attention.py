@@ -201,12 +201,13 @@ class Attention(Analysis):
 
     def _draw(self, means: list[dict[str, np.ndarray]]) -> list[Picture]:
         n, names = self.subject.length, self.subject.config.names
-        labels = [
-            f"{layer} {names[layer]}{path.removeprefix('mixer')}, reach {self.subject.reach(layer + 1):,}"
-            for layer, path in self.sections
-        ]
         numbers = [layer for layer, _ in self.sections]
         reach = [self.subject.reach(layer + 1) for layer in numbers]
+        labels = [
+            f"{layer} {names[layer]}{path.removeprefix('mixer')}, "
+            + (f"reach {r:,}" if r < n - 1 else "the whole past")
+            for (layer, path), r in zip(self.sections, reach, strict=True)
+        ]
         shown = [str(pattern) for pattern in self.candidates][:MAX_PANELS]
         field = "the reach of the receptive field of the layers up to it"
         return [
@@ -435,7 +436,7 @@ def draw_keys(labels: Sequence[str], means: Sequence[dict[str, np.ndarray]], n: 
         axis.axhline(float(mean["uniform_keys"].mean()), color=color, linestyle=(0, (4, 2)), linewidth=0.9)
     axis.plot([], [], color=GREY, linestyle=(0, (4, 2)), linewidth=0.9, label="keys of the pattern")
     use_log(axis, "y")
-    axis.set(xlabel="share p of the mass", ylabel="keys", ylim=(0.9, 1.3 * n))
+    axis.set(xlabel="share p of the mass", ylabel="keys per query", ylim=(0.9, 1.3 * n))
     axis.set_yticks([2**power for power in range(0, math.ceil(math.log2(n)) + 1, 2)])
     figure.legend(loc="outside right upper", frameon=False, fontsize=7)
     return figure

@@ -190,8 +190,10 @@ def draw_erf(profile: list[Row], radii: list[Row]) -> Figure:
                 distances, 0, 1, where=outside, step="mid", transform=left.get_xaxis_transform(), color=CELLS[0]
             )
     use_log(left, "y")
-    left.axvline(last["radius"], color=SERIES[1], linewidth=1.2, label=f"95 % radius: {last['radius']:,}")
-    left.axvline(last["exact"], color=INK, linewidth=1.2, linestyle=(0, (4, 2)), label=f"reach: {last['exact']:,}")
+    left.axvline(last["radius"], color=SERIES[1], linewidth=1.2, label=f"95 % radius: {last['radius']:,} tokens")
+    left.axvline(
+        last["exact"], color=INK, linewidth=1.2, linestyle=(0, (4, 2)), label=f"reach: {last['exact']:,} tokens"
+    )
     left.set(xlabel="distance from the output (tokens)", ylabel="share of the gradient norm")
     left.legend(frameon=False, fontsize=7)
     depths = [row["depth"] for row in radii]

@@ -76,7 +76,9 @@ def thin(values: Sequence[T], most: int = 8) -> list[T]:
 
 
 def mark_unreachable(axis: Axes, positions: Sequence[float], reachable: Sequence[bool]) -> None:
-    """Shades the surroundings of the positions that the receptive field does not reach."""
+    """Shades the surroundings of the positions outside of the receptive field, or notes that there are none."""
+    if all(reachable):
+        axis.plot([], [], " ", label="all inside of the receptive field")
     label: str | None = "outside of the receptive field"
     middles = [(a + b) / 2 for a, b in itertools.pairwise(positions)]
     edges = [positions[0] - 0.5, *middles, positions[-1] + 0.5]

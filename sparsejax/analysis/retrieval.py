@@ -354,9 +354,9 @@ def draw_needle(rows: list[Row]) -> Figure:
         image = draw_cells(axis, values, [f"{depth:g}" for depth in depths], [f"{n:,}" for n in lengths])
         outline_reachable(axis, reachable >= 0.5)
         axis.set(xlabel="length (tokens)", ylabel="depth")
-        outside = "" if reachable.min() >= 0.5 else ", ×: outside of the receptive field"
+        field = "all inside" if reachable.min() >= 0.5 else "×: outside"
         title = "needles of data.probe" if number is None else f"{number} needle{'s' * (number > 1)}"
-        note(axis, title + outside)
+        note(axis, f"{title}, {field} of the receptive field")
     figure.colorbar(image, ax=axes, label="exact match", fraction=0.04, aspect=30)
     return figure
 

@@ -153,5 +153,7 @@ def draw(rows: list[Row]) -> Figure:
         note(axis, task.replace("_", " "))
     axes[0].set_ylabel("share")
     handles, labels = axes[0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside upper right", frameon=False, fontsize=7, ncols=3)
+    figure.legend(
+        handles, labels, loc="outside upper right", frameon=False, fontsize=7, ncols=3 if len(tasks) > 1 else 1
+    )
     return figure
