@@ -133,14 +133,14 @@ def _find_matrices(model: Functional, config: LoraConfig) -> dict[Path, dict[str
     names = [path_of(path) for path, _ in leaves]
     matched: set[str] = set()
     for pattern in split_patterns(config.match):
-        found = fnmatch.filter(names, pattern)
-        if not found:
+        hits = fnmatch.filter(names, pattern)
+        if not hits:
             raise InputError("optimizer.lora.match", f"{pattern!r} matches no parameter, such as {names[0]}")
-        for name in found:
+        for name in hits:
             if name not in matrices:
                 problem = f"{pattern!r} matches {name}, which is not the matrix of a linear map; match matrices only"
                 raise InputError("optimizer.lora.match", problem)
-        matched.update(found)
+        matched.update(hits)
     factors = {}
     for path, leaf in leaves:
         if path_of(path) in matched:

@@ -72,7 +72,7 @@ def export(
       shard_bytes: Largest size of a file of tensors, unless a single tensor is larger.
 
     Raises:
-      InputError: No family expresses the model, or not the one that is named; the argument is the key of the
+      InputError: No family expresses the model, or the named family does not; the argument is the key of the
         configuration that stands in the way.
       ConversionError: The folder exists already, or cannot be written.
     """
