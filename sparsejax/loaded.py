@@ -287,6 +287,7 @@ class LoadedModel:
             prompts.setdefault(tokens[:-count].astype(np.int32).tobytes(), []).append(index)
         shared = [group for group in prompts.values() if len(group) > 1] if self._can_decode else []
         single = sorted(set(range(len(rows))) - {index for group in shared for index in group})
+        batches: list[tuple[Callable[..., dict[int, Score]], Any]]
         batches = [(self._score_forks, chunk) for chunk in _batch(shared, lambda group: len(rows[group[0]][0]), batch)]
         batches += [(self._score_rows, chunk) for chunk in _batch(single, lambda index: len(rows[index][0]), batch)]
         scores: dict[int, Score] = {}

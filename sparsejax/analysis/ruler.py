@@ -80,7 +80,8 @@ class Ruler(ContextAnalysis):
 
     def measure(self, unit: Unit) -> dict[str, float]:
         """Returns the accuracy of a task at a length."""
-        return self.ask(lambda seed: self._ask(*unit, seed))
+        task, n = unit
+        return self.ask(lambda seed: self._ask(task, n, seed))
 
     def _problem(self, length: int) -> InputError | None:
         """Returns the error about a length, if any."""
