@@ -78,7 +78,9 @@ def test_merged_logits_equal_unmerged_ones():
     weight, factors = (tree["period"][0]["mixer"]["query"]["weight"] for tree in (parameters, parameters[LORA]))
     for layer in range(2):
         expected = weight[layer] + ALPHA / RANK * factors["a"][layer] @ factors["b"][layer]
-        np.testing.assert_allclose(merged["period"][0]["mixer"]["query"]["weight"][layer], expected, rtol=1e-5, atol=1e-7)
+        np.testing.assert_allclose(
+            merged["period"][0]["mixer"]["query"]["weight"][layer], expected, rtol=1e-5, atol=1e-7
+        )
 
 
 def test_updates_are_those_of_plain_optax():
