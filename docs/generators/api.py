@@ -22,6 +22,7 @@ PAGES = {
     "config": ("Config and schedules", ["sparsejax.config", "sparsejax.schedule"]),
     "data": ("Data and probes", ["sparsejax.data", "sparsejax.data.probes"]),
     "train": ("Training", ["sparsejax.train", "sparsejax.runs"]),
+    "init": ("Start from weights", [f"sparsejax.init.{name}" for name in ("plan", "rules", "weights", "configs")]),
     "sweep": ("Sweeps and searches", ["sparsejax.sweep", "sparsejax.sweep.search"]),
     "report": ("Reports", ["sparsejax.report"]),
     "analysis": ("Analysis", ["sparsejax.analysis"]),
