@@ -263,7 +263,7 @@ def count_frequent(n: int, alpha: float) -> np.ndarray:
 
 def _spell(index: int, syllables: int) -> str:
     """The word of a number."""
-    parts = [index // SYLLABLES**place % SYLLABLES for place in range(syllables)]
+    parts = [index // SYLLABLES**power % SYLLABLES for power in range(syllables)]
     return "".join(CONSONANTS[part // len(VOWELS)] + VOWELS[part % len(VOWELS)] for part in parts)
 
 
