@@ -211,6 +211,7 @@ IMPORTS: dict[str, set[str]] = {
         "show",
         "draw",
         "doctor",
+        "runs",
         "interop",
         "budget",
         "report",
