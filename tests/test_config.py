@@ -219,6 +219,18 @@ def test_a_shared_block_that_does_not_fit_the_length_is_rejected(tiny_config):
 # The probe of `data.task`.
 
 
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [("tied", True), ("head", {"activation": "gelu"}), ("head", {"norm": {"kind": "rms", "eps": 1e-6}})],
+)
+def test_the_head_of_a_reversible_model_reads_both_streams(tiny_config, key, value):
+    put(tiny_config, "model.reversible", True)
+    put(tiny_config, "model.tied", False)
+    configs.check(tiny_config)
+    put(tiny_config, f"model.{key}", value)
+    reject(tiny_config, f"model.{key}" if key == "tied" else f"model.head.{next(iter(value))}")
+
+
 def test_a_task_decides_the_keys_of_its_probe(tiny_config):
     put(tiny_config, "data.task", "mqar")
     put(tiny_config, "data.length", 32)

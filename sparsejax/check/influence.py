@@ -160,7 +160,8 @@ def _lay_out_documents(subject: Subject) -> tuple[np.ndarray, Context, list[Edit
     at, hole = np.arange(length), np.isin(np.arange(length), (0, 1, length // 2))
     tokens, other = subject.draw_tokens(2, seed=2)
     shifts = [(number, 0) for number in (1, 2, 3)]
-    if all(_is_shift_invariant(pattern, starts) for pattern in dict(subject.config.connectivity).values()):
+    branches = [branch for mixer in subject.mixers.values() for branch in _branches(mixer)]
+    if all(_is_shift_invariant(branch.connectivity, starts) for branch in branches):
         shifts += [(2, int(starts[1])), (3, int(starts[2]))]
     packed, whole = (np.where(part <= 3, part, 0), at - starts[part - 1]), (np.ones(length, int), at)
     rows = [(tokens, *packed), *[(np.where(part == number, other, tokens), *packed) for number in (1, 2, 3, 4)]]

@@ -123,17 +123,29 @@ class ModelConfig:
         axial = self.embedding.axial
         if axial is not None and sum(axial.widths) != self.width:
             raise InputError("embedding.axial.widths", f"{list(axial.widths)} do not add up to width = {self.width}")
+        if self.reversible:
+            self._check_reversible()
         if not self.layers:
             raise InputError("layers", "has no layer")
         schedules.check(self.schedule, self.layers)
         for name, layer in self.layers.items():
             if layer.side is not None and layer.side.shared not in self.shared:
                 raise InputError(f"layers.{name}.side.shared", f"shared has no block {layer.side.shared!r}")
-            if layer.side is not None and self.reversible:
-                raise InputError(f"layers.{name}.side", "a reversible model cannot use shared blocks")
             self._check_causal(f"layers.{name}", layer.mixer)
         for name, block in self.shared.items():
             self._check_causal(f"shared.{name}", block.mixer)
+
+    def _check_reversible(self) -> None:
+        for key, value in {
+            "tied": self.tied, "head.activation": self.head.activation, "head.norm": self.head.norm
+        }.items():  # fmt: skip
+            if value:
+                off = "false" if key == "tied" else "none"
+                problem = f"the head of a reversible model reads both streams, twice the width; set it to {off}"
+                raise InputError(key, problem)
+        for name, layer in self.layers.items():
+            if layer.side is not None:
+                raise InputError(f"layers.{name}.side", "a reversible model cannot use shared blocks")
 
     def _check_causal(self, section: str, mixer: MixerConfig | None) -> None:
         if mixer is None or not self.causal:

@@ -31,8 +31,9 @@ MLPS = (
 )
 
 
-def draw_mixer(draw: random.Random, width: int, causal: bool) -> dict[str, Any] | None:
-    pattern = draw.choice(PATTERNS if causal else TWO_SIDED).format(draw.randint(1, 80), draw.randint(1, 12))
+def draw_mixer(draw: random.Random, length: int, causal: bool) -> dict[str, Any] | None:
+    two_sided = TWO_SIDED if length > 24 else [pattern for pattern in TWO_SIDED if "bigbird" not in pattern]
+    pattern = draw.choice(PATTERNS if causal else two_sided).format(draw.randint(1, 80), draw.randint(1, 12))
     attention = ATTENTION | {
         "pattern": pattern,
         "kv_heads": draw.choice((1, 2)),
@@ -57,16 +58,16 @@ def draw_model(seed: int) -> tuple[Any, int]:
     """A model and a length."""
     draw = random.Random(seed)
     causal, width, reversible = draw.random() < 0.8, draw.choice((8, 16, 24)), draw.random() < 0.15
+    length = draw.choice((24, 64, 96, 150))
     norm = draw.choice((NORM, NORM | {"kind": "layer", "bias": True}))
 
     def draw_layer() -> dict[str, Any]:
-        mixer, mlp = draw_mixer(draw, width, causal), draw.choice(MLPS)
+        mixer, mlp = draw_mixer(draw, length, causal), draw.choice(MLPS)
         if mlp is not None and draw.random() < 0.1:
             mixer = None
         position, remat = "pre" if reversible else draw.choice(("pre", "post", "both")), draw.random() < 0.5
         return {"mixer": mixer, "mlp": mlp, "norm": norm, "norm_position": position, "remat": remat}
 
-    length = draw.choice((24, 64, 96, 150))
     embedding = draw.choice(({}, {"positions": length}, {"positions": length + 9, "padding": 1}, {"scale": 4.0}))
     config = build(
         "conv",
@@ -75,7 +76,7 @@ def draw_model(seed: int) -> tuple[Any, int]:
         vocab=draw.choice((2, 3, 50)),
         width=width,
         norm=norm,
-        tied=draw.random() < 0.5,
+        tied=draw.random() < 0.5 and not reversible,
         scan=draw.random() < 0.7,
         dtype=draw.choice(("float32", "bfloat16")),
         causal=causal,
