@@ -14,7 +14,7 @@ from jaxtyping import Array, Float
 
 from sparsejax.analysis.figures import mark_reach, new_axes
 from sparsejax.analysis.kind import Analysis, Findings, Picture, Row, Unit, to_json
-from sparsejax.analysis.subject import Subject, choose_windows, require_one_text, require_options
+from sparsejax.analysis.subject import Subject, choose_windows, require_options, require_single_text
 from sparsejax.errors import InputError
 from sparsejax.inference.evaluation import DeviceBatch, token_losses
 from sparsejax.loaded import LoadedModel
@@ -51,7 +51,7 @@ class Position(Analysis):
             raise InputError("data.length", "is set by lengths")
         dataset = model.load_data(data)
         self.digest, trained = dataset.digest, model.source.length
-        require_one_text(dataset)
+        require_single_text(dataset)
         if dataset.corpus is None:
             raise InputError("kind", f"position needs text, but data.task is {dataset.config.task!r}")
         tokens, longest = len(dataset.corpus.held_out.tokens), model.config.embedding.max_length or math.inf

@@ -12,7 +12,7 @@ import numpy as np
 from sparsejax.analysis.figures import draw_cells, mark_unreachable, new_axes, note, outline_reachable, thin, use_log
 from sparsejax.analysis.kind import Analysis, Findings, Picture, Row, Unit
 from sparsejax.analysis.prompts import QUESTION, SENTENCE, Haystack, Question, build_pairs, rank
-from sparsejax.analysis.subject import Subject, require_one_text, require_options, require_positions
+from sparsejax.analysis.subject import Subject, require_options, require_positions, require_single_text
 from sparsejax.data import DataConfig
 from sparsejax.data.probes import KeyValue, Probe
 from sparsejax.data.probes.needle import HEX
@@ -155,7 +155,7 @@ class Needle(ContextAnalysis):
                 raise InputError("depths", f"{depth} is not in [0, 1]")
         self.dataset = model.load_data(self.data)
         if self.is_text:
-            require_one_text(self.dataset)
+            require_single_text(self.dataset)
         probe = self.dataset.config.probe
         fields = {"needles", "depth"} if probe is None else {field.name for field in dataclasses.fields(probe)}  # type: ignore[arg-type]
         if "needles" not in fields and options.needles != (1,):

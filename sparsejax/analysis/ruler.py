@@ -11,7 +11,7 @@ from sparsejax.analysis.figures import new_axes, note, thin, use_log
 from sparsejax.analysis.kind import Findings, Picture, Row, Unit
 from sparsejax.analysis.prompts import Question, build_tracking, build_words, count_common, count_frequent
 from sparsejax.analysis.retrieval import FACTORS, ContextAnalysis
-from sparsejax.analysis.subject import require_one_text, require_options, require_positions
+from sparsejax.analysis.subject import require_options, require_positions, require_single_text
 from sparsejax.errors import InputError, suggest
 from sparsejax.loaded import LoadedModel
 from sparsejax.palette import GREY, INK, SERIES
@@ -59,7 +59,7 @@ class Ruler(ContextAnalysis):
     def __init__(self, model: LoadedModel, data: Mapping[str, Any], options: RulerOptions):
         super().__init__(model, data, options)
         self.dataset = model.load_data(self.data)
-        require_one_text(self.dataset)
+        require_single_text(self.dataset)
         trained = model.source.length
         longest = model.config.embedding.max_length or trained * 2
         default = [int(trained * factor) for factor in FACTORS if int(trained * factor) <= longest]

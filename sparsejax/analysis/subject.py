@@ -71,7 +71,7 @@ def _trace(layers: tuple[patterns.Pattern, ...], n: int, position: int) -> np.nd
     return receptive_field.trace(layers, n, position)[0]
 
 
-def require_one_text(dataset: Dataset) -> None:
+def require_single_text(dataset: Dataset) -> None:
     """Raises InputError if the data are a mixture."""
     if dataset.sources:
         raise InputError("data.files", f"is empty, but the data mix {', '.join(dataset.sources)}; name one text")
