@@ -29,6 +29,8 @@ from sparsejax.layers import (
 from sparsejax.patterns import Pattern, drawing
 
 QUERIES = 16  # fewest edits of a suffix, and outputs whose gradients are taken, per layer
+HEAVY = 2**30  # layers times squared tokens from which fewer edits and gradients are taken
+TRACED = 2  # layers per name whose gradients are then taken
 SHORTEST_ROW = 7  # tokens of three documents and padding
 RECENT = 4  # keys before a query that have an influence through every recurrence
 # Largest difference between a document in a packed row and alone, relative to the largest logit.
@@ -91,7 +93,8 @@ def trace(subject: Subject) -> Trace:
         return y, tuple((gradient != 0).any(axis=-1) for gradient in gradients)
 
     logits = subject.forward(rows)
-    for name, (stream, embeddings) in subject.run_layers(rows, differentiate)[1]:
+    traced = TRACED if _is_heavy(subject) else None
+    for name, (stream, embeddings) in subject.run_layers(rows, differentiate, most=traced)[1]:
         touched[name] |= np.asarray(stream | embeddings)
         reached[name] &= np.asarray(stream)
     return Trace(positions, rows, logits, touched, reached)
@@ -276,10 +279,20 @@ def _branches(mixer: MixerConfig) -> Iterator[MixerConfig]:
         yield mixer
 
 
+def _is_heavy(subject: Subject) -> bool:
+    return len(subject.config.names) * subject.length**2 >= HEAVY
+
+
 def _choose_positions(subject: Subject) -> Int[np.ndarray, " q"]:
-    """Position 0, positions at the edges of patterns, tiles and chunks, and random ones, ascending."""
+    """Position 0, positions at the edges of patterns, tiles and chunks, and random ones, ascending.
+
+    A heavy model has those at the edges of its smallest and its largest pattern.
+    """
     length = subject.length
     scales = {scale for _, pattern in subject.config.connectivity for scale in drawing.list_scales(pattern)}
+    if _is_heavy(subject):
+        edges = {scale + d for scale in (min(scales, default=64), max(scales, default=64)) for d in (0, 1)}
+        return np.asarray(sorted({0, length - 1} | {edge for edge in edges if edge < length}))
     edges = {0, 1, length // 2, length - 2, length - 1, 63, 64, 127, 128}
     edges |= {scale + d for scale in sorted(scales)[:4] for d in (0, 1)}
     edges = {edge for edge in edges if 0 <= edge < length}

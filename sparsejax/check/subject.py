@@ -86,11 +86,13 @@ class Subject:
         tokens: np.ndarray,
         run: Callable[[Layer, jax.Array, Context], tuple[jax.Array, Any]] = Layer.__call__,
         inputs: Sequence[np.ndarray] | None = None,
+        most: int | None = None,
     ) -> tuple[np.ndarray, list[tuple[str, Any]]]:
         """Logits of the layers one by one, and per layer its name and what `run` returns next to its output.
 
         Layers of the same name share a program. With `inputs`, each layer reads its input from there instead of the
-        output of the layer before.
+        output of the layer before. With `most`, the run ends when each name has had this number of layers, or all of
+        its layers; the logits are then those of the layers so far.
         """
         model, compiled, results = self.bind(), dict[str, Any](), []
 
@@ -111,6 +113,8 @@ class Subject:
             x = x if inputs is None else jnp.asarray(inputs[index], x.dtype)
             x, result = compiled[name](state, x, context.with_extras(layer=jnp.asarray(index)))
             results.append((name, result))
+            if most is not None and not _has_next(self.config.names, index, most):
+                break
         return np.asarray(finish(self.parameters, x)), results
 
     def bind(self) -> Model:
@@ -166,6 +170,11 @@ _HASH = define_prng_impl(
 
 
 @functools.cache
+def _has_next(names: Sequence[str], index: int, most: int) -> bool:
+    """Whether a layer behind `index` is among the first `most` of its name."""
+    return any(names[: later + 1].count(names[later]) <= most for later in range(index + 1, len(names)))
+
+
 def _fast_compilation() -> dict[str, Any] | None:
     if jax.default_backend() != "cpu":
         return None
