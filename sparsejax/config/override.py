@@ -75,11 +75,6 @@ def _names_kind(key: str) -> bool:
     return key in KIND_KEYS or key.endswith(".kind") or key == OPTIMIZER
 
 
-def _selects(key: str) -> bool:
-    """Whether a key decides which other keys there are."""
-    return _names_kind(key) or bool(LAYER.fullmatch(key))
-
-
 def _matches(key: str, name: str) -> bool:
     """Whether `key` is `name`, in which `*` stands for any name, or starts with it if it ends in a dot."""
     pattern = re.escape(name).replace(r"\*", "[^.]+")
@@ -191,10 +186,11 @@ def _set_open(config: ConfigDict, key: str, value: Any) -> None:
         target, prefix = copy.deepcopy(config), key[: nested.start(1)]
         present = {k.removeprefix(prefix): v for k, v in flatten(copy_sections(config)).items() if k.startswith(prefix)}
         with argument_path(prefix[:-1]):
-            for name in sorted(filter(_selects, present), key=_rank):
-                _set_value(target, name, present[name])
-            if not LAYER.fullmatch(nested[1]):
-                value = _read_override(target, nested[1], value, _read_field(*_look_up(target, nested[1])))
+            for kind in filter(_names_kind, present):
+                _set_value(target, kind, present[kind])
+            if LAYER.fullmatch(nested[1]):
+                raise ConfigError(nested[1], "no layer can be added here; add it to model.layers of the run")
+            value = _read_override(target, nested[1], value, _read_field(*_look_up(target, nested[1])))
     else:
         value = _read_override(config, key, value, None)
     section = config

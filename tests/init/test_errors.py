@@ -111,6 +111,15 @@ def test_a_layer_to_copy_that_does_not_exist():
         configs.load(LLAMA, {"model.layers.local": "ful"})
 
 
+def test_a_layer_that_an_evaluation_adds():
+    with rejects(ConfigError, "eval.also.near.model.layers.near"):
+        configs.load(LLAMA, {"eval.also.near.model.layers.near": "full"})
+    added = {"model.layers.near": "full", "model.layers.near.mixer.pattern": "causal & window(3)"}
+    config = configs.load(LLAMA, added | {"eval.also.near.model.schedule": "3x(near)"})
+    assert configs.check(config).model.schedule == "3x(full)"
+    assert configs.check_evaluation(config, "near").model.schedule == "3x(near)"
+
+
 def test_a_tensor_of_a_wrong_shape(llama, tmp_path, capsys):
     file = llama / "model.safetensors"
     tensors = load_file(file)
