@@ -118,8 +118,9 @@ def build(schema: type, section: dict[str, Any]) -> Any:
 
 def to_section(config: Any) -> dict[str, Any]:
     """Returns the section from which `build` builds a dataclass of the schema, such as a ModelConfig."""
-    hints = hints_of(type(config))
-    return {name: _to_value(getattr(config, name), split_none(hints[name])[0]) for name in fields_of(type(config))}
+    schema: type = type(config)
+    hints = hints_of(schema)
+    return {name: _to_value(getattr(config, name), split_none(hints[name])[0]) for name in fields_of(schema)}
 
 
 def _to_value(value: Any, annotation: Any = None) -> Any:

@@ -180,11 +180,11 @@ def _find_patterns(
 ) -> dict[int, dict[str, str]]:
     """The pattern of each choice, by the index of each layer that has attention."""
     config = model.config
-    places = {index: name for index, name in enumerate(config.names) if _can_change(config.layers[name].mixer)}
+    attending = {index: name for index, name in enumerate(config.names) if _can_change(config.layers[name].mixer)}
     texts = {label: _read_pattern(label, config, length) for label in labels if not label.startswith(HEADS)}
     heads = _choose_heads(model, [label for label in labels if label.startswith(HEADS)], texts, data)
     choices = {}
-    for index, name in places.items():
+    for index, name in attending.items():
         choices[index] = {FULL: str(config.layers[name].mixer.connectivity)} if FULL in texts else {}  # type: ignore[union-attr]
         for label in labels:
             pattern = heads[label].get(name) if label in heads else _restrict(config, name, texts[label], length)
