@@ -17,6 +17,7 @@ from sparsejax import config as configs
 from sparsejax import sharding
 from sparsejax.account import account_model, account_teacher
 from sparsejax.config import ConfigError, GroupConfig, OptimizerConfig, TeacherConfig
+from sparsejax.errors import InputError
 from sparsejax.inference.evaluation import read_context
 from sparsejax.loaded import LoadedModel
 from sparsejax.model import Functional
@@ -533,7 +534,7 @@ def test_a_teacher_that_does_not_fit_is_rejected(changes, overrides, key):
 def test_a_missing_teacher_is_one_line(text, tmp_path):
     with rejects(ConfigError, "train.teacher.source"):
         runs.train_here(runs.load(text, distil(tmp_path / "none", kl=1.0)), tmp_path / "run")
-    with rejects(ConfigError, "train.teacher.source"):
+    with rejects(InputError, "train.teacher.source"):
         plan = plan_phases(runs.load(text, distil(tmp_path / "none", kl=1.0)))
         show_teacher(plan, Console(file=io.StringIO()))
     assert not Workdir(tmp_path / "run").exists()
