@@ -29,8 +29,8 @@ class TeacherConfig:
     | `loss` | the cross entropy | scored tokens |
 
     With `top_k`, `p` and `q` are distributions over `top_k + 1` outcomes: the most likely tokens of the teacher, and
-    one for all other tokens. The divergence is then a lower bound of that of all tokens, and the teacher's logits take
-    the memory of `top_k` tokens.
+    one for all other tokens. The divergence is then a lower bound of that of all tokens, and while the model runs, the
+    logits of `top_k` tokens are kept instead of all.
 
     `attention_output` aligns every mixer by itself (MOHAWK, arXiv:2408.10189, stage 2; LoLCATs, arXiv:2410.10254):
     its gradient reaches no other parameters of the model.

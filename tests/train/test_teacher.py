@@ -228,18 +228,10 @@ def test_the_alignment_of_mixers_trains_nothing_else(batch):
     assert any(leaf.any() for leaf in jax.tree.leaves(gradient["after"][0]["mixer"]))
 
 
-def test_top_tokens_bound_the_memory(batch):
-    memory = {}
-    for count in (0, 4):
-        pair = Pair(kl=1.0, top_k=count)
-        compiled = pair.gradient.lower(pair.parameters, batch, pair.teacher_parameters).compile()
-        memory[count] = compiled.memory_analysis().temp_size_in_bytes
-    logits = 4 * 32 * 256 * 4  # bytes of float32 logits
-    assert memory[0] < memory[4] + 2 * logits
-    targets = jax.eval_shape(
-        lambda p: Pair(kl=1.0, top_k=4).distillation.run_teacher(p, batch), pair.teacher_parameters
-    )
-    assert targets.logits.logits.shape == targets.logits.indices.shape == (4, 32, 4)
+def test_only_the_top_tokens_are_kept(batch):
+    pair = Pair(kl=1.0, top_k=4)
+    targets = jax.eval_shape(lambda p: pair.distillation.run_teacher(p, batch), pair.teacher_parameters)
+    assert max(leaf.size for leaf in jax.tree.leaves(targets)) == 4 * 32 * 4
 
 
 # The state at the start of a phase that trains other parameters.
