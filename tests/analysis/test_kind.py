@@ -6,6 +6,7 @@ import json
 import pytest
 
 from sparsejax import analysis
+from sparsejax.data.tokenizers import Bytes
 from sparsejax.errors import InputError
 from tests.analysis import models, test_retrieval
 from tests.messages import rejects
@@ -23,12 +24,14 @@ KINDS = {
     "position": ({}, {"lengths": (8, 12, 16)}),
     "needle": (test_retrieval.PASSKEY, {"lengths": (16,), "depths": (0.0, 0.5, 1.0), "examples": 2}),
     "retrieval": (test_retrieval.PAIRS, {"queries": 3, "examples": 2}),
+    "ruler": ({}, {"lengths": (240,), "examples": 2, "candidates": 4}),
 }
 
 
 @pytest.mark.parametrize("kind", analysis.KINDS)
 def test_a_stopped_analysis_resumes_with_equal_files(text, tmp_path, kind):
     model, (data, options) = models.build(text), KINDS[kind]
+    model.tokenizer = Bytes()
     whole, resumed = tmp_path / "whole", tmp_path / "resumed"
     analysis.analyze(model, kind, whole, data, **options)
     units = []
