@@ -386,3 +386,25 @@ def read_tail(path: Path, size: int = 1 << 14) -> list[str]:
     except FileNotFoundError:
         return []
     return text.splitlines()[bool(start) :]
+
+
+def resume_rows(path: Path, identity: dict[str, Any], argument: str, subject: str) -> list[dict[str, Any]]:
+    """Returns the rows of a record in a jsonl file that starts with a row of what determines them; or starts it.
+
+    Args:
+      path: The file, whose folder exists.
+      identity: What determines the rows, with the types of JSON.
+      argument: What names the folder, for errors.
+      subject: What has the record, for errors.
+
+    Raises:
+      InputError: The file is a record of something else, or is damaged.
+    """
+    rows = read_rows(path, {...: (dict, list, str, int, float, bool, None)})
+    if rows and rows[0] != identity:
+        changed = next(key for key in identity if rows[0].get(key) != identity[key])
+        problem = f"{path.parent} holds another {subject}, which differs in {changed}"
+        raise InputError(argument, f"{problem}; name another folder, or delete {path.name}")
+    lines = "".join(f"{json.dumps(row)}\n" for row in rows or [identity])
+    replace_file(path, lines.encode())  # without a last line that a crash cut short
+    return rows[1:]

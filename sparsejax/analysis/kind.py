@@ -20,7 +20,7 @@ from sparsejax.analysis.page import write_page
 from sparsejax.errors import InputError, suggest
 from sparsejax.figures import write_figure
 from sparsejax.loaded import LoadedModel
-from sparsejax.workdir import append_row, read_rows, replace_file
+from sparsejax.workdir import append_row, replace_file, resume_rows
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -28,7 +28,6 @@ if TYPE_CHECKING:
 Row = dict[str, Any]  # of a table: numbers and text by column
 Unit = Any  # what is measured at once: JSON
 Progress = Callable[[int, int], None]
-ROW = {...: (dict, list, str, int, float, bool, None)}  # schema of a row of the record
 
 
 class Picture(NamedTuple):
@@ -144,20 +143,14 @@ class _Record:
     """The measured units of an analysis, one row each, after a row with its identity."""
 
     def __init__(self, out: Path, analysis: Analysis):
-        self._path, identity = out / f"{analysis.kind}.jsonl", analysis.identity()
+        self._path = out / f"{analysis.kind}.jsonl"
         if out.exists() and not out.is_dir():
             raise InputError("out", f"{out} is a file; name a folder")
         out.mkdir(parents=True, exist_ok=True)
         if not os.access(out, os.W_OK):
             raise InputError("out", f"{out} is not writable")
-        rows = read_rows(self._path, ROW)
-        if rows and rows[0] != identity:
-            changed = next(key for key in identity if rows[0].get(key) != identity[key])
-            problem = f"{out} holds another analysis of this kind, which differs in {changed}"
-            raise InputError("out", f"{problem}; name another folder, or delete {self._path.name}")
-        lines = "".join(f"{json.dumps(row)}\n" for row in rows or [identity])
-        replace_file(self._path, lines.encode())  # without a last line that a crash cut short
-        self.by_unit = {row["unit"]: row["result"] for row in rows[1:]}
+        rows = resume_rows(self._path, analysis.identity(), "out", "analysis of this kind")
+        self.by_unit = {row["unit"]: row["result"] for row in rows}
 
     def add(self, index: int, result: Any) -> None:
         """Records the result of a unit."""

@@ -104,6 +104,8 @@ def _check_options(options: argparse.Namespace) -> None:
     for name in (*required[other], *others[other]):
         if getattr(options, name) is not None:
             raise InputError(name, f"needs {flag[other]}")
+    if kind == "config" and options.overrides["data"]:
+        raise InputError(f"--data.{next(iter(options.overrides['data']))}", f"needs {flag[other]}")
 
 
 def _search_placements(options: argparse.Namespace, console: Console) -> None:

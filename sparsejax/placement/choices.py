@@ -65,6 +65,16 @@ class Choices:
         costs = [[choice.cost for choice in choices] for choices in self.layers.values()]
         return Costs(costs, self.budget * (1 + ROUNDING) - self.fixed)
 
+    @property
+    def source(self) -> Placement:
+        """The placement in which every layer is as it is."""
+        labels = ([choice.label for choice in choices] for choices in self.layers.values())
+        return tuple(names.index(FULL) for names in labels)
+
+    def cost(self, placement: Placement) -> float:
+        """The quantity of the whole model under a placement."""
+        return self.costs.total(placement) + self.fixed
+
     def label(self, placement: Placement) -> dict[int, str]:
         """The choice of each layer, by its index."""
         return {
@@ -124,6 +134,8 @@ def split_labels(text: str) -> list[str]:
     labels = [label for label in labels if label]
     if len(set(labels)) < len(labels) or len(labels) < 2:
         raise InputError("layers", f"{text!r}: expected two or more different choices of {FORMS}")
+    if FULL not in labels:
+        raise InputError("layers", f"{text!r}: lacks {FULL}, the layer as it is, which the others are compared with")
     return labels
 
 
@@ -153,22 +165,21 @@ def plan_choices(
     """
     quantity, target = read_budget(budget)
     named = name_layers(model)
+    options_by_layer = _find_patterns(named, labels, length, data)
+    costs = _count_costs(named.config, options_by_layer, quantity, length)
     layers = {
         index: sorted(
-            (
-                Choice(label, pattern, _cost(named.config, index, pattern, quantity, length))
-                for label, pattern in patterns_by_label.items()
-            ),
+            (Choice(label, pattern, costs[label][index]) for label, pattern in options.items()),
             key=lambda choice: choice.cost,
         )
-        for index, patterns_by_label in _find_patterns(named, labels, length, data).items()
+        for index, options in options_by_layer.items()
     }
-    source, ends = account_model(named.config, length)
+    source, ends = account_model(model.config, length)
     total = sum(read_quantity(account, quantity) for account in [*source, ends])
     fixed = total - sum(read_quantity(source[index], quantity) for index in layers)
     limit = target * total if target <= 1 else target
     choices = Choices(named, model.config.names, layers, quantity, fixed, limit, length)
-    least = choices.costs.total((0,) * len(layers)) + fixed
+    least = choices.cost((0,) * len(layers))
     if least > limit * (1 + ROUNDING):
         problem = f"{budget}: {limit:,.0f} is below {least:,.0f}, the cost of the cheapest placement"
         raise InputError("budget", f"{problem}, which is {least / total:.3g} of the source's {total:,.0f}")
@@ -185,7 +196,7 @@ def _find_patterns(
     heads = _choose_heads(model, [label for label in labels if label.startswith(HEADS)], texts, data)
     choices = {}
     for index, name in attending.items():
-        choices[index] = {FULL: str(config.layers[name].mixer.connectivity)} if FULL in texts else {}  # type: ignore[union-attr]
+        choices[index] = {FULL: str(config.layers[name].mixer.connectivity)}  # type: ignore[union-attr]
         for label in labels:
             pattern = heads[label].get(name) if label in heads else _restrict(config, name, texts[label], length)
             if pattern is not None and pattern not in choices[index].values():
@@ -254,10 +265,17 @@ def _choose_heads(
     return lines
 
 
-def _cost(config: ModelConfig, index: int, pattern: str, quantity: str, length: int) -> float:
-    """The cost of a layer under a pattern."""
-    name = config.names[index]
-    changed = dataclasses.replace(
-        config, schedule=name, layers={name: with_pattern(config.layers[name], pattern)}, scan=False
-    )
-    return read_quantity(account_model(changed, length)[0][0], quantity)
+def _count_costs(
+    config: ModelConfig, options_by_layer: Mapping[int, Mapping[str, str]], quantity: str, length: int
+) -> dict[str, dict[int, float]]:
+    """The cost of each layer by choice: one account per choice, of the model in which all layers have it."""
+    costs: dict[str, dict[int, float]] = {}
+    for label in dict.fromkeys(label for options in options_by_layer.values() for label in options):
+        chosen = {index: options[label] for index, options in options_by_layer.items() if label in options}
+        names = {config.names[index]: pattern for index, pattern in chosen.items()}
+        layers = {
+            name: with_pattern(layer, names[name]) if name in names else layer for name, layer in config.layers.items()
+        }
+        accounts, _ = account_model(dataclasses.replace(config, layers=layers), length)
+        costs[label] = {index: read_quantity(accounts[index], quantity) for index in chosen}
+    return costs

@@ -51,7 +51,7 @@ def write_results(
     Returns:
       Lines about the result, and the files.
     """
-    costs = {placement: choices.costs.total(placement) + choices.fixed for placement in scores}
+    costs = {placement: choices.cost(placement) for placement in scores}
     order = sorted(scores, key=lambda placement: (costs[placement], scores[placement].loss, placement))
     front = [order[i] for i in pareto_front([(scores[p].loss, costs[p]) for p in order], ["min", "min"])]
     rows = {placement: _tabulate(choices, placement, costs[placement], scores[placement]) for placement in order}
@@ -67,10 +67,10 @@ def write_results(
     changed.model.layers = ConfigDict({name: configs.to_section(layer) for name, layer in layers.items()})
     changed.init.source = str(source.resolve())
     configs.check(changed)
-    total = choices.account(tuple(len(options) - 1 for options in choices.layers.values()))
+    share = costs[best] / choices.cost(choices.source)
     lines = [
         f"schedule: {schedule}",
-        f"{choices.quantity}: {costs[best]:,.0f} {UNITS[choices.quantity]}, {costs[best] / total:.3f} of the source's",
+        f"{choices.quantity}: {costs[best]:,.0f} {UNITS[choices.quantity]}, {share:.3f} of the source's",
         _compare("loss of the text", scores[best].loss, full.loss, "nats per token"),
     ]
     if full.retrieval is not None and full.retrieval_loss is not None:

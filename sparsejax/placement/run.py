@@ -10,18 +10,17 @@ from typing import Any
 
 from sparsejax import config as configs
 from sparsejax.config import ModelSource
-from sparsejax.errors import InputError, require_at_least, require_choice
+from sparsejax.errors import require_at_least, require_choice
 from sparsejax.loading import load_source
 from sparsejax.overrides import Overrides
 from sparsejax.placement.choices import plan_choices, split_labels
 from sparsejax.placement.results import write_results
 from sparsejax.placement.scores import Scored, Scorer
 from sparsejax.placement.search import Placement, find_best, search_all, search_beam
-from sparsejax.workdir import append_row, hold_lock, read_rows, replace_file
+from sparsejax.workdir import append_row, hold_lock, resume_rows
 
 METHODS = ("beam", "greedy", "all")
 RECORD, LOCK = "placements.jsonl", "lock"
-ROW = {...: (dict, list, str, int, float, bool, None)}  # schema of a row of the record
 
 
 @dataclasses.dataclass(frozen=True)
@@ -81,9 +80,11 @@ def run_search(
     scorer = Scorer(choices, dataset, search.windows, search.questions)
     folder.mkdir(parents=True, exist_ok=True)
     with hold_lock(folder / LOCK, folder, folder):
-        record = _Record(folder / RECORD, {**search.record, "length": length, "text": dataset.digest})
+        record = _Record(
+            folder / RECORD, {**search.record, "step": model.step, "length": length, "text": dataset.digest}
+        )
         measure = _Measure(scorer, record, progress)
-        (full,) = measure.all([tuple(len(options) - 1 for options in choices.layers.values())])
+        (full,) = measure.all([choices.source])
 
         def score(placements: Sequence[Placement]) -> list[float]:
             return [scored.combine(search.weight) for scored in measure.all(placements)]
@@ -105,13 +106,8 @@ class _Record:
 
     def __init__(self, path: Path, identity: dict[str, Any]):
         self._path = path
-        rows = read_rows(path, ROW)
-        if rows and rows[0] != identity:
-            changed = next(key for key in identity if rows[0].get(key) != identity[key])
-            problem = f"{path.parent} holds another search, which differs in {changed}"
-            raise InputError("workdir", f"{problem}; use another folder, or delete {path.name}")
-        replace_file(path, "".join(f"{json.dumps(row)}\n" for row in rows or [identity]).encode())
-        self.scores = {tuple(row["placement"]): Scored(**row["scores"]) for row in rows[1:]}
+        rows = resume_rows(path, identity, "workdir", "search")
+        self.scores = {tuple(row["placement"]): Scored(**row["scores"]) for row in rows}
 
     def add(self, placement: Placement, scored: Scored) -> None:
         """Records the scores of a placement."""

@@ -71,30 +71,30 @@ class Scorer:
             self._batches += _ask(haystack, choices.length, questions)
         self._functional = Functional(model.config)
         self._layers = _Layers(choices)
-        self._embed = jax.jit(self._read_in)
+        embed = jax.jit(self._read_in)
+        self._inputs = [embed(model.parameters, batch) for batch in self._batches]
         self._finish = jax.jit(self._read_out)
         self._outputs = _Outputs()
 
     def measure(self, placement: Placement) -> Scored:
         """Measures a placement."""
-        results = [self._run(index, batch, placement) for index, batch in enumerate(self._batches)]
+        results = [self._run(index, placement) for index in range(len(self._batches))]
         loss, _ = _average(results[: self._text_batches])
         if len(results) == self._text_batches:
             return Scored(loss)
         return Scored(loss, *_average(results[self._text_batches :]))
 
-    def _run(self, index: int, batch: DeviceBatch, placement: Placement) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    def _run(self, index: int, placement: Placement) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Loss, weight and number of answered sequences of a batch."""
         layers = self._layers.at(placement)
-        parameters = self._choices.model.parameters
-        x, context = self._embed(parameters, batch)
+        x, context = self._inputs[index]
         depth = next((d for d in range(len(layers), 0, -1) if (index, layers[:d]) in self._outputs), 0)
         if depth:
             x = self._outputs.get((index, layers[:depth]))
         for layer in range(depth, len(layers)):
             x = self._layers.run(layer, layers[layer], x, context.with_extras(layer=jnp.asarray(layer)))
             self._outputs.add((index, layers[: layer + 1]), x)
-        return jax.device_get(self._finish(parameters, x, batch))
+        return jax.device_get(self._finish(self._choices.model.parameters, x, self._batches[index]))
 
     def _read_in(self, parameters: Any, batch: DeviceBatch) -> tuple[Array, Context]:
         return self._bind(parameters).embed(batch["inputs"], self._context(batch))

@@ -149,6 +149,14 @@ def test_costs_are_those_of_the_account(workdir, quantity):
         np.testing.assert_allclose(choices.costs.total(placement) + choices.fixed, choices.account(placement))
 
 
+def test_the_source_is_known_beside_a_choice_of_equal_cost(workdir):
+    labels = ["window:4", "full", "causal & strided(2)"]  # strides cache as many tokens as causal attention
+    choices = plan_choices(load(workdir), labels, "kv:1", LENGTH, {})
+    assert len({choice.cost for choice in choices.layers[0]}) == 2
+    assert set(choices.label(choices.source).values()) == {"full"}
+    assert choices.cost(choices.source) == account_of(f"{DEPTH}x(full)")
+
+
 def test_labels_are_split_outside_of_parentheses():
     assert split_labels("window:8, causal & (window(3, 0) | sink(2)),full") == [
         "window:8", "causal & (window(3, 0) | sink(2))", "full",
@@ -169,6 +177,7 @@ def test_labels_are_split_outside_of_parentheses():
         ("method", {"method": "best"}),
         ("width", {"width": 0}),
         ("questions", {"questions": 2, "data": {"task": "selective_copying"}}),
+        ("layers", {"layers": "window:4,window:8"}),
     ],
 )
 def test_bad_input_is_one_line(workdir, tmp_path, argument, changes):
@@ -185,6 +194,7 @@ def test_bad_input_is_one_line(workdir, tmp_path, argument, changes):
         (["--from=run:X", "--layers=window:4,full", "--budget=kv:1", "--trials=3"], "--trials"),
         (["--config=preset:quickstart", "--trials=3"], "--space"),
         (["--config=preset:quickstart", "--space=s.py", "--trials=3", "--width=3"], "--width"),
+        (["--config=preset:quickstart", "--space=s.py", "--trials=3", "--data.length=8"], "--data.length"),
     ],
 )
 def test_the_verb_names_what_is_missing(capsys, options, named):
