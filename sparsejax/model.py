@@ -429,3 +429,41 @@ def _shapes_by_path(tree: dict[str, Any]) -> dict[str, tuple[int, ...]]:
 def path_of(path: Sequence[Any]) -> str:
     """Returns the dotted path of a parameter, such as `period.0.mixer.query.weight`."""
     return jax.tree_util.keystr(tuple(path), simple=True, separator=".")
+
+
+class Location(NamedTuple):
+    """Where a model keeps a parameter of the unrolled model.
+
+    Attributes:
+      path: Keys of the parameter in the nested dicts.
+      repetition: Index of its repetition of the period; None if the parameter is not stacked.
+      shape: Shape of the parameter.
+    """
+
+    path: tuple[Any, ...]
+    repetition: int | None
+    shape: tuple[int, ...]
+
+
+def locate_parameters(model: Functional) -> dict[str, Location]:
+    """Returns the location of each parameter by path in the unrolled model, such as `layers.3.mixer.query.weight`.
+
+    The parameters of equal name in all layers are adjacent.
+    """
+    fold = model.config.fold
+    first, width = len(fold.before), len(fold.period)
+    starts = {"before": 0, "after": first + width * fold.repeats}
+    located: dict[str, Location] = {}
+    for path, leaf in sorted(jax.tree.leaves_with_path(model.shapes), key=lambda item: path_of(item[0][2:])):
+        root, *keys = (entry.key for entry in path)
+        if root == "period":
+            for repetition in range(fold.repeats):
+                name = ".".join(map(str, ("layers", first + repetition * width + keys[0], *keys[1:])))
+                located[name] = Location((root, *keys), repetition, leaf.shape[1:])
+        elif root in starts:
+            located[".".join(map(str, ("layers", starts[root] + keys[0], *keys[1:])))] = Location(
+                (root, *keys), None, leaf.shape
+            )
+        else:
+            located[path_of(path)] = Location((root, *keys), None, leaf.shape)
+    return located

@@ -61,6 +61,14 @@ def registries(monkeypatch):
         monkeypatch.setattr(registry, "_installed", None)
 
 
+@pytest.fixture(scope="session")
+def text(tmp_path_factory):
+    """A folder of small text files, for reading only."""
+    from tests.train import runs  # imports the training loop
+
+    return runs.write_text(tmp_path_factory.mktemp("text"))
+
+
 @pytest.fixture
 def tiny_config() -> ConfigDict:
     """A complete, fresh configuration of a hybrid model that trains in seconds: every section, every key."""

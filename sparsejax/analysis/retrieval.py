@@ -61,6 +61,24 @@ class ContextAnalysis(Analysis):
         """Column of the table that the figure shows."""
         return "exact_match"
 
+    def choose_lengths(
+        self, lengths: tuple[int, ...] | None, trained: int, find_problem: Callable[[int], InputError | None]
+    ) -> tuple[int, ...]:
+        """Returns the lengths to measure, by default multiples of the trained length without a problem.
+
+        Raises:
+          InputError: A length has a problem, or exceeds the learned positions.
+        """
+        longest = self.model.config.embedding.max_length or trained * 2
+        default = [int(trained * factor) for factor in FACTORS if int(trained * factor) <= longest]
+        fitting = tuple(n for n in default if find_problem(n) is None)
+        chosen = lengths or fitting or tuple(default[-1:])  # the last has the clearest error
+        for n in chosen:
+            require_positions(self.model, n, "lengths")
+            if (problem := find_problem(n)) is not None:
+                raise InputError("lengths", problem.problem) if problem.argument == "length" else problem
+        return chosen
+
     def config(self, changes: Mapping[str, Any]) -> DataConfig:
         """Returns the section `data` with changes of the probe."""
         return self.model.load_data(self.data | {f"probe.{key}": value for key, value in changes.items()}).config
@@ -163,16 +181,7 @@ class Needle(ContextAnalysis):
         self.depths = options.depths if "depth" in fields else (None,)
         self.needles = options.needles if "needles" in fields else (None,)
         trained = model.source.length if probe is None else probe.length
-        longest = model.config.embedding.max_length or trained * 2
-        default = [int(trained * factor) for factor in FACTORS if int(trained * factor) <= longest]
-        fitting = tuple(n for n in default if self._problem(n) is None)
-        self.lengths = options.lengths or fitting or tuple(default[-1:])  # the last has the clearest error
-        for n in self.lengths:
-            require_positions(model, n, "lengths")
-            if (problem := self._problem(n)) is not None:
-                if problem.argument in ("lengths", "length"):
-                    raise InputError("lengths", problem.problem)
-                raise problem
+        self.lengths = self.choose_lengths(options.lengths, trained, self._problem)
 
     def _problem(self, length: int) -> InputError | None:
         """Returns the error about a length, if any."""

@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from sparsejax.analysis.figures import new_axes, note, thin, use_log
 from sparsejax.analysis.kind import Findings, Picture, Row, Unit
 from sparsejax.analysis.prompts import Question, build_tracking, build_words, count_common, count_frequent
-from sparsejax.analysis.retrieval import FACTORS, ContextAnalysis
-from sparsejax.analysis.subject import require_options, require_positions, require_single_text
+from sparsejax.analysis.retrieval import ContextAnalysis
+from sparsejax.analysis.subject import require_options, require_single_text
 from sparsejax.errors import InputError, suggest
 from sparsejax.loaded import LoadedModel
 from sparsejax.palette import GREY, INK, SERIES
@@ -60,15 +60,7 @@ class Ruler(ContextAnalysis):
         super().__init__(model, data, options)
         self.dataset = model.load_data(self.data)
         require_single_text(self.dataset)
-        trained = model.source.length
-        longest = model.config.embedding.max_length or trained * 2
-        default = [int(trained * factor) for factor in FACTORS if int(trained * factor) <= longest]
-        fitting = tuple(n for n in default if self._problem(n) is None)
-        self.lengths = options.lengths or fitting or tuple(default[-1:])  # the last has the clearest error
-        for n in self.lengths:
-            require_positions(model, n, "lengths")
-            if (problem := self._problem(n)) is not None:
-                raise problem
+        self.lengths = self.choose_lengths(options.lengths, model.source.length, self._problem)
 
     @property
     def source(self) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -139,7 +139,7 @@ def check_documents(subject: Subject) -> Finding:
         detail = f"packed documents and padding do not interact, {how}; alone, LSH attention hashes into other chunks"
         return Finding("documents", True, detail)
     error = max(
-        np.abs(np.roll(logits[row], shift, axis=0) - logits[0])[document].max() for row, (document, shift) in alone
+        np.abs(np.roll(logits[row], shift, axis=0) - logits[0])[document].max() for row, document, shift in alone
     )
     error = float(error / np.abs(logits[0]).max())
     limit = ALONE[subject.config.dtype]
@@ -147,15 +147,15 @@ def check_documents(subject: Subject) -> Finding:
     return Finding("documents", error <= limit, f"{detail} by {error:.1e} of the largest, at most {limit:.0e}")
 
 
-def _lay_out_documents(subject: Subject) -> tuple[np.ndarray, Context, list[Edit], list[tuple[int, Any]]]:
+def _lay_out_documents(subject: Subject) -> tuple[np.ndarray, Context, list[Edit], list[tuple[int, np.ndarray, int]]]:
     """Tokens and context of the rows, the edits among them, and the documents that are alone.
 
     Row 0 packs three documents and padding, and the next four rows change one part each. Then each document is alone.
     The last two rows are one document with padding before and inside it.
 
     Returns:
-      Tokens [b, t], their context, the edits, and the row, the tokens in row 0 and the shift of documents that are
-      alone.
+      Tokens [b, t], their context, the edits, and per document that is alone its row, which tokens of row 0 it has,
+      and the distance between both places.
     """
     length = subject.length
     starts = np.asarray((0, length // 3, 2 * length // 3, length - 2))
@@ -163,8 +163,8 @@ def _lay_out_documents(subject: Subject) -> tuple[np.ndarray, Context, list[Edit
     at, hole = np.arange(length), np.isin(np.arange(length), (0, 1, length // 2))
     tokens, other = subject.draw_tokens(2, seed=2)
     shifts = [(number, 0) for number in (1, 2, 3)]
-    branches = [branch for mixer in subject.mixers.values() for branch in _branches(mixer)]
-    if all(_is_shift_invariant(branch.connectivity, starts) for branch in branches):
+    connectivity = {branch.connectivity for mixer in subject.mixers.values() for branch in _branches(mixer)}
+    if all(_is_shift_invariant(pattern, starts) for pattern in connectivity):
         shifts += [(2, int(starts[1])), (3, int(starts[2]))]
     packed, whole = (np.where(part <= 3, part, 0), at - starts[part - 1]), (np.ones(length, int), at)
     rows = [(tokens, *packed), *[(np.where(part == number, other, tokens), *packed) for number in (1, 2, 3, 4)]]
@@ -184,7 +184,7 @@ def _lay_out_documents(subject: Subject) -> tuple[np.ndarray, Context, list[Edit
         for row, name in names.items()
     ]
     edits.append(Edit(len(rows) - 1, len(rows) - 2, mask[-1], problem.format("padding in a document", "mask")))
-    alone = [(row, (part == number, shift)) for row, (number, shift) in enumerate(shifts, 5)]
+    alone = [(row, part == number, shift) for row, (number, shift) in enumerate(shifts, 5)]
     return inputs, Context(Tokens(mask=jnp.asarray(mask), **ids)), edits, alone
 
 

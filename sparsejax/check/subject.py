@@ -91,10 +91,12 @@ class Subject:
         """Logits of the layers one by one, and per layer its name and what `run` returns next to its output.
 
         Layers of the same name share a program. With `inputs`, each layer reads its input from there instead of the
-        output of the layer before. With `most`, the run ends when each name has had this number of layers, or all of
-        its layers; the logits are then those of the layers so far.
+        output of the layer before. With `most`, the run ends behind the last layer that is one of the first `most` of
+        its name, and the logits are those of the layers so far.
         """
-        model, compiled, results = self.bind(), dict[str, Any](), []
+        model, compiled, results, names = self.bind(), dict[str, Any](), [], self.config.names
+        if most is not None:
+            names = names[: 1 + max(i for i, name in enumerate(names) if names[:i].count(name) < most)]
 
         @self.jit
         def start(parameters: Any, tokens: jax.Array) -> jax.Array:
@@ -106,15 +108,13 @@ class Subject:
 
         x = embeddings = start(self.parameters, jnp.asarray(tokens, jnp.int32))
         context = EMPTY.with_extras(embeddings=embeddings, shared=dict(model.shared))
-        for index, (name, layer) in enumerate(zip(self.config.names, model.unroll(), strict=True)):
+        for index, (name, layer) in enumerate(zip(names, model.unroll(), strict=False)):
             graph, state = nnx.split(layer)
             if name not in compiled:
                 compiled[name] = self.jit(lambda state, *inputs, graph=graph: run(nnx.merge(graph, state), *inputs))
             x = x if inputs is None else jnp.asarray(inputs[index], x.dtype)
             x, result = compiled[name](state, x, context.with_extras(layer=jnp.asarray(index)))
             results.append((name, result))
-            if most is not None and not _has_next(self.config.names, index, most):
-                break
         return np.asarray(finish(self.parameters, x)), results
 
     def bind(self) -> Model:
@@ -170,11 +170,6 @@ _HASH = define_prng_impl(
 
 
 @functools.cache
-def _has_next(names: Sequence[str], index: int, most: int) -> bool:
-    """Whether a layer behind `index` is among the first `most` of its name."""
-    return any(names[: later + 1].count(names[later]) <= most for later in range(index + 1, len(names)))
-
-
 def _fast_compilation() -> dict[str, Any] | None:
     if jax.default_backend() != "cpu":
         return None

@@ -20,9 +20,10 @@ from sparsejax.config import InitConfig, ModelConfig, ModelSource
 from sparsejax.errors import InputError, suggest
 from sparsejax.init import rules
 from sparsejax.init.rules import Derivation
-from sparsejax.init.weights import Location, Weights, locate_parameters, open_weights
+from sparsejax.init.weights import Weights, open_weights
 from sparsejax.layers import MixerConfig, ParallelConfig
-from sparsejax.model import Functional
+from sparsejax.model import Functional, Location, locate_parameters
+from sparsejax.runs.groups import split_patterns
 
 # Sizes that the shapes of parameters do not fix.
 SIZES = ("heads", "head_width", "key_heads", "key_width", "value_width", "groups", "state", "top_k")
@@ -162,7 +163,7 @@ def plan(config: InitConfig, model: Functional) -> Plan:
 def _read_rules(text: str) -> list[str]:
     if text in ("auto", "none"):
         return list(rules.RULES) if text == "auto" else []
-    names = _split(text)
+    names = split_patterns(text)
     for name in names:
         if name not in rules.RULES:
             raise InputError("init.rules", f"{name!r} is not a rule; {suggest(name, rules.RULES, 'rules')}")
@@ -172,7 +173,7 @@ def _read_rules(text: str) -> list[str]:
 def _match(patterns: str, located: dict[str, Location]) -> set[str]:
     """The parameters that match patterns."""
     matched: set[str] = set()
-    for pattern in _split(patterns):
+    for pattern in split_patterns(patterns):
         paths = {
             name
             for name, location in located.items()
@@ -306,10 +307,6 @@ def _put(values: list[np.ndarray | None], location: Location, placement: Any, dr
 def _summarize(paths: Sequence[str]) -> str:
     others = len(paths) - 1
     return f"{paths[0]} and {others} other{'s' * (others > 1)}" if others else paths[0]
-
-
-def _split(text: str) -> list[str]:
-    return [part.strip() for part in text.split(",") if part.strip()]
 
 
 def _keys(path: Iterable[Any]) -> tuple[Any, ...]:

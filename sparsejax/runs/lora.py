@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import fnmatch
 import functools
-import math
 import zlib
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -94,11 +93,6 @@ class LowRank(Functional):
             self.base.shapes_in(dtype),
         )
         return shapes | {LORA: self.shapes[LORA]}
-
-    @property
-    def size(self) -> int:
-        """Number of parameters."""
-        return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(self.shapes))
 
     @property
     def axes(self) -> dict[str, Any]:

@@ -17,12 +17,6 @@ GOLDEN = Path(__file__).parents[1] / "golden"
 
 
 @pytest.fixture(scope="session")
-def text(tmp_path_factory):
-    """A folder of small text files."""
-    return runs.write_text(tmp_path_factory.mktemp("text"))
-
-
-@pytest.fixture(scope="session")
 def workdir(text, tmp_path_factory):
     """The workdir of a short run, with checkpoints of the steps 4 and 6; for reading only."""
     workdir = tmp_path_factory.mktemp("trained") / "run"

@@ -7,12 +7,6 @@ from tests.train import runs
 
 
 @pytest.fixture(scope="session")
-def text(tmp_path_factory):
-    """A folder of small text files."""
-    return runs.write_text(tmp_path_factory.mktemp("text"))
-
-
-@pytest.fixture(scope="session")
 def workdir(text, tmp_path_factory):
     """The workdir of a short run; for reading only."""
     folder = tmp_path_factory.mktemp("source") / "run"

@@ -8,8 +8,7 @@ import numpy as np
 from sparsejax import config as configs
 from sparsejax.config import Config
 from sparsejax.init.plan import Plan, plan
-from sparsejax.init.weights import locate_parameters
-from sparsejax.model import Functional
+from sparsejax.model import Functional, locate_parameters
 from sparsejax.sharding import single_device_mesh
 
 GOLDEN = Path(__file__).parents[1] / "golden"

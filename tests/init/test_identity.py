@@ -1,7 +1,6 @@
 """A run that starts from a model and changes nothing is that model: parameters, loss and first gradient."""
 
 import json
-import weakref
 
 import jax
 import jax.numpy as jnp
@@ -13,15 +12,14 @@ from safetensors.numpy import load_file, save_file
 
 import sparsejax
 from sparsejax import config as configs
-from sparsejax.init.weights import locate_parameters
 from sparsejax.interop import huggingface
-from sparsejax.interop.huggingface.checkpoint import Checkpoint
-from sparsejax.model import Functional
+from sparsejax.model import Functional, locate_parameters
 from sparsejax.runs import plan_phases, read_arrays
 from sparsejax.sharding import single_device_mesh
 from sparsejax.train.runtime import set_up
 from sparsejax.workdir import Workdir, read_json, read_rows
 from tests.init import origins
+from tests.interop.reads import track_reads
 from tests.train import runs
 
 
@@ -112,18 +110,7 @@ def test_half_precision_becomes_float32(llama, dtype):
 
 
 def test_parameters_are_read_one_at_a_time(llama, monkeypatch):
-    read, alive, usage = Checkpoint.read, weakref.WeakSet(), []
-
-    class Tracked(np.ndarray):
-        __hash__ = object.__hash__
-
-    def track(self, name):
-        array = read(self, name).view(Tracked)
-        alive.add(array)
-        usage.append(sum(tracked.nbytes for tracked in alive))
-        return array
-
-    monkeypatch.setattr(Checkpoint, "read", track)
+    usage = track_reads(monkeypatch)
     config = origins.read(f"hf:{llama}", {"model.scan": False})
     planned = origins.plan_for(config)
     assert not usage

@@ -3,7 +3,6 @@
 import dataclasses
 import json
 import shutil
-import weakref
 from pathlib import Path
 
 import jax
@@ -15,8 +14,8 @@ from safetensors.numpy import load_file, save_file
 from sparsejax.errors import InputError
 from sparsejax.interop import huggingface
 from sparsejax.interop.huggingface import ConversionError, checkpoint
-from sparsejax.interop.huggingface.checkpoint import Checkpoint
 from sparsejax.loaded import LoadedModel
+from tests.interop.reads import track_reads
 from tests.messages import rejects
 from tests.train import runs
 
@@ -365,18 +364,7 @@ def test_shards_form_a_checkpoint(folder, mistral):
 
 
 def test_tensors_are_read_individually(folder, monkeypatch):
-    sharded, read, alive, usage = split(folder), Checkpoint.read, weakref.WeakSet(), []
-
-    class Tracked(np.ndarray):
-        __hash__ = object.__hash__
-
-    def track(self, name):
-        array = read(self, name).view(Tracked)
-        alive.add(array)
-        usage.append(sum(tracked.nbytes for tracked in alive))
-        return array
-
-    monkeypatch.setattr(Checkpoint, "read", track)
+    sharded, usage = split(folder), track_reads(monkeypatch)
     model = huggingface.load(sharded)
     total = sum(leaf.nbytes for leaf in jax.tree.leaves(model.parameters))
     largest = max(tensor.nbytes for tensor in huggingface.to_tensors(model).values())

@@ -29,9 +29,8 @@ LABELS = ["window:4", "full"]
 
 
 @pytest.fixture(scope="module")
-def workdir(tmp_path_factory):
+def workdir(text, tmp_path_factory):
     """The workdir of a model of six full layers."""
-    text = runs.write_text(tmp_path_factory.mktemp("text"))
     folder = tmp_path_factory.mktemp("full") / "run"
     runs.train_here(runs.load(text, SCHEDULE | {"checkpoint.every": 4, "eval.sample": 0}), folder)
     return folder

@@ -4,12 +4,6 @@ from tests.train import runs
 
 
 @pytest.fixture(scope="session")
-def text(tmp_path_factory):
-    """A folder of small text files."""
-    return runs.write_text(tmp_path_factory.mktemp("text"))
-
-
-@pytest.fixture(scope="session")
 def trained(text, tmp_path_factory):
     """The workdir of a run with dropout and evaluation settings, and the text that it printed; for reading only."""
     workdir = tmp_path_factory.mktemp("trained") / "run"

@@ -16,11 +16,10 @@ from sparsejax.interop.huggingface.checkpoint import Checkpoint
 from sparsejax.interop.huggingface.errors import ConversionError
 from sparsejax.interop.huggingface.tensors import TensorMap
 from sparsejax.interop.huggingface.translation import Translation
-from sparsejax.model import Functional
-from sparsejax.schedule import Fold
+from sparsejax.model import Functional, locate_parameters
 from sparsejax.sharding import parameter_shardings
 
-Path = tuple[str | int, ...]
+Path = tuple[Any, ...]
 # Dtypes that convert exactly to float32, in which models compute.
 PARAMETER_DTYPES = tuple(np.dtype(name) for name in ("float32", "float16", jnp.bfloat16))
 
@@ -56,27 +55,28 @@ def assemble(
     Raises:
       ConversionError: A tensor is missing, unknown, or of another shape.
     """
-    model, fold = Functional(translation.model), translation.model.fold
-    shapes = _flatten(model.shapes_in(dtype))
+    model = Functional(translation.model)
+    shapes, located = _flatten(model.shapes_in(dtype)), locate_parameters(model)
     shardings = None if mesh is None else _flatten(parameter_shardings(mesh, model.shapes, model.axes))
     unused = {name: checkpoint.read(name) for name in _check_names(checkpoint, translation)}
     dtypes: dict[str, np.dtype] = {}
     incomplete: dict[Path, dict[int | None, np.ndarray]] = {}
     parameters: dict[Path, jax.Array] = {}
     # Sorting makes the maps of one parameter in all repetitions of the period adjacent.
-    for tensor_map in sorted(translation.tensor_maps, key=lambda entry: str(_locate(fold, entry.parameters[0])[0])):
+    for tensor_map in translation.tensor_maps:
+        for name in tensor_map.parameters:
+            if name not in located:
+                raise AssertionError(f"{tensor_map.tensors[0]} is mapped to {name}, which the model does not have")
+    for tensor_map in sorted(translation.tensor_maps, key=lambda entry: str(located[entry.parameters[0]].path)):
         arrays = _load(checkpoint, tensor_map, dtypes)
         for name, array in zip(tensor_map.parameters, arrays, strict=True):
-            path, repetition = _locate(fold, name)
-            if path not in shapes:
-                raise AssertionError(f"{tensor_map.tensors[0]} is mapped to {name}, which the model does not have")
-            shape = shapes[path].shape if repetition is None else shapes[path].shape[1:]
+            path, repetition, shape = located[name]
             _check_shape(checkpoint, tensor_map, array.shape, shape)
             repetitions = incomplete.setdefault(path, {})
             repetitions[repetition] = array
-            if repetition is None or len(repetitions) == fold.repeats:
+            if repetition is None or len(repetitions) == model.config.fold.repeats:
                 if repetition is not None:
-                    array = np.stack([repetitions[i] for i in range(fold.repeats)])
+                    array = np.stack([repetitions[i] for i in range(len(repetitions))])
                 parameters[path] = _put(
                     array.astype(shapes[path].dtype), None if shardings is None else shardings[path]
                 )
@@ -107,33 +107,20 @@ class ParameterReader:
         return array
 
 
-def disassemble(tensor_maps: Sequence[TensorMap], parameters: dict[str, Any], fold: Fold) -> dict[str, np.ndarray]:
-    """Converts parameters, or any tree of the same structure, to tensors by name."""
+def disassemble(
+    tensor_maps: Sequence[TensorMap], parameters: dict[str, Any], model: Functional
+) -> dict[str, np.ndarray]:
+    """Converts parameters of a model, or any tree of the same structure, to tensors by name."""
+    located = locate_parameters(model)
     leaves = {path: np.asarray(leaf) for path, leaf in _flatten(parameters).items()}
     tensors: dict[str, np.ndarray] = {}
     for tensor_map in tensor_maps:
         arrays = []
         for name in tensor_map.parameters:
-            path, repetition = _locate(fold, name)
+            path, repetition, _ = located[name]
             arrays.append(leaves[path] if repetition is None else leaves[path][repetition])
         tensors |= dict(zip(tensor_map.tensors, tensor_map.store(arrays), strict=True))
     return tensors
-
-
-def _locate(fold: Fold, name: str) -> tuple[Path, int | None]:
-    """Returns the path of a parameter of the unrolled model, and its repetition of the period, if it is in it."""
-    root, *path = (int(key) if key.isdigit() else key for key in name.split("."))
-    if root != "layers":
-        return (root, *path), None
-    layer, *path = path
-    assert isinstance(layer, int)
-    start, period = len(fold.before), len(fold.period)
-    if layer < start:
-        return ("before", layer, *path), None
-    if layer < start + period * fold.repeats:
-        repetition, offset = divmod(layer - start, period)
-        return ("period", offset, *path), repetition
-    return ("after", layer - start - period * fold.repeats, *path), None
 
 
 def _load(checkpoint: Checkpoint, tensor_map: TensorMap, dtypes: dict[str, np.dtype]) -> list[np.ndarray]:

@@ -83,8 +83,9 @@ def export(
         raise ConversionError(path, "exists already")
     expression = _express(model, family)
     assert expression.translation is not None
-    check_parameters(model.parameters, Functional(model.config).shapes)
-    tensors = disassemble(expression.translation.tensor_maps, model.parameters, model.config.fold)
+    functional = Functional(model.config)
+    check_parameters(model.parameters, functional.shapes)
+    tensors = disassemble(expression.translation.tensor_maps, model.parameters, functional)
     stored = {name: np.asarray(tensor, jnp.dtype(dtype)) for name, tensor in tensors.items()}
     files = _tokenizer_files(model)
     hf_config = _special_ids(model) | expression.hf_config | {"dtype": dtype}

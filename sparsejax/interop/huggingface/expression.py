@@ -21,7 +21,7 @@ from sparsejax.config import ModelConfig
 from sparsejax.errors import InputError, shorten
 from sparsejax.interop.huggingface.errors import ConversionError
 from sparsejax.interop.huggingface.families import FAMILIES
-from sparsejax.interop.huggingface.fields import _REQUIRED, Fields
+from sparsejax.interop.huggingface.fields import REQUIRED, Fields
 from sparsejax.interop.huggingface.rope import ROPE_TYPES
 from sparsejax.interop.huggingface.translation import Translation
 from sparsejax.layers import (
@@ -701,16 +701,16 @@ class Answers(Fields):
         super().__init__({}, family)
         self._view, self._answers = view, COMMON | EXPORTED[family].answers
 
-    def take(self, key: str, default: Any = _REQUIRED, kind: type | None = None) -> Any:
+    def take(self, key: str, default: Any = REQUIRED, kind: type | None = None) -> Any:
         """Returns the value for a key; without one, its default, or 1, so that the comparison names what is missing."""
         if key not in self.values and (answer := self._find(key)) is not ABSENT:
             self.values[key] = answer
-        if key not in self.values and default is _REQUIRED:
+        if key not in self.values and default is REQUIRED:
             self._known.add(key)
             return 1
         return super().take(key, default, kind)
 
-    def choose(self, key: str, options: dict[Any, Any], default: Any = _REQUIRED) -> Any:
+    def choose(self, key: str, options: dict[Any, Any], default: Any = REQUIRED) -> Any:
         """Returns the entry of `options` for a key; another value becomes the first of them, which is a difference."""
         value = self.take(key, default)
         return options[value] if value in options else next(iter(options.values()))

@@ -10,7 +10,7 @@ from sparsejax.errors import SHOWN, describe_value, shorten
 from sparsejax.interop.huggingface.errors import ConversionError
 from sparsejax.schedule import MAX_LAYERS
 
-_REQUIRED = object()
+REQUIRED = object()
 
 # Keys that do not affect the computation of a trained model: initialization, dropout, generation and metadata.
 INERT = frozenset(
@@ -65,7 +65,7 @@ class Fields:
             if key not in values:
                 raise self.error(key, "cannot be ignored: there is no such key")
 
-    def take(self, key: str, default: Any = _REQUIRED, kind: type | None = None) -> Any:
+    def take(self, key: str, default: Any = REQUIRED, kind: type | None = None) -> Any:
         """Returns the value of a key; the key is required if there is no default.
 
         Non-finite numbers may be written as {"__float__": "Infinity"}.
@@ -80,11 +80,11 @@ class Fields:
         """
         self._known.add(key)
         value = _decode(self.values.get(key))
-        if default is _REQUIRED and value is None:
+        if default is REQUIRED and value is None:
             raise self.error(key, "missing")
         if key not in self.values:
             return default
-        kind = int if kind is None and default is _REQUIRED else kind
+        kind = int if kind is None and default is REQUIRED else kind
         kind = type(default) if kind is None and isinstance(default, bool | int | float) else kind
         for item in value if isinstance(value, list) and key in PER_LAYER else [value]:
             if kind is not None and item is not None and not _is_a(item, kind):
@@ -94,7 +94,7 @@ class Fields:
                 raise self.error(key, f"{_show(item)} is above {limit:,}")
         return value
 
-    def choose(self, key: str, options: dict[Any, Any], default: Any = _REQUIRED) -> Any:
+    def choose(self, key: str, options: dict[Any, Any], default: Any = REQUIRED) -> Any:
         """Returns the entry of `options` for the value of a key, and rejects other values."""
         value = self.take(key, default)
         if isinstance(value, list | dict) or value not in options:

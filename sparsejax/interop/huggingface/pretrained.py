@@ -228,8 +228,9 @@ def to_tensors(model: LoadedModel, parameters: Parameters | None = None) -> dict
     """
     translation = _source_of(model).translation
     parameters = model.parameters if parameters is None else parameters
-    check_parameters(parameters, Functional(translation.model).shapes)
-    return disassemble(translation.tensor_maps, parameters, translation.model.fold)
+    described = Functional(translation.model)
+    check_parameters(parameters, described.shapes)
+    return disassemble(translation.tensor_maps, parameters, described)
 
 
 def save(model: LoadedModel, folder: str | Path, shard_bytes: int = checkpoint.SHARD_BYTES) -> None:
