@@ -120,5 +120,6 @@ def _draw(
         axis.axhline(source, color=GREY, linestyle=(0, (4, 2)), linewidth=0.9, label="source")
         axis.axvline(choices.budget, color=GREY, linewidth=0.9, label="budget")
         axis.set(xlabel=f"{choices.quantity} ({UNITS[choices.quantity]})", ylabel=f"{name} (nats per token)")
-    axes[-1].legend(frameon=False, fontsize=7)
+        axis.xaxis.set_major_formatter(lambda value, _: f"{value:,.0f}")
+    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside right upper", frameon=False, fontsize=7)
     return figure
