@@ -4,7 +4,9 @@
 #     scripts/test.sh                        the default tier
 #     scripts/test.sh --quick                the tests marked quick, without the check of types: two minutes
 #     scripts/test.sh --refresh-messages     rewrites tests/golden/messages.txt
-#     scripts/test.sh -m nightly             another tier; all other arguments go to pytest (-n 0: one process)
+#     scripts/test.sh -m nightly --timeout=0 another tier; all other arguments go to pytest (-n 0: one process)
+#
+# A test that takes more than 20 minutes fails, and a worker that crashes ends the run: neither leaves it waiting.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 scripts/install.sh
@@ -16,4 +18,5 @@ if [ "${1-}" = --quick ]; then
 else
   "$bin/mypy"
 fi
-exec "$bin/python" -m pytest --numprocesses=auto --maxprocesses=4 --dist=loadfile --durations=20 "$@"
+exec "$bin/python" -m pytest --numprocesses=auto --maxprocesses=4 --dist=loadfile --max-worker-restart=0 \
+  --timeout=1200 --durations=20 "$@"

@@ -53,6 +53,16 @@ def _compile_once(tmp_path_factory):
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.3)
 
 
+@pytest.fixture(scope="module", autouse=True)
+def _forget_programs():
+    """Frees the compiled programs of a module: each maps memory, and a process may have 65,530 mappings on Linux.
+
+    LLVM crashes when the next mapping is refused (https://github.com/jax-ml/jax/issues/27201).
+    """
+    yield
+    jax.clear_caches()
+
+
 @pytest.fixture
 def registries(monkeypatch):
     """Forgets the patterns and the mixers that a test registers, and the entry points that it installs."""
