@@ -17,6 +17,7 @@ import errno
 import importlib
 import io
 import logging
+import os
 import sys
 from collections.abc import Sequence
 from typing import Any
@@ -69,6 +70,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return _run(_import_verb(name), parser, arguments[len(name.split()) :])
     except InputError as error:
         return _fail(parser.render(error), USAGE_ERROR)
+    except BrokenPipeError:
+        # The reader of the output has ended, such as `head`. Python flushes the output again at its exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1  # as rich's Console does
     except OSError as error:
         full = error.errno in (errno.ENOSPC, errno.EDQUOT)
         problem = "no space left on the disk of the workdir" if full else str(error.strerror or error)

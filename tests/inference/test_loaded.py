@@ -258,6 +258,9 @@ def test_tokenizers_of_other_models(folder, tmp_path):
         sparsejax.load(other).generate("w1", 2)
     assert len(sparsejax.load(other).generate([3, 4], 2).tokens) == 2
     assert sparsejax.load(other, tokenizer=str(folder / "tokenizer.json")).encode("w1").tolist() == [1, 4]
+    for name in ("/absent", "bpe:300"):
+        with rejects(InputError, "tokenizer"):
+            sparsejax.load(other, tokenizer=name).encode("w1")
 
 
 @pytest.mark.parametrize("name", ["modernbert", "bigbird_block_sparse", "reformer"])

@@ -14,6 +14,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from sparsejax.config import ModelConfig
+from sparsejax.data.errors import DataError
 from sparsejax.data.tokenizers import HuggingFace, Tokenizer, load_tokenizer
 from sparsejax.errors import InputError
 from sparsejax.interop.huggingface import checkpoint
@@ -62,13 +63,18 @@ class HuggingFaceSource(Source):
         """Loads the tokenizer that `load` names; by default that of the folder.
 
         Raises:
-          InputError: The folder has no tokenizer.json or tokenizer.model.
+          InputError: The folder has no tokenizer.json or tokenizer.model, or the named tokenizer cannot be read.
         """
         name = self.data.get("tokenizer")
         if name is None:
             problem = f"{self.folder} has neither {' nor '.join(TOKENIZERS)}; name a tokenizer, or use token ids"
             raise InputError("tokenizer", problem)
-        return load_tokenizer(name, (), "", self.folder)
+        if name.startswith("bpe:"):
+            raise InputError("tokenizer", f"{name} is trained on the text of a run; give bytes, chars or a file")
+        try:
+            return load_tokenizer(name, (), "", self.folder)
+        except DataError as error:
+            raise InputError("tokenizer", error.problem) from error
 
     def at_length(self, config: ModelConfig, length: int) -> tuple[ModelConfig, int]:
         """Returns the configuration for a length, and the multiple to which sequences are padded."""
