@@ -113,6 +113,11 @@ class TeacherAccount:
     mixer_flops: float
     training_flops: float
 
+    @property
+    def added_flops(self) -> float:
+        """FLOPs that the teacher adds to a training step."""
+        return self.forward_flops + self.mixer_flops
+
     def __str__(self) -> str:
         mixers = f" and {self.mixer_flops:,.0f} of mixers on its inputs" if self.mixer_flops else ""
         return (
@@ -166,9 +171,12 @@ class AccountCache:
             self._accounts[key] = functools.reduce(operator.add, layers, ends)
         return self._accounts[key]
 
-    def training_flops(self, config: Config, steps: int) -> float:
-        """FLOPs of `steps` training steps."""
-        return float(steps) * config.train.batch * config.data.length * self(config).training_flops
+    def training_flops(self, config: Config, steps: int, teacher: ModelConfig | None = None) -> float:
+        """FLOPs of `steps` training steps, with those of the teacher if a loss depends on it."""
+        per_step = config.train.batch * config.data.length * self(config).training_flops
+        if teacher is not None and config.train.active_teacher:
+            per_step += account_teacher(config, teacher).added_flops
+        return float(steps) * per_step
 
 
 def _account_layer(layer: Layer, length: int) -> Account:

@@ -22,11 +22,27 @@ from sparsejax.errors import InputError
 from sparsejax.overrides import LABEL, SEED, Overrides, name_runs, write_overrides, write_value
 from sparsejax.runs import Phase, plan_phases
 
+
+def count_training(phases: Sequence[Phase], accounts: AccountCache) -> float:
+    """FLOPs of a training, with those of its teacher.
+
+    Raises:
+      InputError: There is no such teacher.
+    """
+    total = 0.0
+    for phase in phases:
+        teacher = None
+        if phase.config.train.active_teacher:
+            from sparsejax.loading import read_teacher  # imports grain and Orbax
+
+            teacher = read_teacher(phase.config)
+        total += accounts.training_flops(phase.config, phase.stop - phase.start, teacher)
+    return total
+
+
 # The cost of a run. A model that phases change counts as in the last phase.
 QUANTITIES: dict[str, Callable[[Sequence[Phase], AccountCache], float]] = {
-    "flops": lambda phases, accounts: sum(  # of the whole training
-        accounts.training_flops(phase.config, phase.stop - phase.start) for phase in phases
-    ),
+    "flops": count_training,
     "flops_per_token": lambda phases, accounts: accounts(phases[-1].config).flops,  # forward
     "parameters": lambda phases, accounts: accounts(phases[-1].config).parameters,
     "active_parameters": lambda phases, accounts: accounts(phases[-1].config).active_parameters,

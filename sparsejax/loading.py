@@ -17,7 +17,7 @@ from sparsejax import extensions, sharding
 from sparsejax.buckets import read_workdir
 from sparsejax.config import Config, ModelConfig, ModelSource
 from sparsejax.data.tokenizers import Tokenizer, read_tokenizer, recorded_tokenizer
-from sparsejax.errors import InputError
+from sparsejax.errors import InputError, argument_path
 from sparsejax.loaded import LoadedModel, Parameters, Source, set_dtype
 from sparsejax.metrics import EVAL_LOSS
 from sparsejax.model import Functional
@@ -127,6 +127,19 @@ def read_model(source: ModelSource, length: int) -> ModelConfig:
     if not source.exists():
         raise InputError("source", f"{source}: no folder {source.path!r}")
     return huggingface.describe(source.path, length)[0]
+
+
+def read_teacher(config: Config) -> ModelConfig | None:
+    """Returns the model of the teacher of a run or a phase; None if no loss depends on it. Reads no parameter.
+
+    Raises:
+      InputError: There is no such model.
+    """
+    section = config.train.active_teacher
+    if section is None:
+        return None
+    with argument_path("train.teacher"):
+        return read_model(ModelSource.parse(section.source), config.data.length)
 
 
 def read_run(path: str | Path) -> Config:

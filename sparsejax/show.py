@@ -13,9 +13,9 @@ from rich.table import Table
 
 from sparsejax import complexity, patterns
 from sparsejax.account import Account, account_model, account_teacher
-from sparsejax.config import Config, ModelConfig, ModelSource
+from sparsejax.config import Config, ModelConfig
 from sparsejax.data import load_dataset, preview
-from sparsejax.errors import InputError, argument_path
+from sparsejax.errors import InputError
 from sparsejax.layers import LayerConfig
 from sparsejax.patterns.drawing import wrap_title
 
@@ -71,10 +71,10 @@ def show_teacher(phases: Sequence[Phase], console: Console) -> None:
         section = phase.config.train.active_teacher
         if section is None:
             continue
-        from sparsejax.loading import read_model  # imports grain and Orbax
+        from sparsejax.loading import read_teacher  # imports grain and Orbax
 
-        with argument_path("train.teacher"):
-            teacher = read_model(ModelSource.parse(section.source), phase.config.data.length)
+        teacher = read_teacher(phase.config)
+        assert teacher is not None
         prefix = "" if phase.name is None else f"phase {phase.name}: "
         _print(console, f"{prefix}teacher {section.source}: {account_teacher(phase.config, teacher)}")
 

@@ -21,7 +21,7 @@ from sparsejax import config as configs
 from sparsejax import extensions
 from sparsejax.account import AccountCache
 from sparsejax.buckets import read_workdir
-from sparsejax.config import ConfigError
+from sparsejax.config import ConfigError, ModelConfig
 from sparsejax.errors import InputError
 from sparsejax.metrics import EVAL, EVAL_LOSS, STEPS_PER_SECOND, TOKENS_PER_SECOND, TRAIN_LOSS, TRAIN_LOSS_MEAN
 from sparsejax.overrides import SEED, describe_overrides, flatten, write_value
@@ -191,7 +191,7 @@ def _read_run(workdir: Workdir) -> _Read:
         "step": step,
         **{name: value for name, value in (result or {}).items() if "/" in name},
         **{name: row[name] for row in metrics[-1:] for name in TRAINING if name in row},
-        **_count_cost(phases, step),
+        **_count_cost(phases, step, _read_teacher(workdir.teacher)),
         **_read_time(workdir.timing),
         CHECK: _read_check(workdir.certificate),
         **_read_versions(workdir.versions),
@@ -230,13 +230,22 @@ def _accounts() -> AccountCache:
     return AccountCache()
 
 
-def _count_cost(phases: Sequence[Phase], step: int) -> dict[str, Any]:
-    """The cost of the model in the last phase, and of training up to a step."""
-    model = _accounts()(phases[-1].config)
+def _read_teacher(path: Path) -> ModelConfig | None:
+    """The model of the teacher of a run."""
+    if not path.exists():
+        return None
+    section = read_json(path, {"model": dict})["model"]
+    return configs.build(ModelConfig, configs.complete(section, ModelConfig))
+
+
+def _count_cost(phases: Sequence[Phase], step: int, teacher: ModelConfig | None) -> dict[str, Any]:
+    """The cost of the model in the last phase, and of training up to a step with the teacher."""
+    accounts = _accounts()
+    model = accounts(phases[-1].config)
     return {
         "parameters": model.parameters,
         "training_flops_per_token": model.training_flops,
-        "training_flops": sum(_accounts().training_flops(phase.config, phase.elapsed(step)) for phase in phases),
+        "training_flops": sum(accounts.training_flops(phase.config, phase.elapsed(step), teacher) for phase in phases),
         "cache_bytes": model.cache_bytes if phases[-1].config.model.causal else None,  # an encoder does not decode
     }
 

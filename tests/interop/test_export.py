@@ -150,6 +150,17 @@ def test_a_step_and_the_average_are_exported(trained, tmp_path):
     assert not np.array_equal(tensors["ema"], tensors["last"])
 
 
+def test_low_rank_updates_are_merged(trained, tmp_path):
+    text = trained.parent / "text"
+    lora = {"optimizer.lora.match": "*.mixer.query.weight", "optimizer.lora.rank": 2, "init.source": f"run:{trained}"}
+    settings = runs.load(text, MISTRAL | lora | {"train.steps": 2, "checkpoint.every": 2, "eval.every": 2})
+    runs.train_here(settings, tmp_path / "run")
+    assert main(["export", str(tmp_path / "run"), str(tmp_path / "out")]) == 0
+    model, loaded = sparsejax.load(tmp_path / "run"), sparsejax.load(tmp_path / "out")
+    np.testing.assert_array_equal(loaded.logits(IDS), model.logits(IDS))
+    assert not np.array_equal(loaded.logits(IDS), sparsejax.load(trained).logits(IDS))
+
+
 def test_bfloat16_in_several_files(trained, tmp_path):
     huggingface.export(sparsejax.load(trained), tmp_path / "out", dtype="bfloat16", shard_bytes=10_000)
     assert len(list((tmp_path / "out").glob("model-*.safetensors"))) > 1

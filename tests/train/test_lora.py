@@ -16,7 +16,7 @@ from sparsejax.runs import build_optimizer, read_arrays
 from sparsejax.runs.groups import find_frozen
 from sparsejax.runs.lora import LORA, adapt
 from sparsejax.signals import Interrupted
-from sparsejax.workdir import Workdir
+from sparsejax.workdir import Workdir, read_rows
 from tests.messages import rejects
 from tests.train import runs
 
@@ -194,6 +194,21 @@ def test_a_run_starts_from_merged_weights(trained, text, tmp_path):
     for layer in range(2):
         read = weights.read(f"layers.{layer}.mixer.query.weight")
         np.testing.assert_allclose(read, stack[layer], rtol=1e-6, atol=1e-7)
+
+
+def test_four_devices_train_like_one(trained, text, tmp_path):
+    arguments = [f"--config.{key}={value}" for key, value in (LOW_RANK | {"data.files": text}).items()]
+    mesh = ("--config.sharding.data=1", "--config.sharding.fsdp=2", "--config.sharding.tensor=2")
+    workdir = Workdir(tmp_path / "run")
+    code, _, err = runs.finish(
+        runs.start("train", f"--config={runs.RECIPE}", *arguments, *mesh, f"--workdir={workdir.path}", devices=4)
+    )
+    assert code == 0, err
+    one, four = ([row["train/loss"] for row in read_rows(run.metrics)] for run in (trained[0], workdir))
+    assert four == pytest.approx(one, abs=1e-4)
+    # One device reads the factors that four devices saved.
+    expected, merged = (sparsejax.load(run.path).parameters for run in (trained[0], workdir))
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-3), merged, expected)
 
 
 # Errors

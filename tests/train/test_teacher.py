@@ -14,8 +14,9 @@ from rich.console import Console
 from scipy.special import log_softmax, logsumexp
 
 from sparsejax import config as configs
-from sparsejax import sharding
-from sparsejax.account import account_model, account_teacher
+from sparsejax import report, sharding
+from sparsejax.account import AccountCache, account_model, account_teacher
+from sparsejax.budget import QUANTITIES
 from sparsejax.config import ConfigError, GroupConfig, OptimizerConfig, TeacherConfig
 from sparsejax.errors import InputError
 from sparsejax.inference.evaluation import read_context
@@ -463,6 +464,19 @@ def test_the_teacher_is_counted():
     predicted = account_teacher(config, model)
     assert predicted.forward_flops == cost.forward_flops + 4 * 32 * ends.flops
     assert predicted.parameter_bytes < 0.7 * cost.parameter_bytes
+
+
+def test_budgets_and_reports_count_the_teacher(text, teacher, distilled):
+    phases = plan_phases(runs.load(text, recipe_of(teacher)))
+    model, expected = configs.check(recipe.get_config()).model, 0.0
+    for phase, length in zip(phases, (4, 5, 3), strict=True):
+        section = phase.config.train.active_teacher
+        cost = account_teacher(phase.config, model) if section else None
+        added = cost.forward_flops + cost.mixer_flops if cost else 0.0
+        expected += length * (4 * 32 * AccountCache()(phase.config).training_flops + added)
+    assert QUANTITIES["flops"](phases, AccountCache()) == pytest.approx(expected)
+    (row,) = report.read([distilled[0]]).runs.to_dict("records")
+    assert row["training_flops"] == pytest.approx(expected)
 
 
 def test_a_digest_depends_on_every_bit():
