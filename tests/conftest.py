@@ -1,4 +1,5 @@
 import os
+import pathlib
 import tempfile
 
 from jaxtyping import install_import_hook
@@ -21,6 +22,8 @@ from ml_collections import ConfigDict
 
 from sparsejax import layers, patterns
 from tests import messages
+
+MAPS, MOST_MAPS = pathlib.Path("/proc/self/maps"), 15_000  # regions of memory of this process, where Linux lists them
 
 # The same examples on every machine and in every run; the time of an example is not under test.
 settings.register_profile("reproducible", derandomize=True, deadline=None, max_examples=50)
@@ -53,14 +56,13 @@ def _compile_once(tmp_path_factory):
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.3)
 
 
-@pytest.fixture(scope="module", autouse=True)
-def _forget_programs():
-    """Frees the compiled programs of a module: each maps memory, and a process may have 65,530 mappings on Linux.
+def pytest_runtest_teardown():
+    """Frees the compiled programs of a worker before their number crashes LLVM.
 
-    LLVM crashes when the next mapping is refused (https://github.com/jax-ml/jax/issues/27201).
+    Each maps memory, of which Linux allows 65,530 regions per process (https://github.com/jax-ml/jax/issues/27201).
     """
-    yield
-    jax.clear_caches()
+    if MAPS.exists() and MAPS.read_bytes().count(b"\n") > MOST_MAPS:
+        jax.clear_caches()
 
 
 @pytest.fixture

@@ -1,0 +1,38 @@
+"""Placements of two full layers among windows, before and after a short continuation, from each dense model."""
+
+from pathlib import Path
+
+from sparsejax import config as configs
+from sparsejax.sweep import seeds
+
+RUNS = Path("runs/dense_to_windows")
+FIXED = {"dense": "6x(full)", "windows": "6x(local)", "interleaved": "2x(2x(local) full)"}
+SEARCHED = {"searched": "layers", "heads": "heads"}  # folder of the search by label
+STAGES = {
+    "before": {"train.steps": 1, "optimizer.learning_rate": 0.0, "optimizer.warmup": 0},  # no parameter changes
+    "after": {"train.steps": 100, "optimizer.learning_rate": 5e-4, "optimizer.warmup": 10},
+}
+
+
+def find(label, seed):
+    """The overrides of a placement: its schedule, and the patterns of its layers if a search found it."""
+    if label in FIXED:
+        return {"model.schedule": FIXED[label]}
+    model = configs.load(str(RUNS / f"{SEARCHED[label]}-{seed}" / "best.py")).model
+    overrides = {"model.schedule": model.schedule}
+    for name, layer in model.layers.items():
+        overrides |= {f"model.layers.{name}": "full"} if name not in ("full", "local") else {}
+        overrides[f"model.layers.{name}.mixer.pattern"] = layer.mixer.pattern
+    return overrides
+
+
+def sweep():
+    return [
+        seed
+        | {"label": f"{label}, {stage}", "init.source": f"run:{RUNS}/dense-{seed['train.seed']}"}
+        | find(label, seed["train.seed"])
+        | changes
+        for seed in seeds(3)
+        for label in [*FIXED, *SEARCHED]
+        for stage, changes in STAGES.items()
+    ]
