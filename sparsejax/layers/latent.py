@@ -17,7 +17,7 @@ from sparsejax.layers.norm import Norm, NormConfig
 from sparsejax.layers.protocols import Cache, Mixer, MixerConfig, implementation_names, parse_pattern
 from sparsejax.layers.rotary import RopeConfig, rotate
 from sparsejax.layers.stream import Cost, Linear, Stream, attention_cost, output_scale
-from sparsejax.ops import AttentionCall, attend, attend_cached, attend_selected, attention_flops, select_keys
+from sparsejax.ops import AttentionCall, Selection, attend, attend_cached, attention_flops, select_indexed
 from sparsejax.ops.call import SelectedCall
 from sparsejax.ops.softmax import confine_nan
 
@@ -124,12 +124,8 @@ class Latent(Mixer):
         (b, t, _), config, positions = x.shape, self.config, jnp.arange(x.shape[1])
         q_latent, q = self._query(x, positions)
         (k, v), segments = self._expand(x, positions), context.tokens.attend_segments
-        if self.indexer is None:
-            y = cast(Array, attend(q, k, v, self.pattern, impl=config.impl, scale=self._scale, segment_ids=segments))
-        else:
-            index = *self.indexer.query_and_weights(x, q_latent, positions), self.indexer.key(x, positions)
-            keys = select_keys(*index, self.indexer.top_k, self.pattern, segments)
-            y = attend_selected(q, k, v, keys, self._scale)
+        options = {"impl": config.impl, "scale": self._scale, "segment_ids": segments}
+        y = cast(Array, attend(q, k, v, self.pattern, selection=self._select(x, q_latent, context), **options))
         return self.out(y.reshape(b, t, -1))
 
     def init_cache(self, batch: int, length: int) -> Cache:
@@ -163,9 +159,11 @@ class Latent(Mixer):
             y = attend_cached(q, k, k, self.pattern, at, keys_at, length, scale=self._scale)
         else:
             index = *self.indexer.query_and_weights(x, q_latent, at), keys["index"]
-            selected = select_keys(*index, self.indexer.top_k, self.pattern, positions=(at, keys_at), length=length)
+            options = {"positions": (at, keys_at), "length": length}
+            selection = select_indexed(*index, self.indexer.top_k, self.pattern, **options)
             k = k[:, :, None]
-            y = attend_selected(q, k, k[..., : config.kv_rank], selected, self._scale)
+            options = {"selection": selection, "scale": self._scale, "impl": "segment"}
+            y = cast(Array, attend(q, k, k[..., : config.kv_rank], patterns.Full(), **options))
         y = jnp.einsum("bchr,rhe->bche", y[..., : config.kv_rank], to_values)
         return self.out(y.reshape(*x.shape[:2], -1)), cache
 
@@ -179,12 +177,11 @@ class Latent(Mixer):
         call = AttentionCall(*arrays, self.pattern, self._scale, None, None, segments, None)
         if self.indexer is None:
             return {"": call}
-        index = *self.indexer.query_and_weights(x, q_latent, positions), self.indexer.key(x, positions)
-        keys = select_keys(*index, self.indexer.top_k, self.pattern, segments)[0]
+        selection = self._select(x, q_latent, context)
+        assert selection is not None
 
         def count(queries: Int[Array, " c"]) -> Int[Array, "heads c s"]:
-            counts = jnp.zeros((1, len(queries), x.shape[1] + 1), jnp.int32)  # index -1, for no key, is dropped
-            return counts.at[0, jnp.arange(len(queries))[:, None], keys[queries]].set(1)[..., :-1]
+            return Selection(selection.groups[:1, :, queries], selection.blocks).mask[0].astype(jnp.int32)
 
         return {"": SelectedCall(call, count)}
 
@@ -202,6 +199,14 @@ class Latent(Mixer):
         pairs = config.heads * (kept * length - kept * (kept - 1) // 2)
         flops = attention_flops(pairs, score_width, config.value_width) / length
         return linear + self.indexer.cost(self.pattern, length) + Cost(pairs, flops, attention.tiles)
+
+    def _select(self, x: Array, q_latent: Array, context: Context) -> Selection | None:
+        """The keys that the indexer chooses, if there is one."""
+        if self.indexer is None:
+            return None
+        positions = jnp.arange(x.shape[1])
+        index = *self.indexer.query_and_weights(x, q_latent, positions), self.indexer.key(x, positions)
+        return select_indexed(*index, self.indexer.top_k, self.pattern, segments=context.tokens.attend_segments)
 
     @property
     def _scale(self) -> float:

@@ -16,7 +16,8 @@ from sparsejax.ops.linear_scan import linear_scan
 from sparsejax.ops.lsh import attend_hashed, decode_attend_hashed, hash_buckets, hashed_pairs
 from sparsejax.ops.scan import selective_scan
 from sparsejax.ops.segment import attend_edges
-from sparsejax.ops.selection import attend_selected, index_scores, select_keys, top_keys
+from sparsejax.ops.selection import Selection, choose, select
+from sparsejax.ops.selectors import index_scores, moba, nsa, route, select_indexed, top_tiles, top_tokens
 from sparsejax.ops.softmax import add_alibi, log_multiplicity, merge_lse
 from sparsejax.ops.ssd import ssd
 
@@ -26,14 +27,15 @@ __all__ = [
     "AttentionCall",
     "Implementation",
     "ImplementationError",
+    "Selection",
     "add_alibi",
     "attend",
     "attend_cached",
     "attend_edges",
     "attend_hashed",
-    "attend_selected",
     "attention_flops",
     "causal_conv",
+    "choose",
     "decode_attend_hashed",
     "delta_rule",
     "hash_buckets",
@@ -42,8 +44,13 @@ __all__ = [
     "linear_scan",
     "log_multiplicity",
     "merge_lse",
-    "select_keys",
+    "moba",
+    "nsa",
+    "route",
+    "select",
+    "select_indexed",
     "selective_scan",
     "ssd",
-    "top_keys",
+    "top_tiles",
+    "top_tokens",
 ]

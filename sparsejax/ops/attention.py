@@ -19,6 +19,7 @@ from sparsejax.ops.chunks import vary_alike
 from sparsejax.ops.derivatives import reject_forward_mode
 from sparsejax.ops.kernels import gpu, tpu
 from sparsejax.ops.kernels.mesh import device_kind
+from sparsejax.ops.selection import Selection
 from sparsejax.patterns import Pattern
 from sparsejax.patterns.algebra import OffsetQueries
 from sparsejax.patterns.base import MAX_POSITION
@@ -32,12 +33,14 @@ class Implementation(NamedTuple):
       run: Returns the output and the log-sum-exp, which may be None if the call does not need it.
       unsupported_reason: Why it cannot compute a call on the current devices, or None.
       verified_on: Device kinds on which a recorded benchmark verified it; None: it is plain JAX and needs none.
+      selects: Whether it supports keys that the data choose.
     """
 
     name: str
     run: Callable[[AttentionCall], tuple[Array, Array | None]]
     unsupported_reason: Callable[[AttentionCall], str | None]
     verified_on: frozenset[str] | None = None
+    selects: bool = False
 
     def unverified_reason(self, call: AttentionCall) -> str | None:
         """Why "auto" does not use it for a call that it supports, or None."""
@@ -51,9 +54,9 @@ class Implementation(NamedTuple):
 
 
 IMPLEMENTATIONS = (
-    Implementation("dense", dense.run, dense.unsupported_reason),
-    Implementation("gather", gather.run, gather.unsupported_reason),
-    Implementation("segment", segment.run, segment.unsupported_reason),
+    Implementation("dense", dense.run, dense.unsupported_reason, selects=True),
+    Implementation("gather", gather.run, gather.unsupported_reason, selects=True),
+    Implementation("segment", segment.run, segment.unsupported_reason, selects=True),
     Implementation("tpu", tpu.run, tpu.unsupported_reason, verification.RECORDED["tpu"]),
     Implementation("gpu", gpu.run, gpu.unsupported_reason, verification.RECORDED["gpu"]),
     Implementation("cudnn", cudnn.run, cudnn.unsupported_reason, verification.RECORDED["cudnn"]),
@@ -66,6 +69,7 @@ KERNELS = "cudnn", "tpu", "gpu"  # in the order in which "auto" tries them
 # live tiles is allowed.
 DENSE_LENGTH = 64
 SEGMENT_FILL = 1 / 16
+GATHER_BLOCK = 8  # keys per block from which on blocks are gathered
 # Not measured: on accelerators a loop over tiles leaves most of the device idle, so above this fraction of live tiles
 # one masked product is preferred.
 DENSE_DENSITY = 0.6
@@ -81,6 +85,7 @@ def attend(
     v: Float[Array, "b s g value"],
     pattern: Pattern | str,
     *,
+    selection: Selection | None = None,
     impl: str = "auto",
     q_offset: int | None = None,
     scale: float | None = None,
@@ -106,6 +111,8 @@ def attend(
       k: Keys; `g` divides `h`.
       v: Values; their width may differ from that of the keys.
       pattern: The allowed keys per query, or its text form; a pattern with heads must have `h` of them.
+      selection: Groups of keys that each query chose, see `sparsejax.ops.selection`; a query attends to those of their
+        keys that the pattern and the segments allow. The pattern must be the same for all heads.
       impl: "dense", "gather", "segment", "tpu", "gpu" or "cudnn"; or "auto", which uses a kernel only on devices where
         it is verified (see `sparsejax.ops.verification`).
       q_offset: Position of the first query. Queries that continue a sequence, as in chunked prefill, follow the keys
@@ -137,7 +144,9 @@ def attend(
     pattern = parse_pattern(pattern)
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     slopes = None if alibi_slopes is None else jax.lax.stop_gradient(alibi_slopes)
-    call = AttentionCall(q, k, v, pattern, scale, softcap, sink_logits, segment_ids, interpret, slopes, return_lse)
+    call = AttentionCall(
+        q, k, v, pattern, scale, softcap, sink_logits, segment_ids, interpret, slopes, return_lse, selection=selection
+    )
     pattern = _offset_queries(pattern, q.shape[1], k.shape[1], q_offset)
     dtype = q.dtype
     widest = jnp.promote_types(dtype, jnp.promote_types(k.dtype, v.dtype))
@@ -213,7 +222,10 @@ def _choose(impl: str, call: AttentionCall) -> Implementation:
         raise ImplementationError("impl", f"{impl!r} is not one of auto, {', '.join(by_name)}")
     reasons = {}
     for name in _preferences(call) if impl == "auto" else (impl,):
-        reason = by_name[name].unsupported_reason(call)
+        reason = None
+        if call.selection is not None and not by_name[name].selects:
+            reason = "it attends to the keys of a pattern only"
+        reason = reason or by_name[name].unsupported_reason(call)
         if reason is None and impl == "auto":
             reason = by_name[name].unverified_reason(call)
         if reason is None:
@@ -234,6 +246,9 @@ def _preferences(call: AttentionCall) -> Iterator[str]:
         yield from ("dense", *KERNELS, "gather", "segment")
         return
     yield from KERNELS
+    if call.selection is not None:
+        yield from ("segment", "gather") if call.selection.blocks.size < GATHER_BLOCK else ("gather", "segment")
+        return
     tile, live, pairs = gather.SMALL, 0, 0
     for pattern, heads in call.head_groups().items():
         live += len(pattern.layout(t, s, (tile, tile)).columns) * len(heads)

@@ -13,6 +13,7 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 
 from sparsejax.errors import InputError
+from sparsejax.ops.selection import Selection
 from sparsejax.patterns import Pattern
 
 LAYOUTS = {"q": "[b, t, h, d]", "k": "[b, s, g, d]", "v": "[b, s, g, value]"}
@@ -27,6 +28,7 @@ class AttentionCall:
       interpret: True, or the parameters of a Pallas interpreter.
       return_lse: Whether the log-sum-exp, or a gradient through it, is used.
       q_offset: Position of the first query, which `pattern` includes already: only ALiBi needs it.
+      selection: Groups of keys that each query chose; it attends to those that the pattern and the segments allow.
 
     Raises:
       InputError: Shapes do not agree.
@@ -44,6 +46,7 @@ class AttentionCall:
     alibi_slopes: Float[Array, " h"] | None = None
     return_lse: bool = True
     q_offset: int = 0
+    selection: Selection | None = None
 
     def __post_init__(self):
         q, k, v = (list(x.shape) for x in (self.q, self.k, self.v))
@@ -68,6 +71,18 @@ class AttentionCall:
         if self.segments is not None and [x.shape for x in self.segments] != [(b, t), (b, s)]:
             shapes = ", ".join(str(list(x.shape)) for x in self.segments)
             raise InputError("segment_ids", f"{shapes}: shapes of queries and keys are not [{b}, {t}], [{b}, {s}]")
+        if self.selection is not None:
+            self._check_selection(self.selection)
+
+    def _check_selection(self, selection: Selection) -> None:
+        (b, t, h, _), (_, s, g, _), shape = self.q.shape, self.k.shape, selection.groups.shape
+        scopes = shape[1]
+        if shape != (b, scopes, t, shape[3]) or h % scopes or (g % scopes and scopes % g):
+            raise InputError("selection", f"groups of shape {list(shape)} are not [{b}, 1 or {g} or {h}, {t}, groups]")
+        if selection.blocks.of_key.shape[1] != s:
+            raise InputError("selection", f"has blocks of {selection.blocks.of_key.shape[1]} keys, k has {s}")
+        if self.pattern.heads is not None:
+            raise InputError("pattern", f"{self.pattern} differs between heads, which a selection does not support")
 
     @property
     def dtype(self) -> jnp.dtype:

@@ -30,6 +30,9 @@ def run(call: AttentionCall) -> tuple[Float[Array, "b t h value"], Float[Array, 
     if call.segments is not None:
         q_ids, k_ids = call.segments
         mask = mask & (q_ids[:, :, None] == k_ids[:, None, :])[:, None, None]
+    if call.selection is not None:
+        chosen = call.selection.mask
+        mask = mask & jnp.repeat(chosen, h // chosen.shape[1], axis=1).reshape(b, g, -1, t, s)
     p, lse = masked_softmax(scores, mask, _per_head(call, call.sink_logits))
     out = jnp.einsum("bgrts,bsge->btgre", p, v, precision=jax.lax.Precision.HIGHEST).reshape(b, t, h, -1)
     bad = (mask & (bad_q.reshape(b, g, -1, t, 1) | bad_k.reshape(b, g, 1, 1, s))).any(axis=-1)

@@ -16,6 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int, Shaped
 
+from sparsejax.ops import selected
 from sparsejax.ops.call import AttentionCall, by_pattern
 from sparsejax.ops.chunks import pad_to_multiple, vary_alike
 from sparsejax.ops.derivatives import with_derivatives
@@ -39,6 +40,8 @@ def unsupported_reason(call: AttentionCall) -> str | None:
 
 def run(call: AttentionCall, tile: int | None = None) -> tuple[Float[Array, "b t h value"], Float[Array, "b t h"]]:
     """Output in the dtype of q, log-sum-exp in `call.dtype`; `tile` defaults to that of `choose_tile`."""
+    if call.selection is not None:
+        return selected.run(call, call.selection)
     return by_pattern(call, functools.partial(_run_pattern, tile=tile))
 
 

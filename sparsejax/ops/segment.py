@@ -11,7 +11,7 @@ scores. The segment maxima and sums are scattered into arrays that all chunks sh
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -22,6 +22,7 @@ from sparsejax.errors import InputError
 from sparsejax.ops.call import AttentionCall, by_pattern
 from sparsejax.ops.chunks import vary_alike
 from sparsejax.ops.derivatives import with_derivatives
+from sparsejax.ops.selection import Selection
 from sparsejax.ops.softmax import MASKED, add_alibi, confine_nan, log_sum, softcap, zero_nan
 from sparsejax.patterns import Full
 
@@ -42,6 +43,8 @@ def unsupported_reason(call: AttentionCall) -> str | None:
     """Why this implementation cannot compute the call, or None."""
     if call.interpret:
         return "interpret=True is for Pallas kernels"
+    if call.selection is not None:
+        return "the pattern counts keys several times" if call.pattern.repeats else None
     t, s = call.q.shape[1], call.k.shape[1]
     edges = max(pattern.pairs(t, s) for pattern in call.head_groups())
     if edges > MAX_EDGES:
@@ -51,7 +54,39 @@ def unsupported_reason(call: AttentionCall) -> str | None:
 
 def run(call: AttentionCall) -> tuple[Float[Array, "b t h value"], Float[Array, "b t h"]]:
     """Output in the dtype of q, log-sum-exp in `call.dtype`."""
-    return by_pattern(call, _run_pattern)
+    return by_pattern(call, _run_pattern) if call.selection is None else _run_selection(call, call.selection)
+
+
+def _run_selection(
+    call: AttentionCall, selection: Selection
+) -> tuple[Float[Array, "b t h value"], Float[Array, "b t h"]]:
+    """Attends to each chosen key alone, with one list of edges per sequence and scope."""
+    (b, t, h, _), s = call.q.shape, call.k.shape[1]
+    keys, queries = selection.keys, jnp.arange(t)[:, None]
+    allowed = call.pattern.allows(queries, keys, t, s)
+    if call.segments is not None:
+        q_ids, k_ids = call.segments
+        k_ids = jnp.take_along_axis(k_ids, jnp.maximum(keys, 0).reshape(b, -1), axis=1).reshape(keys.shape)
+        allowed &= q_ids[:, None, :, None] == k_ids
+    keys = jnp.where((keys >= 0) & allowed, keys, -1)
+    scopes, per_head = keys.shape[1], (call.sink_logits, call.alibi_slopes)
+    rows = jnp.repeat(jnp.arange(t), keys.shape[-1])
+
+    def attend(q: Array, k: Array, v: Array, sink: Array | None, slopes: Array | None, keys: Array) -> Any:
+        options = {"scale": call.scale, "softcap": call.softcap, "q_offset": call.q_offset, "return_lse": True}
+        arrays = (x[None] for x in (q, k, v))
+        out, lse = attend_edges(*arrays, rows, keys.ravel(), sink_logits=sink, alibi_slopes=slopes, **options)
+        return out[0], lse[0]
+
+    def split(x: Array) -> Array:  # [b, n, heads, d] -> [b, scopes, n, heads per scope, d]
+        x = x if x.shape[2] >= scopes else jnp.repeat(x, scopes // x.shape[2], axis=2)
+        return jnp.moveaxis(x.reshape(*x.shape[:2], scopes, -1, x.shape[-1]), 2, 1)
+
+    per_scope = jax.vmap(attend, in_axes=(0, 0, 0, *(None if x is None else 0 for x in per_head), 0))
+    every = jax.vmap(per_scope, in_axes=(0, 0, 0, None, None, 0))
+    split_heads = (None if x is None else x.reshape(scopes, -1) for x in per_head)
+    out, lse = every(*map(split, (call.q, call.k, call.v)), *split_heads, keys)
+    return tuple(jnp.moveaxis(x, 1, 2).reshape(b, t, h, *x.shape[4:]) for x in (out, lse))  # type: ignore[return-value]
 
 
 def _run_pattern(call: AttentionCall) -> tuple[Float[Array, "b t h value"], Float[Array, "b t h"]]:

@@ -1,92 +1,189 @@
-"""Keys selected by the data: each query attends to those with the highest scores."""
+"""Choices: each query attends to the groups of keys with the highest scores.
+
+A group is a key or a block of consecutive keys (`sparsejax.ops.blocks`). Scores are float32, and no gradient flows
+through a choice. Of equal scores the lower index wins. A pattern and segments restrict every choice.
+"""
 
 from __future__ import annotations
 
+import dataclasses
+import functools
+from collections.abc import Callable
+from typing import NamedTuple
+
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Int, Shaped
+from jaxtyping import Array, Bool, Float, Int, PyTree, Shaped
 
+from sparsejax.errors import InputError
+from sparsejax.ops.blocks import Blocks
 from sparsejax.ops.chunks import pad_to_multiple
-from sparsejax.ops.segment import attend_edges
 from sparsejax.patterns import Pattern
 
-CHUNK = 64  # queries whose scores over all keys are in memory at a time
+CHUNK = 64  # queries whose scores are in memory at a time
 
 
-def index_scores(
-    q: Float[Array, "b t h d"], weights: Float[Array, "b t h"], k: Float[Array, "b s d"]
-) -> Float[Array, "b t s"]:
-    """Sum over heads of weight * relu(q·k / √d), in float32: the lightning indexer of DeepSeek-V3.2-Exp."""
-    dtype = jnp.promote_types(q.dtype, jnp.float32)
-    products = jnp.einsum("bthd,bsd->bths", q.astype(dtype), k.astype(dtype)) * q.shape[-1] ** -0.5
-    return jnp.einsum("bths,bth->bts", jax.nn.relu(products), weights.astype(dtype))
+@functools.partial(jax.tree_util.register_dataclass, data_fields=("groups", "blocks"), meta_fields=())
+@dataclasses.dataclass(frozen=True)
+class Selection:
+    """The groups that each query attends to.
+
+    Attributes:
+      groups: Indices of blocks, ascending and without repeats; -1 for none, at the end. The axis `scopes` has 1 entry
+        if all heads attend to the same groups, or one per key/value head or per query head.
+      blocks: The blocks.
+    """
+
+    groups: Int[Array, "b scopes t k"]
+    blocks: Blocks
+
+    @property
+    def keys(self) -> Int[Array, "b scopes t keys"]:
+        """The keys of each query; -1 for none."""
+        keys = self.blocks.keys(self.groups)
+        return keys.reshape(*keys.shape[:-2], -1)
+
+    @property
+    def mask(self) -> Bool[Array, "b scopes t s"]:
+        """Whether each query chose each key."""
+        b, scopes, t, _ = self.groups.shape
+        rows = (jnp.arange(n).reshape(*(1,) * i, -1, *(1,) * (3 - i)) for i, n in enumerate((b, scopes, t)))
+        chosen = jnp.zeros((b, scopes, t, self.blocks.count + 1), bool)
+        groups = jnp.where(self.groups < 0, self.blocks.count, self.groups)
+        chosen = chosen.at[(*rows, groups)].set(True)[..., : self.blocks.count]
+        return jnp.take_along_axis(chosen, self.blocks.of_key[:, None, None], axis=-1)
 
 
-def top_keys(scores: Float[Array, "*batch s"], allowed: Bool[Array, "*#batch s"], top_k: int) -> Int[Array, "*batch k"]:
-    """Positions of the min(top_k, s) highest scores, in descending order; ties go to the lower position.
+class Visible(NamedTuple):
+    """Which keys a chunk of queries may attend to.
 
-    Positions are -1 where fewer keys are allowed.
+    Attributes:
+      positions: Positions of the queries.
+      keys: Whether the pattern and the segments allow each key.
+    """
+
+    positions: Int[Array, "#b c"]
+    keys: Bool[Array, "#b c s"]
+
+
+# Scores [b, scopes, c, n] of the blocks for a chunk of queries, and which blocks are always chosen if they are visible.
+Score = Callable[[PyTree, Visible], tuple[Float[Array, "b scopes c n"], Bool[Array, "#b #scopes c n"] | None]]
+
+
+def choose(
+    scores: Float[Array, "*batch n"],
+    visible: Bool[Array, "*#batch n"],
+    count: int,
+    forced: Bool[Array, "*#batch n"] | None = None,
+) -> Int[Array, "*batch k"]:
+    """The min(count, n) best groups, ascending, with -1 at the end where fewer are visible.
+
+    Args:
+      scores: Score of each group.
+      visible: Groups that may be chosen.
+      count: Number of groups.
+      forced: Groups that come before all others; they count among `count`.
     """
     scores = jnp.where(scores == 0, 0.0, scores)  # -0.0 would sort after 0.0
-    top, keys = jax.lax.top_k(jnp.where(allowed, scores, -jnp.inf), min(top_k, scores.shape[-1]))
-    return jnp.where(top > -jnp.inf, keys, -1)
+    if forced is not None:
+        scores = jnp.where(forced, jnp.inf, scores)
+    n = scores.shape[-1]
+    best, groups = jax.lax.top_k(jnp.where(visible, scores, -jnp.inf), min(count, n))
+    groups = jnp.sort(jnp.where(best > -jnp.inf, groups, n), axis=-1)
+    return jnp.where(groups < n, groups, -1)
 
 
-def select_keys(
-    q: Float[Array, "b t h d"],
-    weights: Float[Array, "b t h"],
-    k: Float[Array, "b s d"],
-    top_k: int,
+def select(
+    score: Score,
+    arrays: PyTree[Shaped[Array, "b t ..."]],
+    blocks: Blocks,
+    count: int,
     pattern: Pattern,
+    *,
     segments: tuple[Int[Array, "b t"], Int[Array, "b s"]] | None = None,
     positions: tuple[Int[Array, "b t"], Int[Array, "b s"]] | None = None,
     length: int | None = None,
-) -> Int[Array, "b t k"]:
-    """The `top_keys` of each query by `index_scores`, among those that the pattern allows.
-
-    Time grows with t · s, memory with t + s. No gradient flows through the selection.
+) -> Selection:
+    """Chooses `count` groups per query. Memory grows with the number of queries plus that of keys.
 
     Args:
-      q: Index queries.
-      weights: Weight per query and head.
-      k: Index keys.
-      top_k: Keys per query.
+      score: Scores of the blocks.
+      arrays: What `score` reads of each query.
+      blocks: The groups.
+      count: Groups per query, including those that are forced.
       pattern: The allowed keys; a pattern without heads.
-      segments: Segment ids of queries and of keys; a query selects keys of its segment.
+      segments: Segment ids of queries and of keys; a query attends to keys of its segment.
       positions: Positions of queries and of keys, -1 for a key that does not exist. Defaults to 0, 1, ... for both.
-      length: Length of the sequence that the pattern describes; defaults to t.
-    """
-    q, weights, k = jax.lax.stop_gradient((q, weights, k))
-    (b, t), s = q.shape[:2], k.shape[1]
-    length, chunk = t if length is None else length, min(t, CHUNK)
-    q_at, k_at = (jnp.arange(t)[None], jnp.arange(s)[None]) if positions is None else positions
-    q_ids, k_ids = (jnp.zeros((1, n), jnp.int32) for n in (t, s)) if segments is None else segments
+      length: Length of the sequence that the pattern describes; defaults to the number of queries.
 
-    def select(chunk: tuple[Array, ...]) -> Int[Array, "b c k"]:
-        q_at, q, weights, q_ids = chunk
-        allowed = pattern.allows(q_at[..., None], k_at[:, None], length, length) & (k_at >= 0)[:, None]
-        return top_keys(index_scores(q, weights, k), allowed & (q_ids[..., None] == k_ids[:, None]), top_k)
+    Raises:
+      InputError: The count is below 1, or the pattern differs between heads.
+    """
+    if count < 1:
+        raise InputError("count", f"{count} is below 1")
+    if pattern.heads is not None:
+        raise InputError("pattern", f"{pattern} differs between heads")
+
+    def choose_chunk(chunk: PyTree, visible: Visible) -> Int[Array, "b scopes c k"]:
+        scores, forced = score(chunk, visible)
+        return choose(scores, _any_key(visible, blocks)[:, None], count, forced)
+
+    run = functools.partial(over_queries, choose_chunk, jax.lax.stop_gradient(arrays), pattern, blocks.of_key.shape[1])
+    groups = run(segments=segments, positions=positions, length=length)
+    return Selection(jnp.moveaxis(groups, 1, 2), blocks)
+
+
+def over_queries(
+    function: Callable[[PyTree, Visible], PyTree],
+    arrays: PyTree[Shaped[Array, "b t ..."]],
+    pattern: Pattern,
+    keys: int,
+    *,
+    segments: tuple[Int[Array, "b t"], Int[Array, "b s"]] | None = None,
+    positions: tuple[Int[Array, "b t"], Int[Array, "b s"]] | None = None,
+    length: int | None = None,
+) -> PyTree[Shaped[Array, "b t ..."]]:
+    """Applies a function to chunks of queries, and recomputes it in the backward pass.
+
+    Args:
+      function: Maps the arrays of a chunk [b, c, ...] and the keys that it may attend to to arrays [b, heads, c, ...].
+      arrays: Arrays of the queries.
+      pattern: The allowed keys.
+      keys: Number of keys.
+      segments: See `select`.
+      positions: See `select`.
+      length: See `select`.
+
+    Returns:
+      The results with the axis of the queries in front: [b, t, heads, ...].
+    """
+    t = jax.tree.leaves(arrays)[0].shape[1]
+    length, size = t if length is None else length, min(t, CHUNK)
+    q_at, k_at = (jnp.arange(t)[None], jnp.arange(keys)[None]) if positions is None else positions
+    q_ids, k_ids = (jnp.zeros((1, n), jnp.int32) for n in (t, keys)) if segments is None else segments
+
+    def run(chunk: tuple[PyTree, Array, Array]) -> PyTree:
+        chunk_arrays, at, ids = chunk
+        allowed = pattern.allows(at[..., None], k_at[:, None], length, length) & (k_at >= 0)[:, None]
+        return function(chunk_arrays, Visible(at, allowed & (ids[..., None] == k_ids[:, None])))
 
     def split(x: Shaped[Array, "b t ..."]) -> Shaped[Array, "chunks b c ..."]:
-        x = pad_to_multiple(x, chunk, 1)
-        return jnp.moveaxis(x.reshape(x.shape[0], -1, chunk, *x.shape[2:]), 1, 0)
+        x = pad_to_multiple(x, size, 1)
+        return jnp.moveaxis(x.reshape(x.shape[0], -1, size, *x.shape[2:]), 1, 0)
 
-    chunks = split(q_at), split(q), split(weights), split(q_ids)
-    keys = jnp.moveaxis(jax.lax.map(select, chunks), 0, 1)
-    return keys.reshape(b, -1, keys.shape[-1])[:, :t]
+    def join(x: Shaped[Array, "chunks b heads c ..."]) -> Shaped[Array, "b t heads ..."]:
+        x = jnp.moveaxis(x, (0, 3), (1, 2))
+        return x.reshape(x.shape[0], -1, *x.shape[3:])[:, :t]
+
+    chunks = jax.tree.map(split, (arrays, q_at, q_ids))
+    return jax.tree.map(join, jax.lax.map(jax.checkpoint(run, prevent_cse=False), chunks))
 
 
-def attend_selected(
-    q: Float[Array, "b t h d"],
-    k: Float[Array, "b s g d"],
-    v: Float[Array, "b s g value"],
-    keys: Int[Array, "b t k"],
-    scale: float | None = None,
-) -> Float[Array, "b t h value"]:
-    """Softmax attention of each query over the keys at these positions, -1 for none; see `attend_edges`."""
-    queries = jnp.repeat(jnp.arange(q.shape[1]), keys.shape[-1])
-
-    def attend_sequence(q: Array, k: Array, v: Array, keys: Array) -> Array:
-        return attend_edges(q[None], k[None], v[None], queries, keys.reshape(-1), scale=scale)[0]
-
-    return jax.vmap(attend_sequence)(q, k, v, keys)
+def _any_key(visible: Visible, blocks: Blocks) -> Bool[Array, "#b c n"]:
+    """Whether a query may attend to a key of each block."""
+    mask = visible.keys
+    if blocks.size == 1:
+        return mask
+    if not blocks.is_regular:
+        mask = jnp.broadcast_to(mask, (blocks.of_key.shape[0], *mask.shape[1:]))
+    return blocks.split(mask, False).any(axis=-1)

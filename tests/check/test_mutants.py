@@ -70,13 +70,13 @@ MUTANTS = {
         "ops.gather", "_average", "l + jnp.exp(sink - m)", "l + jnp.exp(sink - m)[..., ::-1]", "pinned"
     ),
     "missing mask below k": Mutant(
-        "ops.selection", "top_keys", "jnp.where(top > -jnp.inf, keys, -1)", "keys", "selected"
+        "ops.selection", "choose", "jnp.where(visible, scores, -jnp.inf)", "scores", "selected"
     ),
     "selection from the future": Mutant(
         "ops.selection",
-        "select_keys",
-        "pattern.allows(q_at[..., None], k_at[:, None], length, length)",
-        "(q_at[..., None] >= 0)",
+        "over_queries",
+        "pattern.allows(at[..., None], k_at[:, None], length, length)",
+        "(at[..., None] >= 0)",
         "selected",
     ),
     # Documents and padding.

@@ -1,0 +1,389 @@
+"""Choices by content against golden values in float64, and attention to them against NumPy."""
+
+import functools
+import itertools
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from sparsejax.errors import InputError
+from sparsejax.ops import attend
+from sparsejax.ops.blocks import make_blocks
+from sparsejax.ops.indexer_loss import Index, indexer_divergence
+from sparsejax.ops.reference import attend_reference
+from sparsejax.ops.selection import Selection, choose
+from sparsejax.ops.selectors import (
+    attend_windows,
+    index_scores,
+    moba,
+    nsa,
+    route,
+    select_indexed,
+    top_tiles,
+    top_tokens,
+)
+from sparsejax.patterns import parse
+from tests.messages import rejects
+from tests.tolerances import assert_close
+
+GOLDEN = Path(__file__).parents[1] / "golden" / "selectors"
+IMPLEMENTATIONS = "dense", "gather", "segment"
+CAUSAL = parse("causal")
+
+
+def read(name, case):
+    with np.load(GOLDEN / f"{name}.npz") as arrays:
+        return {key.partition("/")[2]: arrays[key] for key in arrays.files if key.startswith(f"case{case}/")}
+
+
+def pack(values):
+    """Segment ids of the queries and the keys, or None for one document."""
+    bounds, length = values.get("document_bounds", []), len(values["q"])
+    if len(bounds) <= 2:
+        return None
+    ids = jnp.asarray(np.searchsorted(bounds[1:-1], np.arange(length), side="right"))[None]
+    return ids, ids
+
+
+def batch(values, *names):
+    return [jnp.asarray(values[name])[None] for name in names]
+
+
+def select(name, values, q, k):
+    size = {key: int(value) for key, value in values.items() if value.shape == () and value.dtype.kind == "i"}
+    if name == "moba":
+        return moba(q, k, size["block_size"], size["top_k"], CAUSAL, segments=pack(values))
+    if name == "tile_topk":
+        return top_tiles(q, k, size["key_tile"], size["top_k"], CAUSAL, query_tile=size["query_tile"])
+    if name == "exact_topk":
+        scope = {"kv_group": "kv_head", "q_head": "query_head"}[str(values["scope"])]
+        pooling = {"prob_sum": "probabilities", "logit_sum": "logits"}[str(values["pooling"])]
+        return top_tokens(q, k, size["top_k"], CAUSAL, scope=scope, pooling=pooling)
+    if name == "causal_kmeans":
+        return route(jnp.asarray(values["route"])[None], jnp.asarray(values["centroids"]), size["members"])
+    compression = size["compress_length"], size["compress_stride"], size["select_block"], size["select_count"]
+    forced = {"initial": size["init_blocks"], "local": size["local_blocks"]}
+    return nsa(q, k, *compression, CAUSAL, **forced, segments=pack(values))
+
+
+def assert_groups(selection, expected, number):
+    """Compares groups, which the golden values pad; blocks are numbered within their document."""
+    groups = np.asarray(selection.groups[0])
+    if number:
+        groups = np.where(groups < 0, -1, np.asarray(selection.blocks.numbers[0])[groups])
+    missing = expected.shape[-1] - groups.shape[-1]
+    np.testing.assert_array_equal(np.pad(groups, ((0, 0), (0, 0), (0, missing)), constant_values=-1), expected)
+
+
+@pytest.mark.parametrize("case", range(3))
+@pytest.mark.parametrize(
+    ("name", "groups"),
+    [
+        ("moba", "selected_blocks"),
+        ("tile_topk", "selected_tiles"),
+        ("exact_topk", "selected_tokens"),
+        ("causal_kmeans", "selected_tokens"),
+    ],
+)
+def test_golden_values(name, groups, case):
+    values = read(name, case)
+
+    @jax.jit
+    def run(q, k, v, d_out):
+        selection = select(name, values, q, k)
+        options = {"selection": selection, "impl": "gather", "segment_ids": pack(values)}
+        out, pull = jax.vjp(lambda *x: attend(*x, CAUSAL, **options), q, k, v)
+        return selection, out, pull(d_out)
+
+    selection, out, grads = run(*batch(values, "q", "k", "v", "d_out"))
+    tile = int(values.get("query_tile", 1))
+    chosen = Selection(selection.groups[:, :, ::tile], selection.blocks)
+    assert_groups(chosen, values[groups], number=groups != "selected_tokens")
+    assert_close("out", out[0], values["out"], "float32")
+    for grad, array in zip(grads, "qkv", strict=True):
+        assert_close(f"d_{array}", grad[0], values[f"d_{array}"], "float32")
+
+
+@pytest.mark.parametrize("case", range(3))
+def test_golden_values_of_nsa(case):
+    values = read("nsa", case)
+    branches = "compress", "select", "window"
+    arrays = [batch(values, f"{name}_{branch}") for branch in branches for name in "kv"]
+    (q, gates, d_out), segments = batch(values, "q", "gates", "d_out"), pack(values)
+    selection = select("nsa", values, q, arrays[0][0])
+    assert_groups(selection, values["selected_blocks"], number=True)
+
+    def mix(q, compressed, selected, window, gates):
+        outs = (
+            attend_windows(
+                q,
+                *compressed,
+                int(values["compress_length"]),
+                int(values["compress_stride"]),
+                CAUSAL,
+                segments=segments,
+            ),
+            attend(q, *selected, CAUSAL, selection=selection, impl="gather", segment_ids=segments),
+            attend(q, *window, f"causal & window({int(values['window']) - 1})", segment_ids=segments),
+        )
+        return sum(gates[..., i, None] * out for i, out in enumerate(outs)), outs
+
+    pairs = [(arrays[i][0], arrays[i + 1][0]) for i in (0, 2, 4)]
+
+    @jax.jit
+    def differentiate(d_out, *arrays):
+        out, pull, outs = jax.vjp(mix, *arrays, has_aux=True)
+        return out, pull(d_out), outs
+
+    out, (d_q, *d_pairs, d_gates), outs = differentiate(d_out, q, *pairs, gates)
+    assert_close("out", out[0], values["out"], "float32")
+    for branch, part in zip(branches, outs, strict=True):
+        assert_close(branch, part[0], values[f"out_{branch}"], "float32")
+    assert_close("d_q", d_q[0], values["d_q"], "float32")
+    assert_close("d_gates", d_gates[0], values["d_gates"], "float32")
+    for branch, pair in zip(branches, d_pairs, strict=True):
+        for name, grad in zip("kv", pair, strict=True):
+            assert_close(f"d_{name}_{branch}", grad[0], values[f"d_{name}_{branch}"], "float32")
+
+
+@pytest.mark.parametrize("case", range(3))
+@pytest.mark.parametrize("stage", ["warmup", "sparse"])
+def test_golden_values_of_the_loss_of_an_indexer(stage, case):
+    values = read("dsa_kl", case)
+    q, k = batch(values, "q", "k")
+    if "index_q" in values:
+        index = Index(*batch(values, "index_q", "index_k", "index_weights"))
+    else:  # one head of width t whose products are the scores: sqrt(t) * max(score + shift, 0), and the shift drops out
+        length = len(values["q"])
+        shifted = values["index_scores"] - values["index_scores"].min() + 1
+        unit = jnp.eye(length)[None] * length**0.5
+        index = Index(jnp.asarray(shifted)[None, :, None], unit, jnp.ones((1, length, 1)))
+    chosen = None
+    if stage == "sparse":
+        chosen = Selection(
+            jnp.asarray(values["selected_tokens"])[None, None, :, : len(values["q"])], make_blocks(len(values["q"]), 1)
+        )
+
+    @jax.jit
+    def run(index):
+        divergence, pull = jax.vjp(lambda index: indexer_divergence(index, q, k, CAUSAL, chosen)[0], index)
+        return divergence, pull(jnp.ones_like(divergence))[0]
+
+    divergence, grads = run(index)
+    assert_close("divergence", divergence, values[f"{stage}_kl_per_query"], "float32")
+    if "index_q" not in values:
+        assert_close("scores", grads.q[0, :, 0], values[f"{stage}_grad_index_scores_of_sum"], "float32")
+        return
+    for name in ("q", "k", "weights"):
+        assert_close(name, getattr(grads, name)[0], values[f"{stage}_grad_index_{name}_of_sum"], "float32")
+
+
+# Attention to random choices
+
+
+def draw_call(seed):
+    """Random sizes, documents and choices, with some queries that choose nothing."""
+    rng = np.random.default_rng(seed)
+    b, t, g, share, size, count = (
+        int(rng.choice(values)) for values in ((1, 2), range(1, 70), (1, 2, 3), (1, 2), (1, 3, 8, 20), range(1, 5))
+    )
+    h = g * share
+    segments = np.sort(rng.integers(0, 3, (b, t)), axis=1) if rng.random() < 0.6 else None
+    blocks = make_blocks(t, size, None if segments is None else jnp.asarray(segments))
+    scopes = int(rng.choice([1, g, h]))
+    scores, visible = rng.normal(size=(b, scopes, t, blocks.count)), rng.random((b, scopes, t, blocks.count)) < 0.7
+    groups = choose(jnp.asarray(scores), jnp.asarray(visible), count)
+    arrays = [rng.normal(size=shape).astype(np.float32) for shape in ((b, t, h, 6), (b, t, g, 6), (b, t, g, 5))]
+    options = {
+        "softcap": 2.0 if rng.random() < 0.3 else None,
+        "sink_logits": rng.normal(size=h).astype(np.float32) if rng.random() < 0.3 else None,
+        "alibi_slopes": rng.random(h).astype(np.float32) if rng.random() < 0.3 else None,
+    }
+    return arrays, Selection(groups, blocks), segments, options, rng
+
+
+def count_keys(selection, segments, heads):
+    """The chosen keys [b, h, t, s] that are not after the query, by loops."""
+    groups, of_key = np.asarray(selection.groups), np.asarray(selection.blocks.of_key)
+    b, scopes, t, _ = groups.shape
+    counts = np.zeros((b, heads, t, of_key.shape[1]), int)
+    for row, head, query in np.ndindex(b, heads, t):
+        for key in range(query + 1):
+            block = of_key[row % len(of_key), key]
+            same = segments is None or segments[row, key] == segments[row, query]
+            counts[row, head, query, key] = same and block in groups[row, head // (heads // scopes), query]
+    return counts
+
+
+@pytest.mark.parametrize(
+    "seed", [*range(6), *(pytest.param(seed, marks=pytest.mark.nightly) for seed in range(6, 300))]
+)
+def test_attention_to_random_choices(seed):
+    arrays, selection, segments, options, rng = draw_call(seed)
+    (b, t, h, _), value = arrays[0].shape, arrays[2].shape[-1]
+    d_out, d_lse = rng.normal(size=(b, t, h, value)), rng.normal(size=(b, t, h))
+    expected = attend_reference(*arrays, count_keys(selection, segments, h), d_out, d_lse, **options)
+    ids = None if segments is None else jnp.asarray(segments)
+    sink, slopes = (jax.tree.map(jnp.asarray, options[name]) for name in ("sink_logits", "alibi_slopes"))
+    finite = np.isfinite(expected.lse)
+
+    def run(q, k, v, sink, impl):
+        arguments = {"selection": selection, "impl": impl, "segment_ids": ids, "sink_logits": sink, "return_lse": True}
+        out, lse = attend(q, k, v, CAUSAL, **arguments, softcap=options["softcap"], alibi_slopes=slopes)
+        return (out * d_out).sum() + jnp.where(finite, lse * d_lse, 0).sum(), (out, lse)
+
+    for impl in IMPLEMENTATIONS:
+        argnums = (0, 1, 2) if sink is None else (0, 1, 2, 3)
+        step = jax.jit(jax.grad(run, argnums, has_aux=True), static_argnums=4)
+        grads, (out, lse) = step(*map(jnp.asarray, arrays), sink, impl)
+        assert_close(f"{impl} out", out, expected.out, "float32")
+        assert_close(f"{impl} lse", lse, expected.lse, "float32")
+        for name, grad in zip(("q", "k", "v", "sink"), grads, strict=False):
+            assert_close(f"{impl} d_{name}", grad, getattr(expected, name), "float32")
+
+
+# Properties of mechanisms
+
+MECHANISMS = {
+    "top tokens": lambda q, k, count, ids: top_tokens(q, k, count, CAUSAL, segments=ids),
+    "top tokens of kv heads": lambda q, k, count, ids: top_tokens(
+        q, k, count, CAUSAL, scope="kv_head", pooling="probabilities", segments=ids
+    ),
+    "tiles by maximum": lambda q, k, count, ids: top_tiles(q, k, 7, count, CAUSAL, segments=ids),
+    "tiles by mean": lambda q, k, count, ids: top_tiles(q, k, 7, count, CAUSAL, pooling="mean", segments=ids),
+    "tiles by logsumexp": lambda q, k, count, ids: top_tiles(q, k, 7, count, CAUSAL, pooling="logsumexp", segments=ids),
+    "moba": lambda q, k, count, ids: moba(q, k, 8, count, CAUSAL, segments=ids),
+    "nsa": lambda q, k, count, ids: nsa(q, k, 4, 2, 6, count, CAUSAL, segments=ids),
+    "routing": lambda q, k, count, ids: route(
+        k, CENTROIDS, count, segments=None if ids is None else ids[1]
+    ),
+}  # fmt: skip
+CENTROIDS = jnp.asarray(np.random.default_rng(7).normal(size=(2, 3, 6)), jnp.float32)
+LENGTH = 70  # above that up to which `attend` uses the dense implementation
+
+
+@pytest.fixture(scope="module")
+def arrays():
+    rng = np.random.default_rng(0)
+    shapes = (2, LENGTH, 4, 6), (2, LENGTH, 2, 6), (2, LENGTH, 2, 5)
+    return [jnp.asarray(rng.normal(size=shape), jnp.float32) for shape in shapes]
+
+
+@pytest.mark.parametrize("name", [name for name in MECHANISMS if name != "routing"])
+def test_every_visible_group_gives_dense_attention(name, arrays):
+    q, k, v = arrays
+    run = jax.jit(lambda selection: attend(q, k, v, CAUSAL, selection=selection, impl="dense"))
+    np.testing.assert_array_equal(run(jax.jit(lambda: MECHANISMS[name](q, k, LENGTH, None))()), run(None))
+
+
+@pytest.mark.parametrize("name", MECHANISMS)
+def test_later_tokens_change_nothing(name, arrays):
+    rng = np.random.default_rng(1)
+
+    @jax.jit
+    def run(q, k, v):
+        selection = MECHANISMS[name](q, k, 3, None)
+        return attend(q, k, v, CAUSAL, selection=selection), selection.groups
+
+    before, groups = run(*arrays)
+    for cut in (1, 24, 41, LENGTH - 1):
+        edited = [x.at[:, cut:].set(jnp.asarray(rng.normal(size=x[:, cut:].shape), x.dtype)) for x in arrays]
+        after, chosen = run(*edited)
+        np.testing.assert_array_equal(after[:, :cut], before[:, :cut])
+        np.testing.assert_array_equal(chosen[:, :, :cut], groups[:, :, :cut])
+
+
+@pytest.mark.parametrize("name", MECHANISMS)
+def test_a_packed_document_chooses_as_alone(name, arrays):
+    bounds = [0, 17, 45, LENGTH]
+    ids = jnp.asarray(np.searchsorted(bounds[1:-1], np.arange(LENGTH), side="right"))[None].repeat(2, axis=0)
+
+    @functools.partial(jax.jit, static_argnums=0)
+    def run(packed, q, k, v):
+        selection = MECHANISMS[name](q, k, 3, (ids, ids) if packed else None)
+        return attend(q, k, v, CAUSAL, selection=selection, impl="dense", segment_ids=ids if packed else None)
+
+    out = run(True, *arrays)
+    for start, stop in itertools.pairwise(bounds):
+        assert_close(
+            f"{start} to {stop}", out[:, start:stop], run(False, *(x[:, start:stop] for x in arrays)), "float32"
+        )
+
+
+def test_queries_that_choose_together_leak(arrays):
+    q, k, _ = arrays
+    edited = q.at[:, 30].add(5.0)
+    first, second = (top_tiles(x, k, 4, 2, CAUSAL, query_tile=4).groups for x in (q, edited))
+    assert not np.array_equal(first[:, :, 28:30], second[:, :, 28:30])
+
+
+def test_of_equal_scores_the_lower_index_wins():
+    scores, visible = jnp.asarray([[0.0, 1.0, -0.0, 1.0, 0.0]]), jnp.asarray([[True, True, True, False, True]])
+    assert choose(scores, visible, 3).tolist() == [[0, 1, 2]]
+    assert choose(scores, visible, 9).tolist() == [[0, 1, 2, 4, -1]]
+    assert choose(scores, visible, 2, jnp.arange(5) >= 3).tolist() == [[1, 4]]  # what is not visible is not forced
+
+
+# The lightning indexer
+
+
+def make_index(length):
+    random = np.random.default_rng(length)
+    shapes = (2, length, 3, 4), (2, length, 3), (2, length, 4)
+    return [random.normal(size=shape).astype(np.float32) for shape in shapes]
+
+
+def scores_of(q, weights, k):
+    products = np.maximum(np.einsum("bthd,bsd->bths", q.astype(np.float64), k.astype(np.float64)) / 2, 0)
+    return np.einsum("bths,bth->bts", products, weights)
+
+
+def test_index_scores():
+    index = make_index(9)
+    assert_close("scores", index_scores(*map(jnp.asarray, index)), scores_of(*index), "float32")
+
+
+@pytest.mark.parametrize(("length", "top_k"), [(1, 3), (63, 5), (65, 64), (150, 7)])
+def test_every_query_selects_its_best_keys_of_its_document(length, top_k):
+    index, segments = make_index(length), np.sort(np.random.default_rng(0).integers(0, 3, size=(2, length)))
+    ids = jnp.asarray(segments)
+    run = jax.jit(lambda index: select_indexed(*index, top_k, CAUSAL, segments=(ids, ids)).groups)
+    (selected, scores) = np.asarray(run([jnp.asarray(x) for x in index])), scores_of(*index)
+    assert selected.shape == (2, 1, length, min(top_k, length))
+    for row, query in np.ndindex(2, length):
+        allowed = [key for key in range(query + 1) if segments[row, key] == segments[row, query]]
+        best = sorted(allowed, key=lambda key: (-scores[row, query, key].astype(np.float32), key))[:top_k]
+        assert [key for key in selected[row, 0, query] if key >= 0] == sorted(best)
+
+
+def test_no_gradient_flows_through_a_selection():
+    def total(index):
+        groups = select_indexed(*index, 2, CAUSAL).groups
+        return sum(x.sum() for x in index) + groups.sum().astype(jnp.float32)
+
+    for gradient in jax.jit(jax.grad(total))([jnp.asarray(x) for x in make_index(5)]):
+        np.testing.assert_array_equal(gradient, 1)
+
+
+@pytest.mark.parametrize(
+    ("argument", "call"),
+    [
+        ("top_k", lambda q, k: moba(q, k, 8, 0, CAUSAL)),
+        ("block", lambda q, k: moba(q, k, 0, 1, CAUSAL)),
+        ("pooling", lambda q, k: top_tiles(q, k, 8, 1, CAUSAL, pooling="sum")),
+        ("scope", lambda q, k: top_tokens(q, k, 1, CAUSAL, scope="head")),
+        ("pattern", lambda q, k: moba(q, k, 8, 1, parse("per_head(causal, causal, causal, causal)"))),
+        ("members", lambda q, k: route(k, CENTROIDS, 0)),
+        ("length", lambda q, k: nsa(q, k, 5, 2, 8, 3, CAUSAL)),
+        ("block", lambda q, k: nsa(q, k, 4, 2, 7, 3, CAUSAL)),
+        ("selection", lambda q, k: attend(q, k, k, CAUSAL, selection=moba(q[:, :9], k[:, :9], 8, 1, CAUSAL))),
+        ("selection", lambda q, k: attend(q, k, k, CAUSAL, selection=moba(q[:1], k[:1], 8, 1, CAUSAL))),
+        ("impl", lambda q, k: attend(q, k, k, CAUSAL, selection=moba(q, k, 8, 1, CAUSAL), impl="tpu")),
+    ],
+)
+def test_invalid_input(argument, call, arrays):
+    with rejects(InputError, argument):
+        call(*arrays[:2])
