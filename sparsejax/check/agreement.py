@@ -13,10 +13,10 @@ from jaxtyping import Int
 
 from sparsejax.check.certificate import Finding
 from sparsejax.check.influence import Trace
-from sparsejax.check.reduce import replace_fields
+from sparsejax.check.reduce import map_sections, replace_fields
 from sparsejax.check.subject import Subject
 from sparsejax.config import ModelConfig
-from sparsejax.layers import Context, ExpertsConfig, Layer
+from sparsejax.layers import Context, ExpertsConfig, IndexerConfig, Layer, LshConfig
 from sparsejax.patterns import drawing
 
 # Largest difference between two programs of one model, relative to the largest logit.
@@ -109,8 +109,9 @@ def _unroll(subject: Subject, tokens: np.ndarray, logits: np.ndarray) -> Iterato
 def _round(subject: Subject, exact: Subject, tokens: np.ndarray, rounded: np.ndarray, logits: np.ndarray) -> Finding:
     """Compares the dtype of the model with float32.
 
-    Depth amplifies rounding, and a token that rounding moves to another expert has another output. If logits differ by
-    more than the limit, the layers are compared one by one on the same inputs, and with every token at all experts.
+    Depth amplifies rounding, and a token that rounding moves to another expert, bucket or key has another output. If
+    logits differ by more than the limit, the layers and the head are compared one by one on the same inputs, and with
+    every token at all experts, in one chunk of LSH attention and at all keys of an indexer.
     """
     dtype = subject.config.dtype
     finding = _compare(dtype, rounded, logits, dtype, "float32")
@@ -121,9 +122,10 @@ def _round(subject: Subject, exact: Subject, tokens: np.ndarray, rounded: np.nda
         y, _ = layer(x, context)
         return y, (x, y)
 
-    lower, exact = (each.with_config(_choose_all(each.config)) for each in (subject, exact))
+    lower, exact = (each.with_config(_choose_all(each.config, each.length)) for each in (subject, exact))
     last, layers = exact.run_layers(tokens, run)
-    lower_last, lower_layers = lower.run_layers(tokens, run, [np.asarray(x) for _, (x, _) in layers])
+    inputs = [*(x for _, (x, _) in layers), layers[-1][1][1]]
+    lower_last, lower_layers = lower.run_layers(tokens, run, list(map(np.asarray, inputs)))
     names = [f"layer {index} ({name})" for index, (name, _) in enumerate(layers)]
     outputs = [(y, lower) for (_, (_, y)), (_, (_, lower)) in zip(layers, lower_layers, strict=True)]
     errors = {
@@ -138,16 +140,19 @@ def _round(subject: Subject, exact: Subject, tokens: np.ndarray, rounded: np.nda
     return Finding(dtype, bool(errors[worst] <= LIMITS[dtype]), detail)
 
 
-def _choose_all(config: ModelConfig) -> ModelConfig:
-    """The model with all experts chosen, whose outputs depend continuously on the scores."""
-    mlps = {name: layer.mlp for name, layer in config.layers.items() if isinstance(layer.mlp, ExpertsConfig)}
-    layers = {
-        name: dataclasses.replace(
-            config.layers[name], mlp=dataclasses.replace(mlp, top_k=mlp.experts, top_groups=mlp.groups)
-        )
-        for name, mlp in mlps.items()
-    }
-    return dataclasses.replace(config, layers=config.layers | layers)
+def _choose_all(config: ModelConfig, length: int) -> ModelConfig:
+    """The model that chooses all experts and all keys, so that outputs depend continuously on the scores."""
+
+    def choose(part: Any) -> Any:  # a section of the config
+        if isinstance(part, ExpertsConfig):
+            return dataclasses.replace(part, top_k=part.experts, top_groups=part.groups)
+        if isinstance(part, LshConfig):
+            return dataclasses.replace(part, chunk=length, before=0, after=0)
+        if isinstance(part, IndexerConfig):
+            return dataclasses.replace(part, top_k=length)
+        return part
+
+    return map_sections(config, choose)
 
 
 def _skip_reference(subject: Subject) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, TypeVar
 
 from sparsejax.config import ModelConfig
@@ -85,17 +85,27 @@ def reduce(config: ModelConfig, max_parameters: int = MAX_PARAMETERS) -> tuple[M
 
 def replace_fields(value: T, **fields: Any) -> T:
     """Replaces fields by name in a section and in all of its sections."""
-    changes = {name: field for name, field in fields.items() if name in _fields(value)}
+
+    def replace(section: Any) -> Any:
+        changes = {name: field for name, field in fields.items() if name in _fields(section)}
+        return dataclasses.replace(section, **changes) if changes else section
+
+    return map_sections(value, replace)
+
+
+def map_sections(value: T, function: Callable[[Any], Any]) -> T:
+    """Applies a function to all sections of a section, then to the section itself."""
+    changes: dict[str, Any] = {}
     for name in _fields(value):
         inner = getattr(value, name)
         if dataclasses.is_dataclass(inner):
-            changes[name] = replace_fields(inner, **fields)
+            changes[name] = map_sections(inner, function)
         elif isinstance(inner, dict):
             changes[name] = {
-                key: replace_fields(item, **fields) if dataclasses.is_dataclass(item) else item
+                key: map_sections(item, function) if dataclasses.is_dataclass(item) else item
                 for key, item in inner.items()
             }
-    return dataclasses.replace(value, **changes) if changes else value  # type: ignore[type-var]
+    return function(dataclasses.replace(value, **changes) if changes else value)  # type: ignore[type-var]
 
 
 def _reduce(section: Any) -> Any:

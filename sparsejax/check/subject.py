@@ -90,9 +90,9 @@ class Subject:
     ) -> tuple[np.ndarray, list[tuple[str, Any]]]:
         """Logits of the layers one by one, and per layer its name and what `run` returns next to its output.
 
-        Layers of the same name share a program. With `inputs`, each layer reads its input from there instead of the
-        output of the layer before. With `most`, the run ends behind the last layer that is one of the first `most` of
-        its name, and the logits are those of the layers so far.
+        Layers of the same name share a program. With `inputs`, each layer and the head read their input from there
+        instead of the output of the layer before. With `most`, the run ends behind the last layer that is one of the
+        first `most` of its name, and the logits are those of the layers so far.
         """
         model, compiled, results, names = self.bind(), dict[str, Any](), [], self.config.names
         if most is not None:
@@ -115,6 +115,7 @@ class Subject:
             x = x if inputs is None else jnp.asarray(inputs[index], x.dtype)
             x, result = compiled[name](state, x, context.with_extras(layer=jnp.asarray(index)))
             results.append((name, result))
+        x = x if inputs is None else jnp.asarray(inputs[-1], x.dtype)
         return np.asarray(finish(self.parameters, x)), results
 
     def bind(self) -> Model:

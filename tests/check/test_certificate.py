@@ -173,6 +173,14 @@ def test_depth_and_routing_may_amplify_rounding():
     assert re.search(r"logit, at most 5e-02, first at .*; on the same inputs layer \d+ \(mix\)", finding.detail)
 
 
+def test_hashes_may_amplify_rounding():
+    hashing = {"kind": "lsh", "heads": 4, "head_width": 8, "chunk": 8, "buckets": (16,), "hashes": 2, "seed": 0}
+    model = build(hashing | {"causal": False, "after": 1}, causal=False, width=32, dtype="bfloat16")
+    finding = next(finding for finding in check_model(model, 96).findings if finding.name == "bfloat16")
+    assert finding.passed
+    assert "; on the same inputs " in finding.detail
+
+
 def test_a_layer_that_rounds_more_than_its_dtype_is_refused(registries):
     register("coarse", lambda x: x if x.dtype == jnp.float32 else x[..., ::-1], connectivity=OWN)
     model = dataclasses.replace(build({"kind": "coarse"}), dtype="bfloat16")

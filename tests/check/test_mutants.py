@@ -88,9 +88,9 @@ MUTANTS = {
     ),
     "selection across documents": Mutant(
         "ops.selection",
-        "select_keys",
-        "(q_ids[..., None] == k_ids[:, None])",
-        "(q_ids[..., None] >= k_ids[:, None])",
+        "over_queries",
+        "(ids[..., None] == k_ids[:, None])",
+        "(ids[..., None] >= k_ids[:, None])",
         "selected",
     ),
     "state across documents": Mutant("layers.mamba", "Mamba._scan", "starts=tokens.starts", "starts=None", "mamba"),
