@@ -29,7 +29,7 @@ from sparsejax.layers import (
 from sparsejax.patterns import Pattern, drawing
 
 QUERIES = 16  # fewest edits of a suffix, and outputs whose gradients are taken, per layer
-HEAVY = 2**30  # layers times squared tokens from which fewer edits and gradients are taken
+HEAVY = 2**28  # layers times squared tokens from which fewer edits and gradients are taken
 TRACED = 2  # layers per name whose gradients are then taken
 SHORTEST_ROW = 7  # tokens of three documents and padding
 RECENT = 4  # keys before a query that have an influence through every recurrence
