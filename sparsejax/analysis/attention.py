@@ -137,9 +137,9 @@ class Attention(Analysis):
         return f"shared.{side.shared}.mixer"
 
     def _has_pattern(self, section: str) -> bool:
-        """Whether the config of a mixer sets its pattern; LSH and an indexer select keys themselves."""
+        """Whether the config of a mixer sets its pattern, from all of whose keys it reads."""
         mixer = _walk(self.subject.config, section.split("."))
-        return hasattr(mixer, "pattern") and getattr(mixer, "indexer", None) is None
+        return hasattr(mixer, "pattern") and not mixer.selects
 
     def _pattern(self, section: str) -> patterns.Pattern:
         return patterns.parse(_walk(self.subject.config, section.split(".")).pattern)

@@ -65,7 +65,7 @@ def _check_pattern(name: str, pattern: Pattern, length: int) -> Finding:
 
 def _scores_every_pair(mixer: MixerConfig | None) -> TypeGuard[AttentionConfig | LatentConfig]:
     """Whether a mixer scores the pairs of its pattern, and no selection of them."""
-    return isinstance(mixer, AttentionConfig | LatentConfig) and getattr(mixer, "indexer", None) is None
+    return isinstance(mixer, AttentionConfig | LatentConfig) and not mixer.selects
 
 
 def _count_pairs(mixer: AttentionConfig | LatentConfig, length: int) -> int:

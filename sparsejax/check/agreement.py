@@ -16,7 +16,7 @@ from sparsejax.check.influence import Trace
 from sparsejax.check.reduce import map_sections, replace_fields
 from sparsejax.check.subject import Subject
 from sparsejax.config import ModelConfig
-from sparsejax.layers import Context, ExpertsConfig, IndexerConfig, Layer, LshConfig
+from sparsejax.layers import Context, ExpertsConfig, IndexerConfig, Layer, LshConfig, SelectConfig
 from sparsejax.patterns import drawing
 
 # Largest difference between two programs of one model, relative to the largest logit.
@@ -111,7 +111,7 @@ def _round(subject: Subject, exact: Subject, tokens: np.ndarray, rounded: np.nda
 
     Depth amplifies rounding, and a token that rounding moves to another expert, bucket or key has another output. If
     logits differ by more than the limit, the layers and the head are compared one by one on the same inputs, and with
-    every token at all experts, in one chunk of LSH attention and at all keys of an indexer.
+    every token at all experts, in one chunk of LSH attention and at all keys of a selection.
     """
     dtype = subject.config.dtype
     finding = _compare(dtype, rounded, logits, dtype, "float32")
@@ -150,6 +150,8 @@ def _choose_all(config: ModelConfig, length: int) -> ModelConfig:
             return dataclasses.replace(part, chunk=length, before=0, after=0)
         if isinstance(part, IndexerConfig):
             return dataclasses.replace(part, top_k=length)
+        if isinstance(part, SelectConfig):
+            return dataclasses.replace(part, count=length)
         return part
 
     return map_sections(config, choose)

@@ -252,7 +252,7 @@ def _select_required(
     layer: LayerConfig, allowed: Bool[np.ndarray, "q t"], queries: Int[np.ndarray, "q 1"]
 ) -> Bool[np.ndarray, "q t"]:
     """The inputs that must have an influence: all of a pattern, the last few of a recurrence."""
-    if layer.mixer is not None and _selects(layer.mixer):
+    if layer.mixer is not None and layer.mixer.selects:
         return np.zeros_like(allowed)
     if layer.mixer is None or (layer.side is None and _is_exact(layer.mixer)):
         return allowed
@@ -263,11 +263,6 @@ def _select_required(
 def _is_exact(config: MixerConfig) -> bool:
     """Whether every key of the pattern has an influence that float32 can represent."""
     return isinstance(config, AttentionConfig | LatentConfig | ConvConfig)
-
-
-def _selects(mixer: MixerConfig) -> bool:
-    """Whether the content selects among the keys of the pattern."""
-    return any(isinstance(x, LshConfig) or getattr(x, "indexer", None) is not None for x in _branches(mixer))
 
 
 def _branches(mixer: MixerConfig) -> Iterator[MixerConfig]:

@@ -88,12 +88,10 @@ def _list_mixers(model: ModelConfig, layer: LayerConfig) -> list[draw.Part]:
 
 def _describe(mixer: MixerConfig | None) -> draw.Part:
     """The kind of a mixer, what it reads, and how."""
-    from sparsejax.layers import LshConfig
-
     if mixer is None:
         return draw.Part("feed-forward", patterns.Window(0), LOCAL)
     kind, pattern = mixer.summary.split()[0], mixer.connectivity
-    if isinstance(mixer, LshConfig) or getattr(mixer, "indexer", None) is not None:
+    if mixer.selects:
         return draw.Part(kind, pattern, SELECTED)
     if hasattr(mixer, "pattern"):
         return draw.Part(kind, pattern)

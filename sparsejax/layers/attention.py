@@ -17,8 +17,10 @@ from sparsejax.layers.context import EMPTY, Context
 from sparsejax.layers.norm import NormConfig, make_norm, normalize
 from sparsejax.layers.protocols import Cache, Mixer, MixerConfig, implementation_names, parse_pattern
 from sparsejax.layers.rotary import RopeConfig, rotate
+from sparsejax.layers.select import SelectConfig
 from sparsejax.layers.stream import Cost, Linear, Stream, attention_cost, output_scale, parameter
-from sparsejax.ops import AttentionCall, attend, attend_cached, merge_lse
+from sparsejax.ops import AttentionCall, Selection, attend, attend_cached, attend_cached_selection, merge_lse
+from sparsejax.ops.call import SelectedCall, selected_call
 from sparsejax.ops.softmax import confine_nan
 
 MASKED_SEGMENT = -3  # a segment id that no query has
@@ -50,6 +52,7 @@ class AttentionConfig(MixerConfig):
     bias: bool = False  # whether the projections to queries, keys, values and gate have a bias
     out_bias: bool = False  # whether the last projection has a bias
     global_projections: bool = False  # use separate projections for the tokens of `Extras.globals` (Longformer)
+    select: SelectConfig | None = None  # keys that each query chooses by content; none for all keys of the pattern
 
     def __post_init__(self):
         require_at_least(self, 1, "heads", "kv_heads", "head_width", "growth_period")
@@ -63,6 +66,10 @@ class AttentionConfig(MixerConfig):
             raise InputError("softcap", f"{self.softcap} is not positive")
         require_choice(self, "impl", implementation_names())
         pattern = parse_pattern(self.pattern, self.heads)
+        if self.select is not None and pattern.heads is not None:
+            raise InputError("pattern", f"{str(self.pattern)!r} differs between heads, which select does not support")
+        if self.select is not None and self.select.kind == "moba" and pattern.lookahead() != 0:
+            raise InputError("pattern", f"{str(self.pattern)!r} is not causal, as select.kind = 'moba' must be")
         if self.global_projections and "global" in str(pattern):
             raise InputError(
                 "global_projections", f"they apply to run-time globals only, but the pattern is {self.pattern!r}"
@@ -71,16 +78,24 @@ class AttentionConfig(MixerConfig):
     @property
     def summary(self) -> str:
         """Kind and sizes, in a few words."""
-        return f"attention {self.heads}/{self.kv_heads} x {self.head_width}"
+        selected = "" if self.select is None else f", {self.select.summary}"
+        return f"attention {self.heads}/{self.kv_heads} x {self.head_width}{selected}"
 
     @property
     def connectivity(self) -> patterns.Pattern:
         """The pattern."""
         return patterns.parse(self.pattern)
 
+    @property
+    def selects(self) -> bool:
+        """Whether queries choose their keys."""
+        return self.select is not None
+
     def check(self, length: int) -> None:
-        """Raises InputError if the pattern does not fit `length` tokens."""
+        """Raises InputError if the pattern or a block does not fit `length` tokens."""
         parse_pattern(self.pattern, self.heads, length)
+        if self.select is not None and self.select.block > length:
+            raise InputError("select.block", f"{self.select.block} is above the {length} tokens of a sequence")
 
 
 class Attention(Mixer):
@@ -123,9 +138,14 @@ class Attention(Mixer):
         return self._project_out(x, y)
 
     def init_cache(self, batch: int, length: int) -> Cache:
-        """Returns an empty cache for `length` positions, with the slots of `patterns.plan_cache`."""
-        slots = patterns.plan_cache(self.pattern, length).count
+        """Returns an empty cache for `length` positions, with the slots of `patterns.plan_cache`.
+
+        A query that chooses its keys may choose any of them: they are all kept, in the order of their positions.
+        """
+        slots = patterns.plan_cache(self._kept, length).count
         shape = (batch, self.config.kv_heads, slots, self.config.head_width)
+        if self.config.select is not None:
+            shape = (batch, slots, self.config.kv_heads, self.config.head_width)
         return {name: jnp.zeros(shape, self.key.dtype) for name in ("k", "v")}
 
     def extend(
@@ -137,6 +157,8 @@ class Attention(Mixer):
         context: Context = EMPTY,
     ) -> tuple[Float[Array, "b c m"], Cache]:
         """Mixes the next tokens, whose queries attend to the slots of the cache and to the chunk."""
+        if self.config.select is not None:
+            return self._extend_selected(x, cache, positions, length, context)
         at = chunk_positions(positions, x.shape[1])
         q, k, v = self._project(x, at)
         plan = patterns.plan_cache(self.pattern, length)
@@ -150,7 +172,28 @@ class Attention(Mixer):
         )  # fmt: skip
         return self._project_out(x, y), cache
 
-    def attention_calls(self, x: Float[Array, "b t inputs"], context: Context = EMPTY) -> dict[str, AttentionCall]:
+    def _extend_selected(
+        self, x: Array, cache: Cache, positions: Array, length: int, context: Context
+    ) -> tuple[Array, Cache]:
+        """As `extend`; the keys of the cache are in the order of their positions."""
+        assert self.config.select is not None
+        at = chunk_positions(positions, x.shape[1])
+        q, k, v = confine_nan(*self._project(x, at))
+        plan = patterns.plan_cache(self._kept, length)
+        cache, keys, keys_at = extend_keys(plan, cache, {"k": k, "v": v}, positions, context.tokens, axis=1)
+        q, k = self._append_relative(q, keys["k"], at, keys_at)
+        options = {"positions": (at, keys_at), "length": length}
+        selection = self.config.select.choose(q, k, self.pattern, self._scale, **options)
+        sinks = None if self.sinks is None else self.sinks[...]
+        y = attend_cached_selection(
+            q, k, keys["v"], selection, self.pattern, at, keys_at, length, scale=self._scale,
+            softcap=self.config.softcap, sink_logits=sinks, alibi_slopes=self._slopes,
+        )  # fmt: skip
+        return self._project_out(x, y), cache
+
+    def attention_calls(
+        self, x: Float[Array, "b t inputs"], context: Context = EMPTY
+    ) -> dict[str, AttentionCall | SelectedCall]:
         """Returns the arguments of attention, without globals of the batch."""
         positions = self._positions(x, context)
         q, k, v = self._project(x, positions)
@@ -158,13 +201,16 @@ class Attention(Mixer):
         sinks, segments = None if self.sinks is None else self.sinks[...], context.tokens.attend_segments
         options = {"scale": self._scale, "softcap": self.config.softcap, "alibi_slopes": self._slopes}
         call = AttentionCall(q, k, v, self.pattern, sink_logits=sinks, segments=segments, interpret=None, **options)
-        return {"": call}
+        selection = self._choose(q, k, segments)
+        return {"": call if selection is None else selected_call(call, selection)}
 
     def cost(self, length: int) -> Cost:
         """Cost of the projections and of attention under the pattern."""
         config, projections = self.config, (self.query, self.key, self.value, self.gate, self.out)
         linear = sum(projection.flops for projection in projections if projection is not None)
         width = config.head_width
+        if config.select is not None:
+            return Cost(0, linear) + config.select.cost(self.pattern, length, heads=config.heads, width=width)
         return Cost(0, linear) + attention_cost(
             self.pattern,
             length,
@@ -172,6 +218,17 @@ class Attention(Mixer):
             score_width=width + (config.relative or 0),
             value_width=width,
         )
+
+    @property
+    def _kept(self) -> patterns.Pattern:
+        """The pattern whose keys a cache keeps."""
+        return self.pattern if self.config.select is None else patterns.Causal()
+
+    def _choose(self, q: Array, k: Array, segments: tuple[Array, Array] | None) -> Selection | None:
+        """The keys that the queries of a whole sequence choose, if they do."""
+        if self.config.select is None:
+            return None
+        return self.config.select.choose(q, k, self.pattern, self._scale, segments=segments)
 
     @property
     def _scale(self) -> float:
@@ -222,11 +279,13 @@ class Attention(Mixer):
     def _attend(self, q, k, v, pattern, segments, q_positions, k_positions=None, return_lse=False):
         k_positions = q_positions if k_positions is None else k_positions
         q, k = self._append_relative(q, k, q_positions, k_positions)
-        impl = self.config.impl if pattern is self.pattern else "auto"
+        impl, selection = "auto", None
+        if pattern is self.pattern:
+            impl, selection = self.config.impl, self._choose(q, k, segments)
         sinks = None if self.sinks is None else self.sinks[...]
         return attend(
             q, k, v, pattern, impl=impl, scale=self._scale, softcap=self.config.softcap, sink_logits=sinks,
-            alibi_slopes=self._slopes, segment_ids=segments, return_lse=return_lse,
+            alibi_slopes=self._slopes, segment_ids=segments, return_lse=return_lse, selection=selection,
         )  # fmt: skip
 
     def _attend_with_globals(
@@ -236,8 +295,9 @@ class Attention(Mixer):
 
         Time and memory are those of the pattern, plus one key and one query per global.
         """
-        if self.pattern.lookahead() == 0 or self.sinks is not None or self.config.alibi or self.relative is not None:
-            raise InputError("globals", "they need a bidirectional pattern without sinks, alibi or relative")
+        others = self.sinks, self.relative, self.config.select
+        if self.pattern.lookahead() == 0 or self.config.alibi or any(other is not None for other in others):
+            raise InputError("globals", "they need a bidirectional pattern without sinks, alibi, relative or select")
         (b, t), everywhere, full = x.shape[:2], jnp.arange(x.shape[1]), patterns.Full()
         queries, keys = segments or (jnp.zeros((b, t), jnp.int32),) * 2
         real = positions >= 0

@@ -18,7 +18,7 @@ from sparsejax.layers.protocols import Cache, Mixer, MixerConfig, implementation
 from sparsejax.layers.rotary import RopeConfig, rotate
 from sparsejax.layers.stream import Cost, Linear, Stream, attention_cost, output_scale
 from sparsejax.ops import AttentionCall, Selection, attend, attend_cached, attention_flops, select_indexed
-from sparsejax.ops.call import SelectedCall
+from sparsejax.ops.call import SelectedCall, selected_call
 from sparsejax.ops.softmax import confine_nan
 
 
@@ -84,6 +84,11 @@ class LatentConfig(MixerConfig):
     def connectivity(self) -> patterns.Pattern:
         """The pattern, from which an indexer selects."""
         return patterns.parse(self.pattern)
+
+    @property
+    def selects(self) -> bool:
+        """Whether there is an indexer."""
+        return self.indexer is not None
 
     def check(self, length: int) -> None:
         """Raises InputError if the pattern does not fit `length` tokens."""
@@ -175,15 +180,8 @@ class Latent(Mixer):
         q_latent, q = self._query(x, positions)
         arrays = q, *self._expand(x, positions)
         call = AttentionCall(*arrays, self.pattern, self._scale, None, None, segments, None)
-        if self.indexer is None:
-            return {"": call}
         selection = self._select(x, q_latent, context)
-        assert selection is not None
-
-        def count(queries: Int[Array, " c"]) -> Int[Array, "heads c s"]:
-            return Selection(selection.groups[:1, :, queries], selection.blocks).mask[0].astype(jnp.int32)
-
-        return {"": SelectedCall(call, count)}
+        return {"": call if selection is None else selected_call(call, selection)}
 
     def cost(self, length: int) -> Cost:
         """Cost of the projections, the indexer, and attention over expanded keys and values."""

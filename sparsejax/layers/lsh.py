@@ -62,6 +62,11 @@ class LshConfig(MixerConfig):
         return patterns.Causal() if self.causal else patterns.Full()
 
     @property
+    def selects(self) -> bool:
+        """Hashes choose the keys."""
+        return True
+
+    @property
     def leaks(self) -> str:
         """A later token can move the chunk borders, see the class."""
         return "later tokens move the chunk borders, which select the keys of earlier tokens" if self.causal else ""

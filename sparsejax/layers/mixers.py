@@ -64,6 +64,11 @@ class ParallelConfig(MixerConfig):
         """Leak of the first branch that has one."""
         return next((branch.mixer.leaks for branch in self.branches.values() if branch.mixer.leaks), "")
 
+    @property
+    def selects(self) -> bool:
+        """Whether a branch selects."""
+        return any(branch.mixer.selects for branch in self.branches.values())
+
     def check(self, length: int) -> None:
         """Raises InputError if a branch cannot run on `length` tokens."""
         for name, branch in self.branches.items():

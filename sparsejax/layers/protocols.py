@@ -78,6 +78,11 @@ class MixerConfig:
         """How a position depends on later tokens although `connectivity` is causal; empty if it does not."""
         return ""
 
+    @property
+    def selects(self) -> bool:
+        """Whether a position reads from some positions of `connectivity` only, which the data choose."""
+        return False
+
     def check(self, length: int) -> None:
         """Raises InputError, with the path of the argument, if the mixer cannot run on `length` tokens."""
 

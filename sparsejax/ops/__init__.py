@@ -7,7 +7,7 @@ from sparsejax.ops.attention import (
     attend,
     attention_flops,
 )
-from sparsejax.ops.cached import attend_cached
+from sparsejax.ops.cached import attend_cached, attend_cached_selection
 from sparsejax.ops.call import AttentionCall
 from sparsejax.ops.chunks import CHUNK
 from sparsejax.ops.conv import causal_conv
@@ -31,6 +31,7 @@ __all__ = [
     "add_alibi",
     "attend",
     "attend_cached",
+    "attend_cached_selection",
     "attend_edges",
     "attend_hashed",
     "attention_flops",

@@ -47,8 +47,8 @@ class Blocks:
         keys = starts.reshape(*blocks.shape, 1) + jnp.arange(self.size)
         last = self.of_key.shape[1] - 1
         of_key = jnp.broadcast_to(self.of_key, (blocks.shape[0], last + 1))
-        found = jnp.take_along_axis(of_key, jnp.clip(keys, 0, last).reshape(blocks.shape[0], -1), axis=1)
-        inside = (keys <= last) & (found.reshape(keys.shape) == blocks[..., None])
+        actual = jnp.take_along_axis(of_key, jnp.clip(keys, 0, last).reshape(blocks.shape[0], -1), axis=1)
+        inside = (keys <= last) & (actual.reshape(keys.shape) == blocks[..., None])
         return jnp.where(inside, keys, -1)
 
     def split(self, x: Shaped[Array, "b *rest s"], fill: float | bool) -> Shaped[Array, "b *rest n size"]:

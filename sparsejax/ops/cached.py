@@ -10,11 +10,13 @@ from jaxtyping import Array, Bool, Float, Int, Shaped
 from sparsejax.ops import softmax
 from sparsejax.ops.call import require_softcap
 from sparsejax.ops.chunks import pad_to_multiple
+from sparsejax.ops.selection import Selection
 from sparsejax.ops.softmax import MASKED
 from sparsejax.patterns import Pattern
 
 State = tuple[Array, Array, Array]
 QUERIES, KEYS = 128, 256  # queries and keys whose scores are in memory at a time
+SELECTING = 16  # queries whose chosen keys are in memory at a time
 GROUP = 16  # query heads per key head up to which a CPU multiplies each by the keys
 
 
@@ -120,6 +122,56 @@ def attend_cached(
     return jnp.moveaxis(out, 3, 1).reshape(b, t, h, value).astype(v.dtype)
 
 
+def attend_cached_selection(
+    q: Float[Array, "b t h d"],
+    k: Float[Array, "b s g d"],
+    v: Float[Array, "b s g value"],
+    selection: Selection,
+    pattern: Pattern,
+    q_positions: Int[Array, "b t"],
+    k_positions: Int[Array, "b s"],
+    length: int,
+    *,
+    scale: float,
+    softcap: float | None = None,
+    sink_logits: Float[Array, " h"] | None = None,
+    alibi_slopes: Float[Array, " h"] | None = None,
+) -> Float[Array, "b t h value"]:
+    """As `attend_cached`, to the keys that each query chose; gathers those of `SELECTING` queries at a time.
+
+    Keys and values have slots before heads, because a query gathers whole slots.
+    """
+    require_softcap(softcap)
+    (b, _, h, d), (_, s, g, _), scopes = q.shape, k.shape, selection.groups.shape[1]
+    dtype, heads = jnp.promote_types(q.dtype, jnp.float32), max(1, g // scopes)
+    k, v = (
+        jnp.moveaxis(jnp.repeat(x, max(1, scopes // g), axis=2).reshape(b, s, scopes, heads, -1), 2, 1) for x in (k, v)
+    )
+    sink, slopes = (
+        None if x is None else x.astype(dtype).reshape(scopes, heads, -1)[None, :, None, :, :, None]
+        for x in (sink_logits, alibi_slopes)
+    )
+    take = jax.vmap(jax.vmap(lambda x, keys: x[jnp.maximum(keys, 0)]))
+
+    def attend(chunk: tuple[Array, Array, Array]) -> Float[Array, "b c scopes g r value"]:
+        q, groups, at = chunk
+        keys = Selection(jnp.moveaxis(groups, 1, 2), selection.blocks).keys
+        keys_at = jnp.take_along_axis(k_positions, jnp.maximum(keys, 0).reshape(b, -1), axis=1).reshape(keys.shape)
+        queries = at[:, None, :, None]
+        mask = (keys >= 0) & (keys_at >= 0) & pattern.allows(queries, keys_at, length, length)
+        scores = jnp.einsum("bcxgrd,bxcngd->bxcgrn", q.astype(k.dtype), take(k, keys), preferred_element_type=dtype)
+        distance = (queries - keys_at)[:, :, :, None, None]
+        scores = softmax.add_alibi(softmax.softcap(scores * scale, softcap), slopes, distance)
+        p, _ = softmax.masked_softmax(scores, mask[:, :, :, None, None], sink)
+        return jnp.einsum("bxcgrn,bxcnge->bcxgre", p.astype(v.dtype), take(v, keys), preferred_element_type=dtype)
+
+    size = min(q.shape[1], SELECTING)
+    arrays = q.reshape(*q.shape[:2], scopes, heads, -1, d), jnp.moveaxis(selection.groups, 2, 1), q_positions
+    chunks = tuple(_split(x, 1, size) for x in arrays)
+    out = jnp.moveaxis(jax.lax.map(attend, chunks), 0, 1).reshape(b, -1, h, v.shape[-1])
+    return out[:, : q.shape[1]].astype(v.dtype)
+
+
 def _multiply(q: Float[Array, "b g r t d"], k: Float[Array, "b g s d"]) -> Float[Array, "b g r t s"]:
     return jnp.einsum("bgrtd,bgsd->bgrts", q, k, preferred_element_type=jnp.promote_types(q.dtype, jnp.float32))
 
@@ -138,7 +190,7 @@ def _fix_layouts(*arrays: Shaped[Array, ...]) -> tuple[Shaped[Array, ...], ...]:
     return tuple(with_layout_constraint(x, Layout(tuple(range(x.ndim)))) for x in arrays)
 
 
-def _split(x: Shaped[Array, ...], axis: int) -> Shaped[Array, "blocks ..."]:
+def _split(x: Shaped[Array, ...], axis: int, size: int = QUERIES) -> Shaped[Array, "blocks ..."]:
     """Cuts an axis into blocks of queries, padded with zeros."""
-    x = pad_to_multiple(x, QUERIES, axis)
-    return jnp.moveaxis(x.reshape(*x.shape[:axis], -1, QUERIES, *x.shape[axis + 1 :]), axis, 0)
+    x = pad_to_multiple(x, size, axis)
+    return jnp.moveaxis(x.reshape(*x.shape[:axis], -1, size, *x.shape[axis + 1 :]), axis, 0)

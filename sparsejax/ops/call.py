@@ -138,3 +138,13 @@ class SelectedCall:
     call: AttentionCall
     count: Callable[[Int[Array, " c"]], Int[Array, "heads c s"]]
     self_score: float | None = None
+
+
+def selected_call(call: AttentionCall, selection: Selection) -> SelectedCall:
+    """The attention of the first sequence to the keys of a selection."""
+
+    def count(queries: Int[Array, " c"]) -> Int[Array, "heads c s"]:
+        chosen = Selection(selection.groups[:1, :, queries], selection.blocks).mask[0].astype(jnp.int32)
+        return chosen if len(chosen) == 1 else jnp.repeat(chosen, call.q.shape[2] // len(chosen), axis=0)
+
+    return SelectedCall(call, count)

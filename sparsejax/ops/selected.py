@@ -46,7 +46,7 @@ class Lists(NamedTuple):
 
     Attributes:
       queries: Query of each pair, in the order of blocks.
-      order: Place of each pair of `groups` in this order.
+      order: Index of each pair of `groups` in this order.
       starts: First pair of each block.
       ends: One past its last pair.
       chunks: One past the last chunk of each block: a block with n pairs has ceil(n / CHUNK) chunks.
@@ -64,11 +64,11 @@ def list_pairs(groups: Int[Array, "t k"], count: int) -> Lists:
     t, k = groups.shape
     blocks = jnp.where(groups < 0, count, groups).ravel()
     order = jnp.argsort(blocks, stable=True)
-    place = jnp.zeros(t * k, jnp.int32).at[order].set(jnp.arange(t * k, dtype=jnp.int32))
+    index = jnp.zeros(t * k, jnp.int32).at[order].set(jnp.arange(t * k, dtype=jnp.int32))
     ends = jnp.searchsorted(blocks[order], jnp.arange(count), side="right").astype(jnp.int32)
     starts = jnp.concatenate([jnp.zeros(1, jnp.int32), ends[:-1]])
     return Lists(
-        (order // k).astype(jnp.int32), place.reshape(t, k), starts, ends, jnp.cumsum(-(-(ends - starts) // CHUNK))
+        (order // k).astype(jnp.int32), index.reshape(t, k), starts, ends, jnp.cumsum(-(-(ends - starts) // CHUNK))
     )
 
 
@@ -205,7 +205,7 @@ def _forward_sequence(plan: Plan, x: _Sequence) -> tuple[Array, Array]:
         l, m = (jnp.moveaxis(y, -1, 0) for y in (l, m))
         out = out / jnp.where(l == 0, 1.0, l)[..., None]
         new = out, log_sum(m, l)
-        return tuple(  # the places after the pairs of the block are written again by the next chunk
+        return tuple(  # what is after the pairs of the block are written again by the next chunk
             jax.lax.dynamic_update_slice_in_dim(part, y, at.first, 0) for part, y in zip(parts, new, strict=True)
         )
 
@@ -233,8 +233,8 @@ def _merge(
     weights = weights / jnp.where(l == 0, 1.0, l)[:, None]
 
     def add(out: Array, part: tuple[Array, Array]) -> tuple[Array, None]:
-        place, weight = part
-        return out + weight[..., None] * jnp.where(weight[..., None] == 0, 0.0, outs[place]), None
+        index, weight = part
+        return out + weight[..., None] * jnp.where(weight[..., None] == 0, 0.0, outs[index]), None
 
     zeros = jnp.zeros((*m.shape, outs.shape[-1]), outs.dtype)
     out, _ = jax.lax.scan(add, zeros, (order.T, jnp.moveaxis(weights, 1, 0)))
@@ -269,8 +269,8 @@ def _backward_sequence(plan: Plan, x: _Sequence, lse: Array, delta: Array, d_out
     parts, dk, dv = jax.lax.fori_loop(0, lists.chunks[-1], differentiate, zeros)
 
     def add(dq: Array, part: tuple[Array, Array]) -> tuple[Array, None]:
-        place, chosen = part
-        return dq + jnp.where(chosen[:, None, None, None], parts[place], 0.0), None
+        index, chosen = part
+        return dq + jnp.where(chosen[:, None, None, None], parts[index], 0.0), None
 
     dq, _ = jax.lax.scan(add, jnp.zeros_like(q), (lists.order.T, (x.groups >= 0).T))
     return dq, dk[: plan.s], dv[: plan.s]

@@ -6,6 +6,7 @@ Every function returns a `Selection` of a whole sequence. Query head h reads key
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -19,6 +20,7 @@ from sparsejax.ops.softmax import masked_softmax
 from sparsejax.patterns import Pattern
 
 Segments = tuple[Int[Array, "b t"], Int[Array, "b s"]] | None
+Positions = tuple[Int[Array, "b t"], Int[Array, "b s"]] | None
 POOLINGS: dict[str, Callable[..., Array]] = {
     "max": jnp.max,
     "mean": jnp.mean,
@@ -43,7 +45,7 @@ def select_indexed(
     pattern: Pattern,
     *,
     segments: Segments = None,
-    positions: tuple[Int[Array, "b t"], Int[Array, "b s"]] | None = None,
+    positions: Positions = None,
     length: int | None = None,
 ) -> Selection:
     """DeepSeek sparse attention: the keys with the largest `index_scores`, which all heads share.
@@ -64,8 +66,8 @@ def select_indexed(
     def score(arrays: tuple[Array, Array], visible: Visible) -> tuple[Array, None]:
         return index_scores(*arrays, keys)[:, None], None
 
-    options = {"segments": segments, "positions": positions, "length": length}
-    return select(score, (q, weights), make_blocks(k.shape[1], 1), top_k, pattern, **options)
+    blocks = make_blocks(k.shape[1], 1)
+    return select(score, (q, weights), blocks, top_k, pattern, **_options(segments, positions, length))
 
 
 def top_tokens(
@@ -78,6 +80,8 @@ def top_tokens(
     pooling: str = "logits",
     scale: float | None = None,
     segments: Segments = None,
+    positions: Positions = None,
+    length: int | None = None,
 ) -> Selection:
     """Exact top-k: the keys with the largest logits, the oracle of every mechanism.
 
@@ -90,6 +94,8 @@ def top_tokens(
       pooling: How "kv_head" combines its query heads: sums of "logits", or of "probabilities" over all allowed keys.
       scale: Factor on q·k; defaults to `d ** -0.5`.
       segments: Segment ids of queries and of keys.
+      positions: Positions of queries and of keys, see `select`; key i is at position i.
+      length: Length of the sequence that the pattern describes.
 
     Raises:
       InputError: An argument is invalid.
@@ -106,7 +112,7 @@ def top_tokens(
             logits, _ = masked_softmax(logits, visible.keys[:, None], None)
         return logits.reshape(logits.shape[0], groups, -1, *logits.shape[2:]).sum(axis=2), None
 
-    return select(score, q, make_blocks(k.shape[1], 1), top_k, pattern, segments=segments)
+    return select(score, q, make_blocks(k.shape[1], 1), top_k, pattern, **_options(segments, positions, length))
 
 
 def top_tiles(
@@ -120,6 +126,8 @@ def top_tiles(
     pooling: str = "max",
     scale: float | None = None,
     segments: Segments = None,
+    positions: Positions = None,
+    length: int | None = None,
 ) -> Selection:
     """Tile top-k: per query head, the blocks whose pooled logits over the allowed keys are largest.
 
@@ -136,6 +144,8 @@ def top_tiles(
       pooling: "max", "mean" or "logsumexp".
       scale: Factor on q·k; defaults to `d ** -0.5`.
       segments: Segment ids of queries and of keys.
+      positions: Positions of queries and of keys, see `select`; key i is at position i.
+      length: Length of the sequence that the pattern describes.
 
     Raises:
       InputError: An argument is invalid.
@@ -151,7 +161,7 @@ def top_tiles(
         pooled = jnp.where(mask.any(axis=-1), pooled, -jnp.inf)
         return _share(pooled, query_tile), None
 
-    return select(score, q, blocks, top_k, pattern, segments=segments)
+    return select(score, q, blocks, top_k, pattern, **_options(segments, positions, length))
 
 
 def _share(scores: Float[Array, "b h c n"], query_tile: int) -> Float[Array, "b h c n"]:
@@ -170,6 +180,8 @@ def moba(
     pattern: Pattern,
     *,
     segments: Segments = None,
+    positions: Positions = None,
+    length: int | None = None,
 ) -> Selection:
     """Mixture of block attention (MoBA, arXiv:2502.13189): the blocks whose mean key has the largest product.
 
@@ -183,15 +195,19 @@ def moba(
       top_k: Blocks per query and query head.
       pattern: The allowed keys.
       segments: Segment ids of queries and of keys.
+      positions: Positions of queries and of keys, see `select`; key i is at position i.
+      length: Length of the sequence that the pattern describes.
     """
     _require_positive(block=block, top_k=top_k)
     blocks = _blocks(k, block, segments)
     means = jax.lax.stop_gradient(block_means(k, blocks))
 
     def score(q: Array, visible: Visible) -> tuple[Array, Array]:
-        return _logits(q, means, 1.0), (_own(visible, blocks)[..., None] == jnp.arange(blocks.count))[:, None]
+        return _logits(q, means, 1.0), (_block_of_query(visible, blocks)[..., None] == jnp.arange(blocks.count))[
+            :, None
+        ]
 
-    return select(score, q, blocks, top_k, pattern, segments=segments)
+    return select(score, q, blocks, top_k, pattern, **_options(segments, positions, length))
 
 
 def block_means(x: Float[Array, "b s g d"], blocks: Blocks) -> Float[Array, "b n g d"]:
@@ -238,10 +254,10 @@ def route(
     ranks = jnp.argsort(order, axis=-1)
     back = jnp.arange(min(members, t))[::-1]
     at = ranks[..., None] - back
-    found = jnp.take_along_axis(order, jnp.maximum(at, 0).reshape(*at.shape[:2], -1), axis=-1).reshape(at.shape)
-    own = jnp.take_along_axis(labels, found.reshape(*at.shape[:2], -1), axis=-1).reshape(at.shape)
-    kept = (at >= 0) & (own == labels[..., None])
-    keys = jnp.sort(jnp.where(kept, found, t), axis=-1)
+    members_at = jnp.take_along_axis(order, jnp.maximum(at, 0).reshape(*at.shape[:2], -1), axis=-1)
+    member_labels = jnp.take_along_axis(labels, members_at, axis=-1).reshape(at.shape)
+    kept = (at >= 0) & (member_labels == labels[..., None])
+    keys = jnp.sort(jnp.where(kept, members_at.reshape(at.shape), t), axis=-1)
     return Selection(jnp.where(keys < t, keys, -1), make_blocks(t, 1))
 
 
@@ -377,9 +393,8 @@ def nsa(
             inside = ((at >= 0) & (at < units.count))[:, None, None]
             index = jnp.broadcast_to(jnp.clip(at, 0, units.count - 1)[:, None, None], scores.shape)
             scores += int(shared) * jnp.where(inside, jnp.take_along_axis(p, index, axis=-1), 0.0)
-        own = _own(visible, blocks)[..., None]
-        indices = jnp.arange(blocks.count)
-        forced = (blocks.numbers[:, None] < initial) | ((indices > own - local) & (indices <= own))
+        current, indices = _block_of_query(visible, blocks)[..., None], jnp.arange(blocks.count)
+        forced = (blocks.numbers[:, None] < initial) | ((indices > current - local) & (indices <= current))
         return scores, forced[:, None]
 
     return select(score, q, blocks, count, pattern, segments=segments)
@@ -389,7 +404,7 @@ def _blocks(k: Array, size: int, segments: Segments) -> Blocks:
     return make_blocks(k.shape[1], size, None if segments is None else segments[1])
 
 
-def _own(visible: Visible, blocks: Blocks) -> Int[Array, "#b c"]:
+def _block_of_query(visible: Visible, blocks: Blocks) -> Int[Array, "#b c"]:
     """The block of each query, which is at the position of its key."""
     of_key, at = blocks.of_key, visible.positions
     shape = max(len(of_key), len(at)), at.shape[1]
@@ -403,6 +418,10 @@ def _logits(q: Float[Array, "b c h d"], k: Float[Array, "b n g d"], scale: float
     q = q.reshape(b, c, g, h // g, d).astype(dtype)
     logits = jnp.einsum("bcgrd,bngd->bgrcn", q, k.astype(dtype), precision=jax.lax.Precision.HIGHEST)
     return logits.reshape(b, h, c, -1) * (d**-0.5 if scale is None else scale)
+
+
+def _options(segments: Segments, positions: Positions, length: int | None) -> dict[str, Any]:
+    return {"segments": segments, "positions": positions, "length": length}
 
 
 def _require_choice(**choices: tuple[str, Iterable[str]]) -> None:

@@ -209,7 +209,7 @@ def _find_patterns(
 
 
 def _can_change(mixer: Any) -> bool:
-    return hasattr(mixer, "pattern") and getattr(mixer, "indexer", None) is None
+    return hasattr(mixer, "pattern") and not mixer.selects
 
 
 def with_pattern(layer: Any, pattern: str) -> Any:

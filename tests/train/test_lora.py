@@ -204,8 +204,8 @@ def test_four_devices_train_like_one(trained, text, tmp_path):
         runs.start("train", f"--config={runs.RECIPE}", *arguments, *mesh, f"--workdir={workdir.path}", devices=4)
     )
     assert code == 0, err
-    one, four = ([row["train/loss"] for row in read_rows(run.metrics)] for run in (trained[0], workdir))
-    assert four == pytest.approx(one, abs=1e-4)
+    single, four = ([row["train/loss"] for row in read_rows(run.metrics)] for run in (trained[0], workdir))
+    assert four == pytest.approx(single, abs=1e-4)
     # One device reads the factors that four devices saved.
     expected, merged = (sparsejax.load(run.path).parameters for run in (trained[0], workdir))
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-3), merged, expected)

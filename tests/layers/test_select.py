@@ -1,0 +1,106 @@
+"""Attention to keys that the data choose, as an option of the mixer."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from sparsejax.config import ConfigError
+from sparsejax.errors import InputError
+from sparsejax.layers import Attention, Context, SelectConfig, Stream
+from sparsejax.layers.context import Tokens
+from tests.check.models import ATTENTION, build
+from tests.messages import rejects
+from tests.tolerances import assert_close
+
+KINDS = {
+    "tokens": {"kind": "tokens", "count": 9},
+    "tiles": {"kind": "tiles", "count": 3, "block": 5, "pooling": "logsumexp"},
+    "moba": {"kind": "moba", "count": 2, "block": 8},
+}
+LENGTH = 70
+
+
+def make(select, causal=True, **options):
+    """The mixer of a model."""
+    mixer = ATTENTION | {"pattern": "causal", "impl": "auto", "select": select} | options
+    config = build(mixer, causal=causal).layers["mix"].mixer
+    return config, Attention(config, Stream(width=16, dtype=jnp.float32, depth=1), nnx.Rngs(0))
+
+
+@pytest.fixture(scope="module")
+def x():
+    return jnp.asarray(np.random.default_rng(0).normal(size=(2, LENGTH, 16)), jnp.float32)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_enough_groups_give_dense_attention(kind, x):
+    config, mixer = make(KINDS[kind] | {"count": LENGTH}, impl="dense")
+    mixer.config, expected = dataclasses.replace(config, select=None), jax.jit(mixer.__call__)
+    dense = expected(x)
+    mixer.config = config
+    np.testing.assert_array_equal(jax.jit(lambda x: mixer(x))(x), dense)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_chunks_of_ragged_rows_equal_the_whole(kind, x):
+    _, mixer = make(KINDS[kind])
+    whole, cache = jax.jit(mixer.__call__)(x), mixer.init_cache(2, LENGTH)
+    extend = jax.jit(mixer.extend, static_argnums=3)
+    at, bytes_before = np.zeros(2, int), sum(leaf.nbytes for leaf in jax.tree.leaves(cache))
+    for size, counts in ((17, (17, 9)), (8, (8, 8)), (1, (1, 1)), (20, (20, 3)), (1, (1, 1))):
+        rows = jnp.stack([jnp.pad(x[i], ((0, 64), (0, 0)))[at[i] : at[i] + size] for i in range(2)])
+        mask = jnp.arange(size) < jnp.asarray(counts)[:, None]
+        y, cache = extend(rows, cache, jnp.asarray(at), LENGTH, Context(Tokens(mask=mask)))
+        for i, count in enumerate(counts):
+            assert_close(f"row {i} at {at[i]}", y[i, :count], whole[i, at[i] : at[i] + count], "float32")
+        at += counts
+    assert sum(leaf.nbytes for leaf in jax.tree.leaves(cache)) == bytes_before
+
+
+def test_the_account_counts_chosen_keys_and_scores():
+    select = SelectConfig(kind="moba", count=2, block=4)
+    _, mixer = make(dataclasses.asdict(select))
+    attended = sum(1 + t % 4 + 4 * min(1, t // 4) for t in range(10))
+    scored = sum(t // 4 for t in range(10))
+    assert mixer.cost(10).pairs == 2 * (attended + scored)  # two heads
+    _, mixer = make({"kind": "tokens", "count": 3})
+    assert mixer.cost(10).pairs == 2 * (sum(min(t + 1, 3) for t in range(10)) + 55)
+
+
+def test_the_summary_says_what_is_chosen():
+    assert make(KINDS["moba"])[0].summary.endswith(", top 2 blocks of 8 (MoBA)")
+    assert make(KINDS["tokens"])[0].summary.endswith(", top 9 keys")
+
+
+@pytest.mark.parametrize(
+    ("key", "select", "options"),
+    [
+        ("select.kind", {"kind": "best"}, {}),
+        ("select.count", {"count": 0}, {}),
+        ("select.block", {"kind": "tokens", "block": 2}, {}),
+        ("select.block", {"block": 0}, {}),
+        ("select.pooling", {"pooling": "max", "kind": "tiles"} | {"pooling": "sum"}, {}),
+        ("select.pooling", {"kind": "moba", "pooling": "mean"}, {}),
+        ("pattern", {}, {"pattern": "per_head(causal, causal & window(3))"}),
+        ("pattern", {}, {"pattern": "full"}),
+    ],
+)
+def test_invalid_sections(key, select, options):
+    with rejects(ConfigError, key):
+        make(KINDS["moba"] | select, **options)
+
+
+def test_a_block_longer_than_the_sequence():
+    with rejects(InputError, "select.block"):
+        make(KINDS["moba"])[0].check(7)
+
+
+def test_a_choice_does_not_support_globals(x):
+    _, mixer = make({"kind": "tiles", "count": 2, "block": 8}, causal=False, pattern="window(9, 9)")
+    context = Context().with_extras(globals=jnp.zeros((2, 1), jnp.int32))
+    with rejects(InputError, "globals"):
+        mixer(x, context)
