@@ -34,7 +34,7 @@ TRACED = 2  # layers per name whose gradients are then taken
 SHORTEST_ROW = 7  # tokens of three documents and padding
 RECENT = 4  # keys before a query that have an influence through every recurrence
 # Largest difference between a document in a packed row and alone, relative to the largest logit.
-ALONE = {"float32": 2e-5, "bfloat16": 5e-2}
+ALONE = 2e-5
 DOUBLE = 1e-12  # largest change in float64 that is rounding, relative to the largest logit
 
 
@@ -138,13 +138,27 @@ def check_documents(subject: Subject) -> Finding:
     if any(isinstance(config, LshConfig) for mixer in subject.mixers.values() for config in _branches(mixer)):
         detail = f"packed documents and padding do not interact, {how}; alone, LSH attention hashes into other chunks"
         return Finding("documents", True, detail)
-    error = max(
-        np.abs(np.roll(logits[row], shift, axis=0) - logits[0])[document].max() for row, document, shift in alone
-    )
-    error = float(error / np.abs(logits[0]).max())
-    limit = ALONE[subject.config.dtype]
+    error = _compare_alone(subject, rows, context, logits, alone)
     detail = f"packed documents and padding do not interact, {how}; alone, the logits of a document differ"
-    return Finding("documents", error <= limit, f"{detail} by {error:.1e} of the largest, at most {limit:.0e}")
+    return Finding("documents", error <= ALONE, f"{detail} by {error:.1e} of the largest, at most {ALONE:.0e}")
+
+
+def _compare_alone(
+    subject: Subject,
+    rows: np.ndarray,
+    context: Context,
+    logits: np.ndarray,
+    alone: Sequence[tuple[int, np.ndarray, int]],
+) -> float:
+    """Largest difference of a document alone from the same one in a packed row, relative to the largest logit.
+
+    In float32: a document alone is computed in other tiles, and depth amplifies their rounding in low precision.
+    """
+    if subject.exact is not subject:
+        logits = subject.exact.forward(rows, context)
+    differences = (np.roll(logits[row], shift, axis=0) - logits[0] for row, _, shift in alone)
+    error = max(np.abs(x[document]).max() for x, (_, document, _) in zip(differences, alone, strict=True))
+    return float(error / np.abs(logits[0]).max())
 
 
 def _lay_out_documents(subject: Subject) -> tuple[np.ndarray, Context, list[Edit], list[tuple[int, np.ndarray, int]]]:
