@@ -37,6 +37,8 @@ SWEEPS = [
     ("needle", "", "sweep", 18),
     ("lost_in_the_middle", "", "sweep", 9),
     ("duplication", "", "sweep", 30),
+    ("attention_to_delta", "delta", "sweep", 12),
+    ("longformer_from_dense", "long", "sweep", 12),
     ("reformer_duplication", "mini", "sweep", 12),
     ("reformer_duplication", "paper", "sweep", 12),
 ]
