@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import contextlib
 import itertools
 from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
@@ -152,13 +153,21 @@ def _compare_alone(
 ) -> float:
     """Largest difference of a document alone from the same one in a packed row, relative to the largest logit.
 
-    In float32: a document alone is computed in other tiles, and depth amplifies their rounding in low precision.
+    A document alone is computed in other tiles, and depth amplifies their rounding: it is compared in float32, and if it
+    then differs, in float64.
     """
-    if subject.exact is not subject:
-        logits = subject.exact.forward(rows, context)
-    differences = (np.roll(logits[row], shift, axis=0) - logits[0] for row, _, shift in alone)
-    error = max(np.abs(x[document]).max() for x, (_, document, _) in zip(differences, alone, strict=True))
-    return float(error / np.abs(logits[0]).max())
+
+    def measure(logits: np.ndarray) -> float:
+        differences = (np.roll(logits[row], shift, axis=0) - logits[0] for row, _, shift in alone)
+        error = max(np.abs(x[document]).max() for x, (_, document, _) in zip(differences, alone, strict=True))
+        return float(error / np.abs(logits[0]).max())
+
+    error = measure(logits if subject.exact is subject else subject.exact.forward(rows, context))
+    if error <= ALONE:
+        return error
+    with jax.enable_x64(True), contextlib.suppress(TypeError, NotImplementedError):  # a mixer without float64
+        return measure(subject.double.forward(rows, context))
+    return error
 
 
 def _lay_out_documents(subject: Subject) -> tuple[np.ndarray, Context, list[Edit], list[tuple[int, np.ndarray, int]]]:

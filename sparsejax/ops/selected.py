@@ -12,6 +12,8 @@ Names are those of `sparsejax.ops.softmax`.
 from __future__ import annotations
 
 import dataclasses
+import functools
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -188,7 +190,7 @@ def _pad(x: Float[Array, " s *rest"], size: int, dtype: jnp.dtype) -> Float[Arra
     return jnp.pad(x.astype(dtype), ((0, size), *((0, 0),) * (x.ndim - 1)))
 
 
-def _forward_sequence(plan: Plan, x: _Sequence) -> tuple[Array, Array]:
+def _forward_sequence(loop: Callable[..., Any], plan: Plan, x: _Sequence) -> tuple[Array, Array]:
     lists = list_pairs(x.groups, len(x.starts))
     q, k, v = x.q.astype(plan.dtype), _pad(x.k, plan.size, plan.dtype), _pad(x.v, plan.size, plan.dtype)
     pairs = x.groups.size + CHUNK
@@ -211,7 +213,7 @@ def _forward_sequence(plan: Plan, x: _Sequence) -> tuple[Array, Array]:
 
     shape = (pairs, *x.q.shape[1:-1])
     empty = jnp.zeros((*shape, v.shape[-1]), plan.dtype), jnp.full(shape, -jnp.inf, plan.dtype)
-    outs, lses = jax.lax.fori_loop(0, lists.chunks[-1], attend, empty)
+    outs, lses = loop(lists, attend, empty)
     return _merge(lists.order, x.groups, outs, lses, x.sink)
 
 
@@ -241,7 +243,9 @@ def _merge(
     return out, log_sum(m, l)
 
 
-def _backward_sequence(plan: Plan, x: _Sequence, lse: Array, delta: Array, d_out: Array) -> tuple[Array, ...]:
+def _backward_sequence(
+    loop: Callable[..., Any], plan: Plan, x: _Sequence, lse: Array, delta: Array, d_out: Array
+) -> tuple[Array, ...]:
     """Gradients of q, k and v from delta = sum(out * d_out) - d_lse."""
     lists = list_pairs(x.groups, len(x.starts))
     q, k = zero_nan(x.q).astype(plan.dtype), _pad(zero_nan(x.k), plan.size, plan.dtype)
@@ -266,7 +270,7 @@ def _backward_sequence(plan: Plan, x: _Sequence, lse: Array, delta: Array, d_out
 
     dq = jnp.zeros((x.groups.size + CHUNK, *q.shape[1:]), plan.dtype)
     zeros = dq, jnp.zeros_like(k), jnp.zeros_like(v)
-    parts, dk, dv = jax.lax.fori_loop(0, lists.chunks[-1], differentiate, zeros)
+    parts, dk, dv = loop(lists, differentiate, zeros)
 
     def add(dq: Array, part: tuple[Array, Array]) -> tuple[Array, None]:
         index, chosen = part
@@ -276,13 +280,43 @@ def _backward_sequence(plan: Plan, x: _Sequence, lse: Array, delta: Array, d_out
     return dq, dk[: plan.s], dv[: plan.s]
 
 
-def _attend_plain(plan: Plan, *arrays: Any) -> tuple[Array, Array]:
-    """Output and log-sum-exp."""
-    return jax.lax.map(lambda x: _forward_sequence(plan, x), _Sequence(*arrays))
+def _loop_fast(lists: Lists, body: Callable[[Array, Any], Any], carry: Any) -> Any:
+    """Visits the chunks that exist; JAX does not differentiate a loop of unknown length in reverse mode."""
+    return jax.lax.fori_loop(0, lists.chunks[-1], body, carry)
+
+
+def _loop_differentiable(lists: Lists, body: Callable[[Array, Any], Any], carry: Any) -> Any:
+    """Visits as many chunks as there can be, and skips those that do not exist."""
+    most = len(lists.queries) // CHUNK + len(lists.chunks)
+
+    def visit(carry: Any, chunk: Array) -> tuple[Any, None]:
+        return jax.lax.cond(chunk < lists.chunks[-1], body, lambda _, carry: carry, chunk, carry), None
+
+    return jax.lax.scan(visit, carry, jnp.arange(most))[0]
+
+
+def _per_sequence(function: Callable[..., tuple[Array, ...]]) -> Callable[..., tuple[Array, ...]]:
+    """Maps a function over sequences; its derivatives are those of the loop that JAX can differentiate."""
+
+    def run(loop: Callable[..., Any], plan: Plan, arrays: Any) -> tuple[Array, ...]:
+        return jax.lax.map(lambda x: function(loop, plan, *x), arrays)
+
+    @functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
+    def run_fast(plan: Plan, *arrays: Any) -> tuple[Array, ...]:
+        return run(_loop_fast, plan, arrays)
+
+    @run_fast.defjvp
+    def differentiate(plan: Plan, arrays: Any, tangents: Any) -> Any:
+        return jax.jvp(lambda *arrays: run(_loop_differentiable, plan, arrays), arrays, tangents)
+
+    return run_fast
+
+
+_forward, _backward = _per_sequence(_forward_sequence), _per_sequence(_backward_sequence)
 
 
 def _attend_forward(plan, *arrays):
-    out, lse = _attend_plain(plan, *arrays)
+    out, lse = _forward(plan, _Sequence(*arrays))
     return (out, lse), (arrays, out, lse)
 
 
@@ -293,10 +327,10 @@ def _attend_backward(plan, residuals, cotangents):
     d_out, out = (jnp.where(bad[..., None], 0, y) for y in (d_out, out))
     delta = (out * d_out).sum(axis=-1) - jnp.where(bad, 0, d_lse)
     lse = jnp.where(bad, jnp.inf, jnp.where(lse > -jnp.inf, lse, 0.0))
-    dq, dk, dv = jax.lax.map(lambda y: _backward_sequence(plan, *y), (x, lse, delta, d_out))
+    dq, dk, dv = _backward(plan, x, lse, delta, d_out)
     d_sink = None if x.sink is None else -(jnp.exp(x.sink[:, None] - lse) * delta).sum(axis=1)
     grads = (y.astype(z.dtype) for y, z in zip((dq, dk, dv), (x.q, x.k, x.v), strict=True))
     return *grads, d_sink, *(None,) * 6
 
 
-_attend = with_derivatives(_attend_forward, _attend_backward, _attend_plain)
+_attend = with_derivatives(_attend_forward, _attend_backward, lambda plan, *x: _forward(plan, _Sequence(*x)))

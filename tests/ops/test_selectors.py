@@ -245,6 +245,24 @@ def test_attention_to_random_choices(seed):
             assert_close(f"{impl} d_{name}", grad, getattr(expected, name), "float32")
 
 
+@pytest.mark.parametrize("impl", ["gather", "segment"])
+def test_derivatives_of_every_mode_and_order(impl):
+    arrays, selection, segments, _, rng = draw_call(3)
+    (q, k, v), ids = map(jnp.asarray, arrays), None if segments is None else jnp.asarray(segments)
+    moved, weights = (jnp.asarray(rng.normal(size=x.shape), jnp.float32) for x in (q, v))
+
+    def differentiate(impl):
+        def total(q):
+            out = attend(q, k, v, CAUSAL, selection=selection, impl=impl, segment_ids=ids)
+            return (jnp.sin(out) * weights[:, :, :1]).sum()
+
+        second = jax.grad(lambda q: (jax.grad(total)(q) * moved).sum())
+        return jax.jit(lambda q: (jax.jvp(total, (q,), (moved,))[1], second(q)))(q)
+
+    for name, actual, expected in zip(("jvp", "second"), differentiate(impl), differentiate("dense"), strict=True):
+        assert_close(name, actual, expected, "float32")
+
+
 # Properties of mechanisms
 
 MECHANISMS = {
