@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import dataclasses
 import contextlib
+import dataclasses
 import itertools
 from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
@@ -153,8 +153,8 @@ def _compare_alone(
 ) -> float:
     """Largest difference of a document alone from the same one in a packed row, relative to the largest logit.
 
-    A document alone is computed in other tiles, and depth amplifies their rounding: it is compared in float32, and if it
-    then differs, in float64.
+    A document alone is computed in other tiles, and depth amplifies their rounding: it is compared in float32, and if
+    it then differs, in float64.
     """
 
     def measure(logits: np.ndarray) -> float:
