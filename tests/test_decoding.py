@@ -186,9 +186,14 @@ def test_any_split_equals_the_forward_pass(name, size, seed):
 @pytest.mark.nightly
 @pytest.mark.parametrize("name", MODELS)
 def test_bfloat16(name):
-    """Decoding is as close to float32 as the forward pass, and to the forward pass unless the model makes choices."""
+    """Decoding is as close to float32 as the forward pass.
+
+    Unless the model makes choices, it is also close to the forward pass: to 5 % of the largest logit or, in a model that
+    amplifies rounding by more, as close as the forward pass is to float32.
+    """
     case, exact = build(name, "bfloat16"), build(name).logits
     decoded = case.decode(stagger(case.length, 17, seed=0), 17)
     assert case.rms(decoded - exact) <= 1.5 * case.rms(case.logits - exact)
     if not makes_choices(case.config):
-        assert case.difference(decoded) <= TOLERANCES["bfloat16"]
+        rounding = case.difference(exact)
+        assert case.difference(decoded) <= max(TOLERANCES["bfloat16"], rounding)
