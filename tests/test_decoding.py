@@ -188,8 +188,8 @@ def test_any_split_equals_the_forward_pass(name, size, seed):
 def test_bfloat16(name):
     """Decoding is as close to float32 as the forward pass.
 
-    Unless the model makes choices, it is also close to the forward pass: to 5 % of the largest logit or, in a model that
-    amplifies rounding by more, as close as the forward pass is to float32.
+    Unless the model makes choices, it is also close to the forward pass: to 5 % of the largest logit or, in a model
+    that amplifies rounding by more, as close as the forward pass is to float32.
     """
     case, exact = build(name, "bfloat16"), build(name).logits
     decoded = case.decode(stagger(case.length, 17, seed=0), 17)
