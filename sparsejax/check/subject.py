@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import functools
 import math
@@ -14,6 +15,7 @@ import numpy as np
 from flax import nnx
 from jax.extend.random import define_prng_impl
 
+from sparsejax.check.reduce import replace_fields
 from sparsejax.config import ModelConfig
 from sparsejax.layers import EMPTY, Context, Layer, MixerConfig
 from sparsejax.model import Functional, Model
@@ -133,6 +135,15 @@ class Subject:
         """The model in float32."""
         float32 = self.config.dtype == "float32"
         return self if float32 else self.with_config(dataclasses.replace(self.config, dtype="float32"))
+
+    @property
+    def reference(self) -> Subject:
+        """The model under the reference implementation."""
+        config = copy.copy(self.config)  # not `replace`, which refuses the dtype of `double`
+        for name in ("layers", "shared"):
+            sections = {key: replace_fields(section, impl="dense") for key, section in getattr(config, name).items()}
+            object.__setattr__(config, name, sections)
+        return self.with_config(config)
 
     @functools.cached_property
     def double(self) -> Subject:
