@@ -127,7 +127,7 @@ IMPORTS: dict[str, set[str]] = {
     "doctor": {"patterns", "ops"},
     "harness": {"errors", "loaded", "loading"},
     "job": {"signals", "workdir"},
-    "budget": {"errors", "overrides", "schedule", "config", "runs", "account"},
+    "budget": {"errors", "overrides", "schedule", "config", "runs", "account", "loading"},
     "report": {
         "errors",
         "paths",

@@ -1,4 +1,7 @@
-"""Placements of two full layers among windows, before and after a short continuation, from each dense model."""
+"""Placements of two full layers among windows, before and after a short continuation, from each dense model.
+
+The rows of a search exist once it has written its result.
+"""
 
 from pathlib import Path
 
@@ -14,11 +17,16 @@ STAGES = {
 }
 
 
+def best(label, seed):
+    """The config that a search has written."""
+    return RUNS / f"{SEARCHED[label]}-{seed}" / "best.py"
+
+
 def find(label, seed):
     """The overrides of a placement: its schedule, and the patterns of its layers if a search found it."""
     if label in FIXED:
         return {"model.schedule": FIXED[label]}
-    model = configs.load(str(RUNS / f"{SEARCHED[label]}-{seed}" / "best.py")).model
+    model = configs.load(str(best(label, seed))).model
     overrides = {"model.schedule": model.schedule}
     for name, layer in model.layers.items():
         overrides |= {f"model.layers.{name}": "full"} if name not in ("full", "local") else {}
@@ -33,6 +41,6 @@ def sweep():
         | find(label, seed["train.seed"])
         | changes
         for seed in seeds(3)
-        for label in [*FIXED, *SEARCHED]
+        for label in [*FIXED, *(label for label in SEARCHED if best(label, seed["train.seed"]).exists())]
         for stage, changes in STAGES.items()
     ]
