@@ -158,10 +158,11 @@ def account_teacher(config: Config, teacher: ModelConfig) -> TeacherAccount:
 
 
 class AccountCache:
-    """Accounts of whole models over a sequence of `data.length` tokens. Each model is counted once."""
+    """Accounts of whole models over a sequence of `data.length` tokens. Each model and teacher is counted once."""
 
     def __init__(self) -> None:
         self._accounts: dict[str, Account] = {}
+        self._teachers: dict[str, TeacherAccount] = {}
 
     def __call__(self, config: Config) -> Account:
         """Returns the account of a configuration's model."""
@@ -175,8 +176,14 @@ class AccountCache:
         """FLOPs of `steps` training steps, with those of the teacher if a loss depends on it."""
         per_step = config.train.batch * config.data.length * self(config).training_flops
         if teacher is not None and config.train.active_teacher:
-            per_step += account_teacher(config, teacher).added_flops
+            per_step += self._count_teacher(config, teacher).added_flops
         return float(steps) * per_step
+
+    def _count_teacher(self, config: Config, teacher: ModelConfig) -> TeacherAccount:
+        key = repr((config.model, teacher, config.train.teacher, config.train.batch, config.data.length))
+        if key not in self._teachers:
+            self._teachers[key] = account_teacher(config, teacher)
+        return self._teachers[key]
 
 
 def _account_layer(layer: Layer, length: int) -> Account:

@@ -15,6 +15,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from sparsejax.ops.selection import Selection, Visible, over_queries
+from sparsejax.ops.selectors import index_scores
 from sparsejax.ops.softmax import MASKED, masked_softmax
 from sparsejax.patterns import Pattern
 
@@ -69,7 +70,7 @@ def indexer_divergence(
             keys, index_keys = (_take(x, chunk[3]) for x in (k, index.k))
             mask = _take_mask(mask, chunk[3])
         teacher = jax.lax.stop_gradient(_average_heads(q, keys, mask, scale))
-        student = jax.nn.log_softmax(jnp.where(mask, _score(index_q, weights, index_keys), MASKED), axis=-1)
+        student = jax.nn.log_softmax(jnp.where(mask, index_scores(index_q, weights, index_keys), MASKED), axis=-1)
         terms = jnp.where(mask & (teacher > 0), teacher * (jnp.log(jnp.maximum(teacher, TINY)) - student), 0.0)
         return terms.sum(axis=-1)[:, None]
 
@@ -87,25 +88,16 @@ def _take_mask(mask: Bool[Array, "#b c s"], keys: Int[Array, "b c k"]) -> Bool[A
     return (keys >= 0) & jnp.take_along_axis(mask, jnp.maximum(keys, 0), axis=-1)
 
 
-# Keys are those of all queries, [b, s, ...], or of each query of the chunk, [b, c, s, ...].
-
-
-def _score(
-    q: Float[Array, "b c n d"], weights: Float[Array, "b c n"], k: Float[Array, "b s d"] | Float[Array, "b c s d"]
-) -> Float[Array, "b c s"]:
-    """As `index_scores`."""
-    dtype = jnp.promote_types(q.dtype, jnp.float32)
-    products = jnp.einsum(f"bcnd,b{'c' * (k.ndim - 3)}sd->bcns", q.astype(dtype), k.astype(dtype))
-    return jnp.einsum("bcns,bcn->bcs", jax.nn.relu(products * q.shape[-1] ** -0.5), weights.astype(dtype))
-
-
 def _average_heads(
     q: Float[Array, "b c h d"],
     k: Float[Array, "b s g d"] | Float[Array, "b c s g d"],
     mask: Bool[Array, "#b c s"],
     scale: float,
 ) -> Float[Array, "b c s"]:
-    """The mean over heads of attention probabilities; zeros for a query without a key."""
+    """The mean over heads of attention probabilities; zeros for a query without a key.
+
+    Keys are those of all queries, or of each query.
+    """
     (b, c, h, d), g = q.shape, k.shape[-2]
     dtype = jnp.promote_types(q.dtype, jnp.float32)
     q, equation = q.reshape(b, c, g, h // g, d).astype(dtype), f"bcgrd,b{'c' * (k.ndim - 4)}sgd->bgrcs"

@@ -29,11 +29,14 @@ POOLINGS: dict[str, Callable[..., Array]] = {
 
 
 def index_scores(
-    q: Float[Array, "b t n d"], weights: Float[Array, "b t n"], k: Float[Array, "b s d"]
+    q: Float[Array, "b t n d"], weights: Float[Array, "b t n"], k: Float[Array, "b s d"] | Float[Array, "b t s d"]
 ) -> Float[Array, "b t s"]:
-    """Sum over heads of weight * relu(q·k / √d), in float32: the lightning indexer of DeepSeek-V3.2-Exp."""
-    dtype = jnp.promote_types(q.dtype, jnp.float32)
-    products = jnp.einsum("btnd,bsd->btns", q.astype(dtype), k.astype(dtype)) * q.shape[-1] ** -0.5
+    """Sum over heads of weight * relu(q·k / √d), in float32: the lightning indexer of DeepSeek-V3.2-Exp.
+
+    Keys are those of all queries, or of each query.
+    """
+    dtype, equation = jnp.promote_types(q.dtype, jnp.float32), f"btnd,b{'t' * (k.ndim - 3)}sd->btns"
+    products = jnp.einsum(equation, q.astype(dtype), k.astype(dtype)) * q.shape[-1] ** -0.5
     return jnp.einsum("btns,btn->bts", jax.nn.relu(products), weights.astype(dtype))
 
 
@@ -203,9 +206,8 @@ def moba(
     means = jax.lax.stop_gradient(block_means(k, blocks))
 
     def score(q: Array, visible: Visible) -> tuple[Array, Array]:
-        return _logits(q, means, 1.0), (_block_of_query(visible, blocks)[..., None] == jnp.arange(blocks.count))[
-            :, None
-        ]
+        current = _block_of_query(visible, blocks)[..., None]
+        return _logits(q, means, 1.0), (current == jnp.arange(blocks.count))[:, None]
 
     return select(score, q, blocks, top_k, pattern, **_options(segments, positions, length))
 
