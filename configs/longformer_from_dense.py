@@ -4,14 +4,14 @@
     sparsejax train --config=configs/longformer_from_dense.py:long --config.init.source=run:runs/dense \
         --workdir=runs/long
 
-`:dense` is a masked language model of four layers of width 128 with full attention and 256 learned positions, on bytes.
-`:long` has windows of 256 tokens and 2,048 positions. `data.files` selects the text.
+`:dense` is a masked language model of four layers of width 128 with full attention and 64 learned positions, on bytes.
+`:long` has windows of 64 tokens and 512 positions. `data.files` selects the text.
 """
 
 from sparsejax.presets import recipe
 
-SHORT, LONG, WINDOW = 256, 2048, 256
-STEPS = {"dense": 3000, "long": 150}
+SHORT, LONG, WINDOW = 64, 512, 64
+STEPS = {"dense": 2000, "long": 150}
 
 
 def build(pattern, positions):
@@ -35,10 +35,10 @@ def get_config(argument="dense"):
     recipe.check_argument(argument, "dense", "long")
     if argument == "dense":
         model = build("full", SHORT)
-        config = recipe.make_run(model, SHORT, STEPS["dense"], batch=16, learning_rate=2e-3, warmup=100)
+        config = recipe.make_run(model, SHORT, STEPS["dense"], batch=32, learning_rate=2e-3, warmup=100)
         return recipe.fit_cpu(config, evaluations=4)
     model = build(f"window({WINDOW // 2}, {WINDOW // 2})", LONG)
-    config = recipe.make_run(model, LONG, STEPS["long"], batch=2, learning_rate=3e-4, warmup=10)
+    config = recipe.make_run(model, LONG, STEPS["long"], batch=8, learning_rate=3e-4, warmup=10)
     config = recipe.fit_cpu(config, evaluations=3)
-    config.eval.update(batch=2, batches=16, final=48)
+    config.eval.update(batch=8, batches=16, final=48)
     return config

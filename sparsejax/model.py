@@ -30,9 +30,11 @@ from sparsejax.layers import (
     normalize,
 )
 from sparsejax.layers.stream import decays, logical_axes
+from sparsejax.ops import Selection
 from sparsejax.schedule import Fold
 
 FOLDED = ("before", "period", "after")  # the parts of a fold that hold layers
+Carry = tuple[Array, Selection | None]  # the stream, and the keys that the last indexer selected
 Losses = dict[str, Float[Array, ""]]  # weighted losses by name
 # Number of choices per expert, [e] or in the period [repeats, e], at the path of the layer in the parameters.
 Choices = dict[str, dict[int, Int[Array, "*repeats e"]]]
@@ -101,31 +103,32 @@ class Model(nnx.Module):
             that of the batch.
         """
         x, context = self.embed(tokens, context)
-        x, known, scopes = constrain(x), choices or {}, self._scopes
+        known, scopes = choices or {}, self._scopes
 
         def run(
-            layers: nnx.List, x: Array, first: Array | int, known: dict[int, Array], scopes: list[str]
-        ) -> tuple[Array, list]:
-            auxiliary = []
+            layers: nnx.List, carry: Carry, first: Array | int, known: dict[int, Array], scopes: list[str]
+        ) -> tuple[Carry, list]:
+            (x, selection), auxiliary = carry, []
             for index, layer in enumerate(layers):
-                extras = {"layer": jnp.asarray(first + index), "choices": known.get(index)}
+                extras = {"layer": jnp.asarray(first + index), "choices": known.get(index), "selection": selection}
                 with jax.named_scope(scopes[index]):
                     x, added = layer(x, context.with_extras(**extras))
-                x = constrain(x)
-                auxiliary.append(added)
-            return x, auxiliary
+                x, selection = constrain(x), self._pass_on(added.selection, selection)
+                auxiliary.append(added._replace(selection=None))
+            return (x, selection), auxiliary
 
         parts: dict[str, list[Auxiliary]] = {}
-        x, parts["before"] = run(self.before, x, 0, known.get("before", {}), scopes["before"])
+        carry = constrain(x), None
+        carry, parts["before"] = run(self.before, carry, 0, known.get("before", {}), scopes["before"])
         if self.fold.repeats:
             graph, parameters = nnx.split(self.period)
-            x, parts["period"] = jax.lax.scan(
-                lambda x, period: run(nnx.merge(graph, period[0]), x, *period[1:], scopes["period"]),
-                x,
+            carry, parts["period"] = self._scan(
+                lambda carry, period: run(nnx.merge(graph, period[0]), carry, *period[1:], scopes["period"]),
+                carry,
                 (parameters, self._period_starts, known.get("period", {})),
             )
         last = len(self.config.names) - len(self.after)
-        x, parts["after"] = run(self.after, x, last, known.get("after", {}), scopes["after"])
+        (x, _), parts["after"] = run(self.after, carry, last, known.get("after", {}), scopes["after"])
         traces = self._order_traces(parts) if context.extras.traced else ()
         return Output(self.read_out(x, context), *_gather(parts), traces)
 
@@ -163,6 +166,28 @@ class Model(nnx.Module):
             outputs |= zip(indices, stacked, strict=True)
         return outputs
 
+    def _pass_on(self, selected: Selection | None, before: Selection | None) -> Selection | None:
+        """The keys that later layers may reuse after a layer that selected some, or none; None if no layer does."""
+        if not self.config.shares_selections:
+            return None
+        return before if selected is None else selected
+
+    def _scan(self, run: Callable[[Carry, Any], tuple[Carry, Any]], carry: Carry, xs: Any) -> tuple[Carry, Any]:
+        """Runs the repetitions of the period."""
+        x, selection = carry
+        if self.config.shares_selections and selection is None:  # that of the period replaces an empty one
+            structures = []
+
+            def select(carry: Carry, xs: Any) -> list[Array]:
+                leaves, structure = jax.tree.flatten(run(carry, xs)[0][1])
+                structures.append(structure)
+                return leaves
+
+            shapes = jax.eval_shape(select, carry, jax.tree.map(operator.itemgetter(0), xs))
+            zeros = [jnp.zeros(leaf.shape, leaf.dtype) for leaf in shapes]
+            selection = jax.tree.unflatten(structures[0], zeros)
+        return jax.lax.scan(run, (x, selection), xs)
+
     def _order_traces(self, parts: dict[str, list[Auxiliary]]) -> tuple[Trace, ...]:
         """The activations of the layers in order, those of the period sliced from their stacks."""
         traces = {part: [auxiliary.trace for auxiliary in layers] for part, layers in parts.items()}
@@ -178,7 +203,8 @@ class Model(nnx.Module):
         x, context = self.embed(tokens, context)
         streams = [x]
         for index, layer in enumerate(self.unroll()):
-            x, _ = layer(x, context.with_extras(layer=jnp.asarray(index)))
+            x, added = layer(x, context.with_extras(layer=jnp.asarray(index)))
+            context = context if added.selection is None else context.with_extras(selection=added.selection)
             streams.append(x)
         return [*streams, normalize(self.norm, x)]
 
@@ -218,24 +244,25 @@ class Model(nnx.Module):
         x = self._double(self.embedding.extend(tokens, positions))
         context = Context(Tokens(mask=mask)).with_extras(embeddings=x, shared=dict(self.shared))
 
-        def run(layers: nnx.List, x: Array, caches: list[Cache], first: Array | int) -> tuple[Array, list[Cache]]:
-            after = []
+        def run(layers: nnx.List, carry: Carry, caches: list[Cache], first: Array | int) -> tuple[Carry, list[Cache]]:
+            (x, selection), after = carry, []
             for index, (layer, layer_cache) in enumerate(zip(layers, caches, strict=True)):
-                layer_context = context.with_extras(layer=jnp.asarray(first + index))
-                x, layer_cache = layer.extend(x, layer_cache, positions, length, layer_context)
+                layer_context = context.with_extras(layer=jnp.asarray(first + index), selection=selection)
+                x, layer_cache, selected = layer.extend(x, layer_cache, positions, length, layer_context)
+                selection = self._pass_on(selected, selection)
                 after.append(layer_cache)
-            return x, after
+            return (x, selection), after
 
-        x, before = run(self.before, x, cache["before"], 0)
+        carry, before = run(self.before, (x, None), cache["before"], 0)
         period = cache["period"]
         if self.fold.repeats:
             graph, parameters = nnx.split(self.period)
-            x, period = jax.lax.scan(
-                lambda x, period: run(nnx.merge(graph, period[0]), x, *period[1:]),
-                x,
+            carry, period = self._scan(
+                lambda carry, period: run(nnx.merge(graph, period[0]), carry, *period[1:]),
+                carry,
                 (parameters, period, self._period_starts),
             )
-        x, after = run(self.after, x, cache["after"], len(self.config.names) - len(self.after))
+        (x, _), after = run(self.after, carry, cache["after"], len(self.config.names) - len(self.after))
         if last:
             x = x[:, -1] if counts is None else x[jnp.arange(len(x)), counts - 1]
         return self.read_out(x, EMPTY), {"before": before, "period": period, "after": after}

@@ -273,7 +273,8 @@ def measure_layers(
         known = context.with_extras(layer=jnp.asarray(index))
         calls = layer.attention_calls(x, known)
         layers.append({path: measure_attention(call, candidates, sinks) for path, call in calls.items()})
-        x, _ = layer(x, known)
+        x, added = layer(x, known)
+        context = context if added.selection is None else context.with_extras(selection=added.selection)
     return layers
 
 

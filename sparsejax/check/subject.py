@@ -19,6 +19,7 @@ from sparsejax.check.reduce import replace_fields
 from sparsejax.config import ModelConfig
 from sparsejax.layers import EMPTY, Context, Layer, MixerConfig
 from sparsejax.model import Functional, Model
+from sparsejax.ops import Selection
 
 NOISE = 0.1  # standard deviation of what is added to initial parameters
 # Options of XLA on CPU that halve compilation and slow execution down, the first that the installed version accepts.
@@ -108,14 +109,19 @@ class Subject:
         def finish(parameters: Any, x: jax.Array) -> jax.Array:
             return self.model.bind(parameters).read_out(x, EMPTY)
 
+        def apply(layer: Layer, x: jax.Array, context: Context) -> tuple[jax.Array, Any, Selection | None]:
+            selected = layer(x, context)[1].selection if self.config.shares_selections else None
+            return *run(layer, x, context), selected
+
         x = embeddings = start(self.parameters, jnp.asarray(tokens, jnp.int32))
         context = EMPTY.with_extras(embeddings=embeddings, shared=dict(model.shared))
         for index, (name, layer) in enumerate(zip(names, model.unroll(), strict=False)):
             graph, state = nnx.split(layer)
             if name not in compiled:
-                compiled[name] = self.jit(lambda state, *inputs, graph=graph: run(nnx.merge(graph, state), *inputs))
+                compiled[name] = self.jit(lambda state, *inputs, graph=graph: apply(nnx.merge(graph, state), *inputs))
             x = x if inputs is None else jnp.asarray(inputs[index], x.dtype)
-            x, result = compiled[name](state, x, context.with_extras(layer=jnp.asarray(index)))
+            x, result, selected = compiled[name](state, x, context.with_extras(layer=jnp.asarray(index)))
+            context = context if selected is None else context.with_extras(selection=selected)
             results.append((name, result))
         x = x if inputs is None else jnp.asarray(inputs[-1], x.dtype)
         return np.asarray(finish(self.parameters, x)), results

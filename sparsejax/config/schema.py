@@ -134,6 +134,21 @@ class ModelConfig:
             self._check_causal(f"layers.{name}", layer.mixer)
         for name, block in self.shared.items():
             self._check_causal(f"shared.{name}", block.mixer)
+        self._check_shared_selections()
+
+    def _check_shared_selections(self) -> None:
+        last = None
+        for name in self.names:
+            mixer = self.layers[name].mixer
+            for indexer in () if mixer is None else mixer.indexers:
+                key, fields = f"layers.{name}.mixer.indexer.shared", ("top_k", "block", "dense")
+                values = tuple(getattr(indexer, field) for field in fields)
+                if indexer.shared and last is None:
+                    raise InputError(key, "no layer before it has an indexer that is not shared; set it to false")
+                if indexer.shared and values != last:
+                    names = ", ".join(fields)
+                    raise InputError(key, f"({names}) = {values} differ from {last} of the indexer before it; set them")
+                last = values
 
     def _check_reversible(self) -> None:
         for key, value in {
@@ -178,6 +193,12 @@ class ModelConfig:
     def names(self) -> tuple[str, ...]:
         """Layer names in the order of the schedule."""
         return schedules.parse(self.schedule)
+
+    @property
+    def shares_selections(self) -> bool:
+        """Whether a layer attends to the keys that an earlier layer selected."""
+        mixers = (layer.mixer for layer in self.layers.values())
+        return any(i.shared and not i.dense for mixer in mixers if mixer is not None for i in mixer.indexers)
 
     @property
     def fold(self) -> schedules.Fold:

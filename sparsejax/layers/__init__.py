@@ -5,7 +5,8 @@ from sparsejax.layers.context import EMPTY, Context, Dropout, Extras, Tokens
 from sparsejax.layers.conv import Conv, ConvConfig, ShortConv
 from sparsejax.layers.delta import Delta, DeltaConfig
 from sparsejax.layers.experts import Experts, ExpertsConfig
-from sparsejax.layers.latent import IndexerConfig, Latent, LatentConfig
+from sparsejax.layers.indexer import IndexerConfig
+from sparsejax.layers.latent import Latent, LatentConfig
 from sparsejax.layers.layer import FEEDFORWARDS, FeedForwardConfig, Layer, LayerConfig, ResidualConfig
 from sparsejax.layers.lightning import Lightning, LightningConfig
 from sparsejax.layers.lsh import Lsh, LshConfig

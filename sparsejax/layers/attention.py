@@ -11,15 +11,24 @@ from flax import nnx
 from jaxtyping import Array, Float, Int
 
 from sparsejax import patterns
-from sparsejax.errors import InputError, require_at_least, require_choice
+from sparsejax.errors import InputError, argument_path, require_at_least, require_choice
 from sparsejax.layers.caching import chunk_positions, extend_keys
 from sparsejax.layers.context import EMPTY, Context
+from sparsejax.layers.indexer import IndexerConfig, make_indexer
 from sparsejax.layers.norm import NormConfig, make_norm, normalize
-from sparsejax.layers.protocols import Cache, Mixer, MixerConfig, implementation_names, parse_pattern
+from sparsejax.layers.protocols import Auxiliary, Cache, Mixer, MixerConfig, implementation_names, parse_pattern
 from sparsejax.layers.rotary import RopeConfig, rotate
 from sparsejax.layers.select import SelectConfig
 from sparsejax.layers.stream import Cost, Linear, Stream, attention_cost, output_scale, parameter
-from sparsejax.ops import AttentionCall, Selection, attend, attend_cached, attend_cached_selection, merge_lse
+from sparsejax.ops import (
+    AttentionCall,
+    Selection,
+    attend,
+    attend_cached,
+    attend_cached_selection,
+    attention_flops,
+    merge_lse,
+)
 from sparsejax.ops.call import SelectedCall, selected_call
 from sparsejax.ops.softmax import confine_nan
 
@@ -53,6 +62,7 @@ class AttentionConfig(MixerConfig):
     out_bias: bool = False  # whether the last projection has a bias
     global_projections: bool = False  # use separate projections for the tokens of `Extras.globals` (Longformer)
     select: SelectConfig | None = None  # keys that each query chooses by content; none for all keys of the pattern
+    indexer: IndexerConfig | None = None  # keys that a trained indexer selects; none for all keys of the pattern
 
     def __post_init__(self):
         require_at_least(self, 1, "heads", "kv_heads", "head_width", "growth_period")
@@ -70,15 +80,33 @@ class AttentionConfig(MixerConfig):
             raise InputError("pattern", f"{str(self.pattern)!r} differs between heads, which select does not support")
         if self.select is not None and self.select.kind == "moba" and pattern.lookahead() != 0:
             raise InputError("pattern", f"{str(self.pattern)!r} is not causal, as select.kind = 'moba' must be")
+        if self.indexer is not None:
+            self._check_indexer(self.indexer, pattern)
         if self.global_projections and "global" in str(pattern):
             raise InputError(
                 "global_projections", f"they apply to run-time globals only, but the pattern is {self.pattern!r}"
             )
 
+    def _check_indexer(self, indexer: IndexerConfig, pattern: patterns.Pattern) -> None:
+        if self.select is not None:
+            raise InputError("indexer", "select chooses the keys already; set one of them to none")
+        if pattern != patterns.Causal():
+            raise InputError("pattern", f"{str(self.pattern)!r} is not 'causal', which the indexer selects from")
+        if self.alibi or self.relative:
+            raise InputError("indexer", "cannot be combined with alibi or relative")
+        if indexer.width < self.rotated:
+            raise InputError("indexer.width", f"{indexer.width} is below the {self.rotated} rotated features of a head")
+
+    @property
+    def rotated(self) -> int:
+        """Number of rotated features of a head."""
+        return 0 if self.rope is None else self.rope.width(self.head_width)
+
     @property
     def summary(self) -> str:
         """Kind and sizes, in a few words."""
-        selected = "" if self.select is None else f", {self.select.summary}"
+        choice = self.select or self.indexer
+        selected = "" if choice is None else f", {choice.summary}"
         return f"attention {self.heads}/{self.kv_heads} x {self.head_width}{selected}"
 
     @property
@@ -88,14 +116,22 @@ class AttentionConfig(MixerConfig):
 
     @property
     def selects(self) -> bool:
-        """Whether queries choose their keys."""
-        return self.select is not None
+        """Whether queries choose their keys, or an indexer does."""
+        return self.select is not None or (self.indexer is not None and not self.indexer.dense)
+
+    @property
+    def indexers(self) -> tuple[IndexerConfig, ...]:
+        """The indexer, if there is one."""
+        return () if self.indexer is None else (self.indexer,)
 
     def check(self, length: int) -> None:
         """Raises InputError if the pattern or a block does not fit `length` tokens."""
         parse_pattern(self.pattern, self.heads, length)
         if self.select is not None and self.select.block > length:
             raise InputError("select.block", f"{self.select.block} is above the {length} tokens of a sequence")
+        if self.indexer is not None:
+            with argument_path("indexer"):
+                self.indexer.check(length, self.kv_heads)
 
 
 class Attention(Mixer):
@@ -121,21 +157,28 @@ class Attention(Mixer):
         self.key_norm = make_norm(config.qk_norm, g if config.qk_norm_joint else d, rngs, axis=None)
         zeros = jax.nn.initializers.zeros
         self.sinks = parameter(rngs, zeros, (config.heads,), (None,)) if config.sinks else None
+        width = inputs or stream.width
+        self.indexer = make_indexer(config.indexer, config.rope, config.rotated, stream, rngs, width)
         self.relative = Relative(config.heads, d, config.relative, rngs) if config.relative else None
 
     def __call__(self, x: Float[Array, "b t inputs"], context: Context = EMPTY) -> Float[Array, "b t m"]:
-        """Mixes a whole sequence.
+        """Mixes a whole sequence."""
+        return self.mix(x, context)[0]
+
+    def mix(self, x: Float[Array, "b t inputs"], context: Context = EMPTY) -> tuple[Float[Array, "b t m"], Auxiliary]:
+        """Mixes a whole sequence; returns the loss and the selection of the indexer, if there is one.
 
         Raises:
           InputError: There are globals, but the pattern is causal or an option does not support them.
         """
-        positions = self._positions(x, context)
+        positions, auxiliary, segments = self._positions(x, context), Auxiliary({}), context.tokens.attend_segments
         q, k, v = self._project(x, positions)
         if context.extras.globals is None:
-            y = self._attend(q, k, v, self.pattern, context.tokens.attend_segments, positions)
+            selection, auxiliary = self._choose(x, q, k, context)
+            y = self._attend(q, k, v, self.pattern, segments, positions, selection=selection)
         else:
-            y = self._attend_with_globals(x, q, k, v, context.extras.globals, context.tokens.attend_segments)
-        return self._project_out(x, y)
+            y = self._attend_with_globals(x, q, k, v, context.extras.globals, segments)
+        return self._project_out(x, y), auxiliary
 
     def init_cache(self, batch: int, length: int) -> Cache:
         """Returns an empty cache for `length` positions, with the slots of `patterns.plan_cache`.
@@ -144,9 +187,12 @@ class Attention(Mixer):
         """
         slots = patterns.plan_cache(self._kept, length).count
         shape = (batch, self.config.kv_heads, slots, self.config.head_width)
-        if self.config.select is not None:
+        if self.config.selects:
             shape = (batch, slots, self.config.kv_heads, self.config.head_width)
-        return {name: jnp.zeros(shape, self.key.dtype) for name in ("k", "v")}
+        cache: Cache = {name: jnp.zeros(shape, self.key.dtype) for name in ("k", "v")}
+        if self.indexer is not None and self.config.selects:
+            cache["index"] = self.indexer.init_cache(batch, slots)
+        return cache
 
     def extend(
         self,
@@ -157,8 +203,19 @@ class Attention(Mixer):
         context: Context = EMPTY,
     ) -> tuple[Float[Array, "b c m"], Cache]:
         """Mixes the next tokens, whose queries attend to the slots of the cache and to the chunk."""
-        if self.config.select is not None:
-            return self._extend_selected(x, cache, positions, length, context)
+        return self.advance(x, cache, positions, length, context)[:2]
+
+    def advance(
+        self,
+        x: Float[Array, "b c inputs"],
+        cache: Cache,
+        positions: Int[Array, " b"],
+        length: int,
+        context: Context = EMPTY,
+    ) -> tuple[Float[Array, "b c m"], Cache, Selection | None]:
+        """Mixes the next tokens; returns the selection of the indexer, if there is one."""
+        if self.config.selects:
+            return self._advance_selected(x, cache, positions, length, context)
         at = chunk_positions(positions, x.shape[1])
         q, k, v = self._project(x, at)
         plan = patterns.plan_cache(self.pattern, length)
@@ -170,26 +227,32 @@ class Attention(Mixer):
             q, k, keys["v"], self.pattern, at, keys_at, length, scale=self._scale, softcap=self.config.softcap,
             sink_logits=sinks, alibi_slopes=self._slopes,
         )  # fmt: skip
-        return self._project_out(x, y), cache
+        return self._project_out(x, y), cache, None
 
-    def _extend_selected(
+    def _advance_selected(
         self, x: Array, cache: Cache, positions: Array, length: int, context: Context
-    ) -> tuple[Array, Cache]:
-        """As `extend`; the keys of the cache are in the order of their positions."""
-        assert self.config.select is not None
+    ) -> tuple[Array, Cache, Selection | None]:
+        """As `advance`; the keys of the cache are in the order of their positions."""
         at = chunk_positions(positions, x.shape[1])
         q, k, v = confine_nan(*self._project(x, at))
         plan = patterns.plan_cache(self._kept, length)
-        cache, keys, keys_at = extend_keys(plan, cache, {"k": k, "v": v}, positions, context.tokens, axis=1)
+        after, keys, keys_at = extend_keys(plan, cache, {"k": k, "v": v}, positions, context.tokens, axis=1)
         q, k = self._append_relative(q, keys["k"], at, keys_at)
-        options = {"positions": (at, keys_at), "length": length}
-        selection = self.config.select.choose(q, k, self.pattern, self._scale, **options)
+        selection, selected = context.extras.selection, None
+        if self.config.select is not None:
+            options = {"positions": (at, keys_at), "length": length}
+            selection = self.config.select.choose(q, k, self.pattern, self._scale, **options)
+        elif self.indexer is not None:
+            arguments = (at, keys_at), length, self.pattern, context.tokens
+            selection, after["index"] = self.indexer.extend(x, x, cache["index"], *arguments)
+            selected = selection
+        assert selection is not None
         sinks = None if self.sinks is None else self.sinks[...]
         y = attend_cached_selection(
             q, k, keys["v"], selection, self.pattern, at, keys_at, length, scale=self._scale,
             softcap=self.config.softcap, sink_logits=sinks, alibi_slopes=self._slopes,
         )  # fmt: skip
-        return self._project_out(x, y), cache
+        return self._project_out(x, y), after, selected
 
     def attention_calls(
         self, x: Float[Array, "b t inputs"], context: Context = EMPTY
@@ -197,11 +260,11 @@ class Attention(Mixer):
         """Returns the arguments of attention, without globals of the batch."""
         positions = self._positions(x, context)
         q, k, v = self._project(x, positions)
+        selection, _ = self._choose(x, q, k, context)
         q, k = self._append_relative(q, k, positions, positions)
         sinks, segments = None if self.sinks is None else self.sinks[...], context.tokens.attend_segments
         options = {"scale": self._scale, "softcap": self.config.softcap, "alibi_slopes": self._slopes}
         call = AttentionCall(q, k, v, self.pattern, sink_logits=sinks, segments=segments, interpret=None, **options)
-        selection = self._choose(q, k, segments)
         return {"": call if selection is None else selected_call(call, selection)}
 
     def cost(self, length: int) -> Cost:
@@ -211,6 +274,8 @@ class Attention(Mixer):
         width = config.head_width
         if config.select is not None:
             return Cost(0, linear) + config.select.cost(self.pattern, length, heads=config.heads, width=width)
+        if config.indexer is not None:
+            return self._indexed_cost(config.indexer, length) + Cost(0, linear)
         return Cost(0, linear) + attention_cost(
             self.pattern,
             length,
@@ -219,16 +284,28 @@ class Attention(Mixer):
             value_width=width,
         )
 
+    def _indexed_cost(self, indexer: IndexerConfig, length: int) -> Cost:
+        pairs, width = self.config.heads * indexer.attended(length), self.config.head_width
+        live, tiles = (self.config.heads * count for count in self.pattern.tiles(length))
+        cost = Cost(pairs, attention_flops(pairs, width) / max(length, 1), (live, tiles))
+        return cost if self.indexer is None else cost + self.indexer.cost(length)
+
     @property
     def _kept(self) -> patterns.Pattern:
         """The pattern whose keys a cache keeps."""
         return self.pattern if self.config.select is None else patterns.Causal()
 
-    def _choose(self, q: Array, k: Array, segments: tuple[Array, Array] | None) -> Selection | None:
-        """The keys that the queries of a whole sequence choose, if they do."""
-        if self.config.select is None:
-            return None
-        return self.config.select.choose(q, k, self.pattern, self._scale, segments=segments)
+    def _choose(self, x: Array, q: Array, k: Array, context: Context) -> tuple[Selection | None, Auxiliary]:
+        """The keys that the queries of a whole sequence attend to, if they are chosen; and the loss of the indexer."""
+        if self.config.select is not None:
+            q, k = self._append_relative(q, k, *[self._positions(x, context)] * 2)
+            segments = context.tokens.attend_segments
+            return self.config.select.choose(q, k, self.pattern, self._scale, segments=segments), Auxiliary({})
+        if self.indexer is None:
+            return context.extras.selection if self.config.selects else None, Auxiliary({})
+        selection, index = self.indexer.choose(x, x, self.pattern, context.tokens)
+        losses = self.indexer.loss(index, q, k, self.pattern, selection, context.tokens, self._scale)
+        return selection, Auxiliary(losses, selection=selection)
 
     @property
     def _scale(self) -> float:
@@ -276,12 +353,10 @@ class Attention(Mixer):
         content = q + self.relative.content[...].astype(q.dtype)
         return jnp.concatenate([content, self.relative.query_features(q, q_positions)], axis=-1), k
 
-    def _attend(self, q, k, v, pattern, segments, q_positions, k_positions=None, return_lse=False):
+    def _attend(self, q, k, v, pattern, segments, q_positions, k_positions=None, return_lse=False, selection=None):
         k_positions = q_positions if k_positions is None else k_positions
         q, k = self._append_relative(q, k, q_positions, k_positions)
-        impl, selection = "auto", None
-        if pattern is self.pattern:
-            impl, selection = self.config.impl, self._choose(q, k, segments)
+        impl = self.config.impl if pattern is self.pattern else "auto"
         sinks = None if self.sinks is None else self.sinks[...]
         return attend(
             q, k, v, pattern, impl=impl, scale=self._scale, softcap=self.config.softcap, sink_logits=sinks,

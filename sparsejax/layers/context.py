@@ -10,6 +10,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, Key, Shaped
 
+from sparsejax.ops.selection import Selection
+
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
@@ -80,6 +82,7 @@ class Extras:
       dropout: Dropout of the current training step.
       choices: Number of choices per expert of this layer in the whole batch, of which the tokens are a microbatch.
         For the balance loss of `Experts`.
+      selection: The keys that the last indexer before this layer selected. For mixers that reuse them.
       traced: Whether a layer returns its activations, see `Auxiliary`.
     """
 
@@ -90,6 +93,7 @@ class Extras:
     shared: dict[str, Any] | None = None
     dropout: Dropout | None = None
     choices: Int[Array, " e"] | None = None
+    selection: Selection | None = None
     traced: bool = dataclasses.field(default=False, metadata={"static": True})
 
 

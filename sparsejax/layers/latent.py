@@ -1,4 +1,4 @@
-"""Multi-head latent attention, and the indexer that selects its keys."""
+"""Multi-head latent attention, whose keys an indexer may select."""
 
 from __future__ import annotations
 
@@ -10,32 +10,24 @@ from flax import nnx
 from jaxtyping import Array, Float, Int
 
 from sparsejax import patterns
-from sparsejax.errors import InputError, require_at_least, require_choice
+from sparsejax.errors import InputError, argument_path, require_at_least, require_choice
 from sparsejax.layers.caching import chunk_positions, extend_keys
 from sparsejax.layers.context import EMPTY, Context
+from sparsejax.layers.indexer import IndexerConfig, make_indexer
 from sparsejax.layers.norm import Norm, NormConfig
-from sparsejax.layers.protocols import Cache, Mixer, MixerConfig, implementation_names, parse_pattern
+from sparsejax.layers.protocols import Auxiliary, Cache, Mixer, MixerConfig, implementation_names, parse_pattern
 from sparsejax.layers.rotary import RopeConfig, rotate
 from sparsejax.layers.stream import Cost, Linear, Stream, attention_cost, output_scale
-from sparsejax.ops import AttentionCall, Selection, attend, attend_cached, attention_flops, select_indexed
+from sparsejax.ops import (
+    AttentionCall,
+    Selection,
+    attend,
+    attend_cached,
+    attend_cached_selection,
+    attention_flops,
+)
 from sparsejax.ops.call import SelectedCall, selected_call
 from sparsejax.ops.softmax import confine_nan
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class IndexerConfig:
-    """The lightning indexer of DeepSeek-V3.2-Exp: a query attends only to the `top_k` keys with the highest scores.
-
-    All heads of the attention share the selection. Gradients do not flow through it; ties go to the lower position.
-    """
-
-    heads: int  # number of index query heads
-    width: int  # width of an index query or key, whose first rope_width features are rotated as halves
-    top_k: int  # number of selected keys per query
-    norm_eps: float = 1e-6  # eps of the LayerNorm on keys
-
-    def __post_init__(self):
-        require_at_least(self, 1, "heads", "width", "top_k")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -73,11 +65,13 @@ class LatentConfig(MixerConfig):
                 raise InputError("query_rank", "the indexer reads the latent of the queries; set a width")
             if self.indexer.width < self.rope_width:
                 raise InputError("indexer.width", f"{self.indexer.width} is below rope_width = {self.rope_width}")
+            if self.indexer.scope != "all":
+                raise InputError("indexer.scope", f"{self.indexer.scope!r}: all heads share the latent; use 'all'")
 
     @property
     def summary(self) -> str:
         """Kind and sizes, in a few words."""
-        selected = "" if self.indexer is None else f", top {self.indexer.top_k}"
+        selected = "" if self.indexer is None else f", {self.indexer.summary}"
         return f"latent attention {self.heads} x {self.nope_width + self.rope_width}, rank {self.kv_rank}{selected}"
 
     @property
@@ -87,12 +81,20 @@ class LatentConfig(MixerConfig):
 
     @property
     def selects(self) -> bool:
-        """Whether there is an indexer."""
-        return self.indexer is not None
+        """Whether an indexer selects the keys."""
+        return self.indexer is not None and not self.indexer.dense
+
+    @property
+    def indexers(self) -> tuple[IndexerConfig, ...]:
+        """The indexer, if there is one."""
+        return () if self.indexer is None else (self.indexer,)
 
     def check(self, length: int) -> None:
-        """Raises InputError if the pattern does not fit `length` tokens."""
+        """Raises InputError if the pattern or the indexer does not fit `length` tokens."""
         parse_pattern(self.pattern, self.heads, length)
+        if self.indexer is not None:
+            with argument_path("indexer"):
+                self.indexer.check(length, kv_heads=1)
 
 
 class Latent(Mixer):
@@ -116,34 +118,53 @@ class Latent(Mixer):
         self.latent, self.latent_norm = linear(m, r + pe, ("width", None), bias=config.bias), norm(r)
         self.expand = linear(r, h * (nope + value), (None, "heads"))
         self.out = linear(h * value, m, ("heads", "width"), bias=config.bias, scale=output_scale(stream))
-        self.indexer = None if config.indexer is None else Indexer(config, config.indexer, stream, rngs)
+        self.indexer = make_indexer(config.indexer, config.rope, config.rope_width, stream, rngs, inputs=q)
 
     def __call__(self, x: Float[Array, "b t m"], context: Context = EMPTY) -> Float[Array, "b t m"]:
-        """Mixes a whole sequence.
+        """Mixes a whole sequence."""
+        return self.mix(x, context)[0]
+
+    def mix(self, x: Float[Array, "b t m"], context: Context = EMPTY) -> tuple[Float[Array, "b t m"], Auxiliary]:
+        """Mixes a whole sequence; returns the loss and the selection of the indexer, if there is one.
 
         Raises:
           InputError: There are run-time globals, which latent attention does not support.
         """
         if context.extras.globals is not None:
             raise InputError("globals", "latent attention does not support run-time globals")
-        (b, t, _), config, positions = x.shape, self.config, jnp.arange(x.shape[1])
+        (b, t, _), config, tokens, positions = x.shape, self.config, context.tokens, jnp.arange(x.shape[1])
         q_latent, q = self._query(x, positions)
-        (k, v), segments = self._expand(x, positions), context.tokens.attend_segments
-        options = {"impl": config.impl, "scale": self._scale, "segment_ids": segments}
-        y = cast(Array, attend(q, k, v, self.pattern, selection=self._select(x, q_latent, context), **options))
-        return self.out(y.reshape(b, t, -1))
+        k, v = self._expand(x, positions)
+        selection, auxiliary = context.extras.selection, Auxiliary({})
+        if self.indexer is not None:
+            selection, index = self.indexer.choose(x, q_latent, self.pattern, tokens)
+            losses = self.indexer.loss(index, q, k, self.pattern, selection, tokens, self._scale)
+            auxiliary = Auxiliary(losses, selection=selection)
+        selection = selection if config.selects else None
+        options = {"impl": config.impl, "scale": self._scale, "segment_ids": tokens.attend_segments}
+        y = cast(Array, attend(q, k, v, self.pattern, selection=selection, **options))
+        return self.out(y.reshape(b, t, -1)), auxiliary
 
     def init_cache(self, batch: int, length: int) -> Cache:
         """Returns an empty cache for `length` positions: latents with rotary keys, and index keys."""
         slots = patterns.plan_cache(self.pattern, length).count
-        widths = {"latent": self.config.kv_rank + self.config.rope_width}
-        widths |= {} if self.indexer is None else {"index": self.indexer.width}
-        return {name: jnp.zeros((batch, slots, width), self.out.dtype) for name, width in widths.items()}
+        cache: Cache = {
+            "latent": jnp.zeros((batch, slots, self.config.kv_rank + self.config.rope_width), self.out.dtype)
+        }
+        if self.indexer is not None and self.config.selects:
+            cache["index"] = self.indexer.init_cache(batch, slots)
+        return cache
 
     def extend(
         self, x: Float[Array, "b c m"], cache: Cache, positions: Int[Array, " b"], length: int, context: Context = EMPTY
     ) -> tuple[Float[Array, "b c m"], Cache]:
-        """Mixes the next tokens.
+        """Mixes the next tokens."""
+        return self.advance(x, cache, positions, length, context)[:2]
+
+    def advance(
+        self, x: Float[Array, "b c m"], cache: Cache, positions: Int[Array, " b"], length: int, context: Context = EMPTY
+    ) -> tuple[Float[Array, "b c m"], Cache, Selection | None]:
+        """Mixes the next tokens; returns the selection of the indexer, if there is one.
 
         Nothing is expanded: the query of a head is mapped to the latent space, and the attended latent to its value.
         """
@@ -151,26 +172,27 @@ class Latent(Mixer):
         q_latent, q = self._query(x, at)
         latent, k_pe = self._compress(x, at)
         _, k_pe, latent = confine_nan(k_pe, k_pe, latent)
-        entries = {"latent": jnp.concatenate([latent, k_pe], axis=-1)}
-        entries |= {} if self.indexer is None else {"index": self.indexer.key(x, at)}
-        plan = patterns.plan_cache(self.pattern, length)
-        cache, keys, keys_at = extend_keys(plan, cache, entries, positions, context.tokens, axis=1)
+        entries, plan = {"latent": jnp.concatenate([latent, k_pe], axis=-1)}, patterns.plan_cache(self.pattern, length)
+        after, keys, keys_at = extend_keys(plan, cache, entries, positions, context.tokens, axis=1)
         maps = self.expand.weight[...].astype(x.dtype).reshape(config.kv_rank, config.heads, -1)
         to_keys, to_values = jnp.split(maps, [config.nope_width], axis=-1)
         q_nope, q_pe = jnp.split(q, [config.nope_width], axis=-1)
         q, k = jnp.concatenate([jnp.einsum("bchd,rhd->bchr", q_nope, to_keys), q_pe], axis=-1), keys["latent"]
-        if self.indexer is None:
+        selection, selected = context.extras.selection, None
+        if self.indexer is not None and config.selects:
+            arguments = (at, keys_at), length, self.pattern, context.tokens
+            selection, after["index"] = self.indexer.extend(x, q_latent, cache["index"], *arguments)
+            selected = selection
+        if not config.selects:
             k = k[:, None]  # the rotary part of the values is not used
             y = attend_cached(q, k, k, self.pattern, at, keys_at, length, scale=self._scale)
         else:
-            index = *self.indexer.query_and_weights(x, q_latent, at), keys["index"]
-            options = {"positions": (at, keys_at), "length": length}
-            selection = select_indexed(*index, self.indexer.top_k, self.pattern, **options)
             k = k[:, :, None]
-            options = {"selection": selection, "scale": self._scale, "impl": "segment"}
-            y = cast(Array, attend(q, k, k[..., : config.kv_rank], patterns.Full(), **options))
+            assert selection is not None
+            v, queries = k[..., : config.kv_rank], (self.pattern, at, keys_at, length)
+            y = attend_cached_selection(q, k, v, selection, *queries, scale=self._scale)
         y = jnp.einsum("bchr,rhe->bche", y[..., : config.kv_rank], to_values)
-        return self.out(y.reshape(*x.shape[:2], -1)), cache
+        return self.out(y.reshape(*x.shape[:2], -1)), after, selected
 
     def attention_calls(
         self, x: Float[Array, "b t m"], context: Context = EMPTY
@@ -180,8 +202,13 @@ class Latent(Mixer):
         q_latent, q = self._query(x, positions)
         arrays = q, *self._expand(x, positions)
         call = AttentionCall(*arrays, self.pattern, self._scale, None, None, segments, None)
-        selection = self._select(x, q_latent, context)
-        return {"": call if selection is None else selected_call(call, selection)}
+        if not self.config.selects:
+            return {"": call}
+        selection = context.extras.selection
+        if self.indexer is not None:
+            selection, _ = self.indexer.choose(x, q_latent, self.pattern, context.tokens)
+        assert selection is not None
+        return {"": selected_call(call, selection)}
 
     def cost(self, length: int) -> Cost:
         """Cost of the projections, the indexer, and attention over expanded keys and values."""
@@ -191,20 +218,12 @@ class Latent(Mixer):
         attention = attention_cost(
             self.pattern, length, heads=config.heads, score_width=score_width, value_width=config.value_width
         )
-        if self.indexer is None:
+        if config.indexer is None:
             return linear + attention
-        kept = min(self.indexer.top_k, length)  # the first queries have fewer keys
-        pairs = config.heads * (kept * length - kept * (kept - 1) // 2)
-        flops = attention_flops(pairs, score_width, config.value_width) / length
-        return linear + self.indexer.cost(self.pattern, length) + Cost(pairs, flops, attention.tiles)
-
-    def _select(self, x: Array, q_latent: Array, context: Context) -> Selection | None:
-        """The keys that the indexer chooses, if there is one."""
-        if self.indexer is None:
-            return None
-        positions = jnp.arange(x.shape[1])
-        index = *self.indexer.query_and_weights(x, q_latent, positions), self.indexer.key(x, positions)
-        return select_indexed(*index, self.indexer.top_k, self.pattern, segments=context.tokens.attend_segments)
+        pairs = config.heads * config.indexer.attended(length)
+        flops = attention_flops(pairs, score_width, config.value_width) / max(length, 1)
+        cost = linear + Cost(pairs, flops, attention.tiles)
+        return cost if self.indexer is None else cost + self.indexer.cost(length)
 
     @property
     def _scale(self) -> float:
@@ -232,45 +251,6 @@ class Latent(Mixer):
         """The latent of keys and values [b, t, r], and the rotary part of the key [b, t, d]."""
         latent, k_pe = jnp.split(self.latent(x), [self.config.kv_rank], axis=-1)
         return self.latent_norm(latent), _rotate(k_pe[:, :, None], positions, self.config.rope)[:, :, 0]
-
-
-class Indexer(nnx.Module):
-    """Scores of keys for `IndexerConfig`."""
-
-    def __init__(self, config: LatentConfig, indexer: IndexerConfig, stream: Stream, rngs: nnx.Rngs):
-        self.heads, self.width, self.top_k = indexer.heads, indexer.width, indexer.top_k
-        self.rope_width = config.rope_width
-        self.rope = None if config.rope is None else dataclasses.replace(config.rope, interleaved=False)
-
-        def linear(inputs: int, outputs: int, axes: tuple[str | None, str | None]) -> Linear:
-            return Linear(inputs, outputs, axes, dtype=stream.dtype, rngs=rngs)
-
-        self.queries = linear(config.query_rank or stream.width, indexer.heads * indexer.width, (None, "heads"))
-        self.keys = linear(stream.width, indexer.width, ("width", None))
-        norm = NormConfig(kind="layer", eps=indexer.norm_eps)
-        self.key_norm = Norm(norm, indexer.width, rngs, axis=None)
-        self.weights = linear(stream.width, indexer.heads, ("width", None))
-
-    def query_and_weights(
-        self, x: Float[Array, "b t m"], q_latent: Float[Array, "b t r"], positions: Int[Array, "*b t"]
-    ) -> tuple[Float[Array, "b t h d"], Float[Array, "b t h"]]:
-        """Returns index queries, and the weights of heads."""
-        q = self.queries(q_latent).reshape(*x.shape[:2], self.heads, -1)
-        return self._rotate(q, positions), self.weights(x) * self.heads**-0.5
-
-    def key(self, x: Float[Array, "b t m"], positions: Int[Array, "*b t"]) -> Float[Array, "b t d"]:
-        """Returns index keys."""
-        return self._rotate(self.key_norm(self.keys(x))[:, :, None], positions)[:, :, 0]
-
-    def cost(self, pattern: patterns.Pattern, length: int) -> Cost:
-        """Cost of the projections and of scoring every key of the pattern."""
-        linear = sum(projection.flops for projection in (self.queries, self.keys, self.weights))
-        scores = attention_cost(pattern, length, heads=self.heads, score_width=self.width, value_width=0)
-        return Cost(scores.pairs, linear + scores.flops)
-
-    def _rotate(self, x: Array, positions: Array) -> Array:
-        pe, nope = jnp.split(x, [self.rope_width], axis=-1)
-        return jnp.concatenate([_rotate(pe, positions, self.rope), nope], axis=-1)
 
 
 def _rotate(x: Array, positions: Array, rope: RopeConfig | None) -> Array:

@@ -21,7 +21,7 @@ from sparsejax.layers.norm import NormConfig, make_norm, normalize
 from sparsejax.layers.protocols import Auxiliary, Cache, FeedForward, MixerConfig, Trace
 from sparsejax.layers.shared import Side, SideConfig
 from sparsejax.layers.stream import Cost, Stream
-from sparsejax.ops import AttentionCall
+from sparsejax.ops import AttentionCall, Selection
 from sparsejax.ops.call import SelectedCall
 
 FeedForwardConfig = MlpConfig | ExpertsConfig
@@ -155,23 +155,22 @@ class Layer(nnx.Module):
 
     def extend(
         self, x: Float[Array, "b c m"], cache: Cache, positions: Int[Array, " b"], length: int, context: Context = EMPTY
-    ) -> tuple[Float[Array, "b c m"], Cache]:
-        """Returns the stream after this layer for the next tokens, and the next cache; see `Mixer.extend`."""
-        read = self._shared_input(x)
+    ) -> tuple[Float[Array, "b c m"], Cache, Selection | None]:
+        """Returns the stream after this layer for the next tokens, and the next cache; see `Mixer.advance`."""
+        read, selection = self._shared_input(x), None
         if self.mixer is not None and self.mixer_residual is not None:
             mixer, extra, side = self.mixer, None, None
             if self.side is not None:
                 extra, side = self.side.extend(x, cache["side"], positions, length, context)
                 cache = cache["mixer"]
-            x, cache = self._join(
-                x,
-                self.mixer_residual,
-                lambda read: mixer.extend(read, cache, positions, length, context),
-                written=0,
-                extra=extra,
-            )
-            cache = cache if side is None else {"mixer": cache, "side": side}
-        return self._feed_forward(x, context, read)[0], cache
+
+            def advance(read: Array) -> tuple[Array, tuple[Cache, Selection | None]]:
+                y, after, selection = mixer.advance(read, cache, positions, length, context)
+                return y, (after, selection)
+
+            x, (after, selection) = self._join(x, self.mixer_residual, advance, written=0, extra=extra)
+            cache = after if side is None else {"mixer": after, "side": side}
+        return self._feed_forward(x, context, read)[0], cache, selection
 
     def attention_calls(
         self, x: Float[Array, "b t m"], context: Context = EMPTY
@@ -201,18 +200,19 @@ class Layer(nnx.Module):
         return cost if self.mlp is None else cost + Cost(0, self.mlp.flops)
 
     def _run(self, x: Array, context: Context) -> tuple[Array, Auxiliary]:
-        read, mixed = self._shared_input(x), (None, None)
+        read, mixed, auxiliary = self._shared_input(x), (None, None), Auxiliary({})
         if self.mixer is not None and self.mixer_residual is not None:
             mixer = self.mixer
 
-            def mix(read: Array) -> tuple[Array, tuple[Array, Array]]:
+            def mix(read: Array) -> tuple[Array, tuple[tuple[Array, Array], Auxiliary]]:
                 with jax.named_scope("mixer"):
-                    y = mixer(read, context)
-                return y, (read, y)
+                    y, auxiliary = mixer.mix(read, context)
+                return y, ((read, y), auxiliary)
 
             extra = None if self.side is None else self.side(x, context)
-            x, mixed = self._join(x, self.mixer_residual, mix, 0, context.dropout, extra)
-        x, auxiliary = self._feed_forward(x, context, read)
+            x, (mixed, auxiliary) = self._join(x, self.mixer_residual, mix, 0, context.dropout, extra)
+        x, added = self._feed_forward(x, context, read)
+        auxiliary = auxiliary.add(added)
         return x, auxiliary._replace(trace=Trace(*mixed, x) if context.extras.traced else None)
 
     def _shared_input(self, x: Array) -> Array | None:

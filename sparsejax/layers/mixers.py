@@ -17,15 +17,16 @@ from sparsejax.layers.attention import Attention, AttentionConfig
 from sparsejax.layers.context import EMPTY, Context
 from sparsejax.layers.conv import Conv, ConvConfig
 from sparsejax.layers.delta import Delta, DeltaConfig
+from sparsejax.layers.indexer import IndexerConfig
 from sparsejax.layers.latent import Latent, LatentConfig
 from sparsejax.layers.lightning import Lightning, LightningConfig
 from sparsejax.layers.lsh import Lsh, LshConfig
 from sparsejax.layers.mamba import Mamba, MambaConfig
 from sparsejax.layers.mamba2 import Mamba2, Mamba2Config
-from sparsejax.layers.protocols import Cache, Mixer, MixerConfig
+from sparsejax.layers.protocols import Auxiliary, Cache, Mixer, MixerConfig
 from sparsejax.layers.rglru import RgLru, RgLruConfig
 from sparsejax.layers.stream import Cost, Stream
-from sparsejax.ops import AttentionCall
+from sparsejax.ops import AttentionCall, Selection
 from sparsejax.ops.call import SelectedCall
 from sparsejax.registry import Registry, is_frozen_dataclass
 
@@ -69,6 +70,11 @@ class ParallelConfig(MixerConfig):
         """Whether a branch selects."""
         return any(branch.mixer.selects for branch in self.branches.values())
 
+    @property
+    def indexers(self) -> tuple[IndexerConfig, ...]:
+        """The indexers of the branches."""
+        return tuple(indexer for branch in self.branches.values() for indexer in branch.mixer.indexers)
+
     def check(self, length: int) -> None:
         """Raises InputError if a branch cannot run on `length` tokens."""
         for name, branch in self.branches.items():
@@ -87,11 +93,16 @@ class Parallel(Mixer):
 
     def __call__(self, x: Float[Array, "b t m"], context: Context = EMPTY) -> Float[Array, "b t m"]:
         """Mixes a whole sequence."""
-        outputs = (
-            branch.scale_out * self.branches[name](branch.scale_in * x, context)
-            for name, branch in self.config.branches.items()
-        )
-        return functools.reduce(operator.add, outputs)
+        return self.mix(x, context)[0]
+
+    def mix(self, x: Float[Array, "b t m"], context: Context = EMPTY) -> tuple[Float[Array, "b t m"], Auxiliary]:
+        """Mixes a whole sequence; returns the losses of the branches."""
+        outputs, auxiliary = [], Auxiliary({})
+        for name, branch in self.config.branches.items():
+            y, added = self.branches[name].mix(branch.scale_in * x, context)
+            outputs.append(branch.scale_out * y)
+            auxiliary = auxiliary.add(added)
+        return functools.reduce(operator.add, outputs), auxiliary
 
     def init_cache(self, batch: int, length: int) -> Cache:
         """Returns the cache of each branch."""
@@ -101,11 +112,19 @@ class Parallel(Mixer):
         self, x: Float[Array, "b c m"], cache: Cache, positions: Int[Array, " b"], length: int, context: Context = EMPTY
     ) -> tuple[Float[Array, "b c m"], Cache]:
         """Mixes the next tokens in each branch."""
-        outputs, after = [], {}
+        return self.advance(x, cache, positions, length, context)[:2]
+
+    def advance(
+        self, x: Float[Array, "b c m"], cache: Cache, positions: Int[Array, " b"], length: int, context: Context = EMPTY
+    ) -> tuple[Float[Array, "b c m"], Cache, Selection | None]:
+        """Mixes the next tokens in each branch; returns the selection of the last branch that has an indexer."""
+        outputs, after, selection = [], {}, None
         for name, branch in self.config.branches.items():
-            y, after[name] = self.branches[name].extend(branch.scale_in * x, cache[name], positions, length, context)
+            arguments = branch.scale_in * x, cache[name], positions, length, context
+            y, after[name], selected = self.branches[name].advance(*arguments)
+            selection = selection if selected is None else selected
             outputs.append(branch.scale_out * y)
-        return functools.reduce(operator.add, outputs), after
+        return functools.reduce(operator.add, outputs), after, selection
 
     def attention_calls(
         self, x: Float[Array, "b t m"], context: Context = EMPTY

@@ -20,7 +20,7 @@ from sparsejax.errors import InputError
 from sparsejax.layers.caching import chunk_positions, write_slots
 from sparsejax.layers.context import EMPTY, Context
 from sparsejax.layers.stream import Cost, Stream, decays
-from sparsejax.ops import IMPLEMENTATIONS, AttentionCall
+from sparsejax.ops import IMPLEMENTATIONS, AttentionCall, Selection
 from sparsejax.ops.call import SelectedCall
 
 Cache = dict[str, Any]  # arrays [b, ...] by name, or caches by name
@@ -41,17 +41,25 @@ class Trace(NamedTuple):
 
 
 class Auxiliary(NamedTuple):
-    """What a feed-forward part or a layer returns besides its output.
+    """What a mixer, a feed-forward part or a layer returns besides its output.
 
     Attributes:
       losses: Weighted losses by name, each a mean over the tokens of the batch.
       choices: Number of choices per expert; None without experts.
       trace: Activations of a layer, if `Extras.traced`.
+      selection: The keys that an indexer selected, which later layers may reuse; None without an indexer.
     """
 
     losses: dict[str, Float[Array, ""]]
     choices: Int[Array, " e"] | None = None
     trace: Trace | None = None
+    selection: Selection | None = None
+
+    def add(self, other: Auxiliary) -> Auxiliary:
+        """Returns the sum of the losses, and whatever else one of them has."""
+        losses = {name: self.losses.get(name, 0.0) + other.losses.get(name, 0.0) for name in self.losses | other.losses}
+        rest = (mine if theirs is None else theirs for mine, theirs in zip(self[1:], other[1:], strict=True))
+        return Auxiliary(losses, *rest)
 
 
 class MixerConfig:
@@ -83,6 +91,11 @@ class MixerConfig:
         """Whether a position reads from some positions of `connectivity` only, which the data choose."""
         return False
 
+    @property
+    def indexers(self) -> tuple[Any, ...]:
+        """The indexers, each an `IndexerConfig`."""
+        return ()
+
     def check(self, length: int) -> None:
         """Raises InputError, with the path of the argument, if the mixer cannot run on `length` tokens."""
 
@@ -96,6 +109,7 @@ class Mixer(nnx.Module):
         interact (`segments`), and nothing is read from padding (`mask`).
       * `init_cache` and `extend`, together and optional: decoding. By default the inputs are cached and `__call__` runs
         on all of them per chunk, which is correct for every causal mixer but slow to decode.
+      * `mix`, optional, in place of `__call__`: losses besides the output.
       * `cost`, optional: FLOPs and scored pairs. By default two FLOPs per token and element of a matrix.
 
     Parameters come from `layers.Linear` and `layers.parameter`, which set the logical axes, by which a parameter is
@@ -108,6 +122,10 @@ class Mixer(nnx.Module):
     def __call__(self, x: Float[Array, "b t m"], context: Context = EMPTY) -> Float[Array, "b t m"]:
         """Mixes a whole sequence."""
         raise NotImplementedError
+
+    def mix(self, x: Float[Array, "b t m"], context: Context = EMPTY) -> tuple[Float[Array, "b t m"], Auxiliary]:
+        """Mixes as `__call__`, which is the default, and returns losses."""
+        return self(x, context), Auxiliary({})
 
     def init_cache(self, batch: int, length: int) -> Cache:
         """Returns the cache before the first of `length` tokens: arrays [b, ...] by name."""
@@ -139,6 +157,17 @@ class Mixer(nnx.Module):
         inputs = write_slots(cache["inputs"], x, at, context.tokens)
         y = self(inputs, dataclasses.replace(context, tokens=EMPTY.tokens))
         return jnp.take_along_axis(y, jnp.minimum(at, length - 1)[..., None], axis=1), {"inputs": inputs}
+
+    def advance(
+        self,
+        x: Float[Array, "b c m"],
+        cache: Cache,
+        positions: Int[Array, " b"],
+        length: int,
+        context: Context = EMPTY,
+    ) -> tuple[Float[Array, "b c m"], Cache, Selection | None]:
+        """Mixes as `extend`, which is the default, and returns the keys that an indexer selected."""
+        return *self.extend(x, cache, positions, length, context), None
 
     def attention_calls(
         self, x: Float[Array, "b t m"], context: Context = EMPTY

@@ -12,12 +12,13 @@ from sparsejax.ops.call import AttentionCall
 from sparsejax.ops.chunks import CHUNK
 from sparsejax.ops.conv import causal_conv
 from sparsejax.ops.delta import delta_rule
+from sparsejax.ops.indexer import Index, indexer_divergence, select_indexed
 from sparsejax.ops.linear_scan import linear_scan
 from sparsejax.ops.lsh import attend_hashed, decode_attend_hashed, hash_buckets, hashed_pairs
 from sparsejax.ops.scan import selective_scan
 from sparsejax.ops.segment import attend_edges
 from sparsejax.ops.selection import Selection, choose, select
-from sparsejax.ops.selectors import index_scores, moba, nsa, route, select_indexed, top_tiles, top_tokens
+from sparsejax.ops.selectors import moba, nsa, route, top_tiles, top_tokens
 from sparsejax.ops.softmax import add_alibi, log_multiplicity, merge_lse
 from sparsejax.ops.ssd import ssd
 
@@ -27,6 +28,7 @@ __all__ = [
     "AttentionCall",
     "Implementation",
     "ImplementationError",
+    "Index",
     "Selection",
     "add_alibi",
     "attend",
@@ -41,7 +43,7 @@ __all__ = [
     "delta_rule",
     "hash_buckets",
     "hashed_pairs",
-    "index_scores",
+    "indexer_divergence",
     "linear_scan",
     "log_multiplicity",
     "merge_lse",

@@ -89,8 +89,13 @@ def choose(
         scores = jnp.where(forced, jnp.inf, scores)
     n = scores.shape[-1]
     best, groups = jax.lax.top_k(jnp.where(visible, scores, -jnp.inf), min(count, n))
-    groups = jnp.sort(jnp.where(best > -jnp.inf, groups, n), axis=-1)
-    return jnp.where(groups < n, groups, -1)
+    return _sort(jnp.where(best > -jnp.inf, groups, -1), n)
+
+
+def _sort(groups: Int[Array, "*batch k"], count: int) -> Int[Array, "*batch k"]:
+    """Sorts indices below `count`, with -1 at the end."""
+    groups = jnp.sort(jnp.where(groups < 0, count, groups), axis=-1)
+    return jnp.where(groups < count, groups, -1)
 
 
 def select(
@@ -100,6 +105,7 @@ def select(
     count: int,
     pattern: Pattern,
     *,
+    complete: bool = False,
     segments: tuple[Int[Array, "b t"], Int[Array, "b s"]] | None = None,
     positions: tuple[Int[Array, "b t"], Int[Array, "b s"]] | None = None,
     length: int | None = None,
@@ -112,6 +118,8 @@ def select(
       blocks: The groups.
       count: Groups per query, including those that are forced.
       pattern: The allowed keys; a pattern without heads.
+      complete: Whether only blocks all of whose keys a query may attend to compete. The block of the query is chosen
+        besides `count` others unless it is complete.
       segments: Segment ids of queries and of keys; a query attends to keys of its segment.
       positions: Positions of queries and of keys, -1 for a key that does not exist. Defaults to 0, 1, ... for both.
       length: Length of the sequence that the pattern describes; defaults to the number of queries.
@@ -126,7 +134,13 @@ def select(
 
     def choose_chunk(chunk: PyTree, visible: Visible) -> Int[Array, "b scopes c k"]:
         scores, forced = score(chunk, visible)
-        return choose(scores, _any_key(visible, blocks)[:, None], count, forced)
+        counts = _count_keys(visible, blocks)[:, None]
+        if not complete:
+            return choose(scores, counts > 0, count, forced)
+        groups, current = choose(scores, counts == blocks.size, count, forced), block_of_query(visible, blocks)
+        is_open = jnp.take_along_axis(counts[:, 0], current[..., None], axis=-1) < blocks.size
+        added = jnp.where(is_open, current[..., None], -1)[:, None]
+        return _sort(jnp.concatenate([groups, jnp.broadcast_to(added, (*groups.shape[:-1], 1))], -1), blocks.count)
 
     run = functools.partial(over_queries, choose_chunk, jax.lax.stop_gradient(arrays), pattern, blocks.of_key.shape[1])
     groups = run(segments=segments, positions=positions, length=length)
@@ -179,11 +193,19 @@ def over_queries(
     return jax.tree.map(join, jax.lax.map(jax.checkpoint(run, prevent_cse=False), chunks))
 
 
-def _any_key(visible: Visible, blocks: Blocks) -> Bool[Array, "#b c n"]:
-    """Whether a query may attend to a key of each block."""
+def block_of_query(visible: Visible, blocks: Blocks) -> Int[Array, "#b c"]:
+    """The block of each query, which is at the position of its key."""
+    of_key, at = blocks.of_key, visible.positions
+    shape = max(len(of_key), len(at)), at.shape[1]
+    at = jnp.broadcast_to(jnp.minimum(at, of_key.shape[1] - 1), shape)
+    return jnp.take_along_axis(jnp.broadcast_to(of_key, (shape[0], of_key.shape[1])), at, axis=1)
+
+
+def _count_keys(visible: Visible, blocks: Blocks) -> Int[Array, "#b c n"]:
+    """Number of keys of each block that a query may attend to."""
     mask = visible.keys
     if blocks.size == 1:
-        return mask
+        return mask.astype(jnp.int32)
     if not blocks.is_regular:
         mask = jnp.broadcast_to(mask, (blocks.of_key.shape[0], *mask.shape[1:]))
-    return blocks.split(mask, False).any(axis=-1)
+    return blocks.split(mask, False).sum(axis=-1)

@@ -15,7 +15,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from sparsejax.errors import InputError
 from sparsejax.ops.blocks import Blocks, document_starts, make_blocks
-from sparsejax.ops.selection import Selection, Visible, over_queries, select
+from sparsejax.ops.selection import Selection, Visible, block_of_query, over_queries, select
 from sparsejax.ops.softmax import masked_softmax
 from sparsejax.patterns import Pattern
 
@@ -26,51 +26,6 @@ POOLINGS: dict[str, Callable[..., Array]] = {
     "mean": jnp.mean,
     "logsumexp": jax.nn.logsumexp,
 }
-
-
-def index_scores(
-    q: Float[Array, "b t n d"], weights: Float[Array, "b t n"], k: Float[Array, "b s d"] | Float[Array, "b t s d"]
-) -> Float[Array, "b t s"]:
-    """Sum over heads of weight * relu(q·k / √d), in float32: the lightning indexer of DeepSeek-V3.2-Exp.
-
-    Keys are those of all queries, or of each query.
-    """
-    dtype, equation = jnp.promote_types(q.dtype, jnp.float32), f"btnd,b{'t' * (k.ndim - 3)}sd->btns"
-    products = jnp.einsum(equation, q.astype(dtype), k.astype(dtype)) * q.shape[-1] ** -0.5
-    return jnp.einsum("btns,btn->bts", jax.nn.relu(products), weights.astype(dtype))
-
-
-def select_indexed(
-    q: Float[Array, "b t n d"],
-    weights: Float[Array, "b t n"],
-    k: Float[Array, "b s d"],
-    top_k: int,
-    pattern: Pattern,
-    *,
-    segments: Segments = None,
-    positions: Positions = None,
-    length: int | None = None,
-) -> Selection:
-    """DeepSeek sparse attention: the keys with the largest `index_scores`, which all heads share.
-
-    Args:
-      q: Index queries.
-      weights: Weight per query and index head.
-      k: Index keys.
-      top_k: Keys per query.
-      pattern: The allowed keys.
-      segments: Segment ids of queries and of keys.
-      positions: Positions of queries and of keys, see `select`.
-      length: Length of the sequence that the pattern describes.
-    """
-    _require_positive(top_k=top_k)
-    keys = jax.lax.stop_gradient(k)
-
-    def score(arrays: tuple[Array, Array], visible: Visible) -> tuple[Array, None]:
-        return index_scores(*arrays, keys)[:, None], None
-
-    blocks = make_blocks(k.shape[1], 1)
-    return select(score, (q, weights), blocks, top_k, pattern, **_options(segments, positions, length))
 
 
 def top_tokens(
@@ -206,7 +161,7 @@ def moba(
     means = jax.lax.stop_gradient(block_means(k, blocks))
 
     def score(q: Array, visible: Visible) -> tuple[Array, Array]:
-        current = _block_of_query(visible, blocks)[..., None]
+        current = block_of_query(visible, blocks)[..., None]
         return _logits(q, means, 1.0), (current == jnp.arange(blocks.count))[:, None]
 
     return select(score, q, blocks, top_k, pattern, **_options(segments, positions, length))
@@ -395,7 +350,7 @@ def nsa(
             inside = ((at >= 0) & (at < units.count))[:, None, None]
             index = jnp.broadcast_to(jnp.clip(at, 0, units.count - 1)[:, None, None], scores.shape)
             scores += int(shared) * jnp.where(inside, jnp.take_along_axis(p, index, axis=-1), 0.0)
-        current, indices = _block_of_query(visible, blocks)[..., None], jnp.arange(blocks.count)
+        current, indices = block_of_query(visible, blocks)[..., None], jnp.arange(blocks.count)
         forced = (blocks.numbers[:, None] < initial) | ((indices > current - local) & (indices <= current))
         return scores, forced[:, None]
 
@@ -404,14 +359,6 @@ def nsa(
 
 def _blocks(k: Array, size: int, segments: Segments) -> Blocks:
     return make_blocks(k.shape[1], size, None if segments is None else segments[1])
-
-
-def _block_of_query(visible: Visible, blocks: Blocks) -> Int[Array, "#b c"]:
-    """The block of each query, which is at the position of its key."""
-    of_key, at = blocks.of_key, visible.positions
-    shape = max(len(of_key), len(at)), at.shape[1]
-    at = jnp.broadcast_to(jnp.minimum(at, of_key.shape[1] - 1), shape)
-    return jnp.take_along_axis(jnp.broadcast_to(of_key, (shape[0], of_key.shape[1])), at, axis=1)
 
 
 def _logits(q: Float[Array, "b c h d"], k: Float[Array, "b n g d"], scale: float | None) -> Float[Array, "b h c n"]:

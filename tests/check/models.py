@@ -27,6 +27,12 @@ MIXERS: dict[str, dict[str, Any]] = {
     "grouped": ATTENTION | {"pattern": "causal", "heads": 4, "kv_heads": 2},
     "moba": ATTENTION | {"pattern": "causal", "select": {"kind": "moba", "count": 2, "block": 16}},
     "tiles": ATTENTION | {"pattern": "causal", "select": {"kind": "tiles", "count": 3, "block": 4}, "kv_heads": 2},
+    "indexed": ATTENTION
+    | {"pattern": "causal", "kv_heads": 2}
+    | {"indexer": {"heads": 2, "width": 8, "top_k": 3, "block": 8, "scope": "kv_head", "weights": False, "local": 1}},
+    "pooled": ATTENTION
+    | {"pattern": "causal"}
+    | {"indexer": {"heads": 2, "width": 8, "top_k": 3, "block": 4, "pool": "keys", "weights": False}},
     "conv": {"kind": "conv", "conv": 3},
     "mamba": {"kind": "mamba", "inner": 16, "state": 4, "conv": 3, "dt_rank": 2} | RANGE,
     "mamba2": {"kind": "mamba2", "heads": 2, "head_width": 8, "state": 4, "groups": 1, "conv": 3, "norm_eps": 1e-6}

@@ -11,6 +11,7 @@ import pytest
 from sparsejax.interop import huggingface
 from sparsejax.interop.huggingface import parity
 from sparsejax.interop.huggingface.checkpoint import Checkpoint
+from sparsejax.layers import EMPTY
 from sparsejax.loaded import LoadedModel
 
 GOLDEN = Path(__file__).parents[1] / "golden"
@@ -108,3 +109,30 @@ def test_comparisons_detect_values_that_are_not_finite():
     assert parity.compare_norms({"a": np.array([3.0, np.nan])}, {"a": 5.0})["a"] == np.inf
     assert parity.compare_norms({"a": np.array([3.0, 4.5])}, {"a": 5.0})["a"] > 0.05
     assert parity.compare_gradients({"a": np.array([4.0, 3.0])}, {"a": np.array([3.0, 4.0])})["a"] > 0.2
+
+
+SELECTING = [name for name in FOLDERS if any("selected_layer" in key for key in read(name).outputs)]
+
+
+@pytest.mark.parametrize("name", SELECTING)
+def test_selections(name):
+    """Every indexer selects the groups of the reference, ascending."""
+    record, model = read(name), load(name)
+    bound = model.functional.bind(model.parameters)
+
+    @jax.jit
+    def run(tokens):
+        x, context = bound.embed(tokens, EMPTY)
+        selections = {}
+        for index, layer in enumerate(bound.unroll()):
+            x, added = layer(x, context.with_extras(layer=jnp.asarray(index)))
+            if added.selection is not None:
+                context = context.with_extras(selection=added.selection)
+                selections[index] = added.selection
+        return selections
+
+    for index, selection in run(jnp.asarray(record.inputs["input_ids"])).items():
+        expected = record.outputs[f"selected_layer_{index}"]
+        expected = expected if expected.ndim == 4 else expected[:, None]
+        groups = selection.groups if selection.groups.shape[-1] == expected.shape[-1] else selection.keys
+        np.testing.assert_array_equal(np.sort(groups), np.sort(expected))

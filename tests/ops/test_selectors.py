@@ -12,16 +12,14 @@ import pytest
 from sparsejax.errors import InputError
 from sparsejax.ops import attend
 from sparsejax.ops.blocks import make_blocks
-from sparsejax.ops.indexer_loss import Index, indexer_divergence
+from sparsejax.ops.indexer import Index, indexer_divergence, select_indexed
 from sparsejax.ops.reference import attend_reference
 from sparsejax.ops.selection import Selection, choose
 from sparsejax.ops.selectors import (
     attend_windows,
-    index_scores,
     moba,
     nsa,
     route,
-    select_indexed,
     top_tiles,
     top_tokens,
 )
@@ -361,15 +359,16 @@ def scores_of(q, weights, k):
 
 def test_index_scores():
     index = make_index(9)
-    assert_close("scores", index_scores(*map(jnp.asarray, index)), scores_of(*index), "float32")
+    q, weights, k = map(jnp.asarray, index)
+    assert_close("scores", Index(q, k, weights).scores(q, weights)[:, 0], scores_of(*index), "float32")
 
 
 @pytest.mark.parametrize(("length", "top_k"), [(1, 3), (63, 5), (65, 64), (150, 7)])
 def test_every_query_selects_its_best_keys_of_its_document(length, top_k):
     index, segments = make_index(length), np.sort(np.random.default_rng(0).integers(0, 3, size=(2, length)))
     ids = jnp.asarray(segments)
-    run = jax.jit(lambda index: select_indexed(*index, top_k, CAUSAL, segments=(ids, ids)).groups)
-    (selected, scores) = np.asarray(run([jnp.asarray(x) for x in index])), scores_of(*index)
+    run = jax.jit(lambda q, weights, k: select_indexed(Index(q, k, weights), top_k, CAUSAL, segments=(ids, ids)).groups)
+    (selected, scores) = np.asarray(run(*map(jnp.asarray, index))), scores_of(*index)
     assert selected.shape == (2, 1, length, min(top_k, length))
     for row, query in np.ndindex(2, length):
         allowed = [key for key in range(query + 1) if segments[row, key] == segments[row, query]]
@@ -379,7 +378,8 @@ def test_every_query_selects_its_best_keys_of_its_document(length, top_k):
 
 def test_no_gradient_flows_through_a_selection():
     def total(index):
-        groups = select_indexed(*index, 2, CAUSAL).groups
+        q, weights, k = index
+        groups = select_indexed(Index(q, k, weights), 2, CAUSAL).groups
         return sum(x.sum() for x in index) + groups.sum().astype(jnp.float32)
 
     for gradient in jax.jit(jax.grad(total))([jnp.asarray(x) for x in make_index(5)]):

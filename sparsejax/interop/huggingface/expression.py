@@ -42,7 +42,7 @@ from sparsejax.patterns import Pattern
 INERT = {
     *("dtype", "scan", "remat", "impl", "chunk"),
     *("dt_min", "dt_max", "decay_min", "decay_max", "dropout", "allow_leaks"),
-    *("balance", "balance_weight", "bias_rate", "router_z_weight"),
+    *("balance", "balance_weight", "bias_rate", "router_z_weight", "loss_weight"),
 }
 BY_LAYER = {"schedule", "layers"}  # compared layer by layer, since the names of layers are free
 ROWS = 2**18  # queries that `find_span` examines, and most positions that patterns are compared on
@@ -432,6 +432,13 @@ STATE_SPACE: dict[str, Answer] = {
 }
 # transformers clamps step sizes to `time_step_min` instead of `time_step_limit`.
 NO_CLAMP: dict[str, Answer] = {"time_step_min": lambda view: 1e-9}
+INDEXED: dict[str, Answer] = {
+    "rope_parameters": _latent_rope,
+    "layer_types": lambda view: view.types(full="indexed_attention"),
+    "index_n_heads": "latent.indexer.heads",
+    "index_head_dim": "latent.indexer.width",
+    "index_topk": "latent.indexer.top_k",
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -647,14 +654,16 @@ EXPORTED: dict[str, Family] = {
         },
     ),
     "kimi_linear": Family("KimiLinearForCausalLM", _absent("num_experts")),
-    "deepseek_v32": Family(
-        "DeepseekV32ForCausalLM",
-        {
-            "rope_parameters": _latent_rope,
-            "layer_types": lambda view: view.types(full="indexed_attention"),
-            "index_n_heads": "latent.indexer.heads",
-            "index_head_dim": "latent.indexer.width",
-            "index_topk": "latent.indexer.top_k",
+    "deepseek_v32": Family("DeepseekV32ForCausalLM", INDEXED),
+    "glm_moe_dsa": Family(
+        "GlmMoeDsaForCausalLM",
+        INDEXED
+        | {
+            "indexer_types": lambda view: [
+                "shared" if any(x.shared for x in layer.mixer.indexers) else "full"
+                for _, layer in view.layers
+                if layer.mixer is not None
+            ]
         },
     ),
     "llama4_text": Family(

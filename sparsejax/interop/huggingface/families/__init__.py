@@ -43,6 +43,7 @@ FAMILIES: dict[str, Callable[..., Translation]] = {
     "gemma2": gemma.translate_2,
     "gemma3": gemma.translate_multimodal,
     "gemma3_text": gemma.translate_3,
+    "glm_moe_dsa": deepseek.translate_glm,
     "gpt2": gpt2.translate,
     "gpt_oss": gpt_oss.translate,
     "granitemoehybrid": granite.translate,

@@ -1,12 +1,14 @@
-"""DeepSeek-V3.2: latent attention with keys selected by an indexer, and experts after a few dense layers.
+"""DeepSeek-V3.2 and GLM-5: latent attention with keys selected by an indexer, and experts after a few dense layers.
 
-Latent attention is defined in arXiv:2405.04434, the experts in arXiv:2412.19437, the indexer in arXiv:2512.02556.
+Latent attention is defined in arXiv:2405.04434, the experts in arXiv:2412.19437, the indexer in arXiv:2512.02556. In
+GLM-5 some layers reuse the selection of the last indexer before them.
 """
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 from sparsejax.interop.huggingface import tensors
 from sparsejax.interop.huggingface.fields import Fields
@@ -19,36 +21,87 @@ from sparsejax.interop.huggingface.translation import (
     pre_norm_layer,
     read_layer_types,
 )
-from sparsejax.layers import ExpertsConfig, IndexerConfig, LatentConfig, MlpConfig, NormConfig, yarn_growth
+from sparsejax.layers import ExpertsConfig, IndexerConfig, LatentConfig, LayerConfig, MlpConfig, NormConfig, yarn_growth
 
 LATENT_NORM_EPS = INDEX_NORM_EPS = 1e-6  # for any `rms_norm_eps`
 
 
+# Defaults of `DeepseekV32Config` and `GlmMoeDsaConfig`.
+DEEPSEEK = {
+    "hidden_size": 7168, "num_hidden_layers": 61, "rms_norm_eps": 1e-6, "intermediate_size": 18432,
+    "num_attention_heads": 128, "q_lora_rank": 1536, "qk_nope_head_dim": 128, "v_head_dim": 128, "index_n_heads": 64,
+    "n_group": 8, "topk_group": 4,
+}  # fmt: skip
+GLM = {
+    "hidden_size": 6144, "num_hidden_layers": 78, "rms_norm_eps": 1e-5, "intermediate_size": 12288,
+    "num_attention_heads": 64, "q_lora_rank": 2048, "qk_nope_head_dim": 192, "v_head_dim": 256, "index_n_heads": 32,
+    "n_group": 1, "topk_group": 1,
+}  # fmt: skip
+
+
 def translate(fields: Fields) -> Translation:
     """Translates a `DeepseekV32Config`."""
+    depth = fields.take("num_hidden_layers", DEEPSEEK["num_hidden_layers"])
+    return _translate(fields, DEEPSEEK, [False] * depth, interleaved=False)
+
+
+def translate_glm(fields: Fields) -> Translation:
+    """Translates a `GlmMoeDsaConfig`."""
+    return _translate(fields, GLM, _read_shared(fields), interleaved=True)
+
+
+def _read_shared(fields: Fields) -> list[bool]:
+    """Whether each layer of GLM-5 reuses a selection."""
+    depth = fields.take("num_hidden_layers", GLM["num_hidden_layers"])
+    pattern, types = fields.take("index_topk_pattern", None), {"F": "full", "S": "shared"}
+    frequency, offset = fields.take("index_topk_freq", 1), fields.take("index_skip_topk_offset", 2)
+    default = ["shared" if max(i - offset + 1, 0) % max(frequency, 1) else "full" for i in range(depth)]
+    if pattern is not None:
+        default = [types.get(name, name) for name in pattern]
+    names = read_layer_types(fields, default, "indexer_types", allowed=("full", "shared"))
+    if len(names) != depth:
+        raise fields.error("index_topk_pattern", f"{len(names)} entries for {depth} layers")
+    return [name == "shared" for name in names]
+
+
+def _translate(fields: Fields, defaults: dict[str, Any], shared: Sequence[bool], *, interleaved: bool) -> Translation:
+    """Translates a model of which some layers reuse the selection of the last indexer before them.
+
+    Args:
+      fields: The config.json.
+      defaults: Defaults of its keys.
+      shared: Whether each layer reuses a selection.
+      interleaved: Whether the indexer rotates adjacent features.
+    """
+
+    def take(key: str) -> Any:
+        return fields.take(key, defaults[key])
+
     fields.ignore("head_dim", "qk_head_dim", "mlp_bias", "pretraining_tp", "num_nextn_predict_layers", "ep_size")
-    width, depth = fields.take("hidden_size", 7168), fields.take("num_hidden_layers", 61)
+    width, depth = take("hidden_size"), len(shared)
     read_layer_types(fields, ["indexed_attention"] * depth, allowed=("indexed_attention",))
-    layer_norm = NormConfig(kind="rms", eps=fields.take("rms_norm_eps", 1e-6))
-    mixer = _read_attention(fields)
+    layer_norm = NormConfig(kind="rms", eps=take("rms_norm_eps"))
+    mixer = _read_attention(fields, take, interleaved)
     activation = fields.choose("hidden_act", ACTIVATIONS, "silu")
-    mlp = MlpConfig(kind="gated", width=fields.take("intermediate_size", 18432), activation=activation)
-    experts = _read_experts(fields, activation)
-    layers = {
-        "dense": pre_norm_layer(mixer, mlp, layer_norm),
-        "experts": pre_norm_layer(mixer, experts, layer_norm),
-    }
-    names = read_mlp_types(fields, depth, dense=3)
+    mlp = MlpConfig(kind="gated", width=take("intermediate_size"), activation=activation)
+    experts, types = _read_experts(fields, take, activation), read_mlp_types(fields, depth, dense=3)
+
+    def layer(mlp_type: str, reuses: bool) -> tuple[str, LayerConfig]:
+        part = mlp if mlp_type == "dense" else experts
+        if not reuses or mixer.indexer is None:
+            return mlp_type, pre_norm_layer(mixer, part, layer_norm)
+        reusing = dataclasses.replace(mixer, indexer=dataclasses.replace(mixer.indexer, shared=True))
+        return f"{mlp_type}_shared", pre_norm_layer(reusing, part, layer_norm)
+
     tied = fields.take("tie_word_embeddings", False)
-    model = build_model(fields, width, [(name, layers[name]) for name in names], layer_norm, tied=tied)
+    layers = [layer(*types_of) for types_of in zip(types, shared, strict=True)]
+    model = build_model(fields, width, layers, layer_norm, tied=tied)
     maps = tensors.embedding_and_head(tied)
-    for i, name in enumerate(names):
+    for i, (name, reuses) in enumerate(zip(types, shared, strict=True)):
         source, target = f"model.layers.{i}", f"layers.{i}"
-        maps += [
-            *tensors.pre_norms(source, target),
-            *latent_tensors(f"{source}.self_attn", f"{target}.mixer", mixer),
-            *_indexer_tensors(f"{source}.self_attn.indexer", f"{target}.mixer.indexer"),
-        ]
+        maps += [*tensors.pre_norms(source, target), *latent_tensors(f"{source}.self_attn", f"{target}.mixer", mixer)]
+        if not reuses:
+            maps += _indexer_tensors(f"{source}.self_attn.indexer", f"{target}.mixer.indexer")
         if name == "dense":
             maps += tensors.gated_mlp(f"{source}.mlp", f"{target}.mlp")
         else:
@@ -56,23 +109,24 @@ def translate(fields: Fields) -> Translation:
     return Translation(model, maps, unused=tensors.tied_head(tied))
 
 
-def _read_attention(fields: Fields) -> LatentConfig:
+def _read_attention(fields: Fields, take: Callable[[str], Any], interleaved: bool) -> LatentConfig:
     config = LatentConfig(
         pattern="causal",
-        heads=fields.take("num_attention_heads", 128),
-        query_rank=fields.take("q_lora_rank", 1536),
+        heads=take("num_attention_heads"),
+        query_rank=take("q_lora_rank"),
         kv_rank=fields.take("kv_lora_rank", 512),
-        nope_width=fields.take("qk_nope_head_dim", 128),
+        nope_width=take("qk_nope_head_dim"),
         rope_width=fields.take("qk_rope_head_dim", 64),
-        value_width=fields.take("v_head_dim", 128),
+        value_width=take("v_head_dim"),
         rope=dataclasses.replace(read_rope(fields), interleaved=True),
         norm_eps=LATENT_NORM_EPS,
         impl="auto",
         bias=fields.take("attention_bias", False),
         indexer=IndexerConfig(
-            heads=fields.take("index_n_heads", 64),
+            heads=take("index_n_heads"),
             width=fields.take("index_head_dim", 128),
             top_k=fields.take("index_topk", 2048),
+            interleaved=interleaved,
             norm_eps=INDEX_NORM_EPS,
         ),
     )
@@ -97,7 +151,7 @@ def _read_scale_factor(fields: Fields) -> float:
     return yarn_growth(rope["factor"], mscale) ** 2
 
 
-def _read_experts(fields: Fields, activation: str) -> ExpertsConfig:
+def _read_experts(fields: Fields, take: Callable[[str], Any], activation: str) -> ExpertsConfig:
     fields.require("scoring_func", "sigmoid")
     fields.require("topk_method", "noaux_tc")
     fields.require("moe_layer_freq", 1)
@@ -111,8 +165,8 @@ def _read_experts(fields: Fields, activation: str) -> ExpertsConfig:
         renormalize=fields.take("norm_topk_prob", True),
         scale=float(fields.take("routed_scaling_factor", 2.5)),
         selection_bias=True,
-        groups=fields.take("n_group", 8),
-        top_groups=fields.take("topk_group", 4),
+        groups=take("n_group"),
+        top_groups=take("topk_group"),
         shared_width=inner * fields.take("n_shared_experts", 1),
     )
 
