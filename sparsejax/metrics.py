@@ -24,6 +24,8 @@ ACCURACY = "eval/accuracy"  # share of scored tokens that are the model's first 
 ACCURACY_AT_DISTANCE = "eval/accuracy_at_distance_"  # + the first distance of a bin
 PERPLEXITY = "eval/perplexity"  # exponential of the loss per token
 EXACT_MATCH = "eval/exact_match"  # share of rows of which every scored token is
+# Of the selection of a layer, + /layer_INDEX, see `ops.measure_selection`.
+RECALL, INDEXER_KL = "eval/recall", "eval/kl"
 STEPS_PER_SECOND, TOKENS_PER_SECOND = "steps_per_second", "tokens_per_second"
 
 Direction = Literal["min", "max"]
@@ -31,6 +33,7 @@ Direction = Literal["min", "max"]
 # By prefix: `eval/bits` stands for `eval/bits_at_64`, `eval/loss` for the `eval/loss/long` of an evaluation setting.
 _LOWER = (
     EVAL_LOSS,
+    INDEXER_KL,
     "eval/bits",
     PERPLEXITY,
     TRAIN_LOSS,
@@ -42,7 +45,7 @@ _LOWER = (
     "kv",
     "seconds",
 )
-_HIGHER = (ACCURACY, EXACT_MATCH, STEPS_PER_SECOND, TOKENS_PER_SECOND)
+_HIGHER = (ACCURACY, EXACT_MATCH, RECALL, STEPS_PER_SECOND, TOKENS_PER_SECOND)
 
 
 def direction(name: str) -> Direction | None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import operator
+import types
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -36,6 +37,7 @@ from sparsejax.schedule import Fold
 FOLDED = ("before", "period", "after")  # the parts of a fold that hold layers
 Carry = tuple[Array, Selection | None]  # the stream, and the keys that the last indexer selected
 Losses = dict[str, Float[Array, ""]]  # weighted losses by name
+Metrics = Mapping[str, Float[Array, ""]]
 # Number of choices per expert, [e] or in the period [repeats, e], at the path of the layer in the parameters.
 Choices = dict[str, dict[int, Int[Array, "*repeats e"]]]
 
@@ -48,12 +50,14 @@ class Output(NamedTuple):
       losses: Weighted auxiliary losses of the layers, by name.
       choices: Choices of the experts.
       traces: Activations of each layer, if `Extras.traced`.
+      metrics: Metrics of the selections as `METRIC/layer_INDEX`, if `Extras.measured`.
     """
 
     logits: Float[Array, "b t v"]
     losses: Losses
     choices: Choices
     traces: tuple[Trace, ...] = ()
+    metrics: Metrics = types.MappingProxyType({})
 
 
 class Model(nnx.Module):
@@ -129,8 +133,10 @@ class Model(nnx.Module):
             )
         last = len(self.config.names) - len(self.after)
         (x, _), parts["after"] = run(self.after, carry, last, known.get("after", {}), scopes["after"])
-        traces = self._order_traces(parts) if context.extras.traced else ()
-        return Output(self.read_out(x, context), *_gather(parts), traces)
+        traces = self._order(parts, "trace") if context.extras.traced else ()
+        measured = enumerate(self._order(parts, "metrics") if context.extras.measured else ())
+        metrics = {f"{name}/layer_{i}": value for i, layer in measured for name, value in (layer or {}).items()}
+        return Output(self.read_out(x, context), *_gather(parts), traces, metrics)
 
     def mix(
         self, inputs: Mapping[int, Float[Array, "b t m"]], context: Context = EMPTY
@@ -188,15 +194,15 @@ class Model(nnx.Module):
             selection = jax.tree.unflatten(structures[0], zeros)
         return jax.lax.scan(run, (x, selection), xs)
 
-    def _order_traces(self, parts: dict[str, list[Auxiliary]]) -> tuple[Trace, ...]:
-        """The activations of the layers in order, those of the period sliced from their stacks."""
-        traces = {part: [auxiliary.trace for auxiliary in layers] for part, layers in parts.items()}
+    def _order(self, parts: dict[str, list[Auxiliary]], field: str) -> tuple[Any, ...]:
+        """A field of the layers in order, those of the period sliced from their stacks."""
+        values = {part: [getattr(auxiliary, field) for auxiliary in layers] for part, layers in parts.items()}
         period = [
-            jax.tree.map(operator.itemgetter(repetition), trace)
+            jax.tree.map(operator.itemgetter(repetition), value)
             for repetition in range(self.fold.repeats)
-            for trace in traces.get("period", [])
+            for value in values.get("period", [])
         ]
-        return *traces["before"], *period, *traces["after"]
+        return *values["before"], *period, *values["after"]
 
     def streams(self, tokens: Int[Array, "b t"], context: Context = EMPTY) -> list[Float[Array, "b t m"]]:
         """Returns the stream before the first layer, after each layer, and after the last norm; unrolls every layer."""

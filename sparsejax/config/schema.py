@@ -201,6 +201,12 @@ class ModelConfig:
         return any(i.shared and not i.dense for mixer in mixers if mixer is not None for i in mixer.indexers)
 
     @property
+    def measures_selections(self) -> bool:
+        """Whether a layer selects keys, or trains an indexer to select them."""
+        mixers = [layer.mixer for layer in self.layers.values() if layer.mixer is not None]
+        return any((mixer.selects and not mixer.leaks) or mixer.indexers for mixer in mixers)
+
+    @property
     def fold(self) -> schedules.Fold:
         """The layers that are scanned and those that are unrolled."""
         return schedules.fold(self.names) if self.scan else schedules.Fold(self.names, (), 0, ())

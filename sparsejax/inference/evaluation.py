@@ -20,7 +20,7 @@ from sparsejax import metrics, sharding
 from sparsejax.data import Batch, Dataset, Mixture
 from sparsejax.data.dataset import Sharing
 from sparsejax.layers import EMPTY, Context, Extras, Tokens
-from sparsejax.model import Functional
+from sparsejax.model import Functional, Metrics
 
 
 class DeviceBatch(TypedDict):
@@ -99,6 +99,17 @@ def build_evaluation(
     return jax.jit(evaluate)
 
 
+def build_measurement(model: Functional, mesh: Mesh) -> Callable[[dict[str, Any], DeviceBatch], Metrics]:
+    """Compiles the metrics of the selections of a model, a function of parameters and batch."""
+    constrain = sharding.constrain_batch(mesh)
+
+    def measure(parameters: dict[str, Any], batch: DeviceBatch) -> Metrics:
+        context = read_context(batch).with_extras(measured=True)
+        return dict(model.bind(parameters).forward(batch["inputs"], context, constrain).metrics)
+
+    return jax.jit(measure, out_shardings=sharding.replicated(mesh))
+
+
 def read_context(batch: DeviceBatch) -> Context:
     """Returns the document and the position of each token of packed documents; EMPTY for other batches."""
     if "segments" not in batch:
@@ -141,6 +152,7 @@ class Evaluation(NamedTuple):
       accuracy: None if it was not scored.
       ema: Evaluation of the exponential moving average of the parameters, if the run has one.
       sources: Evaluations of the sources of a mixture by name; the others are then means over them by weight.
+      selections: Metrics of the selections of the layers on the first batch, by name, see `ops.measure_selection`.
     """
 
     loss: float
@@ -150,6 +162,7 @@ class Evaluation(NamedTuple):
     accuracy: Accuracy | None = None
     ema: Evaluation | None = None
     sources: Mapping[str, Evaluation] = MappingProxyType({})
+    selections: Mapping[str, float] = MappingProxyType({})
 
     @property
     def bits(self) -> float:
@@ -241,6 +254,18 @@ def evaluate_on(
         return evaluate(run, parameters, (shard_batch(batch, mesh) for batch in batches), before_batch)
 
 
+def measure_on(
+    mesh: Mesh,
+    run: Callable[[dict[str, Any], DeviceBatch], Metrics],
+    parameters: dict[str, Any],
+    batches: Iterable[Batch],
+) -> dict[str, float]:
+    """Runs a function of `build_measurement` on the first of the batches."""
+    with jax.set_mesh(mesh):
+        measured = run(parameters, shard_batch(next(iter(batches)), mesh))
+    return {name: float(value) for name, value in jax.device_get(dict(measured)).items()}
+
+
 def share_rows(mesh: Mesh, rows: int) -> Sharing:
     """Returns the share of this process in global batches of `rows` rows."""
     index, count = sharding.local_rows(mesh, rows)
@@ -277,6 +302,7 @@ def summarize(evaluation: Evaluation, dataset: Dataset) -> dict[str, float]:
         summary[metrics.EXACT_MATCH] = evaluation.accuracy.exact_match
         bins = evaluation.accuracy.distance_bins()
         summary |= {f"{metrics.ACCURACY_AT_DISTANCE}{start}": accuracy for start, _, accuracy in bins}
+    summary |= {f"{metrics.EVAL}{name}": value for name, value in evaluation.selections.items()}
     if evaluation.ema is not None:
         average = summarize(evaluation.ema, dataset)
         summary |= {metrics.EMA + name.removeprefix(metrics.EVAL): value for name, value in average.items()}

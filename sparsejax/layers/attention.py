@@ -27,6 +27,7 @@ from sparsejax.ops import (
     attend_cached,
     attend_cached_selection,
     attention_flops,
+    measure_selection,
     merge_lse,
 )
 from sparsejax.ops.call import SelectedCall, selected_call
@@ -180,6 +181,19 @@ class Attention(Mixer):
             y = self._attend_with_globals(x, q, k, v, context.extras.globals, segments)
         return self._project_out(x, y), auxiliary
 
+    def measure(self, x: Float[Array, "b t inputs"], context: Context = EMPTY) -> dict[str, Float[Array, ""]]:
+        """Returns metrics of the selection."""
+        q, k, _ = self._project(x, self._positions(x, context))
+        if self.indexer is not None:
+            selection, index = self.indexer.choose(x, x, self.pattern, context.tokens)
+            return self.indexer.measure(index, selection, q, k, self.pattern, context.tokens, self._scale)
+        if self.config.select is None:
+            return {}
+        chosen, _ = self._choose(x, q, k, context)
+        assert chosen is not None
+        segments = context.tokens.attend_segments
+        return measure_selection(chosen, q, k, self.pattern, scale=self._scale, segments=segments)._asdict()
+
     def init_cache(self, batch: int, length: int) -> Cache:
         """Returns an empty cache for `length` positions, with the slots of `patterns.plan_cache`.
 
@@ -297,15 +311,15 @@ class Attention(Mixer):
 
     def _choose(self, x: Array, q: Array, k: Array, context: Context) -> tuple[Selection | None, Auxiliary]:
         """The keys that the queries of a whole sequence attend to, if they are chosen; and the loss of the indexer."""
-        if self.config.select is not None:
-            q, k = self._append_relative(q, k, *[self._positions(x, context)] * 2)
-            segments = context.tokens.attend_segments
-            return self.config.select.choose(q, k, self.pattern, self._scale, segments=segments), Auxiliary({})
-        if self.indexer is None:
+        if self.indexer is not None:
+            selection, index = self.indexer.choose(x, x, self.pattern, context.tokens)
+            auxiliary = self.indexer.auxiliary(index, selection, q, k, self.pattern, context.tokens, self._scale)
+            return auxiliary.selection, auxiliary
+        if self.config.select is None:
             return context.extras.selection if self.config.selects else None, Auxiliary({})
-        selection, index = self.indexer.choose(x, x, self.pattern, context.tokens)
-        losses = self.indexer.loss(index, q, k, self.pattern, selection, context.tokens, self._scale)
-        return selection, Auxiliary(losses, selection=selection)
+        positions, segments = self._positions(x, context), context.tokens.attend_segments
+        q, k = self._append_relative(q, k, positions, positions)
+        return self.config.select.choose(q, k, self.pattern, self._scale, segments=segments), Auxiliary({})
 
     @property
     def _scale(self) -> float:

@@ -84,6 +84,7 @@ class Extras:
         For the balance loss of `Experts`.
       selection: The keys that the last indexer before this layer selected. For mixers that reuse them.
       traced: Whether a layer returns its activations, see `Auxiliary`.
+      measured: Whether a layer returns metrics of its selection, see `Auxiliary`.
     """
 
     globals: Int[Array, "b n"] | None = None
@@ -95,6 +96,7 @@ class Extras:
     choices: Int[Array, " e"] | None = None
     selection: Selection | None = None
     traced: bool = dataclasses.field(default=False, metadata={"static": True})
+    measured: bool = dataclasses.field(default=False, metadata={"static": True})
 
 
 @jax.tree_util.register_dataclass

@@ -15,9 +15,17 @@ from sparsejax.errors import InputError, require_at_least, require_choice
 from sparsejax.layers.caching import write_slots
 from sparsejax.layers.context import Tokens
 from sparsejax.layers.norm import NormConfig, make_norm, normalize
+from sparsejax.layers.protocols import Auxiliary
 from sparsejax.layers.rotary import RopeConfig, rotate
 from sparsejax.layers.stream import Cost, Linear, Stream
-from sparsejax.ops import Index, Selection, attention_flops, indexer_divergence, select_indexed
+from sparsejax.ops import (
+    Index,
+    Selection,
+    attention_flops,
+    indexer_divergence,
+    measure_selection,
+    select_indexed,
+)
 from sparsejax.ops.blocks import Blocks, make_blocks
 from sparsejax.ops.selectors import block_means
 from sparsejax.patterns import Pattern
@@ -147,8 +155,8 @@ class Indexer(nnx.Module):
 
     def choose(
         self, x: Float[Array, "b t m"], inputs: Float[Array, "b t r"], pattern: Pattern, tokens: Tokens
-    ) -> tuple[Selection | None, Index]:
-        """Selects keys for a whole sequence, unless attention is dense; returns the index too.
+    ) -> tuple[Selection, Index]:
+        """Selects keys for a whole sequence; returns the index too.
 
         Args:
           x: The stream.
@@ -164,24 +172,40 @@ class Indexer(nnx.Module):
             k = block_means(k[:, :, None], blocks)[:, :, 0].astype(k.dtype)
             at = jnp.broadcast_to(blocks.starts, k.shape[:2])
         index = self._index(x, inputs, positions, self._encode_keys(k, at))
-        return None if self.config.dense else self._select(index, blocks, pattern, segments=segments), index
+        return self._select(index, blocks, pattern, segments=segments), index
 
     def loss(
         self,
         index: Index,
+        selection: Selection,
         q: Float[Array, "b t h d"],
         k: Float[Array, "b s g d"],
         pattern: Pattern,
-        selection: Selection | None,
         tokens: Tokens,
         scale: float,
-    ) -> dict[str, Float[Array, ""]]:
-        """Returns the weighted loss by name, a mean over the tokens of the batch; empty if its weight is 0."""
-        if not self.config.loss_weight:
-            return {}
-        divergence = indexer_divergence(index, q, k, pattern, selection, scale=scale, segments=tokens.attend_segments)
-        total = tokens.zero_padding(divergence).sum() / jnp.maximum(tokens.count(divergence.shape).sum(), 1)
-        return {LOSS: self.config.loss_weight * total}
+    ) -> Float[Array, ""]:
+        """The divergence of the scores from the attention, a mean over the tokens of the batch.
+
+        It is over the selected keys, or over all keys if attention is dense.
+        """
+        chosen = None if self.config.dense else selection
+        divergence = indexer_divergence(index, q, k, pattern, chosen, scale=scale, segments=tokens.attend_segments)
+        return tokens.zero_padding(divergence).sum() / jnp.maximum(tokens.count(divergence.shape).sum(), 1)
+
+    def auxiliary(self, index: Index, selection: Selection, *attention: Any) -> Auxiliary:
+        """What a mixer returns besides its output; `attention` are the other arguments of `loss`."""
+        losses = {}
+        if self.config.loss_weight:
+            losses[LOSS] = self.config.loss_weight * self.loss(index, selection, *attention)
+        return Auxiliary(losses, selection=None if self.config.dense else selection)
+
+    def measure(self, index: Index, selection: Selection, *attention: Any) -> dict[str, Float[Array, ""]]:
+        """Metrics of the selection, and the divergence if the index has a score per key."""
+        q, k, pattern, tokens, scale = attention
+        metrics = measure_selection(selection, q, k, pattern, scale=scale, segments=tokens.attend_segments)._asdict()
+        if self.config.pool == "scores":
+            metrics["kl"] = self.loss(index, selection, *attention)
+        return metrics
 
     def init_cache(self, batch: int, slots: int) -> Float[Array, "b n width"]:
         """Returns an empty cache: a key per slot, or a float32 sum of keys per block."""

@@ -138,12 +138,21 @@ class Latent(Mixer):
         selection, auxiliary = context.extras.selection, Auxiliary({})
         if self.indexer is not None:
             selection, index = self.indexer.choose(x, q_latent, self.pattern, tokens)
-            losses = self.indexer.loss(index, q, k, self.pattern, selection, tokens, self._scale)
-            auxiliary = Auxiliary(losses, selection=selection)
+            auxiliary = self.indexer.auxiliary(index, selection, q, k, self.pattern, tokens, self._scale)
         selection = selection if config.selects else None
         options = {"impl": config.impl, "scale": self._scale, "segment_ids": tokens.attend_segments}
         y = cast(Array, attend(q, k, v, self.pattern, selection=selection, **options))
         return self.out(y.reshape(b, t, -1)), auxiliary
+
+    def measure(self, x: Float[Array, "b t m"], context: Context = EMPTY) -> dict[str, Float[Array, ""]]:
+        """Returns metrics of the selection of the indexer."""
+        if self.indexer is None:
+            return {}
+        positions = jnp.arange(x.shape[1])
+        q_latent, q = self._query(x, positions)
+        k, _ = self._expand(x, positions)
+        selection, index = self.indexer.choose(x, q_latent, self.pattern, context.tokens)
+        return self.indexer.measure(index, selection, q, k, self.pattern, context.tokens, self._scale)
 
     def init_cache(self, batch: int, length: int) -> Cache:
         """Returns an empty cache for `length` positions: latents with rotary keys, and index keys."""

@@ -207,6 +207,8 @@ class Layer(nnx.Module):
             def mix(read: Array) -> tuple[Array, tuple[tuple[Array, Array], Auxiliary]]:
                 with jax.named_scope("mixer"):
                     y, auxiliary = mixer.mix(read, context)
+                if context.extras.measured:
+                    auxiliary = auxiliary._replace(metrics=mixer.measure(read, context))
                 return y, ((read, y), auxiliary)
 
             extra = None if self.side is None else self.side(x, context)

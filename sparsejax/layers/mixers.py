@@ -104,6 +104,14 @@ class Parallel(Mixer):
             auxiliary = auxiliary.add(added)
         return functools.reduce(operator.add, outputs), auxiliary
 
+    def measure(self, x: Float[Array, "b t m"], context: Context = EMPTY) -> dict[str, Float[Array, ""]]:
+        """Returns metrics of the selection of each branch, by the name of the branch."""
+        return {
+            f"{name}/{metric}": value
+            for name, branch in self.config.branches.items()
+            for metric, value in self.branches[name].measure(branch.scale_in * x, context).items()
+        }
+
     def init_cache(self, batch: int, length: int) -> Cache:
         """Returns the cache of each branch."""
         return {name: mixer.init_cache(batch, length) for name, mixer in self.branches.items()}

@@ -48,12 +48,14 @@ class Auxiliary(NamedTuple):
       choices: Number of choices per expert; None without experts.
       trace: Activations of a layer, if `Extras.traced`.
       selection: The keys that an indexer selected, which later layers may reuse; None without an indexer.
+      metrics: Metrics of the selection of a layer by name, if `Extras.measured`.
     """
 
     losses: dict[str, Float[Array, ""]]
     choices: Int[Array, " e"] | None = None
     trace: Trace | None = None
     selection: Selection | None = None
+    metrics: dict[str, Float[Array, ""]] | None = None
 
     def add(self, other: Auxiliary) -> Auxiliary:
         """Returns the sum of the losses, and whatever else one of them has."""
@@ -126,6 +128,10 @@ class Mixer(nnx.Module):
     def mix(self, x: Float[Array, "b t m"], context: Context = EMPTY) -> tuple[Float[Array, "b t m"], Auxiliary]:
         """Mixes as `__call__`, which is the default, and returns losses."""
         return self(x, context), Auxiliary({})
+
+    def measure(self, x: Float[Array, "b t m"], context: Context = EMPTY) -> dict[str, Float[Array, ""]]:
+        """Returns metrics of the selection by name, see `ops.measure_selection`; none without a selection."""
+        return {}
 
     def init_cache(self, batch: int, length: int) -> Cache:
         """Returns the cache before the first of `length` tokens: arrays [b, ...] by name."""

@@ -15,6 +15,7 @@ from sparsejax.ops.delta import delta_rule
 from sparsejax.ops.indexer import Index, indexer_divergence, select_indexed
 from sparsejax.ops.linear_scan import linear_scan
 from sparsejax.ops.lsh import attend_hashed, decode_attend_hashed, hash_buckets, hashed_pairs
+from sparsejax.ops.recall import measure_selection
 from sparsejax.ops.scan import selective_scan
 from sparsejax.ops.segment import attend_edges
 from sparsejax.ops.selection import Selection, choose, select
@@ -46,6 +47,7 @@ __all__ = [
     "indexer_divergence",
     "linear_scan",
     "log_multiplicity",
+    "measure_selection",
     "merge_lse",
     "moba",
     "nsa",

@@ -23,7 +23,7 @@ from sparsejax.patterns import Pattern
 CHUNK = 64  # queries whose scores are in memory at a time
 
 
-@functools.partial(jax.tree_util.register_dataclass, data_fields=("groups", "blocks"), meta_fields=())
+@functools.partial(jax.tree_util.register_dataclass, data_fields=("groups", "blocks", "forced"), meta_fields=())
 @dataclasses.dataclass(frozen=True)
 class Selection:
     """The groups that each query attends to.
@@ -32,10 +32,12 @@ class Selection:
       groups: Indices of blocks, ascending and without repeats; -1 for none, at the end. The axis `scopes` has 1 entry
         if all heads attend to the same groups, or one per key/value head or per query head.
       blocks: The blocks.
+      forced: Number of groups of each query that are chosen whatever their score; None if there are none.
     """
 
     groups: Int[Array, "b scopes t k"]
     blocks: Blocks
+    forced: Int[Array, "b scopes t"] | None = None
 
     @property
     def keys(self) -> Int[Array, "b scopes t keys"]:
@@ -132,19 +134,21 @@ def select(
     if pattern.heads is not None:
         raise InputError("pattern", f"{pattern} differs between heads")
 
-    def choose_chunk(chunk: PyTree, visible: Visible) -> Int[Array, "b scopes c k"]:
-        scores, forced = score(chunk, visible)
-        counts = _count_keys(visible, blocks)[:, None]
-        if not complete:
-            return choose(scores, counts > 0, count, forced)
-        groups, current = choose(scores, counts == blocks.size, count, forced), block_of_query(visible, blocks)
-        is_open = jnp.take_along_axis(counts[:, 0], current[..., None], axis=-1) < blocks.size
-        added = jnp.where(is_open, current[..., None], -1)[:, None]
-        return _sort(jnp.concatenate([groups, jnp.broadcast_to(added, (*groups.shape[:-1], 1))], -1), blocks.count)
+    def choose_chunk(chunk: PyTree, visible: Visible) -> tuple[Int[Array, "b scopes c k"], Int[Array, "b scopes c"]]:
+        (scores, forced), counts = score(chunk, visible), _count_keys(visible, blocks)[:, None]
+        may_compete = counts == blocks.size if complete else counts > 0
+        groups = choose(scores, may_compete, count, forced)
+        added = jnp.zeros((), jnp.int32) if forced is None else (forced & may_compete).sum(axis=-1)
+        if complete:
+            current = block_of_query(visible, blocks)[:, None, :, None]
+            is_open = jnp.take_along_axis(counts, current, axis=-1) < blocks.size
+            last = jnp.broadcast_to(jnp.where(is_open, current, -1), (*groups.shape[:-1], 1))
+            groups, added = _sort(jnp.concatenate([groups, last], axis=-1), blocks.count), is_open[..., 0]
+        return groups, jnp.broadcast_to(jnp.minimum(added, count), groups.shape[:-1]).astype(jnp.int32)
 
     run = functools.partial(over_queries, choose_chunk, jax.lax.stop_gradient(arrays), pattern, blocks.of_key.shape[1])
-    groups = run(segments=segments, positions=positions, length=length)
-    return Selection(jnp.moveaxis(groups, 1, 2), blocks)
+    groups, forced = run(segments=segments, positions=positions, length=length)
+    return Selection(jnp.moveaxis(groups, 1, 2), blocks, jnp.moveaxis(forced, 1, 2))
 
 
 def over_queries(

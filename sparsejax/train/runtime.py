@@ -15,8 +15,10 @@ from sparsejax.config import ConfigError
 from sparsejax.inference.evaluation import (
     Evaluation,
     build_evaluation,
+    build_measurement,
     evaluate_on,
     evaluate_sources,
+    measure_on,
     shard_batch,
     share_rows,
 )
@@ -39,6 +41,7 @@ class Evaluator:
         self.base = Functional(self.config.model)  # without low-rank updates
         self.model = adapt(self.base, self.config.optimizer)
         self._build = functools.cache(functools.partial(build_evaluation, self.model, mesh))
+        self._measure = build_measurement(self.model, mesh)
         self._average = jax.jit(averaged_parameters)
 
     def evaluate(self, state: TrainState[Array], limit: int, before_batch: Callable[[], None]) -> Evaluation:
@@ -59,8 +62,14 @@ class Evaluator:
         rows = self.config.eval.batch
 
         def evaluate(dataset: data.Dataset) -> Evaluation:
-            batches = dataset.validation_batches(rows, limit=limit, **share_rows(self._mesh, rows))
-            return evaluate_on(self._mesh, self._build(dataset.scores_accuracy), parameters, batches, before_batch)
+            share = share_rows(self._mesh, rows)
+            batches = dataset.validation_batches(rows, limit=limit, **share)
+            run = self._build(dataset.scores_accuracy)
+            evaluation = evaluate_on(self._mesh, run, parameters, batches, before_batch)
+            if not self.config.model.measures_selections:
+                return evaluation
+            batches = dataset.validation_batches(rows, limit=1, **share)
+            return evaluation._replace(selections=measure_on(self._mesh, self._measure, parameters, batches))
 
         return evaluate_sources(self.dataset, evaluate)
 

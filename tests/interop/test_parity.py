@@ -13,6 +13,7 @@ from sparsejax.interop.huggingface import parity
 from sparsejax.interop.huggingface.checkpoint import Checkpoint
 from sparsejax.layers import EMPTY
 from sparsejax.loaded import LoadedModel
+from sparsejax.model import Functional
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 FOLDERS = sorted(path.parent.name for path in GOLDEN.glob("*/config.json"))
@@ -118,7 +119,7 @@ SELECTING = [name for name in FOLDERS if any("selected_layer" in key for key in 
 def test_selections(name):
     """Every indexer selects the groups of the reference, ascending."""
     record, model = read(name), load(name)
-    bound = model.functional.bind(model.parameters)
+    bound = Functional(model.config).bind(model.parameters)
 
     @jax.jit
     def run(tokens):
