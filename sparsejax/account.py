@@ -32,11 +32,12 @@ class Account:
     cache_bytes: int = 0  # to decode the sequence, per sequence of a batch
     live_tiles: int = 0  # tiles of 128 x 128 that hold a pair, all heads
     tiles: int = 0  # all tiles, all heads
+    loss_flops: float = 0.0  # of the losses of mixers, forward and backward, per token
 
     @property
     def training_flops(self) -> float:
         """FLOPs of forward and backward pass per token, without rematerialization."""
-        return TRAINING * self.flops
+        return TRAINING * self.flops + self.loss_flops
 
     @property
     def sequence_flops(self) -> float:
@@ -193,7 +194,8 @@ def _account_layer(layer: Layer, length: int) -> Account:
     single, double = (
         count_bytes(jax.eval_shape(functools.partial(layer.init_cache, batch, length))) for batch in (1, 2)
     )
-    return Account(length, parameters, parameters - idle, cost.pairs, cost.flops, double - single, *cost.tiles)
+    sizes = parameters, parameters - idle, cost.pairs, cost.flops, double - single, *cost.tiles
+    return Account(length, *sizes, cost.loss_flops)
 
 
 def count_bytes(cache: Cache) -> int:

@@ -40,6 +40,7 @@ Losses = dict[str, Float[Array, ""]]  # weighted losses by name
 Metrics = Mapping[str, Float[Array, ""]]
 # Number of choices per expert, [e] or in the period [repeats, e], at the path of the layer in the parameters.
 Choices = dict[str, dict[int, Int[Array, "*repeats e"]]]
+Statistics = Mapping[str, dict[int, dict[str, Array]]]  # sums of mixers, at the same paths
 
 
 class Output(NamedTuple):
@@ -51,6 +52,7 @@ class Output(NamedTuple):
       choices: Choices of the experts.
       traces: Activations of each layer, if `Extras.traced`.
       metrics: Metrics of the selections as `METRIC/layer_INDEX`, if `Extras.measured`.
+      statistics: Sums over the tokens of each layer that has some, see `MixerConfig.update_state`.
     """
 
     logits: Float[Array, "b t v"]
@@ -58,6 +60,7 @@ class Output(NamedTuple):
     choices: Choices
     traces: tuple[Trace, ...] = ()
     metrics: Metrics = types.MappingProxyType({})
+    statistics: Statistics = types.MappingProxyType({})
 
 
 class Model(nnx.Module):
@@ -136,7 +139,7 @@ class Model(nnx.Module):
         traces = self._order(parts, "trace") if context.extras.traced else ()
         measured = enumerate(self._order(parts, "metrics") if context.extras.measured else ())
         metrics = {f"{name}/layer_{i}": value for i, layer in measured for name, value in (layer or {}).items()}
-        return Output(self.read_out(x, context), *_gather(parts), traces, metrics)
+        return Output(self.read_out(x, context), *_gather(parts), traces, metrics, _by_layer(parts, "statistics"))
 
     def mix(
         self, inputs: Mapping[int, Float[Array, "b t m"]], context: Context = EMPTY
@@ -314,14 +317,21 @@ class Model(nnx.Module):
 def _gather(parts: dict[str, list[Auxiliary]]) -> tuple[Losses, Choices]:
     """Returns the sum over layers of each loss, and the choices of the layers that have experts."""
     losses: Losses = {}
-    choices: Choices = {}
-    for part, layers in parts.items():
-        for index, auxiliary in enumerate(layers):
+    for layers in parts.values():
+        for auxiliary in layers:
             for name, value in auxiliary.losses.items():
                 losses[name] = losses.get(name, 0.0) + value.sum()  # over the repetitions of the period
-            if auxiliary.choices is not None:
-                choices.setdefault(part, {})[index] = auxiliary.choices
-    return losses, choices
+    return losses, _by_layer(parts, "choices")
+
+
+def _by_layer(parts: dict[str, list[Auxiliary]], field: str) -> dict[str, dict[int, Any]]:
+    """A field of the layers that have it, at their paths in the parameters."""
+    values: dict[str, dict[int, Any]] = {}
+    for part, layers in parts.items():
+        for index, auxiliary in enumerate(layers):
+            if getattr(auxiliary, field) is not None:
+                values.setdefault(part, {})[index] = getattr(auxiliary, field)
+    return values
 
 
 class Functional:

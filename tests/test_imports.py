@@ -49,11 +49,11 @@ IMPORTS: dict[str, set[str]] = {
     },
     "sharding": {"errors", "ops", "config"},
     "embedding": {"errors", "layers", "config"},
-    "model": {"errors", "schedule", "layers", "config", "embedding"},
+    "model": {"errors", "schedule", "ops", "layers", "config", "embedding"},
     "inference": {"errors", "metrics", "data", "layers", "sharding", "model"},
     "loaded": {"errors", "metrics", "layers", "data", "config", "sharding", "model", "inference"},
     "account": {"errors", "patterns", "layers", "config", "model"},
-    "check": {"errors", "patterns", "layers", "config", "model", "account"},
+    "check": {"errors", "patterns", "ops", "layers", "config", "model", "account"},
     "interop": {
         "errors",
         "paths",

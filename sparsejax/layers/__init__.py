@@ -18,6 +18,7 @@ from sparsejax.layers.norm import Norm, NormConfig, make_norm, normalize
 from sparsejax.layers.protocols import Auxiliary, Cache, FeedForward, Mixer, MixerConfig, Trace
 from sparsejax.layers.rglru import RgLru, RgLruConfig
 from sparsejax.layers.rotary import RopeConfig, RopeScaling, yarn_growth
+from sparsejax.layers.routing import Routing, RoutingConfig
 from sparsejax.layers.select import SelectConfig
 from sparsejax.layers.shared import Shared, SharedConfig, Side, SideConfig
 from sparsejax.layers.stream import Cost, Linear, Stream, attention_cost, parameter
@@ -71,6 +72,8 @@ __all__ = [
     "RgLruConfig",
     "RopeConfig",
     "RopeScaling",
+    "Routing",
+    "RoutingConfig",
     "SelectConfig",
     "Shared",
     "SharedConfig",

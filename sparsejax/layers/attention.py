@@ -302,7 +302,9 @@ class Attention(Mixer):
         pairs, width = self.config.heads * indexer.attended(length), self.config.head_width
         live, tiles = (self.config.heads * count for count in self.pattern.tiles(length))
         cost = Cost(pairs, attention_flops(pairs, width) / max(length, 1), (live, tiles))
-        return cost if self.indexer is None else cost + self.indexer.cost(length)
+        if self.indexer is None:
+            return cost
+        return cost + self.indexer.cost(length, heads=self.config.heads, score_width=width)
 
     @property
     def _kept(self) -> patterns.Pattern:

@@ -246,13 +246,29 @@ class Indexer(nnx.Module):
         index = self._index(x, inputs, at, keys)
         return self._select(index, blocks, pattern, positions=positions, length=length), cache
 
-    def cost(self, length: int) -> Cost:
-        """Cost of the projections, and of scoring every earlier key or whole block."""
+    def cost(self, length: int, *, heads: int, score_width: int) -> Cost:
+        """Cost of the projections and of scoring every earlier key or whole block, and of the loss.
+
+        The loss has the scores of the attention, forward only, and those of the index of the same keys.
+
+        Args:
+          length: Number of tokens.
+          heads: Query heads of the attention.
+          score_width: Width of a query and a key of the attention.
+        """
+        config, t = self.config, np.arange(length)
         linear = sum(projection.flops for projection in (self.queries, self.keys, self.weights) if projection)
-        t = np.arange(length)
-        scored = (t + 1) // self.config.block if self.config.pool == "keys" else t + 1
-        pairs = self.config.heads * int(scored.sum())
-        return Cost(pairs, linear + attention_flops(pairs, self.config.width, 0) / max(length, 1))
+        scored = (t + 1) // config.block if config.pool == "keys" else t + 1
+        pairs, loss_flops = config.heads * int(scored.sum()), 0.0
+        if config.loss_weight:
+            covered = config.attended(length)
+            teacher = attention_flops(heads * covered, score_width, 0)
+            student = 3 * attention_flops(config.heads * covered, config.width, 0)
+            loss_flops = (teacher + student) / max(length, 1)
+        if config.dense:  # only the loss needs the index
+            return Cost(0, 0.0, loss_flops=loss_flops + 3 * linear * bool(config.loss_weight))
+        flops = linear + attention_flops(pairs, config.width, 0) / max(length, 1)
+        return Cost(pairs, flops, loss_flops=loss_flops)
 
     def _select(self, index: Index, blocks: Blocks, pattern: Pattern, **options: Any) -> Selection:
         options |= {"blocks": blocks, "local": self.config.local, "has_block_keys": self.config.pool == "keys"}

@@ -232,7 +232,9 @@ class Latent(Mixer):
         pairs = config.heads * config.indexer.attended(length)
         flops = attention_flops(pairs, score_width, config.value_width) / max(length, 1)
         cost = linear + Cost(pairs, flops, attention.tiles)
-        return cost if self.indexer is None else cost + self.indexer.cost(length)
+        if self.indexer is None:
+            return cost
+        return cost + self.indexer.cost(length, heads=config.heads, score_width=score_width)
 
     @property
     def _scale(self) -> float:

@@ -6,7 +6,7 @@ import dataclasses
 import functools
 import operator
 from collections.abc import Callable
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from flax import nnx
 from jaxtyping import Array, Float, Int
@@ -25,6 +25,7 @@ from sparsejax.layers.mamba import Mamba, MambaConfig
 from sparsejax.layers.mamba2 import Mamba2, Mamba2Config
 from sparsejax.layers.protocols import Auxiliary, Cache, Mixer, MixerConfig
 from sparsejax.layers.rglru import RgLru, RgLruConfig
+from sparsejax.layers.routing import Routing, RoutingConfig
 from sparsejax.layers.stream import Cost, Stream
 from sparsejax.ops import AttentionCall, Selection
 from sparsejax.ops.call import SelectedCall
@@ -75,6 +76,14 @@ class ParallelConfig(MixerConfig):
         """The indexers of the branches."""
         return tuple(indexer for branch in self.branches.values() for indexer in branch.mixer.indexers)
 
+    def update_state(self, parameters: dict[str, Any], statistics: dict[str, Array]) -> dict[str, Any]:
+        """Updates the state of the branches."""
+        branches = dict(parameters["branches"])
+        for name, branch in self.branches.items():
+            sums = {key.partition("/")[2]: value for key, value in statistics.items() if key.startswith(f"{name}/")}
+            branches[name] = branch.mixer.update_state(branches[name], sums) if sums else branches[name]
+        return parameters | {"branches": branches}
+
     def check(self, length: int) -> None:
         """Raises InputError if a branch cannot run on `length` tokens."""
         for name, branch in self.branches.items():
@@ -101,7 +110,8 @@ class Parallel(Mixer):
         for name, branch in self.config.branches.items():
             y, added = self.branches[name].mix(branch.scale_in * x, context)
             outputs.append(branch.scale_out * y)
-            auxiliary = auxiliary.add(added)
+            sums = {f"{name}/{key}": value for key, value in (added.statistics or {}).items()} or None
+            auxiliary = auxiliary.add(added._replace(statistics=sums))
         return functools.reduce(operator.add, outputs), auxiliary
 
     def measure(self, x: Float[Array, "b t m"], context: Context = EMPTY) -> dict[str, Float[Array, ""]]:
@@ -164,6 +174,7 @@ MIXERS: Registry[tuple[type[MixerConfig], type[Mixer]]] = Registry(
         "mamba2": (Mamba2Config, Mamba2),
         "parallel": (ParallelConfig, Parallel),
         "rglru": (RgLruConfig, RgLru),
+        "routing": (RoutingConfig, Routing),
     },
 )
 # The module of each config class, including those that a later registration of the same kind replaced.

@@ -49,6 +49,7 @@ class Auxiliary(NamedTuple):
       trace: Activations of a layer, if `Extras.traced`.
       selection: The keys that an indexer selected, which later layers may reuse; None without an indexer.
       metrics: Metrics of the selection of a layer by name, if `Extras.measured`.
+      statistics: Sums over the tokens by name, from which `MixerConfig.update_state` follows.
     """
 
     losses: dict[str, Float[Array, ""]]
@@ -56,12 +57,14 @@ class Auxiliary(NamedTuple):
     trace: Trace | None = None
     selection: Selection | None = None
     metrics: dict[str, Float[Array, ""]] | None = None
+    statistics: dict[str, Float[Array, ...]] | None = None
 
     def add(self, other: Auxiliary) -> Auxiliary:
         """Returns the sum of the losses, and whatever else one of them has."""
         losses = {name: self.losses.get(name, 0.0) + other.losses.get(name, 0.0) for name in self.losses | other.losses}
-        rest = (mine if theirs is None else theirs for mine, theirs in zip(self[1:], other[1:], strict=True))
-        return Auxiliary(losses, *rest)
+        rest = [mine if theirs is None else theirs for mine, theirs in zip(self[1:], other[1:], strict=True)]
+        statistics = {**(self.statistics or {}), **(other.statistics or {})} or None
+        return Auxiliary(losses, *rest)._replace(statistics=statistics)
 
 
 class MixerConfig:
@@ -97,6 +100,14 @@ class MixerConfig:
     def indexers(self) -> tuple[Any, ...]:
         """The indexers, each an `IndexerConfig`."""
         return ()
+
+    def update_state(self, parameters: dict[str, Any], statistics: dict[str, Array]) -> dict[str, Any]:
+        """Returns the parameters of the mixer after a training step whose layers returned these `statistics`.
+
+        For state that no gradient trains. Arrays of scanned layers have a leading axis of repetitions. The default
+        changes nothing.
+        """
+        return parameters
 
     def check(self, length: int) -> None:
         """Raises InputError, with the path of the argument, if the mixer cannot run on `length` tokens."""

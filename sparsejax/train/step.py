@@ -16,7 +16,7 @@ from sparsejax.config import TrainConfig
 from sparsejax.inference.evaluation import DeviceBatch, read_context, token_losses
 from sparsejax.layers import Dropout, ExpertsConfig
 from sparsejax.metrics import AUXILIARY, EXPERT_LOAD_MAX, EXPERT_LOAD_MIN
-from sparsejax.model import FOLDED, Choices, Functional, Losses, Output
+from sparsejax.model import FOLDED, Choices, Functional, Losses, Output, Statistics
 from sparsejax.ops.experts import update_selection_bias
 from sparsejax.runs.state import TrainState
 from sparsejax.train.losses import label_smoothing, z_loss
@@ -57,12 +57,14 @@ class Objective(NamedTuple):
       loss: Mean of the loss over the scored tokens, in nats.
       auxiliary: Weighted auxiliary losses by name, means over the tokens of the batch.
       choices: Number of choices per expert.
+      statistics: Sums of the mixers over the tokens.
     """
 
     total: Float[Array, ""]
     loss: Float[Array, ""]
     auxiliary: Losses
     choices: Choices
+    statistics: Statistics
 
 
 def build_step(
@@ -113,6 +115,7 @@ def build_step(
         losses = losses.add(objective.loss, batch["weights"].sum(), config.spike, diverged)
         updates, moments = optimizer.update(gradient, state.optimizer, state.parameters)
         parameters = _balance(optax.apply_updates(state.parameters, updates), objective.choices, rates)
+        parameters = _update_mixers(model, parameters, objective.statistics)
         parameters = jax.tree.map(lambda keep, a, b: a if keep else b, frozen, state.parameters, parameters)
         updated = parameters, moments
         current = state.parameters, state.optimizer
@@ -171,6 +174,18 @@ def _balance(parameters: dict[str, Any], choices: Choices, rates: dict[str, dict
     return parameters
 
 
+def _update_mixers(model: Functional, parameters: dict[str, Any], statistics: Statistics) -> dict[str, Any]:
+    """Updates the state of mixers that no gradient trains, see `MixerConfig.update_state`."""
+    parameters = jax.tree.map(lambda leaf: leaf, parameters)  # a copy of the dicts
+    for part, layers in statistics.items():
+        for index, sums in layers.items():
+            mixer = model.config.layers[getattr(model.config.fold, part)[index]].mixer
+            assert mixer is not None
+            layer = parameters[part][index]
+            layer["mixer"] = mixer.update_state(layer["mixer"], sums)
+    return parameters
+
+
 def build_gradient(
     model: Functional, config: TrainConfig, mesh: Mesh, frozen: PyTree[bool], distillation: Distillation | None
 ) -> Callable[..., tuple[Objective, dict[str, Any]]]:
@@ -215,7 +230,7 @@ def build_gradient(
         if distillation is not None and targets is not None:
             weighted |= distillation.losses(model.bind(parameters), output, targets, batch, scale)
         total = sum(weighted.values(), loss_weight * loss if loss_weight else jnp.zeros(()))
-        return total, Objective(total, loss, weighted, output.choices)
+        return total, Objective(total, loss, weighted, output.choices, dict(output.statistics))
 
     def gradient_of(
         parameters: dict[str, Any],
@@ -252,7 +267,7 @@ def build_gradient(
             )
         divisor = 1 / jnp.maximum(weight, 1)
         gradient, (total, loss, auxiliary) = jax.tree.map(lambda x: x * divisor, (gradient, objective[:3]))
-        return Objective(total, loss, auxiliary, objective.choices), gradient
+        return objective._replace(total=total, loss=loss, auxiliary=auxiliary), gradient
 
     return differentiate
 

@@ -33,6 +33,8 @@ MIXERS: dict[str, dict[str, Any]] = {
     "pooled": ATTENTION
     | {"pattern": "causal"}
     | {"indexer": {"heads": 2, "width": 8, "top_k": 3, "block": 4, "pool": "keys", "weights": False}},
+    "routing": {"kind": "routing", "heads": 2, "kv_heads": 1, "head_width": 8, "clusters": 3, "members": 6}
+    | {"rope": {"base": 100.0}},
     "conv": {"kind": "conv", "conv": 3},
     "mamba": {"kind": "mamba", "inner": 16, "state": 4, "conv": 3, "dt_rank": 2} | RANGE,
     "mamba2": {"kind": "mamba2", "heads": 2, "head_width": 8, "state": 4, "groups": 1, "conv": 3, "norm_eps": 1e-6}

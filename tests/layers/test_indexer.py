@@ -246,6 +246,20 @@ def test_the_account(name):
     assert cache.shape == (1, slots, indexer.width)
 
 
+@SCORED
+def test_the_account_of_the_loss(name):
+    sparse = make(configure(name, loss_weight=1.0)).cost(LENGTH)
+    dense = make(configure(name, loss_weight=1.0, dense=True)).cost(LENGTH)
+    plain, indexer = make(configure(name)).cost(LENGTH), INDEXERS[name]
+    keys = (sparse.pairs - indexer.heads * LENGTH * (LENGTH + 1) // 2) // 4
+    assert sparse.flops == plain.flops
+    assert sparse.loss_flops * LENGTH == pytest.approx(2 * keys * (4 * 8 + 3 * indexer.heads * indexer.width))
+    assert dense.pairs == 4 * LENGTH * (LENGTH + 1) // 2
+    linear = 2 * WIDTH * (indexer.heads * indexer.width + indexer.width + indexer.heads * indexer.weights)
+    scores = LENGTH * (LENGTH + 1) * (4 * 8 + 3 * indexer.heads * indexer.width)
+    assert dense.loss_flops * LENGTH == pytest.approx(scores + 3 * LENGTH * linear)
+
+
 # Shared selections
 
 SHARED = MIXERS["selected"] | {"indexer": MIXERS["selected"]["indexer"] | {"shared": True}}

@@ -29,6 +29,7 @@ from sparsejax.layers import (
     RgLruConfig,
     RopeConfig,
     RopeScaling,
+    RoutingConfig,
     Stream,
     Tokens,
 )
@@ -187,6 +188,9 @@ MIXED = {
         ),
     },
     "rglru": {"rglru": RgLruConfig(inner=8, heads=2, conv=4, power=0.2)},
+    "routing": {
+        "routing": RoutingConfig(heads=4, kv_heads=2, head_width=4, clusters=1, members=40, rope=RopeConfig(base=100.0))
+    },
     "attention": {pattern: attention(pattern) for pattern in PATTERNS} | OPTIONS,
 }
 MIXED["latent"]["latent with an indexer"] = dataclasses.replace(
