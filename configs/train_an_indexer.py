@@ -32,7 +32,7 @@ def get_config(argument="dense"):
     config = load_mqar()
     config.data.update(length=PROBE["length"], probe=PROBE)
     config.optimizer.weight_decay = 0.0
-    config.train.steps = 3000
+    config.train.steps = 1000
     if argument == "dense":
         return config
     config.model.layers.full.mixer.indexer = dict(heads=4, width=32, top_k=TOP_K, loss_weight=1.0)
