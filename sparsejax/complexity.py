@@ -12,7 +12,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from sparsejax import patterns
-from sparsejax.ops import attend, attend_hashed, hash_buckets, hashed_pairs, selective_scan, ssd
+from sparsejax.ops import attend, attend_hashed, hash_buckets, hashed_pairs, nsa, nsa_pairs, selective_scan, ssd
+from sparsejax.ops.blocks import make_blocks, make_windows
 from sparsejax.patterns import Pattern
 
 LENGTHS = {"dense": (2048, 4096, 8192)}  # measured lengths by implementation
@@ -21,6 +22,7 @@ MIN_RUNS, MIN_SECONDS = 3, 0.5  # per measurement
 TABLE_LENGTH = 131_072  # default length of the pairs in the table
 HEAD_WIDTH, CHANNELS, STATE = 32, 32, 16
 ROUNDS, HASH_CHUNK, BUCKETS = 4, 64, 128  # of LSH attention; a chunk attends to itself and to the preceding one
+LENGTH, STRIDE, BLOCK, SELECTED, WINDOW = 32, 16, 64, 16, 512  # of NSA: windows and their stride, blocks, the window
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,6 +49,8 @@ class Method:
         """Number of pairs that are scored over n tokens; for LSH attention with the masked ones."""
         if self.impl == "lsh":
             return hashed_pairs(n, ROUNDS, HASH_CHUNK)
+        if self.impl == "nsa":
+            return nsa_pairs(n, LENGTH, STRIDE, BLOCK, SELECTED, WINDOW)
         pattern = self.parse(n)
         return 0 if pattern is None else pattern.pairs(n)
 
@@ -62,6 +66,7 @@ METHODS = [
     Method("BigBird", "640 n - 73,728", str(patterns.recipes.bigbird(64, 3, seed=0))),
     Method("chunk", "257 n / 2", "causal & chunk(256)"),
     Method("Reformer", "512 n, and a sort", None, "lsh"),
+    Method("NSA", "~n²/32 + 1,504 n - 655,360", None, "nsa"),
     Method("SSM", "0, and n steps of a state", None, "scan"),
     Method("linear", "0, and n steps of a state", None, "ssd"),
 ]
@@ -156,7 +161,20 @@ def _lsh(n: int) -> tuple[Callable, list]:
     return attention, [qk, v]
 
 
-OTHERS = {"scan": _scan, "ssd": _ssd, "lsh": _lsh}
+def _nsa(n: int) -> tuple[Callable, list]:
+    """Means of windows, and the same keys and values in all branches."""
+    windows, blocks, causal = make_windows(n, LENGTH, STRIDE), make_blocks(n, BLOCK), patterns.Causal()
+
+    def attention(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
+        means = (windows.split(x).mean(axis=2) for x in (k, v))
+        distant, selection = nsa(q, *means, windows, blocks, SELECTED, causal)
+        near = attend(q, k, v, causal & patterns.Window(WINDOW - 1), impl="gather")
+        return jnp.square(distant + attend(q, k, v, causal, impl="gather", selection=selection) + near).sum()
+
+    return attention, [_draw(seed, 1, n, 1, HEAD_WIDTH) for seed in range(3)]
+
+
+OTHERS = {"nsa": _nsa, "scan": _scan, "ssd": _ssd, "lsh": _lsh}
 
 
 def _draw(seed: int, *shape: int) -> jax.Array:

@@ -17,7 +17,7 @@ from sparsejax.check.influence import Trace
 from sparsejax.check.reduce import map_sections
 from sparsejax.check.subject import Subject
 from sparsejax.config import ModelConfig
-from sparsejax.layers import Context, ExpertsConfig, IndexerConfig, Layer, LshConfig, SelectConfig
+from sparsejax.layers import Context, ExpertsConfig, IndexerConfig, Layer, LshConfig, NsaConfig, SelectConfig
 from sparsejax.patterns import drawing
 
 # Largest difference between two programs of one model, relative to the largest logit.
@@ -168,7 +168,7 @@ def _choose_all(config: ModelConfig, length: int) -> ModelConfig:
             return dataclasses.replace(part, chunk=length, before=0, after=0)
         if isinstance(part, IndexerConfig):
             return dataclasses.replace(part, top_k=length)
-        if isinstance(part, SelectConfig):
+        if isinstance(part, SelectConfig | NsaConfig):
             return dataclasses.replace(part, count=length)
         return part
 

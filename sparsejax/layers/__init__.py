@@ -15,6 +15,7 @@ from sparsejax.layers.mamba2 import Mamba2, Mamba2Config
 from sparsejax.layers.mixers import MIXERS, BranchConfig, Parallel, ParallelConfig, register
 from sparsejax.layers.mlp import ACTIVATIONS, Mlp, MlpConfig
 from sparsejax.layers.norm import Norm, NormConfig, make_norm, normalize
+from sparsejax.layers.nsa import Nsa, NsaConfig
 from sparsejax.layers.protocols import Auxiliary, Cache, FeedForward, Mixer, MixerConfig, Trace
 from sparsejax.layers.rglru import RgLru, RgLruConfig
 from sparsejax.layers.rotary import RopeConfig, RopeScaling, yarn_growth
@@ -65,6 +66,8 @@ __all__ = [
     "MlpConfig",
     "Norm",
     "NormConfig",
+    "Nsa",
+    "NsaConfig",
     "Parallel",
     "ParallelConfig",
     "ResidualConfig",

@@ -79,8 +79,9 @@ class AttentionConfig(MixerConfig):
         pattern = parse_pattern(self.pattern, self.heads)
         if self.select is not None and pattern.heads is not None:
             raise InputError("pattern", f"{str(self.pattern)!r} differs between heads, which select does not support")
-        if self.select is not None and self.select.kind == "moba" and pattern.lookahead() != 0:
-            raise InputError("pattern", f"{str(self.pattern)!r} is not causal, as select.kind = 'moba' must be")
+        if self.select is not None and self.select.kind in ("moba", "infllm") and pattern.lookahead() != 0:
+            kind = self.select.kind
+            raise InputError("pattern", f"{str(self.pattern)!r} is not causal, as select.kind = {kind!r} must be")
         if self.indexer is not None:
             self._check_indexer(self.indexer, pattern)
         if self.global_projections and "global" in str(pattern):

@@ -23,6 +23,7 @@ from sparsejax.layers.lightning import Lightning, LightningConfig
 from sparsejax.layers.lsh import Lsh, LshConfig
 from sparsejax.layers.mamba import Mamba, MambaConfig
 from sparsejax.layers.mamba2 import Mamba2, Mamba2Config
+from sparsejax.layers.nsa import Nsa, NsaConfig
 from sparsejax.layers.protocols import Auxiliary, Cache, Mixer, MixerConfig
 from sparsejax.layers.rglru import RgLru, RgLruConfig
 from sparsejax.layers.routing import Routing, RoutingConfig
@@ -172,6 +173,7 @@ MIXERS: Registry[tuple[type[MixerConfig], type[Mixer]]] = Registry(
         "lsh": (LshConfig, Lsh),
         "mamba": (MambaConfig, Mamba),
         "mamba2": (Mamba2Config, Mamba2),
+        "nsa": (NsaConfig, Nsa),
         "parallel": (ParallelConfig, Parallel),
         "rglru": (RgLruConfig, RgLru),
         "routing": (RoutingConfig, Routing),

@@ -19,7 +19,7 @@ from sparsejax.ops.recall import measure_selection
 from sparsejax.ops.scan import selective_scan
 from sparsejax.ops.segment import attend_edges
 from sparsejax.ops.selection import Selection, choose, select
-from sparsejax.ops.selectors import moba, nsa, route, top_tiles, top_tokens
+from sparsejax.ops.selectors import infllm, moba, nsa, nsa_pairs, route, top_tiles, top_tokens
 from sparsejax.ops.softmax import add_alibi, log_multiplicity, merge_lse
 from sparsejax.ops.ssd import ssd
 
@@ -45,12 +45,14 @@ __all__ = [
     "hash_buckets",
     "hashed_pairs",
     "indexer_divergence",
+    "infllm",
     "linear_scan",
     "log_multiplicity",
     "measure_selection",
     "merge_lse",
     "moba",
     "nsa",
+    "nsa_pairs",
     "route",
     "select",
     "select_indexed",

@@ -1,4 +1,4 @@
-"""Consecutive keys in blocks of equal size, counted from the start of each document."""
+"""Consecutive keys in blocks of equal size, or in overlapping windows, counted from the start of each document."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import functools
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Int, Shaped
+from jaxtyping import Array, Bool, Int, Shaped
 
 from sparsejax.errors import InputError
 
@@ -81,13 +81,90 @@ def make_blocks(length: int, size: int, segments: Int[Array, "b s"] | None = Non
         raise InputError("size", f"{size} is below 1")
     if segments is None or size == 1:
         starts = jnp.arange(0, length, size)[None]
-        return Blocks(jnp.arange(length)[None] // size, starts, starts // size, size, True)
+        numbers = starts // size if segments is None else starts - document_starts(segments)
+        return Blocks(jnp.arange(length)[None] // size, starts, numbers, size, True)
     offsets = jnp.arange(length) - document_starts(segments)
     of_key = jnp.cumsum(offsets % size == 0, axis=1) - 1
     rows = jnp.arange(segments.shape[0])[:, None]
     starts = jnp.full_like(of_key, length).at[rows, of_key].min(jnp.arange(length)[None])
     numbers = jnp.zeros_like(of_key).at[rows, of_key].set(offsets // size)
     return Blocks(of_key, starts, numbers, size, False)
+
+
+@functools.partial(
+    jax.tree_util.register_dataclass, data_fields=("starts", "firsts"), meta_fields=("length", "stride", "is_regular")
+)
+@dataclasses.dataclass(frozen=True)
+class Windows:
+    """Overlapping windows of a sequence, in order. A window that does not end within its document does not exist.
+
+    Attributes:
+      starts: First key of each window; s for an index without a window.
+      firsts: Index that the first window of the document of each key has, or would have.
+      length: Keys per window.
+      stride: Keys from one window to the next.
+      is_regular: Whether window i starts at key `i * stride`, as without documents.
+    """
+
+    starts: Int[Array, "#b n"]
+    firsts: Int[Array, "#b s"]
+    length: int
+    stride: int
+    is_regular: bool
+
+    @property
+    def count(self) -> int:
+        """Number of indices, an upper bound of the number of windows."""
+        return self.starts.shape[1]
+
+    def split(self, x: Shaped[Array, "b s *rest"]) -> Shaped[Array, "b n length *rest"]:
+        """The keys of each window; any keys for an index without a window."""
+        keys = jnp.minimum(self.starts[..., None] + jnp.arange(self.length), x.shape[1] - 1)
+        return jax.vmap(lambda x, keys: x[keys])(x, jnp.broadcast_to(keys, (len(x), *keys.shape[1:])))
+
+    def all(self, mask: Bool[Array, "#b c s"]) -> Bool[Array, "#b c n"]:
+        """Whether all keys of each window are marked; False for an index without a window."""
+        s, parts = mask.shape[-1], self.length // self.stride
+        if self.is_regular:
+            keys = (self.count + parts - 1) * self.stride
+            mask = jnp.pad(mask, ((0, 0), (0, 0), (0, max(keys - s, 0))))[..., :keys]
+            strides = mask.reshape(*mask.shape[:2], -1, self.stride).all(axis=-1)
+            return jnp.stack([strides[..., part : part + self.count] for part in range(parts)]).all(axis=0)
+        before = jnp.pad(jnp.cumsum(mask, axis=-1), ((0, 0), (0, 0), (1, 0)))
+        first, last = (jnp.minimum(at, s)[:, None] for at in (self.starts, self.starts + self.length))
+        counts = jnp.take_along_axis(before, last, axis=-1) - jnp.take_along_axis(before, first, axis=-1)
+        return counts == self.length
+
+
+def make_windows(keys: int, length: int, stride: int, segments: Int[Array, "b s"] | None = None) -> Windows:
+    """Returns the windows of a sequence.
+
+    Args:
+      keys: Number of keys.
+      length: Keys per window.
+      stride: Keys from one window to the next, which divides the length.
+      segments: Segment ids of the keys; each run of equal ids is a document.
+
+    Raises:
+      InputError: A size is below 1, or the stride does not divide the length.
+    """
+    if stride < 1:
+        raise InputError("stride", f"{stride} is below 1")
+    if length < 1 or length % stride:
+        raise InputError("length", f"{length} is not a positive multiple of the stride {stride}")
+    if segments is None:
+        starts = jnp.arange(0, max(keys - length, 0) + 1, stride)[None]
+        starts = starts if length <= keys else starts + keys
+        return Windows(starts, jnp.zeros((1, keys), jnp.int32), length, stride, True)
+    documents, positions = document_starts(segments), jnp.arange(keys)
+    last = jnp.minimum(positions + length - 1, keys - 1)
+    is_start = ((positions - documents) % stride == 0) & (documents[:, last] == documents)
+    is_start &= positions + length <= keys
+    before = jnp.cumsum(is_start, axis=1) - is_start
+    rows, count = jnp.arange(segments.shape[0])[:, None], max(keys // stride, 1)  # as length >= stride
+    starts = jnp.full((segments.shape[0], count), keys)
+    starts = starts.at[rows, jnp.where(is_start, before, count)].set(positions[None], mode="drop")
+    return Windows(starts, jnp.take_along_axis(before, documents, axis=1), length, stride, False)
 
 
 def document_starts(segments: Int[Array, "b s"]) -> Int[Array, "b s"]:

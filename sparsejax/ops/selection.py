@@ -131,11 +131,9 @@ def select(
     """
     if count < 1:
         raise InputError("count", f"{count} is below 1")
-    if pattern.heads is not None:
-        raise InputError("pattern", f"{pattern} differs between heads")
 
     def choose_chunk(chunk: PyTree, visible: Visible) -> tuple[Int[Array, "b scopes c k"], Int[Array, "b scopes c"]]:
-        (scores, forced), counts = score(chunk, visible), _count_keys(visible, blocks)[:, None]
+        (scores, forced), counts = score(chunk, visible), count_keys(visible, blocks)[:, None]
         may_compete = counts == blocks.size if complete else counts > 0
         groups = choose(scores, may_compete, count, forced)
         added = jnp.zeros((), jnp.int32) if forced is None else (forced & may_compete).sum(axis=-1)
@@ -174,7 +172,12 @@ def over_queries(
 
     Returns:
       The results with the axis of the queries in front: [b, t, heads, ...].
+
+    Raises:
+      InputError: The pattern differs between heads.
     """
+    if pattern.heads is not None:
+        raise InputError("pattern", f"{pattern} differs between heads")
     t = jax.tree.leaves(arrays)[0].shape[1]
     length, size = t if length is None else length, min(t, CHUNK)
     q_at, k_at = (jnp.arange(t)[None], jnp.arange(keys)[None]) if positions is None else positions
@@ -205,7 +208,7 @@ def block_of_query(visible: Visible, blocks: Blocks) -> Int[Array, "#b c"]:
     return jnp.take_along_axis(jnp.broadcast_to(of_key, (shape[0], of_key.shape[1])), at, axis=1)
 
 
-def _count_keys(visible: Visible, blocks: Blocks) -> Int[Array, "#b c n"]:
+def count_keys(visible: Visible, blocks: Blocks) -> Int[Array, "#b c n"]:
     """Number of keys of each block that a query may attend to."""
     mask = visible.keys
     if blocks.size == 1:

@@ -14,9 +14,9 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
 from sparsejax.errors import InputError
-from sparsejax.ops.blocks import Blocks, document_starts, make_blocks
-from sparsejax.ops.selection import Selection, Visible, block_of_query, over_queries, select
-from sparsejax.ops.softmax import masked_softmax
+from sparsejax.ops.blocks import Blocks, Windows, document_starts, make_blocks, make_windows
+from sparsejax.ops.selection import Selection, Visible, block_of_query, choose, count_keys, over_queries, select
+from sparsejax.ops.softmax import confine_nan, masked_softmax
 from sparsejax.patterns import Pattern
 
 Segments = tuple[Int[Array, "b t"], Int[Array, "b s"]] | None
@@ -225,84 +225,12 @@ def nearest_centroid(x: Float[Array, "b t g d"], centroids: Float[Array, "g c d"
     return jax.lax.stop_gradient(products).argmax(axis=-1)
 
 
-def compress(x: Float[Array, "b s g d"], length: int, units: Blocks) -> Float[Array, "b n g d"]:
-    """Means over overlapping windows of `length` tokens, one per block of `units` (NSA, arXiv:2502.11089, eq. 7).
-
-    A window that its document ends has no meaning, see `find_windows`.
-
-    Args:
-      x: Keys or values.
-      length: Tokens per window, a multiple of the stride.
-      units: Blocks of the stride.
-
-    Raises:
-      InputError: The stride does not divide the length.
-    """
-    if length % units.size:
-        raise InputError("length", f"{length} is not a multiple of the stride {units.size}")
-    parts = length // units.size
-    means = jnp.pad(block_means(x, units), ((0, 0), (0, parts - 1), (0, 0), (0, 0)))
-    return jnp.stack([means[:, part : part + units.count] for part in range(parts)]).mean(axis=0)
-
-
-def find_windows(visible: Visible, length: int, units: Blocks) -> Bool[Array, "b c n"]:
-    """Whether a query may attend to all `length` tokens of each window, which begins at a block of `units`."""
-    s = visible.keys.shape[-1]
-    before = jnp.pad(jnp.cumsum(visible.keys, axis=-1), ((0, 0), (0, 0), (1, 0)))
-    starts = units.starts[:, None]
-    shape = jnp.broadcast_shapes(before.shape[:2], starts.shape[:2])
-    before = jnp.broadcast_to(before, (*shape, s + 1))
-
-    def count(at: Array) -> Array:
-        return jnp.take_along_axis(before, jnp.broadcast_to(jnp.minimum(at, s), (*shape, units.count)), axis=-1)
-
-    return count(starts + length) - count(starts) == length
-
-
-def attend_windows(
-    q: Float[Array, "b t h d"],
-    k: Float[Array, "b s g d"],
-    v: Float[Array, "b s g value"],
-    length: int,
-    stride: int,
-    pattern: Pattern,
-    *,
-    scale: float | None = None,
-    segments: Segments = None,
-) -> Float[Array, "b t h value"]:
-    """Softmax attention to the means of overlapping windows of keys and values: the compression branch of NSA.
-
-    Args:
-      q: Queries.
-      k: Keys.
-      v: Values.
-      length: Tokens per window.
-      stride: Tokens from one window to the next.
-      pattern: The allowed keys; a query attends to a window all of whose tokens it may attend to.
-      scale: Factor on q·k; defaults to `d ** -0.5`.
-      segments: Segment ids of queries and of keys.
-
-    Returns:
-      The output, zeros for a query without a window.
-    """
-    units = _blocks(k, stride, segments)
-    keys, values = compress(k, length, units), compress(v, length, units)
-
-    def attend(q: Array, visible: Visible) -> Array:
-        p, _ = masked_softmax(_logits(q, keys, scale), find_windows(visible, length, units)[:, None], None)
-        p = p.reshape(p.shape[0], values.shape[2], -1, *p.shape[2:])
-        out = jnp.einsum("bgrcn,bnge->bgrce", p, values, precision=jax.lax.Precision.HIGHEST)
-        return out.reshape(out.shape[0], -1, *out.shape[3:])
-
-    return over_queries(attend, q, pattern, k.shape[1], segments=segments).astype(q.dtype)
-
-
 def nsa(
     q: Float[Array, "b t h d"],
-    k: Float[Array, "b s g d"],
-    length: int,
-    stride: int,
-    block: int,
+    k: Float[Array, "b n g d"],
+    v: Float[Array, "b n g value"],
+    windows: Windows,
+    blocks: Blocks,
     count: int,
     pattern: Pattern,
     *,
@@ -310,55 +238,187 @@ def nsa(
     local: int = 2,
     scale: float | None = None,
     segments: Segments = None,
-) -> Selection:
-    """The selection branch of native sparse attention (NSA, arXiv:2502.11089, eq. 8 to 12), per key/value head.
+    positions: Positions = None,
+    length: int | None = None,
+) -> tuple[Float[Array, "b t h value"], Selection]:
+    """Two branches of native sparse attention (NSA, arXiv:2502.11089): attention to windows, and the choice of blocks.
 
-    The score of a block is the probability that the compression branch gives to the windows that overlap it, each
-    times the number of strides that they share, summed over the query heads of a key/value head. Equation 9 of the
-    paper prints the offsets with the opposite sign, which would count windows before the block.
+    A query attends to a key and a value per window, all of whose keys it may attend to (eq. 7). The score of a block is
+    the probability of the windows that overlap it, each times the number of strides that they share (eq. 8 and 9),
+    summed over the query heads of a key/value head (eq. 10). Equation 9 of the paper prints the offsets with the
+    opposite sign, which would count windows before the block.
 
     Args:
       q: Queries.
-      k: Keys of the compression branch.
-      length: Tokens per window; a multiple of the stride.
-      stride: Tokens from one window to the next.
-      block: Tokens per block; a multiple of the stride.
-      count: Blocks per query.
-      pattern: The allowed keys.
+      k: A key per window, such as `windows.split(keys).mean(axis=2)`.
+      v: A value per window.
+      windows: The windows of the sequence.
+      blocks: The blocks, of a multiple of the stride of the windows.
+      count: Blocks per query and key/value head.
+      pattern: The allowed keys; a pattern without heads.
       initial: First blocks of the document that are always chosen.
       local: Last blocks, with that of the query, that are always chosen.
       scale: Factor on q·k; defaults to `d ** -0.5`.
       segments: Segment ids of queries and of keys.
+      positions: Positions of queries and of keys, see `select`; key i is at position i.
+      length: Length of the sequence that the pattern describes.
+
+    Returns:
+      The output of attention to windows, in float32, zeros for a query without a window; and the chosen blocks.
 
     Raises:
-      InputError: The stride divides `length` or `block` with a remainder.
+      InputError: The count is below 1, or the stride of the windows does not divide the size of a block.
     """
-    _require_positive(length=length, stride=stride, block=block, count=count)
-    if block % stride:
-        raise InputError("block", f"{block} is not a multiple of the stride {stride}")
-    units, blocks, groups = _blocks(k, stride, segments), _blocks(k, block, segments), k.shape[2]
-    keys = jax.lax.stop_gradient(compress(k, length, units))
-    firsts = jnp.take_along_axis(units.of_key, jnp.minimum(blocks.starts, k.shape[1] - 1), axis=1)  # unit of a block
-    offsets = np.subtract.outer(np.arange(block // stride), np.arange(length // stride)).ravel()
+    _require_positive(count=count)
+    offsets, shared = _list_overlaps(windows, blocks)
+    _, k, v = confine_nan(q, k, v)
 
-    def score(q: Array, visible: Visible) -> tuple[Array, Array]:
-        p, _ = masked_softmax(_logits(q, keys, scale), find_windows(visible, length, units)[:, None], None)
-        p = p.reshape(p.shape[0], groups, -1, *p.shape[2:]).sum(axis=2)
-        scores = jnp.zeros((*p.shape[:-1], blocks.count), p.dtype)
-        for offset, shared in zip(*np.unique(offsets, return_counts=True), strict=True):
-            at = firsts + int(offset)
-            inside = ((at >= 0) & (at < units.count))[:, None, None]
-            index = jnp.broadcast_to(jnp.clip(at, 0, units.count - 1)[:, None, None], scores.shape)
-            scores += int(shared) * jnp.where(inside, jnp.take_along_axis(p, index, axis=-1), 0.0)
-        current, indices = block_of_query(visible, blocks)[..., None], jnp.arange(blocks.count)
-        forced = (blocks.numbers[:, None] < initial) | ((indices > current - local) & (indices <= current))
-        return scores, forced[:, None]
+    def attend(q: Array, visible: Visible) -> tuple[Array, Array, Array]:
+        p = _window_probabilities(q, k, windows, visible, scale)
+        out = jnp.einsum("bgrcn,bnge->bgrce", p, v, precision=jax.lax.Precision.HIGHEST)
+        overlapping = _overlapping(jax.lax.stop_gradient(p).sum(axis=2), windows, blocks, offsets)
+        scores = (overlapping * jnp.asarray(shared, p.dtype)).sum(axis=-1)
+        allowed, forced = (count_keys(visible, blocks) > 0)[:, None], _force_blocks(visible, blocks, initial, local)
+        groups = choose(scores, allowed, count, forced)
+        return out.reshape(out.shape[0], -1, *out.shape[3:]), groups, _count_forced(allowed & forced, groups)
 
-    return select(score, q, blocks, count, pattern, segments=segments)
+    keys, options = blocks.of_key.shape[1], _options(segments, positions, length)
+    out, groups, forced = over_queries(attend, q, pattern, keys, **options)
+    return out, Selection(jnp.moveaxis(groups, 1, 2), blocks, jnp.moveaxis(forced, 1, 2))
+
+
+def nsa_pairs(tokens: int, length: int, stride: int, block: int, count: int, window: int) -> int:
+    """Number of pairs that a query head of NSA scores over `tokens` tokens, in all branches."""
+    t = np.arange(tokens)
+    windows = np.maximum((t + 1 - length) // stride + 1, 0)
+    selected = np.minimum(t // block, count - 1) * block + t % block + 1
+    return int((windows + selected + np.minimum(t + 1, window)).sum())
+
+
+def infllm(
+    q: Float[Array, "b t h d"],
+    k: Float[Array, "b s g d"],
+    block: int,
+    count: int,
+    pattern: Pattern,
+    *,
+    window: int = 32,
+    stride: int = 16,
+    initial: int = 1,
+    local: int = 1,
+    dense_below: int = 0,
+    scale: float | None = None,
+    segments: Segments = None,
+    positions: Positions = None,
+    length: int | None = None,
+) -> Selection:
+    """InfLLM-V2 (arXiv:2509.24663): the blocks that overlap the windows to which a query would attend most.
+
+    A window has the mean of its keys. Its score is its softmax probability, summed over the query heads of a key/value
+    head, and the score of a block is the largest of the windows that overlap it. The softmax is exact; the published
+    kernel approximates its normalizer by longer windows.
+
+    The published model is dense in sequences below a length, which a decoder does not know in advance. Here a query
+    with fewer than `dense_below` keys before it in its document attends to all of them. In longer sequences this
+    differs from the published model in the queries from `count * block` to `dense_below`.
+
+    Args:
+      q: Queries, rotated.
+      k: Keys, rotated.
+      block: Keys per block; a multiple of the stride.
+      count: Blocks per query and key/value head.
+      pattern: The allowed keys.
+      window: Keys per window; a multiple of the stride.
+      stride: Keys from one window to the next.
+      initial: First blocks of the document that are always chosen.
+      local: Last blocks, with that of the query, that are always chosen.
+      dense_below: Number of keys before a query in its document, below which it chooses all blocks.
+      scale: Factor on q·k; defaults to `d ** -0.5`.
+      segments: Segment ids of queries and of keys.
+      positions: Positions of queries and of keys, see `select`; key i is at position i.
+      length: Length of the sequence that the pattern describes.
+
+    Raises:
+      InputError: A size is below 1, or the stride divides `window` or `block` with a remainder.
+    """
+    _require_positive(block=block, count=count, window=window, stride=stride)
+    if window % stride:
+        raise InputError("window", f"{window} is not a multiple of the stride {stride}")
+    ids = None if segments is None else segments[1]
+    windows, blocks = make_windows(k.shape[1], window, stride, ids), _blocks(k, block, segments)
+    offsets, _ = _list_overlaps(windows, blocks)
+    means = jax.lax.stop_gradient(windows.split(k).mean(axis=2, dtype=jnp.promote_types(k.dtype, jnp.float32)))
+    most = min(max(count, -(-dense_below // block)), blocks.count)
+
+    def choose_chunk(q: Array, visible: Visible) -> tuple[Array, Array]:
+        p = _window_probabilities(q, means, windows, visible, scale).sum(axis=2)
+        scores = _overlapping(p, windows, blocks, offsets).max(axis=-1)
+        allowed, forced = (count_keys(visible, blocks) > 0)[:, None], _force_blocks(visible, blocks, initial, local)
+        groups = choose(scores, allowed, count, forced)
+        counts = _count_forced(allowed & forced, groups)
+        if groups.shape[-1] == most:
+            return groups, counts
+        groups = jnp.pad(groups, ((0, 0),) * 3 + ((0, most - groups.shape[-1]),), constant_values=-1)
+        is_dense = (_position_in_document(visible, blocks) < dense_below)[:, None]
+        groups = jnp.where(is_dense[..., None], choose(scores, allowed, most), groups)
+        return groups, jnp.where(is_dense, (groups >= 0).sum(axis=-1), counts)
+
+    q, options = jax.lax.stop_gradient(q), _options(segments, positions, length)
+    groups, forced = over_queries(choose_chunk, q, pattern, k.shape[1], **options)
+    return Selection(jnp.moveaxis(groups, 1, 2), blocks, jnp.moveaxis(forced, 1, 2))
+
+
+def _window_probabilities(
+    q: Float[Array, "b c h d"], k: Float[Array, "b n g d"], windows: Windows, visible: Visible, scale: float | None
+) -> Float[Array, "b g r c n"]:
+    """Softmax over the windows that a query may attend to."""
+    p, _ = masked_softmax(_logits(q, k, scale), windows.all(visible.keys)[:, None], None)
+    return p.reshape(p.shape[0], k.shape[2], -1, *p.shape[2:])
+
+
+def _list_overlaps(windows: Windows, blocks: Blocks) -> tuple[np.ndarray, np.ndarray]:
+    """The windows that overlap a block, in strides from its start, and the number of strides that they share."""
+    if blocks.size % windows.stride:
+        raise InputError("block", f"{blocks.size} is not a multiple of the stride {windows.stride}")
+    parts = (np.arange(size // windows.stride) for size in (blocks.size, windows.length))
+    return np.unique(np.subtract.outer(*parts), return_counts=True)
+
+
+def _overlapping(
+    p: Float[Array, "b g c n"], windows: Windows, blocks: Blocks, offsets: np.ndarray
+) -> Float[Array, "b g c blocks overlaps"]:
+    """The probabilities of the windows that overlap each block; zeros where there is no window of its document."""
+    starts = jnp.minimum(blocks.starts, blocks.of_key.shape[1] - 1)
+    numbers = (blocks.numbers * (blocks.size // windows.stride))[..., None] + offsets  # within the document
+    at = jnp.take_along_axis(windows.firsts, starts, axis=1)[..., None] + numbers
+    inside = (numbers >= 0) & (at < windows.count)
+    index = jnp.clip(at, 0, windows.count - 1).reshape(len(at), 1, 1, -1)
+    taken = jnp.take_along_axis(p, index, axis=-1).reshape(*p.shape[:3], *at.shape[1:])
+    return jnp.where(inside[:, None, None], taken, 0.0)
+
+
+def _force_blocks(visible: Visible, blocks: Blocks, initial: int, local: int) -> Bool[Array, "#b 1 c n"]:
+    """Whether each block is among the first of its document, or among the last up to that of the query."""
+    current, indices = block_of_query(visible, blocks)[..., None], jnp.arange(blocks.count)
+    forced = (blocks.numbers[:, None] < initial) | ((indices > current - local) & (indices <= current))
+    return forced[:, None]
 
 
 def _blocks(k: Array, size: int, segments: Segments) -> Blocks:
     return make_blocks(k.shape[1], size, None if segments is None else segments[1])
+
+
+def _count_forced(forced: Bool[Array, "#b 1 c n"], groups: Int[Array, "b g c k"]) -> Int[Array, "b g c"]:
+    """Number of the chosen groups that are forced."""
+    counts = jnp.minimum(forced.sum(axis=-1), groups.shape[-1])
+    return jnp.broadcast_to(counts, groups.shape[:-1]).astype(jnp.int32)
+
+
+def _position_in_document(visible: Visible, blocks: Blocks) -> Int[Array, "#b c"]:
+    """The number of keys before each query in its document."""
+    current = block_of_query(visible, blocks)
+    starts, numbers = (jnp.take_along_axis(x, current, axis=1) for x in (blocks.starts, blocks.numbers))
+    return visible.positions - starts + numbers * blocks.size
 
 
 def _logits(q: Float[Array, "b c h d"], k: Float[Array, "b n g d"], scale: float | None) -> Float[Array, "b h c n"]:

@@ -26,6 +26,9 @@ MIXERS: dict[str, dict[str, Any]] = {
     "pinned": ATTENTION | {"pattern": "causal & (window(5) | sink(2))", "sinks": True},
     "grouped": ATTENTION | {"pattern": "causal", "heads": 4, "kv_heads": 2},
     "moba": ATTENTION | {"pattern": "causal", "select": {"kind": "moba", "count": 2, "block": 16}},
+    "infllm": ATTENTION
+    | {"pattern": "causal", "heads": 4, "kv_heads": 2}
+    | {"select": {"kind": "infllm", "count": 3, "block": 8, "window": 8, "stride": 4, "dense_below": 40}},
     "tiles": ATTENTION | {"pattern": "causal", "select": {"kind": "tiles", "count": 3, "block": 4}, "kv_heads": 2},
     "indexed": ATTENTION
     | {"pattern": "causal", "kv_heads": 2}
@@ -35,6 +38,20 @@ MIXERS: dict[str, dict[str, Any]] = {
     | {"indexer": {"heads": 2, "width": 8, "top_k": 3, "block": 4, "pool": "keys", "weights": False}},
     "routing": {"kind": "routing", "heads": 2, "kv_heads": 1, "head_width": 8, "clusters": 3, "members": 6}
     | {"rope": {"base": 100.0}},
+    "nsa": {
+        "kind": "nsa",
+        "heads": 4,
+        "kv_heads": 2,
+        "head_width": 8,
+        "rope": {"base": 100.0},
+        "qk_norm": None,
+        "impl": "gather",
+        "compress_length": 8,
+        "compress_stride": 4,
+        "select_block": 8,
+        "count": 4,
+        "window": 8,
+    },
     "conv": {"kind": "conv", "conv": 3},
     "mamba": {"kind": "mamba", "inner": 16, "state": 4, "conv": 3, "dt_rank": 2} | RANGE,
     "mamba2": {"kind": "mamba2", "heads": 2, "head_width": 8, "state": 4, "groups": 1, "conv": 3, "norm_eps": 1e-6}

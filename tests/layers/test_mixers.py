@@ -25,6 +25,7 @@ from sparsejax.layers import (
     Mamba2Config,
     MambaConfig,
     NormConfig,
+    NsaConfig,
     ParallelConfig,
     RgLruConfig,
     RopeConfig,
@@ -186,6 +187,23 @@ MIXED = {
             dt_max=0.5,
             chunk=16,
         ),
+    },
+    # Every block is selected; test_nsa covers choices.
+    "nsa": {
+        "nsa": NsaConfig(
+            heads=4,
+            kv_heads=2,
+            head_width=4,
+            value_width=3,
+            rope=RopeConfig(base=50.0),
+            qk_norm=None,
+            impl="auto",
+            compress_length=6,
+            compress_stride=3,
+            select_block=6,
+            count=40,
+            window=5,
+        )
     },
     "rglru": {"rglru": RgLruConfig(inner=8, heads=2, conv=4, power=0.2)},
     "routing": {

@@ -20,6 +20,7 @@ KINDS = {
     "tokens": {"kind": "tokens", "count": 9},
     "tiles": {"kind": "tiles", "count": 3, "block": 5, "pooling": "logsumexp"},
     "moba": {"kind": "moba", "count": 2, "block": 8},
+    "infllm": {"kind": "infllm", "count": 3, "block": 8, "window": 8, "stride": 4, "dense_below": 37},
 }
 LENGTH = 70
 
@@ -67,12 +68,17 @@ def test_the_account_counts_chosen_keys_and_scores():
     attended = sum(1 + t % 4 + 4 * min(1, t // 4) for t in range(10))
     scored = sum(t // 4 for t in range(10))
     assert mixer.cost(10).pairs == 2 * (attended + scored)  # two heads
+    _, mixer = make(KINDS["infllm"])
+    attended = sum(t + 1 if t < 37 else 1 + t % 8 + 8 * min(2, t // 8) for t in range(LENGTH))
+    scored = sum(len(range(0, t - 6, 4)) for t in range(LENGTH))
+    assert mixer.cost(LENGTH).pairs == 2 * (attended + scored)
     _, mixer = make({"kind": "tokens", "count": 3})
     assert mixer.cost(10).pairs == 2 * (sum(min(t + 1, 3) for t in range(10)) + 55)
 
 
 def test_the_summary_says_what_is_chosen():
     assert make(KINDS["moba"])[0].summary.endswith(", top 2 blocks of 8 (MoBA)")
+    assert make(KINDS["infllm"])[0].summary.endswith(", top 3 blocks of 8 (InfLLM-V2)")
     assert make(KINDS["tokens"])[0].summary.endswith(", top 9 keys")
 
 
@@ -85,6 +91,13 @@ def test_the_summary_says_what_is_chosen():
         ("select.block", {"block": 0}, {}),
         ("select.pooling", {"pooling": "max", "kind": "tiles"} | {"pooling": "sum"}, {}),
         ("select.pooling", {"kind": "moba", "pooling": "mean"}, {}),
+        ("select.local", {"local": 2}, {}),
+        ("select.window", KINDS["infllm"] | {"window": 6}, {}),
+        ("select.block", KINDS["infllm"] | {"block": 6}, {}),
+        ("select.count", KINDS["infllm"] | {"local": 3}, {}),
+        ("select.stride", KINDS["infllm"] | {"stride": 0}, {}),
+        ("select.dense_below", KINDS["infllm"] | {"dense_below": -1}, {}),
+        ("pattern", KINDS["infllm"], {"pattern": "full"}),
         ("pattern", {}, {"pattern": "per_head(causal, causal & window(3))"}),
         ("pattern", {}, {"pattern": "full"}),
     ],

@@ -11,12 +11,12 @@ import pytest
 
 from sparsejax.errors import InputError
 from sparsejax.ops import attend
-from sparsejax.ops.blocks import make_blocks
+from sparsejax.ops.blocks import make_blocks, make_windows
 from sparsejax.ops.indexer import Index, indexer_divergence, select_indexed
 from sparsejax.ops.reference import attend_reference
 from sparsejax.ops.selection import Selection, choose
 from sparsejax.ops.selectors import (
-    attend_windows,
+    infllm,
     moba,
     nsa,
     route,
@@ -60,11 +60,15 @@ def select(name, values, q, k):
         scope = {"kv_group": "kv_head", "q_head": "query_head"}[str(values["scope"])]
         pooling = {"prob_sum": "probabilities", "logit_sum": "logits"}[str(values["pooling"])]
         return top_tokens(q, k, size["top_k"], CAUSAL, scope=scope, pooling=pooling)
-    if name == "causal_kmeans":
-        return route(jnp.asarray(values["route"])[None], jnp.asarray(values["centroids"]), size["members"])
-    compression = size["compress_length"], size["compress_stride"], size["select_block"], size["select_count"]
-    forced = {"initial": size["init_blocks"], "local": size["local_blocks"]}
-    return nsa(q, k, *compression, CAUSAL, **forced, segments=pack(values))
+    return route(jnp.asarray(values["route"])[None], jnp.asarray(values["centroids"]), size["members"])
+
+
+def compress(q, k, v, length, stride, block, count, segments=None, **forced):
+    """`nsa` with means of windows."""
+    ids = None if segments is None else segments[1]
+    windows, blocks = make_windows(k.shape[1], length, stride, ids), make_blocks(k.shape[1], block, ids)
+    k, v = (windows.split(x).mean(axis=2) for x in (k, v))
+    return nsa(q, k, v, windows, blocks, count, CAUSAL, segments=segments, **forced)
 
 
 def assert_groups(selection, expected, number):
@@ -111,32 +115,27 @@ def test_golden_values_of_nsa(case):
     branches = "compress", "select", "window"
     arrays = [batch(values, f"{name}_{branch}") for branch in branches for name in "kv"]
     (q, gates, d_out), segments = batch(values, "q", "gates", "d_out"), pack(values)
-    selection = select("nsa", values, q, arrays[0][0])
-    assert_groups(selection, values["selected_blocks"], number=True)
+    sizes = [int(values[name]) for name in ("compress_length", "compress_stride", "select_block", "select_count")]
+    forced = {"initial": int(values["init_blocks"]), "local": int(values["local_blocks"])}
 
     def mix(q, compressed, selected, window, gates):
+        out, selection = compress(q, *compressed, *sizes, segments, **forced)
         outs = (
-            attend_windows(
-                q,
-                *compressed,
-                int(values["compress_length"]),
-                int(values["compress_stride"]),
-                CAUSAL,
-                segments=segments,
-            ),
+            out,
             attend(q, *selected, CAUSAL, selection=selection, impl="gather", segment_ids=segments),
             attend(q, *window, f"causal & window({int(values['window']) - 1})", segment_ids=segments),
         )
-        return sum(gates[..., i, None] * out for i, out in enumerate(outs)), outs
+        return sum(gates[..., i, None] * out for i, out in enumerate(outs)), (outs, selection)
 
     pairs = [(arrays[i][0], arrays[i + 1][0]) for i in (0, 2, 4)]
 
     @jax.jit
     def differentiate(d_out, *arrays):
-        out, pull, outs = jax.vjp(mix, *arrays, has_aux=True)
-        return out, pull(d_out), outs
+        out, pull, others = jax.vjp(mix, *arrays, has_aux=True)
+        return out, pull(d_out), others
 
-    out, (d_q, *d_pairs, d_gates), outs = differentiate(d_out, q, *pairs, gates)
+    out, (d_q, *d_pairs, d_gates), (outs, selection) = differentiate(d_out, q, *pairs, gates)
+    assert_groups(selection, values["selected_blocks"], number=True)
     assert_close("out", out[0], values["out"], "float32")
     for branch, part in zip(branches, outs, strict=True):
         assert_close(branch, part[0], values[f"out_{branch}"], "float32")
@@ -272,7 +271,11 @@ MECHANISMS = {
     "tiles by mean": lambda q, k, count, ids: top_tiles(q, k, 7, count, CAUSAL, pooling="mean", segments=ids),
     "tiles by logsumexp": lambda q, k, count, ids: top_tiles(q, k, 7, count, CAUSAL, pooling="logsumexp", segments=ids),
     "moba": lambda q, k, count, ids: moba(q, k, 8, count, CAUSAL, segments=ids),
-    "nsa": lambda q, k, count, ids: nsa(q, k, 4, 2, 6, count, CAUSAL, segments=ids),
+    "nsa": lambda q, k, count, ids: compress(q, k, k, 4, 2, 6, count, ids)[1],
+    "infllm": lambda q, k, count, ids: infllm(q, k, 6, count, CAUSAL, window=4, stride=2, segments=ids),
+    "infllm, dense at first": lambda q, k, count, ids: infllm(
+        q, k, 6, count, CAUSAL, window=4, stride=2, dense_below=40, segments=ids
+    ),
     "routing": lambda q, k, count, ids: route(
         k, CENTROIDS, count, segments=None if ids is None else ids[1]
     ),
@@ -343,6 +346,62 @@ def test_of_equal_scores_the_lower_index_wins():
     assert choose(scores, visible, 2, jnp.arange(5) >= 3).tolist() == [[1, 4]]  # what is not visible is not forced
 
 
+# InfLLM-V2
+
+
+def choose_by_windows(q, k, block, count, window, stride, initial, local, dense_below):
+    """The blocks of each key/value head and query of a document, by loops in float64."""
+    (t, h, d), g = q.shape, k.shape[1]
+    starts, blocks = range(0, t - window + 1, stride), -(-t // block)
+    chosen = np.full((g, t, blocks), -1)
+    for head, query in np.ndindex(g, t):
+        scores = np.zeros(query // block + 1)
+        ended = [start for start in starts if start + window <= query + 1]
+        means = np.array([k[start : start + window, head].mean(axis=0) for start in ended])
+        if ended:
+            logits = q[query].reshape(g, h // g, d)[head] @ means.T * d**-0.5
+            p = np.exp(logits - logits.max(axis=-1, keepdims=True))
+            p = (p / p.sum(axis=-1, keepdims=True)).sum(axis=0)
+            for i, start in enumerate(ended):
+                last = min((start + window - 1) // block, len(scores) - 1)
+                scores[start // block : last + 1] = np.maximum(scores[start // block : last + 1], p[i])
+        scores[:initial] = scores[max(len(scores) - local, 0) :] = np.inf
+        kept = len(scores) if query < dense_below else count
+        best = np.sort(np.argsort(-scores, kind="stable")[:kept])
+        chosen[head, query, : len(best)] = best
+    return chosen
+
+
+@pytest.mark.parametrize(
+    "seed", [*range(4), *(pytest.param(seed, marks=pytest.mark.nightly) for seed in range(4, 100))]
+)
+def test_blocks_by_windows(seed):
+    rng = np.random.default_rng(seed)
+    t, g, stride = int(rng.integers(1, 150)), int(rng.choice([1, 2])), int(rng.choice([1, 2, 3]))
+    sizes = {"window": stride * int(rng.integers(1, 4)), "initial": int(rng.integers(0, 3))}
+    sizes |= {"local": int(rng.integers(1, 4)), "dense_below": int(rng.choice([0, 29, 200]))}
+    block, count = stride * int(rng.integers(1, 6)), int(rng.integers(1, 9))
+    q, k = (rng.normal(size=(t, heads, 6)).astype(np.float32) for heads in (g * int(rng.choice([1, 2, 4])), g))
+    bounds = [0, *sorted(set(rng.integers(1, t + 1, 2).tolist()) | {t})]
+    ids = jnp.asarray(np.searchsorted(bounds[1:-1], np.arange(t), side="right"))[None]
+
+    @jax.jit
+    def run(q, k):
+        return infllm(q[None], k[None], block, count, CAUSAL, stride=stride, segments=(ids, ids), **sizes)
+
+    selection = run(q, k)
+    groups, numbers = np.asarray(selection.groups[0]), np.asarray(selection.blocks.numbers[0])
+    for start, stop in itertools.pairwise(bounds):
+        rows = slice(start, stop)
+        expected = choose_by_windows(np.float64(q[rows]), np.float64(k[rows]), block, count, stride=stride, **sizes)
+        actual = np.where(groups[:, rows] < 0, -1, numbers[groups[:, rows]])
+        width = max(actual.shape[-1], expected.shape[-1])
+        actual, expected = (
+            np.pad(x, ((0, 0), (0, 0), (0, width - x.shape[-1])), constant_values=-1) for x in (actual, expected)
+        )
+        np.testing.assert_array_equal(actual, expected)
+
+
 # The lightning indexer
 
 
@@ -395,8 +454,14 @@ def test_no_gradient_flows_through_a_selection():
         ("scope", lambda q, k: top_tokens(q, k, 1, CAUSAL, scope="head")),
         ("pattern", lambda q, k: moba(q, k, 8, 1, parse("per_head(causal, causal, causal, causal)"))),
         ("members", lambda q, k: route(k, CENTROIDS, 0)),
-        ("length", lambda q, k: nsa(q, k, 5, 2, 8, 3, CAUSAL)),
-        ("block", lambda q, k: nsa(q, k, 4, 2, 7, 3, CAUSAL)),
+        ("length", lambda q, k: compress(q, k, k, 5, 2, 8, 3)),
+        ("stride", lambda q, k: compress(q, k, k, 4, 0, 8, 3)),
+        ("block", lambda q, k: compress(q, k, k, 4, 2, 7, 3)),
+        ("count", lambda q, k: compress(q, k, k, 4, 2, 8, 0)),
+        ("block", lambda q, k: infllm(q, k, 8, 3, CAUSAL)),
+        ("window", lambda q, k: infllm(q, k, 16, 3, CAUSAL, window=24)),
+        ("count", lambda q, k: infllm(q, k, 16, 0, CAUSAL)),
+        ("pattern", lambda q, k: infllm(q, k, 16, 3, parse("per_head(causal, causal, causal, causal)"))),
         ("selection", lambda q, k: attend(q, k, k, CAUSAL, selection=moba(q[:, :9], k[:, :9], 8, 1, CAUSAL))),
         ("selection", lambda q, k: attend(q, k, k, CAUSAL, selection=moba(q[:1], k[:1], 8, 1, CAUSAL))),
         ("impl", lambda q, k: attend(q, k, k, CAUSAL, selection=moba(q, k, 8, 1, CAUSAL), impl="tpu")),
