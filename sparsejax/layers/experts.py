@@ -172,7 +172,8 @@ class Experts(nnx.Module):
             return None
         if context.extras.ids is None:
             raise InputError("ids", "experts by token id need the token ids in the extras of the context")
-        return jax.lax.stop_gradient(self.table[...]).astype(jnp.int32)[context.extras.ids.reshape(-1)]
+        rows = jax.lax.stop_gradient(self.table[...])[context.extras.ids.reshape(-1)]
+        return jnp.clip(jnp.rint(rows).astype(jnp.int32), 0, self.config.experts - 1)
 
     def _balance(self, scores: Array, choices: Array, context: Context) -> Array:
         """The balance loss from the scores [b, t, e] and the choices [b, e]."""

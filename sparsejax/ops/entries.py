@@ -36,11 +36,10 @@ class Windows(NamedTuple):
 
     def split(self, x: Float[Array, "b s w"]) -> Float[Array, "b n size w"]:
         """Returns the features of the tokens of each window."""
-        n, size = self.keys.shape[1:]
+        (b, _, w), (n, size) = x.shape, self.keys.shape[1:]
         if self.ids is None:
-            return x[:, : n * size].reshape(x.shape[0], n, size, -1)
-        taken = jnp.take_along_axis(x, self.keys.reshape(x.shape[0], -1)[..., None], axis=1)
-        return taken.reshape(x.shape[0], n, size, -1)
+            return x[:, : n * size].reshape(b, n, size, w)
+        return jnp.take_along_axis(x, self.keys.reshape(b, n * size, 1), axis=1).reshape(b, n, size, w)
 
     def restrict(self, shape: tuple[int, int], segments: Int[Array, "b t"] | None) -> dict[str, Any]:
         """Returns the options of `selection.select` by which queries of a causal pattern see the closed windows only.
