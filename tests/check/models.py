@@ -33,6 +33,20 @@ MIXERS: dict[str, dict[str, Any]] = {
     "pooled": ATTENTION
     | {"pattern": "causal"}
     | {"indexer": {"heads": 2, "width": 8, "top_k": 3, "block": 4, "pool": "keys", "weights": False}},
+    "compressed": {
+        "kind": "compressed",
+        "heads": 2,
+        "head_width": 8,
+        "query_rank": 8,
+        "window": 6,
+        "rope_width": 4,
+        "rope": {"base": 100.0},
+        "groups": 2,
+        "out_rank": 4,
+        "norm_eps": 1e-6,
+        "impl": "gather",
+        "compression": {"ratio": 4, "overlap": True, "indexer": {"heads": 2, "width": 8, "top_k": 8}},
+    },
     "conv": {"kind": "conv", "conv": 3},
     "mamba": {"kind": "mamba", "inner": 16, "state": 4, "conv": 3, "dt_rank": 2} | RANGE,
     "mamba2": {"kind": "mamba2", "heads": 2, "head_width": 8, "state": 4, "groups": 1, "conv": 3, "norm_eps": 1e-6}
