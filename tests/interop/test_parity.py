@@ -126,9 +126,7 @@ def test_comparisons_detect_values_that_are_not_finite():
 
 # DeepSeek-V4 selects entries instead of keys, see above.
 SELECTING = [
-    name
-    for name in FOLDERS
-    if name != "deepseek_v4" and any("selected_layer" in key for key in read(name).outputs)
+    name for name in FOLDERS if name != "deepseek_v4" and any("selected_layer" in key for key in read(name).outputs)
 ]
 
 
