@@ -4,9 +4,9 @@
     sparsejax train --config=configs/train_an_indexer.py:indexed --config.init.source=run:runs/dense \
         --workdir=runs/indexed
 
-The stages are those of DeepSeek-V3.2-Exp (section 2.1). `:dense` learns MQAR with eight pairs in 64 tokens in two layers
-of full attention. `:indexed` starts from it: in the first 300 steps attention stays dense and only the indexers train;
-then each query attends to four keys, and everything trains.
+The stages are those of DeepSeek-V3.2-Exp (section 2.1). `:dense` learns MQAR with eight pairs in 64 tokens in two
+layers of full attention. `:indexed` starts from it: in the first 300 steps attention stays dense and only the indexers
+train; then each query attends to four keys, and everything trains.
 """
 
 import importlib.util

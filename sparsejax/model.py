@@ -30,6 +30,7 @@ from sparsejax.layers import (
     make_norm,
     normalize,
 )
+from sparsejax.layers.hyper import make_connection
 from sparsejax.layers.stream import decays, logical_axes
 from sparsejax.ops import Selection
 from sparsejax.schedule import Fold
@@ -74,7 +75,10 @@ class Model(nnx.Module):
     def __init__(self, config: ModelConfig, rngs: nnx.Rngs):
         self.config = config
         names = config.names
-        stream = Stream(config.width, len(names), jnp.dtype(config.dtype), config.reversible, config.shared)
+        dtype = jnp.dtype(config.dtype)
+        stream = Stream(
+            config.width, len(names), dtype, config.reversible, config.shared, hyper=config.hyper, vocab=config.vocab
+        )
         self.fold = config.fold
 
         def build(names: tuple[str, ...], rngs: nnx.Rngs) -> nnx.List:
@@ -86,6 +90,7 @@ class Model(nnx.Module):
         self.period = nnx.vmap(lambda key: build(self.fold.period, nnx.Rngs(key)))(keys)
         self.after = build(self.fold.after, rngs)
         self.shared = nnx.Dict({name: Shared(block, stream, rngs) for name, block in config.shared.items()})
+        self.hyper = make_connection(config.hyper, config.width, dtype, rngs, reads_only=True)
         self.norm = make_norm(config.norm, config.width * (2 if config.reversible else 1), rngs)
         self.head = Head(config, stream, rngs)
 
@@ -215,7 +220,7 @@ class Model(nnx.Module):
             x, added = layer(x, context.with_extras(layer=jnp.asarray(index)))
             context = context if added.selection is None else context.with_extras(selection=added.selection)
             streams.append(x)
-        return [*streams, normalize(self.norm, x)]
+        return [*streams, self._normalize(x)]
 
     def init_cache(self, batch: int, length: int) -> Cache:
         """Returns empty caches for decoding `length` tokens; those of the period have a leading axis of `repeats`."""
@@ -250,8 +255,8 @@ class Model(nnx.Module):
           last: Whether to return only the logits after the last token of each row, [b, v].
         """
         mask = None if counts is None else jnp.arange(tokens.shape[1]) < counts[:, None]
-        x = self._double(self.embedding.extend(tokens, positions))
-        context = Context(Tokens(mask=mask)).with_extras(embeddings=x, shared=dict(self.shared))
+        x = self._repeat(self.embedding.extend(tokens, positions))
+        context = Context(Tokens(mask=mask)).with_extras(embeddings=x, shared=dict(self.shared), ids=tokens)
 
         def run(layers: nnx.List, carry: Carry, caches: list[Cache], first: Array | int) -> tuple[Carry, list[Cache]]:
             (x, selection), after = carry, []
@@ -300,15 +305,20 @@ class Model(nnx.Module):
 
     @jax.named_scope("embedding")
     def embed(self, tokens: Array, context: Context) -> tuple[Array, Context]:
-        x = self._double(context.dropout(self.embedding(tokens, context.tokens.positions)))
-        return x, context.with_extras(embeddings=x, shared=dict(self.shared))
+        x = self._repeat(context.dropout(self.embedding(tokens, context.tokens.positions)))
+        return x, context.with_extras(embeddings=x, shared=dict(self.shared), ids=tokens)
 
-    def _double(self, x: Array) -> Array:
-        return jnp.concatenate([x, x], axis=-1) if self.config.reversible else x
+    def _repeat(self, x: Array) -> Array:
+        """The streams, side by side."""
+        return x if self.config.streams == 1 else jnp.concatenate([x] * self.config.streams, axis=-1)
+
+    def _normalize(self, x: Array) -> Array:
+        """The input of the head, from the stream after the last layer."""
+        return normalize(self.norm, x if self.hyper is None else self.hyper.read(x)[0])
 
     @jax.named_scope("head")
     def read_out(self, x: Array, context: Context) -> Array:
-        x = normalize(self.norm, x)
+        x = self._normalize(x)
         if self.config.head.pool == "mean":
             x = mean_pool(x, context.tokens.mask)
         return self.head(x, self.embedding.tokens[...])

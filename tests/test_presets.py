@@ -50,13 +50,14 @@ PUBLISHED = {
     "llama4": Published("109", "17", beside=0.87),  # model card of Scout; the vision encoder is beside
     "qwen3_next": Published("79", "3", uncounted=2, untotalled=2),  # model card: 80B, 79B without embeddings, 3B active
     "kimi_linear": Published("48", "3", uncounted=2, untotalled=2),  # arXiv:2510.26692
+    "deepseek_v4": Published("284", "13", uncounted=1),  # model card of DeepSeek-V4-Flash
     "nemotron_h": Published("8.1"),  # arXiv:2504.03624
     "falcon_h1": Published("33.64"),  # safetensors: 33,642,516,224; named 34B
     "samba": Published("0.421"),  # arXiv:2406.07522
     "griffin": Published("2.7"),  # arXiv:2404.07839; safetensors: 2,682,862,080
 }
 # Published with few digits: the count must round to them, and may differ by more than 1 %.
-ROUNDED = {("llama4", "17"), ("qwen3_next", "3"), ("kimi_linear", "3")}
+ROUNDED = {("llama4", "17"), ("qwen3_next", "3"), ("kimi_linear", "3"), ("deepseek_v4", "13")}
 
 # Entries of the released config.json files.
 RELEASED = {
@@ -197,6 +198,51 @@ RELEASED = {
         "ssm_state_size": 128,
         "n_groups": 8,
         "conv_kernel": 4,
+        "tie_word_embeddings": False,
+    },
+    "deepseek_v4": {
+        "model_type": "deepseek_v4",
+        "vocab_size": 129_280,
+        "hidden_size": 4096,
+        "moe_intermediate_size": 2048,
+        "num_hidden_layers": 43,
+        "num_attention_heads": 64,
+        "num_key_value_heads": 1,
+        "head_dim": 512,
+        "qk_rope_head_dim": 64,
+        "q_lora_rank": 1024,
+        "o_lora_rank": 1024,
+        "o_groups": 8,
+        "n_routed_experts": 256,
+        "n_shared_experts": 1,
+        "num_experts_per_tok": 6,
+        "num_hash_layers": 3,
+        "routed_scaling_factor": 1.5,
+        "scoring_func": "sqrtsoftplus",
+        "topk_method": "noaux_tc",
+        "norm_topk_prob": True,
+        "swiglu_limit": 10.0,
+        "sliding_window": 128,
+        "index_n_heads": 64,
+        "index_head_dim": 128,
+        "index_topk": 512,
+        "compress_ratios": [0, 0, *[4, 128] * 20, 4, 0],
+        "compress_rope_theta": 160_000,
+        "rope_theta": 10_000,
+        "rope_scaling": {
+            "beta_fast": 32,
+            "beta_slow": 1,
+            "factor": 16,
+            "original_max_position_embeddings": 65_536,
+            "type": "yarn",
+        },
+        "hc_mult": 4,
+        "hc_sinkhorn_iters": 20,
+        "hc_eps": 1e-6,
+        "rms_norm_eps": 1e-6,
+        "expert_dtype": "fp4",
+        "num_nextn_predict_layers": 1,
+        "max_position_embeddings": 1_048_576,
         "tie_word_embeddings": False,
     },
     "falcon_h1": {

@@ -162,8 +162,8 @@ def gradient_norms(
     def norms(depth: Array) -> Array:
         (gradient,) = pull_back(jnp.zeros_like(outputs).at[depth].set(1))
         gradient = gradient.astype(jnp.float32) if gradient.dtype == jnp.bfloat16 else gradient
-        if subject.config.reversible:  # both streams begin with the embeddings
-            gradient = sum(jnp.split(gradient, 2, axis=-1))
+        if subject.config.streams > 1:  # every stream begins with the embeddings
+            gradient = sum(jnp.split(gradient, subject.config.streams, axis=-1))
         return jnp.linalg.norm(gradient, axis=-1)
 
     return jax.lax.map(norms, jnp.arange(len(depths)))

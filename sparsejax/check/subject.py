@@ -113,8 +113,9 @@ class Subject:
             selected = layer(x, context)[1].selection if self.config.shares_selections else None
             return *run(layer, x, context), selected
 
-        x = embeddings = start(self.parameters, jnp.asarray(tokens, jnp.int32))
-        context = EMPTY.with_extras(embeddings=embeddings, shared=dict(model.shared))
+        ids = jnp.asarray(tokens, jnp.int32)
+        x = embeddings = start(self.parameters, ids)
+        context = EMPTY.with_extras(embeddings=embeddings, shared=dict(model.shared), ids=ids)
         for index, (name, layer) in enumerate(zip(names, model.unroll(), strict=False)):
             graph, state = nnx.split(layer)
             if name not in compiled:

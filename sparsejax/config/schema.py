@@ -18,7 +18,7 @@ from sparsejax.config.teacher import TeacherConfig
 from sparsejax.data.config import DataConfig
 from sparsejax.data.probes import Probe
 from sparsejax.errors import InputError, argument_path, require_at_least, require_choice
-from sparsejax.layers import ACTIVATIONS, LayerConfig, MixerConfig, NormConfig, SharedConfig
+from sparsejax.layers import ACTIVATIONS, HyperConfig, LayerConfig, MixerConfig, NormConfig, SharedConfig
 from sparsejax.overrides import Overrides
 
 
@@ -108,6 +108,7 @@ class ModelConfig:
     embedding: EmbeddingConfig = EmbeddingConfig()  # map from tokens to the input of the first layer
     head: HeadConfig = HeadConfig()  # map from the last norm to the logits
     reversible: bool = False  # use a reversible residual stream (Reformer, arXiv:2001.04451), see `layers.Layer`
+    hyper: HyperConfig | None = None  # hyper-connections between several residual streams; none for a single stream
     # shared blocks by name, to which `side` of a layer refers
     shared: dict[str, SharedConfig] = dataclasses.field(default_factory=dict)
     # dropout rate on the embedding and on the outputs of mixers and MLPs in training (arXiv:1706.03762)
@@ -125,6 +126,8 @@ class ModelConfig:
             raise InputError("embedding.axial.widths", f"{list(axial.widths)} do not add up to width = {self.width}")
         if self.reversible:
             self._check_reversible()
+        if self.hyper is not None:
+            self._check_hyper()
         if not self.layers:
             raise InputError("layers", "has no layer")
         schedules.check(self.schedule, self.layers)
@@ -162,6 +165,13 @@ class ModelConfig:
             if layer.side is not None:
                 raise InputError(f"layers.{name}.side", "a reversible model cannot use shared blocks")
 
+    def _check_hyper(self) -> None:
+        if self.reversible:
+            raise InputError("reversible", "cannot be combined with hyper-connections; set hyper to none")
+        for name, layer in self.layers.items():
+            with argument_path(f"layers.{name}"):
+                layer.check_hyper()
+
     def _check_causal(self, section: str, mixer: MixerConfig | None) -> None:
         if mixer is None or not self.causal:
             return
@@ -188,6 +198,11 @@ class ModelConfig:
         for name, block in self.shared.items():
             with argument_path(f"shared.{name}"):
                 block.check(length)
+
+    @property
+    def streams(self) -> int:
+        """Number of residual streams of `width` features, which are side by side."""
+        return self.hyper.streams if self.hyper is not None else 2 if self.reversible else 1
 
     @property
     def names(self) -> tuple[str, ...]:

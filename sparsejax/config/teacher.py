@@ -79,6 +79,8 @@ class TeacherConfig:
         _require_same_width("hidden", model, teacher)
         if model.reversible != teacher.reversible:
             raise InputError("hidden", "one of the model and the teacher is reversible, and the other is not")
+        if model.streams != teacher.streams:
+            raise InputError("hidden", f"the model has {model.streams} streams, and the teacher {teacher.streams}")
         return self._pair_layers("hidden_layers", model, teacher)
 
     def pair_mixers(self, model: ModelConfig, teacher: ModelConfig) -> dict[int, int]:

@@ -1,10 +1,12 @@
 """Layers of a sequence model, as thin Flax NNX modules."""
 
 from sparsejax.layers.attention import Attention, AttentionConfig
+from sparsejax.layers.compressed import Compressed, CompressedConfig, CompressionConfig, EntryIndexerConfig
 from sparsejax.layers.context import EMPTY, Context, Dropout, Extras, Tokens
 from sparsejax.layers.conv import Conv, ConvConfig, ShortConv
 from sparsejax.layers.delta import Delta, DeltaConfig
 from sparsejax.layers.experts import Experts, ExpertsConfig
+from sparsejax.layers.hyper import HyperConfig
 from sparsejax.layers.indexer import IndexerConfig
 from sparsejax.layers.latent import Latent, LatentConfig
 from sparsejax.layers.layer import FEEDFORWARDS, FeedForwardConfig, Layer, LayerConfig, ResidualConfig
@@ -34,6 +36,9 @@ __all__ = [
     "Auxiliary",
     "BranchConfig",
     "Cache",
+    "Compressed",
+    "CompressedConfig",
+    "CompressionConfig",
     "Context",
     "Conv",
     "ConvConfig",
@@ -41,11 +46,13 @@ __all__ = [
     "Delta",
     "DeltaConfig",
     "Dropout",
+    "EntryIndexerConfig",
     "Experts",
     "ExpertsConfig",
     "Extras",
     "FeedForward",
     "FeedForwardConfig",
+    "HyperConfig",
     "IndexerConfig",
     "Latent",
     "LatentConfig",

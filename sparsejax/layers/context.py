@@ -78,6 +78,7 @@ class Extras:
       rotations: Hash rotations instead of the ones that `Lsh` draws.
       layer: Index of the layer, from 0. For the decay rates of `Lightning`, and for dropout.
       embeddings: The residual stream before the first layer. For shared blocks.
+      ids: Token ids. For experts by token id.
       shared: The `Shared` modules of the model, by name.
       dropout: Dropout of the current training step.
       choices: Number of choices per expert of this layer in the whole batch, of which the tokens are a microbatch.
@@ -91,6 +92,7 @@ class Extras:
     rotations: Float[Array, "h d r n"] | None = None
     layer: Int[Array, ""] | None = None
     embeddings: Float[Array, "*b m"] | None = None
+    ids: Int[Array, "b t"] | None = None
     shared: dict[str, Any] | None = None
     dropout: Dropout | None = None
     choices: Int[Array, " e"] | None = None

@@ -4,20 +4,21 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
 from sparsejax.errors import InputError, require_at_least, require_choice
 from sparsejax.layers.context import EMPTY, Context
-from sparsejax.layers.mlp import ACTIVATIONS, Mlp, MlpConfig
+from sparsejax.layers.mlp import ACTIVATIONS, Mlp, MlpConfig, bound
 from sparsejax.layers.protocols import Auxiliary
 from sparsejax.layers.stream import Linear, Stream, output_scale, parameter
 from sparsejax.ops import experts as ops
 
-ROUTERS = ("softmax", "sigmoid")
 BALANCES = ("batch", "sequence")
 
 
@@ -31,7 +32,9 @@ class ExpertsConfig:
     activation: str  # activation of the hidden layer
     gated: bool = True  # whether experts are GLUs (arXiv:2002.05202)
     bias: bool = False  # whether the router and the experts have a bias (gpt-oss)
-    router: str = "softmax"  # "softmax" over all experts, or "sigmoid" per expert
+    router: str = "softmax"  # "softmax" over all experts, or "sigmoid" or "sqrtsoftplus" per expert
+    # choose by a random table of token ids, which is not trained; scores are weights only (DeepSeek-V4)
+    by_token: bool = False
     renormalize: bool = False  # scale the weights of the selected experts to a sum of 1
     scale: float = 1.0  # factor on the weights
     weigh_input: bool = False  # multiply the input of an expert by its weight instead of the output (Llama 4)
@@ -42,7 +45,8 @@ class ExpertsConfig:
     shared_bias: bool = False  # whether the linear maps of that expert, and those from and to `latent`, have a bias
     shared_gate: bool = False  # multiply that expert's output by the sigmoid of a score (Qwen2-MoE)
     latent: int | None = None  # width of a projection on which experts work (Nemotron-H); none: on the stream
-    limit: float | None = None  # bound of gates and values, with 1 added to values (gpt-oss); none for no bound
+    limit: float | None = None  # bound of gates and values, also of the expert that every token uses; none for no bound
+    limit_offset: float = 1.0  # added to bounded values; 1 in gpt-oss, 0 in DeepSeek-V4
     alpha: float = 1.0  # slope of "silu": x · sigmoid(alpha · x)
     bias_rate: float = 0.0  # step of the selection bias toward equal loads, per update (DeepSeek-V3); 0: constant
     balance_weight: float = 0.0  # weight of the load-balancing loss, see `ops.experts.balance_loss`
@@ -54,7 +58,7 @@ class ExpertsConfig:
         require_at_least(self, 1, "experts", "top_k", "width", "groups", "top_groups", "latent")
         require_at_least(self, 0, "shared_width", "bias_rate", "balance_weight", "router_z_weight")
         require_choice(self, "activation", ACTIVATIONS)
-        require_choice(self, "router", ROUTERS)
+        require_choice(self, "router", ops.SCORES)
         require_choice(self, "balance", BALANCES)
         if self.experts % self.groups:
             raise InputError("experts", f"{self.experts} is not divisible by groups = {self.groups}")
@@ -68,6 +72,8 @@ class ExpertsConfig:
             raise InputError("limit", f"{self.limit} bounds the gate, but experts are not gated; set gated")
         if self.alpha != 1 and self.activation != "silu":
             raise InputError("alpha", f"{self.alpha} applies to silu, but activation = {self.activation!r}")
+        if self.by_token and (self.selection_bias or self.groups > 1):
+            raise InputError("by_token", "a table chooses the experts: selection_bias and groups have no effect")
         if self.bias_rate and not self.selection_bias:
             raise InputError("bias_rate", f"{self.bias_rate} has no bias to update; set selection_bias")
         if self.shared_gate and not self.shared_width:
@@ -81,7 +87,18 @@ class ExpertsConfig:
             width=self.shared_width,
             activation=self.activation,
             bias=self.shared_bias,
+            limit=self.limit,
+            limit_offset=self.limit_offset,
         )
+
+
+def _draw_table(experts: int) -> Callable[[Array, tuple[int, int], DTypeLike], Array]:
+    """An initializer that draws different experts for each token id; float32 holds their numbers exactly."""
+
+    def draw(key: Array, shape: tuple[int, int], dtype: DTypeLike) -> Array:
+        return jax.lax.top_k(jax.random.uniform(key, (shape[0], experts)), shape[1])[1].astype(dtype)
+
+    return draw
 
 
 class Experts(nnx.Module):
@@ -104,6 +121,8 @@ class Experts(nnx.Module):
 
         self.router = linear(m, e, jnp.promote_types(stream.dtype, jnp.float32), bias=config.bias)
         self.selection_bias = parameter(rngs, zeros, (e,), (None,)) if config.selection_bias else None
+        rows = stream.vocab, config.top_k
+        self.table = parameter(rngs, _draw_table(e), rows, (None, None)) if config.by_token else None
         self.gate = stack(inner, f, ("width", "ff")) if config.gated else None
         self.up = stack(inner, f, ("width", "ff"))
         self.down = stack(f, inner, ("ff", "width"), 1.0 if config.latent else scale)
@@ -130,6 +149,7 @@ class Experts(nnx.Module):
             selection_bias=None if self.selection_bias is None else self.selection_bias[...],
             groups=config.groups,
             top_groups=config.top_groups,
+            experts=self._look_up(context),
         )
         y = self._run_experts(tokens, weights, experts)
         if self.shared is not None:
@@ -145,6 +165,15 @@ class Experts(nnx.Module):
             z_loss = ops.router_z_loss(logits, None if mask is None else mask.reshape(-1))
             losses["router_z"] = config.router_z_weight * z_loss
         return y.reshape(x.shape), Auxiliary(losses, choices.sum(axis=0))
+
+    def _look_up(self, context: Context) -> Array | None:
+        """The experts of the tokens by their ids, if there is a table."""
+        if self.table is None:
+            return None
+        if context.extras.ids is None:
+            raise InputError("ids", "experts by token id need the token ids in the extras of the context")
+        rows = jax.lax.stop_gradient(self.table[...])[context.extras.ids.reshape(-1)]
+        return jnp.clip(jnp.rint(rows).astype(jnp.int32), 0, self.config.experts - 1)
 
     def _balance(self, scores: Array, choices: Array, context: Context) -> Array:
         """The balance loss from the scores [b, t, e] and the choices [b, e]."""
@@ -196,10 +225,8 @@ class Experts(nnx.Module):
 
     def _multiply(self, gate: Array, up: Array) -> Array:
         """The product of gate and values."""
-        limit = self.config.limit
-        if limit is None:
-            return self._activate(gate) * up
-        return self._activate(jnp.minimum(gate, limit)) * (jnp.clip(up, -limit, limit) + 1)
+        gate, up = bound(gate, up, self.config.limit, self.config.limit_offset)
+        return self._activate(gate) * up
 
     def _activate(self, x: Array) -> Array:
         alpha = self.config.alpha

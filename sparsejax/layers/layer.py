@@ -15,6 +15,7 @@ from sparsejax import patterns
 from sparsejax.errors import InputError, argument_path, require_choice
 from sparsejax.layers.context import EMPTY, Context
 from sparsejax.layers.experts import Experts, ExpertsConfig
+from sparsejax.layers.hyper import make_connection
 from sparsejax.layers.mixers import make_mixer
 from sparsejax.layers.mlp import Mlp, MlpConfig
 from sparsejax.layers.norm import NormConfig, make_norm, normalize
@@ -80,6 +81,19 @@ class LayerConfig:
         """The positions that a position can read from, apart from those of a shared block."""
         return patterns.Window(0) if self.mixer is None else self.mixer.connectivity
 
+    def check_hyper(self) -> None:
+        """Raises InputError if an option cannot be combined with hyper-connections, which replace the residual."""
+        for name, value, plain in (
+            ("parallel", self.parallel, False),
+            ("side", self.side, None),
+            ("mixer_residual", self.mixer_residual, ResidualConfig()),
+            ("mlp_residual", self.mlp_residual, ResidualConfig()),
+        ):
+            if value != plain:
+                raise InputError(name, "cannot be combined with hyper-connections, which replace residual connections")
+        if self.norm_position == "post":
+            raise InputError("norm_position", '"post" cannot be combined with hyper-connections; use "pre"')
+
     def check(self, length: int) -> None:
         """Raises InputError if the mixer cannot run on `length` tokens."""
         if self.mixer is not None:
@@ -127,7 +141,8 @@ class Layer(nnx.Module):
     """A mixer and a feed-forward part, each in a residual branch.
 
     A reversible stream (arXiv:2001.04451) consists of two streams side by side, x1 and x2: the mixer reads x2 and is
-    added to x1, then the feed-forward part reads x1 and is added to x2.
+    added to x1, then the feed-forward part reads x1 and is added to x2. Hyper-connections read and write their streams
+    for each branch, see `layers.hyper`.
     """
 
     def __init__(self, config: LayerConfig, stream: Stream, rngs: nnx.Rngs):
@@ -143,6 +158,9 @@ class Layer(nnx.Module):
         self.side = None if config.side is None else Side(config.side, stream, rngs)
         self.mixer_residual = None if self.mixer is None else residual(config.mixer_residual, config.mixer_norm)
         self.mlp_residual = None if self.mlp is None else residual(config.mlp_residual, not config.parallel)
+        hyper = stream.hyper, stream.width, stream.dtype, rngs
+        self.mixer_hyper = None if self.mixer is None else make_connection(*hyper)
+        self.mlp_hyper = None if self.mlp is None else make_connection(*hyper)
 
     def __call__(self, x: Float[Array, "b t m"], context: Context = EMPTY) -> tuple[Float[Array, "b t m"], Auxiliary]:
         """Returns the stream after this layer, for a whole sequence, and what it returns besides, see `Auxiliary`."""
@@ -187,6 +205,7 @@ class Layer(nnx.Module):
         if self.mixer is None or self.mixer_residual is None:
             return {}
         calls, read = {}, jnp.split(x, 2, axis=-1)[1] if self.reversible else x
+        read = read if self.mixer_hyper is None else self.mixer_hyper.read(x)[0]
         if self.side is not None:
             calls["side"] = self.side.attention_call(x, context)
             read = read + self.side(x, context)
@@ -197,6 +216,8 @@ class Layer(nnx.Module):
         """Cost of the mixer, the shared block and the feed-forward part."""
         cost = Cost(0, 0.0) if self.mixer is None else self.mixer.cost(length)
         cost = cost if self.side is None else cost + self.side.cost(length)
+        hyper = (part.flops for part in (self.mixer_hyper, self.mlp_hyper) if part is not None)
+        cost += Cost(0, float(sum(hyper)))
         return cost if self.mlp is None else cost + Cost(0, self.mlp.flops)
 
     def _run(self, x: Array, context: Context) -> tuple[Array, Auxiliary]:
@@ -251,6 +272,11 @@ class Layer(nnx.Module):
         Returns:
           The stream with the branch's output, and the auxiliary result.
         """
+        hyper = self.mlp_hyper if written else self.mixer_hyper
+        if hyper is not None:
+            source, weights = hyper.read(x)
+            y, auxiliary = run(residual.pre(source))
+            return hyper.write(x, dropout(normalize(residual.within, y), written), weights), auxiliary
         streams = jnp.split(x, 2, axis=-1) if self.reversible else [x]
         source = streams[1 - written] if self.reversible else x
         read = residual.pre(source if extra is None else source + extra) if shared is None else shared

@@ -14,6 +14,7 @@ from jaxtyping import Array, Float, Int
 from sparsejax import patterns
 from sparsejax.errors import InputError, argument_path
 from sparsejax.layers.attention import Attention, AttentionConfig
+from sparsejax.layers.compressed import Compressed, CompressedConfig
 from sparsejax.layers.context import EMPTY, Context
 from sparsejax.layers.conv import Conv, ConvConfig
 from sparsejax.layers.delta import Delta, DeltaConfig
@@ -166,6 +167,7 @@ MIXERS: Registry[tuple[type[MixerConfig], type[Mixer]]] = Registry(
     "sparsejax.mixers",
     {
         "attention": (AttentionConfig, Attention),
+        "compressed": (CompressedConfig, Compressed),
         "conv": (ConvConfig, Conv),
         "delta": (DeltaConfig, Delta),
         "latent": (LatentConfig, Latent),

@@ -7,10 +7,11 @@ import functools
 from collections.abc import Callable
 
 import jax
+import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
 
-from sparsejax.errors import require_at_least, require_choice
+from sparsejax.errors import InputError, require_at_least, require_choice
 from sparsejax.layers.context import EMPTY, Context
 from sparsejax.layers.protocols import Auxiliary
 from sparsejax.layers.stream import Linear, Stream, output_scale
@@ -35,11 +36,26 @@ class MlpConfig:
     bias: bool = False  # whether the linear maps have a bias
     gate_scale: float = 1.0  # factor on the gate, before the activation (Falcon-H1, arXiv:2507.22448)
     out_scale: float = 1.0  # factor on the output
+    limit: float | None = None  # bound of gate and values before the activation (gpt-oss); none for no bound
+    limit_offset: float = 1.0  # added to bounded values; 1 in gpt-oss, 0 in DeepSeek-V4
 
     def __post_init__(self):
         require_choice(self, "kind", KINDS)
         require_choice(self, "activation", ACTIVATIONS)
         require_at_least(self, 1, "width")
+        if self.limit is not None and self.limit <= 0:
+            raise InputError("limit", f"{self.limit} is not positive")
+        if self.limit is not None and self.kind != "gated":
+            raise InputError("limit", f"{self.limit} bounds the gate, but kind = {self.kind!r}")
+
+
+def bound(
+    gate: Float[Array, "*b f"], up: Float[Array, "*b f"], limit: float | None, offset: float
+) -> tuple[Float[Array, "*b f"], Float[Array, "*b f"]]:
+    """Bounds the gate from above and the values on both sides, and adds `offset` to the values."""
+    if limit is None:
+        return gate, up
+    return jnp.minimum(gate, limit), jnp.clip(up, -limit, limit) + offset
 
 
 class Mlp(nnx.Module):
@@ -63,7 +79,9 @@ class Mlp(nnx.Module):
             hidden = activate(self.up(x))
         else:
             gate = self.gate(x)
-            hidden = activate(gate if config.gate_scale == 1 else gate * config.gate_scale) * self.up(x)
+            gate = gate if config.gate_scale == 1 else gate * config.gate_scale
+            gate, up = bound(gate, self.up(x), config.limit, config.limit_offset)
+            hidden = activate(gate) * up
         y = self.down(hidden)
         return (y if config.out_scale == 1 else y * config.out_scale), Auxiliary({})
 

@@ -25,6 +25,8 @@ class Stream:
     dtype: DTypeLike  # of the computation; parameters are float32
     reversible: bool = False  # two streams side by side, see `Layer`
     shared: Mapping[str, Any] = dataclasses.field(default_factory=dict)  # SharedConfig by name, see `layers.shared`
+    hyper: Any = None  # HyperConfig of several streams side by side, see `layers.hyper`
+    vocab: int = 0  # number of token ids, for experts by token id
 
 
 def parameter(

@@ -12,6 +12,7 @@ from sparsejax.ops.call import AttentionCall
 from sparsejax.ops.chunks import CHUNK
 from sparsejax.ops.conv import causal_conv
 from sparsejax.ops.delta import delta_rule
+from sparsejax.ops.entries import attend_entries, close_windows, compress_windows
 from sparsejax.ops.indexer import Index, indexer_divergence, select_indexed
 from sparsejax.ops.linear_scan import linear_scan
 from sparsejax.ops.lsh import attend_hashed, decode_attend_hashed, hash_buckets, hashed_pairs
@@ -36,10 +37,13 @@ __all__ = [
     "attend_cached",
     "attend_cached_selection",
     "attend_edges",
+    "attend_entries",
     "attend_hashed",
     "attention_flops",
     "causal_conv",
     "choose",
+    "close_windows",
+    "compress_windows",
     "decode_attend_hashed",
     "delta_rule",
     "hash_buckets",

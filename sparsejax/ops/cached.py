@@ -33,7 +33,8 @@ def attend_cached(
     softcap: float | None = None,
     sink_logits: Float[Array, " h"] | None = None,
     alibi_slopes: Float[Array, " h"] | None = None,
-) -> Float[Array, "b t h value"]:
+    return_lse: bool = False,
+) -> Float[Array, "b t h value"] | tuple[Float[Array, "b t h value"], Float[Array, "b t h"]]:
     """Softmax attention of queries to keys in any order, whose positions may differ between sequences.
 
     Blocks of keys to which no query of a block attends are skipped, so that time is proportional to the blocks with an
@@ -52,9 +53,10 @@ def attend_cached(
       softcap: Bounds the scaled scores; see `attend`.
       sink_logits: Logit per query head in the softmax's denominator.
       alibi_slopes: Slope per query head; see `attend`.
+      return_lse: Whether to return the log-sum-exp too; see `attend`.
 
     Returns:
-      The output in the dtype of `v`; zeros in a row without an allowed key.
+      The output in the dtype of `v`, zeros in a row without an allowed key, and with `return_lse` the log-sum-exp.
     """
     require_softcap(softcap)
     (b, t, h, d), (_, g, s, _), value = q.shape, k.shape, v.shape[-1]
@@ -91,7 +93,7 @@ def attend_cached(
         added = jnp.einsum("bgrts,bgse->bgrte", p.astype(v.dtype), v, preferred_element_type=dtype)
         return m, alpha * l + p.sum(axis=-1), alpha[..., None] * acc + added
 
-    def attend_block(block: tuple[Array, Array]) -> Float[Array, "b g r queries value"]:
+    def attend_block(block: tuple[Array, Array]) -> tuple[Array, Array]:
         q, q_at = block
 
         def visit(i: Array, state: State) -> State:
@@ -106,20 +108,22 @@ def attend_cached(
 
         return finish(jax.lax.fori_loop(0, k.shape[2] // KEYS, visit, start(QUERIES)))
 
-    def finish(state: State) -> Float[Array, "b g r t value"]:
-        _, l, acc = state
-        return acc / jnp.where(l == 0, 1.0, l)[..., None]
+    def finish(state: State) -> tuple[Float[Array, "b g r t value"], Float[Array, "b g r t"]]:
+        m, l, acc = state
+        return acc / jnp.where(l == 0, 1.0, l)[..., None], softmax.log_sum(m, l)
 
     if t == 1 or t * s <= QUERIES * KEYS:
         k, v = jax.lax.platform_dependent(k, v, cpu=_fix_layouts, default=lambda k, v: (k, v))
         mask = find_allowed(q_positions, k_positions)
-        out = finish(add(start(t), q, k, v, q_positions, k_positions, mask))
+        out, lse = finish(add(start(t), q, k, v, q_positions, k_positions, mask))
     else:
         k, v = (pad_to_multiple(x, KEYS, 2) for x in (k, v))
         k_positions = pad_to_multiple(k_positions + 1, KEYS, 1) - 1
         blocks = _split(q, 3), _split(q_positions, 1)
-        out = jnp.moveaxis(jax.lax.map(attend_block, blocks), 0, 3).reshape(*rows, -1, value)[..., :t, :]
-    return jnp.moveaxis(out, 3, 1).reshape(b, t, h, value).astype(v.dtype)
+        parts = (jnp.moveaxis(x, 0, 3) for x in jax.lax.map(attend_block, blocks))
+        out, lse = (x.reshape(*rows, -1, *x.shape[5:])[:, :, :, :t] for x in parts)
+    out, lse = (jnp.moveaxis(x, 3, 1).reshape(b, t, h, *x.shape[4:]) for x in (out, lse))
+    return (out.astype(v.dtype), lse) if return_lse else out.astype(v.dtype)
 
 
 def attend_cached_selection(
@@ -136,7 +140,8 @@ def attend_cached_selection(
     softcap: float | None = None,
     sink_logits: Float[Array, " h"] | None = None,
     alibi_slopes: Float[Array, " h"] | None = None,
-) -> Float[Array, "b t h value"]:
+    return_lse: bool = False,
+) -> Float[Array, "b t h value"] | tuple[Float[Array, "b t h value"], Float[Array, "b t h"]]:
     """As `attend_cached`, to the keys that each query chose; gathers those of `SELECTING` queries at a time.
 
     Keys and values have slots before heads, because a query gathers whole slots.
@@ -153,7 +158,7 @@ def attend_cached_selection(
     )
     take = jax.vmap(jax.vmap(lambda x, keys: x[jnp.maximum(keys, 0)]))
 
-    def attend(chunk: tuple[Array, Array, Array]) -> Float[Array, "b c scopes g r value"]:
+    def attend(chunk: tuple[Array, Array, Array]) -> tuple[Array, Array]:
         q, groups, at = chunk
         keys = Selection(jnp.moveaxis(groups, 1, 2), selection.blocks).keys
         keys_at = jnp.take_along_axis(k_positions, jnp.maximum(keys, 0).reshape(b, -1), axis=1).reshape(keys.shape)
@@ -162,14 +167,16 @@ def attend_cached_selection(
         scores = jnp.einsum("bcxgrd,bxcngd->bxcgrn", q.astype(k.dtype), take(k, keys), preferred_element_type=dtype)
         distance = (queries - keys_at)[:, :, :, None, None]
         scores = softmax.add_alibi(softmax.softcap(scores * scale, softcap), slopes, distance)
-        p, _ = softmax.masked_softmax(scores, mask[:, :, :, None, None], sink)
-        return jnp.einsum("bxcgrn,bxcnge->bcxgre", p.astype(v.dtype), take(v, keys), preferred_element_type=dtype)
+        p, lse = softmax.masked_softmax(scores, mask[:, :, :, None, None], sink)
+        y = jnp.einsum("bxcgrn,bxcnge->bcxgre", p.astype(v.dtype), take(v, keys), preferred_element_type=dtype)
+        return y, jnp.moveaxis(lse, 2, 1)
 
     size = min(q.shape[1], SELECTING)
     arrays = q.reshape(*q.shape[:2], scopes, heads, -1, d), jnp.moveaxis(selection.groups, 2, 1), q_positions
     chunks = tuple(_split(x, 1, size) for x in arrays)
-    out = jnp.moveaxis(jax.lax.map(attend, chunks), 0, 1).reshape(b, -1, h, v.shape[-1])
-    return out[:, : q.shape[1]].astype(v.dtype)
+    parts = (jnp.moveaxis(x, 0, 1) for x in jax.lax.map(attend, chunks))
+    out, lse = (x.reshape(b, -1, h, *x.shape[6:])[:, : q.shape[1]] for x in parts)
+    return (out.astype(v.dtype), lse) if return_lse else out.astype(v.dtype)
 
 
 def _multiply(q: Float[Array, "b g r t d"], k: Float[Array, "b g s d"]) -> Float[Array, "b g r t s"]:

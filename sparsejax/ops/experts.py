@@ -9,6 +9,7 @@ times the FLOPs and about 20 times the time of the loop). Elsewhere `ragged_dot`
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
@@ -23,6 +24,13 @@ MAX_TILE = 128  # rows
 TINY = 1e-20  # keeps the sum of chosen scores positive
 
 
+SCORES: dict[str, Callable[[Array], Array]] = {
+    "softmax": jax.nn.softmax,
+    "sigmoid": jax.nn.sigmoid,
+    "sqrtsoftplus": lambda logits: jnp.sqrt(jnp.maximum(jax.nn.softplus(logits), TINY)),  # a derivative at -inf too
+}
+
+
 def route(
     logits: Float[Array, "n e"],
     top_k: int,
@@ -33,6 +41,7 @@ def route(
     selection_bias: Float[Array, " e"] | None = None,
     groups: int = 1,
     top_groups: int = 1,
+    experts: Int[Array, "n k"] | None = None,
 ) -> tuple[Float[Array, "n k"], Int[Array, "n k"], Float[Array, "n e"]]:
     """The experts of each token and their weights. Ties go to the first expert.
 
@@ -41,21 +50,24 @@ def route(
     Args:
       logits: The router's output.
       top_k: Experts per token.
-      kind: Score function: "softmax" (arXiv:1701.06538) or "sigmoid" (DeepSeek-V3, arXiv:2412.19437).
+      kind: Score function: "softmax" (arXiv:1701.06538), "sigmoid" (DeepSeek-V3, arXiv:2412.19437), or
+        "sqrtsoftplus", the square root of the softplus (DeepSeek-V4).
       renormalize: Whether to divide the chosen scores by their sum.
       scale: Factor on the weights.
       selection_bias: Added to the scores for the choice, not for the weights; has no gradient (arXiv:2408.15664).
       groups: Number of groups of adjacent experts.
       top_groups: Groups from which a token's experts are chosen: those with the highest sum of two best scores.
+      experts: The experts, if they are known; only their weights follow from the scores then.
 
     Returns:
       Weights, experts, and the scores of all experts.
     """
-    scores = jax.nn.softmax(logits, axis=-1) if kind == "softmax" else jax.nn.sigmoid(logits)
-    choice = jax.lax.stop_gradient(scores if selection_bias is None else scores + selection_bias)
-    if top_groups < groups:
-        choice = _keep_top_groups(choice, groups, top_groups)
-    _, experts = jax.lax.top_k(choice, top_k)
+    scores = SCORES[kind](logits)
+    if experts is None:
+        choice = jax.lax.stop_gradient(scores if selection_bias is None else scores + selection_bias)
+        if top_groups < groups:
+            choice = _keep_top_groups(choice, groups, top_groups)
+        _, experts = jax.lax.top_k(choice, top_k)
     weights = jnp.take_along_axis(scores, experts, axis=-1)
     weights = weights / (weights.sum(axis=-1, keepdims=True) + TINY) if renormalize else weights
     return weights if scale == 1 else weights * scale, experts, scores

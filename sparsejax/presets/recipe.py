@@ -8,6 +8,7 @@ from sparsejax.errors import InputError
 # Sizes of tiny forms by kind. Keys that the full form omits are omitted.
 MIXERS = {
     "attention": dict(heads=4, head_width=16),
+    "compressed": dict(heads=4, head_width=16, query_rank=32, window=16, rope_width=8, out_rank=16),
     "latent": dict(heads=4, kv_rank=32, nope_width=16, rope_width=8, value_width=16),
     "mamba": dict(inner=128, state=8, dt_rank=8),
     "mamba2": dict(heads=8, head_width=16, state=16, chunk=32),
@@ -155,7 +156,14 @@ def shrink_mixer(mixer, pattern):
         branches = mixer["branches"].items()
         return mixer | dict(branches={k: v | dict(mixer=shrink_mixer(v["mixer"], pattern)) for k, v in branches})
     changes = dict(pattern=pattern) if pattern else {}
+    if mixer.get("compression"):
+        changes |= dict(compression=shrink_compression(mixer["compression"]))
     return shrink_section(mixer, MIXERS[mixer["kind"]]) | changes
+
+
+def shrink_compression(section):
+    indexer = section.get("indexer") and dict(indexer=section["indexer"] | dict(heads=8, width=16, top_k=8))
+    return section | dict(ratio=min(section["ratio"], 8)) | (indexer or {})
 
 
 def shrink_section(section, sizes):

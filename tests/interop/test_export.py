@@ -96,6 +96,7 @@ def test_the_logits_are_equal_bit_for_bit(name, tmp_path):
     ("preset", "family"),
     {
         "dense": "qwen3",
+        "deepseek_v4:tiny": "deepseek_v4",
         "falcon_h1:tiny": "falcon_h1",
         "gemma3": "gemma3_text",
         "gemma3:tiny": "gemma3_text",

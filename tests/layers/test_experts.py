@@ -11,8 +11,19 @@ from flax import nnx
 from sparsejax.config import ModelConfig
 from sparsejax.config import build as build_config
 from sparsejax.errors import InputError
-from sparsejax.layers import Context, Experts, ExpertsConfig, FeedForwardConfig, LayerConfig, NormConfig, Stream, Tokens
+from sparsejax.layers import (
+    Context,
+    Experts,
+    ExpertsConfig,
+    Extras,
+    FeedForwardConfig,
+    LayerConfig,
+    NormConfig,
+    Stream,
+    Tokens,
+)
 from sparsejax.model import Functional
+from sparsejax.ops.experts import SCORES as SCORES_OF_OPS
 from tests.layers import reference
 from tests.messages import rejects
 from tests.ops.test_experts import choose, softmax
@@ -37,6 +48,15 @@ CHANGES = {
     },
     "nemotron-h": {"router": "sigmoid", "gated": False, "activation": "relu2", "latent": 4, "shared_width": 7},
     "llama 4": {"router": "sigmoid", "weigh_input": True, "shared_width": 7},
+    "deepseek-v4": {
+        "router": "sqrtsoftplus",
+        "renormalize": True,
+        "scale": 1.5,
+        "selection_bias": True,
+        "shared_width": 7,
+        "limit": 0.4,
+        "limit_offset": 0.0,
+    },
     "all": {"top_k": 8},
 }
 
@@ -49,9 +69,9 @@ def build(dtype=jnp.float32, **change) -> Experts:
 def expert(config, w, number, x):
     """Output of an expert for a token."""
     if number is None:
-        part, limit = {name: w["shared"][name]["weight"] for name in w["shared"]}, None
+        part = {name: w["shared"][name]["weight"] for name in w["shared"]}
     else:
-        part, limit = {name: w[name][number] for name in ("gate", "up", "down") if name in w}, config.limit
+        part = {name: w[name][number] for name in ("gate", "up", "down") if name in w}
 
     def linear(name, x):
         y = x @ part[name]
@@ -61,21 +81,29 @@ def expert(config, w, number, x):
     up = linear("up", x)
     if not config.gated:
         return linear("down", act[config.activation](up))
-    gate = linear("gate", x)
+    gate, limit = linear("gate", x), config.limit
     if limit is None:
         return linear("down", act[config.activation](gate) * up)
     gate, up = np.minimum(gate, limit), np.clip(up, -limit, limit)
-    return linear("down", (up + 1) * gate * reference.sigmoid(config.alpha * gate))
+    return linear("down", (up + config.limit_offset) * gate * reference.sigmoid(config.alpha * gate))
 
 
-def mixture(config, w, x):
+SCORES = {
+    "softmax": softmax,
+    "sigmoid": reference.sigmoid,
+    "sqrtsoftplus": lambda logits: np.sqrt(np.log1p(np.exp(logits))),
+}
+
+
+def mixture(config, w, x, ids=None):
     """The mixture, token by token."""
     y = np.zeros(x.shape)
     for slot in np.ndindex(x.shape[:-1]):
         token = np.asarray(x[slot], np.float64)
         logits = token @ w["router"]["weight"] + w["router"].get("bias", 0)
-        scores = softmax(logits) if config.router == "softmax" else reference.sigmoid(logits)
+        scores = SCORES[config.router](logits)
         chosen = choose(scores + w.get("selection_bias", 0), config.top_k, config.groups, config.top_groups)
+        chosen = chosen if ids is None else w["table"][ids[slot]].astype(int)
         shares = scores[chosen] / scores[chosen].sum() if config.renormalize else scores[chosen]
         inner = token @ w["enter"]["weight"] if config.latent else token
         pairs = list(zip(config.scale * shares, chosen, strict=True))
@@ -98,6 +126,32 @@ def test_equals_the_reference_whole_and_in_steps(change):
     assert auxiliary.choices.sum() == X[..., 0].size * module.config.top_k
     assert_close("call", y, expected, "float32")
     assert_close("one token", single, expected[:, 3:4], "float32")
+
+
+def test_a_table_of_token_ids_chooses_experts_and_scores_are_weights():
+    config = dataclasses.replace(CONFIG, router="sqrtsoftplus", renormalize=True, by_token=True)
+    module = Experts(config, Stream(WIDTH, 1, jnp.float32, vocab=20), nnx.Rngs(0))
+    table = np.asarray(module.table[...]).astype(int)
+    assert table.shape == (20, 2)
+    assert all(0 <= a < 8 and 0 <= b < 8 and a != b for a, b in table)
+    ids = np.random.default_rng(1).integers(0, 20, X.shape[:2])
+    context = Context(extras=Extras(ids=jnp.asarray(ids)))
+    y, auxiliary = jax.jit(lambda x: module(x, context))(X)
+    assert_close("call", y, mixture(config, reference.weights(module), X, ids), "float32")
+    np.testing.assert_array_equal(auxiliary.choices, np.bincount(table[ids].ravel(), minlength=8))
+    graph, parameters = nnx.split(module)
+    gradient = jax.jit(jax.grad(lambda p: (nnx.merge(graph, p)(jnp.asarray(X), context)[0] ** 2).sum()))(parameters)
+    gradient = nnx.to_pure_dict(gradient)
+    assert not np.any(gradient.pop("table"))
+    assert np.any(gradient["router"]["weight"])
+    with rejects(InputError, "ids"):
+        module(jnp.asarray(X))
+
+
+def test_the_gradient_of_a_score_is_finite_at_any_logit():
+    logits = jnp.array([[-1e4, -200.0, 0.0, 1e4]])
+    gradient = jax.grad(lambda x: SCORES_OF_OPS["sqrtsoftplus"](x).sum())(logits)
+    assert np.isfinite(gradient).all()
 
 
 @pytest.mark.parametrize("balance", ["batch", "sequence"])
@@ -212,6 +266,7 @@ def test_is_a_kind_of_feed_forward_part():
         ({"balance_weight": -1.0}, "balance_weight"),
         ({"balance": "token"}, "balance"),
         ({"bias_rate": 0.1}, "bias_rate"),
+        ({"by_token": True, "selection_bias": True}, "by_token"),
         ({"bias_rate": -0.1, "selection_bias": True}, "bias_rate"),
     ],
 )

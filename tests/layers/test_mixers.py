@@ -15,9 +15,12 @@ from sparsejax.layers import (
     MIXERS,
     AttentionConfig,
     BranchConfig,
+    CompressedConfig,
+    CompressionConfig,
     Context,
     ConvConfig,
     DeltaConfig,
+    EntryIndexerConfig,
     IndexerConfig,
     LatentConfig,
     LightningConfig,
@@ -97,6 +100,24 @@ OPTIONS = {
         ),
     ),
 }
+# A window as long as those of entries, so that no token lies between.
+COMPRESSED = CompressedConfig(
+    heads=4,
+    head_width=4,
+    query_rank=5,
+    window=5,
+    rope_width=2,
+    rope=RopeConfig(base=50.0),
+    groups=2,
+    out_rank=3,
+    norm_eps=1e-6,
+    impl="auto",
+    compression=CompressionConfig(ratio=5),
+)
+SELECTED = dataclasses.replace(
+    COMPRESSED,
+    compression=CompressionConfig(ratio=3, overlap=True, indexer=EntryIndexerConfig(heads=2, width=3, top_k=40)),
+)
 MIXED = {
     "parallel": {
         "parallel": ParallelConfig(
@@ -123,6 +144,7 @@ MIXED = {
     # A single chunk holds all tokens; test_lsh covers several chunks.
     "lsh": {"lsh": LshConfig(heads=2, head_width=3, chunk=40, buckets=(4,), hashes=2, causal=True, seed=0)},
     "lightning": {"lightning": LightningConfig(heads=3, head_width=4, chunk=16)},
+    "compressed": {"compressed": COMPRESSED, "compressed and selected": SELECTED},
     "conv": {"conv": ConvConfig(conv=3, bias=True)},
     "mamba": {
         "mamba": MambaConfig(inner=8, state=3, conv=4, dt_rank=2, dt_min=1e-2, dt_max=0.5),

@@ -22,6 +22,7 @@ from sparsejax.sharding import parameter_shardings
 Path = tuple[Any, ...]
 # Dtypes that convert exactly to float32, in which models compute.
 PARAMETER_DTYPES = tuple(np.dtype(name) for name in ("float32", "float16", jnp.bfloat16))
+TABLE_DTYPES = tuple(np.dtype(name) for name in ("int64", "int32"))  # of tables of integers
 
 
 def match_names(checkpoint: Checkpoint, translation: Translation) -> Translation:
@@ -126,8 +127,9 @@ def disassemble(
 def _load(checkpoint: Checkpoint, tensor_map: TensorMap, dtypes: dict[str, np.dtype]) -> list[np.ndarray]:
     arrays = [checkpoint.read(name) for name in tensor_map.tensors]
     for name, array in zip(tensor_map.tensors, arrays, strict=True):
-        if array.dtype not in PARAMETER_DTYPES:
-            supported = ", ".join(map(str, PARAMETER_DTYPES))
+        known = TABLE_DTYPES if tensor_map.is_table else PARAMETER_DTYPES
+        if array.dtype not in known:
+            supported = ", ".join(map(str, known))
             raise checkpoint.error(name, f"dtype {array.dtype} is not supported; use one of {supported}")
         dtypes[name] = array.dtype
     try:

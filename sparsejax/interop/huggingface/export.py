@@ -86,7 +86,10 @@ def export(
     functional = Functional(model.config)
     check_parameters(model.parameters, functional.shapes)
     tensors = disassemble(expression.translation.tensor_maps, model.parameters, functional)
-    stored = {name: np.asarray(tensor, jnp.dtype(dtype)) for name, tensor in tensors.items()}
+    tables = {name for entry in expression.translation.tensor_maps if entry.is_table for name in entry.tensors}
+    stored = {
+        name: np.asarray(tensor, np.int64 if name in tables else jnp.dtype(dtype)) for name, tensor in tensors.items()
+    }
     files = _tokenizer_files(model)
     hf_config = _special_ids(model) | expression.hf_config | {"dtype": dtype}
     hf_config.pop("torch_dtype", None)

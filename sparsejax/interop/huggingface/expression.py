@@ -26,6 +26,7 @@ from sparsejax.interop.huggingface.rope import ROPE_TYPES
 from sparsejax.interop.huggingface.translation import Translation
 from sparsejax.layers import (
     AttentionConfig,
+    CompressedConfig,
     ExpertsConfig,
     LatentConfig,
     LayerConfig,
@@ -154,7 +155,8 @@ class View:
       model: The model.
       layers: Name and configuration of each layer, in order.
       parts: Kind -> path and configuration. Kinds are `model`, `layer`, the kinds of mixers and feed-forward parts,
-        `local` and `full` (attention), `ssm` (Mamba and Mamba-2), and `KIND_layer` and `KIND_branch` around a mixer.
+        `local` and `full` (attention), `window`, `csa` and `hca` (compressed attention), `ssm` (Mamba and Mamba-2),
+        and `KIND_layer` and `KIND_branch` around a mixer.
     """
 
     def __init__(self, model: ModelConfig):
@@ -181,6 +183,7 @@ class View:
                 self._add_mixer(f"{path}.mixer.branches.{name}", branch.mixer, layer)
         elif mixer is not None:
             kinds = [_kind_of(mixer)]
+            kinds += [_entries_of(mixer)] if isinstance(mixer, CompressedConfig) else []
             kinds += ["ssm"] if isinstance(mixer, MambaConfig | Mamba2Config) else []
             kinds += ["full" if find_span(mixer.connectivity) is None else "local"] if kinds == ["attention"] else []
             for kind in kinds:
@@ -274,6 +277,37 @@ def _latent_rope(view: View) -> Any:
         return rope
     growth = (latent.scale * (latent.nope_width + latent.rope_width) ** 0.5) ** 0.5
     return rope if growth == 1 else rope | {"mscale_all_dim": (growth - 1) / (0.1 * math.log(rope["factor"]))}
+
+
+# Kind of `_entries_of` -> entry of `layer_types`.
+ENTRIES = {
+    "window": "sliding_attention",
+    "csa": "compressed_sparse_attention",
+    "hca": "heavily_compressed_attention",
+}
+
+
+def _entries_of(mixer: Any) -> str:
+    """The kind of a layer of DeepSeek-V4; empty for another mixer."""
+    if not isinstance(mixer, CompressedConfig):
+        return ""
+    return "window" if mixer.compression is None else "hca" if mixer.indexer is None else "csa"
+
+
+def _rates(view: View) -> dict[str, int]:
+    return {
+        name: view.get(f"{kind}.compression.ratio")
+        for kind, name in ENTRIES.items()
+        if kind in ("csa", "hca") and view.has(kind)
+    }
+
+
+def _compressed_ropes(view: View) -> dict[str, Any]:
+    """The `rope_parameters` of layers without and with entries; those of a kind that no layer has are of the other."""
+    ropes = {kind: _rope(view, kind) for kind in ENTRIES if view.has(kind)}
+    share = {"partial_rotary_factor": view.get("compressed.rope_width") / view.get("compressed.head_width")}
+    compressed = ropes.get("csa", ropes.get("hca", ropes.get("window")))
+    return {"main": ropes.get("window", compressed) | share, "compress": compressed | share}
 
 
 def _window(view: View) -> int | None:
@@ -664,6 +698,33 @@ EXPORTED: dict[str, Family] = {
                 for _, layer in view.layers
                 if layer.mixer is not None
             ]
+        },
+    ),
+    "deepseek_v4": Family(
+        "DeepseekV4ForCausalLM",
+        {
+            "num_attention_heads": "compressed.heads",
+            "head_dim": "compressed.head_width",
+            "q_lora_rank": "compressed.query_rank",
+            "sliding_window": "compressed.window",
+            "o_groups": "compressed.groups",
+            "o_lora_rank": "compressed.out_rank",
+            "index_n_heads": "csa.compression.indexer.heads",
+            "index_head_dim": "csa.compression.indexer.width",
+            "index_topk": "csa.compression.indexer.top_k",
+            "compress_rates": _rates,
+            "rope_parameters": _compressed_ropes,
+            "layer_types": lambda view: [
+                ENTRIES.get(_entries_of(layer.mixer), _type_of(layer)) for _, layer in view.layers
+            ],
+            "mlp_layer_types": lambda view: [
+                "hash_moe" if getattr(layer.mlp, "by_token", False) else "moe" for _, layer in view.layers
+            ],
+            "scoring_func": "experts.router",
+            "swiglu_limit": "experts.limit",
+            "hc_mult": "model.hyper.streams",
+            "hc_sinkhorn_iters": "model.hyper.steps",
+            "hc_eps": "model.hyper.floor",
         },
     ),
     "llama4_text": Family(

@@ -50,7 +50,7 @@ def read_rope(
     """
     legacy = {key: fields.take(key, None, float) for key in ("rope_theta", "partial_rotary_factor")}
     parameters = read_rope_parameters(fields) or default or {}
-    return _build_rope(fields, {"rope_theta": base} | _drop_null(legacy) | parameters, fraction)
+    return build_rope(fields, {"rope_theta": base} | _drop_null(legacy) | parameters, fraction)
 
 
 def read_rope_parameters(fields: Fields) -> dict[str, Any]:
@@ -81,11 +81,12 @@ def read_ropes(fields: Fields, bases: dict[str, tuple[str, float]], scaled: Sequ
         values |= scaling if layer_type in scaled else {}
         if not values.pop("truncate", True):
             raise fields.error(f"rope_parameters.{layer_type}.truncate", "false has no effect in this family")
-        ropes[layer_type] = _build_rope(fields, values, None)
+        ropes[layer_type] = build_rope(fields, values, None)
     return ropes
 
 
-def _build_rope(fields: Fields, values: dict[str, Any], fraction: float | None) -> RopeConfig:
+def build_rope(fields: Fields, values: dict[str, Any], fraction: float | None = None) -> RopeConfig:
+    """Returns the rotary positions that `values` describe, with `rope_theta`; see `read_rope`."""
     base, partial = values.pop("rope_theta"), values.pop("partial_rotary_factor", None)
     if fraction is None and partial not in (None, 1):
         raise fields.unsupported("partial_rotary_factor", partial, [1])

@@ -24,17 +24,24 @@ class TensorMap:
       parameters: Paths of the parameters.
       load: Converts the tensors to the parameters.
       store: Converts the parameters to the tensors.
+      is_table: Whether the tensors are tables of integers.
     """
 
     tensors: tuple[str, ...]
     parameters: tuple[str, ...]
     load: Callable[[Arrays], Arrays]
     store: Callable[[Arrays], Arrays]
+    is_table: bool = False
 
 
 def identity(source: str, target: str) -> TensorMap:
     """A parameter stored unchanged."""
     return TensorMap((source,), (target,), list, list)
+
+
+def table(source: str, target: str) -> TensorMap:
+    """A table of integers, which float32 holds exactly."""
+    return TensorMap((source,), (target,), list, list, is_table=True)
 
 
 def transposed(source: str, target: str) -> TensorMap:
