@@ -14,7 +14,7 @@ from jaxtyping import Array, Float
 
 from sparsejax.errors import InputError, require_at_least, require_choice
 from sparsejax.layers.context import EMPTY, Context
-from sparsejax.layers.mlp import ACTIVATIONS, Mlp, MlpConfig, bound
+from sparsejax.layers.mlp import ACTIVATIONS, Mlp, MlpConfig, activate, bound
 from sparsejax.layers.protocols import Auxiliary
 from sparsejax.layers.stream import Linear, Stream, output_scale, parameter
 from sparsejax.ops import experts as ops
@@ -89,6 +89,7 @@ class ExpertsConfig:
             bias=self.shared_bias,
             limit=self.limit,
             limit_offset=self.limit_offset,
+            alpha=self.alpha,
         )
 
 
@@ -229,5 +230,4 @@ class Experts(nnx.Module):
         return self._activate(gate) * up
 
     def _activate(self, x: Array) -> Array:
-        alpha = self.config.alpha
-        return ACTIVATIONS[self.config.activation](x) if alpha == 1 else x * jax.nn.sigmoid(alpha * x)
+        return activate(self.config.activation, self.config.alpha, x)

@@ -38,6 +38,7 @@ class MlpConfig:
     out_scale: float = 1.0  # factor on the output
     limit: float | None = None  # bound of gate and values before the activation (gpt-oss); none for no bound
     limit_offset: float = 1.0  # added to bounded values; 1 in gpt-oss, 0 in DeepSeek-V4
+    alpha: float = 1.0  # slope of "silu": x · sigmoid(alpha · x)
 
     def __post_init__(self):
         require_choice(self, "kind", KINDS)
@@ -47,6 +48,13 @@ class MlpConfig:
             raise InputError("limit", f"{self.limit} is not positive")
         if self.limit is not None and self.kind != "gated":
             raise InputError("limit", f"{self.limit} bounds the gate, but kind = {self.kind!r}")
+        if self.alpha != 1 and self.activation != "silu":
+            raise InputError("alpha", f"{self.alpha} applies to silu, but activation = {self.activation!r}")
+
+
+def activate(name: str, alpha: float, x: Float[Array, "*b f"]) -> Float[Array, "*b f"]:
+    """Applies an activation; `alpha` is the slope of "silu", x · sigmoid(alpha · x)."""
+    return ACTIVATIONS[name](x) if alpha == 1 else x * jax.nn.sigmoid(alpha * x)
 
 
 def bound(
@@ -74,14 +82,14 @@ class Mlp(nnx.Module):
 
     def __call__(self, x: Float[Array, "*b m"], context: Context = EMPTY) -> tuple[Float[Array, "*b m"], Auxiliary]:
         """Returns the output and no losses."""
-        activate, config = ACTIVATIONS[self.config.activation], self.config
+        config = self.config
         if self.gate is None:
-            hidden = activate(self.up(x))
+            hidden = activate(config.activation, config.alpha, self.up(x))
         else:
             gate = self.gate(x)
             gate = gate if config.gate_scale == 1 else gate * config.gate_scale
             gate, up = bound(gate, self.up(x), config.limit, config.limit_offset)
-            hidden = activate(gate) * up
+            hidden = activate(config.activation, config.alpha, gate) * up
         y = self.down(hidden)
         return (y if config.out_scale == 1 else y * config.out_scale), Auxiliary({})
 

@@ -186,6 +186,7 @@ class View:
             kinds += [_entries_of(mixer)] if isinstance(mixer, CompressedConfig) else []
             kinds += ["ssm"] if isinstance(mixer, MambaConfig | Mamba2Config) else []
             kinds += ["full" if find_span(mixer.connectivity) is None else "local"] if kinds == ["attention"] else []
+            kinds += ["indexed"] if any(not indexer.shared for indexer in mixer.indexers) else []
             for kind in kinds:
                 self._add(kind, f"{path}.mixer", _make_explicit(mixer))
                 self._add(f"{kind}_layer", path, layer)
@@ -685,6 +686,45 @@ EXPORTED: dict[str, Family] = {
             "layer_types": lambda view: view.types(
                 linear="linear_attention", full="full_attention", local="full_attention"
             ),
+        },
+    ),
+    "minimax_m3_vl_text": Family(
+        "MiniMaxM3VLForCausalLM",
+        {
+            "rope_parameters": lambda view: _rope(view, partial=True),
+            "layer_types": lambda view: [
+                "minimax_m3_sparse" if getattr(layer.mixer, "indexer", None) else "full_attention"
+                for _, layer in view.layers
+            ],
+            "mlp_layer_types": lambda view: ["sparse" if routed else "dense" for routed in view.routed()],
+            "index_n_heads": "indexed.indexer.heads",
+            "index_head_dim": "indexed.indexer.width",
+            "index_topk_blocks": "indexed.indexer.top_k",
+            "index_block_size": "indexed.indexer.block",
+            "index_local_blocks": "indexed.indexer.local",
+            "shared_intermediate_size": "experts.shared_width",
+            "n_shared_experts": lambda view: 1,
+            "intermediate_size": "experts.width",
+            "dense_intermediate_size": "mlp.width",
+            "swiglu_limit": ("experts.limit", "mlp.limit"),
+            "swiglu_alpha": ("experts.alpha", "mlp.alpha"),
+        },
+    ),
+    "qwen4_exp_text": Family(
+        "Qwen4ExpForCausalLM",
+        {
+            "rope_parameters": lambda view: _rope(view, partial=True),
+            "layer_types": lambda view: view.types(linear="linear_attention", full="indexed_attention"),
+            "shared_expert_intermediate_size": "experts.shared_width",
+            "output_gate_type": "delta.gate",
+            "indexer_n_heads": "indexed.indexer.heads",
+            "indexer_kv_heads": lambda view: 1,
+            "indexer_head_dim": "indexed.indexer.width",
+            "indexer_compress_ratio": "indexed.indexer.block",
+            "indexer_budget": lambda view: view.get("indexed.indexer.top_k") * view.get("indexed.indexer.block"),
+            "rms_norm_eps": "model.hyper.eps",
+            "hc_count": "model.hyper.streams",
+            "hc_lowrank": "model.hyper.rank",
         },
     ),
     "kimi_linear": Family("KimiLinearForCausalLM", _absent("num_experts")),

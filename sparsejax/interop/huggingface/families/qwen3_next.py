@@ -28,10 +28,10 @@ def translate(fields: Fields) -> Translation:
         allowed=("full_attention", "linear_attention"),
     )
     layer_norm = NormConfig(kind="rms", eps=fields.take("rms_norm_eps", 1e-6), offset=True)
-    attention, delta = _read_attention(fields, width, layer_norm), _read_delta(fields, layer_norm.eps)
+    attention, delta = read_gated_attention(fields, width, layer_norm), read_delta(fields, layer_norm.eps)
     activation = fields.choose("hidden_act", SILU, "silu")
     mlp = MlpConfig(kind="gated", width=fields.take("intermediate_size", 5632), activation=activation)
-    experts = _read_experts(fields, activation)
+    experts = read_experts(fields, activation)
     is_full = [layer_type == "full_attention" for layer_type in types]
     is_routed = _read_routed(fields, depth)
     layers = []
@@ -45,17 +45,18 @@ def translate(fields: Fields) -> Translation:
         source, target = f"model.layers.{i}", f"layers.{i}"
         maps += tensors.pre_norms(source, target)
         if full:
-            maps += _attention_tensors(f"{source}.self_attn", f"{target}.mixer", attention)
+            maps += gated_attention_tensors(f"{source}.self_attn", f"{target}.mixer", attention)
         else:
             maps += _delta_tensors(f"{source}.linear_attn", f"{target}.mixer", delta)
         if routed:
-            maps += _experts_tensors(f"{source}.mlp", f"{target}.mlp", experts)
+            maps += shared_experts_tensors(f"{source}.mlp", f"{target}.mlp", experts)
         else:
             maps += tensors.gated_mlp(f"{source}.mlp", f"{target}.mlp")
     return Translation(model, maps, unused=(*tensors.tied_head(tied), r"mtp\..*"))
 
 
-def _read_attention(fields: Fields, width: int, qk_norm: NormConfig) -> AttentionConfig:
+def read_gated_attention(fields: Fields, width: int, qk_norm: NormConfig) -> AttentionConfig:
+    """Reads attention with a gate and partial rotary positions."""
     bias = fields.take("attention_bias", False)
     return read_attention(
         fields,
@@ -71,7 +72,8 @@ def _read_attention(fields: Fields, width: int, qk_norm: NormConfig) -> Attentio
     )
 
 
-def _read_delta(fields: Fields, eps: float) -> DeltaConfig:
+def read_delta(fields: Fields, eps: float) -> DeltaConfig:
+    """Reads the gated delta rule."""
     return DeltaConfig(
         heads=fields.take("linear_num_value_heads", 32),
         key_heads=fields.take("linear_num_key_heads", 16),
@@ -82,7 +84,8 @@ def _read_delta(fields: Fields, eps: float) -> DeltaConfig:
     )
 
 
-def _read_experts(fields: Fields, activation: str) -> ExpertsConfig:
+def read_experts(fields: Fields, activation: str) -> ExpertsConfig:
+    """Reads experts with a gated shared expert."""
     return ExpertsConfig(
         experts=fields.take("num_experts", 512),
         top_k=fields.take("num_experts_per_tok", 10),
@@ -100,7 +103,7 @@ def _read_routed(fields: Fields, depth: int) -> list[bool]:
     return [i not in dense and (i + 1) % step == 0 for i in range(depth)]
 
 
-def _attention_tensors(source: str, target: str, config: AttentionConfig) -> list[TensorMap]:
+def gated_attention_tensors(source: str, target: str, config: AttentionConfig) -> list[TensorMap]:
     """Attention whose queries and gates are stored together, by head."""
     names, sizes = [f"{target}.query", f"{target}.gate"], [config.head_width] * 2
     maps = [
@@ -139,7 +142,8 @@ def _delta_tensors(source: str, target: str, config: DeltaConfig) -> list[Tensor
     ]
 
 
-def _experts_tensors(source: str, target: str, config: ExpertsConfig) -> list[TensorMap]:
+def shared_experts_tensors(source: str, target: str, config: ExpertsConfig) -> list[TensorMap]:
+    """Experts with a gated shared expert."""
     return [
         *linears(source, target, {"gate": "router", "shared_expert_gate": "shared_gate"}),
         *tensors.experts(f"{source}.experts", target, config.experts),
