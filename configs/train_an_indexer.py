@@ -6,7 +6,7 @@
 
 The stages are those of DeepSeek-V3.2-Exp (section 2.1). `:dense` learns MQAR with eight pairs in 64 tokens in two
 layers of full attention. `:indexed` starts from it: in the first 300 steps attention stays dense and only the indexers
-train; then each query attends to four keys, and everything trains.
+train; then each query attends to four keys, and everything trains. `:converted` has the same steps without an indexer.
 """
 
 import importlib.util
@@ -14,7 +14,9 @@ from pathlib import Path
 
 from sparsejax.presets import recipe
 
-TOP_K, WARMUP, STEPS = 4, 300, 600
+WARMUP, STEPS = 300, 600
+INDEXER = dict(heads=4, width=32, top_k=4, loss_weight=1.0)
+ONLY_INDEXERS = [dict(match="*.indexer.*", rate=3.0), dict(match="*", freeze=True)]
 PROBE = dict(length=64, pairs=8, vocab=96)
 
 
@@ -28,19 +30,19 @@ def load_mqar():
 
 
 def get_config(argument="dense"):
-    recipe.check_argument(argument, "dense", "indexed")
+    recipe.check_argument(argument, "dense", "indexed", "converted")
     config = load_mqar()
     config.data.update(length=PROBE["length"], probe=PROBE)
     config.optimizer.weight_decay = 0.0
     config.train.steps = 1000
     if argument == "dense":
         return config
-    config.model.layers.full.mixer.indexer = dict(heads=4, width=32, top_k=TOP_K, loss_weight=1.0)
     config.train.steps = STEPS
     config.optimizer.update(learning_rate=1e-3, warmup=20)
     config.eval.update(every=100, final=16)
-    only_indexers = [dict(match="*.indexer.*", rate=3.0), dict(match="*", freeze=True)]
-    layers = dict(full=dict(mixer=dict(indexer=dict(dense=True))))
-    dense = dict(model=dict(layers=layers), optimizer=dict(groups=only_indexers))
-    config.train.phases = dict(warmup=dict(start=0, set=dense), sparse=dict(start=WARMUP))
+    if argument == "indexed":
+        config.model.layers.full.mixer.indexer = INDEXER
+        layers = dict(full=dict(mixer=dict(indexer=dict(dense=True))))
+        warmup = dict(model=dict(layers=layers), optimizer=dict(groups=ONLY_INDEXERS))
+        config.train.phases = dict(warmup=dict(start=0, set=warmup), sparse=dict(start=WARMUP))
     return config

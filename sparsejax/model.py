@@ -130,12 +130,12 @@ class Model(nnx.Module):
             return (x, selection), auxiliary
 
         parts: dict[str, list[Auxiliary]] = {}
-        carry = constrain(x), None
+        carry: Carry = (constrain(x), None)
         carry, parts["before"] = run(self.before, carry, 0, known.get("before", {}), scopes["before"])
         if self.fold.repeats:
             graph, parameters = nnx.split(self.period)
             carry, parts["period"] = self._scan(
-                lambda carry, period: run(nnx.merge(graph, period[0]), carry, *period[1:], scopes["period"]),
+                lambda carry, period: run(nnx.merge(graph, period[0]), carry, period[1], period[2], scopes["period"]),
                 carry,
                 (parameters, self._period_starts, known.get("period", {})),
             )

@@ -3,19 +3,26 @@
 from sparsejax.sweep import seeds
 
 DENSE = "run:runs/train_an_indexer/dense-{}"  # by seed
-PATTERN = "model.layers.full.mixer.pattern"
-OTHERS = {
+PATTERN, INDEXER = "model.layers.full.mixer.pattern", "model.layers.full.mixer.indexer"
+ONLY_INDEXERS = [{"match": "*.indexer.*", "rate": 3.0}, {"match": "*", "freeze": True}]
+ARMS = {
+    "4 keys of an indexer": {
+        INDEXER: {"heads": 4, "width": 32, "top_k": 4, "loss_weight": 1.0},
+        "init.fresh": "*.indexer.*",
+        "train.phases.warmup.start": 0,
+        f"train.phases.warmup.set.{INDEXER}.dense": True,
+        "train.phases.warmup.set.optimizer.groups": ONLY_INDEXERS,
+        "train.phases.sparse.start": 300,
+    },
     "all 64 keys": {},
     "4 random keys": {PATTERN: "causal & (window(0) | random(3, tile=1, seed=0))"},
     "last 4 keys": {PATTERN: "causal & window(3)"},
 }
-PLAIN = {"model.layers.full.mixer.indexer": None, "train.phases": {}}
 
 
 def sweep():
-    arms = {"4 keys of an indexer": {}} | {label: PLAIN | changes for label, changes in OTHERS.items()}
     return [
         seed | {"label": label, "init.source": DENSE.format(seed["train.seed"])} | changes
         for seed in seeds(3)
-        for label, changes in arms.items()
+        for label, changes in ARMS.items()
     ]

@@ -52,8 +52,8 @@ def test_a_step_moves_centroids_toward_their_members():
 def test_microbatches_move_centroids_alike():
     batch = draw(1)
     moved = [centroids(step(copy(state), batch)[0].parameters) for _, step, state in (build(1), build(2))]
-    for one_batch, microbatches in zip(*moved, strict=True):
-        assert_close("centroids", microbatches, one_batch, "float32")
+    for single, microbatches in zip(*moved, strict=True):
+        assert_close("centroids", microbatches, single, "float32")
 
 
 def test_a_rate_of_zero_keeps_centroids():
