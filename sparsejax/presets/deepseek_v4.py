@@ -54,4 +54,4 @@ def get_config(argument=""):
         norm=norm,
         hyper=hyper,
     )
-    return recipe.choose(argument, full, 4096, schedule="window_hash csa_hash hca csa", hyper=hyper | dict(steps=4))
+    return recipe.choose(argument, full, 4096, schedule="2x(window_hash) csa_hash hca csa", hyper=hyper | dict(steps=4))
