@@ -283,7 +283,7 @@ class Compressor(nnx.Module):
     def __init__(
         self, config: CompressedConfig, compression: CompressionConfig, width: int, stream: Stream, rngs: nnx.Rngs
     ):
-        self.config, self.compression, self.dtype = config, compression, stream.dtype
+        self.config, self.compression, self.width, self.dtype = config, compression, width, stream.dtype
         inner, linear = compression.series * width, _linear(stream, rngs)
         self.values, self.gates = linear(stream.width, inner), linear(stream.width, inner)
         self.bias = parameter(rngs, jax.nn.initializers.zeros, (compression.ratio, inner), (None, None))
@@ -295,11 +295,10 @@ class Compressor(nnx.Module):
 
     def init_cache(self, batch: int, length: int) -> Cache:
         """Returns a cache of the entries, and of the tokens of the last windows that later entries cover."""
-        slots, inner = self.compression.ratio * self.compression.series, self.bias.shape[1]
-        entries = jnp.zeros((batch, length // self.compression.ratio, inner // self.compression.series), self.dtype)
-        return {name: jnp.zeros((batch, slots, inner), self.dtype) for name in ("values", "gates")} | {
-            "entries": entries
-        }
+        ratio, series = self.compression.ratio, self.compression.series
+        entries = {"entries": jnp.zeros((batch, length // ratio, self.width), self.dtype)}
+        shape = batch, ratio * series, series * self.width
+        return entries | {name: jnp.zeros(shape, self.dtype) for name in ("values", "gates")}
 
     def extend(
         self, x: Float[Array, "b c m"], cache: Cache, positions: Int[Array, " b"], tokens: Tokens

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import re
 import shutil
 from pathlib import Path
 
@@ -657,3 +658,42 @@ def test_unsupported_values_of_the_families(name, key, value, tmp_path):
         edit_config(folder, rope_parameters=None)
     with rejects(ConversionError, "rope_type" if key.startswith("rope") else key):
         huggingface.load(folder)
+
+
+# DeepSeek-V4
+
+
+def test_deepseek_v4_under_the_names_that_transformers_writes(tmp_path):
+    folder = copy("deepseek_v4", tmp_path)
+    expected = huggingface.load(folder).parameters
+
+    def rename(tensors):
+        for name in list(tensors):
+            written = re.sub(r"^layers\.", "model.layers.", name).replace(".attn.kv_norm.", ".attn.norm.")
+            tensors[written] = tensors.pop(name)
+
+    edit_tensors(folder, rename)
+    jax.tree.map(np.testing.assert_array_equal, huggingface.load(folder).parameters, expected)
+
+
+@pytest.mark.parametrize(
+    ("keys", "named"),
+    [
+        ({"compress_rates": {"compressed_sparse_attention": "4"}}, "compress_rates"),
+        ({"layer_types": None, "compress_ratios": [0, 3, 128, 4]}, "compress_ratios"),
+        ({"layer_types": ["full_attention"] * 4}, "layer_types"),
+        ({"num_key_value_heads": 4}, "num_key_value_heads"),
+        ({"hc_mult": 1}, "streams"),
+    ],
+)
+def test_deepseek_v4_with_keys_that_are_not_supported(tmp_path, keys, named):
+    folder = copy("deepseek_v4", tmp_path)
+    edit_config(folder, **keys)
+    assert_rejected(folder, "config.json", named)
+
+
+def test_a_table_of_experts_that_is_not_of_integers(tmp_path):
+    folder = copy("deepseek_v4", tmp_path)
+    name = "layers.0.ffn.gate.tid2eid"
+    edit_tensors(folder, lambda tensors: tensors.update({name: tensors[name].astype(np.float32)}))
+    assert_rejected(folder, name, "int64")

@@ -21,6 +21,8 @@ from sparsejax.layers import (
     Tokens,
 )
 from sparsejax.layers.compressed import Compressed
+from sparsejax.model import Functional
+from tests.check import models
 from tests.layers import reference
 from tests.layers.test_mixers import decode
 from tests.messages import rejects
@@ -233,6 +235,14 @@ def test_the_cache_is_a_window_entries_and_the_tokens_that_later_entries_cover()
     }
     assert set(build(HCA).init_cache(2, 50)["compressor"]) == {"values", "gates", "entries"}
     assert set(build(WINDOW).init_cache(2, 50)) == {"k"}
+
+
+def test_the_caches_of_scanned_layers_are_stacked():
+    model = Functional(models.build("compressed"))
+    cache = jax.eval_shape(lambda key: model.bind(model.init(key)).init_cache(2, 50), jax.random.key(0))
+    (layer,) = cache["period"]
+    assert layer["compressor"]["values"].shape == (3, 2, 8, 16)
+    assert layer["indexer"]["entries"].shape == (3, 2, 12, 8)
 
 
 def test_the_cost():

@@ -115,9 +115,7 @@ def _read_mixers(fields: Fields, eps: float) -> dict[str, CompressedConfig]:
         width=fields.take("index_head_dim", 128),
         top_k=fields.take("index_topk", 512),
     )
-    ratios = RATIOS | (fields.take("compress_rates", None, dict) or {})
-    ratios |= {kind: value for kind, key in LEGACY_RATIOS.items() if (value := fields.take(key, None, int)) is not None}
-    sparse, heavy = RATIOS
+    ratios, (sparse, heavy) = _read_ratios(fields), RATIOS
     return {
         "sliding_attention": plain,
         sparse: dataclasses.replace(
@@ -125,6 +123,16 @@ def _read_mixers(fields: Fields, eps: float) -> dict[str, CompressedConfig]:
         ),
         heavy: dataclasses.replace(plain, rope=compressed, compression=CompressionConfig(ratio=ratios[heavy])),
     }
+
+
+def _read_ratios(fields: Fields) -> dict[str, int]:
+    """Reads the tokens per window by type of layer."""
+    ratios = fields.take("compress_rates", None, dict) or {}
+    for kind, ratio in ratios.items():
+        if kind not in RATIOS or type(ratio) is not int:
+            raise fields.error("compress_rates", f"expected integers for {' and '.join(RATIOS)}")
+    older = {kind: fields.take(key, None, int) for kind, key in LEGACY_RATIOS.items()}
+    return RATIOS | ratios | {kind: ratio for kind, ratio in older.items() if ratio is not None}
 
 
 def _read_ropes(fields: Fields, width: int) -> tuple[int, RopeConfig, RopeConfig]:
