@@ -9,7 +9,7 @@ from sparsejax.errors import InputError
 MIXERS = {
     "attention": dict(heads=4, head_width=16),
     "compressed": dict(heads=4, head_width=16, query_rank=32, window=16, rope_width=8, out_rank=16),
-    "latent": dict(heads=4, kv_rank=32, nope_width=16, rope_width=8, value_width=16),
+    "latent": dict(heads=4, query_rank=32, kv_rank=32, nope_width=16, rope_width=8, value_width=16),
     "mamba": dict(inner=128, state=8, dt_rank=8),
     "mamba2": dict(heads=8, head_width=16, state=16, chunk=32),
     "lightning": dict(heads=4, head_width=16),
@@ -22,7 +22,7 @@ FEEDFORWARDS = {
     "experts": dict(experts=4, width=64, shared_width=64),
 }
 BYTES_AND_MASK = 257  # vocabulary of a masked language model of bytes
-FEW = dict(kv_heads=2, key_heads=2, groups=2, norm_groups=2, top_k=2)  # upper bounds
+FEW = dict(kv_heads=2, key_heads=2, groups=2, top_groups=1, norm_groups=2, top_k=2)  # upper bounds
 
 
 def rms(eps, **options):
@@ -156,6 +156,8 @@ def shrink_mixer(mixer, pattern):
         branches = mixer["branches"].items()
         return mixer | dict(branches={k: v | dict(mixer=shrink_mixer(v["mixer"], pattern)) for k, v in branches})
     changes = dict(pattern=pattern) if pattern else {}
+    if mixer.get("indexer"):
+        changes |= dict(indexer=shrink_indexer(mixer["indexer"]))
     if mixer.get("compression"):
         changes |= dict(compression=shrink_compression(mixer["compression"]))
     return shrink_section(mixer, MIXERS[mixer["kind"]]) | changes
@@ -164,6 +166,12 @@ def shrink_mixer(mixer, pattern):
 def shrink_compression(section):
     indexer = section.get("indexer") and dict(indexer=section["indexer"] | dict(heads=8, width=16, top_k=8))
     return section | dict(ratio=min(section["ratio"], 8)) | (indexer or {})
+
+
+def shrink_indexer(section):
+    """Returns an indexer of 16 selected keys, or of four blocks."""
+    blocks = dict(block=min(section["block"], 16), top_k=4) if section.get("block", 1) > 1 else dict(top_k=16)
+    return section | dict(heads=2 if section.get("scope") == "kv_head" else 8, width=16) | blocks
 
 
 def shrink_section(section, sizes):

@@ -109,8 +109,8 @@ def build_rope(fields: Fields, values: dict[str, Any], fraction: float | None = 
         mscale, mscale_all = renamed.pop("mscale", None), renamed.pop("mscale_all_dim", None)
         if renamed.get("attention_factor") is None and mscale and mscale_all:
             # DeepSeek-V2 (arXiv:2405.04434) states the factor on queries and keys as a quotient.
-            factor = renamed["factor"]
-            renamed["attention_factor"] = yarn_growth(factor, mscale) / yarn_growth(factor, mscale_all)
+            factor = float(renamed["factor"])
+            renamed["attention_factor"] = yarn_growth(factor, float(mscale)) / yarn_growth(factor, float(mscale_all))
         integers = {key: value for key, value in renamed.items() if type(value) is int and key != "original_length"}
         scaling = RopeScaling(kind=name, **renamed | {key: float(value) for key, value in integers.items()})
     return RopeConfig(base=float(base), fraction=float(partial or fraction or 1), scaling=scaling)

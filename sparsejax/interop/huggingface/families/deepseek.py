@@ -148,7 +148,7 @@ def _read_scale_factor(fields: Fields) -> float:
     mscale, name = rope.get("mscale_all_dim"), rope.get("rope_type") or rope.get("type") or "default"
     if name == "default" or not mscale or rope["factor"] <= 1:
         return 1.0
-    return yarn_growth(rope["factor"], mscale) ** 2
+    return yarn_growth(float(rope["factor"]), float(mscale)) ** 2
 
 
 def _read_experts(fields: Fields, take: Callable[[str], Any], activation: str) -> ExpertsConfig:
