@@ -25,7 +25,7 @@ ACCURACY_AT_DISTANCE = "eval/accuracy_at_distance_"  # + the first distance of a
 PERPLEXITY = "eval/perplexity"  # exponential of the loss per token
 EXACT_MATCH = "eval/exact_match"  # share of rows of which every scored token is
 # Of the selection of a layer, + /layer_INDEX, see `ops.measure_selection`.
-RECALL, INDEXER_KL = "eval/recall", "eval/kl"
+MASS, RECALL, INDEXER_KL = "eval/mass", "eval/recall", "eval/kl"
 STEPS_PER_SECOND, TOKENS_PER_SECOND = "steps_per_second", "tokens_per_second"
 
 Direction = Literal["min", "max"]
@@ -45,7 +45,7 @@ _LOWER = (
     "kv",
     "seconds",
 )
-_HIGHER = (ACCURACY, EXACT_MATCH, RECALL, STEPS_PER_SECOND, TOKENS_PER_SECOND)
+_HIGHER = (ACCURACY, EXACT_MATCH, MASS, RECALL, STEPS_PER_SECOND, TOKENS_PER_SECOND)
 
 
 def direction(name: str) -> Direction | None:

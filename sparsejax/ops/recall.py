@@ -17,13 +17,16 @@ class SelectionMetrics(NamedTuple):
     """Metrics of a selection, means over the queries.
 
     Attributes:
-      recall: Attention mass of all allowed keys that falls on the chosen ones, over heads and over the queries that
-        leave out a key: recall@k. 1 if no query leaves out any.
+      mass: Share of the attention to all allowed keys that falls on the chosen ones, over heads and over the queries
+        that leave out a key. 1 if no query leaves out any.
+      recall: `mass` relative to that of the best choice of as many groups, by the mean over the heads that choose
+        together: recall@k.
       forced: Share of the chosen groups that are chosen whatever their score.
       entropy: Entropy of how often each group is chosen, relative to that of equally often, in [0, 1]; a low value
         means that all queries choose the same groups.
     """
 
+    mass: Float[Array, ""]
     recall: Float[Array, ""]
     forced: Float[Array, ""]
     entropy: Float[Array, ""]
@@ -51,19 +54,21 @@ def measure_selection(
     (b, t, h, d), g = q.shape, k.shape[2]
     q, dtype = q.reshape(b, t, g, h // g, d), jnp.promote_types(q.dtype, jnp.float32)
 
-    def compare(chunk: PyTree, visible: Visible) -> Float[Array, "b 2 c"]:
+    def compare(chunk: PyTree, visible: Visible) -> Float[Array, "b 3 c"]:
         q, groups = chunk
         logits = scale * jnp.einsum("bcgrd,bsgd->bgrcs", q.astype(dtype), k.astype(dtype))
         p, _ = masked_softmax(logits, visible.keys[:, None, None], None)
-        p = p.reshape(b, h, *p.shape[3:])
+        scopes, count = groups.shape[2:]
+        p = p.reshape(b, scopes, h // scopes, *p.shape[3:]).mean(axis=2)  # of the heads that choose together
         chosen = Selection(jnp.moveaxis(groups, 1, 2), selection.blocks).mask & visible.keys[:, None]
-        is_left_out = (visible.keys[:, None] & ~chosen).any(axis=-1)
-        weights = jnp.repeat(is_left_out, h // is_left_out.shape[1], axis=1)
-        mass = jnp.where(jnp.repeat(chosen, h // chosen.shape[1], axis=1), p, 0.0).sum(axis=-1)
-        return jnp.stack([(weights * mass).sum(axis=1), weights.sum(axis=1).astype(mass.dtype)], axis=1)
+        weights = (visible.keys[:, None] & ~chosen).any(axis=-1).astype(dtype)
+        by_group = p if selection.blocks.size == 1 else selection.blocks.split(p, 0.0).sum(axis=-1)
+        best, _ = jax.lax.top_k(by_group, min(count, by_group.shape[-1]))
+        mass = jnp.where(chosen, p, 0.0).sum(axis=-1)
+        return jnp.stack([(weights * x).sum(axis=1) for x in (mass, best.sum(axis=-1), jnp.ones_like(mass))], axis=1)
 
     arrays = q, jnp.moveaxis(selection.groups, 1, 2)
-    mass, count = over_queries(compare, arrays, pattern, k.shape[1], segments=segments).sum(axis=(0, 1))
+    mass, best, count = over_queries(compare, arrays, pattern, k.shape[1], segments=segments).sum(axis=(0, 1))
     groups, size = selection.groups.reshape(-1, *selection.groups.shape[2:]), selection.blocks.count
     chosen = jax.vmap(lambda groups: jnp.zeros(size + 1).at[jnp.where(groups < 0, size, groups)].add(1)[:size])(groups)
     shares = chosen / jnp.maximum(chosen.sum(axis=-1, keepdims=True), 1)
@@ -71,7 +76,8 @@ def measure_selection(
     exists = (selection.blocks.starts < k.shape[1]).sum(axis=-1).mean()
     forced = 0.0 if selection.forced is None else selection.forced.sum() / jnp.maximum((selection.groups >= 0).sum(), 1)
     return SelectionMetrics(
-        recall=jnp.where(count > 0, mass / jnp.maximum(count, 1), 1.0),
+        mass=jnp.where(count > 0, mass / jnp.maximum(count, 1), 1.0),
+        recall=jnp.where(count > 0, mass / jnp.where(best > 0, best, 1.0), 1.0),
         forced=jnp.asarray(forced, dtype),
         entropy=entropy.mean() / jnp.log(jnp.maximum(exists, 2)),
     )

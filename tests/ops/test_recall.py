@@ -27,7 +27,8 @@ def test_metrics(kind, length, packed):
 
     selection, metrics = run(q, k)
     mask, groups = np.asarray(selection.mask), np.asarray(selection.groups)
-    masses, chosen, forced, entropies = [], 0, 0, []
+    masses, best, chosen, forced, entropies = [], [], 0, 0, []
+    of_key = np.broadcast_to(np.asarray(selection.blocks.of_key), (2, length))
     for row, head in np.ndindex(2, 4):
         for query in range(length):
             visible = np.flatnonzero((np.arange(length) <= query) & (ids[row] == ids[row, query]))
@@ -35,6 +36,8 @@ def test_metrics(kind, length, packed):
             kept = mask[row, head, query][visible]
             if not kept.all():
                 masses.append(p[kept].sum() / p.sum())
+                by_group = np.bincount(of_key[row, visible], p / p.sum())
+                best.append(np.sort(by_group)[-groups.shape[-1] :].sum())
             chosen += (groups[row, head, query] >= 0).sum()
             forced += kind == "moba"
         counts = np.bincount(groups[row, head][groups[row, head] >= 0])
@@ -42,7 +45,8 @@ def test_metrics(kind, length, packed):
         entropies.append(-(shares * np.log(shares)).sum())
     starts = np.asarray(selection.blocks.starts)
     count = (starts < length).sum(axis=-1).mean()
-    assert float(metrics.recall) == pytest.approx(np.mean(masses), rel=1e-5)
+    assert float(metrics.mass) == pytest.approx(np.mean(masses), rel=1e-5)
+    assert float(metrics.recall) == pytest.approx(np.mean(masses) / np.mean(best), rel=1e-5)
     assert float(metrics.forced) == pytest.approx(forced / chosen, rel=1e-6)
     assert float(metrics.entropy) == pytest.approx(np.mean(entropies) / np.log(count), rel=1e-5)
 
@@ -50,4 +54,14 @@ def test_metrics(kind, length, packed):
 def test_nothing_is_left_out():
     q = jnp.ones((1, 5, 2, 4))
     metrics = measure_selection(top_tokens(q, q, 5, CAUSAL), q, q, CAUSAL, scale=1.0)
-    assert float(metrics.recall) == 1
+    assert float(metrics.mass) == float(metrics.recall) == 1
+
+
+def test_the_best_choice_recalls_all():
+    """And heads that choose together are one choice."""
+    random = np.random.default_rng(5)
+    q, k = (jnp.asarray(random.normal(size=(1, 19, heads, 6)), jnp.float32) for heads in (4, 2))
+    selection = top_tokens(q, k, 3, CAUSAL, scope="kv_head", pooling="probabilities")
+    metrics = jax.jit(lambda: measure_selection(selection, q, k, CAUSAL, scale=6**-0.5))()
+    assert float(metrics.recall) == pytest.approx(1, abs=1e-6)
+    assert float(metrics.mass) < 0.9

@@ -42,9 +42,9 @@ def test_rows_have_the_loss_and_the_metrics_of_each_layer(trained):
     assert [row["step"] for row in evaluations] == [5, 10]
     for row in evaluations:
         names = {name for name in row if name.endswith(("/layer_0", "/layer_1", "/layer_2"))}
-        expected = ("recall", "kl", "forced", "entropy")
+        expected = ("mass", "recall", "kl", "forced", "entropy")
         assert names == {f"eval/{metric}/layer_{layer}" for metric in expected for layer in (1, 2)}
-        assert all(0 < row[f"eval/recall/layer_{layer}"] < 1 for layer in (1, 2))
+        assert all(0 < row[f"eval/mass/layer_{layer}"] < row[f"eval/recall/layer_{layer}"] <= 1 for layer in (1, 2))
         assert row["eval/forced/layer_1"] == 0
 
 
