@@ -32,7 +32,7 @@ from sparsejax.ops import (
     merge_lse,
     select_indexed,
 )
-from sparsejax.ops.entries import Windows
+from sparsejax.ops.entries import ClosedWindows
 from sparsejax.ops.softmax import confine_nan, zero_nan
 
 
@@ -248,7 +248,7 @@ class Compressed(Mixer):
         k = entries[:, :, None]
         return attend_cached_selection(q, k, zero_nan(k), selection, causal, at, ends, length, **options)
 
-    def _close_windows(self, x: Array, context: Context) -> Windows | None:
+    def _close_windows(self, x: Array, context: Context) -> ClosedWindows | None:
         """The closed windows of a whole sequence, if there is one."""
         compression, segments = self.config.compression, context.tokens.attend_segments
         if compression is None or x.shape[1] < compression.ratio:
@@ -289,7 +289,7 @@ class Compressor(nnx.Module):
         self.bias = parameter(rngs, jax.nn.initializers.zeros, (compression.ratio, inner), (None, None))
         self.norm = _norm(config, width, rngs)
 
-    def __call__(self, x: Float[Array, "b t m"], windows: Windows) -> Float[Array, "b n d"]:
+    def __call__(self, x: Float[Array, "b t m"], windows: ClosedWindows) -> Float[Array, "b n d"]:
         """Returns the entries of windows."""
         return self._pool(self.values(x), self.gates(x), windows)
 
@@ -313,7 +313,7 @@ class Compressor(nnx.Module):
         first = positions[:, None, None]
         index = jnp.where(keys < first, keys % slots, slots + jnp.minimum(keys - first, c - 1))
         known = {name: jnp.concatenate([cache[name], part], axis=1) for name, part in chunk.items()}
-        windows = Windows(index, keys[..., -1], numbers > 0, jnp.zeros_like(numbers))
+        windows = ClosedWindows(index, keys[..., -1], numbers > 0, jnp.zeros_like(numbers))
         new = self._pool(known["values"], known["gates"], windows, numbers * ratio)
         closed = Tokens(mask=(windows.ends < end[:, None])[:, back:])
         entries = write_slots(cache["entries"], new[:, back:], numbers[:, back:], closed)
@@ -331,7 +331,7 @@ class Compressor(nnx.Module):
         """Forward FLOPs per token of the projections."""
         return self.values.flops + self.gates.flops
 
-    def _pool(self, values: Array, gates: Array, windows: Windows, positions: Array | None = None) -> Array:
+    def _pool(self, values: Array, gates: Array, windows: ClosedWindows, positions: Array | None = None) -> Array:
         bias, overlap = self.bias[...], self.compression.overlap
         entries = self.norm(compress_windows(values, gates, bias, windows, overlap=overlap))
         positions = windows.keys[..., 0] if positions is None else positions
@@ -355,7 +355,7 @@ class EntryIndexer(nnx.Module):
         self,
         x: Float[Array, "b t m"],
         latent: Float[Array, "b t r"],
-        windows: Windows,
+        windows: ClosedWindows,
         segments: tuple[Int[Array, "b t"], Int[Array, "b t"]] | None,
     ) -> Selection:
         """Returns the selected entries of a whole sequence."""

@@ -19,7 +19,7 @@ from sparsejax.ops.softmax import MASKED, confine_nan, masked_softmax
 from sparsejax.patterns import Causal
 
 
-class Windows(NamedTuple):
+class ClosedWindows(NamedTuple):
     """The closed windows of a sequence, in order. The leading axis is 1 if all sequences have the same windows.
 
     Attributes:
@@ -53,7 +53,7 @@ class Windows(NamedTuple):
         return {"positions": (jnp.broadcast_to(jnp.arange(shape[1]), shape), ends), "segments": ids}
 
 
-def close_windows(length: int, size: int, segments: Int[Array, "b s"] | None = None) -> Windows:
+def close_windows(length: int, size: int, segments: Int[Array, "b s"] | None = None) -> ClosedWindows:
     """Returns the closed windows of a sequence.
 
     Args:
@@ -69,7 +69,7 @@ def close_windows(length: int, size: int, segments: Int[Array, "b s"] | None = N
     count = length // size
     if segments is None:
         keys = jnp.arange(count * size).reshape(1, count, size)
-        return Windows(keys, keys[..., -1], jnp.arange(count)[None] > 0, None)
+        return ClosedWindows(keys, keys[..., -1], jnp.arange(count)[None] > 0, None)
     offsets = jnp.arange(length) - document_starts(segments)
     closes = offsets % size == size - 1
     index = jnp.where(closes, jnp.cumsum(closes, axis=1) - 1, count)
@@ -77,14 +77,14 @@ def close_windows(length: int, size: int, segments: Int[Array, "b s"] | None = N
     ends = jnp.full((len(segments), count), -1).at[rows, index].set(at, mode="drop")
     last = jnp.maximum(ends, size - 1)
     offsets, ids = (jnp.take_along_axis(x, last, axis=1) for x in (offsets, segments))
-    return Windows(last[..., None] + jnp.arange(1 - size, 1), ends, offsets >= size, ids)
+    return ClosedWindows(last[..., None] + jnp.arange(1 - size, 1), ends, offsets >= size, ids)
 
 
 def compress_windows(
     values: Float[Array, "b s w"],
     gates: Float[Array, "b s w"],
     bias: Float[Array, "size w"],
-    windows: Windows,
+    windows: ClosedWindows,
     *,
     overlap: bool = False,
 ) -> Float[Array, "b n d"]:
@@ -115,7 +115,7 @@ def compress_windows(
 def attend_entries(
     q: Float[Array, "b t h d"],
     entries: Float[Array, "b n d"],
-    windows: Windows,
+    windows: ClosedWindows,
     *,
     scale: float,
     segments: Int[Array, "b t"] | None = None,
