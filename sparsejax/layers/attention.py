@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -12,7 +13,7 @@ from jaxtyping import Array, Float, Int
 
 from sparsejax import patterns
 from sparsejax.errors import InputError, argument_path, require_at_least, require_choice
-from sparsejax.layers.caching import chunk_positions, extend_keys
+from sparsejax.layers.caching import add_to_blocks, chunk_positions, extend_keys
 from sparsejax.layers.context import EMPTY, Context
 from sparsejax.layers.indexer import IndexerConfig, make_indexer
 from sparsejax.layers.norm import NormConfig, make_norm, normalize
@@ -205,6 +206,9 @@ class Attention(Mixer):
         if self.config.selects:
             shape = (batch, slots, self.config.kv_heads, self.config.head_width)
         cache: Cache = {name: jnp.zeros(shape, self.key.dtype) for name in ("k", "v")}
+        if self._keeps_sums:
+            shape = (batch, -(-slots // self.config.select.block), *shape[2:])
+            cache["sums"] = jnp.zeros(shape, jnp.promote_types(self.key.dtype, jnp.float32))
         if self.indexer is not None and self.config.selects:
             cache["index"] = self.indexer.init_cache(batch, slots)
         return cache
@@ -249,13 +253,16 @@ class Attention(Mixer):
     ) -> tuple[Array, Cache, Selection | None]:
         """As `advance`; the keys of the cache are in the order of their positions."""
         at = chunk_positions(positions, x.shape[1])
-        q, k, v = confine_nan(*self._project(x, at))
+        q, added, v = confine_nan(*self._project(x, at))
         plan = patterns.plan_cache(self._kept, length)
-        after, keys, keys_at = extend_keys(plan, cache, {"k": k, "v": v}, positions, context.tokens, axis=1)
+        after, keys, keys_at = extend_keys(plan, cache, {"k": added, "v": v}, positions, context.tokens, axis=1)
         q, k = self._append_relative(q, keys["k"], at, keys_at)
         selection, selected = context.extras.selection, None
         if self.config.select is not None:
-            options = {"positions": (at, keys_at), "length": length}
+            options: dict[str, Any] = {"positions": (at, keys_at), "length": length}
+            if self._keeps_sums:
+                after["sums"] = add_to_blocks(cache["sums"], added, at, self.config.select.block, context.tokens)
+                options["means"] = after["sums"] / self.config.select.block
             selection = self.config.select.choose(q, k, self.pattern, self._scale, **options)
         elif self.indexer is not None:
             arguments = (at, keys_at), length, self.pattern, context.tokens
@@ -306,6 +313,11 @@ class Attention(Mixer):
         if self.indexer is None:
             return cost
         return cost + self.indexer.cost(length, heads=self.config.heads, score_width=width)
+
+    @property
+    def _keeps_sums(self) -> bool:
+        """Whether a cache has the sum of the keys of each block: of MoBA, unless features of positions are appended."""
+        return self.config.select is not None and self.config.select.kind == "moba" and self.relative is None
 
     @property
     def _kept(self) -> patterns.Pattern:

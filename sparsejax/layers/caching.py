@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Int, Shaped
+from jaxtyping import Array, Float, Int, Shaped
 
 from sparsejax.layers.context import Tokens
 from sparsejax.patterns import CachePlan
@@ -40,6 +40,22 @@ def write_slots(
     if cache.dtype == jnp.bfloat16:  # XLA's CPU compiler converts the whole cache to float32 to write to it
         return write(cache.view(jnp.uint16), values.view(jnp.uint16), slots).view(cache.dtype)
     return write(cache, values, slots)
+
+
+def add_to_blocks(
+    sums: Float[Array, "b n ..."], values: Float[Array, "b c ..."], at: Int[Array, "b c"], size: int, tokens: Tokens
+) -> Float[Array, "b n ..."]:
+    """Adds the values of a chunk to the sums of the blocks of `size` tokens that they are in, except at padding.
+
+    Args:
+      sums: A sum per block.
+      values: A value per token.
+      at: Positions of the tokens.
+      size: Tokens per block.
+      tokens: Facts about the chunk.
+    """
+    values = tokens.zero_padding(values).astype(sums.dtype)
+    return sums.at[jnp.arange(len(sums))[:, None], at // size].add(values, mode="drop")
 
 
 def extend_keys(

@@ -12,7 +12,7 @@ from flax import nnx
 from jaxtyping import Array, Float, Int
 
 from sparsejax.errors import InputError, require_at_least, require_choice
-from sparsejax.layers.caching import write_slots
+from sparsejax.layers.caching import add_to_blocks, write_slots
 from sparsejax.layers.context import Tokens
 from sparsejax.layers.norm import NormConfig, make_norm, normalize
 from sparsejax.layers.protocols import Auxiliary
@@ -239,8 +239,7 @@ class Indexer(nnx.Module):
         if self.config.pool == "scores":
             cache = keys = write_slots(cache, self._encode_keys(k, at), at, tokens)
         else:
-            added = tokens.zero_padding(k).astype(cache.dtype)
-            cache = cache.at[jnp.arange(len(x))[:, None], at // self.config.block].add(added, mode="drop")
+            cache = add_to_blocks(cache, k, at, self.config.block, tokens)
             means = (cache / self.config.block).astype(k.dtype)  # of whole blocks; the others are not read
             keys = self._encode_keys(means, jnp.broadcast_to(blocks.starts, means.shape[:2]))
         index = self._index(x, inputs, at, keys)

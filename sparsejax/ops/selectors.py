@@ -137,6 +137,7 @@ def moba(
     top_k: int,
     pattern: Pattern,
     *,
+    means: Float[Array, "b n g d"] | None = None,
     segments: Segments = None,
     positions: Positions = None,
     length: int | None = None,
@@ -152,13 +153,14 @@ def moba(
       block: Keys per block.
       top_k: Blocks per query and query head.
       pattern: The allowed keys.
+      means: Mean key of each block before that of a query; defaults to those of `k`.
       segments: Segment ids of queries and of keys.
       positions: Positions of queries and of keys, see `select`; key i is at position i.
       length: Length of the sequence that the pattern describes.
     """
     _require_positive(block=block, top_k=top_k)
     blocks = _blocks(k, block, segments)
-    means = jax.lax.stop_gradient(block_means(k, blocks))
+    means = jax.lax.stop_gradient(block_means(k, blocks) if means is None else means)
 
     def score(q: Array, visible: Visible) -> tuple[Array, Array]:
         current = block_of_query(visible, blocks)[..., None]

@@ -62,6 +62,14 @@ def test_chunks_of_ragged_rows_equal_the_whole(kind, x):
     assert sum(leaf.nbytes for leaf in jax.tree.leaves(cache)) == bytes_before
 
 
+def test_a_cache_of_moba_has_the_sum_of_keys_per_block():
+    """A step reads a mean per block instead of every key."""
+    _, mixer = make(KINDS["moba"])
+    assert mixer.init_cache(2, LENGTH)["sums"].shape == (2, 9, 1, 8)
+    _, mixer = make(KINDS["moba"], rope=None, relative=8)  # the features of positions are not in the cache
+    assert "sums" not in mixer.init_cache(2, LENGTH)
+
+
 def test_the_account_counts_chosen_keys_and_scores():
     select = SelectConfig(kind="moba", count=2, block=4)
     _, mixer = make(dataclasses.asdict(select))
