@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import cast
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
@@ -17,14 +19,17 @@ from sparsejax.layers.protocols import Cache, Mixer, MixerConfig
 from sparsejax.layers.stream import Cost, Linear, Stream, output_scale
 from sparsejax.ops import (
     AttentionCall,
+    Selection,
+    attend,
+    attend_cached_selection,
     attend_hashed,
     attention_flops,
     decode_attend_hashed,
     hash_buckets,
     hashed_pairs,
 )
-from sparsejax.ops.call import SelectedCall
-from sparsejax.ops.lsh import SELF, count_hashed, normalize_keys
+from sparsejax.ops.call import SelectedCall, selected_call
+from sparsejax.ops.lsh import SELF, count_hashed, decode_select_hashed, normalize_keys, select_hashed
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -32,7 +37,8 @@ class LshConfig(MixerConfig):
     """Attention in several rounds, each among chunks of tokens that are sorted by bucket.
 
     Causal LSH attention is not strictly causal: no query reads the value of a later token, but a later token can move
-    the chunk borders that determine which earlier keys a query attends to.
+    the chunk borders that determine which earlier keys a query attends to. With `strict` there are no chunks: a query
+    attends to the last tokens of its bucket, as many as it would meet in chunks.
     """
 
     heads: int  # number of heads of shared queries and keys, and of values
@@ -44,17 +50,26 @@ class LshConfig(MixerConfig):
     seed: int  # seed of the rotations; layers with the same seed and shape share them
     before: int = 1  # chunks before its own chunk that a token attends to
     after: int = 0  # chunks after its own chunk that a token attends to
+    strict: bool = False  # attend to the last chunk · (before + 1) tokens of the bucket in each round: strictly causal
 
     def __post_init__(self):
         require_at_least(self, 1, "heads", "head_width", "chunk", "hashes")
         require_at_least(self, 0, "before", "after")
         if not self.buckets or min(self.buckets) < 2 or any(count % 2 for count in self.buckets):
             raise InputError("buckets", f"{list(self.buckets)} is not a list of positive even numbers")
+        if self.strict and (not self.causal or self.after):
+            raise InputError("strict", "requires causal = true and after = 0: it reads no later token")
 
     @property
     def summary(self) -> str:
         """Kind and sizes, in a few words."""
-        return f"LSH attention {self.heads} x {self.head_width}, {self.hashes} rounds of chunks of {self.chunk}"
+        groups = f"the last {self.members}" if self.strict else f"chunks of {self.chunk}"
+        return f"LSH attention {self.heads} x {self.head_width}, {self.hashes} rounds of {groups}"
+
+    @property
+    def members(self) -> int:
+        """Tokens that a query attends to in a round of the strictly causal form."""
+        return self.chunk * (self.before + 1)
 
     @property
     def connectivity(self) -> patterns.Pattern:
@@ -69,7 +84,9 @@ class LshConfig(MixerConfig):
     @property
     def leaks(self) -> str:
         """A later token can move the chunk borders, see the class."""
-        return "later tokens move the chunk borders, which select the keys of earlier tokens" if self.causal else ""
+        if self.strict or not self.causal:
+            return ""
+        return "later tokens move the chunk borders, which select the keys of earlier tokens"
 
 
 class Lsh(Mixer):
@@ -92,6 +109,11 @@ class Lsh(Mixer):
         if context.extras.globals is not None:
             raise InputError("globals", "LSH attention does not support run-time globals")
         qk, v = self._project(x)
+        if self.config.strict:
+            options = {"scale": 1.0, "segment_ids": context.tokens.attend_segments}
+            selection = self._select(qk, context)
+            y = cast(Array, attend(qk, normalize_keys(qk), v, patterns.Causal(), selection=selection, **options))
+            return self.out(y.reshape(*x.shape[:-1], -1))
         y = attend_hashed(
             qk,
             v,
@@ -124,6 +146,13 @@ class Lsh(Mixer):
         cache = {
             name: write_slots(cache[name], entry, at, context.tokens, axis) for name, (entry, axis) in entries.items()
         }
+        if config.strict:
+            keys_at = jnp.broadcast_to(jnp.arange(length), (len(x), length))
+            buckets = entries["buckets"][0], cache["buckets"]
+            selection = decode_select_hashed(*buckets, config.members, (at, keys_at), length)
+            arrays = qk, normalize_keys(cache["qk"]), cache["v"], selection
+            y = attend_cached_selection(*arrays, patterns.Causal(), at, keys_at, length, scale=1.0)
+            return self.out(y.reshape(*x.shape[:2], -1)), cache
         sizes = {"chunk": config.chunk, "before": config.before, "after": config.after}
         ends = positions + context.tokens.count(at.shape)
         y = decode_attend_hashed(**cache, positions=jnp.minimum(at, length - 1), ends=ends, **sizes)
@@ -134,6 +163,10 @@ class Lsh(Mixer):
     ) -> dict[str, AttentionCall | SelectedCall]:
         """Returns the arguments of attention among the keys that a query meets in its chunks."""
         (qk, v), config, tokens = self._project(x), self.config, context.tokens
+        if config.strict:
+            segments = tokens.attend_segments
+            call = AttentionCall(qk, normalize_keys(qk), v, patterns.Causal(), 1.0, None, None, segments, None)
+            return {"": selected_call(call, self._select(qk, context))}
         buckets = self._hash(qk, context)[0]
         ids = jnp.zeros(x.shape[1], jnp.int32) if tokens.segments is None else tokens.segments[0]
         ids = ids if tokens.mask is None else jnp.where(tokens.mask[0], ids, -1)
@@ -148,9 +181,15 @@ class Lsh(Mixer):
         """Cost of the projections, the hashes and the scored pairs, including masked ones; without the sort."""
         config = self.config
         pairs = config.heads * hashed_pairs(length, config.hashes, config.chunk, config.before, config.after)
+        if config.strict:  # an upper bound: rounds share keys
+            pairs = config.heads * int(np.minimum(np.arange(length) + 1, config.hashes * config.members).sum())
         linear = self.query_key.flops + self.value.flops + self.out.flops
         hashing = 2.0 * config.heads * config.hashes * config.head_width * (sum(config.buckets) // 2)
         return Cost(pairs, linear + hashing + attention_flops(pairs, config.head_width) / length)
+
+    def _select(self, qk: Array, context: Context) -> Selection:
+        """The keys of a whole sequence in the strictly causal form."""
+        return select_hashed(self._hash(qk, context), self.config.members, segments=context.tokens.attend_segments)
 
     def _project(self, x: Array) -> tuple[Array, ...]:
         """Queries, which are also the keys, and values."""

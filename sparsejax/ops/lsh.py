@@ -11,8 +11,12 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, Shaped
 
+from sparsejax.ops.blocks import document_starts, make_blocks
 from sparsejax.ops.chunks import pad_to_multiple
 from sparsejax.ops.rows import move_rows
+from sparsejax.ops.selection import Selection, Visible, choose, over_queries
+from sparsejax.ops.selectors import last_members
+from sparsejax.patterns import Causal
 
 # Scores of masked keys, and of a token with itself, to which it attends only if there is no other key.
 MASKED, SELF = -1e9, -1e5
@@ -199,6 +203,73 @@ def decode_attend_hashed(
     blocks = pad_to_multiple(positions, size, 1).reshape(b, -1, size)
     out = jnp.moveaxis(jax.lax.map(attend_block, jnp.moveaxis(blocks, 1, 0)), 0, 2).reshape(b, h, -1, v.shape[-1])
     return out.swapaxes(1, 2)[:, : positions.shape[1]].astype(v.dtype)
+
+
+def select_hashed(
+    buckets: Int[Array, "b h r t"],
+    members: int,
+    *,
+    segments: tuple[Int[Array, "b t"], Int[Array, "b t"]] | None = None,
+) -> Selection:
+    """The strictly causal form: the last `members` tokens of the bucket of a query in each round.
+
+    A token that is alone in its buckets attends to itself, and others do not, as in `attend_hashed`. No later token
+    changes a choice.
+
+    Args:
+      buckets: The result of `hash_buckets`.
+      members: Tokens per round, the query included.
+      segments: Segment ids of queries and of keys; tokens whose ids differ are padding.
+    """
+    b, h, rounds, t = buckets.shape
+    labels = buckets
+    if segments is not None:
+        starts, count = document_starts(segments[1]), buckets.max() + 1
+        exists = (segments[0] == segments[1])[:, None, None]
+        labels = jnp.where(exists, labels + (starts * count)[:, None, None], -1 - jnp.arange(t))
+    keys = last_members(labels.reshape(b, h * rounds, t), members).reshape(b, h, rounds, t, -1)
+    return Selection(_unite_rounds(keys, jnp.broadcast_to(jnp.arange(t), (b, t))), make_blocks(t, 1))
+
+
+def decode_select_hashed(
+    queries: Int[Array, "b h r c"],
+    buckets: Int[Array, "b h r s"],
+    members: int,
+    positions: tuple[Int[Array, "b c"], Int[Array, "b s"]],
+    length: int,
+) -> Selection:
+    """As `select_hashed`, for queries whose keys are in a cache.
+
+    Args:
+      queries: Buckets of the queries.
+      buckets: Buckets of the keys.
+      members: Tokens per round, the query included.
+      positions: Positions of the queries and of the keys, -1 in an empty slot.
+      length: Length of the sequence.
+    """
+
+    def choose_chunk(chunk: Array, visible: Visible) -> Int[Array, "b h c k"]:
+        same = jnp.moveaxis(chunk, 1, 3)[..., None] == buckets[..., None, :]
+        visible_keys = same & visible.keys[:, None, None]
+        latest = jnp.broadcast_to(positions[1][:, None, None, None].astype(jnp.float32), visible_keys.shape)
+        keys = choose(latest, visible_keys, members)
+        return _unite_rounds(keys, visible.positions)
+
+    options = {"positions": positions, "length": length}
+    groups = over_queries(choose_chunk, jnp.moveaxis(queries, 3, 1), Causal(), buckets.shape[-1], **options)
+    return Selection(jnp.moveaxis(groups, 1, 2), make_blocks(buckets.shape[-1], 1))
+
+
+def _unite_rounds(keys: Int[Array, "b h r t w"], positions: Int[Array, "#b t"]) -> Int[Array, "b h t k"]:
+    """The keys of all rounds, each once; without the query, unless it is alone."""
+    united = jnp.moveaxis(keys, 2, 3).reshape(*keys.shape[:2], keys.shape[3], -1)
+    queries, none = positions[:, None, :, None], jnp.iinfo(jnp.int32).max
+    is_other = (united >= 0) & (united != queries)
+    united = jnp.where(is_other | ((united == queries) & ~is_other.any(axis=-1, keepdims=True)), united, none)
+    united = jnp.sort(united, axis=-1)
+    repeats = jnp.pad(united[..., 1:] == united[..., :-1], ((0, 0),) * 3 + ((1, 0),))
+    united = jnp.sort(jnp.where(repeats, none, united), axis=-1)
+    return jnp.where(united == none, -1, united)
 
 
 def _sort(segments: Int[Array, "b h r t"], buckets: Int[Array, "b h r t"]) -> Int[Array, "b h r t"]:

@@ -208,16 +208,20 @@ def route(
     b, t = x.shape[:2]
     clusters = nearest_centroid(x, centroids)
     starts = jnp.zeros((b, t), jnp.int32) if segments is None else document_starts(segments)
-    labels = starts[:, None] * centroids.shape[1] + clusters
-    order = jnp.argsort(labels, axis=-1, stable=True)  # by document and cluster, then by position
+    return Selection(last_members(starts[:, None] * centroids.shape[1] + clusters, members), make_blocks(t, 1))
+
+
+def last_members(labels: Int[Array, "b g t"], members: int) -> Int[Array, "b g t w"]:
+    """The last `members` tokens with the label of each token, itself included, ascending, with -1 at the end."""
+    t = labels.shape[-1]
+    order = jnp.argsort(labels, axis=-1, stable=True)  # by label, then by position
     ranks = jnp.argsort(order, axis=-1)
-    back = jnp.arange(min(members, t))[::-1]
-    at = ranks[..., None] - back
+    at = ranks[..., None] - jnp.arange(min(members, t))[::-1]
     members_at = jnp.take_along_axis(order, jnp.maximum(at, 0).reshape(*at.shape[:2], -1), axis=-1)
     member_labels = jnp.take_along_axis(labels, members_at, axis=-1).reshape(at.shape)
     kept = (at >= 0) & (member_labels == labels[..., None])
     keys = jnp.sort(jnp.where(kept, members_at.reshape(at.shape), t), axis=-1)
-    return Selection(jnp.where(keys < t, keys, -1), make_blocks(t, 1))
+    return jnp.where(keys < t, keys, -1)
 
 
 def nearest_centroid(x: Float[Array, "b t g d"], centroids: Float[Array, "g c d"]) -> Int[Array, "b g t"]:

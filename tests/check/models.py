@@ -66,6 +66,8 @@ MIXERS: dict[str, dict[str, Any]] = {
         "impl": "gather",
         "compression": {"ratio": 4, "overlap": True, "indexer": {"heads": 2, "width": 8, "top_k": 8}},
     },
+    "strict lsh": {"kind": "lsh", "heads": 2, "head_width": 8, "chunk": 4, "buckets": [4], "hashes": 2, "causal": True}
+    | {"seed": 0, "strict": True},
     "conv": {"kind": "conv", "conv": 3},
     "mamba": {"kind": "mamba", "inner": 16, "state": 4, "conv": 3, "dt_rank": 2} | RANGE,
     "mamba2": {"kind": "mamba2", "heads": 2, "head_width": 8, "state": 4, "groups": 1, "conv": 3, "norm_eps": 1e-6}

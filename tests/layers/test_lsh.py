@@ -109,3 +109,70 @@ def test_rejects_rotations_of_another_shape_and_run_time_globals():
         build()(jnp.asarray(X), Context(extras=Extras(rotations=jnp.asarray(ROTATIONS[:, :, :1]))))
     with rejects(InputError, "globals"):
         build()(jnp.asarray(X), Context(extras=Extras(globals=jnp.zeros((2, 1), jnp.int32))))
+
+
+# The strictly causal form
+
+STRICT = {"strict": True, "chunk": 2}
+
+
+def attend_strictly(module, x, rotations, segments):
+    """Output of the strictly causal form by loops, for rows of packed documents."""
+    config, w = module.config, reference.weights(module)
+    qk, v = (
+        (x.astype(np.float64) @ w[name]["weight"]).reshape(*x.shape[:2], config.heads, -1)
+        for name in ("query_key", "value")
+    )
+    buckets = np.asarray(hash_buckets(jnp.asarray(qk, jnp.float32), jnp.asarray(rotations), config.buckets))
+    keys = qk / np.sqrt((qk**2).mean(-1, keepdims=True) + 1e-6) / np.sqrt(config.head_width)
+    y = np.zeros_like(v)
+    for row, head, query in np.ndindex(len(x), config.heads, x.shape[1]):
+        chosen = set()
+        for ids in buckets[row, head]:
+            same = [s for s in range(query + 1) if ids[s] == ids[query] and segments[row, s] == segments[row, query]]
+            chosen |= set(same[-config.chunk * (config.before + 1) :])
+        chosen = sorted(chosen - {query}) or [query]
+        scores = keys[row, chosen, head] @ qk[row, query, head]
+        p = np.exp(scores - scores.max())
+        y[row, query, head] = p / p.sum() @ v[row, chosen, head]
+    return y.reshape(*x.shape[:2], -1) @ w["out"]["weight"]
+
+
+@pytest.mark.parametrize("change", [{}, {"before": 0, "hashes": 3}, {"buckets": (2,), "hashes": 1}], ids=str)
+@pytest.mark.parametrize("segments", [np.zeros((2, LENGTH), int), np.array([[0] * 5 + [1] * 6, [0] * 10 + [1]])])
+def test_the_strict_form_equals_loops(change, segments):
+    module = build(**STRICT | change)
+    shape = 2, 5, module.config.hashes, sum(module.config.buckets) // 2
+    rotations = np.random.default_rng(2).normal(size=shape).astype(np.float32)
+    context = Context(Tokens(segments=jnp.asarray(segments)), Extras(rotations=jnp.asarray(rotations)))
+    y = jax.jit(lambda x: module(x, context))(X)
+    assert_close("strict", y, attend_strictly(module, X, rotations, segments), "float32")
+
+
+def test_the_strict_form_decodes():
+    module = build(**STRICT)
+    whole, cache, at = jax.jit(module.__call__)(X), module.init_cache(2, LENGTH), np.zeros(2, int)
+    extend = jax.jit(module.extend, static_argnums=3)
+    for size, counts in ((4, (4, 2)), (1, (1, 1)), (5, (5, 3)), (1, (1, 1))):
+        rows = jnp.stack([jnp.pad(X[i], ((0, 9), (0, 0)))[at[i] : at[i] + size] for i in range(2)])
+        mask = jnp.arange(size) < jnp.asarray(counts)[:, None]
+        y, cache = extend(rows, cache, jnp.asarray(at), LENGTH, Context(Tokens(mask=mask)))
+        for i, count in enumerate(counts):
+            assert_close(f"row {i} at {at[i]}", y[i, :count], whole[i, at[i] : at[i] + count], "float32")
+        at += counts
+
+
+def test_later_tokens_change_nothing_in_the_strict_form():
+    module, random = build(**STRICT), np.random.default_rng(3)
+    run = jax.jit(module.__call__)
+    before = run(X)
+    assert module.config.leaks == ""
+    for cut in range(1, LENGTH):
+        edited = np.concatenate([X[:, :cut], random.normal(size=X[:, cut:].shape)], axis=1).astype(np.float32)
+        np.testing.assert_array_equal(run(edited)[:, :cut], before[:, :cut])
+
+
+@pytest.mark.parametrize("change", [{"causal": False}, {"after": 1}])
+def test_the_strict_form_is_causal(change):
+    with rejects(InputError, "strict"):
+        dataclasses.replace(CONFIG, strict=True, **change)
