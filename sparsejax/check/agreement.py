@@ -168,7 +168,9 @@ def _choose_all(config: ModelConfig, length: int) -> ModelConfig:
             return dataclasses.replace(part, chunk=length, before=0, after=0)
         if isinstance(part, IndexerConfig):
             return dataclasses.replace(part, top_k=length)
-        if isinstance(part, SelectConfig | NsaConfig):
+        if isinstance(part, SelectConfig):
+            return dataclasses.replace(part, count=length, mass=1.0)
+        if isinstance(part, NsaConfig):
             return dataclasses.replace(part, count=length)
         return part
 

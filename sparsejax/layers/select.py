@@ -15,7 +15,8 @@ from sparsejax.ops.selectors import POOLINGS
 from sparsejax.patterns import Pattern
 
 KINDS = ("tokens", "tiles", "moba", "infllm")
-KIND_OF = {"pooling": "tiles"} | dict.fromkeys(("window", "stride", "initial", "local", "dense_below"), "infllm")
+INFLLM = ("window", "stride", "initial", "local", "dense_below")
+KIND_OF = {"pooling": "tiles", "mass": "tokens"} | dict.fromkeys(INFLLM, "infllm")  # by field of a single kind
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -38,6 +39,7 @@ class SelectConfig:
     count: int  # groups per query
     block: int = 1  # keys per group
     pooling: str = "max"  # max, mean or logsumexp of the logits of a tile
+    mass: float = 1.0  # probability that tokens hold: only the fewest that hold it are chosen (top-p), at most count
     window: int = 32  # keys per window of infllm, a multiple of stride
     stride: int = 16  # keys from one window of infllm to the next, which divides block
     initial: int = 1  # first blocks of the document, which infllm always chooses
@@ -49,6 +51,8 @@ class SelectConfig:
         require_choice(self, "pooling", POOLINGS)
         require_at_least(self, 1, "count", "block", "window", "stride", "local")
         require_at_least(self, 0, "initial", "dense_below")
+        if not 0 < self.mass <= 1:
+            raise InputError("mass", f"{self.mass} is not in (0, 1]")
         if self.kind == "tokens" and self.block != 1:
             raise InputError("block", f"{self.block}: a token is chosen alone; use kind = 'tiles'")
         for field in dataclasses.fields(self):
@@ -66,6 +70,8 @@ class SelectConfig:
     def summary(self) -> str:
         """What is chosen, in a few words."""
         groups = "keys" if self.kind == "tokens" else f"blocks of {self.block}"
+        if self.mass < 1:
+            return f"top {self.count} keys of mass {self.mass:g}"
         return f"top {self.count} {groups}" + {"moba": " (MoBA)", "infllm": " (InfLLM-V2)"}.get(self.kind, "")
 
     def choose(
@@ -73,7 +79,7 @@ class SelectConfig:
     ) -> Selection:
         """Chooses groups; `options` are the segments, positions and length of `ops.selectors`."""
         if self.kind == "tokens":
-            return top_tokens(q, k, self.count, pattern, scale=scale, **options)
+            return top_tokens(q, k, self.count, pattern, mass=self.mass, scale=scale, **options)
         if self.kind == "tiles":
             return top_tiles(q, k, self.block, self.count, pattern, pooling=self.pooling, scale=scale, **options)
         if self.kind == "infllm":

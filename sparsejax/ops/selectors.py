@@ -36,12 +36,13 @@ def top_tokens(
     *,
     scope: str = "query_head",
     pooling: str = "logits",
+    mass: float = 1.0,
     scale: float | None = None,
     segments: Segments = None,
     positions: Positions = None,
     length: int | None = None,
 ) -> Selection:
-    """Exact top-k: the keys with the largest logits, the oracle of every mechanism.
+    """Exact top-k: the keys with the largest logits, the oracle of every mechanism; with `mass`, exact top-p.
 
     Args:
       q: Queries.
@@ -50,6 +51,8 @@ def top_tokens(
       pattern: The allowed keys.
       scope: "query_head": one choice per query head; "kv_head": one per key/value head.
       pooling: How "kv_head" combines its query heads: sums of "logits", or of "probabilities" over all allowed keys.
+      mass: Probability that the keys hold: only the fewest that hold it are chosen, at most `top_k`; 1 for no bound.
+        The probabilities of "kv_head" are means over its query heads.
       scale: Factor on q·k; defaults to `d ** -0.5`.
       segments: Segment ids of queries and of keys.
       positions: Positions of queries and of keys, see `select`; key i is at position i.
@@ -60,17 +63,30 @@ def top_tokens(
     """
     _require_choice(scope=(scope, ("query_head", "kv_head")), pooling=(pooling, ("logits", "probabilities")))
     _require_positive(top_k=top_k)
+    if not 0 < mass <= 1:
+        raise InputError("mass", f"{mass} is not in (0, 1]")
     groups, keys = k.shape[2], jax.lax.stop_gradient(k)
+
+    def combine(x: Array) -> Array:  # [b, h, c, s]
+        return x if scope == "query_head" else x.reshape(x.shape[0], groups, -1, *x.shape[2:]).sum(axis=2)
 
     def score(q: Array, visible: Visible) -> tuple[Array, None]:
         logits = _logits(q, keys, scale)
-        if scope == "query_head":
-            return logits, None
-        if pooling == "probabilities":
-            logits, _ = masked_softmax(logits, visible.keys[:, None], None)
-        return logits.reshape(logits.shape[0], groups, -1, *logits.shape[2:]).sum(axis=2), None
+        p, _ = masked_softmax(logits, visible.keys[:, None], None)
+        scores = combine(p if scope == "kv_head" and pooling == "probabilities" else logits)
+        if mass == 1:
+            return scores, None
+        p = combine(p) / (1 if scope == "query_head" else q.shape[2] // groups)
+        return jnp.where(_holds(p, mass), scores, -jnp.inf), None
 
     return select(score, q, make_blocks(k.shape[1], 1), top_k, pattern, **_options(segments, positions, length))
+
+
+def _holds(p: Float[Array, "*b s"], mass: float) -> Bool[Array, "*b s"]:
+    """Whether a key is among the fewest that hold `mass`, the largest first; of equal ones the lower index."""
+    largest, order = jax.lax.top_k(p, p.shape[-1])
+    before = jnp.cumsum(largest, axis=-1) - largest
+    return jnp.take_along_axis(before < mass, jnp.argsort(order, axis=-1), axis=-1)
 
 
 def top_tiles(

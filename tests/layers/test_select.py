@@ -18,6 +18,7 @@ from tests.tolerances import assert_close
 
 KINDS = {
     "tokens": {"kind": "tokens", "count": 9},
+    "mass": {"kind": "tokens", "count": 30, "mass": 0.6},
     "tiles": {"kind": "tiles", "count": 3, "block": 5, "pooling": "logsumexp"},
     "moba": {"kind": "moba", "count": 2, "block": 8},
     "infllm": {"kind": "infllm", "count": 3, "block": 8, "window": 8, "stride": 4, "dense_below": 37},
@@ -39,7 +40,8 @@ def x():
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_enough_groups_give_dense_attention(kind, x):
-    config, mixer = make(KINDS[kind] | {"count": LENGTH}, impl="dense")
+    enough = {"count": LENGTH} | ({"mass": 1.0} if kind == "mass" else {})
+    config, mixer = make(KINDS[kind] | enough, impl="dense")
     mixer.config, expected = dataclasses.replace(config, select=None), jax.jit(mixer.__call__)
     dense = expected(x)
     mixer.config = config
@@ -95,6 +97,8 @@ def test_the_summary_says_what_is_chosen():
     [
         ("select.kind", {"kind": "best"}, {}),
         ("select.count", {"count": 0}, {}),
+        ("select.mass", {"kind": "tokens", "block": 1, "mass": 0.0}, {}),
+        ("select.mass", {"mass": 0.5}, {}),
         ("select.block", {"kind": "tokens", "block": 2}, {}),
         ("select.block", {"block": 0}, {}),
         ("select.pooling", {"pooling": "max", "kind": "tiles"} | {"pooling": "sum"}, {}),

@@ -332,6 +332,22 @@ def test_a_packed_document_chooses_as_alone(name, arrays):
         )
 
 
+@pytest.mark.parametrize("scope", ["query_head", "kv_head"])
+@pytest.mark.parametrize("mass", [0.3, 0.9])
+def test_the_fewest_keys_that_hold_a_mass(scope, mass, arrays):
+    q, k, _ = arrays
+    run = jax.jit(lambda: top_tokens(q, k, 12, CAUSAL, scope=scope, pooling="probabilities", mass=mass).groups)
+    groups = np.asarray(run())
+    for row, head, query in np.ndindex(*groups.shape[:3]):
+        heads = [head] if scope == "query_head" else [2 * head, 2 * head + 1]
+        logits = [np.asarray(k)[row, : query + 1, h // 2].astype(float) @ np.asarray(q)[row, query, h] for h in heads]
+        p = np.mean([np.exp(x / 6**0.5) / np.exp(x / 6**0.5).sum() for x in logits], axis=0)
+        order = np.argsort(-p, kind="stable")
+        count = min(12, 1 + int((np.cumsum(p[order]) < mass).sum()))
+        expected = sorted(order[:count])
+        assert [key for key in groups[row, head, query] if key >= 0] == expected
+
+
 def test_queries_that_choose_together_leak(arrays):
     q, k, _ = arrays
     edited = q.at[:, 30].add(5.0)
@@ -452,6 +468,7 @@ def test_no_gradient_flows_through_a_selection():
         ("block", lambda q, k: moba(q, k, 0, 1, CAUSAL)),
         ("pooling", lambda q, k: top_tiles(q, k, 8, 1, CAUSAL, pooling="sum")),
         ("scope", lambda q, k: top_tokens(q, k, 1, CAUSAL, scope="head")),
+        ("mass", lambda q, k: top_tokens(q, k, 1, CAUSAL, mass=1.5)),
         ("pattern", lambda q, k: moba(q, k, 8, 1, parse("per_head(causal, causal, causal, causal)"))),
         ("members", lambda q, k: route(k, CENTROIDS, 0)),
         ("length", lambda q, k: compress(q, k, k, 5, 2, 8, 3)),
