@@ -158,10 +158,11 @@ def test_the_gradient_of_a_score_is_finite_at_any_logit():
 def test_losses_are_weighted_and_do_not_count_padding(balance):
     module, bare = build(balance_weight=0.5, router_z_weight=0.25, balance=balance), build()
     mask = np.array([[True] * 9, [True] * 4 + [False] * 5])
-    (y, (losses, choices, _)), (same, _) = jax.jit(
+    (y, auxiliary), (same, _) = jax.jit(
         lambda: (module(jnp.asarray(X), Context(Tokens(mask=jnp.asarray(mask)))), bare(jnp.asarray(X)))
     )()
     np.testing.assert_array_equal(y, same)
+    losses, choices = auxiliary.losses, auxiliary.choices
     logits = X[mask].astype(np.float64) @ reference.weights(module)["router"]["weight"]
     scores = softmax(logits)
     chosen = np.array([np.isin(np.arange(8), choose(row, 2, 1, 1)) for row in scores])

@@ -259,7 +259,7 @@ def decode(module: nnx.Module, x: np.ndarray, length: int) -> jax.Array:
     """Outputs of the steps over all positions."""
 
     def step(cache, token):
-        y, cache = module.extend(token[0][:, None], cache, jnp.full(len(x), token[1]), length)
+        y, cache, *_ = module.extend(token[0][:, None], cache, jnp.full(len(x), token[1]), length)
         return cache, y[:, 0]
 
     tokens = jnp.swapaxes(x, 0, 1), jnp.arange(x.shape[1])

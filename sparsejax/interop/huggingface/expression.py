@@ -706,7 +706,7 @@ EXPORTED: dict[str, Family] = {
             "n_shared_experts": lambda view: 1,
             "intermediate_size": "experts.width",
             "dense_intermediate_size": "mlp.width",
-            "swiglu_limit": ("experts.limit", "mlp.limit"),
+            "swiglu_limit": lambda view: _or_absent(view.get("experts.limit" if view.has("experts") else "mlp.limit")),
             "swiglu_alpha": ("experts.alpha", "mlp.alpha"),
         },
     ),
