@@ -218,7 +218,7 @@ class Model(nnx.Module):
         streams = [x]
         for index, layer in enumerate(self.unroll()):
             x, added = layer(x, context.with_extras(layer=jnp.asarray(index)))
-            context = context if added.selection is None else context.with_extras(selection=added.selection)
+            context = context.pass_on(added.selection)
             streams.append(x)
         return [*streams, self._normalize(x)]
 

@@ -274,7 +274,7 @@ def measure_layers(
         calls = layer.attention_calls(x, known)
         layers.append({path: measure_attention(call, candidates, sinks) for path, call in calls.items()})
         x, added = layer(x, known)
-        context = context if added.selection is None else context.with_extras(selection=added.selection)
+        context = context.pass_on(added.selection)
     return layers
 
 

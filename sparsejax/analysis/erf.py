@@ -151,7 +151,7 @@ def gradient_norms(
         outputs, known = [], context.with_extras(embeddings=x)
         for index, layer in enumerate(itertools.islice(model.unroll(), depths[-1])):
             x, added = layer(x, known.with_extras(layer=jnp.asarray(index)))
-            known = known if added.selection is None else known.with_extras(selection=added.selection)
+            known = known.pass_on(added.selection)
             if index + 1 in depths:
                 logits = model.read_out(x[jnp.arange(len(x)), positions][:, None], known)[:, 0]
                 outputs.append(logits.max(axis=-1) - logits.mean(axis=-1))

@@ -122,7 +122,7 @@ class Subject:
                 compiled[name] = self.jit(lambda state, *inputs, graph=graph: apply(nnx.merge(graph, state), *inputs))
             x = x if inputs is None else jnp.asarray(inputs[index], x.dtype)
             x, result, selected = compiled[name](state, x, context.with_extras(layer=jnp.asarray(index)))
-            context = context if selected is None else context.with_extras(selection=selected)
+            context = context.pass_on(selected)
             results.append((name, result))
         x = x if inputs is None else jnp.asarray(inputs[-1], x.dtype)
         return np.asarray(finish(self.parameters, x)), results

@@ -15,7 +15,7 @@ from sparsejax import patterns
 from sparsejax.errors import InputError, argument_path, require_at_least, require_choice
 from sparsejax.layers.caching import add_to_blocks, chunk_positions, extend_keys
 from sparsejax.layers.context import EMPTY, Context
-from sparsejax.layers.indexer import IndexerConfig, make_indexer
+from sparsejax.layers.indexer import IndexerConfig, indexed_cost, make_indexer
 from sparsejax.layers.norm import NormConfig, make_norm, normalize
 from sparsejax.layers.protocols import Auxiliary, Cache, Mixer, MixerConfig, implementation_names, parse_pattern
 from sparsejax.layers.rotary import RopeConfig, rotate
@@ -27,7 +27,6 @@ from sparsejax.ops import (
     attend,
     attend_cached,
     attend_cached_selection,
-    attention_flops,
     measure_selection,
     merge_lse,
 )
@@ -296,23 +295,11 @@ class Attention(Mixer):
         width = config.head_width
         if config.select is not None:
             return Cost(0, linear) + config.select.cost(self.pattern, length, heads=config.heads, width=width)
+        sizes = {"heads": config.heads, "score_width": width + (config.relative or 0), "value_width": width}
+        attention = attention_cost(self.pattern, length, **sizes)
         if config.indexer is not None:
-            return self._indexed_cost(config.indexer, length) + Cost(0, linear)
-        return Cost(0, linear) + attention_cost(
-            self.pattern,
-            length,
-            heads=config.heads,
-            score_width=width + (config.relative or 0),
-            value_width=width,
-        )
-
-    def _indexed_cost(self, indexer: IndexerConfig, length: int) -> Cost:
-        pairs, width = self.config.heads * indexer.attended(length), self.config.head_width
-        live, tiles = (self.config.heads * count for count in self.pattern.tiles(length))
-        cost = Cost(pairs, attention_flops(pairs, width) / max(length, 1), (live, tiles))
-        if self.indexer is None:
-            return cost
-        return cost + self.indexer.cost(length, heads=self.config.heads, score_width=width)
+            attention = indexed_cost(config.indexer, self.indexer, attention, length, **sizes)
+        return Cost(0, linear) + attention
 
     @property
     def _keeps_sums(self) -> bool:

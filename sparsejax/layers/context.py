@@ -118,6 +118,10 @@ class Context:
         """Replaces the named fields of `extras`."""
         return dataclasses.replace(self, extras=dataclasses.replace(self.extras, **extras))
 
+    def pass_on(self, selection: Selection | None) -> Context:
+        """The context of the layers after one that selected these keys; unchanged if it selected none."""
+        return self if selection is None else self.with_extras(selection=selection)
+
     def dropout(self, x: Float[Array, "*b m"], branch: int = 0) -> Float[Array, "*b m"]:
         """Applies dropout if there is any. The embedding and each branch of each layer have masks of their own."""
         if self.extras.dropout is None:

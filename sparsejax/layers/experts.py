@@ -5,12 +5,13 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax.typing import DTypeLike
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
 from sparsejax.errors import InputError, require_at_least, require_choice
 from sparsejax.layers.context import EMPTY, Context
@@ -78,6 +79,18 @@ class ExpertsConfig:
             raise InputError("bias_rate", f"{self.bias_rate} has no bias to update; set selection_bias")
         if self.shared_gate and not self.shared_width:
             raise InputError("shared_gate", "there is no shared expert to gate; set shared_width")
+
+    def update_state(self, parameters: dict[str, Any], choices: Int[Array, "*r e"]) -> dict[str, Any]:
+        """Returns the parameters after a training step: moves the selection bias toward equal loads.
+
+        Args:
+          parameters: Parameters of the experts; those of scanned layers have a leading axis of repetitions.
+          choices: Number of choices per expert in the step.
+        """
+        if not self.bias_rate:
+            return parameters
+        bias = ops.update_selection_bias(parameters["selection_bias"], choices, self.bias_rate)
+        return parameters | {"selection_bias": bias}
 
     @property
     def shared(self) -> MlpConfig:

@@ -119,6 +119,32 @@ class IndexerConfig:
             raise InputError("heads", f"{self.heads} differs from the {kv_heads} key/value heads of scope = 'kv_head'")
 
 
+def indexed_cost(
+    config: IndexerConfig,
+    indexer: Indexer | None,
+    dense: Cost,
+    length: int,
+    *,
+    heads: int,
+    score_width: int,
+    value_width: int,
+) -> Cost:
+    """Cost of attention to the keys of an indexer, with that of the indexer, if the layer has it.
+
+    Args:
+      config: The indexer.
+      indexer: Its module; None if its selection is shared.
+      dense: Cost of attention to all keys, for its tiles.
+      length: Number of tokens.
+      heads: Query heads of the attention.
+      score_width: Width of a query and a key of the attention.
+      value_width: Width of a value of the attention.
+    """
+    pairs = heads * config.attended(length)
+    cost = Cost(pairs, attention_flops(pairs, score_width, value_width) / max(length, 1), dense.tiles)
+    return cost if indexer is None else cost + indexer.cost(length, heads=heads, score_width=score_width)
+
+
 class Indexer(nnx.Module):
     """The indexer of an attention mixer.
 

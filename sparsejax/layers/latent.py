@@ -13,7 +13,7 @@ from sparsejax import patterns
 from sparsejax.errors import InputError, argument_path, require_at_least, require_choice
 from sparsejax.layers.caching import chunk_positions, extend_keys
 from sparsejax.layers.context import EMPTY, Context
-from sparsejax.layers.indexer import IndexerConfig, make_indexer
+from sparsejax.layers.indexer import IndexerConfig, indexed_cost, make_indexer
 from sparsejax.layers.norm import Norm, NormConfig
 from sparsejax.layers.protocols import Auxiliary, Cache, Mixer, MixerConfig, implementation_names, parse_pattern
 from sparsejax.layers.rotary import RopeConfig, rotate
@@ -24,7 +24,6 @@ from sparsejax.ops import (
     attend,
     attend_cached,
     attend_cached_selection,
-    attention_flops,
 )
 from sparsejax.ops.call import SelectedCall, selected_call
 from sparsejax.ops.softmax import confine_nan
@@ -224,17 +223,11 @@ class Latent(Mixer):
         config, score_width = self.config, self.config.nope_width + self.config.rope_width
         projections = (self.query_latent, self.query, self.latent, self.expand, self.out)
         linear = Cost(0, sum(projection.flops for projection in projections if projection is not None))
-        attention = attention_cost(
-            self.pattern, length, heads=config.heads, score_width=score_width, value_width=config.value_width
-        )
-        if config.indexer is None:
-            return linear + attention
-        pairs = config.heads * config.indexer.attended(length)
-        flops = attention_flops(pairs, score_width, config.value_width) / max(length, 1)
-        cost = linear + Cost(pairs, flops, attention.tiles)
-        if self.indexer is None:
-            return cost
-        return cost + self.indexer.cost(length, heads=config.heads, score_width=score_width)
+        sizes = {"heads": config.heads, "score_width": score_width, "value_width": config.value_width}
+        attention = attention_cost(self.pattern, length, **sizes)
+        if config.indexer is not None:
+            attention = indexed_cost(config.indexer, self.indexer, attention, length, **sizes)
+        return linear + attention
 
     @property
     def _scale(self) -> float:

@@ -21,7 +21,7 @@ from jaxtyping import Array, Bool, Float, Int, PyTree, Shaped
 
 from sparsejax.errors import InputError
 from sparsejax.ops.blocks import Blocks, make_blocks
-from sparsejax.ops.selection import Selection, Visible, block_of_query, over_queries, select
+from sparsejax.ops.selection import Selection, Visible, force_blocks, over_queries, select
 from sparsejax.ops.softmax import MASKED, masked_softmax
 from sparsejax.patterns import Pattern
 
@@ -112,10 +112,7 @@ def select_indexed(
         if not has_block_keys and blocks.size > 1:
             masked = jnp.where(visible.keys[:, None], scores, -jnp.inf)
             scores = blocks.split(masked, -jnp.inf).max(axis=-1)
-        if not local:
-            return scores, None
-        current, indices = block_of_query(visible, blocks)[..., None], jnp.arange(blocks.count)
-        return scores, ((indices > current - local) & (indices <= current))[:, None]
+        return scores, force_blocks(visible, blocks, 0, local) if local else None
 
     arrays = index.q, index.weights
     options = {"segments": segments, "positions": positions, "length": length}

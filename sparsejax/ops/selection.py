@@ -208,6 +208,13 @@ def block_of_query(visible: Visible, blocks: Blocks) -> Int[Array, "#b c"]:
     return jnp.take_along_axis(jnp.broadcast_to(of_key, (shape[0], of_key.shape[1])), at, axis=1)
 
 
+def force_blocks(visible: Visible, blocks: Blocks, initial: int, local: int) -> Bool[Array, "#b 1 c n"]:
+    """Whether each block is among the first of its document, or among the last up to that of the query."""
+    current, indices = block_of_query(visible, blocks)[..., None], jnp.arange(blocks.count)
+    forced = (blocks.numbers[:, None] < initial) | ((indices > current - local) & (indices <= current))
+    return forced[:, None]
+
+
 def count_keys(visible: Visible, blocks: Blocks) -> Int[Array, "#b c n"]:
     """Number of keys of each block that a query may attend to."""
     mask = visible.keys

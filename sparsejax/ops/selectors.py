@@ -15,7 +15,16 @@ from jaxtyping import Array, Bool, Float, Int
 
 from sparsejax.errors import InputError
 from sparsejax.ops.blocks import Blocks, Windows, document_starts, make_blocks, make_windows
-from sparsejax.ops.selection import Selection, Visible, block_of_query, choose, count_keys, over_queries, select
+from sparsejax.ops.selection import (
+    Selection,
+    Visible,
+    block_of_query,
+    choose,
+    count_keys,
+    force_blocks,
+    over_queries,
+    select,
+)
 from sparsejax.ops.softmax import confine_nan, masked_softmax
 from sparsejax.patterns import Pattern
 
@@ -300,7 +309,7 @@ def nsa(
         out = jnp.einsum("bgrcn,bnge->bgrce", p, v, precision=jax.lax.Precision.HIGHEST)
         overlapping = _overlapping(jax.lax.stop_gradient(p).sum(axis=2), windows, blocks, offsets)
         scores = (overlapping * jnp.asarray(shared, p.dtype)).sum(axis=-1)
-        allowed, forced = (count_keys(visible, blocks) > 0)[:, None], _force_blocks(visible, blocks, initial, local)
+        allowed, forced = (count_keys(visible, blocks) > 0)[:, None], force_blocks(visible, blocks, initial, local)
         groups = choose(scores, allowed, count, forced)
         return out.reshape(out.shape[0], -1, *out.shape[3:]), groups, _count_forced(allowed & forced, groups)
 
@@ -375,7 +384,7 @@ def infllm(
     def choose_chunk(q: Array, visible: Visible) -> tuple[Array, Array]:
         p = _window_probabilities(q, means, windows, visible, scale).sum(axis=2)
         scores = _overlapping(p, windows, blocks, offsets).max(axis=-1)
-        allowed, forced = (count_keys(visible, blocks) > 0)[:, None], _force_blocks(visible, blocks, initial, local)
+        allowed, forced = (count_keys(visible, blocks) > 0)[:, None], force_blocks(visible, blocks, initial, local)
         groups = choose(scores, allowed, count, forced)
         counts = _count_forced(allowed & forced, groups)
         if groups.shape[-1] == most:
@@ -417,13 +426,6 @@ def _overlapping(
     index = jnp.clip(at, 0, windows.count - 1).reshape(len(at), 1, 1, -1)
     taken = jnp.take_along_axis(p, index, axis=-1).reshape(*p.shape[:3], *at.shape[1:])
     return jnp.where(inside[:, None, None], taken, 0.0)
-
-
-def _force_blocks(visible: Visible, blocks: Blocks, initial: int, local: int) -> Bool[Array, "#b 1 c n"]:
-    """Whether each block is among the first of its document, or among the last up to that of the query."""
-    current, indices = block_of_query(visible, blocks)[..., None], jnp.arange(blocks.count)
-    forced = (blocks.numbers[:, None] < initial) | ((indices > current - local) & (indices <= current))
-    return forced[:, None]
 
 
 def _blocks(k: Array, size: int, segments: Segments) -> Blocks:

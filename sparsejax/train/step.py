@@ -16,8 +16,7 @@ from sparsejax.config import TrainConfig
 from sparsejax.inference.evaluation import DeviceBatch, read_context, token_losses
 from sparsejax.layers import Dropout, ExpertsConfig
 from sparsejax.metrics import AUXILIARY, EXPERT_LOAD_MAX, EXPERT_LOAD_MIN
-from sparsejax.model import FOLDED, Choices, Functional, Losses, Output, Statistics
-from sparsejax.ops.experts import update_selection_bias
+from sparsejax.model import Choices, Functional, Losses, Output, Statistics
 from sparsejax.runs.state import TrainState
 from sparsejax.train.losses import label_smoothing, z_loss
 from sparsejax.train.teacher import Distillation, Targets
@@ -101,7 +100,6 @@ def build_step(
     frozen = jax.tree.map(lambda _: False, model.shapes) if frozen is None else frozen
     differentiate = build_gradient(model, config, mesh, frozen, distillation)
     limit = config.max_skips if config.bad_loss == "skip" else 1
-    rates = _bias_rates(model)
     follows = ends_row or (lambda step: step % config.log_every == 0)
 
     def step(
@@ -114,8 +112,7 @@ def build_step(
         diverged = ~(jnp.isfinite(objective.total) & jnp.isfinite(norm)) | losses.is_spike(objective.loss, config.spike)
         losses = losses.add(objective.loss, batch["weights"].sum(), config.spike, diverged)
         updates, moments = optimizer.update(gradient, state.optimizer, state.parameters)
-        parameters = _balance(optax.apply_updates(state.parameters, updates), objective.choices, rates)
-        parameters = _update_mixers(model, parameters, objective.statistics)
+        parameters = _update_state(model, optax.apply_updates(state.parameters, updates), objective)
         parameters = jax.tree.map(lambda keep, a, b: a if keep else b, frozen, state.parameters, parameters)
         updated = parameters, moments
         current = state.parameters, state.optimizer
@@ -153,36 +150,15 @@ def _describe(objective: Objective) -> dict[str, Array]:
     return details
 
 
-def _bias_rates(model: Functional) -> dict[str, dict[int, float]]:
-    """The rate of the selection bias of each layer that has one, at the path of the layer in the parameters."""
-    config = model.config
-    layers = {part: [config.layers[name].mlp for name in getattr(config.fold, part)] for part in FOLDED}
-    return {
-        part: {i: mlp.bias_rate for i, mlp in enumerate(mlps) if isinstance(mlp, ExpertsConfig) and mlp.bias_rate}
-        for part, mlps in layers.items()
-    }
-
-
-def _balance(parameters: dict[str, Any], choices: Choices, rates: dict[str, dict[int, float]]) -> dict[str, Any]:
-    """Moves the selection biases toward equal loads, see `ops.experts.update_selection_bias`."""
+def _update_state(model: Functional, parameters: dict[str, Any], objective: Objective) -> dict[str, Any]:
+    """Updates the state that no gradient trains: of mixers from their sums, of experts from their choices."""
     parameters = jax.tree.map(lambda leaf: leaf, parameters)  # a copy of the dicts
-    for part, layers in rates.items():
-        for index, rate in layers.items():
-            experts = parameters[part][index]["mlp"]
-            bias = experts["selection_bias"]
-            experts["selection_bias"] = update_selection_bias(bias, choices[part][index], rate)
-    return parameters
-
-
-def _update_mixers(model: Functional, parameters: dict[str, Any], statistics: Statistics) -> dict[str, Any]:
-    """Updates the state of mixers that no gradient trains, see `MixerConfig.update_state`."""
-    parameters = jax.tree.map(lambda leaf: leaf, parameters)  # a copy of the dicts
-    for part, layers in statistics.items():
-        for index, sums in layers.items():
-            mixer = model.config.layers[getattr(model.config.fold, part)[index]].mixer
-            assert mixer is not None
-            layer = parameters[part][index]
-            layer["mixer"] = mixer.update_state(layer["mixer"], sums)
+    for name, by_layer in (("mixer", objective.statistics), ("mlp", objective.choices)):
+        for part, layers in by_layer.items():
+            for index, sums in layers.items():
+                config = model.config.layers[getattr(model.config.fold, part)[index]]
+                layer = parameters[part][index]
+                layer[name] = getattr(config, name).update_state(layer[name], sums)
     return parameters
 
 

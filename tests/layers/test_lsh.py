@@ -12,6 +12,7 @@ from sparsejax.errors import InputError
 from sparsejax.layers import Context, Extras, Lsh, LshConfig, Stream, Tokens
 from sparsejax.ops import hash_buckets
 from tests.layers import reference
+from tests.layers.properties import assert_chunks_equal_whole, assert_later_tokens_change_nothing
 from tests.layers.test_mixers import decode
 from tests.messages import rejects
 from tests.ops.test_lsh import loop
@@ -150,26 +151,13 @@ def test_the_strict_form_equals_loops(change, segments):
 
 
 def test_the_strict_form_decodes():
-    module = build(**STRICT)
-    whole, cache, at = jax.jit(module.__call__)(X), module.init_cache(2, LENGTH), np.zeros(2, int)
-    extend = jax.jit(module.extend, static_argnums=3)
-    for size, counts in ((4, (4, 2)), (1, (1, 1)), (5, (5, 3)), (1, (1, 1))):
-        rows = jnp.stack([jnp.pad(X[i], ((0, 9), (0, 0)))[at[i] : at[i] + size] for i in range(2)])
-        mask = jnp.arange(size) < jnp.asarray(counts)[:, None]
-        y, cache = extend(rows, cache, jnp.asarray(at), LENGTH, Context(Tokens(mask=mask)))
-        for i, count in enumerate(counts):
-            assert_close(f"row {i} at {at[i]}", y[i, :count], whole[i, at[i] : at[i] + count], "float32")
-        at += counts
+    assert_chunks_equal_whole(build(**STRICT), X, ((4, (4, 2)), (1, (1, 1)), (5, (5, 3)), (1, (1, 1))))
 
 
 def test_later_tokens_change_nothing_in_the_strict_form():
-    module, random = build(**STRICT), np.random.default_rng(3)
-    run = jax.jit(module.__call__)
-    before = run(X)
+    module = build(**STRICT)
     assert module.config.leaks == ""
-    for cut in range(1, LENGTH):
-        edited = np.concatenate([X[:, :cut], random.normal(size=X[:, cut:].shape)], axis=1).astype(np.float32)
-        np.testing.assert_array_equal(run(edited)[:, :cut], before[:, :cut])
+    assert_later_tokens_change_nothing(module, X, range(1, LENGTH))
 
 
 @pytest.mark.parametrize("change", [{"causal": False}, {"after": 1}])

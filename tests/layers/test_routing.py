@@ -14,6 +14,7 @@ from sparsejax.layers import Context, RopeConfig, Routing, RoutingConfig, Stream
 from sparsejax.ops.routing import update_centroids
 from tests.check.models import MIXERS, build
 from tests.layers import reference
+from tests.layers.properties import assert_chunks_equal_whole, assert_later_tokens_change_nothing
 from tests.messages import rejects
 from tests.tolerances import assert_close
 
@@ -95,28 +96,13 @@ def test_the_output_the_loss_and_the_sums(form, segments, x):
 
 
 def test_chunks_of_ragged_rows_equal_the_whole(x):
-    mixer = make(CAUSAL)
-    whole, cache = jax.jit(mixer.__call__)(x), mixer.init_cache(2, LENGTH)
-    extend, at = jax.jit(mixer.extend, static_argnums=3), np.zeros(2, int)
-    before = jax.tree.map(lambda leaf: (leaf.shape, leaf.dtype), cache)
-    for size, counts in ((17, (17, 9)), (4, (4, 4)), (1, (1, 1)), (15, (15, 3)), (1, (1, 1))):
-        rows = jnp.stack([jnp.pad(x[i], ((0, 64), (0, 0)))[at[i] : at[i] + size] for i in range(2)])
-        mask = jnp.arange(size) < jnp.asarray(counts)[:, None]
-        y, cache = extend(rows, cache, jnp.asarray(at), LENGTH, Context(Tokens(mask=mask)))
-        for i, count in enumerate(counts):
-            assert_close(f"row {i} at {at[i]}", y[i, :count], whole[i, at[i] : at[i] + count], "float32")
-        at += counts
-    assert jax.tree.map(lambda leaf: (leaf.shape, leaf.dtype), cache) == before
+    chunks = (17, (17, 9)), (4, (4, 4)), (1, (1, 1)), (15, (15, 3)), (1, (1, 1))
+    cache = assert_chunks_equal_whole(make(CAUSAL), x, chunks)
     assert cache["k"].shape == (2, 2, 3, 4, 6)  # the last members of each cluster, at any length
 
 
 def test_later_tokens_change_nothing(x):
-    mixer, random = make(CAUSAL), np.random.default_rng(1)
-    run = jax.jit(mixer.__call__)
-    before = run(x)
-    for cut in (1, 16, 30, LENGTH - 1):
-        edited = np.concatenate([x[:, :cut], random.normal(size=x[:, cut:].shape)], axis=1)
-        np.testing.assert_array_equal(run(edited.astype(np.float32))[:, :cut], before[:, :cut])
+    assert_later_tokens_change_nothing(make(CAUSAL), x, (1, 16, 30, LENGTH - 1))
 
 
 def test_balanced_clusters_read_the_future(x):

@@ -11,10 +11,9 @@ from flax import nnx
 from sparsejax.config import ConfigError
 from sparsejax.errors import InputError
 from sparsejax.layers import Attention, Context, SelectConfig, Stream
-from sparsejax.layers.context import Tokens
 from tests.check.models import ATTENTION, build
+from tests.layers.properties import assert_chunks_equal_whole
 from tests.messages import rejects
-from tests.tolerances import assert_close
 
 KINDS = {
     "tokens": {"kind": "tokens", "count": 9},
@@ -51,17 +50,8 @@ def test_enough_groups_give_dense_attention(kind, x):
 @pytest.mark.parametrize("kind", KINDS)
 def test_chunks_of_ragged_rows_equal_the_whole(kind, x):
     _, mixer = make(KINDS[kind])
-    whole, cache = jax.jit(mixer.__call__)(x), mixer.init_cache(2, LENGTH)
-    extend = jax.jit(mixer.extend, static_argnums=3)
-    at, bytes_before = np.zeros(2, int), sum(leaf.nbytes for leaf in jax.tree.leaves(cache))
-    for size, counts in ((17, (17, 9)), (8, (8, 8)), (1, (1, 1)), (20, (20, 3)), (1, (1, 1))):
-        rows = jnp.stack([jnp.pad(x[i], ((0, 64), (0, 0)))[at[i] : at[i] + size] for i in range(2)])
-        mask = jnp.arange(size) < jnp.asarray(counts)[:, None]
-        y, cache = extend(rows, cache, jnp.asarray(at), LENGTH, Context(Tokens(mask=mask)))
-        for i, count in enumerate(counts):
-            assert_close(f"row {i} at {at[i]}", y[i, :count], whole[i, at[i] : at[i] + count], "float32")
-        at += counts
-    assert sum(leaf.nbytes for leaf in jax.tree.leaves(cache)) == bytes_before
+    chunks = (17, (17, 9)), (8, (8, 8)), (1, (1, 1)), (20, (20, 3)), (1, (1, 1))
+    assert_chunks_equal_whole(mixer, x, chunks)
 
 
 def test_a_cache_of_moba_has_the_sum_of_keys_per_block():

@@ -17,6 +17,8 @@ from sparsejax.interop.huggingface.translation import (
 )
 from sparsejax.layers import AttentionConfig, DeltaConfig, ExpertsConfig, MlpConfig, NormConfig
 
+QKV = ("query", "key", "value")  # in the order in which checkpoints store them together
+
 
 def translate(fields: Fields) -> Translation:
     """Translates a `Qwen3NextConfig`."""
@@ -125,16 +127,19 @@ def _delta_tensors(source: str, target: str, config: DeltaConfig) -> list[Tensor
     projections = [f"{target}.{name}.weight" for name in ("query", "key", "value", "gate")]
     sizes = [config.key_width] * 2 + [share * config.value_width] * 2
     rates = [f"{target}.{name}.weight" for name in ("beta", "decay")]
-    keys = config.key_heads * config.key_width
     return [
         split_groups(f"{source}.in_proj_qkvz.weight", projections, config.key_heads, sizes),
         split_groups(f"{source}.in_proj_ba.weight", rates, config.key_heads, [share] * 2),
-        *split_conv(
-            f"{source}.conv1d",
-            [f"{target}.conv_{name}" for name in ("query", "key", "value")],
-            [keys, keys, config.heads * config.value_width],
-            bias=False,
-        ),
+        *delta_tensors(source, target, config),
+    ]
+
+
+def delta_tensors(source: str, target: str, config: DeltaConfig) -> list[TensorMap]:
+    """What the delta rule has besides its projections: convolutions stored together, decays, norm and output."""
+    keys = config.key_heads * config.key_width
+    sizes = [keys, keys, config.heads * config.value_width]
+    return [
+        *split_conv(f"{source}.conv1d", [f"{target}.conv_{name}" for name in QKV], sizes, bias=False),
         identity(f"{source}.A_log", f"{target}.log_decay"),
         identity(f"{source}.dt_bias", f"{target}.dt_bias"),
         *norm(f"{source}.norm", f"{target}.norm"),

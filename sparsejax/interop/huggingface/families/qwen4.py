@@ -6,6 +6,8 @@ import dataclasses
 
 from sparsejax.interop.huggingface import tensors
 from sparsejax.interop.huggingface.families.qwen3_next import (
+    QKV,
+    delta_tensors,
     gated_attention_tensors,
     read_delta,
     read_experts,
@@ -16,10 +18,8 @@ from sparsejax.interop.huggingface.fields import Fields
 from sparsejax.interop.huggingface.tensors import (
     TensorMap,
     identity,
-    linear,
     linears,
     norm,
-    split_conv,
     split_linear,
     transposed,
 )
@@ -123,13 +123,9 @@ def _indexer_tensors(source: str, target: str, config: IndexerConfig | None) -> 
 def _delta_tensors(source: str, target: str, config: DeltaConfig) -> list[TensorMap]:
     """Delta rule whose queries, keys and values are stored together."""
     keys = config.key_heads * config.key_width
-    names, sizes = ("query", "key", "value"), [keys, keys, config.heads * config.value_width]
+    sizes = [keys, keys, config.heads * config.value_width]
     return [
-        *split_linear(f"{source}.in_proj_qkv", [f"{target}.{name}" for name in names], sizes),
+        *split_linear(f"{source}.in_proj_qkv", [f"{target}.{name}" for name in QKV], sizes),
         *linears(source, target, {"in_proj_z": "gate", "in_proj_b": "beta", "in_proj_a": "decay"}),
-        *split_conv(f"{source}.conv1d", [f"{target}.conv_{name}" for name in names], sizes, bias=False),
-        identity(f"{source}.A_log", f"{target}.log_decay"),
-        identity(f"{source}.dt_bias", f"{target}.dt_bias"),
-        *norm(f"{source}.norm", f"{target}.norm"),
-        *linear(f"{source}.out_proj", f"{target}.out"),
+        *delta_tensors(source, target, config),
     ]
