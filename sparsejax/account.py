@@ -12,7 +12,7 @@ from flax import nnx
 
 from sparsejax.config import Config, ModelConfig, check_teacher
 from sparsejax.errors import InputError, argument_path
-from sparsejax.layers import Cache, Experts, Layer, attention_cost
+from sparsejax.layers import INDEX_CACHES, Cache, Experts, Layer, attention_cost
 from sparsejax.model import Functional, Model
 from sparsejax.patterns import Pattern, plan_cache
 
@@ -27,12 +27,15 @@ class Account:
     length: int
     parameters: int = 0
     active_parameters: int = 0  # used by a token: all except those of experts that it did not select
-    pairs: int = 0  # scored (query, key) pairs, all heads
+    pairs: int = 0  # attended (query, key) pairs, all heads
     flops: float = 0.0  # forward, per token, averaged over the sequence
     cache_bytes: int = 0  # to decode the sequence, per sequence of a batch
     live_tiles: int = 0  # tiles of 128 x 128 that hold a pair, all heads
     tiles: int = 0  # all tiles, all heads
     loss_flops: float = 0.0  # of the losses of mixers, forward and backward, per token
+    index_pairs: int = 0  # (query, group) pairs that are scored to choose keys, all index heads
+    index_flops: float = 0.0  # of the choice, per token, which are part of flops
+    index_bytes: int = 0  # of the caches that only the choice reads, which are part of cache_bytes
 
     @property
     def training_flops(self) -> float:
@@ -47,7 +50,7 @@ class Account:
     @property
     def score_bytes(self) -> int:
         """Bytes of all scores in float32, for implementations that keep them."""
-        return FLOAT32 * self.pairs
+        return FLOAT32 * (self.pairs + self.index_pairs)
 
     def __add__(self, other: Account) -> Account:
         if other.length != self.length:
@@ -191,11 +194,16 @@ def _account_layer(layer: Layer, length: int) -> Account:
     cost, parameters = layer.cost(length), _count_parameters(layer)
     idle = layer.mlp.parameters - layer.mlp.active_parameters if isinstance(layer.mlp, Experts) else 0
     # The bytes per sequence. The positions of the slots are the same for all sequences, and not counted.
-    single, double = (
-        count_bytes(jax.eval_shape(functools.partial(layer.init_cache, batch, length))) for batch in (1, 2)
-    )
-    sizes = parameters, parameters - idle, cost.pairs, cost.flops, double - single, *cost.tiles
-    return Account(length, *sizes, cost.loss_flops)
+    single, double = (jax.eval_shape(functools.partial(layer.init_cache, batch, length)) for batch in (1, 2))
+    cache, index = (count(double) - count(single) for count in (count_bytes, _count_index_bytes))
+    sizes = parameters, parameters - idle, cost.pairs, cost.flops, cache, *cost.tiles
+    return Account(length, *sizes, cost.loss_flops, cost.index_pairs, cost.index_flops, index)
+
+
+def _count_index_bytes(cache: Cache) -> int:
+    """Bytes of the parts of a cache that only the choice of keys reads, at any depth."""
+    parts = ((name, value) for name, value in cache.items() if isinstance(value, dict) or name in INDEX_CACHES)
+    return sum(count_bytes(part) if name in INDEX_CACHES else _count_index_bytes(part) for name, part in parts)
 
 
 def count_bytes(cache: Cache) -> int:

@@ -52,10 +52,11 @@ def show(model: ModelConfig, length: int, console: Console) -> None:
     _print(
         console,
         *(["active: parameters used by a token, without the experts that it does not select"] if sparse else []),
-        "pairs: scored (query, key) pairs of one sequence, all heads; FLOPs: forward, averaged over the sequence;"
+        "pairs: attended (query, key) pairs of one sequence, all heads; FLOPs: forward, averaged over the sequence;"
         " cache: to decode one sequence of this length; live tiles: fraction of all 128 x 128 tiles",
         f"one sequence: {total.sequence_flops:,.0f} FLOPs forward, {length * total.training_flops:,.0f} in training;"
         f" {total.score_bytes:,} bytes of scores in float32, if all are kept",
+        *_describe_choice(total),
         describe_receptive_field(model.connectivity, length),
         *(f"warning: {warning}" for warning in patterns.lint_schedule(model.connectivity, length)),
     )
@@ -139,6 +140,16 @@ def describe_receptive_field(layers: list[tuple[str, patterns.Pattern]], length:
         else:
             stretches.append(f"unchanged up to layer {last}")
     return f"receptive field of the last position, of {length:,} inputs: {'; '.join(stretches)}"
+
+
+def _describe_choice(total: Account) -> list[str]:
+    """The part of the cost that is due to the choice of keys, if there is one, in a line."""
+    if not (total.index_flops or total.loss_flops):
+        return []
+    return [
+        f"choice of keys: {total.index_pairs:,} scored pairs, {total.index_flops:,.0f} FLOPs/token, "
+        f"{total.index_bytes:,} cache bytes; losses: {total.loss_flops:,.0f} FLOPs/token in training"
+    ]
 
 
 def _require_length(length: int) -> None:

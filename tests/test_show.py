@@ -133,6 +133,21 @@ def test_the_summary_has_the_costs_of_a_sequence():
     assert line.startswith(f"one sequence: {forward:,.0f} FLOPs forward, {3 * forward:,.0f} in training; {scores:,} ")
 
 
+def test_the_choice_of_keys_is_in_a_line():
+    """An indexer with two heads of 8 in the full layer: queries, a key and weights from the stream."""
+    layers = recipe.get_config().model.layers.to_dict()
+    layers["full"]["mixer"]["indexer"] = {"heads": 2, "width": 8, "top_k": 8, "loss_weight": 1.0}
+    index = 2 * 16 * (2 * 8 + 8 + 2) + 2 * 65 * 8  # projections, and 65 scored pairs per token on average
+    kept = 2 * (sum(range(9)) + 8 * 56)  # of both heads of attention
+    losses = 2 * kept * (8 + 3 * 8) / 64
+    (line,) = [line for line in shown(schedule="ssm full", layers=layers) if line.startswith("choice")]
+    assert line == (
+        f"choice of keys: {64 * 65:,} scored pairs, {index:,} FLOPs/token, {64 * 8 * 4:,} cache bytes;"
+        f" losses: {losses:,.0f} FLOPs/token in training"
+    )
+    assert not any(line.startswith("choice") for line in shown())
+
+
 @pytest.mark.parametrize(
     ("schedule", "expected"),
     [

@@ -25,7 +25,7 @@ TILES = ((8, 8), (64, 64))
 
 
 def check_account(subject: Subject) -> Iterator[Finding]:
-    """Compares parameters, cache bytes, scored pairs and tiles with what the account and the patterns state."""
+    """Compares parameters, cache bytes, pairs and tiles with what the account and the patterns state."""
     layers, ends = account_model(subject.config, subject.length)
     total = functools.reduce(operator.add, layers, ends)
     size = sum(math.prod(x.shape) for x in jax.tree.leaves(subject.parameters))

@@ -18,7 +18,7 @@ from sparsejax.layers.mixers import MIXERS, BranchConfig, Parallel, ParallelConf
 from sparsejax.layers.mlp import ACTIVATIONS, Mlp, MlpConfig
 from sparsejax.layers.norm import Norm, NormConfig, make_norm, normalize
 from sparsejax.layers.nsa import Nsa, NsaConfig
-from sparsejax.layers.protocols import Auxiliary, Cache, FeedForward, Mixer, MixerConfig, Trace
+from sparsejax.layers.protocols import INDEX_CACHES, Auxiliary, Cache, FeedForward, Mixer, MixerConfig, Trace
 from sparsejax.layers.rglru import RgLru, RgLruConfig
 from sparsejax.layers.rotary import RopeConfig, RopeScaling, yarn_growth
 from sparsejax.layers.routing import Routing, RoutingConfig
@@ -30,6 +30,7 @@ __all__ = [
     "ACTIVATIONS",
     "EMPTY",
     "FEEDFORWARDS",
+    "INDEX_CACHES",
     "MIXERS",
     "Attention",
     "AttentionConfig",

@@ -228,14 +228,14 @@ class Compressed(Mixer):
         window = attention_cost(self.pattern, length, heads=config.heads, score_width=width, value_width=width)
         if config.compression is None:
             return linear + window
-        seen, scored = (np.arange(length) + 1) // config.compression.ratio, 0
-        flops = 0.0
-        if config.indexer is not None:
+        seen, cost = (np.arange(length) + 1) // config.compression.ratio, linear + window
+        if config.indexer is not None and self.indexer is not None:
             scored = config.indexer.heads * int(seen.sum())
-            flops = attention_flops(scored, config.indexer.width, 0)
+            scores = attention_flops(scored, config.indexer.width, 0) / max(length, 1)
+            cost += Cost(0, scores, index_pairs=scored, index_flops=scores + self.indexer.flops)
             seen = np.minimum(seen, config.indexer.top_k)
         pairs = config.heads * int(seen.sum())
-        return linear + window + Cost(pairs + scored, (flops + attention_flops(pairs, width)) / max(length, 1))
+        return cost + Cost(pairs, attention_flops(pairs, width) / max(length, 1))
 
     def _attend_cached(self, x, latent, q, entries, index, at, ends, length, options):
         """Attends to the entries of a cache, those that an indexer selects if `index` are its entries."""

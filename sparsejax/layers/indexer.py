@@ -293,7 +293,7 @@ class Indexer(nnx.Module):
         if config.dense:  # only the loss needs the index
             return Cost(0, 0.0, loss_flops=loss_flops + 3 * linear * bool(config.loss_weight))
         flops = linear + attention_flops(pairs, config.width, 0) / max(length, 1)
-        return Cost(pairs, flops, loss_flops=loss_flops)
+        return Cost(0, flops, loss_flops=loss_flops, index_pairs=pairs, index_flops=flops)
 
     def _select(self, index: Index, blocks: Blocks, pattern: Pattern, **options: Any) -> Selection:
         options |= {"blocks": blocks, "local": self.config.local, "has_block_keys": self.config.pool == "keys"}

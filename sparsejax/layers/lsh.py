@@ -185,7 +185,8 @@ class Lsh(Mixer):
             pairs = config.heads * int(np.minimum(np.arange(length) + 1, config.hashes * config.members).sum())
         linear = self.query_key.flops + self.value.flops + self.out.flops
         hashing = 2.0 * config.heads * config.hashes * config.head_width * (sum(config.buckets) // 2)
-        return Cost(pairs, linear + hashing + attention_flops(pairs, config.head_width) / length)
+        flops = linear + hashing + attention_flops(pairs, config.head_width) / length
+        return Cost(pairs, flops, index_flops=hashing)
 
     def _select(self, qk: Array, context: Context) -> Selection:
         """The keys of a whole sequence in the strictly causal form."""

@@ -24,6 +24,7 @@ from sparsejax.ops import IMPLEMENTATIONS, AttentionCall, Selection
 from sparsejax.ops.call import SelectedCall
 
 Cache = dict[str, Any]  # arrays [b, ...] by name, or caches by name
+INDEX_CACHES = ("index", "indexer", "sums", "buckets")  # parts of caches that only the choice of keys reads
 
 
 class Trace(NamedTuple):
@@ -123,7 +124,7 @@ class Mixer(nnx.Module):
       * `init_cache` and `extend`, together and optional: decoding. By default the inputs are cached and `__call__` runs
         on all of them per chunk, which is correct for every causal mixer but slow to decode.
       * `mix`, optional, in place of `__call__`: losses besides the output.
-      * `cost`, optional: FLOPs and scored pairs. By default two FLOPs per token and element of a matrix.
+      * `cost`, optional: FLOPs and attended pairs. By default two FLOPs per token and element of a matrix.
 
     Parameters come from `layers.Linear` and `layers.parameter`, which set the logical axes, by which a parameter is
     sharded, and whether weight decay applies. Parameters of `flax.nnx` modules are replicated, and matrices decay.

@@ -238,7 +238,9 @@ class Routing(Mixer):
             size = min(config.members, length)
             pairs = config.heads * config.clusters * (size * (size + 1) // 2 if config.causal else size**2)
         routing = 2.0 * config.kv_heads * config.clusters * d
-        return Cost(pairs, linear + routing + attention_flops(pairs, d) / max(length, 1))
+        scored = length * config.kv_heads * config.clusters
+        flops = linear + routing + attention_flops(pairs, d) / max(length, 1)
+        return Cost(pairs, flops, index_pairs=scored, index_flops=routing)
 
     def _choose(self, routed: Array, context: Context) -> Selection:
         segments = context.tokens.attend_segments

@@ -99,5 +99,6 @@ class SelectConfig:
         else:
             kept, scored = np.minimum(t + 1, self.count * self.block), t + 1
         pairs, scores = (min(dense.pairs, heads * int(keys.sum())) for keys in (kept, scored))
-        flops = attention_flops(pairs, width) + attention_flops(scores, width, 0)
-        return Cost(pairs + scores, flops / max(length, 1), dense.tiles)
+        index_flops = attention_flops(scores, width, 0) / max(length, 1)
+        flops = attention_flops(pairs, width) / max(length, 1) + index_flops
+        return Cost(pairs, flops, dense.tiles, index_pairs=scores, index_flops=index_flops)

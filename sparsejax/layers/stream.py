@@ -61,21 +61,25 @@ class Cost:
     """Cost of a module over a sequence; costs add up.
 
     Attributes:
-      pairs: Scored (query, key) pairs of all heads; 0 for a mixer without attention.
+      pairs: (query, key) pairs that all heads attend to; 0 for a mixer without attention.
       flops: Forward FLOPs per token, averaged over the sequence.
       tiles: Tiles of 128 x 128 that hold a pair, and all tiles, of all heads.
       loss_flops: FLOPs per token of the losses of the module, forward and backward.
+      index_pairs: (query, group) pairs that are scored to choose the keys, of all index heads.
+      index_flops: FLOPs of the choice, which are part of `flops`.
     """
 
     pairs: int
     flops: float
     tiles: tuple[int, int] = (0, 0)
     loss_flops: float = 0.0
+    index_pairs: int = 0
+    index_flops: float = 0.0
 
     def __add__(self, other: Cost) -> Cost:
         tiles = self.tiles[0] + other.tiles[0], self.tiles[1] + other.tiles[1]
-        loss_flops = self.loss_flops + other.loss_flops
-        return Cost(self.pairs + other.pairs, self.flops + other.flops, tiles, loss_flops)
+        names = "pairs", "flops", "loss_flops", "index_pairs", "index_flops"
+        return Cost(tiles=tiles, **{name: getattr(self, name) + getattr(other, name) for name in names})
 
 
 def attention_cost(pattern: Pattern, length: int, *, heads: int, score_width: int, value_width: int) -> Cost:

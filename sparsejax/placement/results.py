@@ -25,7 +25,7 @@ from sparsejax.workdir import replace_file
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-UNITS = {"kv": "bytes of the cache", "pairs": "scored pairs", "flops": "FLOPs per token"}
+UNITS = {"kv": "bytes of the cache", "pairs": "attended pairs", "flops": "FLOPs per token"}
 
 
 def write_results(

@@ -258,7 +258,7 @@ def test_the_cost():
     seen = [(t + 1) // 4 for t in range(20)]
     kept = sum(min(2, n) for n in seen)
     cost = build(CSA).cost(20)
-    assert cost.pairs == 4 * (near + kept) + 3 * sum(seen)
+    assert (cost.pairs, cost.index_pairs) == (4 * (near + kept), 3 * sum(seen))
     projections = 2 * (2 * WIDTH * 12 + 2 * WIDTH * 10 + 7 * 15 + WIDTH * 3)
     scores = 2 * (4 * (near + kept) * 12 + 3 * sum(seen) * 5) / 20
     assert cost.flops == pytest.approx(linear + projections + scores)

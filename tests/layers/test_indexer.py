@@ -223,7 +223,8 @@ def test_the_account(name):
     indexer, mixer = config.indexer, make(config)
     kept = select_of(indexer, np.random.default_rng(0).normal(size=(1, LENGTH, LENGTH))) & np.tri(LENGTH, dtype=bool)
     scored = int(((t + 1) // indexer.block if indexer.pool == "keys" else t + 1).sum())
-    pairs = mixer.cost(LENGTH).pairs - indexer.heads * scored
+    pairs, index_pairs = mixer.cost(LENGTH).pairs, mixer.cost(LENGTH).index_pairs
+    assert index_pairs == indexer.heads * scored
     # Without forced blocks that of the query may be left out, and the bound is a whole block instead.
     assert pairs == 4 * kept[0].sum() if indexer.block == 1 or indexer.local or indexer.pool == "keys" else True
     assert pairs >= 4 * kept[0].sum()
@@ -237,7 +238,7 @@ def test_the_account_of_the_loss(name):
     sparse = make(configure(name, loss_weight=1.0)).cost(LENGTH)
     dense = make(configure(name, loss_weight=1.0, dense=True)).cost(LENGTH)
     plain, indexer = make(configure(name)).cost(LENGTH), INDEXERS[name]
-    keys = (sparse.pairs - indexer.heads * LENGTH * (LENGTH + 1) // 2) // 4
+    keys = sparse.pairs // 4
     assert sparse.flops == plain.flops
     assert sparse.loss_flops * LENGTH == pytest.approx(2 * keys * (4 * 8 + 3 * indexer.heads * indexer.width))
     assert dense.pairs == 4 * LENGTH * (LENGTH + 1) // 2

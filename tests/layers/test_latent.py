@@ -178,7 +178,7 @@ def test_the_cost():
     assert cost.pairs == 3 * pairs
     assert cost.flops == pytest.approx(linear + 2 * 3 * pairs * (4 + 2 + 6) / 20)
     cost, kept = build(SPARSE).cost(20), 1 + 2 + 3 + 17 * 4
-    assert cost.pairs == 3 * kept + 4 * pairs
+    assert (cost.pairs, cost.index_pairs) == (3 * kept, 4 * pairs)
     linear += 2 * (7 * 4 * 6 + WIDTH * 6 + WIDTH * 4)
     assert cost.flops == pytest.approx(linear + 2 * (3 * kept * (4 + 2 + 6) + 4 * pairs * 6) / 20)
 

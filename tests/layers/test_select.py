@@ -67,13 +67,17 @@ def test_the_account_counts_chosen_keys_and_scores():
     _, mixer = make(dataclasses.asdict(select))
     attended = sum(1 + t % 4 + 4 * min(1, t // 4) for t in range(10))
     scored = sum(t // 4 for t in range(10))
-    assert mixer.cost(10).pairs == 2 * (attended + scored)  # two heads
+    cost = mixer.cost(10)
+    assert (cost.pairs, cost.index_pairs) == (2 * attended, 2 * scored)  # two heads
+    assert cost.index_flops * 10 == 2 * cost.index_pairs * 8
     _, mixer = make(KINDS["infllm"])
     attended = sum(t + 1 if t < 37 else 1 + t % 8 + 8 * min(2, t // 8) for t in range(LENGTH))
     scored = sum(len(range(0, t - 6, 4)) for t in range(LENGTH))
-    assert mixer.cost(LENGTH).pairs == 2 * (attended + scored)
+    cost = mixer.cost(LENGTH)
+    assert (cost.pairs, cost.index_pairs) == (2 * attended, 2 * scored)
     _, mixer = make({"kind": "tokens", "count": 3})
-    assert mixer.cost(10).pairs == 2 * (sum(min(t + 1, 3) for t in range(10)) + 55)
+    cost = mixer.cost(10)
+    assert (cost.pairs, cost.index_pairs) == (2 * sum(min(t + 1, 3) for t in range(10)), 2 * 55)
 
 
 def test_the_summary_says_what_is_chosen():
