@@ -40,13 +40,19 @@ SWEEPS = [
     ("attention_to_delta", "delta", "sweep", 12),
     ("longformer_from_dense", "long", "sweep", 12),
     ("reformer_duplication", "mini", "sweep", 12),
+    ("reformer_duplication", "strict", "sweep", 12),
     ("reformer_duplication", "paper", "sweep", 12),
+    ("selection", "text", "sweep", 60),
+    ("selection", "recall", "sweep", 60),
+    ("selection", "needle", "sweep", 60),
+    ("selection", "paper", "paper", 60),
 ]
 PAPER = {  # parameters
     "longformer_lm": 41.0e6,
     "bigbird_mlm": 109.5e6,
     "layer_schedules": 1.37e9,
     "reformer_duplication": 0.657e6,
+    "selection": 1.22e9,
 }
 
 
@@ -90,6 +96,21 @@ def test_compared_layers_have_equal_parameters():
         config = configs.check(configs.load(f"{ROOT}/configs/layer_schedules.py:{argument}", settings))
         layers, _ = account_model(config.model, config.data.length)
         assert [layer.parameters for layer in layers] == pytest.approx([layers[0].parameters] * 6, rel=0.03)
+
+
+@pytest.mark.parametrize("argument", ["text", "recall", "needle", "paper"])
+def test_compared_choices_have_equal_parameters_and_pairs(argument):
+    config = configs.load(f"{ROOT}/configs/selection.py:{argument}")
+    names = [name for name in config.model.layers if name != "conv"]
+    config.model.schedule = " ".join(names)
+    config = configs.check(config)
+    layers = dict(zip(names, account_model(config.model, config.data.length)[0], strict=True))
+    parameters = [layer.parameters for layer in layers.values()]
+    assert parameters == pytest.approx([layers["window"].parameters] * len(names), rel=0.006)
+    pairs = {name: layer.pairs for name, layer in layers.items() if name != "full"}
+    assert (pairs.pop("mamba2"), pairs.pop("delta")) == (0, 0)
+    pairs["csa hca"] = (pairs.pop("csa") + pairs.pop("hca")) // 2  # they alternate
+    assert list(pairs.values()) == pytest.approx([pairs["window"]] * len(pairs), rel=0.15)
 
 
 @pytest.mark.parametrize("name", sorted(PAPER))
