@@ -48,7 +48,7 @@ class Output(NamedTuple):
     """What a model returns for a batch.
 
     Attributes:
-      logits: Logits at every position, in float32.
+      features: Input of the head at every position; `Model.logits` of all of them can exceed the memory.
       losses: Weighted auxiliary losses of the layers, by name.
       choices: Choices of the experts.
       traces: Activations of each layer, if `Extras.traced`.
@@ -56,7 +56,7 @@ class Output(NamedTuple):
       statistics: Sums over the tokens of each layer that has some, see `MixerConfig.update_state`.
     """
 
-    logits: Float[Array, "b t v"]
+    features: Float[Array, "b t w"]
     losses: Losses
     choices: Choices
     traces: tuple[Trace, ...] = ()
@@ -96,7 +96,7 @@ class Model(nnx.Module):
 
     def __call__(self, tokens: Int[Array, "b t"], context: Context = EMPTY) -> Float[Array, "b t v"]:
         """Returns logits at every position, in float32; a causal model predicts the next token."""
-        return self.forward(tokens, context)[0]
+        return self.logits(self.forward(tokens, context).features)
 
     def forward(
         self,
@@ -105,7 +105,7 @@ class Model(nnx.Module):
         constrain: Callable[[Array], Array] = lambda x: x,
         choices: Choices | None = None,
     ) -> Output:
-        """Returns logits, and the losses, the choices of experts and the activations of the layers.
+        """Returns the input of the head, and the losses, the choices of experts and the activations of the layers.
 
         Args:
           tokens: Token ids.
@@ -144,7 +144,7 @@ class Model(nnx.Module):
         traces = self._order(parts, "trace") if context.extras.traced else ()
         measured = enumerate(self._order(parts, "metrics") if context.extras.measured else ())
         metrics = {f"{name}/layer_{i}": value for i, layer in measured for name, value in (layer or {}).items()}
-        return Output(self.read_out(x, context), *_gather(parts), traces, metrics, _by_layer(parts, "statistics"))
+        return Output(self.features(x, context), *_gather(parts), traces, metrics, _by_layer(parts, "statistics"))
 
     def mix(
         self, inputs: Mapping[int, Float[Array, "b t m"]], context: Context = EMPTY
@@ -313,15 +313,22 @@ class Model(nnx.Module):
         return x if self.config.streams == 1 else jnp.concatenate([x] * self.config.streams, axis=-1)
 
     def _normalize(self, x: Array) -> Array:
-        """The input of the head, from the stream after the last layer."""
+        """The output of the last norm, from the stream after the last layer."""
         return normalize(self.norm, x if self.hyper is None else self.hyper.read(x)[0])
 
-    @jax.named_scope("head")
     def read_out(self, x: Array, context: Context) -> Array:
+        """The logits, from the stream after the last layer."""
+        return self.logits(self.features(x, context))
+
+    def features(self, x: Array, context: Context) -> Array:
+        """The input of the head, from the stream after the last layer."""
         x = self._normalize(x)
-        if self.config.head.pool == "mean":
-            x = mean_pool(x, context.tokens.mask)
-        return self.head(x, self.embedding.tokens[...])
+        return mean_pool(x, context.tokens.mask) if self.config.head.pool == "mean" else x
+
+    @jax.named_scope("head")
+    def logits(self, features: Float[Array, "*b w"]) -> Float[Array, "*b v"]:
+        """Returns the logits of tokens, in float32."""
+        return self.head(features, self.embedding.tokens[...])
 
 
 def _gather(parts: dict[str, list[Auxiliary]]) -> tuple[Losses, Choices]:

@@ -109,7 +109,7 @@ def drop(config: ModelConfig, parameters: dict, seed: int):
 
     def loss(parameters):
         context = Context(extras=Extras(dropout=Dropout(jax.random.key(seed), 0.5)))
-        logits, *_ = Functional(config).bind(parameters).forward(jnp.asarray(TOKENS), context)
+        logits = Functional(config).bind(parameters)(jnp.asarray(TOKENS), context)
         return -jax.nn.log_softmax(logits)[:, :, 3].mean(), logits
 
     return jax.jit(jax.grad(loss, has_aux=True))(parameters)[::-1]

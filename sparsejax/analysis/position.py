@@ -129,7 +129,7 @@ class Position(Analysis):
 
 @functools.partial(jax.jit, static_argnums=0)
 def _losses(subject: Subject, parameters: Any, batch: DeviceBatch) -> Float[Array, "b t"]:
-    logits, *_ = subject.functional.bind(parameters).forward(batch["inputs"], subject.context(batch))
+    logits = subject.functional.bind(parameters)(batch["inputs"], subject.context(batch))
     return token_losses(logits, batch["targets"], batch["weights"])
 
 

@@ -322,6 +322,8 @@ class TrainConfig:
     z_loss: float = 0.0
     # probability that the targets spread evenly over the vocabulary (arXiv:1512.00567), as an auxiliary loss
     label_smoothing: float = 0.0
+    # tokens of a row whose logits are in memory at a time; none for as many as have 128 MiB of logits per device
+    loss_chunk: int | None = dataclasses.field(default=None, metadata={"resume": "rounding"})
     teacher: TeacherConfig | None = None  # model from which the run distils; none for no teacher
     # destinations of the metrics besides the workdir's tables: "tensorboard", "wandb" and "mlflow", separated by commas
     log_to: str = dataclasses.field(default="tensorboard", metadata={"resume": "none"})
@@ -331,7 +333,7 @@ class TrainConfig:
     profile: str = dataclasses.field(default="", metadata={"resume": "none"})
 
     def __post_init__(self) -> None:
-        require_at_least(self, 1, "steps", "batch", "accumulate", "log_every", "max_skips")
+        require_at_least(self, 1, "steps", "batch", "accumulate", "log_every", "max_skips", "loss_chunk")
         require_at_least(self, 0, "seed", "spike", "z_loss", "histograms")
         for name in self.loggers:
             if name not in LOGGERS:

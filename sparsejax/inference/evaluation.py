@@ -14,13 +14,16 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from jax.sharding import Mesh
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float, Int, PyTree, Shaped
 
 from sparsejax import metrics, sharding
 from sparsejax.data import Batch, Dataset, Mixture
 from sparsejax.data.dataset import Sharing
 from sparsejax.layers import EMPTY, Context, Extras, Tokens
 from sparsejax.model import Functional, Metrics
+from sparsejax.ops.chunks import scan_chunks
+
+LOGITS_BYTES = 2**27  # of a chunk of tokens on a device, in float32
 
 
 class DeviceBatch(TypedDict):
@@ -70,6 +73,32 @@ def token_losses(
     return optax.softmax_cross_entropy_with_integer_labels(logits, targets) * weights
 
 
+def score_tokens(
+    score: Callable[..., PyTree[Shaped[Array, "b t ..."]]],
+    arrays: PyTree[Shaped[Array, "b t ..."]],
+    vocab: int,
+    mesh: Mesh,
+    chunk: int | None = None,
+) -> PyTree[Shaped[Array, "b t ..."]]:
+    """Applies a function of tokens and their logits to chunks of tokens, so that few logits are in memory at a time.
+
+    Args:
+      score: Maps `arrays` of a chunk [b, c, ...], such as the inputs of the head, to arrays [b, c, ...]. The backward
+        pass computes it once more, unless there is a single chunk.
+      arrays: Arrays of all tokens.
+      vocab: Number of logits per token.
+      mesh: The mesh over whose devices rows and logits are spread.
+      chunk: Tokens of a row per chunk; defaults to as many as have `LOGITS_BYTES` of logits per device.
+    """
+    b, t = jax.tree.leaves(arrays)[0].shape[:2]
+    if chunk is None:
+        per_token = 4 * -(-b // sharding.batch_shards(mesh)) * -(-vocab // mesh.shape["tensor"])
+        chunk = -(-t // -(-t * per_token // LOGITS_BYTES))
+    if chunk >= t:
+        return score(*arrays)
+    return scan_chunks(lambda state, arrays: (state, score(*arrays)), (), arrays, chunk)[1]
+
+
 def build_evaluation(
     model: Functional, mesh: Mesh, score_accuracy: bool = False, extras: Extras = EMPTY.extras
 ) -> Callable[[dict[str, Any], DeviceBatch], EvaluationSums]:
@@ -78,18 +107,23 @@ def build_evaluation(
 
     def evaluate(parameters: dict[str, Any], batch: DeviceBatch) -> EvaluationSums:
         context = dataclasses.replace(read_context(batch), extras=extras)
-        logits, *_ = model.bind(parameters).forward(batch["inputs"], context, constrain)
+        bound = model.bind(parameters)
+        features = bound.forward(batch["inputs"], context, constrain).features
         weights, length = batch["weights"], batch["weights"].shape[1]
+
+        def score(features: Array, targets: Array, weights: Array) -> tuple[Array, Array]:
+            logits = bound.logits(features)
+            return token_losses(logits, targets, weights), weights * (logits.argmax(-1) == targets)
+
+        losses, correct = score_tokens(score, (features, batch["targets"], weights), model.config.vocab, mesh)
 
         def sum_by(indices: Array | None, x: Array, size: int) -> Array:
             return x.sum(0) if indices is None else jnp.zeros(size).at[indices].add(x)
 
         positions = batch.get("positions")
-        losses = sum_by(positions, token_losses(logits, batch["targets"], weights), length)
-        sums = EvaluationSums(losses, sum_by(positions, weights, length))
+        sums = EvaluationSums(sum_by(positions, losses, length), sum_by(positions, weights, length))
         if not score_accuracy:
             return sums
-        correct = weights * (logits.argmax(-1) == batch["targets"])
         is_scored = weights.sum(1) > 0
         rows = jnp.stack([(is_scored & (correct.sum(1) == weights.sum(1))).sum(), is_scored.sum()])
         distance = batch.get("distance", jnp.zeros_like(batch["targets"]))

@@ -1,10 +1,26 @@
-"""Auxiliary losses of the logits."""
+"""Losses of the logits of single tokens."""
 
 from __future__ import annotations
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
+
+from sparsejax.config import TrainConfig
+from sparsejax.inference.evaluation import token_losses
+
+
+def logit_losses(
+    config: TrainConfig, logits: Float[Array, "b t v"], targets: Int[Array, "b t"], weights: Float[Array, "b t"]
+) -> dict[str, Float[Array, "b t"]]:
+    """Returns the loss of each token as `loss`, and its auxiliary losses with their weights, by name."""
+    losses = {"loss": token_losses(logits, targets, weights)}
+    if config.z_loss:
+        losses["z_loss"] = config.z_loss * z_loss(logits) * weights
+    if config.label_smoothing:
+        factor = config.label_smoothing * (1.0 if config.teacher is None else config.teacher.loss)
+        losses["label_smoothing"] = factor * label_smoothing(logits, targets) * weights
+    return losses
 
 
 def z_loss(logits: Float[Array, "*n v"]) -> Float[Array, "*n"]:

@@ -13,12 +13,12 @@ from jaxtyping import Array, Bool, Float, Int, Key, PyTree
 
 from sparsejax import sharding
 from sparsejax.config import TrainConfig
-from sparsejax.inference.evaluation import DeviceBatch, read_context, token_losses
+from sparsejax.inference.evaluation import DeviceBatch, read_context, score_tokens
 from sparsejax.layers import Dropout, ExpertsConfig
 from sparsejax.metrics import AUXILIARY, EXPERT_LOAD_MAX, EXPERT_LOAD_MIN
-from sparsejax.model import Choices, Functional, Losses, Output, Statistics
+from sparsejax.model import Choices, Functional, Losses, Model, Output, Statistics
 from sparsejax.runs.state import TrainState
-from sparsejax.train.losses import label_smoothing, z_loss
+from sparsejax.train.losses import logit_losses
 from sparsejax.train.teacher import Distillation, Targets
 
 
@@ -178,12 +178,27 @@ def build_gradient(
         for layer in model.config.layers.values()
     )
 
-    def forward(
-        parameters: dict[str, Any], batch: DeviceBatch, key: Key[Array, ""] | None, choices: Choices | None
-    ) -> Output:
+    def forward(bound: Model, batch: DeviceBatch, key: Key[Array, ""] | None, choices: Choices | None) -> Output:
         dropout = None if key is None else Dropout(key, model.config.dropout)
         context = read_context(batch).with_extras(dropout=dropout, traced=traced)
-        return model.bind(parameters).forward(batch["inputs"], context, constrain, choices)
+        return bound.forward(batch["inputs"], context, constrain, choices)
+
+    def score(
+        bound: Model, output: Output, batch: DeviceBatch, teacher: Model | None, targets: Targets | None
+    ) -> tuple[Float[Array, ""], Losses]:
+        """The loss, and the weighted losses of the logits, summed over the tokens."""
+
+        def score_chunk(features: Array, labels: Array, weights: Array, others: Array | None) -> dict[str, Array]:
+            logits = bound.logits(features)
+            losses = logit_losses(config, logits, labels, weights)
+            if distillation is not None and teacher is not None and others is not None:
+                losses["kl"] = distillation.divergence(logits, teacher, others) * weights
+            return losses
+
+        arrays = output.features, batch["targets"], batch["weights"], None if targets is None else targets.features
+        losses = score_tokens(score_chunk, arrays, model.config.vocab, mesh, config.loss_chunk)
+        sums = {name: x.sum() for name, x in losses.items()}
+        return sums.pop("loss"), sums
 
     def total_loss(
         parameters: dict[str, Any],
@@ -191,20 +206,19 @@ def build_gradient(
         key: Key[Array, ""] | None,
         choices: Choices | None,
         scale: Float[Array, ""],
+        teacher: dict[str, Any] | None,
         targets: Targets | None,
     ) -> tuple[Float[Array, ""], Objective]:
         parameters = jax.tree.map(lambda keep, x: jax.lax.stop_gradient(x) if keep else x, frozen, parameters)
-        output = forward(parameters, batch, key, choices)
+        bound = model.bind(parameters)
+        output = forward(bound, batch, key, choices)
         # Auxiliary losses are means over tokens; the scale makes them sums that add up like the loss of the tokens.
         weighted = {name: value * _count_tokens(batch) * scale for name, value in output.losses.items()}
-        loss = token_losses(output.logits, batch["targets"], batch["weights"]).sum()
-        if config.z_loss:
-            weighted["z_loss"] = config.z_loss * (z_loss(output.logits) * batch["weights"]).sum()
-        if config.label_smoothing:
-            smoothed = label_smoothing(output.logits, batch["targets"]) * batch["weights"]
-            weighted["label_smoothing"] = loss_weight * config.label_smoothing * smoothed.sum()
+        other = None if distillation is None or teacher is None else distillation.teacher.bind(teacher)
+        loss, added = score(bound, output, batch, other, targets)
+        weighted |= added
         if distillation is not None and targets is not None:
-            weighted |= distillation.losses(model.bind(parameters), output, targets, batch, scale)
+            weighted |= distillation.losses(bound, output, targets, batch, scale)
         total = sum(weighted.values(), loss_weight * loss if loss_weight else jnp.zeros(()))
         return total, Objective(total, loss, weighted, output.choices, dict(output.statistics))
 
@@ -219,7 +233,7 @@ def build_gradient(
         targets = None
         if distillation is not None and teacher is not None:
             targets = distillation.run_teacher(teacher, batch, constrain)
-        return jax.grad(total_loss, has_aux=True)(parameters, batch, key, choices, scale, targets)
+        return jax.grad(total_loss, has_aux=True)(parameters, batch, key, choices, scale, teacher, targets)
 
     def differentiate(
         parameters: dict[str, Any],
@@ -237,7 +251,9 @@ def build_gradient(
             keys = None if key is None else jax.random.split(key, microbatches)
             choices = None
             if counts_first:
-                choices = _add_up(lambda slice_, key: forward(parameters, slice_, key, None).choices, (slices, keys))
+                choices = _add_up(
+                    lambda slice_, key: forward(model.bind(parameters), slice_, key, None).choices, (slices, keys)
+                )
             gradient, objective = _add_up(
                 lambda slice_, key: gradient_of(parameters, slice_, key, choices, scale, teacher), (slices, keys)
             )

@@ -52,13 +52,13 @@ class Targets(NamedTuple):
     """What the losses of a batch read from the teacher.
 
     Attributes:
-      logits: Logits over the temperature; None if no loss reads them.
+      features: Input of the teacher's head; None if no loss reads its logits.
       streams: Residual stream of the teacher by layer of the model that is compared with it.
       mixer_inputs: Input of the teacher's mixer, by layer of the model.
       mixer_outputs: Output of the teacher's mixer, by layer of the model.
     """
 
-    logits: Float[Array, "b t v"] | TopLogits | None
+    features: Float[Array, "b t w"] | None
     streams: dict[int, Float[Array, "b t s"]]
     mixer_inputs: dict[int, Float[Array, "b t m"]]
     mixer_outputs: dict[int, Float[Array, "b t m"]]
@@ -95,20 +95,34 @@ class Distillation:
         extras = dataclasses.replace(self.extras, traced=bool(self.hidden or self.attention))
         context = dataclasses.replace(read_context(batch), extras=extras)
         output = self.teacher.bind(parameters).forward(batch["inputs"], context, constrain)
-        logits, count = output.logits / self.config.temperature, self.config.top_k
-        is_full = count in (0, logits.shape[-1])
         mixers = {layer: output.traces[other] for layer, other in self.attention.items()}
         return Targets(
-            None if not self.config.kl else logits if is_full else keep_top(logits, count),
+            output.features if self.config.kl else None,
             {layer: output.traces[other].stream for layer, other in self.hidden.items()},
             {layer: jnp.asarray(trace.mixer_input) for layer, trace in mixers.items()},
             {layer: jnp.asarray(trace.mixer_output) for layer, trace in mixers.items()},
         )
 
+    def divergence(
+        self, logits: Float[Array, "b t v"], teacher: Model, features: Float[Array, "b t w"]
+    ) -> Float[Array, "b t"]:
+        """Returns the weighted divergence of predictions from those of the teacher, per token.
+
+        Args:
+          logits: Logits of the model.
+          teacher: The teacher.
+          features: Inputs of its head.
+        """
+        config = self.config
+        others = teacher.logits(features) / config.temperature
+        if config.top_k not in (0, others.shape[-1]):
+            others = keep_top(others, config.top_k)
+        return config.kl * config.temperature**2 * kl_divergence(logits, others, config.temperature)
+
     def losses(
         self, model: Model, output: Output, targets: Targets, batch: DeviceBatch, scale: Float[Array, ""]
     ) -> Losses:
-        """Returns the weighted losses by name, summed over tokens.
+        """Returns the weighted losses of the activations by name, summed over tokens.
 
         Args:
           model: The model that is trained.
@@ -123,9 +137,6 @@ class Distillation:
             errors = jnp.stack([relative_error(outputs[layer], others[layer]) for layer in others]).mean(axis=0)
             return scale * context.tokens.zero_padding(errors).sum()
 
-        if targets.logits is not None:
-            divergence = kl_divergence(output.logits, targets.logits, config.temperature)
-            losses["kl"] = config.kl * config.temperature**2 * (divergence * batch["weights"]).sum()
         if targets.streams:
             streams = {layer: output.traces[layer].stream for layer in targets.streams}
             losses["hidden"] = config.hidden * add_up(streams, targets.streams)

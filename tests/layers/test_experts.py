@@ -206,8 +206,9 @@ def test_a_model_of_experts_adds_up_their_losses_and_has_gradients_scanned_or_no
             parameters |= {name: results[0][2][name] for name in ("embedding", "norm")}
 
         def total(parameters, model=model):
-            logits, losses, *_ = model.bind(parameters).forward(jnp.asarray(tokens))
-            return logits.sum() + losses["balance"], losses["balance"]
+            bound = model.bind(parameters)
+            features, losses, *_ = bound.forward(jnp.asarray(tokens))
+            return bound.logits(features).sum() + losses["balance"], losses["balance"]
 
         (value, balance), gradient = jax.jit(jax.value_and_grad(total, has_aux=True))(parameters)
         results.append((value, balance, parameters, gradient["embedding"]["tokens"]))

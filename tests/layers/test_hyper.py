@@ -132,12 +132,12 @@ def test_a_model_equals_the_reference_whole_scanned_and_in_steps(hyper):
             chunk = tokens[:, at : {0: 4, 4: 5, 5: 9}[at]]
             y, cache = model.extend(chunk, cache, jnp.full(2, at), 9)
             steps.append(y)
-        return output, model.streams(tokens), jnp.concatenate(steps, axis=1)
+        return output.traces, model.logits(output.features), model.streams(tokens), jnp.concatenate(steps, axis=1)
 
-    output, actual, steps = run(parameters, TOKENS)
-    assert_close("logits", output.logits, expected, "float32")
+    traces, logits, actual, steps = run(parameters, TOKENS)
+    assert_close("logits", logits, expected, "float32")
     assert_close("steps", steps, expected, "float32")
-    for trace, stream, y in zip([None, *output.traces], actual[:-1], streams, strict=True):
+    for trace, stream, y in zip([None, *traces], actual[:-1], streams, strict=True):
         assert_close("streams", stream, y.reshape(*TOKENS.shape, -1), "float32")
         assert trace is None or trace.stream.shape == stream.shape
 

@@ -31,6 +31,7 @@ class Bench:
         settings.model.schedule = SCHEDULE
         settings.model.dtype = train.pop("dtype", "float32")
         settings.model.dropout = train.pop("dropout", 0.0)
+        settings.model.vocab = train.pop("vocab", settings.model.vocab)
         first = train.pop("first", 0)
         settings.train.update(train)
         config = configs.check(settings)
@@ -103,6 +104,33 @@ def test_microbatches_add_up(plain):
         assert float(summed[1][name]) == pytest.approx(float(whole[1][name]), rel=1e-5)
     for a, b in zip(jax.tree.leaves(summed[0].optimizer), jax.tree.leaves(whole[0].optimizer), strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-7)
+
+
+@pytest.mark.parametrize("chunk", [1, 16, 13, 100])
+def test_the_loss_in_chunks_of_tokens(chunk):
+    """Also with chunks that do not divide the row or are longer than it, every loss of the logits, and zero weights."""
+    losses = {"z_loss": 1e-2, "label_smoothing": 0.1}
+    whole, chunked = Bench(**losses), Bench(loss_chunk=chunk, **losses)
+    batch = draw(2)
+    batch["weights"][0, 5:] = 0
+    (state, metrics), (other, others) = (bench.step(bench.state(), batch) for bench in (whole, chunked))
+    for name in ("loss", "grad_norm"):
+        assert float(others[name]) == pytest.approx(float(metrics[name]), rel=1e-6)
+    for name, value in metrics["details"].items():
+        assert float(others["details"][name]) == pytest.approx(float(value), rel=1e-6)
+    for a, b in zip(jax.tree.leaves(other.optimizer), jax.tree.leaves(state.optimizer), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-7)
+
+
+def test_a_chunk_of_the_loss_bounds_its_memory():
+    """All logits of 8,192 tokens and 4,096 ids take 128 MiB in float32; those of 256 tokens take 4."""
+    peaks = {}
+    for chunk in (8192, 256):
+        bench = Bench(vocab=4096, loss_chunk=chunk)
+        compiled = bench.step.lower(bench.state(), draw(0, rows=1, length=8192)).compile()
+        peaks[chunk] = compiled.memory_analysis().temp_size_in_bytes / 2**20
+    assert peaks[8192] > 128
+    assert peaks[256] < 64
 
 
 def test_dropout_differs_by_step_and_microbatch_and_is_not_evaluated(plain):

@@ -153,11 +153,10 @@ def run_traced(model, parameters, batch):
 
 def test_the_auxiliary_losses_are_means_over_tokens(whole, batch):
     objective, _ = whole(batch)
-    output, expected = (
-        run_traced(model, parameters, batch)
-        for model, parameters in ((whole.model, whole.parameters), (whole.teacher, whole.teacher_parameters))
-    )
-    log_q, log_p = (log_softmax(np.asarray(x.logits, np.float64) / 2, axis=-1) for x in (output, expected))
+    pairs = (whole.model, whole.parameters), (whole.teacher, whole.teacher_parameters)
+    output, expected = (run_traced(model, parameters, batch) for model, parameters in pairs)
+    logits = [jax.jit(model.bind(parameters))(batch["inputs"], read_context(batch)) for model, parameters in pairs]
+    log_q, log_p = (log_softmax(np.asarray(x, np.float64) / 2, axis=-1) for x in logits)
     weights, mask = np.asarray(batch["weights"]), np.asarray(batch["segments"]) > 0
     divergence = (np.exp(log_p) * (log_p - log_q)).sum(-1)
 
@@ -188,6 +187,16 @@ def test_microbatches_add_up(whole, batch):
     for name, value in first.auxiliary.items():
         assert float(second.auxiliary[name]) == pytest.approx(float(value), rel=1e-5)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-6), gradient, other)
+
+
+@pytest.mark.parametrize("top_k", [0, 4])
+def test_the_divergence_in_chunks_of_tokens(batch, top_k):
+    """One that divides the row, and one that does not."""
+    objectives = [Pair(kl=0.5, top_k=top_k, temperature=2.0, loss_chunk=chunk)(batch) for chunk in (None, 8, 7)]
+    (whole, gradient), *others = objectives
+    for objective, other in others:
+        assert float(objective.auxiliary["kl"]) == pytest.approx(float(whole.auxiliary["kl"]), rel=1e-6)
+        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-7), gradient, other)
 
 
 def test_padding_does_not_change_the_losses(whole, batch):
@@ -230,10 +239,10 @@ def test_the_alignment_of_mixers_trains_nothing_else(batch):
     assert any(leaf.any() for leaf in jax.tree.leaves(gradient["after"][0]["mixer"]))
 
 
-def test_only_the_top_tokens_are_kept(batch):
-    pair = Pair(kl=1.0, top_k=4)
+def test_no_logits_of_the_teacher_are_kept(batch):
+    pair = Pair(kl=1.0)
     targets = jax.eval_shape(lambda p: pair.distillation.run_teacher(p, batch), pair.teacher_parameters)
-    assert max(leaf.size for leaf in jax.tree.leaves(targets)) == 4 * 32 * 4
+    assert max(leaf.size for leaf in jax.tree.leaves(targets)) == 4 * 32 * pair.distillation.teacher.config.width
 
 
 # The state at the start of a phase that trains other parameters.
