@@ -16,11 +16,11 @@ SIZES = {
     "paper": dict(keys=1024, length=8192, width=2048, heads=16, kv_heads=4, repeats=6, vocab=65_536, mlp=5632),
     "text": dict(keys=64, length=512, vocab=256, mlp=128, **SMALL),
     "recall": dict(keys=16, length=64, vocab=32, mlp=64, **SMALL),
-    "needle": dict(keys=32, length=256, vocab=96, mlp=64, **SMALL),
+    "needle": dict(keys=32, length=192, vocab=20, mlp=64, **SMALL),
 }
 PROBES = {
     "recall": dict(task="mqar", probe=dict(length=64, pairs=4, vocab=32)),
-    "needle": dict(task="passkey", probe=dict(length=256, digits=3, names=16)),
+    "needle": dict(task="passkey", probe=dict(length=192, digits=1, names=6, fillers=3)),
 }
 STEPS = {"text": (400, 8), "recall": (300, 64), "needle": (300, 16)}  # and rows per step
 # By how much the MLP of a layer is narrower than that of attention, because its mixer has more parameters.

@@ -97,13 +97,13 @@ def test_the_error_is_relative_to_the_mean_square_of_the_teacher():
 class Pair:
     """A model with narrow windows, and the teacher that it differs from."""
 
-    def __init__(self, narrow=True, accumulate=1, **teacher):
+    def __init__(self, narrow=True, accumulate=1, loss_chunk=None, **teacher):
         settings = recipe.get_config()
         self.teacher = Functional(configs.check(settings).model)
         self.teacher_parameters = self.teacher.init(jax.random.key(1))
         if narrow:
             settings.model.layers.local.mixer.pattern = NARROW
-        settings.train.update({"teacher": {"source": "run:teacher", **teacher}, "accumulate": accumulate})
+        settings.train.update(teacher={"source": "run:teacher", **teacher}, accumulate=accumulate, loss_chunk=loss_chunk)
         settings = configs.complete(settings.to_dict())
         config = configs.build(configs.Config, settings)
         self.model, self.config = Functional(config.model), config.train.teacher
