@@ -18,7 +18,14 @@ from sparsejax.figures import write_figure
 from sparsejax.palette import CELLS
 from sparsejax.paths import local_path
 from sparsejax.patterns import Panel, Pattern, draw_mask, draw_pattern, format_numbers, receptive_field
-from sparsejax.patterns.drawing import COUNTED_TILE, mark_cells, panels_to_svg, wrap_title
+from sparsejax.patterns.drawing import (
+    COUNTED_TILE,
+    MAX_HEADS,
+    draw_selection,
+    mark_cells,
+    panels_to_svg,
+    wrap_title,
+)
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -28,17 +35,22 @@ SUFFIXES = (".png", ".svg")
 MAX_CELLS = 4096  # per side of a picture in a file
 DEFAULT_CELLS = 256  # per side of a picture in a file, if no tile is given
 MAX_RECEPTIVE_FIELD = 2048  # tokens; receptive fields are products of boolean matrices here
+MAX_SELECTION = 2048  # tokens of a text whose selected pairs are drawn
 MAX_TOKENS = 2**18  # at which a full pattern has four million tiles
+MAX_LABELS = 32  # tokens of a text whose tokens are written at the axes
+MAX_LABEL = 10  # characters of a token there
 
 # By state of a cell, as `palette.CELLS`.
 SIXTEEN_COLOURS = (  # for terminals with 16 colours
     *("white", "cyan", "blue", "yellow", "red", "magenta"),
     *("green", "bright_magenta", "bright_yellow"),
+    *("bright_black", "bright_blue", "bright_red"),
 )
-PLAIN = ".+#234~=?"  # for terminals without colours
+PLAIN = ".+#234~=?-o@"  # for terminals without colours
 
 PANELS_IN_A_ROW = 4
 INCHES = 2.1  # side of a panel
+LABELLED_INCHES = 0.12  # of a cell whose query and key are labelled by text
 TITLE_WIDTH = 30  # characters
 
 
@@ -93,6 +105,89 @@ def _draw_subject(subject: Subject, length: int, tile: int) -> Sequence[Panel]:
     return panels if subject.state is None else [mark_cells(panel, subject.state) for panel in panels]
 
 
+@dataclasses.dataclass(frozen=True, eq=False)
+class Selected:
+    """The keys that a mixer of a layer selected.
+
+    Attributes:
+      title: The title of its panels.
+      pattern: The pattern from whose keys it selects.
+      chosen: Selected pairs, booleans [scopes, t, s]; consecutive heads share a scope.
+      forced: Pairs that are selected whatever the data.
+      heads: Number of heads.
+    """
+
+    title: str
+    pattern: Pattern
+    chosen: np.ndarray
+    forced: np.ndarray
+    heads: int
+
+
+def draw_selections(
+    subjects: Sequence[Subject],
+    selections: Sequence[Selected],
+    tokens: Sequence[str],
+    console: Console,
+    tile: int | None = None,
+    out: str | None = None,
+    heads: Sequence[int] = (),
+) -> None:
+    """Draws patterns, and the keys that the queries of a text selected, one panel per head; equal heads share a panel.
+
+    Args:
+      subjects: Patterns of mixers that do not select.
+      selections: What the others selected.
+      tokens: Texts of the tokens, which are written at the axes of a file if there are few.
+      console: As in `draw`, as are the next two.
+      tile: Tokens of a cell.
+      out: Path of a .png or .svg file.
+      heads: The heads to draw; all of them by default, of which the first `MAX_HEADS` distinct ones are drawn.
+
+    Raises:
+      InputError: An argument is invalid; the error names it.
+    """
+    length = len(tokens)
+    tile = choose_tile(length, tile, console, out)
+    labels = [label_token(token) for token in tokens] if tile == 1 and length <= MAX_LABELS else []
+    panels = [panel for subject in subjects for panel in _draw_subject(subject, length, tile)]
+    panels = [dataclasses.replace(panel, labels=tuple(labels)) for panel in panels]
+    for selection in selections:
+        panels += _draw_selected(selection, length, tile, labels, heads)
+    draw_panels(panels, console, out)
+
+
+def _draw_selected(
+    selection: Selected, length: int, tile: int, labels: Sequence[str], heads: Sequence[int]
+) -> list[Panel]:
+    """The panels of a mixer: heads of equal masks share one."""
+    if heads and max(heads) >= selection.heads:
+        last = f"it has head{'s' * (selection.heads > 1)} {format_numbers(list(range(selection.heads)))}"
+        raise InputError("heads", f"{max(heads)}: {selection.title} has no such head; {last}")
+    scope = len(selection.chosen) / selection.heads
+    masks: dict[bytes, list[int]] = {}
+    for head in sorted(set(heads)) or range(selection.heads):
+        pairs = (x[int(head * scope)] for x in (selection.chosen, selection.forced))
+        masks.setdefault(b"".join(np.packbits(x).tobytes() for x in pairs), []).append(head)
+    allowed, panels = selection.pattern.dense(length), []
+    for numbers in list(masks.values())[:MAX_HEADS]:
+        title = selection.title
+        if len(numbers) < selection.heads:
+            title += f", head{'s' * (len(numbers) > 1)} {format_numbers(numbers)}"
+        index = int(numbers[0] * scope)
+        panels.append(draw_selection(title, allowed, selection.chosen[index], selection.forced[index], tile, labels))
+    if len(masks) > MAX_HEADS:
+        title = f"{panels[-1].title} ({len(masks) - MAX_HEADS} more not drawn)"
+        panels[-1] = dataclasses.replace(panels[-1], title=title)
+    return panels
+
+
+def label_token(text: str) -> str:
+    """The text of a token with visible spaces and line ends, in at most `MAX_LABEL` characters."""
+    shown = "".join({" ": "␣", "\n": "⏎", "\t": "⇥"}.get(c, c if c.isprintable() else "\ufffd") for c in text)
+    return shown if len(shown) <= MAX_LABEL else f"{shown[: MAX_LABEL - 1]}…"
+
+
 def draw_receptive_field(
     layers: Sequence[Subject], length: int, console: Console, tile: int | None = None, out: str | None = None
 ) -> None:
@@ -127,14 +222,14 @@ def draw_panels(panels: Sequence[Panel], console: Console, out: str | None = Non
         write_figure(lambda: build_figure(panels), path)
 
 
-def title_layers(layers: Iterable[tuple[str, Sequence[Part]]]) -> list[Subject]:
+def title_layers(layers: Iterable[tuple[int, str, Sequence[Part]]]) -> list[Subject]:
     """The mixers of a schedule with the numbers and names of their layers; equal ones share a title.
 
     Args:
-      layers: Name and mixers of each layer, in order.
+      layers: Number, name and mixers of each layer, in order.
     """
     equal: dict[Part, dict[int, str]] = {}
-    for number, (name, parts) in enumerate(layers):
+    for number, name, parts in layers:
         for part in parts:
             equal.setdefault(part, {})[number] = name
     subjects = []
@@ -241,7 +336,8 @@ def build_figure(panels: Sequence[Panel]) -> Figure:
 
     columns = min(len(panels), PANELS_IN_A_ROW)
     rows = -(-len(panels) // columns)
-    figure = Figure(figsize=((INCHES + 0.4) * columns, (INCHES + 1) * rows))
+    inches = max(INCHES, LABELLED_INCHES * max(len(panel.labels) for panel in panels))
+    figure = Figure(figsize=((inches + 0.4) * columns, (inches + 1) * rows))
     figure.set_layout_engine("compressed", h_pad=0.06)
     axes = figure.subplots(rows, columns, squeeze=False).ravel()
     for number, (panel, axis) in enumerate(zip(panels, axes, strict=False)):
@@ -269,6 +365,10 @@ def _draw_axes(panel: Panel, axes: Axes) -> None:
         tokens = np.arange(0, cells + (tile > 1), step) * tile
         axis.set_ticks(tokens + 0.5 * (tile == 1), labels=tokens.tolist())
     axes.tick_params(length=2, width=0.5, labelsize=7)
+    if panel.labels:
+        for axis in (axes.yaxis, axes.xaxis):
+            axis.set_ticks(np.arange(rows) + 0.5, labels=list(panel.labels), fontsize=5.5, family="monospace")
+        axes.tick_params(axis="x", rotation=90)
     axes.spines[:].set(linewidth=0.5, edgecolor="#999999")
     axes.set_title("\n".join(wrap_title(panel.title, TITLE_WIDTH)), fontsize=7.5)
     axes.set_xlabel(f"{panel.axes[1]}\n{panel.caption}", linespacing=1.5)

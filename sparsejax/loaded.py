@@ -27,6 +27,7 @@ from sparsejax.inference.scoring import score_continuations, token_scores
 from sparsejax.inference.text import TextStream
 from sparsejax.layers import Context, Extras, Tokens
 from sparsejax.model import Functional, restack
+from sparsejax.ops import Selection
 
 if TYPE_CHECKING:
     from sparsejax.config import Config
@@ -217,6 +218,20 @@ class LoadedModel:
         """Returns the residual stream before the first layer, after each layer, and after the last norm."""
         model, tokens, context = self._prepare(np.asarray(input_ids), attention_mask, masks)
         return [x[:, : np.shape(input_ids)[1]] for x in _run_streams(model, self.parameters, tokens, context)]
+
+    def selections(self, inputs: Prompt) -> list[dict[str, Selection]]:
+        """Returns the keys that the queries of each layer select.
+
+        Args:
+          inputs: A text, or token ids [t] or [b, t].
+
+        Returns:
+          Per layer a `Selection` by section of the layer: `mixer`, a section in it, or `side` for a shared block. A
+          layer that does not select has none. `Selection.mask` holds booleans [b, scopes, t, s].
+        """
+        tokens = self.encode(inputs) if isinstance(inputs, str) else np.asarray(inputs)
+        model, batch, context = self._prepare(np.atleast_2d(tokens), None, {})
+        return _run_selections(model, self.parameters, batch, context)
 
     def loss(
         self,
@@ -478,6 +493,12 @@ class LoadedModel:
                 raise
             return None
 
+    def require_positions(self, length: int, argument: str) -> None:
+        """Raises InputError if the model has learned positions, and fewer than `length`."""
+        longest = self.config.embedding.max_length
+        if longest is not None and length > longest:
+            raise InputError(argument, f"{length} tokens exceed the model's {longest} learned positions")
+
     def _require_causal(self, argument: str, problem: str) -> None:
         if not self.config.causal:
             raise InputError(argument, f"{self.source.kind} {problem}: config.causal is false")
@@ -690,6 +711,13 @@ def _run_scores(
     model: Functional, parameters: Parameters, tokens: Array, context: Context, targets: Array
 ) -> tuple[Array, Array]:
     return token_scores(model.bind(parameters)(tokens, context), targets)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _run_selections(
+    model: Functional, parameters: Parameters, tokens: Array, context: Context
+) -> list[dict[str, Selection]]:
+    return model.bind(parameters).selections(tokens, context)
 
 
 @functools.partial(jax.jit, static_argnums=0)

@@ -222,6 +222,17 @@ class Model(nnx.Module):
             streams.append(x)
         return [*streams, self._normalize(x)]
 
+    def selections(self, tokens: Int[Array, "b t"], context: Context = EMPTY) -> list[dict[str, Selection]]:
+        """Returns the keys that queries select per layer, see `Layer.selections`; unrolls every layer."""
+        x, context = self.embed(tokens, context)
+        selections = []
+        for index, layer in enumerate(self.unroll()):
+            known = context.with_extras(layer=jnp.asarray(index))
+            selections.append(layer.selections(x, known))
+            x, added = layer(x, known)
+            context = context.pass_on(added.selection)
+        return selections
+
     def init_cache(self, batch: int, length: int) -> Cache:
         """Returns empty caches for decoding `length` tokens; those of the period have a leading axis of `repeats`."""
 

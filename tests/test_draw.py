@@ -94,7 +94,10 @@ def test_sixteen_colours():
 def test_equal_layers_of_a_schedule_share_a_panel(capsys):
     model = configs.check(recipe.get_config()).model
     kinds = {"ssm": ("mamba", STATE), "local": ("attention", None), "full": ("attention", None)}
-    layers = [(name, [Part(kinds[name][0], pattern, kinds[name][1])]) for name, pattern in model.connectivity]
+    layers = [
+        (number, name, [Part(kinds[name][0], pattern, kinds[name][1])])
+        for number, (name, pattern) in enumerate(model.connectivity)
+    ]
     assert title_layers(layers) == [
         Subject(parse("causal"), "layers 0, 2: ssm (mamba)", STATE),
         Subject(parse("causal & (window(5) | sink(2))"), "layers 1, 3: local", describe=True),

@@ -12,7 +12,7 @@ import numpy as np
 from sparsejax.analysis.figures import draw_cells, mark_unreachable, new_axes, note, outline_reachable, thin, use_log
 from sparsejax.analysis.kind import Analysis, Findings, Picture, Row, Unit
 from sparsejax.analysis.prompts import QUESTION, SENTENCE, Haystack, Question, build_pairs, rank
-from sparsejax.analysis.subject import Subject, require_options, require_positions, require_single_text
+from sparsejax.analysis.subject import Subject, require_options, require_single_text
 from sparsejax.data import DataConfig
 from sparsejax.data.probes import KeyValue, Probe
 from sparsejax.data.probes.needle import HEX
@@ -74,7 +74,7 @@ class ContextAnalysis(Analysis):
         fitting = tuple(n for n in default if find_problem(n) is None)
         chosen = lengths or fitting or tuple(default[-1:])  # the last has the clearest error
         for n in chosen:
-            require_positions(self.model, n, "lengths")
+            self.model.require_positions(n, "lengths")
             if (problem := find_problem(n)) is not None:
                 raise InputError("lengths", problem.problem) if problem.argument == "length" else problem
         return chosen
@@ -87,7 +87,7 @@ class ContextAnalysis(Analysis):
         """Returns the accuracy of a variant of the probe, and the share of its answers that the field reaches."""
         probe = self.config(changes).probe
         assert probe is not None
-        require_positions(self.model, probe.length, argument)
+        self.model.require_positions(probe.length, argument)
         batch = min(BATCH, self.options.examples)
         settings = self.data | {"length": probe.length} | {f"probe.{key}": value for key, value in changes.items()}
         result = self.model.evaluate(settings, stride=0, batch=batch, limit=-(-self.options.examples // batch))
@@ -290,13 +290,13 @@ class Retrieval(ContextAnalysis):
             self.pairs = self._fit_pairs() if options.pairs is None else options.pairs
             if self.pairs < options.candidates:
                 raise InputError("pairs", f"{self.pairs} is below candidates = {options.candidates}")
-            require_positions(model, self._ask(0).length, "pairs")
+            model.require_positions(self._ask(0).length, "pairs")
             return
         if options.pairs is not None:
             raise InputError("pairs", "is for text; set data.probe.pairs")
         probe = self.config({"queries": 1}).probe
         assert isinstance(probe, KeyValue)
-        require_positions(model, probe.length, "data.probe.pairs")
+        model.require_positions(probe.length, "data.probe.pairs")
         self.pairs = probe.pairs
 
     def _fit_pairs(self) -> int:

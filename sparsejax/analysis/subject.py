@@ -32,7 +32,7 @@ class Subject:
     """
 
     def __init__(self, model: LoadedModel, length: int, argument: str = "data.length"):
-        require_positions(model, length, argument)
+        model.require_positions(length, argument)
         self.config, multiple = model.source.at_length(model.config, length)
         if length % multiple:
             raise InputError(argument, f"{length} is not a multiple of {multiple}, as {model.source.kind} needs")
@@ -57,13 +57,6 @@ class Subject:
         """Returns the largest distance between the last output and an input that can influence it."""
         position = self.length - 1
         return position - int(np.flatnonzero(self.field(position, depth))[0])
-
-
-def require_positions(model: LoadedModel, length: int, argument: str) -> None:
-    """Raises InputError if the model has learned positions, and fewer than `length`."""
-    longest = model.config.embedding.max_length
-    if longest is not None and length > longest:
-        raise InputError(argument, f"{length} tokens exceed the model's {longest} learned positions")
 
 
 @functools.lru_cache(maxsize=4096)

@@ -9,7 +9,7 @@ from typing import Any
 
 from rich.console import Console
 
-from sparsejax.cli.arguments import add_model, add_overrides, load_model, parse_integer
+from sparsejax.cli.arguments import add_model, add_overrides, load_model, parse_integer, split_values
 from sparsejax.cli.exit_codes import INTERRUPTED
 from sparsejax.cli.progress import WorkProgress
 from sparsejax.paths import local_path
@@ -71,13 +71,6 @@ def _describe_defaults(fields: dict[str, dataclasses.Field]) -> str:
     return ", ".join(f"{kind}: {default}" if default else kind for kind, default in defaults.items())
 
 
-def _split(parse: Callable[[str], Any]) -> Callable[[str], tuple[Any, ...]]:
-    def parse_all(text: str) -> tuple[Any, ...]:
-        return tuple(parse(part) for part in text.split(","))
-
-    return parse_all
-
-
 def _write(value: Any) -> str:
     return ",".join(map(str, value)) if isinstance(value, tuple) else str(value)
 
@@ -87,7 +80,7 @@ PARSERS: dict[str, tuple[Callable[[str], Any], str]] = {
     "int": (parse_integer, "N"),
     "float": (float, "X"),
     "str": (str, "TEXT"),
-    "tuple[int, ...]": (_split(parse_integer), "N,N"),
-    "tuple[float, ...]": (_split(float), "X,X"),
-    "tuple[str, ...]": (_split(str), "NAME,NAME"),
+    "tuple[int, ...]": (split_values(parse_integer), "N,N"),
+    "tuple[float, ...]": (split_values(float), "X,X"),
+    "tuple[str, ...]": (split_values(str), "NAME,NAME"),
 }

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from sparsejax.errors import InputError, suggest
@@ -50,6 +50,31 @@ class Parser(argparse.ArgumentParser):
         """Renders an error, in which an argument that is an option of this parser is a flag."""
         flag = f"--{(error.argument or '').replace('_', '-')}"
         return f"{flag}: {error.problem}" if flag in self._option_string_actions else str(error)
+
+
+def read_file(path: str, argument: str) -> bytes:
+    """Returns the content of a file; raises InputError if it cannot be read."""
+    try:
+        return local_path(path, argument).read_bytes()
+    except OSError as error:
+        raise InputError(argument, f"{path}: {error.strerror}") from error
+
+
+def decode_text(content: bytes, argument: str, name: str) -> str:
+    """Decodes UTF-8; raises InputError about the text `name` if it is another encoding."""
+    try:
+        return content.decode()
+    except UnicodeDecodeError as error:
+        raise InputError(argument, f"{name}: byte {error.start} is not UTF-8") from None
+
+
+def split_values(parse: Callable[[str], Any]) -> Callable[[str], tuple[Any, ...]]:
+    """Returns a parser of values that commas separate."""
+
+    def parse_all(text: str) -> tuple[Any, ...]:
+        return tuple(parse(part) for part in text.split(","))
+
+    return parse_all
 
 
 def parse_integer(text: str) -> int:

@@ -4,18 +4,22 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+import numpy as np
 from rich.console import Console
 
 from sparsejax import draw, patterns
-from sparsejax.cli.arguments import add_config
+from sparsejax.cli.arguments import add_config, decode_text, parse_integer, read_file, split_values
 from sparsejax.errors import InputError
 from sparsejax.patterns.drawing import LOCAL, SELECTED, STATE, default_length
 
 if TYPE_CHECKING:
     from sparsejax.config import ModelConfig
     from sparsejax.layers import LayerConfig, MixerConfig
+    from sparsejax.loaded import LoadedModel
+    from sparsejax.ops import Selection
 
 EXAMPLE = "sparsejax draw 'causal & window(7)' 'causal & (window(7) | sink(2))' --length=32 --out=windows.svg"
 OVERRIDES = ("config",)
@@ -45,10 +49,29 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--out", metavar="FILE", help=".png or .svg file; defaults to the terminal")
     parser.add_argument("--titles", metavar="A,B", help="titles of the patterns, separated by commas")
+    prompt = parser.add_mutually_exclusive_group()
+    prompt.add_argument(
+        "--prompt",
+        metavar="TEXT",
+        help="with --config: draw which keys the queries of this text select, with the weights of the model, or random"
+        " ones if it has none",
+    )
+    prompt.add_argument(
+        "--prompt-file", metavar="FILE", help="file of such a text, of which --length keeps the first tokens"
+    )
+    integers = split_values(parse_integer)
+    parser.add_argument("--layers", type=integers, metavar="N,N", help="layers of the config; all by default")
+    parser.add_argument(
+        "--heads", type=integers, metavar="N,N", help="with a prompt: heads that select; all by default"
+    )
 
 
 def run(options: argparse.Namespace, console: Console) -> None:
-    """Draws patterns, or the layers of a config."""
+    """Draws patterns, the layers of a config, or the keys that they select on a text."""
+    _check_options(options)
+    if _has_prompt(options):
+        _draw_text(options, console)
+        return
     subjects, length = _read_config(options) if options.config else _read_patterns(options)
     if options.titles is not None:
         titles = [title.strip() for title in options.titles.split(",")]
@@ -62,28 +85,123 @@ def run(options: argparse.Namespace, console: Console) -> None:
     draw_subjects(subjects, length, console, options.tile, options.out)
 
 
+def _has_prompt(options: argparse.Namespace) -> bool:
+    return options.prompt is not None or options.prompt_file is not None
+
+
+def _check_options(options: argparse.Namespace) -> None:
+    """Raises InputError if an option needs another one, or cannot be combined with it."""
+    for name in ("prompt", "prompt_file", "layers"):
+        if getattr(options, name) is not None and not options.config:
+            raise InputError(name, "needs --config")
+    if options.heads is not None and not _has_prompt(options):
+        raise InputError("heads", "needs --prompt or --prompt-file")
+    for name in ("receptive_field", "titles"):
+        if getattr(options, name) and _has_prompt(options):
+            raise InputError(name, "cannot be combined with a prompt")
+    if options.layers is not None and options.receptive_field:
+        raise InputError("layers", "cannot be combined with --receptive-field, which is that of a stack of layers")
+
+
 def _read_config(options: argparse.Namespace) -> tuple[list[draw.Subject], int]:
     from sparsejax import config as configs  # slow, and not needed for patterns
 
     config = configs.check(configs.load(options.config, options.overrides["config"]))
     length = config.data.length if options.length is None else options.length
-    model = config.model
     if options.receptive_field:
-        return [draw.Subject(pattern, name) for name, pattern in model.connectivity], length
-    layers = [(name, _list_mixers(model, model.layers[name])) for name in model.names]
-    return draw.title_layers(layers), length
+        return [draw.Subject(pattern, name) for name, pattern in config.model.connectivity], length
+    return _draw_patterns(_list_layers(config.model, options.layers)), length
 
 
-def _list_mixers(model: ModelConfig, layer: LayerConfig) -> list[draw.Part]:
-    """What a layer reads through: its mixer or the branches of it, and a shared block."""
+def _draw_text(options: argparse.Namespace, console: Console) -> None:
+    """Draws the keys that queries of a text select, and the patterns of the mixers that do not select."""
+    from sparsejax import config as configs
+
+    text = options.prompt
+    if text is None:
+        content = read_file(options.prompt_file, "prompt_file")
+        text = decode_text(content, "prompt_file", options.prompt_file)
+    config = configs.check(configs.load(options.config, options.overrides["config"]))
+    layers = _list_layers(config.model, options.layers)
+    if not any(mixer is not None and mixer.selects for layer in layers for mixer in layer.mixers.values()):
+        scope = "no layer" if options.layers is None else "none of these layers"
+        raise InputError("config", f"{options.config}: {scope} selects keys; leave out the prompt to draw patterns")
+    from sparsejax.init.model import start_model  # imports grain and Orbax
+
+    model = start_model(config)
+    tokens = _encode(model, text, options.length)
+    selections = model.selections(tokens)
+    selected, patterns_left = [], []
+    for layer in layers:
+        chosen = {path: selection for path, selection in selections[layer.number].items() if path in layer.mixers}
+        selected += [_describe_selection(layer, path, selection) for path, selection in chosen.items()]
+        others = {path: mixer for path, mixer in layer.mixers.items() if path not in chosen}
+        patterns_left.append(dataclasses.replace(layer, mixers=others))
+    texts = [model.tokenizer.decode(tokens[i : i + 1]) for i in range(len(tokens))]
+    subjects = _draw_patterns(patterns_left)
+    draw.draw_selections(subjects, selected, texts, console, options.tile, options.out, options.heads or ())
+
+
+def _encode(model: LoadedModel, text: str, length: int | None) -> np.ndarray:
+    """The tokens of a text, or the first `length` of them."""
+    tokens = model.encode(text)
+    if not len(tokens):
+        raise InputError("prompt", "is empty; pass at least one token")
+    if length is not None:
+        if not 1 <= length <= len(tokens):
+            raise InputError("length", f"{length} is not between 1 and the {len(tokens)} tokens of the text")
+        tokens = tokens[:length]
+    if len(tokens) > draw.MAX_SELECTION:
+        raise InputError("length", f"the text has {len(tokens)} tokens; draw at most the first {draw.MAX_SELECTION}")
+    model.require_positions(len(tokens), "length")
+    return tokens
+
+
+@dataclasses.dataclass(frozen=True)
+class _Layer:
+    """A layer: its number, its name, and what it reads through by the path in its section."""
+
+    number: int
+    name: str
+    mixers: dict[str, MixerConfig | None]
+
+
+def _list_layers(model: ModelConfig, numbers: Sequence[int] | None) -> list[_Layer]:
+    """The chosen layers of a model, by default all of them."""
+    count = len(model.names)
+    for number in numbers or ():
+        if not 0 <= number < count:
+            raise InputError("layers", f"{number}: the model has layers 0 to {count - 1}")
+    chosen = range(count) if numbers is None else sorted(set(numbers))
+    return [_Layer(i, model.names[i], _list_mixers(model, model.layers[model.names[i]])) for i in chosen]
+
+
+def _list_mixers(model: ModelConfig, layer: LayerConfig) -> dict[str, MixerConfig | None]:
+    """What a layer reads through by path: its mixer or the branches of it, and a shared block."""
     from sparsejax.layers import ParallelConfig
 
-    mixers: list[MixerConfig | None] = [layer.mixer]
+    mixers: dict[str, MixerConfig | None] = {"mixer": layer.mixer}
     if isinstance(layer.mixer, ParallelConfig):
-        mixers = [branch.mixer for branch in layer.mixer.branches.values()]
+        branches = layer.mixer.branches.items()
+        mixers = {f"mixer.branches.{name}.mixer": branch.mixer for name, branch in branches}
     if layer.side is not None:
-        mixers.append(model.shared[layer.side.shared].mixer)
-    return [_describe(mixer) for mixer in mixers]
+        mixers["side"] = model.shared[layer.side.shared].mixer
+    return mixers
+
+
+def _draw_patterns(layers: Sequence[_Layer]) -> list[draw.Subject]:
+    return draw.title_layers(
+        (layer.number, layer.name, [_describe(mixer) for mixer in layer.mixers.values()]) for layer in layers
+    )
+
+
+def _describe_selection(layer: _Layer, path: str, selection: Selection) -> draw.Selected:
+    """What a mixer selected of the first row."""
+    mixer = layer.mixers[path]
+    assert mixer is not None
+    chosen, forced = (np.asarray(mask[0]) for mask in (selection.mask, selection.forced_mask))
+    title = f"layer {layer.number}: {layer.name}\n{mixer.summary}"
+    return draw.Selected(title, mixer.connectivity, chosen, forced, getattr(mixer, "heads", len(chosen)))
 
 
 def _describe(mixer: MixerConfig | None) -> draw.Part:

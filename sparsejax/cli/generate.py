@@ -10,9 +10,8 @@ from typing import Any
 
 from rich.console import Console
 
-from sparsejax.cli.arguments import add_model, load_model
+from sparsejax.cli.arguments import add_model, decode_text, load_model, read_file
 from sparsejax.errors import InputError
-from sparsejax.paths import local_path
 from sparsejax.records import parse_json
 
 EXAMPLE = "sparsejax generate runs/quickstart --prompt='def main(' --tokens=64 --temperature=0.8"
@@ -126,15 +125,11 @@ def _read_prompts(options: argparse.Namespace) -> list[str]:
     if options.prompt is not None:
         return options.prompt
     if options.prompt_file is None:
-        return [_decode(sys.stdin.buffer.read(), "prompt", "stdin")]
-    path = local_path(options.prompt_file, "prompt_file")
-    try:
-        content = path.read_bytes()
-    except OSError as error:
-        raise InputError("prompt_file", f"{path}: {error.strerror}") from error
-    if path.suffix != RECORDS:
-        return [_decode(content, "prompt_file", str(path))]
-    prompts = list(_read_records(content, str(path)))
+        return [decode_text(sys.stdin.buffer.read(), "prompt", "stdin")]
+    path, content = options.prompt_file, read_file(options.prompt_file, "prompt_file")
+    if not path.endswith(RECORDS):
+        return [decode_text(content, "prompt_file", path)]
+    prompts = list(_read_records(content, path))
     if not prompts:
         raise InputError("prompt_file", f"{path} has no prompts")
     return prompts
@@ -148,10 +143,3 @@ def _read_records(content: bytes, path: str) -> Iterator[str]:
             if not isinstance(prompt, str):
                 raise InputError("prompt_file", f"{path}: line {number}: expected a string, or a field prompt")
             yield prompt
-
-
-def _decode(content: bytes, argument: str, name: str) -> str:
-    try:
-        return content.decode()
-    except UnicodeDecodeError as error:
-        raise InputError(argument, f"{name}: byte {error.start} is not UTF-8") from None

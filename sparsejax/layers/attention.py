@@ -195,6 +195,12 @@ class Attention(Mixer):
         segments = context.tokens.attend_segments
         return measure_selection(chosen, q, k, self.pattern, scale=self._scale, segments=segments)._asdict()
 
+    def selections(self, x: Float[Array, "b t inputs"], context: Context = EMPTY) -> dict[str, Selection]:
+        """Returns the selected keys."""
+        q, k, _ = self._project(x, self._positions(x, context))
+        selection, _ = self._choose(x, q, k, context)
+        return {} if selection is None else {"": selection}
+
     def init_cache(self, batch: int, length: int) -> Cache:
         """Returns an empty cache for `length` positions, with the slots of `patterns.plan_cache`.
 

@@ -32,7 +32,7 @@ from sparsejax.ops import (
     merge_lse,
     select_indexed,
 )
-from sparsejax.ops.entries import ClosedWindows
+from sparsejax.ops.entries import ClosedWindows, cover_tokens
 from sparsejax.ops.softmax import confine_nan, zero_nan
 
 
@@ -186,6 +186,15 @@ class Compressed(Mixer):
         if self.indexer is None or windows is None:
             return None
         return self.indexer.select(x, latent, windows, context.tokens.attend_segments)
+
+    def selections(self, x: Float[Array, "b t m"], context: Context = EMPTY) -> dict[str, Selection]:
+        """Returns the tokens that the selected entries summarize."""
+        compression, segments = self.config.compression, context.tokens.attend_segments
+        selection, windows = self.select(x, context), self._close_windows(x, context)
+        if selection is None or windows is None or compression is None:
+            return {}
+        ids = None if segments is None else segments[1]
+        return {"": cover_tokens(selection, windows, ids, overlap=compression.overlap)}
 
     def init_cache(self, batch: int, length: int) -> Cache:
         """Returns an empty cache for `length` positions: the window, and the caches of compressor and indexer."""

@@ -153,6 +153,16 @@ class Latent(Mixer):
         selection, index = self.indexer.choose(x, q_latent, self.pattern, context.tokens)
         return self.indexer.measure(index, selection, q, k, self.pattern, context.tokens, self._scale)
 
+    def selections(self, x: Float[Array, "b t m"], context: Context = EMPTY) -> dict[str, Selection]:
+        """Returns the keys that an indexer selected, that of this layer or one before it."""
+        if not self.config.selects:
+            return {}
+        if self.indexer is None:
+            assert context.extras.selection is not None
+            return {"": context.extras.selection}
+        q_latent, _ = self._query(x, jnp.arange(x.shape[1]))
+        return {"": self.indexer.choose(x, q_latent, self.pattern, context.tokens)[0]}
+
     def init_cache(self, batch: int, length: int) -> Cache:
         """Returns an empty cache for `length` positions: latents with rotary keys, and index keys."""
         slots = patterns.plan_cache(self.pattern, length).count
@@ -207,16 +217,9 @@ class Latent(Mixer):
     ) -> dict[str, AttentionCall | SelectedCall]:
         """Returns the arguments of attention over expanded keys, with the keys that the indexer selects."""
         positions, segments = jnp.arange(x.shape[1]), context.tokens.attend_segments
-        q_latent, q = self._query(x, positions)
-        arrays = q, *self._expand(x, positions)
+        arrays = self._query(x, positions)[1], *self._expand(x, positions)
         call = AttentionCall(*arrays, self.pattern, self._scale, None, None, segments, None)
-        if not self.config.selects:
-            return {"": call}
-        selection = context.extras.selection
-        if self.indexer is not None:
-            selection, _ = self.indexer.choose(x, q_latent, self.pattern, context.tokens)
-        assert selection is not None
-        return {"": selected_call(call, selection)}
+        return {"": call} | {path: selected_call(call, keys) for path, keys in self.selections(x, context).items()}
 
     def cost(self, length: int) -> Cost:
         """Cost of the projections, the indexer, and attention over expanded keys and values."""

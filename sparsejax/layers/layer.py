@@ -202,15 +202,11 @@ class Layer(nnx.Module):
         Returns:
           The arguments by section of the layer's config: `mixer`, a section in it, or `side` for the shared block.
         """
-        if self.mixer is None or self.mixer_residual is None:
-            return {}
-        calls, read = {}, jnp.split(x, 2, axis=-1)[1] if self.reversible else x
-        read = read if self.mixer_hyper is None else self.mixer_hyper.read(x)[0]
-        if self.side is not None:
-            calls["side"] = self.side.attention_call(x, context)
-            read = read + self.side(x, context)
-        paths = self.mixer.attention_calls(self.mixer_residual.pre(read), context)
-        return calls | {f"mixer{path}": call for path, call in paths.items()}
+        return self._ask_mixers("attention_calls", x, context)
+
+    def selections(self, x: Float[Array, "b t m"], context: Context = EMPTY) -> dict[str, Selection]:
+        """Returns the keys that queries select by section of the layer's config, see `attention_calls`."""
+        return self._ask_mixers("selections", x, context)
 
     def cost(self, length: int) -> Cost:
         """Cost of the mixer, the shared block and the feed-forward part."""
@@ -219,6 +215,18 @@ class Layer(nnx.Module):
         hyper = (part.flops for part in (self.mixer_hyper, self.mlp_hyper) if part is not None)
         cost += Cost(0, float(sum(hyper)))
         return cost if self.mlp is None else cost + Cost(0, self.mlp.flops)
+
+    def _ask_mixers(self, method: str, x: Array, context: Context) -> dict[str, Any]:
+        """What a method of the mixer and of the shared block returns by path, by section of the layer's config."""
+        if self.mixer is None or self.mixer_residual is None:
+            return {}
+        values, read = {}, jnp.split(x, 2, axis=-1)[1] if self.reversible else x
+        read = read if self.mixer_hyper is None else self.mixer_hyper.read(x)[0]
+        if self.side is not None:
+            values = {f"side{path}": value for path, value in self.side.ask_mixer(method, x, context).items()}
+            read = read + self.side(x, context)
+        paths = getattr(self.mixer, method)(self.mixer_residual.pre(read), context)
+        return values | {f"mixer{path}": value for path, value in paths.items()}
 
     def _run(self, x: Array, context: Context) -> tuple[Array, Auxiliary]:
         read, mixed, auxiliary = self._shared_input(x), (None, None), Auxiliary({})

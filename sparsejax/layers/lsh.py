@@ -14,7 +14,7 @@ from jaxtyping import Array, Float, Int
 from sparsejax import patterns
 from sparsejax.errors import InputError, require_at_least
 from sparsejax.layers.caching import chunk_positions, write_slots
-from sparsejax.layers.context import EMPTY, Context
+from sparsejax.layers.context import EMPTY, Context, Tokens
 from sparsejax.layers.protocols import Cache, Mixer, MixerConfig
 from sparsejax.layers.stream import Cost, Linear, Stream, output_scale
 from sparsejax.ops import (
@@ -30,6 +30,7 @@ from sparsejax.ops import (
 )
 from sparsejax.ops.call import SelectedCall, selected_call
 from sparsejax.ops.lsh import SELF, count_hashed, decode_select_hashed, normalize_keys, select_hashed
+from sparsejax.ops.selection import selection_of
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -118,9 +119,7 @@ class Lsh(Mixer):
             qk,
             v,
             self._hash(qk, context),
-            chunk=self.config.chunk,
-            before=self.config.before,
-            after=self.config.after,
+            **self._sizes,
             causal=self.config.causal,
             segments=context.tokens.segments,
             mask=context.tokens.mask,
@@ -153,9 +152,8 @@ class Lsh(Mixer):
             arrays = qk, normalize_keys(cache["qk"]), cache["v"], selection
             y = attend_cached_selection(*arrays, patterns.Causal(), at, keys_at, length, scale=1.0)
             return self.out(y.reshape(*x.shape[:2], -1)), cache
-        sizes = {"chunk": config.chunk, "before": config.before, "after": config.after}
         ends = positions + context.tokens.count(at.shape)
-        y = decode_attend_hashed(**cache, positions=jnp.minimum(at, length - 1), ends=ends, **sizes)
+        y = decode_attend_hashed(**cache, positions=jnp.minimum(at, length - 1), ends=ends, **self._sizes)
         return self.out(y.reshape(*x.shape[:2], -1)), cache
 
     def attention_calls(
@@ -167,15 +165,21 @@ class Lsh(Mixer):
             segments = tokens.attend_segments
             call = AttentionCall(qk, normalize_keys(qk), v, patterns.Causal(), 1.0, None, None, segments, None)
             return {"": selected_call(call, self._select(qk, context))}
-        buckets = self._hash(qk, context)[0]
-        ids = jnp.zeros(x.shape[1], jnp.int32) if tokens.segments is None else tokens.segments[0]
-        ids = ids if tokens.mask is None else jnp.where(tokens.mask[0], ids, -1)
-        sizes = {"chunk": config.chunk, "before": config.before, "after": config.after}
-        segments = jnp.broadcast_to(ids, x.shape[:2])
-        call = AttentionCall(
-            qk, normalize_keys(qk), v, config.connectivity, 1.0, None, None, (segments, segments), None
-        )
-        return {"": SelectedCall(call, lambda queries: count_hashed(queries, buckets, ids, **sizes), SELF)}
+        ids = self._ids(x, tokens)
+        buckets, sizes = self._hash(qk, context)[0], self._sizes
+        call = AttentionCall(qk, normalize_keys(qk), v, config.connectivity, 1.0, None, None, (ids, ids), None)
+        return {"": SelectedCall(call, lambda queries: count_hashed(queries, buckets, ids[0], **sizes), SELF)}
+
+    def selections(self, x: Float[Array, "b t m"], context: Context = EMPTY) -> dict[str, Selection]:
+        """Returns the keys that a query meets in a round; itself only if it meets no other."""
+        qk, _ = self._project(x)
+        if self.config.strict:
+            return {"": self._select(qk, context)}
+        ids, at = self._ids(x, context.tokens), jnp.arange(x.shape[1])
+        count = jax.vmap(lambda buckets, ids: count_hashed(at, buckets, ids, **self._sizes))
+        same = (ids[:, :, None] == ids[:, None]) & self.config.connectivity.allows(at[:, None], at, len(at), len(at))
+        others = (count(self._hash(qk, context), ids) > 0) & (same & (at[:, None] != at))[:, None]
+        return {"": selection_of(others | (~others.any(axis=-1, keepdims=True) & (at[:, None] == at)))}
 
     def cost(self, length: int) -> Cost:
         """Cost of the projections, the hashes and the scored pairs, including masked ones; without the sort."""
@@ -191,6 +195,15 @@ class Lsh(Mixer):
     def _select(self, qk: Array, context: Context) -> Selection:
         """The keys of a whole sequence in the strictly causal form."""
         return select_hashed(self._hash(qk, context), self.config.members, segments=context.tokens.attend_segments)
+
+    def _ids(self, x: Array, tokens: Tokens) -> Int[Array, "b t"]:
+        """Segment ids; -1 at padding."""
+        ids = jnp.zeros(x.shape[:2], jnp.int32) if tokens.segments is None else tokens.segments
+        return ids if tokens.mask is None else jnp.where(tokens.mask, ids, -1)
+
+    @property
+    def _sizes(self) -> dict[str, int]:
+        return {"chunk": self.config.chunk, "before": self.config.before, "after": self.config.after}
 
     def _project(self, x: Array) -> tuple[Array, ...]:
         """Queries, which are also the keys, and values."""

@@ -124,6 +124,10 @@ class Parallel(Mixer):
             for metric, value in self.branches[name].measure(branch.scale_in * x, context).items()
         }
 
+    def selections(self, x: Float[Array, "b t m"], context: Context = EMPTY) -> dict[str, Selection]:
+        """Returns the selected keys of each branch."""
+        return self._gather_branches("selections", x, context)
+
     def init_cache(self, batch: int, length: int) -> Cache:
         """Returns the cache of each branch."""
         return {name: mixer.init_cache(batch, length) for name, mixer in self.branches.items()}
@@ -150,15 +154,19 @@ class Parallel(Mixer):
         self, x: Float[Array, "b t m"], context: Context = EMPTY
     ) -> dict[str, AttentionCall | SelectedCall]:
         """Returns the arguments of attention in each branch."""
-        return {
-            f".branches.{name}.mixer{path}": call
-            for name, branch in self.config.branches.items()
-            for path, call in self.branches[name].attention_calls(branch.scale_in * x, context).items()
-        }
+        return self._gather_branches("attention_calls", x, context)
 
     def cost(self, length: int) -> Cost:
         """The sum of the costs of the branches."""
         return functools.reduce(operator.add, (mixer.cost(length) for mixer in self.branches.values()))
+
+    def _gather_branches(self, method: str, x: Array, context: Context) -> dict[str, Any]:
+        """What a method of the branches returns by path of a section, by path from that of this mixer."""
+        return {
+            f".branches.{name}.mixer{path}": value
+            for name, branch in self.config.branches.items()
+            for path, value in getattr(self.branches[name], method)(branch.scale_in * x, context).items()
+        }
 
 
 # The config and the module of each value of `kind`.

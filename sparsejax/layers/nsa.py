@@ -175,6 +175,12 @@ class Nsa(Mixer):
         near = attend(q, *pairs["window"], self._window, **options)
         return self._project_out(x, distant, cast(Array, selected), cast(Array, near))
 
+    def selections(self, x: Float[Array, "b t m"], context: Context = EMPTY) -> dict[str, Selection]:
+        """Returns the blocks of the branch "select"."""
+        x = context.tokens.zero_padding(x)
+        q, pairs = self._project(x, jnp.arange(x.shape[1]))
+        return {"": self._attend_sequence(q, pairs["compress"], context.tokens.attend_segments)[1]}
+
     def measure(self, x: Float[Array, "b t m"], context: Context = EMPTY) -> dict[str, Float[Array, ""]]:
         """Returns metrics of the selected blocks."""
         x, segments = context.tokens.zero_padding(x), context.tokens.attend_segments

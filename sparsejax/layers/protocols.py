@@ -145,6 +145,13 @@ class Mixer(nnx.Module):
         """Returns metrics of the selection by name, see `ops.measure_selection`; none without a selection."""
         return {}
 
+    def selections(self, x: Float[Array, "b t m"], context: Context = EMPTY) -> dict[str, Selection]:
+        """Returns the keys that the queries of a whole sequence select; an empty dict without a selection.
+
+        They are by path, as those of `attention_calls`. A query attends to the selected keys of its connectivity only.
+        """
+        return {}
+
     def init_cache(self, batch: int, length: int) -> Cache:
         """Returns the cache before the first of `length` tokens: arrays [b, ...] by name."""
         return {"inputs": jnp.zeros((batch, length, self.width), self.dtype)}

@@ -20,7 +20,15 @@ from sparsejax.layers.rotary import RopeConfig, rotate
 from sparsejax.layers.stream import Cost, Linear, Stream, output_scale, parameter
 from sparsejax.ops import AttentionCall, Selection, attend, attention_flops, choose, measure_selection, route
 from sparsejax.ops.call import SelectedCall, selected_call
-from sparsejax.ops.routing import attend_balanced, commitment, normalize_vectors, sum_clusters, update_centroids
+from sparsejax.ops.routing import (
+    attend_balanced,
+    balanced_members,
+    commitment,
+    normalize_vectors,
+    sum_clusters,
+    update_centroids,
+)
+from sparsejax.ops.selection import selection_of
 from sparsejax.ops.selectors import nearest_centroid
 
 
@@ -136,6 +144,17 @@ class Routing(Mixer):
             losses["commitment"] = config.commitment * distances.sum() / jnp.maximum(tokens.count((b, t)).sum(), 1)
         sums = jax.lax.stop_gradient(sum_clusters(routed, centroids, tokens.mask))
         return self.out(y.reshape(b, t, -1)), Auxiliary(losses, statistics={"sums": sums})
+
+    def selections(self, x: Float[Array, "b t m"], context: Context = EMPTY) -> dict[str, Selection]:
+        """Returns the members of clusters that each query attends to."""
+        routed, *_ = self._project(x, jnp.arange(x.shape[1]))
+        if not self.config.balanced:
+            return {"": self._choose(routed, context)}
+        members = balanced_members(
+            routed, self.centroids[...], self.config.members, causal=self.config.causal,
+            segments=context.tokens.attend_segments,
+        )  # fmt: skip
+        return {"": selection_of(members)}
 
     def measure(self, x: Float[Array, "b t m"], context: Context = EMPTY) -> dict[str, Float[Array, ""]]:
         """Returns metrics of the selection; none for balanced clusters."""

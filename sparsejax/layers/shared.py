@@ -9,6 +9,7 @@ to the stream.
 from __future__ import annotations
 
 import dataclasses
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -22,7 +23,6 @@ from sparsejax.layers.mlp import Mlp, MlpConfig
 from sparsejax.layers.norm import NormConfig, make_norm, normalize
 from sparsejax.layers.protocols import Cache
 from sparsejax.layers.stream import Cost, Linear, Stream, parameter
-from sparsejax.ops import AttentionCall
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -112,10 +112,10 @@ class Side(nnx.Module):
         """Returns the cache of the shared block's attention, of which every layer has its own."""
         return self._shapes.mixer.init_cache(batch, length)
 
-    def attention_call(self, x: Float[Array, "b t m"], context: Context) -> AttentionCall:
-        """Returns the arguments of the shared block's attention."""
+    def ask_mixer(self, method: str, x: Float[Array, "b t m"], context: Context) -> dict[str, Any]:
+        """Returns what `attention_calls` or `selections` of the shared block's attention returns."""
         shared = self._adapt(context)
-        return shared.mixer.attention_calls(normalize(shared.mixer_norm, self._inputs(x, context)), context)[""]
+        return getattr(shared.mixer, method)(normalize(shared.mixer_norm, self._inputs(x, context)), context)
 
     def cost(self, length: int) -> Cost:
         """Cost of the shared block and the linear map; the adapters are merged into the weights."""

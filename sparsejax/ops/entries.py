@@ -13,8 +13,8 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from sparsejax.errors import InputError
-from sparsejax.ops.blocks import document_starts
-from sparsejax.ops.selection import Visible, over_queries
+from sparsejax.ops.blocks import document_starts, make_blocks
+from sparsejax.ops.selection import Selection, Visible, over_queries, sort_groups
 from sparsejax.ops.softmax import MASKED, confine_nan, masked_softmax
 from sparsejax.patterns import Causal
 
@@ -78,6 +78,35 @@ def close_windows(length: int, size: int, segments: Int[Array, "b s"] | None = N
     last = jnp.maximum(ends, size - 1)
     offsets, ids = (jnp.take_along_axis(x, last, axis=1) for x in (offsets, segments))
     return ClosedWindows(last[..., None] + jnp.arange(1 - size, 1), ends, offsets >= size, ids)
+
+
+def cover_tokens(
+    selection: Selection, windows: ClosedWindows, segments: Int[Array, "b t"] | None = None, *, overlap: bool = False
+) -> Selection:
+    """The tokens that the entries of a selection summarize, in blocks of the size of a window.
+
+    Args:
+      selection: Selected entries, whose blocks are single entries.
+      windows: The windows of the entries.
+      segments: Segment ids of the tokens.
+      overlap: Whether an entry covers the window before too.
+    """
+    groups, size = selection.groups, windows.keys.shape[-1]
+    blocks = make_blocks(groups.shape[2], size, segments)
+    shape = len(groups), *groups.shape[1:]
+
+    def take(x: Array) -> Array:
+        x = jnp.broadcast_to(x, (len(groups), *x.shape[1:]))
+        return jnp.take_along_axis(x, jnp.maximum(groups, 0).reshape(len(groups), -1), axis=1).reshape(shape)
+
+    ends = jnp.maximum(windows.ends, 0)
+    of_entry = jnp.take_along_axis(jnp.broadcast_to(blocks.of_key, (len(ends), blocks.of_key.shape[1])), ends, axis=1)
+    covered = jnp.where(groups < 0, -1, take(of_entry))
+    if overlap:
+        before = jnp.where((groups >= 0) & take(windows.follows), covered - 1, -1)
+        is_new = before != jnp.pad(covered[..., :-1], ((0, 0),) * 3 + ((1, 0),), constant_values=-1)
+        covered = jnp.concatenate([covered, jnp.where(is_new, before, -1)], axis=-1)
+    return Selection(sort_groups(covered, blocks.count), blocks)
 
 
 def compress_windows(

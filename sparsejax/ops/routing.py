@@ -83,13 +83,9 @@ def attend_balanced(
       scale: Factor on q·k.
       segments: Segment ids of queries and of keys; tokens whose ids differ are padding, and in no cluster.
     """
-    (b, t, h, _), g, members = q.shape, k.shape[2], min(members, q.shape[1])
-    similarity = jnp.einsum("btgd,gcd->bgct", normalize_vectors(x), centroids, precision=jax.lax.Precision.HIGHEST)
+    (b, t, h, _), g = q.shape, k.shape[2]
     q_ids, k_ids = (jnp.zeros((b, t), jnp.int32),) * 2 if segments is None else segments
-    exists = (q_ids == k_ids)[:, None, None]
-    similarity = jnp.where(exists, jax.lax.stop_gradient(similarity), -jnp.inf)
-    chosen, positions = jax.lax.top_k(similarity, members)
-    in_cluster = chosen > -jnp.inf
+    positions, in_cluster = _fill_clusters(x, centroids, members, q_ids == k_ids)
 
     def take(x: Array, positions: Array) -> Array:  # [t, ...] by [c, w]
         return x[positions]
@@ -112,3 +108,33 @@ def attend_balanced(
 
     spread_heads = jax.vmap(jax.vmap(spread))(out, positions, in_cluster)  # [b, g, t, r, e]
     return jnp.moveaxis(spread_heads, 1, 2).reshape(b, t, h, -1).astype(v.dtype)
+
+
+def balanced_members(
+    x: Float[Array, "b t g d"],
+    centroids: Float[Array, "g c d"],
+    members: int,
+    *,
+    causal: bool,
+    segments: tuple[Int[Array, "b t"], Int[Array, "b t"]] | None = None,
+) -> Bool[Array, "b g t t"]:
+    """Whether each query of `attend_balanced`, which describes the arguments, attends to each key in some cluster."""
+    (b, t), size = x.shape[:2], centroids.shape[1]
+    q_ids, k_ids = (jnp.zeros((b, t), jnp.int32),) * 2 if segments is None else segments
+    positions, in_cluster = _fill_clusters(x, centroids, members, q_ids == k_ids)
+    at = jnp.where(in_cluster, positions, t)
+    rows = jnp.arange(b)[:, None, None, None], jnp.arange(x.shape[2])[:, None, None], jnp.arange(size)[:, None]
+    inside = jnp.zeros((b, x.shape[2], size, t)).at[(*rows, at)].set(1, mode="drop")
+    shared = jnp.einsum("bgct,bgcs->bgts", inside, inside) > 0
+    shared &= (q_ids[:, :, None] == k_ids[:, None])[:, None]
+    return shared & jnp.tri(t, dtype=bool) if causal else shared
+
+
+def _fill_clusters(
+    x: Float[Array, "b t g d"], centroids: Float[Array, "g c d"], members: int, exists: Bool[Array, "b t"]
+) -> tuple[Int[Array, "b g c w"], Bool[Array, "b g c w"]]:
+    """Positions of the `members` tokens nearest to each centroid, and whether there are as many."""
+    similarity = jnp.einsum("btgd,gcd->bgct", normalize_vectors(x), centroids, precision=jax.lax.Precision.HIGHEST)
+    similarity = jnp.where(exists[:, None, None], jax.lax.stop_gradient(similarity), -jnp.inf)
+    chosen, positions = jax.lax.top_k(similarity, min(members, x.shape[1]))
+    return positions, chosen > -jnp.inf

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, PyTree, Shaped
 
 from sparsejax.errors import InputError
-from sparsejax.ops.blocks import Blocks
+from sparsejax.ops.blocks import Blocks, make_blocks
 from sparsejax.ops.chunks import pad_to_multiple
 from sparsejax.patterns import Pattern
 
@@ -32,12 +32,12 @@ class Selection:
       groups: Indices of blocks, ascending and without repeats; -1 for none, at the end. The axis `scopes` has 1 entry
         if all heads attend to the same groups, or one per key/value head or per query head.
       blocks: The blocks.
-      forced: Number of groups of each query that are chosen whatever their score; None if there are none.
+      forced: Whether each of `groups` is chosen whatever its score; None if none is.
     """
 
     groups: Int[Array, "b scopes t k"]
     blocks: Blocks
-    forced: Int[Array, "b scopes t"] | None = None
+    forced: Bool[Array, "b scopes t k"] | None = None
 
     @property
     def keys(self) -> Int[Array, "b scopes t keys"]:
@@ -48,12 +48,22 @@ class Selection:
     @property
     def mask(self) -> Bool[Array, "b scopes t s"]:
         """Whether each query chose each key."""
-        b, scopes, t, _ = self.groups.shape
+        return self._mark_keys(self.groups)
+
+    @property
+    def forced_mask(self) -> Bool[Array, "b scopes t s"]:
+        """Whether each key is in a group that is chosen whatever its score."""
+        forced = False if self.forced is None else self.forced
+        return self._mark_keys(jnp.where(forced, self.groups, -1))
+
+    def _mark_keys(self, groups: Int[Array, "b scopes t k"]) -> Bool[Array, "b scopes t s"]:
+        """Whether each key is in one of the groups of a query."""
+        b, scopes, t, _ = groups.shape
         rows = (jnp.arange(n).reshape(*(1,) * i, -1, *(1,) * (3 - i)) for i, n in enumerate((b, scopes, t)))
-        chosen = jnp.zeros((b, scopes, t, self.blocks.count + 1), bool)
-        groups = jnp.where(self.groups < 0, self.blocks.count, self.groups)
-        chosen = chosen.at[(*rows, groups)].set(True)[..., : self.blocks.count]
-        return jnp.take_along_axis(chosen, self.blocks.of_key[:, None, None], axis=-1)
+        marked = jnp.zeros((b, scopes, t, self.blocks.count + 1), bool)
+        groups = jnp.where(groups < 0, self.blocks.count, groups)
+        marked = marked.at[(*rows, groups)].set(True)[..., : self.blocks.count]
+        return jnp.take_along_axis(marked, self.blocks.of_key[:, None, None], axis=-1)
 
 
 class Visible(NamedTuple):
@@ -91,10 +101,24 @@ def choose(
         scores = jnp.where(forced, jnp.inf, scores)
     n = scores.shape[-1]
     best, groups = jax.lax.top_k(jnp.where(visible, scores, -jnp.inf), min(count, n))
-    return _sort(jnp.where(best > -jnp.inf, groups, -1), n)
+    return sort_groups(jnp.where(best > -jnp.inf, groups, -1), n)
 
 
-def _sort(groups: Int[Array, "*batch k"], count: int) -> Int[Array, "*batch k"]:
+def mark_forced(
+    forced: Bool[Array, "#b #scopes c n"], groups: Int[Array, "b scopes c k"]
+) -> Bool[Array, "b scopes c k"]:
+    """Whether each of the chosen groups is among those that are forced."""
+    forced = jnp.broadcast_to(forced, (*groups.shape[:-1], forced.shape[-1]))
+    return (groups >= 0) & jnp.take_along_axis(forced, jnp.maximum(groups, 0), axis=-1)
+
+
+def selection_of(mask: Bool[Array, "b scopes t s"]) -> Selection:
+    """The keys of a mask as a selection, which is as large as the mask."""
+    keys = mask.shape[-1]
+    return Selection(sort_groups(jnp.where(mask, jnp.arange(keys), -1), keys), make_blocks(keys, 1))
+
+
+def sort_groups(groups: Int[Array, "*batch k"], count: int) -> Int[Array, "*batch k"]:
     """Sorts indices below `count`, with -1 at the end."""
     groups = jnp.sort(jnp.where(groups < 0, count, groups), axis=-1)
     return jnp.where(groups < count, groups, -1)
@@ -132,17 +156,17 @@ def select(
     if count < 1:
         raise InputError("count", f"{count} is below 1")
 
-    def choose_chunk(chunk: PyTree, visible: Visible) -> tuple[Int[Array, "b scopes c k"], Int[Array, "b scopes c"]]:
+    def choose_chunk(chunk: PyTree, visible: Visible) -> tuple[Int[Array, "b scopes c k"], Bool[Array, "b scopes c k"]]:
         (scores, forced), counts = score(chunk, visible), count_keys(visible, blocks)[:, None]
         may_compete = counts == blocks.size if complete else counts > 0
         groups = choose(scores, may_compete, count, forced)
-        added = jnp.zeros((), jnp.int32) if forced is None else (forced & may_compete).sum(axis=-1)
         if complete:
             current = block_of_query(visible, blocks)[:, None, :, None]
             is_open = jnp.take_along_axis(counts, current, axis=-1) < blocks.size
             last = jnp.broadcast_to(jnp.where(is_open, current, -1), (*groups.shape[:-1], 1))
-            groups, added = _sort(jnp.concatenate([groups, last], axis=-1), blocks.count), is_open[..., 0]
-        return groups, jnp.broadcast_to(jnp.minimum(added, count), groups.shape[:-1]).astype(jnp.int32)
+            groups = sort_groups(jnp.concatenate([groups, last], axis=-1), blocks.count)
+            return groups, (groups >= 0) & (groups == last)
+        return groups, mark_forced(jnp.zeros_like(may_compete) if forced is None else forced, groups)
 
     run = functools.partial(over_queries, choose_chunk, jax.lax.stop_gradient(arrays), pattern, blocks.of_key.shape[1])
     groups, forced = run(segments=segments, positions=positions, length=length)

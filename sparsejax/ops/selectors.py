@@ -22,6 +22,7 @@ from sparsejax.ops.selection import (
     choose,
     count_keys,
     force_blocks,
+    mark_forced,
     over_queries,
     select,
 )
@@ -311,7 +312,7 @@ def nsa(
         scores = (overlapping * jnp.asarray(shared, p.dtype)).sum(axis=-1)
         allowed, forced = (count_keys(visible, blocks) > 0)[:, None], force_blocks(visible, blocks, initial, local)
         groups = choose(scores, allowed, count, forced)
-        return out.reshape(out.shape[0], -1, *out.shape[3:]), groups, _count_forced(allowed & forced, groups)
+        return out.reshape(out.shape[0], -1, *out.shape[3:]), groups, mark_forced(forced, groups)
 
     keys, options = blocks.of_key.shape[1], _options(segments, positions, length)
     out, groups, forced = over_queries(attend, q, pattern, keys, **options)
@@ -386,13 +387,12 @@ def infllm(
         scores = _overlapping(p, windows, blocks, offsets).max(axis=-1)
         allowed, forced = (count_keys(visible, blocks) > 0)[:, None], force_blocks(visible, blocks, initial, local)
         groups = choose(scores, allowed, count, forced)
-        counts = _count_forced(allowed & forced, groups)
         if groups.shape[-1] == most:
-            return groups, counts
+            return groups, mark_forced(forced, groups)
         groups = jnp.pad(groups, ((0, 0),) * 3 + ((0, most - groups.shape[-1]),), constant_values=-1)
-        is_dense = (_position_in_document(visible, blocks) < dense_below)[:, None]
-        groups = jnp.where(is_dense[..., None], choose(scores, allowed, most), groups)
-        return groups, jnp.where(is_dense, (groups >= 0).sum(axis=-1), counts)
+        is_dense = (_position_in_document(visible, blocks) < dense_below)[:, None, :, None]
+        groups = jnp.where(is_dense, choose(scores, allowed, most), groups)
+        return groups, mark_forced(forced | is_dense, groups)
 
     q, options = jax.lax.stop_gradient(q), _options(segments, positions, length)
     groups, forced = over_queries(choose_chunk, q, pattern, k.shape[1], **options)
@@ -430,12 +430,6 @@ def _overlapping(
 
 def _blocks(k: Array, size: int, segments: Segments) -> Blocks:
     return make_blocks(k.shape[1], size, None if segments is None else segments[1])
-
-
-def _count_forced(forced: Bool[Array, "#b 1 c n"], groups: Int[Array, "b g c k"]) -> Int[Array, "b g c"]:
-    """Number of the chosen groups that are forced."""
-    counts = jnp.minimum(forced.sum(axis=-1), groups.shape[-1])
-    return jnp.broadcast_to(counts, groups.shape[:-1]).astype(jnp.int32)
 
 
 def _position_in_document(visible: Visible, blocks: Blocks) -> Int[Array, "#b c"]:

@@ -19,6 +19,9 @@ from sparsejax.patterns.layout import TileLayout
 DEAD, PARTIAL, FULL, TWICE, THRICE, MORE = range(6)
 # Layers whose connectivity is no attention pattern have one state for all cells that are not dead.
 STATE, LOCAL, SELECTED = range(6, 9)
+# Pairs of a selection: allowed and left out, selected, and selected whatever the data. A cell shows its last state.
+LEFT_OUT, CHOSEN, FORCED = range(9, 12)
+SELECTION_LEGEND = {CHOSEN: "selected", FORCED: "always selected", LEFT_OUT: "left out"}
 CAPTIONS = {
     STATE: "a state of fixed size, no pairs",
     LOCAL: "no attention",
@@ -36,6 +39,8 @@ SCALES = {"seed": 0, "layer": 0, "head": 0, "longest": 0, "tile": 4}  # weight o
 
 COLUMNS = 4  # panels per row
 SIDE, SMALL_SIDE = 256, 192  # pixels of a panel alone, and of one of several
+LABELLED_CELL = 11  # pixels of a cell whose query and key are labelled by text
+LABEL_FONT = 8
 LINED_CELL = 6  # pixels of a cell from which lines separate the cells
 LINE = 14  # pixels per line of text
 TITLE_FONT = 10.5
@@ -54,6 +59,7 @@ class Panel:
     caption: str  # tile size and density
     axes: tuple[str, str] = ("query", "key")  # downwards and to the right
     words: tuple[str, str] = ("attended", "masked")  # the meaning of FULL and DEAD if cells are pairs
+    labels: tuple[str, ...] = ()  # texts of the tokens, instead of their numbers
 
     @property
     def legend(self) -> dict[int, str]:
@@ -61,6 +67,9 @@ class Panel:
         for state, word in LEGENDS.items():
             if (self.states == state).any():
                 return {state: word, DEAD: "not read"}
+        if (self.states >= LEFT_OUT).any():
+            present = {state: word for state, word in SELECTION_LEGEND.items() if (self.states == state).any()}
+            return present | {DEAD: "masked"}
         if self.tile != (1, 1):
             return TILE_LEGEND
         words = {FULL: self.words[0], **REPEATED_LEGEND, DEAD: self.words[1]}
@@ -141,6 +150,34 @@ def draw_mask(title: str, mask: np.ndarray, tile: int = 1) -> Panel:
     """Returns the panel of booleans [t, s], in cells of `tile` x `tile`."""
     states = _coarsen(FULL * mask.astype(np.int8), tile)
     return Panel(title, states, (tile, tile), _describe(states, tile, float(mask.mean())))
+
+
+def draw_selection(
+    title: str,
+    allowed: np.ndarray,
+    chosen: np.ndarray,
+    forced: np.ndarray,
+    tile: int = 1,
+    labels: Sequence[str] = (),
+) -> Panel:
+    """Returns the panel of the keys that the queries of a text selected.
+
+    Args:
+      title: The title.
+      allowed: Pairs from which the queries select, booleans [t, s].
+      chosen: Selected pairs.
+      forced: Pairs that are selected whatever the data.
+      tile: Tokens per cell.
+      labels: Texts of the tokens, which replace their numbers if a cell is a token.
+    """
+    chosen, forced = chosen & allowed, forced & allowed
+    states = np.where(forced, FORCED, np.where(chosen, CHOSEN, np.where(allowed, LEFT_OUT, DEAD))).astype(np.int8)
+    for axis in (0, 1):
+        states = np.maximum.reduceat(states, np.arange(0, states.shape[axis], tile), axis=axis)
+    keys, share = chosen.sum(axis=1).mean(), 100 * chosen.sum() / max(allowed.sum(), 1)
+    caption = f"{keys:.3g} keys per query, {share:.3g}% of the allowed"
+    caption += f"\ncells of {tile} x {tile} tokens" if tile > 1 else ""
+    return Panel(title, states, (tile, tile), caption, labels=tuple(labels) if tile == 1 else ())
 
 
 def draw_layout(layout: TileLayout) -> Panel:
@@ -258,7 +295,9 @@ def panels_to_svg(panels: Sequence[Panel], columns: int = COLUMNS) -> str:
     columns = min(columns, len(panels))
     side = SIDE if len(panels) == 1 else SMALL_SIDE
     placed = [(_wrap(panel, side), *_cell_size(panel, side), panel) for panel in panels]
-    left, step = 52, 66 + max(side, *(int(width) * panel.states.shape[1] for _, width, _, panel in placed))
+    margin = max(_label_width(panel) for panel in panels)
+    left = 52 + margin
+    step = left + 14 + max(side, *(int(width) * panel.states.shape[1] for _, width, _, panel in placed))
     elements, y = [], 4.0
     for first in range(0, len(placed), columns):
         row = placed[first : first + columns]
@@ -272,7 +311,11 @@ def panels_to_svg(panels: Sequence[Panel], columns: int = COLUMNS) -> str:
                 for line, words in enumerate(title)
             ]
             elements += _panel_to_svg(panel, x, top, (width, height))
-        y = top + max(height * len(panel.states) + LINE * panel.caption.count("\n") for *_, height, panel in row) + 48
+        heights = (
+            height * len(panel.states) + LINE * panel.caption.count("\n") + _label_width(panel)
+            for *_, height, panel in row
+        )
+        y = top + max(heights) + 48
     states = {state: word for panel in panels for state, word in panel.legend.items()}
     legend, width = svg.legend(left, y + 12, [(CELLS[state], word) for state, word in states.items()])
     accessible = "; ".join(" ".join(f"{panel.title}: {panel.caption}".split()) for panel in panels)
@@ -282,24 +325,45 @@ def panels_to_svg(panels: Sequence[Panel], columns: int = COLUMNS) -> str:
 def _panel_to_svg(panel: Panel, x: float, y: float, cell: tuple[float, float]) -> Iterable[str]:
     """Cells, ticks in tokens, axes and caption."""
     rows, columns = panel.states.shape
-    width, height = columns * cell[0], rows * cell[1]
+    width, height, margin = columns * cell[0], rows * cell[1], _label_width(panel)
     yield svg.cells(panel.states, x, y, cell, lines=min(cell) >= LINED_CELL)
-    for token, at in _ticks(rows, panel.tile[0], cell[1]):
-        yield svg.text(x - 4, y + at + 3.5, token, anchor="end", size=9, fill=GREY)
-    for token, at in _ticks(columns, panel.tile[1], cell[0]):
-        yield svg.text(x + at, y + height + 11, token, anchor="middle", size=9, fill=GREY)
-    middle = y + height / 2
-    rotation = f"rotate(-90 {svg.number(x - 40)} {svg.number(middle)})"
-    yield svg.text(x - 40, middle, panel.axes[0], anchor="middle", transform=rotation)
-    yield svg.text(x + width / 2, y + height + 24, panel.axes[1], anchor="middle")
+    for index, label in enumerate(panel.labels):
+        across, down = x + (index + 0.5) * cell[0] + 3, y + (index + 0.5) * cell[1] + 3
+        yield svg.text(x - 4, down, label, anchor="end", size=LABEL_FONT, mono=True, fill=GREY)
+        turned = _turn(across, y + height + 4)
+        yield svg.text(
+            across, y + height + 4, label, anchor="end", size=LABEL_FONT, mono=True, fill=GREY, transform=turned
+        )
+    if not panel.labels:
+        for token, at in _ticks(rows, panel.tile[0], cell[1]):
+            yield svg.text(x - 4, y + at + 3.5, token, anchor="end", size=9, fill=GREY)
+        for token, at in _ticks(columns, panel.tile[1], cell[0]):
+            yield svg.text(x + at, y + height + 11, token, anchor="middle", size=9, fill=GREY)
+    side, middle = x - 40 - margin, y + height / 2
+    yield svg.text(side, middle, panel.axes[0], anchor="middle", transform=_turn(side, middle))
+    bottom = y + height + margin
+    yield svg.text(x + width / 2, bottom + 24, panel.axes[1], anchor="middle")
     for line, words in enumerate(panel.caption.splitlines()):
-        yield svg.text(x + width / 2, y + height + 40 + LINE * line, words, anchor="middle", size=10, fill=GREY)
+        yield svg.text(x + width / 2, bottom + 40 + LINE * line, words, anchor="middle", size=10, fill=GREY)
+
+
+def _turn(x: float, y: float) -> str:
+    """The attribute `transform` of text that reads upwards from a point."""
+    return f"rotate(-90 {svg.number(x)} {svg.number(y)})"
+
+
+def _label_width(panel: Panel) -> int:
+    """Pixels by which the labels of tokens are longer than numbers."""
+    longest = max(map(len, panel.labels), default=0)
+    return max(0, int(svg.MONO_WIDTH * LABEL_FONT * longest) - 20)
 
 
 def _cell_size(panel: Panel, side: float) -> tuple[float, float]:
     """Width and height of a cell in whole pixels."""
     rows, columns = panel.states.shape
     queries, keys = panel.tile
+    if panel.labels:
+        side = max(side, LABELLED_CELL * rows)
     scale = side / max(rows * queries, columns * keys, 1)
     width, height = (max(1.0, np.round(scale * tokens)) for tokens in (keys, queries))
     return float(width), float(height)
