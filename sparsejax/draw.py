@@ -111,6 +111,7 @@ class Selected:
 
     Attributes:
       title: The title of its panels.
+      summary: The mixer in a few words, which follow the title.
       pattern: The pattern from whose keys it selects.
       chosen: Selected pairs, booleans [scopes, t, s]; consecutive heads share a scope.
       forced: Pairs that are selected whatever the data.
@@ -118,6 +119,7 @@ class Selected:
     """
 
     title: str
+    summary: str
     pattern: Pattern
     chosen: np.ndarray
     forced: np.ndarray
@@ -169,16 +171,15 @@ def _draw_selected(
     for head in sorted(set(heads)) or range(selection.heads):
         pairs = (x[int(head * scope)] for x in (selection.chosen, selection.forced))
         masks.setdefault(b"".join(np.packbits(x).tobytes() for x in pairs), []).append(head)
-    allowed, panels = selection.pattern.dense(length), []
-    for numbers in list(masks.values())[:MAX_HEADS]:
-        title = selection.title
+    allowed, panels, drawn = selection.pattern.dense(length), [], list(masks.values())[:MAX_HEADS]
+    for numbers in drawn:
+        title, index = selection.title, int(numbers[0] * scope)
         if len(numbers) < selection.heads:
             title += f", head{'s' * (len(numbers) > 1)} {format_numbers(numbers)}"
-        index = int(numbers[0] * scope)
-        panels.append(draw_selection(title, allowed, selection.chosen[index], selection.forced[index], tile, labels))
-    if len(masks) > MAX_HEADS:
-        title = f"{panels[-1].title} ({len(masks) - MAX_HEADS} more not drawn)"
-        panels[-1] = dataclasses.replace(panels[-1], title=title)
+        if numbers is drawn[-1] and len(masks) > MAX_HEADS:
+            title += f" ({len(masks) - MAX_HEADS} more not drawn)"
+        pairs = allowed, selection.chosen[index], selection.forced[index]
+        panels.append(draw_selection(f"{title}\n{selection.summary}", *pairs, tile, labels))
     return panels
 
 

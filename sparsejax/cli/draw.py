@@ -200,8 +200,8 @@ def _describe_selection(layer: _Layer, path: str, selection: Selection) -> draw.
     mixer = layer.mixers[path]
     assert mixer is not None
     chosen, forced = (np.asarray(mask[0]) for mask in (selection.mask, selection.forced_mask))
-    title = f"layer {layer.number}: {layer.name}\n{mixer.summary}"
-    return draw.Selected(title, mixer.connectivity, chosen, forced, getattr(mixer, "heads", len(chosen)))
+    title = f"layer {layer.number}: {layer.name}"
+    return draw.Selected(title, mixer.summary, mixer.connectivity, chosen, forced, getattr(mixer, "heads", len(chosen)))
 
 
 def _describe(mixer: MixerConfig | None) -> draw.Part:
