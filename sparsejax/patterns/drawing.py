@@ -174,8 +174,8 @@ def draw_selection(
     states = np.where(forced, FORCED, np.where(chosen, CHOSEN, np.where(allowed, LEFT_OUT, DEAD))).astype(np.int8)
     for axis in (0, 1):
         states = np.maximum.reduceat(states, np.arange(0, states.shape[axis], tile), axis=axis)
-    keys, share = chosen.sum(axis=1).mean(), 100 * chosen.sum() / max(allowed.sum(), 1)
-    caption = f"{keys:.3g} keys per query, {share:.3g}% of the allowed"
+    kept, most = (mask.sum(axis=1).mean() for mask in (chosen, allowed))
+    caption = f"{kept:.3g} of {most:.3g} keys per query"
     caption += f"\ncells of {tile} x {tile} tokens" if tile > 1 else ""
     return Panel(title, states, (tile, tile), caption, labels=tuple(labels) if tile == 1 else ())
 
@@ -330,9 +330,9 @@ def _panel_to_svg(panel: Panel, x: float, y: float, cell: tuple[float, float]) -
     for index, label in enumerate(panel.labels):
         across, down = x + (index + 0.5) * cell[0] + 3, y + (index + 0.5) * cell[1] + 3
         yield svg.text(x - 4, down, label, anchor="end", size=LABEL_FONT, mono=True, fill=GREY)
-        turned = _turn(across, y + height + 4)
+        rotation = _rotate(across, y + height + 4)
         yield svg.text(
-            across, y + height + 4, label, anchor="end", size=LABEL_FONT, mono=True, fill=GREY, transform=turned
+            across, y + height + 4, label, anchor="end", size=LABEL_FONT, mono=True, fill=GREY, transform=rotation
         )
     if not panel.labels:
         for token, at in _ticks(rows, panel.tile[0], cell[1]):
@@ -340,14 +340,14 @@ def _panel_to_svg(panel: Panel, x: float, y: float, cell: tuple[float, float]) -
         for token, at in _ticks(columns, panel.tile[1], cell[0]):
             yield svg.text(x + at, y + height + 11, token, anchor="middle", size=9, fill=GREY)
     side, middle = x - 40 - margin, y + height / 2
-    yield svg.text(side, middle, panel.axes[0], anchor="middle", transform=_turn(side, middle))
+    yield svg.text(side, middle, panel.axes[0], anchor="middle", transform=_rotate(side, middle))
     bottom = y + height + margin
     yield svg.text(x + width / 2, bottom + 24, panel.axes[1], anchor="middle")
     for line, words in enumerate(panel.caption.splitlines()):
         yield svg.text(x + width / 2, bottom + 40 + LINE * line, words, anchor="middle", size=10, fill=GREY)
 
 
-def _turn(x: float, y: float) -> str:
+def _rotate(x: float, y: float) -> str:
     """The attribute `transform` of text that reads upwards from a point."""
     return f"rotate(-90 {svg.number(x)} {svg.number(y)})"
 
