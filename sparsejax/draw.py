@@ -169,8 +169,8 @@ def _draw_selected(
     scope = len(selection.chosen) / selection.heads
     masks: dict[bytes, list[int]] = {}
     for head in sorted(set(heads)) or range(selection.heads):
-        pairs = (x[int(head * scope)] for x in (selection.chosen, selection.forced))
-        masks.setdefault(b"".join(np.packbits(x).tobytes() for x in pairs), []).append(head)
+        states = (x[int(head * scope)] for x in (selection.chosen, selection.forced))
+        masks.setdefault(b"".join(np.packbits(x).tobytes() for x in states), []).append(head)
     allowed, panels, drawn = selection.pattern.dense(length), [], list(masks.values())[:MAX_HEADS]
     for numbers in drawn:
         title, index = selection.title, int(numbers[0] * scope)
@@ -178,8 +178,8 @@ def _draw_selected(
             title += f", head{'s' * (len(numbers) > 1)} {format_numbers(numbers)}"
         if numbers is drawn[-1] and len(masks) > MAX_HEADS:
             title += f" ({len(masks) - MAX_HEADS} more not drawn)"
-        pairs = allowed, selection.chosen[index], selection.forced[index]
-        panels.append(draw_selection(f"{title}\n{selection.summary}", *pairs, tile, labels))
+        chosen, forced = selection.chosen[index], selection.forced[index]
+        panels.append(draw_selection(f"{title}\n{selection.summary}", allowed, chosen, forced, tile, labels))
     return panels
 
 

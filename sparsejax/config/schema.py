@@ -218,8 +218,7 @@ class ModelConfig:
     @property
     def measures_selections(self) -> bool:
         """Whether a layer selects keys, or trains an indexer to select them."""
-        mixers = [layer.mixer for layer in self.layers.values() if layer.mixer is not None]
-        return any((mixer.selects and not mixer.leaks) or mixer.indexers for mixer in mixers)
+        return any(layer.mixer is not None and layer.mixer.is_measured for layer in self.layers.values())
 
     @property
     def fold(self) -> schedules.Fold:

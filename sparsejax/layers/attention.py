@@ -187,7 +187,7 @@ class Attention(Mixer):
         q, k, _ = self._project(x, self._positions(x, context))
         if self.indexer is not None:
             selection, index = self.indexer.choose(x, x, self.pattern, context.tokens)
-            return self.indexer.measure(index, selection, q, k, self.pattern, context.tokens, self._scale)
+            return self.indexer.measure(index, selection, q, k, self.pattern, context.tokens, scale=self._scale)
         if self.config.select is None:
             return {}
         chosen, _ = self._choose(x, q, k, context)
@@ -321,7 +321,7 @@ class Attention(Mixer):
         """The keys that the queries of a whole sequence attend to, if they are chosen; and the loss of the indexer."""
         if self.indexer is not None:
             selection, index = self.indexer.choose(x, x, self.pattern, context.tokens)
-            auxiliary = self.indexer.auxiliary(index, selection, q, k, self.pattern, context.tokens, self._scale)
+            auxiliary = self.indexer.auxiliary(index, selection, q, k, self.pattern, context.tokens, scale=self._scale)
             return auxiliary.selection, auxiliary
         if self.config.select is None:
             return context.extras.selection if self.config.selects else None, Auxiliary({})

@@ -15,8 +15,9 @@ from sparsejax import patterns
 from sparsejax.errors import InputError, require_at_least, require_choice
 from sparsejax.layers.caching import chunk_positions, extend_keys, write_slots
 from sparsejax.layers.context import EMPTY, Context, Tokens
+from sparsejax.layers.indexer import Scorer
 from sparsejax.layers.norm import Norm, NormConfig, standardize
-from sparsejax.layers.protocols import Cache, Mixer, MixerConfig, implementation_names
+from sparsejax.layers.protocols import Auxiliary, Cache, Mixer, MixerConfig, implementation_names
 from sparsejax.layers.rotary import RopeConfig, rotate
 from sparsejax.layers.stream import Cost, Linear, Stream, attention_cost, output_scale, parameter
 from sparsejax.ops import (
@@ -40,16 +41,20 @@ from sparsejax.ops.softmax import confine_nan, zero_nan
 class EntryIndexerConfig:
     """A query attends only to the `top_k` entries with the highest scores, which all heads share.
 
-    The score is that of `IndexerConfig`, with entries of its own as keys. Gradients do not flow through the selection;
-    ties go to the lower position.
+    The score is that of `IndexerConfig`, with entries of its own as keys. Gradients do not flow through the selection,
+    and the indexer reads the stream without a gradient: it learns from its loss alone, the divergence of its scores
+    from the attention to the entries. Ties go to the lower position.
     """
 
     heads: int  # number of index query heads
     width: int  # width of an index query or entry, whose last rope_width features are rotated
     top_k: int  # number of selected entries per query
+    loss_weight: float = 0.0  # weight of the divergence of the scores from the attention; 0: the indexer does not learn
+    dense: bool = False  # attend to all entries, which the loss then covers: the warm-up of the indexer
 
     def __post_init__(self):
         require_at_least(self, 1, "heads", "width", "top_k")
+        require_at_least(self, 0, "loss_weight")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -128,7 +133,7 @@ class CompressedConfig(MixerConfig):
         text = f"compressed attention {self.heads} x {self.head_width}, window {self.window}"
         if self.compression is not None:
             text += f", entries of {self.compression.ratio}"
-        return text if self.indexer is None else f"{text}, top {self.indexer.top_k}"
+        return text if self.indexer is None else f"{text}, top {self.indexer.top_k}" + ", dense" * self.indexer.dense
 
     @property
     def connectivity(self) -> patterns.Pattern:
@@ -138,7 +143,20 @@ class CompressedConfig(MixerConfig):
     @property
     def selects(self) -> bool:
         """Whether queries select entries."""
+        return self.indexer is not None and not self.indexer.dense
+
+    @property
+    def is_measured(self) -> bool:
+        """Whether there is an indexer."""
         return self.indexer is not None
+
+    def check(self, length: int) -> None:
+        """Raises InputError if a loss has no use over `length` tokens."""
+        if self.compression is None or self.indexer is None or not self.indexer.loss_weight:
+            return
+        if self.indexer.top_k >= (count := length // self.compression.ratio):
+            problem = f"top_k = {self.indexer.top_k} leaves out none of {count} entries of {length} tokens, so that the"
+            raise InputError("compression.indexer.loss_weight", f"{problem} loss has no use; lower top_k")
 
 
 class Compressed(Mixer):
@@ -162,30 +180,48 @@ class Compressed(Mixer):
 
     def __call__(self, x: Float[Array, "b t m"], context: Context = EMPTY) -> Float[Array, "b t m"]:
         """Mixes a whole sequence."""
+        return self.mix(x, context)[0]
+
+    def mix(self, x: Float[Array, "b t m"], context: Context = EMPTY) -> tuple[Float[Array, "b t m"], Auxiliary]:
+        """Mixes a whole sequence; returns the loss of the indexer, if there is one."""
+        y, served = self._attend(x, context)
+        auxiliary = Auxiliary({}) if self.indexer is None or served is None else self.indexer.auxiliary(**served)
+        return self._project_out(y, jnp.arange(x.shape[1])), auxiliary
+
+    def measure(self, x: Float[Array, "b t m"], context: Context = EMPTY) -> dict[str, Float[Array, ""]]:
+        """Returns metrics of the selection of entries, of the attention to them alone; none without an indexer."""
+        _, served = self._attend(x, context)
+        return {} if self.indexer is None or served is None else self.indexer.measure(**served)
+
+    def select(self, x: Float[Array, "b t m"], context: Context = EMPTY) -> Selection | None:
+        """Returns the entries that the queries of a whole sequence select; None without an indexer or an entry."""
+        _, served = self._attend(x, context)
+        return None if served is None else served["selection"]
+
+    def _attend(self, x: Array, context: Context) -> tuple[Float[Array, "b t h d"], dict[str, Any] | None]:
+        """The output per head for a whole sequence, and the arguments of `Scorer.measure` if there is an indexer."""
         x, positions, segments = context.tokens.zero_padding(x), jnp.arange(x.shape[1]), context.tokens.attend_segments
         latent, q = self._query(x, positions)
         k = self._key(x, positions)[:, :, None]
         options = {"scale": self._scale, "segment_ids": segments, "impl": self.config.impl, "return_lse": True}
         parts = [cast(tuple, attend(q, k, k, self.pattern, sink_logits=self.sinks[...], **options))]
         windows = self._close_windows(x, context)
-        if self.compressor is not None and windows is not None:
-            entries = self.compressor(x, windows)
-            if self.indexer is None:
-                ids = None if segments is None else segments[0]
-                parts.append(attend_entries(q, entries, windows, scale=self._scale, segments=ids))
-            else:
-                e, selection = entries[:, :, None], self.indexer.select(x, latent, windows, segments)
-                options = {"scale": self._scale, "selection": selection, "return_lse": True}
-                parts.append(cast(tuple, attend(q, e, e, patterns.Full(), **options)))
-        return self._project_out(merge_lse(parts)[0], positions)
-
-    def select(self, x: Float[Array, "b t m"], context: Context = EMPTY) -> Selection | None:
-        """Returns the entries that the queries of a whole sequence select; None without an indexer or an entry."""
-        x = context.tokens.zero_padding(x)
-        windows, latent = self._close_windows(x, context), self.query_norm(self.query_latent(x))
-        if self.indexer is None or windows is None:
-            return None
-        return self.indexer.select(x, latent, windows, context.tokens.attend_segments)
+        if self.compressor is None or windows is None:
+            return merge_lse(parts)[0], None
+        entries, ids = self.compressor(x, windows), None if segments is None else segments[0]
+        served, seen = None, windows.restrict(q.shape[:2], ids)
+        if self.indexer is not None:
+            selection, index = self.indexer.choose(x, latent, windows, seen)
+            served = {"index": index, "selection": selection, "q": q, "k": entries[:, :, None], "scale": self._scale}
+        if served is None or not self.config.selects:
+            parts.append(attend_entries(q, entries, windows, scale=self._scale, segments=ids))
+        else:
+            e, options = served["k"], {"scale": self._scale, "selection": selection, "return_lse": True}
+            parts.append(cast(tuple, attend(q, e, e, patterns.Full(), **options)))
+        y, lse = merge_lse(parts)
+        if served is not None:
+            served |= {"pattern": patterns.Causal(), "tokens": context.tokens, "lse": lse} | seen
+        return y, served
 
     def selections(self, x: Float[Array, "b t m"], context: Context = EMPTY) -> dict[str, Selection]:
         """Returns the tokens that the selected entries summarize."""
@@ -202,7 +238,7 @@ class Compressed(Mixer):
         cache: Cache = {"k": jnp.zeros((batch, 1, slots, self.config.head_width), self.dtype)}
         if self.compressor is not None:
             cache["compressor"] = self.compressor.init_cache(batch, length)
-        if self.indexer is not None:
+        if self.indexer is not None and self.config.selects:
             cache["indexer"] = self.indexer.compressor.init_cache(batch, length)
         return cache
 
@@ -221,7 +257,7 @@ class Compressed(Mixer):
         if self.compressor is not None:
             entries, after["compressor"] = self.compressor.extend(x, cache["compressor"], positions, tokens)
             index = None
-            if self.indexer is not None:
+            if self.indexer is not None and self.config.selects:
                 index, after["indexer"] = self.indexer.compressor.extend(x, cache["indexer"], positions, tokens)
             if entries.shape[1]:
                 ends = self.compressor.ends(entries, positions + tokens.count(at.shape))
@@ -231,29 +267,28 @@ class Compressed(Mixer):
     def cost(self, length: int) -> Cost:
         """Cost of the projections, the window, and the entries and their scores."""
         config, width = self.config, self.config.head_width
-        projections = (self.query_latent, self.query, self.key, self.compressor, self.indexer, self.out)
+        projections = (self.query_latent, self.query, self.key, self.compressor, self.out)
         grouped = 2.0 * np.prod(self.group.shape)
         linear = Cost(0, grouped + sum(part.flops for part in projections if part is not None))
         window = attention_cost(self.pattern, length, heads=config.heads, score_width=width, value_width=width)
         if config.compression is None:
             return linear + window
-        seen, cost = (np.arange(length) + 1) // config.compression.ratio, linear + window
-        if config.indexer is not None and self.indexer is not None:
-            scored = config.indexer.heads * int(seen.sum())
-            scores = attention_flops(scored, config.indexer.width, 0) / max(length, 1)
-            cost += Cost(0, scores, index_pairs=scored, index_flops=scores + self.indexer.flops)
-            seen = np.minimum(seen, config.indexer.top_k)
-        pairs = config.heads * int(seen.sum())
-        return cost + Cost(pairs, attention_flops(pairs, width) / max(length, 1))
+        seen = (np.arange(length) + 1) // config.compression.ratio
+        kept = np.minimum(seen, config.indexer.top_k) if config.indexer is not None and config.selects else seen
+        pairs = config.heads * int(kept.sum())
+        cost = linear + window + Cost(pairs, attention_flops(pairs, width) / max(length, 1))
+        if self.indexer is None:
+            return cost
+        return cost + self.indexer.cost(length, int(seen.sum()), int(kept.sum()), heads=config.heads, score_width=width)
 
     def _attend_cached(self, x, latent, q, entries, index, at, ends, length, options):
         """Attends to the entries of a cache, those that an indexer selects if `index` are its entries."""
         causal = patterns.Causal()
-        if self.indexer is None:
+        if self.indexer is None or index is None:
             k = entries[:, None]
             return attend_cached(q, k, zero_nan(k), causal, at, ends, length, **options)
         index = self.indexer.index(x, latent, index, at)
-        selection = select_indexed(index, self.indexer.top_k, causal, positions=(at, ends), length=length)
+        selection = select_indexed(index, self.indexer.config.top_k, causal, positions=(at, ends), length=length)
         k = entries[:, :, None]
         return attend_cached_selection(q, k, zero_nan(k), selection, causal, at, ends, length, **options)
 
@@ -347,30 +382,33 @@ class Compressor(nnx.Module):
         return _rotate_last(entries[:, :, None], positions, self.config)[:, :, 0]
 
 
-class EntryIndexer(nnx.Module):
+class EntryIndexer(Scorer):
     """Scores of entries for `EntryIndexerConfig`."""
 
     def __init__(self, config: CompressedConfig, stream: Stream, rngs: nnx.Rngs):
         compression, indexer = config.compression, config.indexer
         assert compression is not None
         assert indexer is not None
-        self.config, self.heads, self.top_k = config, indexer.heads, indexer.top_k
+        self.config, self.attention = indexer, config
         linear = _linear(stream, rngs)
         self.queries = linear(config.query_rank, indexer.heads * indexer.width, axes=(None, "heads"))
         self.weights = linear(stream.width, indexer.heads)
         self.compressor = Compressor(config, compression, indexer.width, stream, rngs)
 
-    def select(
-        self,
-        x: Float[Array, "b t m"],
-        latent: Float[Array, "b t r"],
-        windows: ClosedWindows,
-        segments: tuple[Int[Array, "b t"], Int[Array, "b t"]] | None,
-    ) -> Selection:
-        """Returns the selected entries of a whole sequence."""
+    def choose(
+        self, x: Float[Array, "b t m"], latent: Float[Array, "b t r"], windows: ClosedWindows, seen: dict[str, Any]
+    ) -> tuple[Selection, Index]:
+        """Selects entries for a whole sequence; returns the index too.
+
+        Args:
+          x: The stream.
+          latent: The latent of the queries.
+          windows: The windows of the entries.
+          seen: The result of `windows.restrict`.
+        """
+        x, latent = jax.lax.stop_gradient((x, latent))
         index = self.index(x, latent, self.compressor(x, windows), jnp.arange(x.shape[1]))
-        options = windows.restrict(latent.shape[:2], None if segments is None else segments[0])
-        return select_indexed(index, self.top_k, patterns.Causal(), **options)
+        return select_indexed(index, self.config.top_k, patterns.Causal(), **seen), index
 
     def index(
         self,
@@ -380,13 +418,21 @@ class EntryIndexer(nnx.Module):
         positions: Int[Array, "*b t"],
     ) -> Index:
         """Returns index queries and their weights, with the entries of the compressor as keys."""
-        q = self.queries(latent).reshape(*x.shape[:2], self.heads, -1)
-        return Index(_rotate_last(q, positions, self.config), entries, self.weights(x) * self.heads**-0.5)
+        q = self.queries(latent).reshape(*x.shape[:2], self.config.heads, -1)
+        return Index(_rotate_last(q, positions, self.attention), entries, self.weights(x) * self.config.heads**-0.5)
 
-    @property
-    def flops(self) -> float:
-        """Forward FLOPs per token of the projections."""
-        return self.queries.flops + self.weights.flops + self.compressor.flops
+    def cost(self, length: int, seen: int, kept: int, *, heads: int, score_width: int) -> Cost:
+        """Cost of the projections and of scoring every entry that a query sees, and of the loss.
+
+        Args:
+          length: Number of tokens.
+          seen: Number of entries that the queries see.
+          kept: Number of those that they attend to.
+          heads: Query heads of the attention.
+          score_width: Width of a query of the attention and an entry.
+        """
+        linear = self.queries.flops + self.weights.flops + self.compressor.flops
+        return self._cost(length, linear, seen, kept, attention_flops(heads * kept, score_width, 0))
 
 
 def _linear(stream: Stream, rngs: nnx.Rngs):

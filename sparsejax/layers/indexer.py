@@ -79,8 +79,6 @@ class IndexerConfig:
             raise InputError("pool", "'keys' averages the keys of a block, but block = 1; use 'scores'")
         if self.pool == "keys" and self.local:
             raise InputError("local", f"{self.local} applies to pool = 'scores' only")
-        if self.pool == "keys" and (self.loss_weight or self.dense):
-            raise InputError("loss_weight", "the loss compares scores of keys, but pool = 'keys' scores blocks")
         if self.shared and self.loss_weight:
             raise InputError("loss_weight", "a shared selection has no indexer in this layer to train; set it to 0")
         if self.local > self.top_k:
@@ -145,7 +143,78 @@ def indexed_cost(
     return cost if indexer is None else cost + indexer.cost(length, heads=heads, score_width=score_width)
 
 
-class Indexer(nnx.Module):
+class Scorer(nnx.Module):
+    """What indexers share: the loss and the metrics of a selection, from the attention that it serves."""
+
+    config: Any  # with the fields `loss_weight` and `dense`
+
+    def loss(
+        self,
+        index: Index,
+        selection: Selection,
+        q: Float[Array, "b t h d"],
+        k: Float[Array, "b s g d"],
+        pattern: Pattern,
+        tokens: Tokens,
+        **options: Any,
+    ) -> Float[Array, ""]:
+        """The divergence of the scores from the attention, a mean over the tokens of the batch.
+
+        It is over the selected keys, or over all keys if attention is dense. `options` are those of
+        `ops.indexer_divergence`; the segments default to those of the tokens.
+        """
+        options = {"segments": tokens.attend_segments} | options
+        chosen = None if self.config.dense else selection
+        divergence = indexer_divergence(index, q, k, pattern, chosen, **options)
+        return tokens.zero_padding(divergence).sum() / jnp.maximum(tokens.count(divergence.shape).sum(), 1)
+
+    def auxiliary(self, *attention: Any, **options: Any) -> Auxiliary:
+        """What a mixer returns besides its output; the arguments are those of `loss`."""
+        if not self.config.loss_weight:
+            return Auxiliary({})
+        return Auxiliary({LOSS: self.config.loss_weight * self.loss(*attention, **options)})
+
+    def measure(
+        self,
+        index: Index,
+        selection: Selection,
+        q: Float[Array, "b t h d"],
+        k: Float[Array, "b s g d"],
+        pattern: Pattern,
+        tokens: Tokens,
+        *,
+        scale: float,
+        **options: Any,
+    ) -> dict[str, Float[Array, ""]]:
+        """Metrics of the selection, and the divergence; the arguments are those of `loss`."""
+        compared = {name: options[name] for name in ("segments", "positions") if name in options}
+        compared = {"segments": tokens.attend_segments, "scale": scale} | compared
+        metrics = measure_selection(selection, q, k, pattern, **compared)._asdict()
+        return metrics | {"kl": self.loss(index, selection, q, k, pattern, tokens, scale=scale, **options)}
+
+    def _cost(self, length: int, linear: float, scored: int, compared: int, teacher: float) -> Cost:
+        """The cost over `length` tokens.
+
+        The loss has the scores of the attention, forward only, and those of the index that are compared with them.
+
+        Args:
+          length: Number of tokens.
+          linear: FLOPs of the projections per token.
+          scored: Pairs of a query and a key of the index that are scored for the selection, per index head.
+          compared: Such pairs in the loss.
+          teacher: FLOPs of the scores of the attention in the loss.
+        """
+        config, loss = self.config, 0.0
+        pairs, tokens = config.heads * scored, max(length, 1)
+        if config.loss_weight:
+            loss = (teacher + 3 * attention_flops(config.heads * compared, config.width, 0)) / tokens
+        if config.dense:  # only the loss needs the index
+            return Cost(0, 0.0, loss_flops=loss + 3 * linear * bool(config.loss_weight))
+        flops = linear + attention_flops(pairs, config.width, 0) / tokens
+        return Cost(0, flops, loss_flops=loss, index_pairs=pairs, index_flops=flops)
+
+
+class Indexer(Scorer):
     """The indexer of an attention mixer.
 
     Args:
@@ -200,38 +269,15 @@ class Indexer(nnx.Module):
         index = self._index(x, inputs, positions, self._encode_keys(k, at))
         return self._select(index, blocks, pattern, segments=segments), index
 
-    def loss(
-        self,
-        index: Index,
-        selection: Selection,
-        q: Float[Array, "b t h d"],
-        k: Float[Array, "b s g d"],
-        pattern: Pattern,
-        tokens: Tokens,
-        scale: float,
-    ) -> Float[Array, ""]:
-        """The divergence of the scores from the attention, a mean over the tokens of the batch.
+    def loss(self, index: Index, selection: Selection, *attention: Any, **options: Any) -> Float[Array, ""]:
+        """The divergence of the scores from the attention, see `Scorer.loss`; of mean keys over whole blocks."""
+        blocks = selection.blocks if self.config.pool == "keys" else None
+        return super().loss(index, selection, *attention, blocks=blocks, **options)
 
-        It is over the selected keys, or over all keys if attention is dense.
-        """
-        chosen = None if self.config.dense else selection
-        divergence = indexer_divergence(index, q, k, pattern, chosen, scale=scale, segments=tokens.attend_segments)
-        return tokens.zero_padding(divergence).sum() / jnp.maximum(tokens.count(divergence.shape).sum(), 1)
-
-    def auxiliary(self, index: Index, selection: Selection, *attention: Any) -> Auxiliary:
-        """What a mixer returns besides its output; `attention` are the other arguments of `loss`."""
-        losses = {}
-        if self.config.loss_weight:
-            losses[LOSS] = self.config.loss_weight * self.loss(index, selection, *attention)
-        return Auxiliary(losses, selection=None if self.config.dense else selection)
-
-    def measure(self, index: Index, selection: Selection, *attention: Any) -> dict[str, Float[Array, ""]]:
-        """Metrics of the selection, and the divergence if the index has a score per key."""
-        q, k, pattern, tokens, scale = attention
-        metrics = measure_selection(selection, q, k, pattern, scale=scale, segments=tokens.attend_segments)._asdict()
-        if self.config.pool == "scores":
-            metrics["kl"] = self.loss(index, selection, *attention)
-        return metrics
+    def auxiliary(self, index: Index, selection: Selection, *attention: Any, **options: Any) -> Auxiliary:
+        """What a mixer returns besides its output, see `Scorer.auxiliary`; with the selection, unless it is dense."""
+        auxiliary = super().auxiliary(index, selection, *attention, **options)
+        return auxiliary._replace(selection=None if self.config.dense else selection)
 
     def init_cache(self, batch: int, slots: int) -> Float[Array, "b n width"]:
         """Returns an empty cache: a key per slot, or a float32 sum of keys per block."""
@@ -274,8 +320,6 @@ class Indexer(nnx.Module):
     def cost(self, length: int, *, heads: int, score_width: int) -> Cost:
         """Cost of the projections and of scoring every earlier key or whole block, and of the loss.
 
-        The loss has the scores of the attention, forward only, and those of the index of the same keys.
-
         Args:
           length: Number of tokens.
           heads: Query heads of the attention.
@@ -284,16 +328,11 @@ class Indexer(nnx.Module):
         config, t = self.config, np.arange(length)
         linear = sum(projection.flops for projection in (self.queries, self.keys, self.weights) if projection)
         scored = (t + 1) // config.block if config.pool == "keys" else t + 1
-        pairs, loss_flops = config.heads * int(scored.sum()), 0.0
-        if config.loss_weight:
-            covered = config.attended(length)
-            teacher = attention_flops(heads * covered, score_width, 0)
-            student = 3 * attention_flops(config.heads * covered, config.width, 0)
-            loss_flops = (teacher + student) / max(length, 1)
-        if config.dense:  # only the loss needs the index
-            return Cost(0, 0.0, loss_flops=loss_flops + 3 * linear * bool(config.loss_weight))
-        flops = linear + attention_flops(pairs, config.width, 0) / max(length, 1)
-        return Cost(0, flops, loss_flops=loss_flops, index_pairs=pairs, index_flops=flops)
+        attended = compared = config.attended(length)
+        if config.pool == "keys":
+            compared = int((scored if config.dense else np.minimum(scored, config.top_k)).sum())
+        teacher = attention_flops(heads * attended, score_width, 0)
+        return self._cost(length, linear, int(scored.sum()), compared, teacher)
 
     def _select(self, index: Index, blocks: Blocks, pattern: Pattern, **options: Any) -> Selection:
         options |= {"blocks": blocks, "local": self.config.local, "has_block_keys": self.config.pool == "keys"}

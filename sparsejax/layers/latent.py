@@ -137,7 +137,7 @@ class Latent(Mixer):
         selection, auxiliary = context.extras.selection, Auxiliary({})
         if self.indexer is not None:
             selection, index = self.indexer.choose(x, q_latent, self.pattern, tokens)
-            auxiliary = self.indexer.auxiliary(index, selection, q, k, self.pattern, tokens, self._scale)
+            auxiliary = self.indexer.auxiliary(index, selection, q, k, self.pattern, tokens, scale=self._scale)
         selection = selection if config.selects else None
         options = {"impl": config.impl, "scale": self._scale, "segment_ids": tokens.attend_segments}
         y = cast(Array, attend(q, k, v, self.pattern, selection=selection, **options))
@@ -151,7 +151,7 @@ class Latent(Mixer):
         q_latent, q = self._query(x, positions)
         k, _ = self._expand(x, positions)
         selection, index = self.indexer.choose(x, q_latent, self.pattern, context.tokens)
-        return self.indexer.measure(index, selection, q, k, self.pattern, context.tokens, self._scale)
+        return self.indexer.measure(index, selection, q, k, self.pattern, context.tokens, scale=self._scale)
 
     def selections(self, x: Float[Array, "b t m"], context: Context = EMPTY) -> dict[str, Selection]:
         """Returns the keys that an indexer selected, that of this layer or one before it."""

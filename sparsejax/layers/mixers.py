@@ -78,6 +78,11 @@ class ParallelConfig(MixerConfig):
         """The indexers of the branches."""
         return tuple(indexer for branch in self.branches.values() for indexer in branch.mixer.indexers)
 
+    @property
+    def is_measured(self) -> bool:
+        """Whether a branch is measured."""
+        return any(branch.mixer.is_measured for branch in self.branches.values())
+
     def update_state(self, parameters: dict[str, Any], statistics: dict[str, Array]) -> dict[str, Any]:
         """Updates the state of the branches."""
         branches = dict(parameters["branches"])

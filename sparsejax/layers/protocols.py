@@ -102,6 +102,11 @@ class MixerConfig:
         """The indexers, each an `IndexerConfig`."""
         return ()
 
+    @property
+    def is_measured(self) -> bool:
+        """Whether a selection is used or trained, of which `Mixer.measure` returns metrics."""
+        return (self.selects and not self.leaks) or bool(self.indexers)
+
     def update_state(self, parameters: dict[str, Any], statistics: dict[str, Array]) -> dict[str, Any]:
         """Returns the parameters of the mixer after a training step whose layers returned these `statistics`.
 

@@ -8,6 +8,10 @@ attention is the teacher and a constant: no gradient flows to its queries and ke
 are over all keys that a query may attend to. In the sparse stage both are over the chosen keys: the teacher is the
 attention as it then runs, a softmax over the chosen keys per head. The gradient with respect to the scores is
 softmax(scores) - teacher on these keys, and 0 elsewhere.
+
+If the index has a key per block, the teacher of a block is the attention to all of its keys. Attention to keys outside
+of the blocks that compete has no student: it is left out, and the rest is normalized. The entries of compressed
+attention, whose softmax has keys of a window besides, are treated alike.
 """
 
 from __future__ import annotations
@@ -126,8 +130,11 @@ def indexer_divergence(
     pattern: Pattern,
     selection: Selection | None = None,
     *,
+    blocks: Blocks | None = None,
+    lse: Float[Array, "b t h"] | None = None,
     scale: float | None = None,
     segments: tuple[Int[Array, "b t"], Int[Array, "b s"]] | None = None,
+    positions: tuple[Int[Array, "b t"], Int[Array, "b s"]] | None = None,
 ) -> Float[Array, "b t"]:
     """Divergence KL(teacher || student) per query, in nats; the report sums it, others take the mean.
 
@@ -136,34 +143,50 @@ def indexer_divergence(
     recomputes them.
 
     Args:
-      index: The index of tokens, which alone has a gradient.
+      index: The index, which alone has a gradient.
       q: Queries of the attention.
       k: Keys of the attention.
       pattern: The allowed keys.
       selection: The chosen keys of the sparse stage; None for the warm-up.
+      blocks: The blocks that the keys of the index stand for, of which only whole ones compete; None for keys. They
+        are those of the selection.
+      lse: Log-sum-exp of the attention if it has other keys than `k`; None if it has not.
       scale: Factor on q·k; defaults to `d ** -0.5`.
       segments: Segment ids of queries and of keys.
+      positions: Positions of queries and of keys, see `select`.
     """
-    q, k = jax.lax.stop_gradient((q, k))
+    q, k, lse = jax.lax.stop_gradient((q, k, lse))
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     (b, t, h, d), g, scopes = q.shape, k.shape[2], index.q.shape[2] if index.per_head else 1
     q, k = q.reshape(b, t, scopes, g // scopes, h // g, d), k.reshape(b, -1, scopes, g // scopes, d)
-    chosen = None if selection is None else jnp.moveaxis(selection.keys, 1, 2)
+    lse = None if lse is None else lse.reshape(q.shape[:-1])
+    groups = None if selection is None else jnp.moveaxis(selection.groups, 1, 2)
 
     def diverge(chunk: PyTree, visible: Visible) -> Float[Array, "b 1 c"]:
-        q, index_q, weights, keys = chunk
+        q, lse, index_q, weights, groups = chunk
         mask, attended, index_keys = visible.keys[:, None], k, index.k
-        if keys is not None:
-            keys = jnp.moveaxis(keys, 2, 1)
+        if selection is not None:
+            groups = jnp.moveaxis(groups, 2, 1)
+            keys = Selection(groups, selection.blocks).keys
             attended = jax.vmap(_take, (2, 1), 1)(k, keys)
-            index_keys, mask = _take(index.k, keys), _take_mask(visible.keys, keys)
-        teacher = jax.lax.stop_gradient(_average_heads(q, attended, mask, scale))
+            index_keys, mask = _take(index.k, keys if blocks is None else groups), _take_mask(visible.keys, keys)
+        mass = _average_heads(q, attended, mask, scale, lse)
+        if blocks is not None:
+            mask = jnp.broadcast_to(mask, (b, *mask.shape[1:]))
+            if selection is None:
+                mass, mask = blocks.split(mass, 0.0), blocks.split(mask, False)
+            else:
+                mass, mask = (x.reshape(*x.shape[:-1], -1, blocks.size) for x in (mass, mask))
+            mass, mask = mass.sum(axis=-1), mask.all(axis=-1)
+        mass = jnp.where(mask, jax.lax.stop_gradient(mass), 0.0)
+        teacher = mass / jnp.maximum(mass.sum(axis=-1, keepdims=True), TINY)
         scores = jnp.where(mask, index.scores(index_q, weights, index_keys), MASKED)
         student = jax.nn.log_softmax(scores, axis=-1)
         terms = jnp.where(mask & (teacher > 0), teacher * (jnp.log(jnp.maximum(teacher, TINY)) - student), 0.0)
         return terms.sum(axis=-1).mean(axis=1, keepdims=True)
 
-    return over_queries(diverge, (q, index.q, index.weights, chosen), pattern, k.shape[1], segments=segments)[..., 0]
+    arrays, options = (q, lse, index.q, index.weights, groups), {"segments": segments, "positions": positions}
+    return over_queries(diverge, arrays, pattern, k.shape[1], **options)[..., 0]
 
 
 def _take(x: Shaped[Array, "b s ..."], keys: Int[Array, "b ..."]) -> Shaped[Array, "b ..."]:
@@ -181,12 +204,17 @@ def _average_heads(
     k: Float[Array, "b s x g d"] | Float[Array, "b x c s g d"],
     mask: Bool[Array, "#b #x c s"],
     scale: float,
+    lse: Float[Array, "b c x g r"] | None,
 ) -> Float[Array, "b x c s"]:
     """The mean over the heads of each scope of attention probabilities; zeros for a query without a key.
 
-    Keys are those of all queries, or of each scope and query.
+    Keys are those of all queries, or of each scope and query. The log-sum-exp defaults to that over them.
     """
     dtype, keys = jnp.promote_types(q.dtype, jnp.float32), "bsxgd" if k.ndim == 5 else "bxcsgd"
     logits = jnp.einsum(f"bcxgrd,{keys}->bxgrcs", q.astype(dtype), k.astype(dtype), precision=jax.lax.Precision.HIGHEST)
-    p, _ = masked_softmax(logits * scale, mask[:, :, None, None], None)
+    mask = mask[:, :, None, None]
+    if lse is None:
+        p, _ = masked_softmax(logits * scale, mask, None)
+    else:
+        p = jnp.where(mask, jnp.exp(logits * scale - jnp.moveaxis(lse, 1, -1)[..., None]), 0.0)
     return p.mean(axis=(2, 3))

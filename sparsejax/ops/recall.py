@@ -40,6 +40,7 @@ def measure_selection(
     *,
     scale: float,
     segments: tuple[Int[Array, "b t"], Int[Array, "b s"]] | None = None,
+    positions: tuple[Int[Array, "b t"], Int[Array, "b s"]] | None = None,
 ) -> SelectionMetrics:
     """Compares a selection with dense attention, whose scores are computed for a chunk of queries at a time.
 
@@ -50,6 +51,7 @@ def measure_selection(
       pattern: The allowed keys.
       scale: Factor on q·k.
       segments: Segment ids of queries and of keys.
+      positions: Positions of queries and of keys, see `select`.
     """
     (b, t, h, d), g = q.shape, k.shape[2]
     q, dtype = q.reshape(b, t, g, h // g, d), jnp.promote_types(q.dtype, jnp.float32)
@@ -67,17 +69,17 @@ def measure_selection(
         mass = jnp.where(chosen, p, 0.0).sum(axis=-1)
         return jnp.stack([(weights * x).sum(axis=1) for x in (mass, best.sum(axis=-1), jnp.ones_like(mass))], axis=1)
 
-    arrays = q, jnp.moveaxis(selection.groups, 1, 2)
-    mass, best, count = over_queries(compare, arrays, pattern, k.shape[1], segments=segments).sum(axis=(0, 1))
+    arrays, options = (q, jnp.moveaxis(selection.groups, 1, 2)), {"segments": segments, "positions": positions}
+    mass, best, count = over_queries(compare, arrays, pattern, k.shape[1], **options).sum(axis=(0, 1))
     groups, size = selection.groups.reshape(-1, *selection.groups.shape[2:]), selection.blocks.count
     chosen = jax.vmap(lambda groups: jnp.zeros(size + 1).at[jnp.where(groups < 0, size, groups)].add(1)[:size])(groups)
     shares = chosen / jnp.maximum(chosen.sum(axis=-1, keepdims=True), 1)
     entropy = -jnp.where(shares > 0, shares * jnp.log(jnp.where(shares > 0, shares, 1)), 0).sum(axis=-1)
-    exists = (selection.blocks.starts < k.shape[1]).sum(axis=-1).mean()
+    exists = selection.blocks.starts < k.shape[1] if positions is None else positions[1] >= 0
     forced = 0.0 if selection.forced is None else selection.forced.sum() / jnp.maximum((selection.groups >= 0).sum(), 1)
     return SelectionMetrics(
         mass=jnp.where(count > 0, mass / jnp.maximum(count, 1), 1.0),
         recall=jnp.where(count > 0, mass / jnp.where(best > 0, best, 1.0), 1.0),
         forced=jnp.asarray(forced, dtype),
-        entropy=entropy.mean() / jnp.log(jnp.maximum(exists, 2)),
+        entropy=entropy.mean() / jnp.log(jnp.maximum(exists.sum(axis=-1).mean(), 2)),
     )
