@@ -90,18 +90,20 @@ def entries_of(config, w, x, windows):
 
 
 def select(config, w, x, latent, windows, seen):
-    """The entries that each query selects among those that it sees."""
+    """The entries to which each query attends among those that it sees, and their scores."""
     at, indexer = np.arange(len(x)), config.indexer
     keys, q = entries_of(config, w["compressor"], x, windows), (latent @ w["queries"]["weight"])
     q = q.reshape(len(x), indexer.heads, -1)
     q = np.stack([rotate_last(config, q[:, head], at) for head in range(indexer.heads)], axis=1)
     products = np.maximum(np.einsum("thd,nd->thn", q, keys), 0) / np.sqrt(indexer.width)
     scores = np.einsum("thn,th->tn", products, x @ w["weights"]["weight"] / np.sqrt(indexer.heads))
-    return [sorted(sorted(seen[t], key=lambda i, t=t: (-scores[t, i], i))[: indexer.top_k]) for t in at]
+    if indexer.dense:
+        return seen, scores
+    return [sorted(sorted(seen[t], key=lambda i, t=t: (-scores[t, i], i))[: indexer.top_k]) for t in at], scores
 
 
 def compressed_attention(config, w, x, ids=None):
-    """Output for one sequence x [t, m], and the entries to which each query attends."""
+    """Output for one sequence x [t, m], the entries to which each query attends, and its divergence from them."""
     t, d, at = len(x), config.head_width, np.arange(len(x))
     ids = np.zeros(t, int) if ids is None else ids
     latent = rms(config, x @ w["query_latent"]["weight"], w["query_norm"])
@@ -117,23 +119,31 @@ def compressed_attention(config, w, x, ids=None):
         ends = [tokens[-1] for tokens, _ in windows]
         attended = [[i for i, end in enumerate(ends) if end <= t and ids[end] == ids[t]] for t in at]
         if config.indexer is not None and windows:
-            attended = select(config, w["indexer"], x, latent, windows, attended)
-    y = np.zeros_like(q)
+            attended, scores = select(config, w["indexer"], x, latent, windows, attended)
+    y, mass = np.zeros_like(q), np.zeros((t, len(entries)))
     for now, head in np.ndindex(t, config.heads):
         near = [s for s in range(max(0, now - config.window + 1), now + 1) if ids[s] == ids[now]]
         keys = np.concatenate([k[near], entries[attended[now]]])
         terms = np.exp(keys @ q[now, head] / np.sqrt(d))
-        y[now, head] = terms @ keys / (terms.sum() + np.exp(w["sinks"][head]))
+        total = terms.sum() + np.exp(w["sinks"][head])
+        y[now, head] = terms @ keys / total
+        mass[now, attended[now]] += terms[len(near) :] / total
     y = np.stack([rotate_last(config, y[:, head], at, -1) for head in range(config.heads)], axis=1)
     y = np.einsum("tgi,gir->tgr", y.reshape(t, config.groups, -1), w["group"])
-    return y.reshape(t, -1) @ w["out"]["weight"], attended
+    kl = np.zeros(t)
+    for now in at if config.indexer is not None else ():
+        if attended[now]:
+            teacher = mass[now, attended[now]] / mass[now].sum()
+            student = np.exp(scores[now, attended[now]])
+            kl[now] = (teacher * np.log(teacher * student.sum() / student)).sum()
+    return y.reshape(t, -1) @ w["out"]["weight"], attended, kl
 
 
 @EVERY
 def test_equals_the_reference_whole_and_in_steps(config):
     module = build(config)
     w = reference.weights(module)
-    expected, attended = zip(*(compressed_attention(config, w, np.asarray(x, np.float64)) for x in X), strict=True)
+    expected, attended, _ = zip(*(compressed_attention(config, w, np.asarray(x, np.float64)) for x in X), strict=True)
     y, steps = jax.jit(lambda x: (module(x), decode(module, x, LENGTH)))(X)
     assert_close("call", y, np.stack(expected), "float32")
     assert_close("steps", steps, np.stack(expected), "float32")
@@ -153,7 +163,7 @@ def test_documents_do_not_see_each_other_and_nobody_sees_padding(config):
     y = run(jnp.where(real[..., None], X, jnp.nan))
     for row in range(2):
         ids = np.where(real[row], segments[row], 99 + np.arange(LENGTH))
-        expected, _ = compressed_attention(config, w, np.asarray(X[row], np.float64), ids)
+        expected, *_ = compressed_attention(config, w, np.asarray(X[row], np.float64), ids)
         assert_close("documents", y[row][real[row]], expected[real[row]], "float32")
 
 
@@ -195,12 +205,84 @@ def test_chunks_of_rows_at_different_positions_equal_the_call(config, size):
         assert jax.tree.map(lambda x: (x.shape, x.dtype), cache) == shapes
 
 
-def test_the_indexer_gets_no_gradient_and_all_else_does():
+def with_loss(config=CSA, **changes):
+    indexer = dataclasses.replace(INDEXER, loss_weight=1.0, **changes)
+    return dataclasses.replace(config, compression=dataclasses.replace(config.compression, indexer=indexer))
+
+
+PACKED = np.array([[0] * 9 + [1] * 14, [2] * 7 + [3] * 1 + [4] * 15])
+DENSE = pytest.mark.parametrize("dense", [True, False], ids=["warm-up", "sparse"])
+
+
+@DENSE
+@pytest.mark.parametrize("segments", [np.zeros((2, LENGTH), int), PACKED], ids=["whole", "packed"])
+def test_the_loss_of_the_indexer(dense, segments):
+    config, context = with_loss(dense=dense), Context(Tokens(segments=jnp.asarray(segments)))
+    module = build(config)
+    w = reference.weights(module)
+    rows = [compressed_attention(config, w, x.astype(np.float64), i) for x, i in zip(X, segments, strict=True)]
+    expected, kl = (np.stack([row[part] for row in rows]) for part in (0, 2))
+    y, auxiliary, metrics = jax.jit(lambda x: (*module.mix(x, context), module.measure(x, context)))(X)
+    assert_close("out", y, expected, "float32")
+    assert_close("loss", auxiliary.losses["indexer"], kl.mean(), "float32")
+    assert auxiliary.selection is None
+    assert_close("kl", metrics["kl"], kl.mean(), "float32")
+    assert 0 < float(metrics["mass"]) <= float(metrics["recall"]) <= 1
+    assert 0 < float(metrics["entropy"]) <= 1
+    assert float(metrics["forced"]) == 0
+
+
+@DENSE
+def test_the_loss_trains_the_indexer_and_nothing_else(dense):
+    config = with_loss(dense=dense)
+    graph, parameters = nnx.split(build(config))
+
+    @jax.jit
+    @jax.grad
+    def differentiate(both):
+        parameters, x = both
+        return nnx.merge(graph, parameters).mix(x)[1].losses["indexer"]
+
+    gradient, of_x = differentiate((parameters, jnp.asarray(X)))
+    np.testing.assert_array_equal(of_x, 0)
+    gradient = nnx.to_pure_dict(gradient)
+    assert all(np.abs(leaf).max() > 0 for leaf in jax.tree.leaves(gradient.pop("indexer")))
+    assert not any(np.any(leaf) for leaf in jax.tree.leaves(gradient))
+
+
+@DENSE
+def test_the_gradient_of_the_loss_by_differences(dense):
+    config = with_loss(dense=dense)
+    module, x = build(config), X[:1].astype(np.float64)
+    graph, parameters = nnx.split(module)
+    gradient = jax.jit(jax.grad(lambda p: nnx.merge(graph, p).mix(jnp.asarray(X[:1]))[1].losses["indexer"]))(parameters)
+    gradient, w, random = nnx.to_pure_dict(gradient)["indexer"], reference.weights(module), np.random.default_rng(3)
+    direction = jax.tree.map(lambda leaf: random.normal(size=leaf.shape), w["indexer"])
+
+    def loss(step):
+        moved = w | {"indexer": jax.tree.map(lambda a, b: a + step * b, w["indexer"], direction)}
+        return compressed_attention(config, moved, x[0])[2].mean()
+
+    expected = (loss(1e-6) - loss(-1e-6)) / 2e-6
+    products = jax.tree.map(lambda a, b: float((np.asarray(a) * b).sum()), gradient, direction)
+    assert sum(jax.tree.leaves(products)) == pytest.approx(expected, rel=1e-3)
+
+
+def test_attention_gives_the_indexer_no_gradient_and_all_else_one():
     graph, parameters = nnx.split(build(CSA))
     gradient = jax.jit(jax.grad(lambda p: (nnx.merge(graph, p)(jnp.asarray(X)) ** 2).sum()))(parameters)
     gradient = nnx.to_pure_dict(gradient)
     assert not any(np.any(leaf) for leaf in jax.tree.leaves(gradient.pop("indexer")))
     assert all(np.abs(leaf).max() > 0 for leaf in jax.tree.leaves(gradient))
+
+
+def test_a_warm_up_attends_to_all_entries_whole_and_in_steps():
+    module = build(with_loss(dense=True))
+    y, steps = jax.jit(lambda x: (module(x), decode(module, x, LENGTH)))(X)
+    assert_close("steps", steps, y, "float32")
+    assert set(module.init_cache(2, 50)) == {"k", "compressor"}
+    assert not module.config.selects
+    assert module.config.is_measured
 
 
 @pytest.mark.parametrize("config", [HCA, CSA], ids=["hca", "csa"])
@@ -262,6 +344,14 @@ def test_the_cost():
     projections = 2 * (2 * WIDTH * 12 + 2 * WIDTH * 10 + 7 * 15 + WIDTH * 3)
     scores = 2 * (4 * (near + kept) * 12 + 3 * sum(seen) * 5) / 20
     assert cost.flops == pytest.approx(linear + projections + scores)
+    loss = 2 * kept * (4 * 6 + 3 * 3 * 5)
+    trained = build(with_loss()).cost(20)
+    assert trained == dataclasses.replace(cost, loss_flops=trained.loss_flops)
+    assert trained.loss_flops * 20 == pytest.approx(loss)
+    loss = 2 * sum(seen) * (4 * 6 + 3 * 3 * 5) + 3 * 20 * 2 * (2 * WIDTH * 10 + 7 * 15 + WIDTH * 3)
+    trained = build(with_loss(dense=True)).cost(20)
+    assert trained.pairs == 4 * (near + sum(seen))
+    assert trained.loss_flops * 20 == pytest.approx(loss)
 
 
 def test_what_it_states():
@@ -303,3 +393,6 @@ def test_rejects_empty_windows_and_indexers():
         CompressionConfig(ratio=0)
     with rejects(InputError, "top_k"):
         EntryIndexerConfig(heads=4, width=6, top_k=0)
+    with rejects(InputError, "compression.indexer.loss_weight"):
+        with_loss().check(11)
+    with_loss().check(12)

@@ -29,7 +29,6 @@ INDEXERS = {
     "blocks": IndexerConfig(heads=2, width=4, top_k=4, block=3, interleaved=True),
 }
 EVERY = pytest.mark.parametrize("name", INDEXERS)
-SCORED = pytest.mark.parametrize("name", [name for name, indexer in INDEXERS.items() if indexer.pool == "scores"])
 PACKED = np.array([[0] * 8 + [1] * 29, [0] * 20 + [1] * 1 + [2] * 16])
 
 
@@ -116,15 +115,26 @@ def run_reference(config, w, x, dense=False):
         p = np.exp(logits - logits.max(axis=-1, keepdims=True))
         mass[head] = p / p.sum(axis=-1, keepdims=True)
         y[:, head] = mass[head] @ v[:, head // (h // g)]
-    out, kl = reference.linear(w["out"], y.reshape(t, -1)), None
-    if config.indexer.pool == "scores":
-        teacher = mass.reshape(len(scores), -1, t, t).mean(axis=1)
-        student = np.where(chosen, scores, -np.inf)
-        student = student - np.log(np.exp(student - student.max(-1, keepdims=True)).sum(-1, keepdims=True))
-        student = student - np.where(chosen, scores, -np.inf).max(-1, keepdims=True)
-        with np.errstate(divide="ignore", invalid="ignore"):
-            kl = np.where(teacher > 0, teacher * (np.log(teacher) - student), 0).sum(-1).mean(0)
-    return out, kl
+    return reference.linear(w["out"], y.reshape(t, -1)), diverge(config.indexer, scores, chosen, mass)
+
+
+def diverge(indexer, scores, chosen, mass):
+    """Divergence per query, from attention probabilities [h, t, t] over the chosen keys."""
+    t = len(mass[0])
+    teacher, compared = mass.reshape(len(scores), -1, t, t).mean(axis=1), chosen
+    if indexer.pool == "keys":
+        blocks = [range(at, at + indexer.block) for at in range(0, t, indexer.block)]
+        at = np.arange(t)
+        whole = np.stack([at >= block[-1] for block in blocks], axis=1)
+        compared = np.stack([chosen[:, :, block[0]] for block in blocks], axis=2) & whole
+        teacher = np.stack([teacher[:, :, list(block)[: t - block[0]]].sum(axis=2) for block in blocks], axis=2)
+        teacher = np.where(compared, teacher, 0)
+        teacher /= np.maximum(teacher.sum(axis=-1, keepdims=True), 1e-300)
+    student = np.where(compared, scores, -np.inf)
+    with np.errstate(divide="ignore", invalid="ignore"):
+        top = student.max(axis=-1, keepdims=True)
+        student = student - top - np.log(np.exp(student - top).sum(-1, keepdims=True))
+        return np.where(teacher > 0, teacher * (np.log(teacher) - student), 0).sum(-1).mean(0)
 
 
 def by_document(config, w, x, segments, dense=False):
@@ -132,33 +142,36 @@ def by_document(config, w, x, segments, dense=False):
     rows = []
     for row, ids in zip(x, segments, strict=True):
         parts = [run_reference(config, w, row[ids == name].astype(np.float64), dense) for name in np.unique(ids)]
-        rows.append([None if part[0] is None else np.concatenate(part) for part in zip(*parts, strict=True)])
-    return [None if part[0] is None else np.stack(part) for part in zip(*rows, strict=True)]
+        rows.append([np.concatenate(part) for part in zip(*parts, strict=True)])
+    return [np.stack(part) for part in zip(*rows, strict=True)]
 
 
 @EVERY
 @pytest.mark.parametrize("segments", [np.zeros((2, LENGTH), int), PACKED], ids=["whole", "packed"])
 def test_the_output_and_the_loss(name, segments, x):
-    config = configure(name, loss_weight=0.5 * (INDEXERS[name].pool == "scores"))
+    config = configure(name, loss_weight=0.5)
     mixer = make(config)
     expected, kl = by_document(config, reference.weights(mixer), x, segments)
     y, auxiliary = jax.jit(lambda x: mixer.mix(x, Context(Tokens(segments=jnp.asarray(segments)))))(x)
     assert_close("out", y, expected, "float32")
-    if kl is not None:
-        assert_close("loss", auxiliary.losses["indexer"], 0.5 * kl.mean(), "float32")
+    assert_close("loss", auxiliary.losses["indexer"], 0.5 * kl.mean(), "float32")
+    metrics = jax.jit(lambda x: mixer.measure(x, Context(Tokens(segments=jnp.asarray(segments)))))(x)
+    assert_close("kl", metrics["kl"], kl.mean(), "float32")
+    assert 0 < float(metrics["mass"]) < 1
 
 
-@SCORED
-def test_the_loss_of_the_warm_up(name, x):
+@EVERY
+@pytest.mark.parametrize("segments", [np.zeros((2, LENGTH), int), PACKED], ids=["whole", "packed"])
+def test_the_loss_of_the_warm_up(name, segments, x):
     config = configure(name, loss_weight=2.0, dense=True)
-    mixer, segments = make(config), np.zeros((2, LENGTH), int)
+    mixer = make(config)
     expected, kl = by_document(config, reference.weights(mixer), x, segments, dense=True)
-    y, auxiliary = jax.jit(mixer.mix)(x)
+    y, auxiliary = jax.jit(lambda x: mixer.mix(x, Context(Tokens(segments=jnp.asarray(segments)))))(x)
     assert_close("out", y, expected, "float32")
     assert_close("loss", auxiliary.losses["indexer"], 2 * kl.mean(), "float32")
 
 
-@SCORED
+@EVERY
 @pytest.mark.parametrize("dense", [True, False])
 def test_the_loss_trains_the_indexer_and_nothing_else(name, dense, x):
     config = configure(name, loss_weight=1.0, dense=dense)
@@ -177,7 +190,7 @@ def test_the_loss_trains_the_indexer_and_nothing_else(name, dense, x):
     assert not any(np.any(leaf) for leaf in jax.tree.leaves(gradient))
 
 
-@SCORED
+@EVERY
 def test_the_gradient_of_the_loss_by_differences(name, x):
     """Along a random direction; the selection does not change."""
     config = configure(name, loss_weight=1.0)
@@ -233,17 +246,21 @@ def test_the_account(name):
     assert cache.shape == (1, slots, indexer.width)
 
 
-@SCORED
+@EVERY
 def test_the_account_of_the_loss(name):
     sparse = make(configure(name, loss_weight=1.0)).cost(LENGTH)
     dense = make(configure(name, loss_weight=1.0, dense=True)).cost(LENGTH)
-    plain, indexer = make(configure(name)).cost(LENGTH), INDEXERS[name]
+    plain, indexer, t = make(configure(name)).cost(LENGTH), INDEXERS[name], np.arange(LENGTH)
+    pooled = indexer.pool == "keys"
+    scored = (t + 1) // indexer.block if pooled else t + 1
     keys = sparse.pairs // 4
+    compared = int(np.minimum(scored, indexer.top_k).sum()) if pooled else keys
     assert sparse.flops == plain.flops
-    assert sparse.loss_flops * LENGTH == pytest.approx(2 * keys * (4 * 8 + 3 * indexer.heads * indexer.width))
+    scores = 2 * (4 * 8 * keys + 3 * indexer.heads * indexer.width * compared)
+    assert sparse.loss_flops * LENGTH == pytest.approx(scores)
     assert dense.pairs == 4 * LENGTH * (LENGTH + 1) // 2
     linear = 2 * WIDTH * (indexer.heads * indexer.width + indexer.width + indexer.heads * indexer.weights)
-    scores = LENGTH * (LENGTH + 1) * (4 * 8 + 3 * indexer.heads * indexer.width)
+    scores = 4 * 8 * LENGTH * (LENGTH + 1) + 2 * 3 * indexer.heads * indexer.width * int(scored.sum())
     assert dense.loss_flops * LENGTH == pytest.approx(scores + 3 * LENGTH * linear)
 
 
@@ -297,7 +314,6 @@ def test_layers_reuse_the_last_selection(schedule):
         ("scope", {"scope": "head"}),
         ("weights", {"scope": "kv_head"}),
         ("local", {"pool": "keys", "block": 2, "local": 1}),
-        ("loss_weight", {"pool": "keys", "block": 2, "loss_weight": 1.0}),
         ("loss_weight", {"shared": True, "loss_weight": 1.0}),
         ("loss_weight", {"loss_weight": -1.0}),
     ],

@@ -178,6 +178,35 @@ def test_golden_values_of_the_loss_of_an_indexer(stage, case):
         assert_close(name, getattr(grads, name)[0], values[f"{stage}_grad_index_{name}_of_sum"], "float32")
 
 
+@pytest.mark.parametrize("stage", ["warm-up", "sparse"])
+@pytest.mark.parametrize("size", [1, 4])
+def test_the_gradient_of_the_divergence_is_student_minus_teacher(stage, size):
+    """For keys of blocks, and for keys beside others whose share of the attention `lse` states."""
+    rng, t, h = np.random.default_rng(size), 18, 3
+    q, k = (rng.normal(size=(1, t, heads, 5)).astype(np.float32) for heads in (h, 1))
+    blocks = make_blocks(t, size)
+    n = blocks.count
+    scores, others = rng.normal(size=(t, n)), rng.uniform(0.1, 2, size=(1, t, h))
+    index = Index(jnp.asarray(scores[None, :, None] * np.sqrt(n), jnp.float32), jnp.eye(n)[None], relu=False)
+    selection = select_indexed(index, 2, CAUSAL, blocks=blocks, has_block_keys=True)
+    chosen = np.asarray(selection.mask)[0, 0] if stage == "sparse" else np.ones((t, t), bool)
+    weights = np.exp(np.einsum("thd,sd->hts", q[0].astype(np.float64), k[0, :, 0]) / np.sqrt(5)) * (np.tri(t) * chosen)
+    totals = weights.sum(axis=-1, keepdims=True) + (others[0].T[..., None] if size == 1 else 0)
+    mass = (weights / totals).mean(axis=0)
+    teacher, expected = np.add.reduceat(mass, np.arange(0, t, size), axis=1), np.zeros((t, n))
+    for query, block in np.ndindex(t, n):
+        if (block + 1) * size > query + 1 or not chosen[query, block * size]:
+            teacher[query, block] = 0
+    for query in np.flatnonzero(teacher.any(axis=1)):
+        compared = teacher[query] > 0
+        student = np.exp(scores[query, compared])
+        expected[query, compared] = student / student.sum() - teacher[query, compared] / teacher[query].sum()
+    options = {"blocks": blocks} if size > 1 else {"lse": jnp.log(totals[..., 0].T[None])}
+    selected, keys = selection if stage == "sparse" else None, (jnp.asarray(q), jnp.asarray(k), CAUSAL)
+    gradient = jax.jit(jax.grad(lambda i: indexer_divergence(i, *keys, selected, **options).sum()))(index)
+    assert_close("scores", gradient.q[0, :, 0] * np.sqrt(n), expected, "float32")
+
+
 # Attention to random choices
 
 
