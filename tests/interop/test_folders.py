@@ -660,6 +660,89 @@ def test_unsupported_values_of_the_families(name, key, value, tmp_path):
         huggingface.load(folder)
 
 
+# MiniMax-M3
+
+
+def release_minimax_m3(folder):
+    """Rewrites the folder of a text model with the keys and the tensor names of the released multimodal files."""
+    path = folder / "config.json"
+    text = json.loads(path.read_text())
+    selects = [int(name == "minimax_m3_sparse") for name in text.pop("layer_types")]
+    text["moe_layer_freq"] = [int(name == "sparse") for name in text.pop("mlp_layer_types")]
+    names = {"n_heads": "num_index_heads", "head_dim": "index_dim", "block_size": "block_size"}
+    names |= {"topk_blocks": "topk_blocks", "local_blocks": "local_block"}
+    text["sparse_attention_config"] = {f"sparse_{new}": text.pop(f"index_{old}") for old, new in names.items()} | {
+        "use_sparse_attention": True, "sparse_score_type": "max", "sparse_init_block": 0,
+        "sparse_attention_freq": selects, "sparse_disable_index_value": selects,
+    }  # fmt: skip
+    rope = text.pop("rope_parameters")
+    text |= {key: rope[key] for key in ("rope_theta", "partial_rotary_factor")} | {
+        "hidden_act": "swigluoai", "use_gemma_norm": True, "use_qk_norm": True, "qk_norm_type": "per_head",
+        "attention_output_gate": False, "scoring_func": "sigmoid", "use_routing_bias": True, "swiglu_beta": 1.0,
+        "num_mtp_modules": 7, "num_nextn_predict_layers": 1, "model_type": "minimax_m2",
+    }  # fmt: skip
+    config = {"model_type": "minimax_m3_vl", "vision_config": {"hidden_size": 8}, "image_token_index": 3}
+    path.write_text(json.dumps(config | {"text_config": text}))
+
+    def rename(tensors):
+        for name, tensor in list(tensors.items()):
+            del tensors[name]
+            parts = {name: tensor}
+            if name.endswith("experts.gate_up_proj"):
+                stem = name.removesuffix("gate_up_proj")
+                halves = np.split(tensor, 2, axis=1)
+                parts = {
+                    f"{stem}{i}.{w}.weight": x[i]
+                    for w, x in zip(("w1", "w3"), halves, strict=True)
+                    for i in range(len(x))
+                }
+            elif name.endswith("experts.down_proj"):
+                parts = {f"{name.removesuffix('down_proj')}{i}.w2.weight": x for i, x in enumerate(tensor)}
+            elif name.endswith("gate_up_proj.weight"):
+                halves = zip(("gate", "up"), np.split(tensor, 2), strict=True)
+                parts = {name.replace("gate_up_proj", f"{part}_proj"): x for part, x in halves}
+            for part, x in parts.items():
+                part = re.sub(r"\.mlp\.(experts|shared_experts)\.", r".block_sparse_moe.\1.", part)
+                part = part.replace(".mlp.gate.e_score", ".block_sparse_moe.e_score")
+                part = part.replace(".mlp.gate.", ".block_sparse_moe.gate.").replace(".indexer.", ".index_")
+                tensors[f"language_model.{part}"] = np.ascontiguousarray(x)
+        tensors["vision_tower.vision_model.pre_layrnorm.weight"] = np.zeros(3, np.float32)
+        tensors["patch_merge_mlp.linear_1.bias"] = np.zeros(3, np.float32)
+
+    edit_tensors(folder, rename)
+
+
+def test_minimax_m3_as_released(tmp_path):
+    folder = copy("minimax_m3", tmp_path)
+    expected, described = huggingface.load(folder), huggingface.describe(folder)
+    release_minimax_m3(folder)
+    model = huggingface.load(folder)
+    assert model.config == expected.config
+    jax.tree.map(np.testing.assert_array_equal, model.parameters, expected.parameters)
+    assert huggingface.describe(folder) == described
+
+
+@pytest.mark.parametrize(
+    ("section", "keys", "named"),
+    [
+        ("sparse_attention_config", {"sparse_score_type": "mean"}, "sparse_score_type"),
+        ("sparse_attention_config", {"sparse_init_block": 1}, "sparse_init_block"),
+        ("sparse_attention_config", {"sparse_disable_index_value": [0, 0, 1]}, "sparse_disable_index_value"),
+        ("text_config", {"hidden_act": "gelu"}, "hidden_act"),
+        ("text_config", {"use_gemma_norm": False}, "use_gemma_norm"),
+        ("text_config", {"new_key": 1}, "new_key"),
+    ],
+)
+def test_released_minimax_m3_with_keys_that_are_not_supported(tmp_path, section, keys, named):
+    folder = copy("minimax_m3", tmp_path)
+    release_minimax_m3(folder)
+    config = json.loads((folder / "config.json").read_text())
+    text = config["text_config"]
+    (text if section == "text_config" else text[section]).update(keys)
+    (folder / "config.json").write_text(json.dumps(config))
+    assert_rejected(folder, named)
+
+
 # DeepSeek-V4
 
 

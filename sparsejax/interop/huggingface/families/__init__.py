@@ -62,6 +62,7 @@ FAMILIES: dict[str, Callable[..., Translation]] = {
     "mamba2": mamba.translate_2,
     "mamba_ssm": mamba.translate_original,
     "minimax": minimax.translate,
+    "minimax_m3_vl": minimax_m3.translate_multimodal,
     "minimax_m3_vl_text": minimax_m3.translate,
     "mistral": llama.translate_mistral,
     "mixtral": llama.translate_mixtral,

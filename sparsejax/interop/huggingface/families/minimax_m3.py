@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import Any
 
 from sparsejax.interop.huggingface import tensors
 from sparsejax.interop.huggingface.fields import Fields
@@ -10,7 +11,6 @@ from sparsejax.interop.huggingface.rope import read_rope
 from sparsejax.interop.huggingface.tensors import (
     TensorMap,
     identity,
-    linears,
     split_last,
     split_linear,
     transposed,
@@ -22,15 +22,72 @@ from sparsejax.interop.huggingface.translation import (
     pre_norm_layer,
     read_attention,
     read_layer_types,
+    translate_text,
 )
 from sparsejax.layers import ExpertsConfig, IndexerConfig, MlpConfig, NormConfig
 
 TYPES = {"full_attention": "full", "minimax_m3_sparse": "sparse"}  # entries of `layer_types` -> names in a schedule
+# Keys of `sparse_attention_config` in released files, by those of transformers.
+SPARSE_KEYS = {
+    "index_n_heads": "sparse_num_index_heads",
+    "index_head_dim": "sparse_index_dim",
+    "index_block_size": "sparse_block_size",
+    "index_topk_blocks": "sparse_topk_blocks",
+    "index_local_blocks": "sparse_local_block",
+}
+IMAGES = r"vision_tower\..*", r"multi_modal_projector\..*", r"patch_merge_mlp\..*"
 
 
-def translate(fields: Fields) -> Translation:
-    """Translates a `MiniMaxM3VLTextConfig` with the tensor names of transformers."""
-    fields.ignore("rotary_dim", "num_mtp_modules")  # the reference reads the fraction of `rope_parameters`
+def translate_multimodal(fields: Fields) -> Translation:
+    """Translates the text model of a released file, a `MiniMaxM3VLConfig`, whose images are not supported."""
+    fields.ignore(
+        "image_token_index", "video_token_index", "image_seq_length", "image_grid_pinpoints", "process_image_mode",
+        "image_token_compression_config", "image_token_compression_method", "spatial_merge_size", "temporal_patch_size",
+        "multimodal_projector_bias", "projector_hidden_act", "projector_hidden_size", "vision_feature_layer",
+        "vision_feature_select_strategy", "num_reward_heads",
+    )  # fmt: skip
+    return translate_text(fields, _translate_released, IMAGES)
+
+
+def _translate_released(fields: Fields) -> Translation:
+    """Translates the `text_config` of a released file."""
+    flat = Fields(_flatten(fields), fields.path)
+    fields.ignore(*fields.values)
+    translation = translate(flat, released=True)
+    flat.finish()
+    return translation
+
+
+def _flatten(fields: Fields) -> dict[str, Any]:
+    """The `text_config` of a released file with the keys of transformers."""
+    values = {key: value for key, value in fields.values.items() if key not in ("moe_layer_freq", "hidden_act")}
+    values["hidden_act"] = fields.choose("hidden_act", {"swigluoai": "silu", "silu": "silu"}, "swigluoai")
+    if (routed := fields.take("moe_layer_freq", None, list)) is not None:
+        values["mlp_layer_types"] = ["sparse" if flag else "dense" for flag in routed]
+    if (section := fields.take("sparse_attention_config", None, dict)) is None:
+        return values
+    del values["sparse_attention_config"]
+    sparse = Fields(section, f"{fields.path}: sparse_attention_config")
+    selects = sparse.take("sparse_attention_freq", kind=list)
+    values["layer_types"] = ["minimax_m3_sparse" if flag else "full_attention" for flag in selects]
+    values |= {key: sparse.take(older) for key, older in SPARSE_KEYS.items()}
+    sparse.require("use_sparse_attention", True)
+    sparse.require("sparse_score_type", "max")
+    sparse.require("sparse_init_block", 0)
+    sparse.require("sparse_disable_index_value", selects)  # no layer that selects has values of its index
+    sparse.finish()
+    return values
+
+
+def translate(fields: Fields, released: bool = False) -> Translation:
+    """Translates a `MiniMaxM3VLTextConfig` with the tensor names of transformers, or those of released files."""
+    # The reference reads the fraction of `rope_parameters`.
+    fields.ignore("rotary_dim", "num_mtp_modules", "num_nextn_predict_layers")
+    for key, value in {
+        "use_gemma_norm": True, "use_qk_norm": True, "qk_norm_type": "per_head", "attention_output_gate": False,
+        "scoring_func": "sigmoid", "swiglu_beta": 1.0,
+    }.items():  # fmt: skip
+        fields.require(key, value)
     width, depth = fields.take("hidden_size", 6144), fields.take("num_hidden_layers", 60)
     types = read_layer_types(fields, ["full_attention"] * depth, allowed=tuple(TYPES))
     routed = read_layer_types(fields, ["sparse"] * depth, "mlp_layer_types", allowed=("dense", "sparse"))
@@ -56,9 +113,14 @@ def translate(fields: Fields) -> Translation:
             *tensors.qk_norms(f"{source}.self_attn", f"{target}.mixer"),
         ]
         if layer_type == "minimax_m3_sparse":
-            maps += _indexer_tensors(f"{source}.self_attn.indexer", f"{target}.mixer.indexer")
-        if part == "sparse":
+            prefix = "index_" if released else "indexer."
+            maps += _indexer_tensors(f"{source}.self_attn.{prefix}", f"{target}.mixer.indexer")
+        if part == "sparse" and released:
+            maps += _released_experts_tensors(f"{source}.block_sparse_moe", f"{target}.mlp", experts)
+        elif part == "sparse":
             maps += _experts_tensors(f"{source}.mlp", f"{target}.mlp", experts, width)
+        elif released:
+            maps += tensors.gated_mlp(f"{source}.mlp", f"{target}.mlp")
         else:
             maps += _mlp_tensors(f"{source}.mlp", f"{target}.mlp", mlp.width)
     return Translation(model, maps, unused=tensors.tied_head(tied))
@@ -100,8 +162,17 @@ def _read_feed_forward(fields: Fields) -> tuple[ExpertsConfig, MlpConfig]:
     return experts, MlpConfig(kind="gated", width=width, activation=activation, limit=limit, alpha=alpha)
 
 
-def _indexer_tensors(source: str, target: str) -> list[TensorMap]:
-    return [*linears(source, target, {"q_proj": "queries", "k_proj": "keys"}), *tensors.qk_norms(source, target)]
+def _indexer_tensors(prefix: str, target: str) -> list[TensorMap]:
+    """The indexer, whose tensors have names with this prefix."""
+    names = {"q": ("queries", "query_norm"), "k": ("keys", "key_norm")}
+    return [
+        tensor
+        for short, (linear, norm) in names.items()
+        for tensor in (
+            *tensors.linear(f"{prefix}{short}_proj", f"{target}.{linear}"),
+            *tensors.norm(f"{prefix}{short}_norm", f"{target}.{norm}"),
+        )
+    ]
 
 
 def _mlp_tensors(source: str, target: str, width: int) -> list[TensorMap]:
@@ -121,4 +192,13 @@ def _experts_tensors(source: str, target: str, config: ExpertsConfig, width: int
         split_last(f"{experts}.gate_up_proj", [f"{target}.gate", f"{target}.up"], [config.width] * 2, swapped=True),
         split_last(f"{experts}.down_proj", [f"{target}.down"], [width], swapped=True),
         *_mlp_tensors(f"{source}.shared_experts", f"{target}.shared", config.shared_width),
+    ]
+
+
+def _released_experts_tensors(source: str, target: str, config: ExpertsConfig) -> list[TensorMap]:
+    """Experts whose gates and values are stored apart, expert by expert."""
+    return [
+        *tensors.mixtral_experts(source, target, config.experts),
+        identity(f"{source}.e_score_correction_bias", f"{target}.selection_bias"),
+        *tensors.gated_mlp(f"{source}.shared_experts", f"{target}.shared"),
     ]
