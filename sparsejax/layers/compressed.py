@@ -227,7 +227,7 @@ class Compressed(Mixer):
         """Returns the tokens that the selected entries summarize."""
         compression, segments = self.config.compression, context.tokens.attend_segments
         selection, windows = self.select(x, context), self._close_windows(x, context)
-        if selection is None or windows is None or compression is None:
+        if not self.config.selects or selection is None or windows is None or compression is None:
             return {}
         ids = None if segments is None else segments[1]
         return {"": cover_tokens(selection, windows, ids, overlap=compression.overlap)}

@@ -282,6 +282,7 @@ def test_a_warm_up_attends_to_all_entries_whole_and_in_steps():
     assert_close("steps", steps, y, "float32")
     assert set(module.init_cache(2, 50)) == {"k", "compressor"}
     assert not module.config.selects
+    assert module.selections(jnp.asarray(X)) == {}
     assert module.config.is_measured
 
 
