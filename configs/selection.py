@@ -103,7 +103,7 @@ def list_mixers(keys, length, width, heads, kv_heads):
             window=max(near - 3 * every // 2, 1),
         ),
         dsa=attention("causal", indexer=dict(top_k=keys, **learned)),
-        csa=compressed(keys // 2, ratio=4, overlap=True, indexer=dict(top_k=keys // 2, heads=4, width=head_width)),
+        csa=compressed(keys // 2, ratio=4, overlap=True, indexer=dict(top_k=keys // 2, **learned)),
         hca=compressed(near, ratio=every),
         msa=attention(
             "causal",
