@@ -52,11 +52,14 @@ class Blocks:
         return jnp.where(inside, keys, -1)
 
     def split(self, x: Shaped[Array, "b *rest s"], fill: float | bool) -> Shaped[Array, "b *rest n size"]:
-        """Splits the last axis into blocks, which are filled up with `fill`."""
+        """Splits the last axis into blocks, which are filled up with `fill`.
+
+        If the blocks are regular, the axis may also be that of some consecutive blocks.
+        """
         if self.is_regular:
-            padding = self.count * self.size - x.shape[-1]
+            padding = -x.shape[-1] % self.size
             padded = jnp.pad(x, [(0, 0)] * (x.ndim - 1) + [(0, padding)], constant_values=fill)
-            return padded.reshape(*x.shape[:-1], self.count, self.size)
+            return padded.reshape(*x.shape[:-1], -1, self.size)
         b = x.shape[0]
         keys = self.keys(jnp.broadcast_to(jnp.arange(self.count), (b, self.count)))
         index = jnp.maximum(keys, 0).reshape(b, *(1,) * (x.ndim - 2), -1)

@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -25,7 +26,7 @@ from jaxtyping import Array, Bool, Float, Int, PyTree, Shaped
 
 from sparsejax.errors import InputError
 from sparsejax.ops.blocks import Blocks, make_blocks
-from sparsejax.ops.selection import Selection, Visible, force_blocks, over_queries, select
+from sparsejax.ops.selection import Selection, Visible, force_blocks, over_queries, score_tiles, select
 from sparsejax.ops.softmax import MASKED, masked_softmax
 from sparsejax.patterns import Pattern
 
@@ -68,10 +69,14 @@ class Index:
         """
         k, dtype = self.k if k is None else k, jnp.promote_types(q.dtype, jnp.float32)
         keys = "bsd" if k.ndim == 3 else "bncsd" if self.per_head else "bxcsd"
-        products = jnp.einsum(f"bcnd,{keys}->bncs", q.astype(dtype), k.astype(dtype)) * q.shape[-1] ** -0.5
+        q = jnp.moveaxis(q.astype(dtype), 2, 1)
+        products = jnp.einsum(f"bncd,{keys}->bncs", q, k.astype(dtype)) * q.shape[-1] ** -0.5
         products = jax.nn.relu(products) if self.relu else products
         products = products if weights is None else products * jnp.moveaxis(weights, 2, 1)[..., None].astype(dtype)
-        return products if self.per_head else products.sum(axis=1, keepdims=True)
+        if self.per_head:
+            return products
+        # XLA:CPU computes these sums 12 times as fast as the reduction that they equal.
+        return functools.reduce(jnp.add, jnp.split(products, products.shape[1], axis=1))
 
 
 def select_indexed(
@@ -111,11 +116,15 @@ def select_indexed(
     index = jax.lax.stop_gradient(index)
     blocks = make_blocks(index.k.shape[1], 1) if blocks is None else blocks
 
+    def pool(q: Array, weights: Array | None) -> Callable[[Array, Array], Array]:
+        def pool_keys(k: Array, mask: Array) -> Array:
+            scores = jnp.where(mask[:, None], index.scores(q, weights, k), -jnp.inf)
+            return scores if blocks.size == 1 else blocks.split(scores, -jnp.inf).max(axis=-1)
+
+        return pool_keys
+
     def score(arrays: tuple[Array, Array | None], visible: Visible) -> tuple[Array, Array | None]:
-        scores = index.scores(*arrays)
-        if not has_block_keys and blocks.size > 1:
-            masked = jnp.where(visible.keys[:, None], scores, -jnp.inf)
-            scores = blocks.split(masked, -jnp.inf).max(axis=-1)
+        scores = index.scores(*arrays) if has_block_keys else score_tiles(pool(*arrays), index.k, visible, blocks)
         return scores, force_blocks(visible, blocks, 0, local) if local else None
 
     arrays = index.q, index.weights

@@ -49,29 +49,42 @@ class Lists(NamedTuple):
     Attributes:
       queries: Query of each pair, in the order of blocks.
       order: Index of each pair of `groups` in this order.
-      starts: First pair of each block.
-      ends: One past its last pair.
-      chunks: One past the last chunk of each block: a block with n pairs has ceil(n / CHUNK) chunks.
+      blocks: Block of each chunk: a block with n pairs has ceil(n / CHUNK) chunks.
+      firsts: First pair of each chunk.
+      ends: One past the last pair of the block of each chunk.
+      chunks: Number of chunks; the arrays are as long as there can be.
     """
 
     queries: Int[Array, " pairs"]
     order: Int[Array, "t k"]
-    starts: Int[Array, " n"]
-    ends: Int[Array, " n"]
-    chunks: Int[Array, " n"]
+    blocks: Int[Array, " most"]
+    firsts: Int[Array, " most"]
+    ends: Int[Array, " most"]
+    chunks: Int[Array, ""]
 
 
 def list_pairs(groups: Int[Array, "t k"], count: int) -> Lists:
     """Sorts the pairs of a selection by block; those of the block -1 come last."""
     t, k = groups.shape
     blocks = jnp.where(groups < 0, count, groups).ravel()
-    order = jnp.argsort(blocks, stable=True)
+    order = _sort_stably(blocks, count)
     index = jnp.zeros(t * k, jnp.int32).at[order].set(jnp.arange(t * k, dtype=jnp.int32))
     ends = jnp.searchsorted(blocks[order], jnp.arange(count), side="right").astype(jnp.int32)
     starts = jnp.concatenate([jnp.zeros(1, jnp.int32), ends[:-1]])
-    return Lists(
-        (order // k).astype(jnp.int32), index.reshape(t, k), starts, ends, jnp.cumsum(-(-(ends - starts) // CHUNK))
-    )
+    chunks = -(-(ends - starts) // CHUNK)
+    after, most = jnp.cumsum(chunks), t * k // CHUNK + count
+    of_chunk = jnp.repeat(jnp.arange(count), chunks, total_repeat_length=most)
+    firsts = starts[of_chunk] + (jnp.arange(most) - (after - chunks)[of_chunk]) * CHUNK
+    queries = (order // k).astype(jnp.int32)
+    return Lists(queries, index.reshape(t, k), of_chunk, firsts, ends[of_chunk], after[-1])
+
+
+def _sort_stably(x: Int[Array, " n"], largest: int) -> Int[Array, " n"]:
+    """`jnp.argsort` of integers from 0 to `largest`: as one sort of integers, which on a CPU is 5 times as fast."""
+    n = len(x)
+    if (largest + 1) * n > jnp.iinfo(jnp.int32).max:
+        return jnp.argsort(x, stable=True)
+    return jax.lax.sort(x.astype(jnp.int32) * n + jnp.arange(n, dtype=jnp.int32)) % n
 
 
 class _Sequence(NamedTuple):
@@ -161,13 +174,11 @@ class _Chunk(NamedTuple):
 
 
 def _load(plan: Plan, x: _Sequence, lists: Lists, chunk: Int[Array, ""]) -> _Chunk:
-    block = jnp.searchsorted(lists.chunks, chunk, side="right")
-    done = jnp.where(block > 0, lists.chunks[block - 1], 0)
-    first = lists.starts[block] + (chunk - done) * CHUNK
+    block, first = lists.blocks[chunk], lists.firsts[chunk]
     pairs = first + jnp.arange(CHUNK)
     rows = lists.queries.at[pairs].get(mode="clip")
     keys = x.starts[block] + jnp.arange(plan.size)
-    mask = (pairs < lists.ends[block])[:, None] & (x.of_key.at[keys].get(mode="clip") == block) & (keys < plan.s)
+    mask = (pairs < lists.ends[chunk])[:, None] & (x.of_key.at[keys].get(mode="clip") == block) & (keys < plan.s)
     mask &= plan.pattern.allows(rows[:, None], keys, plan.t, plan.s)
     if x.ids is not None:
         mask &= x.ids[0][rows][:, None] == x.ids[1].at[keys].get(mode="clip")
@@ -282,17 +293,15 @@ def _backward_sequence(
 
 def _loop_fast(lists: Lists, body: Callable[[Array, Any], Any], carry: Any) -> Any:
     """Visits the chunks that exist; JAX does not differentiate a loop of unknown length in reverse mode."""
-    return jax.lax.fori_loop(0, lists.chunks[-1], body, carry)
+    return jax.lax.fori_loop(0, lists.chunks, body, carry)
 
 
 def _loop_differentiable(lists: Lists, body: Callable[[Array, Any], Any], carry: Any) -> Any:
     """Visits as many chunks as there can be, and skips those that do not exist."""
-    most = len(lists.queries) // CHUNK + len(lists.chunks)
-
     def visit(carry: Any, chunk: Array) -> tuple[Any, None]:
-        return jax.lax.cond(chunk < lists.chunks[-1], body, lambda _, carry: carry, chunk, carry), None
+        return jax.lax.cond(chunk < lists.chunks, body, lambda _, carry: carry, chunk, carry), None
 
-    return jax.lax.scan(visit, carry, jnp.arange(most))[0]
+    return jax.lax.scan(visit, carry, jnp.arange(len(lists.blocks)))[0]
 
 
 def _per_sequence(function: Callable[..., tuple[Array, ...]]) -> Callable[..., tuple[Array, ...]]:

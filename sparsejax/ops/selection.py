@@ -17,10 +17,11 @@ from jaxtyping import Array, Bool, Float, Int, PyTree, Shaped
 
 from sparsejax.errors import InputError
 from sparsejax.ops.blocks import Blocks, make_blocks
-from sparsejax.ops.chunks import pad_to_multiple
+from sparsejax.ops.chunks import pad_to_multiple, vary_alike
 from sparsejax.patterns import Pattern
 
-CHUNK = 64  # queries whose scores are in memory at a time
+CHUNK = 128  # queries whose scores are in memory at a time
+TILE = 512  # keys that are scored at a time on a CPU: the scores of 8 heads fill 2 MiB, about a cache
 
 
 @functools.partial(jax.tree_util.register_dataclass, data_fields=("groups", "blocks", "forced"), meta_fields=())
@@ -171,6 +172,43 @@ def select(
     run = functools.partial(over_queries, choose_chunk, jax.lax.stop_gradient(arrays), pattern, blocks.of_key.shape[1])
     groups, forced = run(segments=segments, positions=positions, length=length)
     return Selection(jnp.moveaxis(groups, 1, 2), blocks, jnp.moveaxis(forced, 1, 2))
+
+
+def score_tiles(
+    score: Callable[[Array, Array], Float[Array, "b scopes c m"]],
+    keys: Float[Array, "b *heads s d"],
+    visible: Visible,
+    blocks: Blocks,
+) -> Float[Array, "b scopes c n"]:
+    """Scores of blocks from scores of their keys; minus infinity for a block without a visible key.
+
+    On a CPU the keys are scored in tiles of whole blocks, so that the scores of a tile stay in the cache, and tiles
+    without a visible key are skipped.
+
+    Args:
+      score: Maps consecutive keys [b, *heads, k, d] and whether each is visible, [#b, c, k], to the scores of their
+        blocks.
+      keys: The keys.
+      visible: The visible keys of a chunk of queries.
+      blocks: The blocks.
+    """
+    size = blocks.size * max(1, TILE // blocks.size)
+    if visible.keys.shape[-1] <= size or not blocks.is_regular or jax.default_backend() != "cpu":
+        return score(keys, visible.keys)
+
+    def split(x: Shaped[Array, "b ..."], axis: int) -> Shaped[Array, "tiles b ..."]:
+        x = pad_to_multiple(x, size, axis)
+        return jnp.moveaxis(x.reshape(*x.shape[:axis], -1, size, *x.shape[axis + 1 :]), axis, 0)
+
+    tiles = split(keys, keys.ndim - 2), split(visible.keys, 2)
+    shape = jax.eval_shape(score, *(x[0] for x in tiles))
+    hidden = vary_alike((jnp.full(shape.shape, -jnp.inf, shape.dtype), tiles))[0]
+
+    def visit(tile: tuple[Array, Array]) -> Float[Array, "b scopes c m"]:
+        return jax.lax.cond(tile[1].any(), score, lambda *_: hidden, *tile)
+
+    scores = jnp.moveaxis(jax.lax.map(visit, tiles), 0, 3)
+    return scores.reshape(*scores.shape[:3], -1)[..., : blocks.count]
 
 
 def over_queries(

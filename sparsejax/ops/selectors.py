@@ -5,6 +5,7 @@ Every function returns a `Selection` of a whole sequence. Query head h reads key
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -24,6 +25,7 @@ from sparsejax.ops.selection import (
     force_blocks,
     mark_forced,
     over_queries,
+    score_tiles,
     select,
 )
 from sparsejax.ops.softmax import confine_nan, masked_softmax
@@ -31,11 +33,16 @@ from sparsejax.patterns import Pattern
 
 Segments = tuple[Int[Array, "b t"], Int[Array, "b s"]] | None
 Positions = tuple[Int[Array, "b t"], Int[Array, "b s"]] | None
-POOLINGS: dict[str, Callable[..., Array]] = {
-    "max": jnp.max,
-    "mean": jnp.mean,
-    "logsumexp": jax.nn.logsumexp,
-}
+
+
+def _mean(x: Float[Array, "*blocks size"], axis: int) -> Float[Array, "*blocks"]:
+    """The mean of the visible scores of each block; minus infinity without any."""
+    visible = x > -jnp.inf
+    count = visible.sum(axis=axis)
+    return jnp.where(count > 0, jnp.where(visible, x, 0.0).sum(axis=axis) / jnp.maximum(count, 1), -jnp.inf)
+
+
+POOLINGS: dict[str, Callable[..., Array]] = {"max": jnp.max, "mean": _mean, "logsumexp": jax.nn.logsumexp}
 
 
 def top_tokens(
@@ -75,7 +82,7 @@ def top_tokens(
     _require_positive(top_k=top_k)
     if not 0 < mass <= 1:
         raise InputError("mass", f"{mass} is not in (0, 1]")
-    groups, keys = k.shape[2], jax.lax.stop_gradient(k)
+    groups, keys = k.shape[2], _heads_first(k)
 
     def combine(x: Array) -> Array:  # [b, h, c, s]
         return x if scope == "query_head" else x.reshape(x.shape[0], groups, -1, *x.shape[2:]).sum(axis=2)
@@ -136,13 +143,14 @@ def top_tiles(
     """
     _require_choice(pooling=(pooling, POOLINGS))
     _require_positive(tile=tile, top_k=top_k, query_tile=query_tile)
-    blocks, keys = _blocks(k, tile, segments), jax.lax.stop_gradient(k)
+    blocks, keys = _blocks(k, tile, segments), _heads_first(k)
+
+    def pool(q: Array, keys: Array, mask: Array) -> Array:
+        logits = blocks.split(jnp.where(mask[:, None], _logits(q, keys, scale), -jnp.inf), -jnp.inf)
+        return POOLINGS[pooling](logits, axis=-1)
 
     def score(q: Array, visible: Visible) -> tuple[Array, None]:
-        logits = blocks.split(jnp.where(visible.keys[:, None], _logits(q, keys, scale), -jnp.inf), -jnp.inf)
-        mask = jnp.isfinite(logits)
-        pooled = POOLINGS[pooling](logits, axis=-1, **({"where": mask} if pooling == "mean" else {}))
-        pooled = jnp.where(mask.any(axis=-1), pooled, -jnp.inf)
+        pooled = score_tiles(functools.partial(pool, q), keys, visible, blocks)
         return _share(pooled, query_tile), None
 
     return select(score, q, blocks, top_k, pattern, **_options(segments, positions, length))
@@ -186,7 +194,7 @@ def moba(
     """
     _require_positive(block=block, top_k=top_k)
     blocks = _blocks(k, block, segments)
-    means = jax.lax.stop_gradient(block_means(k, blocks) if means is None else means)
+    means = _heads_first(block_means(k, blocks) if means is None else means)
 
     def score(q: Array, visible: Visible) -> tuple[Array, Array]:
         current = block_of_query(visible, blocks)[..., None]
@@ -306,7 +314,7 @@ def nsa(
     _, k, v = confine_nan(q, k, v)
 
     def attend(q: Array, visible: Visible) -> tuple[Array, Array, Array]:
-        p = _window_probabilities(q, k, windows, visible, scale)
+        p = _window_probabilities(q, jnp.swapaxes(k, 1, 2), windows, visible, scale)
         out = jnp.einsum("bgrcn,bnge->bgrce", p, v, precision=jax.lax.Precision.HIGHEST)
         overlapping = _overlapping(jax.lax.stop_gradient(p).sum(axis=2), windows, blocks, offsets)
         scores = (overlapping * jnp.asarray(shared, p.dtype)).sum(axis=-1)
@@ -379,7 +387,7 @@ def infllm(
     ids = None if segments is None else segments[1]
     windows, blocks = make_windows(k.shape[1], window, stride, ids), _blocks(k, block, segments)
     offsets, _ = _list_overlaps(windows, blocks)
-    means = jax.lax.stop_gradient(windows.split(k).mean(axis=2, dtype=jnp.promote_types(k.dtype, jnp.float32)))
+    means = _heads_first(windows.split(k).mean(axis=2, dtype=jnp.promote_types(k.dtype, jnp.float32)))
     most = min(max(count, -(-dense_below // block)), blocks.count)
 
     def choose_chunk(q: Array, visible: Visible) -> tuple[Array, Array]:
@@ -400,11 +408,11 @@ def infllm(
 
 
 def _window_probabilities(
-    q: Float[Array, "b c h d"], k: Float[Array, "b n g d"], windows: Windows, visible: Visible, scale: float | None
+    q: Float[Array, "b c h d"], k: Float[Array, "b g n d"], windows: Windows, visible: Visible, scale: float | None
 ) -> Float[Array, "b g r c n"]:
     """Softmax over the windows that a query may attend to."""
     p, _ = masked_softmax(_logits(q, k, scale), windows.all(visible.keys)[:, None], None)
-    return p.reshape(p.shape[0], k.shape[2], -1, *p.shape[2:])
+    return p.reshape(p.shape[0], k.shape[1], -1, *p.shape[2:])
 
 
 def _list_overlaps(windows: Windows, blocks: Blocks) -> tuple[np.ndarray, np.ndarray]:
@@ -439,11 +447,16 @@ def _position_in_document(visible: Visible, blocks: Blocks) -> Int[Array, "#b c"
     return visible.positions - starts + numbers * blocks.size
 
 
-def _logits(q: Float[Array, "b c h d"], k: Float[Array, "b n g d"], scale: float | None) -> Float[Array, "b h c n"]:
-    (b, c, h, d), g = q.shape, k.shape[2]
+def _heads_first(k: Float[Array, "b n g d"]) -> Float[Array, "b g n d"]:
+    """The keys, without a gradient, in the order of products."""
+    return jnp.swapaxes(jax.lax.stop_gradient(k), 1, 2)
+
+
+def _logits(q: Float[Array, "b c h d"], k: Float[Array, "b g n d"], scale: float | None) -> Float[Array, "b h c n"]:
+    (b, c, h, d), g = q.shape, k.shape[1]
     dtype = jnp.promote_types(q.dtype, jnp.float32)
-    q = q.reshape(b, c, g, h // g, d).astype(dtype)
-    logits = jnp.einsum("bcgrd,bngd->bgrcn", q, k.astype(dtype), precision=jax.lax.Precision.HIGHEST)
+    q = jnp.moveaxis(q.astype(dtype), 1, 2).reshape(b, g, h // g, c, d)
+    logits = jnp.einsum("bgrcd,bgnd->bgrcn", q, k.astype(dtype), precision=jax.lax.Precision.HIGHEST)
     return logits.reshape(b, h, c, -1) * (d**-0.5 if scale is None else scale)
 
 
