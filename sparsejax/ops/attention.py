@@ -69,7 +69,8 @@ KERNELS = "cudnn", "tpu", "gpu"  # in the order in which "auto" tries them
 # live tiles is allowed.
 DENSE_LENGTH = 64
 SEGMENT_FILL = 1 / 16
-GATHER_BLOCK = 8  # keys per block from which on blocks are gathered
+# Measured on CPU (experiments/selected_attention): an edge takes as long as this number of pairs in masked tiles.
+EDGE_PAIRS = 20
 # Not measured: on accelerators a loop over tiles leaves most of the device idle, so above this fraction of live tiles
 # one masked product is preferred.
 DENSE_DENSITY = 0.6
@@ -235,6 +236,19 @@ def _choose(impl: str, call: AttentionCall) -> Implementation:
     raise ImplementationError("impl", f"{impl!r} does not support this call ({listed})")
 
 
+def _prefers_edges(call: AttentionCall, selection: Selection) -> bool:
+    """Whether the keys of a selection are few enough to be scored one by one.
+
+    Blocks from `gather.BLOCK` keys on are multiplied as they are. For smaller ones "gather" masks tiles, in time
+    proportional to the allowed pairs, and "segment" takes time proportional to the chosen ones.
+    """
+    if selection.blocks.size >= gather.BLOCK:
+        return False
+    (_, _, t, k), s = selection.groups.shape, call.k.shape[1]
+    chosen = t * k * selection.blocks.size
+    return jax.default_backend() != "cpu" or call.pattern.pairs(t, s) > EDGE_PAIRS * chosen
+
+
 def _preferences(call: AttentionCall) -> Iterator[str]:
     """The implementations that "auto" tries, best first.
 
@@ -247,7 +261,7 @@ def _preferences(call: AttentionCall) -> Iterator[str]:
         return
     yield from KERNELS
     if call.selection is not None:
-        yield from ("segment", "gather") if call.selection.blocks.size < GATHER_BLOCK else ("gather", "segment")
+        yield from ("segment", "gather") if _prefers_edges(call, call.selection) else ("gather", "segment")
         return
     tile, live, pairs = gather.SMALL, 0, 0
     for pattern, heads in call.head_groups().items():

@@ -20,6 +20,7 @@ from sparsejax.ops import selected
 from sparsejax.ops.call import AttentionCall, by_pattern
 from sparsejax.ops.chunks import pad_to_multiple, vary_alike
 from sparsejax.ops.derivatives import with_derivatives
+from sparsejax.ops.masked import attend_masked
 from sparsejax.ops.softmax import MASKED, add_alibi, log_multiplicity, log_sum, softcap, zero_nan
 from sparsejax.patterns import Pattern, TileLayout
 
@@ -29,6 +30,7 @@ SMALL, LARGE = 64, 128
 LARGE_AREA = 1.3  # largest ratio of pairs in live large tiles to pairs in live small tiles
 LARGE_HEADS = 8  # largest number of sequences times heads
 MAX_GROUPS = 4  # each group of rows compiles a loop
+BLOCK = 8  # keys per chosen block from which on blocks are multiplied; below, tiles are masked
 
 Row = tuple[Int[Array, ""], Int[Array, " degree"]]  # a query tile and its key tiles, -1 where padded
 
@@ -41,7 +43,8 @@ def unsupported_reason(call: AttentionCall) -> str | None:
 def run(call: AttentionCall, tile: int | None = None) -> tuple[Float[Array, "b t h value"], Float[Array, "b t h"]]:
     """Output in the dtype of q, log-sum-exp in `call.dtype`; `tile` defaults to that of `choose_tile`."""
     if call.selection is not None:
-        return selected.run(call, call.selection)
+        attend = selected.attend_blocks if call.selection.blocks.size >= BLOCK else attend_masked
+        return selected.run(call, call.selection, attend)
     return by_pattern(call, functools.partial(_run_pattern, tile=tile))
 
 

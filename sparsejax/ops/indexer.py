@@ -26,7 +26,7 @@ from jaxtyping import Array, Bool, Float, Int, PyTree, Shaped
 
 from sparsejax.errors import InputError
 from sparsejax.ops.blocks import Blocks, make_blocks
-from sparsejax.ops.selection import Selection, Visible, force_blocks, over_queries, score_tiles, select
+from sparsejax.ops.selection import Selection, Visible, force_blocks, over_queries, score_tiles, select, tiled_chunk
 from sparsejax.ops.softmax import MASKED, masked_softmax
 from sparsejax.patterns import Pattern
 
@@ -128,7 +128,7 @@ def select_indexed(
         return scores, force_blocks(visible, blocks, 0, local) if local else None
 
     arrays = index.q, index.weights
-    options = {"segments": segments, "positions": positions, "length": length}
+    options = {"segments": segments, "positions": positions, "length": length, "chunk": tiled_chunk()}
     return select(score, arrays, blocks, top_k, pattern, complete=has_block_keys, **options)
 
 

@@ -4,7 +4,7 @@ Blocks are the outer loop: the (query, block) pairs are sorted by block, and a c
 block attends to it in two matrix products. Each pair keeps its part of the output and its log-sum-exp, and a query
 merges its parts. The backward pass recomputes the scores from the merged log-sum-exp (FlashAttention-2,
 arXiv:2307.08691). Time grows with the number of chosen keys, memory with the number of pairs. This serves blocks of
-several keys; single keys go through the edge list of `sparsejax.ops.segment`.
+several keys; for single keys see `sparsejax.ops.masked` and `sparsejax.ops.segment`.
 
 Names are those of `sparsejax.ops.softmax`.
 """
@@ -87,7 +87,7 @@ def _sort_stably(x: Int[Array, " n"], largest: int) -> Int[Array, " n"]:
     return jax.lax.sort(x.astype(jnp.int32) * n + jnp.arange(n, dtype=jnp.int32)) % n
 
 
-class _Sequence(NamedTuple):
+class Sequence(NamedTuple):
     """One sequence of queries that share their groups.
 
     Attributes:
@@ -115,8 +115,10 @@ class _Sequence(NamedTuple):
     starts: Int[Array, "*p n"]
 
 
-def run(call: AttentionCall, selection: Selection) -> tuple[Float[Array, "b t h value"], Float[Array, "b t h"]]:
-    """Output in the dtype of q, log-sum-exp in `call.dtype`."""
+def run(
+    call: AttentionCall, selection: Selection, attend: Callable[..., tuple[Array, Array]]
+) -> tuple[Float[Array, "b t h value"], Float[Array, "b t h"]]:
+    """Output in the dtype of q, log-sum-exp in `call.dtype`, by a function of a plan and the arrays of sequences."""
     (b, t, h, _), (_, s, g, _) = call.q.shape, call.k.shape
     plan = Plan(call.pattern, t, s, selection.blocks.size, call.scale, call.softcap, call.dtype)
     scopes = selection.groups.shape[1]
@@ -136,7 +138,7 @@ def run(call: AttentionCall, selection: Selection) -> tuple[Float[Array, "b t h 
     def per_sequence(x: Array) -> Array:
         return jnp.repeat(jnp.broadcast_to(x, (b, *x.shape[1:])), scopes, axis=0)
 
-    sequence = _Sequence(
+    sequence = Sequence(
         split_queries(call.q),
         split_keys(call.k),
         split_keys(call.v),
@@ -147,7 +149,7 @@ def run(call: AttentionCall, selection: Selection) -> tuple[Float[Array, "b t h 
         per_sequence(selection.blocks.of_key),
         per_sequence(selection.blocks.starts),
     )
-    out, lse = _attend(plan, *vary_alike(tuple(sequence)))
+    out, lse = attend(plan, *vary_alike(tuple(sequence)))
 
     def join(x: Array) -> Array:
         return jnp.moveaxis(x.reshape(b, scopes, t, -1, *x.shape[4:]), 1, 2).reshape(b, t, h, *x.shape[4:])
@@ -173,7 +175,7 @@ class _Chunk(NamedTuple):
     bias: Float[Array, "#g #r #c #size"] | float
 
 
-def _load(plan: Plan, x: _Sequence, lists: Lists, chunk: Int[Array, ""]) -> _Chunk:
+def _load(plan: Plan, x: Sequence, lists: Lists, chunk: Int[Array, ""]) -> _Chunk:
     block, first = lists.blocks[chunk], lists.firsts[chunk]
     pairs = first + jnp.arange(CHUNK)
     rows = lists.queries.at[pairs].get(mode="clip")
@@ -201,7 +203,7 @@ def _pad(x: Float[Array, " s *rest"], size: int, dtype: jnp.dtype) -> Float[Arra
     return jnp.pad(x.astype(dtype), ((0, size), *((0, 0),) * (x.ndim - 1)))
 
 
-def _forward_sequence(loop: Callable[..., Any], plan: Plan, x: _Sequence) -> tuple[Array, Array]:
+def _forward_sequence(loop: Callable[..., Any], plan: Plan, x: Sequence) -> tuple[Array, Array]:
     lists = list_pairs(x.groups, len(x.starts))
     q, k, v = x.q.astype(plan.dtype), _pad(x.k, plan.size, plan.dtype), _pad(x.v, plan.size, plan.dtype)
     pairs = x.groups.size + CHUNK
@@ -255,7 +257,7 @@ def _merge(
 
 
 def _backward_sequence(
-    loop: Callable[..., Any], plan: Plan, x: _Sequence, lse: Array, delta: Array, d_out: Array
+    loop: Callable[..., Any], plan: Plan, x: Sequence, lse: Array, delta: Array, d_out: Array
 ) -> tuple[Array, ...]:
     """Gradients of q, k and v from delta = sum(out * d_out) - d_lse."""
     lists = list_pairs(x.groups, len(x.starts))
@@ -298,6 +300,7 @@ def _loop_fast(lists: Lists, body: Callable[[Array, Any], Any], carry: Any) -> A
 
 def _loop_differentiable(lists: Lists, body: Callable[[Array, Any], Any], carry: Any) -> Any:
     """Visits as many chunks as there can be, and skips those that do not exist."""
+
     def visit(carry: Any, chunk: Array) -> tuple[Any, None]:
         return jax.lax.cond(chunk < lists.chunks, body, lambda _, carry: carry, chunk, carry), None
 
@@ -321,25 +324,33 @@ def _per_sequence(function: Callable[..., tuple[Array, ...]]) -> Callable[..., t
     return run_fast
 
 
-_forward, _backward = _per_sequence(_forward_sequence), _per_sequence(_backward_sequence)
+def differentiable(
+    forward: Callable[..., tuple[Array, Array]], backward: Callable[..., tuple[Array, ...]]
+) -> Callable[..., tuple[Array, Array]]:
+    """Attention of a plan and the arrays of sequences, with derivatives of every mode and order.
+
+    Args:
+      forward: Maps a plan and a `Sequence` with a leading axis to the output and the log-sum-exp.
+      backward: Maps these, the log-sum-exp, delta = sum(out * d_out) - d_lse and d_out to the gradients of q, k and v.
+    """
+
+    def attend_forward(plan, *arrays):
+        out, lse = forward(plan, Sequence(*arrays))
+        return (out, lse), (arrays, out, lse)
+
+    def attend_backward(plan, residuals, cotangents):
+        arrays, out, lse = residuals
+        x, (d_out, d_lse) = Sequence(*arrays), cotangents
+        bad = jnp.isnan(lse)  # rows of NaN, which have no gradient
+        d_out, out = (jnp.where(bad[..., None], 0, y) for y in (d_out, out))
+        delta = (out * d_out).sum(axis=-1) - jnp.where(bad, 0, d_lse)
+        lse = jnp.where(bad, jnp.inf, jnp.where(lse > -jnp.inf, lse, 0.0))
+        dq, dk, dv = backward(plan, x, lse, delta, d_out)
+        d_sink = None if x.sink is None else -(jnp.exp(x.sink[:, None] - lse) * delta).sum(axis=1)
+        grads = (y.astype(z.dtype) for y, z in zip((dq, dk, dv), (x.q, x.k, x.v), strict=True))
+        return *grads, d_sink, *(None,) * 6
+
+    return with_derivatives(attend_forward, attend_backward, lambda plan, *x: forward(plan, Sequence(*x)))
 
 
-def _attend_forward(plan, *arrays):
-    out, lse = _forward(plan, _Sequence(*arrays))
-    return (out, lse), (arrays, out, lse)
-
-
-def _attend_backward(plan, residuals, cotangents):
-    arrays, out, lse = residuals
-    x, (d_out, d_lse) = _Sequence(*arrays), cotangents
-    bad = jnp.isnan(lse)  # rows of NaN, which have no gradient
-    d_out, out = (jnp.where(bad[..., None], 0, y) for y in (d_out, out))
-    delta = (out * d_out).sum(axis=-1) - jnp.where(bad, 0, d_lse)
-    lse = jnp.where(bad, jnp.inf, jnp.where(lse > -jnp.inf, lse, 0.0))
-    dq, dk, dv = _backward(plan, x, lse, delta, d_out)
-    d_sink = None if x.sink is None else -(jnp.exp(x.sink[:, None] - lse) * delta).sum(axis=1)
-    grads = (y.astype(z.dtype) for y, z in zip((dq, dk, dv), (x.q, x.k, x.v), strict=True))
-    return *grads, d_sink, *(None,) * 6
-
-
-_attend = with_derivatives(_attend_forward, _attend_backward, lambda plan, *x: _forward(plan, _Sequence(*x)))
+attend_blocks = differentiable(_per_sequence(_forward_sequence), _per_sequence(_backward_sequence))

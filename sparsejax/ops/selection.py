@@ -20,8 +20,8 @@ from sparsejax.ops.blocks import Blocks, make_blocks
 from sparsejax.ops.chunks import pad_to_multiple, vary_alike
 from sparsejax.patterns import Pattern
 
-CHUNK = 128  # queries whose scores are in memory at a time
-TILE = 512  # keys that are scored at a time on a CPU: the scores of 8 heads fill 2 MiB, about a cache
+CHUNK = 64  # queries whose scores are in memory at a time
+QUERIES, KEYS = 256, 512  # that are scored at a time on a CPU: the scores of 8 heads fill 4 MiB
 
 
 @functools.partial(jax.tree_util.register_dataclass, data_fields=("groups", "blocks", "forced"), meta_fields=())
@@ -136,6 +136,7 @@ def select(
     segments: tuple[Int[Array, "b t"], Int[Array, "b s"]] | None = None,
     positions: tuple[Int[Array, "b t"], Int[Array, "b s"]] | None = None,
     length: int | None = None,
+    chunk: int = CHUNK,
 ) -> Selection:
     """Chooses `count` groups per query. Memory grows with the number of queries plus that of keys.
 
@@ -150,6 +151,7 @@ def select(
       segments: Segment ids of queries and of keys; a query attends to keys of its segment.
       positions: Positions of queries and of keys, -1 for a key that does not exist. Defaults to 0, 1, ... for both.
       length: Length of the sequence that the pattern describes; defaults to the number of queries.
+      chunk: Number of queries whose scores are in memory at a time.
 
     Raises:
       InputError: The count is below 1, or the pattern differs between heads.
@@ -170,8 +172,13 @@ def select(
         return groups, mark_forced(jnp.zeros_like(may_compete) if forced is None else forced, groups)
 
     run = functools.partial(over_queries, choose_chunk, jax.lax.stop_gradient(arrays), pattern, blocks.of_key.shape[1])
-    groups, forced = run(segments=segments, positions=positions, length=length)
+    groups, forced = run(segments=segments, positions=positions, length=length, chunk=chunk)
     return Selection(jnp.moveaxis(groups, 1, 2), blocks, jnp.moveaxis(forced, 1, 2))
+
+
+def tiled_chunk() -> int:
+    """Number of queries of a chunk whose keys are scored by `score_tiles`."""
+    return QUERIES if jax.default_backend() == "cpu" else CHUNK
 
 
 def score_tiles(
@@ -192,7 +199,7 @@ def score_tiles(
       visible: The visible keys of a chunk of queries.
       blocks: The blocks.
     """
-    size = blocks.size * max(1, TILE // blocks.size)
+    size = blocks.size * max(1, KEYS // blocks.size)
     if visible.keys.shape[-1] <= size or not blocks.is_regular or jax.default_backend() != "cpu":
         return score(keys, visible.keys)
 
@@ -220,6 +227,7 @@ def over_queries(
     segments: tuple[Int[Array, "b t"], Int[Array, "b s"]] | None = None,
     positions: tuple[Int[Array, "b t"], Int[Array, "b s"]] | None = None,
     length: int | None = None,
+    chunk: int = CHUNK,
 ) -> PyTree[Shaped[Array, "b t ..."]]:
     """Applies a function to chunks of queries, and recomputes it in the backward pass.
 
@@ -231,6 +239,7 @@ def over_queries(
       segments: See `select`.
       positions: See `select`.
       length: See `select`.
+      chunk: Number of queries per chunk.
 
     Returns:
       The results with the axis of the queries in front: [b, t, heads, ...].
@@ -241,7 +250,7 @@ def over_queries(
     if pattern.heads is not None:
         raise InputError("pattern", f"{pattern} differs between heads")
     t = jax.tree.leaves(arrays)[0].shape[1]
-    length, size = t if length is None else length, min(t, CHUNK)
+    length, size = t if length is None else length, min(t, chunk)
     q_at, k_at = (jnp.arange(t)[None], jnp.arange(keys)[None]) if positions is None else positions
     q_ids, k_ids = (jnp.zeros((1, n), jnp.int32) for n in (t, keys)) if segments is None else segments
 

@@ -27,6 +27,7 @@ from sparsejax.ops.selection import (
     over_queries,
     score_tiles,
     select,
+    tiled_chunk,
 )
 from sparsejax.ops.softmax import confine_nan, masked_softmax
 from sparsejax.patterns import Pattern
@@ -153,7 +154,8 @@ def top_tiles(
         pooled = score_tiles(functools.partial(pool, q), keys, visible, blocks)
         return _share(pooled, query_tile), None
 
-    return select(score, q, blocks, top_k, pattern, **_options(segments, positions, length))
+    options = _options(segments, positions, length) | {"chunk": tiled_chunk()}
+    return select(score, q, blocks, top_k, pattern, **options)
 
 
 def _share(scores: Float[Array, "b h c n"], query_tile: int) -> Float[Array, "b h c n"]:
