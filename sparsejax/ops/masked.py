@@ -40,8 +40,9 @@ def _split(x: Shaped[Array, " n *rest"], size: int) -> Shaped[Array, "tiles size
     return x.reshape(-1, size, *x.shape[1:])
 
 
-def _split_keys(plan: Plan, x: Float[Array, "s g d"]) -> Float[Array, "tiles g size d"]:
-    return jnp.swapaxes(_split(x.astype(plan.dtype), KEYS), 1, 2)
+def _split_keys(plan: Plan, x: Float[Array, "s g d"]) -> Float[Array, "tiles size g d"]:
+    """Tiles without a copy: a tile is transposed where it is multiplied."""
+    return _split(x.astype(plan.dtype), KEYS)
 
 
 def _tiles(plan: Plan) -> Int[Array, " rows"]:
@@ -94,6 +95,7 @@ def _forward(plan: Plan, x: Sequence) -> tuple[Float[Array, "t g r value"], Floa
 
         def attend(carry: tuple[Array, ...], inputs: tuple[Array, ...]) -> tuple[Array, ...]:
             (m, l, out), (tile, k, v, mask) = carry, inputs
+            k, v = jnp.swapaxes(k, 0, 1), jnp.swapaxes(v, 0, 1)
             scores = jnp.where(mask, _score(plan, x, row, tile, row.q, k), MASKED)
             new_m = jax.lax.stop_gradient(jnp.maximum(m, scores.max(axis=-1)))
             p = jnp.where(mask, jnp.exp(scores - new_m[..., None]), 0.0)
@@ -118,7 +120,9 @@ def _forward(plan: Plan, x: Sequence) -> tuple[Float[Array, "t g r value"], Floa
 
 
 def _backward(plan: Plan, x: Sequence, lse: Array, delta: Array, d_out: Array) -> tuple[Array, Array, Array]:
-    k, v = zero_nan(_split_keys(plan, x.k)), _split_keys(plan, x.v)
+    k, v = _split_keys(plan, x.k), _split_keys(plan, x.v)
+
+    empty = tuple(jnp.zeros_like(jnp.swapaxes(y, 1, 2)) for y in (k, v))
 
     def differentiate_row(carry: tuple[Array, Array], tile: Array) -> tuple[tuple[Array, Array], Array]:
         row = _make_row(plan, x, tile)
@@ -126,13 +130,14 @@ def _backward(plan: Plan, x: Sequence, lse: Array, delta: Array, d_out: Array) -
         row_lse, row_delta, do = (_take_queries(plan, tile, y) for y in (lse, delta, d_out))
 
         def differentiate(tile: Array, k: Array, v: Array, mask: Array) -> tuple[Array, Array, Array]:
+            k, v = zero_nan(jnp.swapaxes(k, 0, 1)), jnp.swapaxes(v, 0, 1)
             scores, pull = jax.vjp(lambda q, k: _score(plan, x, row, tile, q, k), row.q, k)
             p = jnp.where(mask, jnp.exp(scores - row_lse[..., None]), 0.0)
             d_scores = p * (jnp.einsum("grce,gke->grck", do, v) - row_delta[..., None])
             return *pull(d_scores), jnp.einsum("grck,grce->gke", p, do)
 
         def visit(grads: tuple[Array, ...], inputs: tuple[Array, ...]) -> tuple[tuple[Array, ...], None]:
-            (dq, dk, dv), tile, zeros = grads, inputs[0], tuple(map(jnp.zeros_like, (row.q, *inputs[1:3])))
+            (dq, dk, dv), tile, zeros = grads, inputs[0], (jnp.zeros_like(row.q), *(y[0] for y in empty))
             new = jax.lax.cond(inputs[-1].any(), differentiate, lambda *_: vary_alike((zeros, x))[0], *inputs)
             return (dq + new[0], dk.at[tile].add(new[1]), dv.at[tile].add(new[2])), None
 
@@ -140,8 +145,7 @@ def _backward(plan: Plan, x: Sequence, lse: Array, delta: Array, d_out: Array) -
         (dq, *carry), _ = jax.lax.scan(visit, grads, (jnp.arange(len(k)), k, v, row.mask))
         return tuple(carry), jnp.moveaxis(dq, 2, 0)
 
-    zeros = vary_alike(((jnp.zeros_like(k), jnp.zeros_like(v)), x))[0]
-    (dk, dv), dq = jax.lax.scan(differentiate_row, zeros, _tiles(plan))
+    (dk, dv), dq = jax.lax.scan(differentiate_row, vary_alike((empty, x))[0], _tiles(plan))
     return _join_queries(dq, plan.t), *(_join_queries(jnp.swapaxes(y, 1, 2), plan.s) for y in (dk, dv))
 
 
