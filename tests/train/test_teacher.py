@@ -103,7 +103,8 @@ class Pair:
         self.teacher_parameters = self.teacher.init(jax.random.key(1))
         if narrow:
             settings.model.layers.local.mixer.pattern = NARROW
-        settings.train.update(teacher={"source": "run:teacher", **teacher}, accumulate=accumulate, loss_chunk=loss_chunk)
+        teacher = {"source": "run:teacher", **teacher}
+        settings.train.update(teacher=teacher, accumulate=accumulate, loss_chunk=loss_chunk)
         settings = configs.complete(settings.to_dict())
         config = configs.build(configs.Config, settings)
         self.model, self.config = Functional(config.model), config.train.teacher
