@@ -41,7 +41,7 @@ def list_mixers(keys, length, width, heads, kv_heads):
 
     def compressed(window, **compression):
         ranks = dict(query_rank=width // 2, out_rank=width // 2, groups=2)
-        turned = dict(rope_width=head_width // 2, rope=rope | dict(interleaved=True))
+        rotation = dict(rope_width=head_width // 2, rope=rope | dict(interleaved=True))
         return dict(
             kind="compressed",
             heads=heads,
@@ -51,7 +51,7 @@ def list_mixers(keys, length, width, heads, kv_heads):
             impl="auto",
             compression=compression,
             **ranks,
-            **turned,
+            **rotation,
         )
 
     global_ids = ", ".join(str(i) for i in range(0, length, length // quarter))
