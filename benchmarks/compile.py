@@ -15,6 +15,7 @@ are spilled, if products are serialized, or if a kernel has no wgmma or TMA inst
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import functools
 import importlib.metadata
 import json
@@ -40,6 +41,7 @@ ENVIRONMENT = {
     "TPU_WORKER_HOSTNAMES": "localhost",
 }
 SCHEDULED = ("v5e", "v6e", "tpu7x")  # generations whose schedule is read
+SHORTEST_SECTION = 900  # bundles that any tile of 512 x 512 takes
 SPLASH = {"v5e": 1323, "v6e": 1102, "tpu7x": 1183}  # bundles per 512 x 512 tile of JAX's splash attention
 
 
@@ -49,6 +51,8 @@ CASES = (
     call("causal & window(1023)", 8192),
     call("causal & window(1023)", 131_072),
     call("causal", 131_072, tile=128, heads=(2, 2)),  # 524,800 tiles: five launches
+    call("causal", 8192, choice=(16, 64)),
+    call("causal", 131_072, choice=(32, 64)),
 )
 # Variants of the code, compiled for one generation only.
 VARIANTS = (
@@ -57,6 +61,8 @@ VARIANTS = (
     call("causal & (window(255) | random(3, tile=64, seed=1))", 8192, width=96, dtype="float32"),
     call("causal & window(1023)", 8192, width=256, dtype="float32"),
     call("causal & (window(30) | strided(130))", 8192, tile=128, dtype="float16"),
+    call("causal", 8192, tile=128, options=True, choice=(16, 64)),
+    call("causal", 8192, heads=(8, 1), choice=(512, 1)),
 )
 
 # Installed with the plugins of the running version of jax.
@@ -88,6 +94,12 @@ GPU_CASES = (
     call("causal & window(1023)", 8192, width=256, dtype="float32"),
     call("window(256, 256) | globals(128)", 8192, dtype="float32", options=True),
     call(f"per_head({HEADS})", 2048, width=64, dtype="float32"),
+    call("causal", 8192, choice=(16, 64)),
+    call("causal", 8192, width=64, choice=(16, 64)),
+    call("causal", 8192, width=256, choice=(16, 64)),
+    call("causal", 8192, options=True, choice=(16, 64)),
+    call("causal", 8192, heads=(8, 1), choice=(512, 1)),
+    call("causal", 8192, width=256, dtype="float32", choice=(16, 64)),
 )
 
 
@@ -212,16 +224,21 @@ def compile_attention(device, case: Case, backward: bool = True):
     import jax.numpy as jnp
     from jax.sharding import SingleDeviceSharding
 
+    from sparsejax.ops.blocks import make_blocks
     from sparsejax.ops.call import AttentionCall
     from sparsejax.ops.kernels import gpu, tpu
+    from sparsejax.ops.selection import Selection
     from sparsejax.patterns import parse
 
     sharding, (h, g), pattern = SingleDeviceSharding(device), case.heads, parse(case.pattern)
     kernels = gpu if "NVIDIA" in device.device_kind else tpu
 
-    def forward(q, k, v, sink, ids):
+    def forward(q, k, v, sink, ids, groups):
         options = (30.0, sink, (ids, ids)) if case.options else (None, None, None)
-        call = AttentionCall(q, k, v, pattern, case.width**-0.5, *options, False)
+        selection = None
+        if case.choice is not None:
+            selection = Selection(groups, make_blocks(case.t, case.choice[1], ids if case.options else None))
+        call = AttentionCall(q, k, v, pattern, case.width**-0.5, *options, False, selection=selection)
         if reason := kernels.unsupported_reason(call):
             raise NotImplementedError(reason)
         out, lse = kernels.run(call, case.tile and (case.tile, case.tile))
@@ -231,7 +248,8 @@ def compile_attention(device, case: Case, backward: bool = True):
         return jax.ShapeDtypeStruct(sizes, dtype, sharding=sharding)
 
     q, k = shape(1, case.t, h, case.width), shape(1, case.t, g, case.width)
-    arrays = q, k, k, shape(h, dtype=jnp.float32), shape(1, case.t, dtype=jnp.int32)
+    groups = shape(1, g, case.t, case.choice[0] if case.choice else 0, dtype=jnp.int32)
+    arrays = q, k, k, shape(h, dtype=jnp.float32), shape(1, case.t, dtype=jnp.int32), groups
     with target_device(device):
         function = jax.grad(forward, (0, 1, 2, 3)) if backward else forward
         return jax.jit(function).lower(*arrays).compile()
@@ -391,22 +409,37 @@ def compile_training(target: str) -> list[dict]:
 
 
 def read_schedule(name: str) -> list[dict]:
-    """Bundles of a full and of a partial tile of 512 x 512 in the forward pass of causal & window(1023)."""
-    row = compile_case(name, Case("causal & window(1023)", 8192, heads=(8, 8), tile=512), backward=False)
+    """Bundles of the tiles of 512 x 512 in the forward pass, without and with a choice of blocks."""
+    window, choice = Case("causal & window(1023)", 8192, (8, 8), tile=512), Case("causal", 8192, (8, 8), tile=512)
+    full, partial = read_sections(name, window, 2)
+    _, chosen, chosen_partial = read_sections(name, dataclasses.replace(choice, choice=(16, 64)), 3)
+    sections = {"full": full, "partial": partial, "chosen": chosen, "chosen_partial": chosen_partial}
+    return [{"machine": name, **sections, "splash": SPLASH[name]}]
+
+
+def read_sections(name: str, case: Case, count: int) -> list[int]:
+    """Bundles of the sections of a forward pass that visit a tile, in order."""
+    known = set(Path(os.environ["DUMP"]).iterdir())
+    row = compile_case(name, case, backward=False)
     if row["error"]:
         raise SystemExit(row["error"])
-    dumps = Path(os.environ["DUMP"]).glob("*attend_forward*packed-bundles-post-ra.txt")
+    dumps = set(Path(os.environ["DUMP"]).glob("*attend_forward*packed-bundles-post-ra.txt")) - known
     file = max((path for path in dumps if "schedule" not in path.name), key=lambda path: path.stat().st_size)
     branches = []
     for line in file.read_text().splitlines():
         bundle = re.match(r"\s*(0x[0-9a-f]+|\d+)\s+(?:LH|LB|LE|PB|PF|CT)?\s*:", line)
         target = re.search(r"sbr\.rel.*target bundleno = (\d+)", line)
         if bundle and target:
-            branches.append(int(target[1]) - int(bundle[1], 0))
-    # A branch skips the section of a tile. The longest branch is the loop, the next two are the tiles, in order.
-    tiles = sorted(branches, reverse=True)[1:3]
-    full, partial = (size for size in branches if size in tiles)
-    return [{"machine": name, "full": full, "partial": partial, "splash": SPLASH[name]}]
+            branches.append((int(bundle[1], 0), int(target[1])))
+    # A branch skips the section of a tile, or a loop over sections.
+    loops = {
+        (start, end)
+        for start, end in branches
+        for first, last in branches
+        if start <= first < last <= end and (start, end) != (first, last) and last - first > SHORTEST_SECTION
+    }
+    tiles = sorted({*branches} - loops, key=lambda branch: branch[0] - branch[1])[:count]
+    return [end - start for start, end in sorted(tiles)]
 
 
 PARTS = {"compile": compile_cases, "train": compile_training, "schedule": read_schedule, "hopper": compile_for_hopper}
@@ -414,11 +447,12 @@ PARTS = {"compile": compile_cases, "train": compile_training, "schedule": read_s
 
 def write_table(rows: list[dict], schedules: list[dict]) -> str:
     """The results for TPUs in Markdown."""
-    heading = "bundles of a tile of 512 x 512, forward", "full", "partial", "ratio", "splash, full"
+    kinds = "full", "partial", "chosen", "chosen_partial"
+    heading = "bundles of a tile of 512 x 512, forward", "full", "partial", "chosen", "chosen, partial", "splash, full"
     cells = []
     for row in schedules:
-        full, partial = row["full"], row["partial"]
-        cells.append((row["machine"], str(full), str(partial), f"{partial / full:.2f}", str(row["splash"])))
+        sections = (f"{row[kind]} ({row[kind] / row['full']:.2f})" for kind in kinds[1:])
+        cells.append((row["machine"], str(row["full"]), *sections, str(row["splash"])))
     return f"{write_compiled_table(rows)}\n{write_markdown(heading, cells, 1)}"
 
 

@@ -50,6 +50,8 @@ class Case:
       heads: Number of query heads and of key/value heads.
       options: Whether the call has softcap, sink logits and segments.
       tile: Tokens per query tile and per key tile; the kernel chooses by default.
+      choice: Number of blocks that each query chooses per key/value head, and keys per block; None for all keys. With
+        `options`, blocks are counted from the start of each segment.
     """
 
     pattern: str
@@ -59,6 +61,7 @@ class Case:
     dtype: str = "bfloat16"
     options: bool = False
     tile: int | None = None
+    choice: tuple[int, int] | None = None
 
     def __str__(self):
         pattern = self.pattern if len(self.pattern) < 90 else f"{self.pattern[:87]}..."
@@ -66,7 +69,8 @@ class Case:
         dtype = "" if self.dtype == "bfloat16" else f", {self.dtype}"
         tile = "" if self.tile is None else f", tile {self.tile}"
         options = ", softcap, sink, segments" if self.options else ""
-        return f"{pattern}, {self.t:,} x {heads} heads of {self.width}{dtype}{tile}{options}"
+        choice = "" if self.choice is None else ", {:,} chosen blocks of {}".format(*self.choice)
+        return f"{pattern}, {self.t:,} x {heads} heads of {self.width}{dtype}{tile}{options}{choice}"
 
 
 def draw_arrays(length: int) -> list[np.ndarray]:

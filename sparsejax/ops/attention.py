@@ -33,14 +33,12 @@ class Implementation(NamedTuple):
       run: Returns the output and the log-sum-exp, which may be None if the call does not need it.
       unsupported_reason: Why it cannot compute a call on the current devices, or None.
       verified_on: Device kinds on which a recorded benchmark verified it; None: it is plain JAX and needs none.
-      selects: Whether it supports keys that the data choose.
     """
 
     name: str
     run: Callable[[AttentionCall], tuple[Array, Array | None]]
     unsupported_reason: Callable[[AttentionCall], str | None]
     verified_on: frozenset[str] | None = None
-    selects: bool = False
 
     def unverified_reason(self, call: AttentionCall) -> str | None:
         """Why "auto" does not use it for a call that it supports, or None."""
@@ -54,9 +52,9 @@ class Implementation(NamedTuple):
 
 
 IMPLEMENTATIONS = (
-    Implementation("dense", dense.run, dense.unsupported_reason, selects=True),
-    Implementation("gather", gather.run, gather.unsupported_reason, selects=True),
-    Implementation("segment", segment.run, segment.unsupported_reason, selects=True),
+    Implementation("dense", dense.run, dense.unsupported_reason),
+    Implementation("gather", gather.run, gather.unsupported_reason),
+    Implementation("segment", segment.run, segment.unsupported_reason),
     Implementation("tpu", tpu.run, tpu.unsupported_reason, verification.RECORDED["tpu"]),
     Implementation("gpu", gpu.run, gpu.unsupported_reason, verification.RECORDED["gpu"]),
     Implementation("cudnn", cudnn.run, cudnn.unsupported_reason, verification.RECORDED["cudnn"]),
@@ -223,10 +221,7 @@ def _choose(impl: str, call: AttentionCall) -> Implementation:
         raise ImplementationError("impl", f"{impl!r} is not one of auto, {', '.join(by_name)}")
     reasons = {}
     for name in _preferences(call) if impl == "auto" else (impl,):
-        reason = None
-        if call.selection is not None and not by_name[name].selects:
-            reason = "it attends to the keys of a pattern only"
-        reason = reason or by_name[name].unsupported_reason(call)
+        reason = by_name[name].unsupported_reason(call)
         if reason is None and impl == "auto":
             reason = by_name[name].unverified_reason(call)
         if reason is None:

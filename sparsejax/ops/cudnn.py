@@ -40,6 +40,7 @@ def unsupported_reason(call: AttentionCall) -> str | None:
             f"{', '.join(sorted(dtypes))}: q, k and v must all be {' or all '.join(DTYPES)}",
         ),
         (any(x is not None for x in extras), "no softcap, sink logits, ALiBi or segments"),
+        (call.selection is not None, "no keys that the data choose"),
         (call.return_lse, "no log-sum-exp: cuDNN's has the dtype of q and no gradient"),
         (
             d != value or d % WIDTH_MULTIPLE or d > MAX_WIDTH,

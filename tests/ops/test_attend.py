@@ -25,9 +25,11 @@ from hypothesis import strategies as st
 
 from sparsejax.errors import InputError
 from sparsejax.ops import IMPLEMENTATIONS, Implementation, ImplementationError, attend, attend_cached, merge_lse
+from sparsejax.ops.blocks import make_blocks
 from sparsejax.ops.call import AttentionCall
 from sparsejax.ops.gather import MAX_GROUPS, group_rows
 from sparsejax.ops.reference import Attention, attend_reference
+from sparsejax.ops.selection import Selection
 from sparsejax.ops.verification import write_record
 from sparsejax.patterns import Pattern, parse
 from sparsejax.patterns.library import NAMES
@@ -40,7 +42,11 @@ SUPPORT_ALL = {"dense", "gather", "segment"}
 
 
 class Case(NamedTuple):
-    """Shapes, options and dtype. `segments`: "one" array for queries and keys, or a "pair" of arrays."""
+    """Shapes, options and dtype.
+
+    `segments`: "one" array for queries and keys, or a "pair" of arrays. `choice`: number of scopes, blocks that each
+    query chooses at random, and keys per block; blocks are counted from the start of each segment.
+    """
 
     pattern: str
     t: int
@@ -54,6 +60,7 @@ class Case(NamedTuple):
     values: int = 8  # width of values
     dtype: str = "float32"
     q_offset: int | None = None
+    choice: tuple[int, int, int] | None = None
 
     @property
     def slopes(self) -> jax.Array | None:
@@ -69,6 +76,7 @@ class Inputs(NamedTuple):
     segments: np.ndarray | tuple[np.ndarray, np.ndarray] | None
     d_out: np.ndarray  # cotangents
     d_lse: np.ndarray
+    selection: Selection | None = None
 
 
 def wide(dtype: str) -> str:
@@ -87,6 +95,7 @@ def draw_inputs(case: Case, batch: int = 2, width: int = 8) -> Inputs:
     if case.segments is not None:  # packed documents whose lengths differ by row, and whose ids descend
         segments = tuple(np.sort(random.integers(-1, 3, (batch, n)))[:, ::-1] for n in (t, s))
         segments = segments[0] if case.segments == "one" else segments
+    selection = None if case.choice is None else draw_choice(case, batch, segments)
     return Inputs(
         q=normal(batch, t, h, width),
         k=normal(batch, s, g, width),
@@ -95,12 +104,28 @@ def draw_inputs(case: Case, batch: int = 2, width: int = 8) -> Inputs:
         segments=segments,
         d_out=normal(batch, t, h, case.values),
         d_lse=normal(batch, t, h, dtype=wide(case.dtype)),
+        selection=selection,
     )
+
+
+def draw_choice(case: Case, batch: int, segments) -> Selection:
+    """Blocks in ascending order. Queries of a tile prefer the same blocks, and some choose none."""
+    random, (scopes, count, size) = np.random.default_rng(case.s), case.choice
+    k_ids = segments[1] if isinstance(segments, tuple) else segments
+    blocks = make_blocks(case.s, size, None if k_ids is None else jnp.asarray(k_ids))
+    last = np.broadcast_to(np.asarray(blocks.of_key[:, -1]), (batch,))[:, None, None, None]
+    shape = batch, scopes, case.t, blocks.count
+    scores = random.random(shape) + random.random(shape)[:, :, : -(-case.t // 64)].repeat(64, axis=2)[:, :, : case.t]
+    scores = np.where(np.arange(blocks.count) <= last, scores, -1)
+    groups = np.argsort(-scores, axis=-1)[..., :count]
+    groups = np.where((groups <= last) & (random.random(shape[:3]) < 0.9)[..., None], groups, blocks.count)
+    groups = np.sort(groups, axis=-1)
+    return Selection(jnp.asarray(np.where(groups < blocks.count, groups, -1), jnp.int32), blocks)
 
 
 def reference(case: Case, inputs: Inputs, counts: np.ndarray) -> Attention:
     """The expected result if each key counts `counts` [b, h, t, s] times."""
-    q, k, v, sink, _, d_out, d_lse = inputs
+    q, k, v, sink, _, d_out, d_lse, _ = inputs
     slopes = None if case.slopes is None else np.asarray(case.slopes)
     options = {"scale": case.scale, "softcap": case.softcap, "sink_logits": sink, "alibi_slopes": slopes}
     return attend_reference(q, k, v, counts, d_out, d_lse, q_offset=case.q_offset or 0, **options)
@@ -112,6 +137,10 @@ def counts_of(case: Case, inputs: Inputs) -> np.ndarray:
         q, t = q + case.q_offset, max(case.t + case.q_offset, case.s)
     counts = parse(case.pattern).counts(q, k, t, case.s)
     counts = np.broadcast_to(counts, (len(inputs.q), case.heads[0], case.t, case.s))
+    if inputs.selection is not None:
+        groups, of_key = np.asarray(inputs.selection.groups), np.asarray(inputs.selection.blocks.of_key)
+        chosen = (groups[..., None] == of_key[:, None, None, None]).any(axis=3)
+        counts = counts * chosen.repeat(case.heads[0] // groups.shape[1], axis=1)
     if inputs.segments is None:
         return counts
     queries, keys = inputs.segments if isinstance(inputs.segments, tuple) else (inputs.segments,) * 2
@@ -131,10 +160,10 @@ def attend_by(impl: str, *arguments, **options):
 def compute(impl: str, case: Case, inputs: Inputs, transform=lambda function: function) -> Attention:
     pattern = parse(case.pattern)
 
-    def run(q, k, v, sink, segments, d_out, d_lse):
+    def run(q, k, v, sink, segments, d_out, d_lse, selection):
         def forward(q, k, v, sink):
             options = {"softcap": case.softcap, "scale": case.scale, "alibi_slopes": case.slopes}
-            options |= {"q_offset": case.q_offset}
+            options |= {"q_offset": case.q_offset, "selection": selection}
             arrays = {"sink_logits": sink, "segment_ids": segments}
             return attend_by(impl, q, k, v, pattern, return_lse=True, **options, **arrays)
 
@@ -230,6 +259,20 @@ WITHOUT_KEYS = [
 ]
 
 
+# Blocks that data choose, counted from the start of the sequence or of each document, one word of bits or several;
+# tiles in which all queries chose all blocks, and masks that are looked up.
+CHOICES = [
+    Case("causal", 300, 300, (4, 2), sink=True, choice=(2, 3, 20)),
+    Case("causal & window(150)", 200, 200, (4, 2), segments="one", softcap=3.0, sink=True, choice=(4, 4, 7)),
+    Case("full", 70, 300, segments="pair", choice=(1, 40, 1), q_offset=0),
+    Case("causal", 300, 300, choice=(1, 2, 150), dtype="bfloat16"),
+    Case("window(300, 300)", 300, 260, (2, 2), choice=(1, 3, 128), dtype="bfloat16"),
+    Case("causal & (window(70) | random(2, tile=16, seed=1))", 150, 150, choice=(1, 30, 3)),
+    Case("causal", 70, 300, (6, 3), choice=(3, 3, 64), q_offset=230, dtype="float16"),
+    Case("causal & window(90)", 260, 260, segments="one", choice=(1, 5, 64), dtype="bfloat16"),
+]
+
+
 # Daily cases of interpreted kernels. Other cases are nightly, and so are all cases of the kernels for GPUs, whose
 # interpreter takes seconds per block of threads.
 DAILY = {
@@ -241,17 +284,18 @@ DAILY = {
     Case("full", 7, 129, heads=(4, 4), sink=True),
     Case("sink(3)", 129, 7, dtype="float16", softcap=5.0),
     *WITHOUT_KEYS[1:2],
+    *CHOICES[:2],
 }
 
 
 def mark_nightly(impl: str, case: Case):
     daily = impl in SUPPORT_ALL or (case in DAILY and impl != "gpu")
-    name = f"{impl}-{case.pattern}-{case.t}x{case.s}-{case.dtype}"
+    name = f"{impl}-{case.pattern}-{case.t}x{case.s}-{case.dtype}" + ("" if case.choice is None else "-choice")
     return pytest.param(impl, case, id=name, marks=() if daily else pytest.mark.nightly)
 
 
 @pytest.mark.parametrize(
-    ("impl", "case"), [mark_nightly(impl, case) for impl in IMPLS for case in CASES + WITHOUT_KEYS]
+    ("impl", "case"), [mark_nightly(impl, case) for impl in IMPLS for case in CASES + WITHOUT_KEYS + CHOICES]
 )
 def test_values_and_gradients(impl, case):
     with unless_unsupported(impl, pytest.skip):
@@ -259,7 +303,7 @@ def test_values_and_gradients(impl, case):
 
 
 def test_the_cases_cover_the_library():
-    assert set(CASES + WITHOUT_KEYS) >= DAILY
+    assert set(CASES + WITHOUT_KEYS + CHOICES) >= DAILY
     for name in NAMES:
         assert any(name in re.findall(r"\w+", case.pattern) for case in CASES), name
     for case in WITHOUT_KEYS:
@@ -368,7 +412,7 @@ def test_under_vmap(impl):
     def gradients(q, k, v, segments, d_out):
         return jax.vjp(lambda *x: attend_sequence(*x, segments), q, k, v)[1](d_out)
 
-    q, k, v, _, segments, d_out, _ = inputs
+    q, k, v, _, segments, d_out, *_ = inputs
     with unless_unsupported(impl, pytest.skip):
         mapped = jax.jit(jax.vmap(gradients))(q, k, v, segments, d_out)
         share_keys = jax.jit(jax.vmap(attend_sequence, in_axes=(0, None, None, None)))
@@ -710,7 +754,7 @@ def test_merge_lse_of_parts_is_attention_over_the_whole():
         (out, lse), backward = jax.vjp(forward, q, k, v, sink)
         return Attention(out, lse, *backward((d_out, d_lse)))
 
-    actual = gradients(*inputs[:4], *inputs[5:])
+    actual = gradients(*inputs[:4], inputs.d_out, inputs.d_lse)
     for name, array, expected in zip(Attention._fields, actual, reference(case, inputs, counts), strict=True):
         assert_close(name, array, expected, "float32")
 

@@ -9,7 +9,9 @@ import numpy as np
 import pytest
 
 from sparsejax.ops import attend, cudnn
+from sparsejax.ops.blocks import make_blocks
 from sparsejax.ops.call import AttentionCall
+from sparsejax.ops.selection import Selection
 from sparsejax.ops.verification import write_record
 from sparsejax.patterns import parse
 from tests.messages import check_message
@@ -86,8 +88,9 @@ def test_masks(gpu, pattern, expected):
         {"q": jnp.zeros((2, 9, 4, 16), "bfloat16")},
         {"v": jnp.zeros((2, T, 2, 8), "bfloat16")},
         {"pattern": parse("window(9, 5)")},
+        {"selection": Selection(jnp.zeros((2, 1, T, 1), jnp.int32), make_blocks(T, 8))},
     ],
-    ids=["lse", "interpret", "softcap", "sink", "dtypes", "lengths", "widths", "pattern"],
+    ids=["lse", "interpret", "softcap", "sink", "dtypes", "lengths", "widths", "pattern", "selection"],
 )
 def test_calls_that_it_does_not_support(change):
     check_message(cudnn.unsupported_reason(dataclasses.replace(make_call("causal"), **change)))

@@ -25,7 +25,8 @@ from jaxtyping import Array, Float, Int
 
 from sparsejax.ops.call import AttentionCall
 from sparsejax.ops.chunks import pad_to_multiple
-from sparsejax.ops.kernels.lists import KernelSlice, TileSchedule, plan_pattern, plan_selection
+from sparsejax.ops.kernels.choice import Choice, choose_chunk, pack_choice
+from sparsejax.ops.kernels.lists import KernelSlice, Plan, TileSchedule, plan_pattern, restrict_plan
 from sparsejax.ops.softmax import MASKED, zero_nan
 from sparsejax.patterns import Pattern
 
@@ -48,6 +49,7 @@ class KernelConfig:
     softcap: float | None
     interpret: bool
     cached_masks: tuple[tuple[int, int], ...]  # as in `lists.Plan`
+    chunk: int = 0  # keys per chunk of a choice, see `choice`
 
 
 class Inputs(NamedTuple):
@@ -58,7 +60,8 @@ class Inputs(NamedTuple):
     v: Float[Array, "b g s e"]
     sink: Float[Array, " h"] | None
     segments: tuple[Int[Array, "b t"], Int[Array, "b s"]] | None
-    bits: tuple[Array, ...] | None  # masks of partial tiles, packed by `Backend.pack_masks`
+    bits: tuple[Array, ...] | None  # masks of tiles, packed by `Backend.pack_masks`
+    choice: Choice | None = None  # blocks that queries choose
 
 
 class Residuals(NamedTuple):
@@ -78,6 +81,7 @@ class Backend:
       dq: Computes the gradient of q.
       dkv: Computes the gradients of k and v.
       pack_masks: Packs masks, bool [distinct, queries, keys], for the kernels.
+      chunks: Keys per chunk of a choice that the kernels support, descending; see `choice`.
       operations: Primitives that a pattern's formula may consist of; None for any.
       max_entries: Maximum number of list entries per launch, halved if masks are looked up; None for no limit.
       max_cached_masks: Number of distinct masks that a kernel can compute once and cache.
@@ -87,6 +91,7 @@ class Backend:
     dq: Callable[[KernelConfig, KernelSlice, TileSchedule, Inputs, Residuals], Array]
     dkv: Callable[[KernelConfig, KernelSlice, TileSchedule, Inputs, Residuals], tuple[Array, Array]]
     pack_masks: Callable[[np.ndarray], tuple[np.ndarray, ...]]
+    chunks: tuple[int, ...]
     operations: frozenset[str] | None = None
     max_entries: int | None = None
     max_cached_masks: int = 0
@@ -104,10 +109,7 @@ def unsupported_reason(call: AttentionCall) -> str | None:
 
 
 def attend_lists(
-    backend: Backend,
-    call: AttentionCall,
-    tile: tuple[int, int],
-    selected: Int[Array | np.ndarray, "#b h rows k"] | None,
+    backend: Backend, call: AttentionCall, tile: tuple[int, int]
 ) -> tuple[Float[Array, "b t h e"], Float[Array, "b t h"]]:
     """Computes attention in the kernels of a backend.
 
@@ -115,21 +117,16 @@ def attend_lists(
       backend: The kernels.
       call: The call to compute.
       tile: Queries and keys per tile.
-      selected: Key tiles of each query tile of each head, computed from the data; -1 for none. Queries attend to the
-        keys in these tiles that the pattern allows, which must be the same for all heads. None for no selection.
 
     Returns:
       The output in the dtype of q, and the log-sum-exp in float32.
     """
-    pattern, (_, t, h, _), (_, s, g, _) = call.pattern, call.q.shape, call.k.shape
-    if selected is None:
-        evaluated = has_formula(pattern, t, s, backend.operations)
-        entries = backend.max_entries if evaluated or backend.max_entries is None else backend.max_entries // 2
-        plan = plan_pattern(pattern, t, s, tile, (h, g), evaluated, entries, backend.max_cached_masks)
-    else:
-        plan = plan_selection(selected, pattern, t, s, tile, g)
-    formula = pattern if plan.bits is None else None
-    config = KernelConfig(formula, t, s, tile, h // g, call.scale, call.softcap, call.interpret, plan.cached_masks)
+    t, s, group_size = call.q.shape[1], call.k.shape[1], call.q.shape[2] // call.k.shape[2]
+    plan, chunk, choice = _plan(backend, call, tile)
+    formula = call.pattern if plan.bits is None else None
+    config = KernelConfig(
+        formula, t, s, tile, group_size, call.scale, call.softcap, call.interpret, plan.cached_masks, chunk
+    )
     q, k, v = (
         pad_to_multiple(jnp.moveaxis(x, 2, 1), side, 2)
         for x, side in ((call.q, tile[0]), (call.k, tile[1]), (call.v, tile[1]))
@@ -143,8 +140,23 @@ def attend_lists(
     bits = None if plan.bits is None else tuple(map(jnp.asarray, backend.pack_masks(plan.bits)))
     launches = plan.rows, plan.columns
     slices, schedules = zip(*(zip(*pairs, strict=True) for pairs in launches), strict=True)
-    out, lse = _attend(backend, config, slices, schedules, Inputs(q, k, v, sink, segments, bits))
+    out, lse = _attend(backend, config, slices, schedules, Inputs(q, k, v, sink, segments, bits, choice))
     return jnp.moveaxis(out[:, :, :t], 1, 2), jnp.moveaxis(lse[:, :, :t], 1, 2)
+
+
+def _plan(backend: Backend, call: AttentionCall, tile: tuple[int, int]) -> tuple[Plan, int, Choice | None]:
+    """The launches for the pattern, restricted to what the selection chooses; keys per chunk; and the choice."""
+    pattern, (b, t, h, _), (_, s, g, _), selection = call.pattern, call.q.shape, call.k.shape, call.selection
+    evaluated, lists = has_formula(pattern, t, s, backend.operations), 1
+    chunk, choice, cached = 0, None, backend.max_cached_masks
+    if selection is not None:
+        lists, chunk = b * selection.groups.shape[1], choose_chunk(selection.blocks, backend.chunks, tile[1])
+        choice, kinds = pack_choice(selection, tile, chunk)
+        if choice.words.shape[3] > tile[1] // chunk:  # a tile that the pattern fills may be PARTIAL: it has no mask
+            cached = 0
+    entries = backend.max_entries and backend.max_entries // (lists if evaluated else 2 * lists)
+    plan = plan_pattern(pattern, t, s, tile, (h, g), evaluated, entries, cached)
+    return plan if selection is None else restrict_plan(plan, kinds, (h, g)), chunk, choice
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
@@ -176,7 +188,7 @@ def _attend_backward(backend, config, slices, saved, cotangents):
     sink, dsink = inputs.sink, None
     if sink is not None:  # a sink is a key with a score but no value: ds = p * (0 - delta)
         dsink = -(jnp.exp(sink[:, None] - lse) * delta)[..., : config.t].sum(axis=(0, 2))
-    return None, Inputs(dq, dk, dv, dsink, None, None)
+    return None, Inputs(dq, dk, dv, dsink, None, None, None)
 
 
 _attend.defvjp(_attend_forward, _attend_backward)

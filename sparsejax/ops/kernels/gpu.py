@@ -18,7 +18,7 @@ import numpy as np
 from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float
 
 from sparsejax.errors import InputError
 from sparsejax.ops.call import AttentionCall
@@ -29,6 +29,7 @@ from sparsejax.ops.kernels.gpu_block import (
     LIMBS,
     NARROW_WIDTH,
     TILE_SIDE,
+    WARPGROUP_ROWS,
     Block,
     GlobalInputs,
     Launch,
@@ -42,6 +43,7 @@ from sparsejax.ops.kernels.gpu_block import (
 )
 from sparsejax.ops.kernels.gpu_rows import compute_dkv, compute_dq, compute_output
 from sparsejax.ops.kernels.lists import (
+    CHOSEN,
     EMPTY,
     FULL,
     PARTIAL,
@@ -56,6 +58,7 @@ from sparsejax.ops.kernels.mesh import device_kind, run_on_mesh
 WIDTH_MULTIPLE = 64  # heads are padded to the width of a swizzled row of shared memory
 CONSUMER_REGISTERS, PRODUCER_REGISTERS = 232, 40  # per thread
 INTERPRETER_THREADS = 8
+CHUNKS = TILE_SIDE, WARPGROUP_ROWS  # a step covers at most 64 keys of a tile with a choice
 DTYPES = "bfloat16", "float16", "float32"
 HOPPER = re.compile(r"\bG?H(100|200|800|20)\b")
 # Primitives that Mosaic GPU lowers for arrays of positions.
@@ -96,32 +99,27 @@ def _interpreter_threads() -> int:
 
 
 def run(
-    call: AttentionCall,
-    tile: tuple[int, int] | None = None,
-    selected: Int[Array | np.ndarray, "#b h rows k"] | None = None,
+    call: AttentionCall, tile: tuple[int, int] | None = None
 ) -> tuple[Float[Array, "b t h e"], Float[Array, "b t h"]]:
     """Returns the output in the dtype of q, and the log-sum-exp in float32.
 
     Args:
       call: The call to compute.
       tile: Queries and keys per tile; only (128, 128) is supported.
-      selected: As in `flash.attend_lists`.
 
     Raises:
       InputError: The tile is not supported.
     """
     if tile not in (None, (TILE_SIDE, TILE_SIDE)):
         raise InputError("tile", f"{tile} is not supported; impl='gpu' has tiles of {(TILE_SIDE, TILE_SIDE)} only")
-    if selected is not None:
-        return _run_locally(call, selected)
-    return run_on_mesh(functools.partial(_run_locally, selected=None), call)
+    return run_on_mesh(_run_locally, call)
 
 
-def _run_locally(call: AttentionCall, selected: Array | np.ndarray | None) -> tuple[Array, Array]:
+def _run_locally(call: AttentionCall) -> tuple[Array, Array]:
     width = max(call.q.shape[-1], call.v.shape[-1])
     width += -width % WIDTH_MULTIPLE
     padded = {name: pad_to_multiple(getattr(call, name), width, 3) for name in "qkv"}
-    out, lse = flash.attend_lists(BACKEND, dataclasses.replace(call, **padded), (TILE_SIDE, TILE_SIDE), selected)
+    out, lse = flash.attend_lists(BACKEND, dataclasses.replace(call, **padded), (TILE_SIDE, TILE_SIDE))
     return out[..., : call.v.shape[-1]], lse
 
 
@@ -131,28 +129,36 @@ def _run_locally(call: AttentionCall, selected: Array | np.ndarray | None) -> tu
 def build_table(kernel_slice: KernelSlice, schedule: TileSchedule, inputs: Inputs, by_column: bool) -> Table:
     """The table of a launch. Rows are sorted by length, longest first: blocks start in this order."""
     schedule = TileSchedule(jnp.asarray(schedule.list_ids), TileLists(*map(jnp.asarray, schedule.lists)))
-    if inputs.bits is not None:  # full tiles take the last mask, which allows all pairs
-        masks = jnp.where(schedule.lists.kinds == FULL, inputs.bits[0].shape[0] - 1, schedule.lists.masks)
-        schedule = schedule._replace(lists=schedule.lists._replace(masks=masks))
     if inputs.segments is not None:
         schedule = _apply_segments(kernel_slice, schedule, inputs.segments, by_column)
-    list_ids, lists = schedule
+    list_ids, lists, _ = schedule
     rows = jnp.arange(kernel_slice.rows, dtype=jnp.int32)
     count = jax.vmap(lambda row, of_kind: jnp.zeros_like(rows).at[row].add(of_kind.astype(jnp.int32)))
-    full, partial = (count(lists.rows, lists.kinds == kind) for kind in (FULL, PARTIAL))
+    full = count(lists.rows, lists.kinds == FULL)
+    partial = count(lists.rows, (lists.kinds == CHOSEN) | (lists.kinds == PARTIAL))
     start = jax.vmap(lambda row: jnp.searchsorted(row, rows))(lists.rows)
     order = jnp.argsort(-(full + partial), axis=1, stable=True)
     table = jnp.stack([jnp.broadcast_to(rows, full.shape), start.astype(jnp.int32), full, partial], axis=-1)
     table = jnp.take_along_axis(table, order[..., None], axis=1)
-    flat = (jnp.asarray(x, jnp.int32).ravel() for x in (list_ids, table, lists.columns, lists.heads, lists.masks))
-    return Table(*flat)
+    choices = None if inputs.choice is None else _index_words(kernel_slice, lists, inputs, by_column)
+    arrays = Table(list_ids, table, lists.columns, lists.heads, lists.masks, choices)
+    return jax.tree.map(lambda x: jnp.asarray(x, jnp.int32).ravel(), arrays)
+
+
+def _index_words(kernel_slice: KernelSlice, lists: TileLists, inputs: Inputs, by_column: bool) -> Array:
+    """Index of the words of each entry's tile among those of all sequences, scopes and key tiles."""
+    assert inputs.choice is not None
+    (b, scopes, tiles, _, _), h, n = inputs.choice.words.shape, inputs.q.shape[1], len(lists.rows)
+    sequence, owner = jnp.divmod(jnp.arange(n)[:, None], n // b)
+    scope = (owner * (h * b // n) + lists.heads) * scopes // h
+    return (sequence * scopes + scope) * tiles + (kernel_slice.start + lists.rows if by_column else lists.columns)
 
 
 def _apply_segments(
     kernel_slice: KernelSlice, schedule: TileSchedule, segments: tuple[Array, Array], by_column: bool
 ) -> TileSchedule:
     """Lists per sequence: tiles with disjoint segments become empty, full tiles with several segments partial."""
-    (list_ids, lists), b = schedule, segments[0].shape[0]
+    (list_ids, lists, _), b = schedule, segments[0].shape[0]
     if list_ids.shape[0] == 1:
         sequence = jnp.repeat(jnp.arange(b), lists.rows.shape[0])
         list_ids = list_ids + jnp.arange(b, dtype=list_ids.dtype)[:, None] * lists.rows.shape[0]
@@ -173,12 +179,11 @@ def _apply_segments(
 
 
 def pack_masks(masks: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Packs masks [distinct, queries, keys], followed by one of all pairs, as words [distinct + 1, words, rows].
+    """Packs masks [distinct, queries, keys] as words [distinct, words, rows].
 
     A word holds 32 columns of a row, the first in the lowest bit. Rows are queries for the forward pass and dq, and
     keys for dk and dv.
     """
-    masks = np.concatenate([masks, np.ones_like(masks[:1])])
     return pack_words(masks.swapaxes(1, 2)), pack_words(masks)
 
 
@@ -298,7 +303,7 @@ def _for_each_row(launch: Launch, memory: Memory, work: Callable[[Block], None],
 def _global_inputs(launch: Launch, schedule: TileSchedule, inputs: Inputs, residuals: Residuals | None) -> GlobalInputs:
     unit = score_unit(launch.config)
     operands = {Operand.Q: inputs.q, Operand.K: inputs.k, Operand.V: inputs.v}
-    vectors, sink, ids = None, None, (None, None)
+    vectors, sink, ids, choice = None, None, (None, None), inputs.choice
     table = build_table(launch.kernel_slice, schedule, inputs, launch.by_column)
     if residuals is not None:
         operands[Operand.DO] = residuals.do
@@ -317,7 +322,8 @@ def _global_inputs(launch: Launch, schedule: TileSchedule, inputs: Inputs, resid
         *ids,
         jnp.arange(TILE_SIDE, dtype=jnp.int32),
         None if inputs.bits is None else inputs.bits[launch.by_column],
+        None if choice is None else choice._replace(words=choice.words.reshape(-1, *choice.words.shape[3:])),
     )
 
 
-BACKEND = Backend(_forward, _dq, _dkv, pack_masks, OPERATIONS)
+BACKEND = Backend(_forward, _dq, _dkv, pack_masks, CHUNKS, OPERATIONS)

@@ -26,6 +26,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array
 
+from sparsejax.ops.kernels.choice import Choice
 from sparsejax.ops.kernels.flash import Inputs, KernelConfig
 from sparsejax.ops.kernels.lists import KernelSlice, TileSchedule
 from sparsejax.ops.kernels.mesh import core_count
@@ -66,6 +67,7 @@ class Table(NamedTuple):
     columns: Any  # [lists, n]
     heads: Any  # [lists, n]
     masks: Any  # [lists, n]
+    choices: Any  # [lists, n]: index of the words of a tile; None without a choice
 
 
 class RowVectors(NamedTuple):
@@ -95,6 +97,7 @@ class GlobalInputs(NamedTuple):
     column_ids: Any
     iota: Any
     bits: Any
+    choice: Choice | None  # words [tiles of all sequences and scopes, n, t]
 
 
 class Outputs(NamedTuple):
@@ -177,9 +180,8 @@ class Launch:
         sequences, _, _, width = inputs.q.shape
         segments, by_column = inputs.segments is not None, streamed[0] == Operand.Q
         limbs, dtype = (LIMBS, jnp.bfloat16) if inputs.q.dtype == jnp.float32 else (1, inputs.q.dtype)
-        few_registers = (
-            width > NARROW_WIDTH or config.softcap is not None or segments or inputs.bits is not None or limbs > 1
-        )
+        masked = segments or inputs.bits is not None or inputs.choice is not None
+        few_registers = width > NARROW_WIDTH or config.softcap is not None or masked or limbs > 1
         warpgroups = WARPGROUPS if limbs == 1 else 1  # the limbs of more rows would leave little shared memory
         order = (*streamed, streamed[0]) if reload and limbs > 1 else streamed
         planes = tuple(Plane(operand, limb) for operand in order for limb in range(limbs))

@@ -14,6 +14,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array
 
+from sparsejax.ops.kernels.choice import WORD
 from sparsejax.ops.kernels.flash import LOG2E, M_INIT, score_unit, unit_scores
 from sparsejax.ops.kernels.gpu_block import (
     TILE_SIDE,
@@ -206,6 +207,8 @@ def _mask(block: Block, step, partial, x: Array, masked: float) -> Array:
 
 def _mask_partial(block: Block, step, x: Array, masked: float) -> Array:
     launch, inputs, shape, layout = block.launch, block.inputs, x.shape, plgpu.Layout.WGMMA
+    if inputs.choice is not None:
+        x = jnp.where(_unpack_choice(block, step, shape), x, masked)
     config, start = launch.config, block.first_column(step)
     row = plgpu.broadcasted_iota(jnp.int32, shape, 0, layout=layout)
     column = plgpu.load(inputs.iota.at[pl.ds(0, shape[1])], layout=layout.reduce(0), optimized=False)
@@ -244,3 +247,23 @@ def _unpack_mask(block: Block, step, column: Array) -> Array:
         words = broadcast_rows(plgpu.load(ref, layout=plgpu.Layout.WGMMA.reduce(1), optimized=False), column.shape)
         word = words if word is None else jnp.where(column >= 32 * i, words, word)
     return lax.shift_right_logical(word, column & 31) & 1 != 0
+
+
+def _unpack_choice(block: Block, step, shape: tuple[int, int]) -> Array:
+    """Whether queries chose the blocks of keys, see `choice.Choice`."""
+    launch, (words, numbers) = block.launch, block.inputs.choice
+    rows, columns = (block.first_row, shape[0], 0), (block.first_column(step), shape[1], 1)
+    (q_start, q_size, q_axis), (k_start, k_size, k_axis) = (columns, rows) if launch.by_column else (rows, columns)
+
+    def load(ref, start, size, axis):
+        vector = plgpu.load(ref.at[pl.ds(start, size)], layout=plgpu.Layout.WGMMA.reduce(1 - axis), optimized=False)
+        return lax.broadcast_in_dim(vector, shape, [axis])
+
+    number = load(numbers.at[block.b if numbers.shape[0] > 1 else 0], k_start, k_size, k_axis)
+    index, chunks, word = block.inputs.table.choices[block.entry(step)], TILE_SIDE // launch.config.chunk, None
+    parts = words.shape[1] // chunks
+    first = lax.div(lax.rem(k_start, jnp.int32(TILE_SIDE)), jnp.int32(launch.config.chunk)) * parts if chunks > 1 else 0
+    for part in range(parts):
+        of_part = load(words.at[index, first + part], q_start, q_size, q_axis)
+        word = of_part if word is None else jnp.where(number >= WORD * part, of_part, word)
+    return word & (1 << (number & (WORD - 1))) != 0

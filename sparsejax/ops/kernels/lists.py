@@ -15,7 +15,8 @@ from sparsejax.patterns import Pattern, TileLayout
 from sparsejax.patterns.base import array_module
 from sparsejax.patterns.layout import group_tiles, tile_masks
 
-EMPTY, PARTIAL, FULL = 0, 1, 2  # kind of a tile: no pair is allowed; some are; all are
+# Kind of a tile: no pair is allowed; some are; those that the data choose are, as the pattern allows all; all are.
+EMPTY, PARTIAL, CHOSEN, FULL = 0, 1, 2, 3
 
 
 class TileLists(NamedTuple):
@@ -29,7 +30,7 @@ class TileLists(NamedTuple):
     columns: Int[Array | np.ndarray, "lists n"]
     kinds: Int[Array | np.ndarray, "lists n"]
     heads: Int[Array | np.ndarray, "lists n"]  # for dk and dv: index of the query head within its group; else 0
-    masks: Int[Array | np.ndarray, "lists n"]  # index of a partial tile's mask among the distinct ones; else 0
+    masks: Int[Array | np.ndarray, "lists n"]  # index of a tile's mask if distinct masks are looked up or cached
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,6 +51,7 @@ class TileSchedule(NamedTuple):
 
     list_ids: Int[Array | np.ndarray, "#b heads"]
     lists: TileLists
+    steps: Int[Array, ""] | None = None  # number of entries before the padding of all lists; None: all entries
 
 
 class Plan(NamedTuple):
@@ -57,7 +59,7 @@ class Plan(NamedTuple):
 
     rows: tuple[tuple[KernelSlice, TileSchedule], ...]  # for the output and dq
     columns: tuple[tuple[KernelSlice, TileSchedule], ...]  # for dk and dv
-    bits: Bool[np.ndarray, "distinct queries keys"] | None  # masks of partial tiles; None: kernels evaluate the pattern
+    bits: Bool[np.ndarray, "distinct queries keys"] | None  # as in `collect_masks`; None: kernels evaluate the pattern
     cached_masks: tuple[tuple[int, int], ...] = ()  # a (query tile, key tile) per distinct mask; () if there are many
 
 
@@ -200,16 +202,15 @@ def sort_lists(lists: TileLists) -> TileLists:
 
 
 def collect_masks(layouts: Sequence[tuple[Pattern, TileLayout]]) -> tuple[np.ndarray, list[np.ndarray]]:
-    """The distinct masks of partial tiles.
+    """The distinct masks of partial tiles, followed by that of a full tile.
 
     Returns:
-      The masks, bool [distinct, queries, keys]; and per layout the index of each live tile's mask, int32 [live], which
-      is 0 for a full tile.
+      The masks, bool [distinct, queries, keys]; and per layout the index of each live tile's mask, int32 [live].
     """
     seen: dict[bytes, int] = {}
     indices = []
     for pattern, layout in layouts:
-        index = np.zeros(len(layout.columns), np.int32)
+        index = np.full(len(layout.columns), -1, np.int32)
         partial, first, groups = _group_masks(pattern, layout)
         numbers = np.zeros(len(first), np.int32)
         for i, tile in enumerate(first):
@@ -218,8 +219,9 @@ def collect_masks(layouts: Sequence[tuple[Pattern, TileLayout]]) -> tuple[np.nda
         index[partial] = numbers[groups]
         indices.append(index)
     size = layouts[0][1].grid.tile
-    packed = [np.frombuffer(mask, np.uint8) for mask in seen] or [np.zeros(size[0] * size[1] // 8, np.uint8)]
-    return np.unpackbits(np.stack(packed), axis=1).reshape(-1, *size).astype(bool), indices
+    packed = [*(np.frombuffer(mask, np.uint8) for mask in seen), np.full(size[0] * size[1] // 8, 255, np.uint8)]
+    masks = np.unpackbits(np.stack(packed), axis=1).reshape(-1, *size).astype(bool)
+    return masks, [np.where(index < 0, len(seen), index) for index in indices]
 
 
 def pack_words(masks: Bool[np.ndarray, "distinct n m"]) -> Int[np.ndarray, "distinct n/32 m"]:
@@ -228,38 +230,54 @@ def pack_words(masks: Bool[np.ndarray, "distinct n m"]) -> Int[np.ndarray, "dist
     return (groups << np.arange(32, dtype=np.uint32)[:, None]).sum(axis=2, dtype=np.uint32).view(np.int32)
 
 
-def plan_selection(
-    columns: Int[Array | np.ndarray, "#b h rows k"], pattern: Pattern, t: int, s: int, tile: tuple[int, int], g: int
-) -> Plan:
-    """Plans the kernel launches for selected tiles, intersected with a pattern.
+def restrict_plan(plan: Plan, kinds: Int[Array, "b scopes rows columns"], heads: tuple[int, int]) -> Plan:
+    """Restricts the lists of a pattern to tiles that the data choose.
 
     Args:
-      columns: Distinct key tiles of each query tile of each query head, per sequence or for all of them; -1 for none.
-      pattern: One pattern for all heads, which kernels evaluate in tiles that it does not fill.
-      t: Number of queries.
-      s: Number of keys.
-      tile: Queries and keys per tile.
-      g: Number of key/value heads.
+      plan: The plan of a pattern that is the same for all heads.
+      kinds: Kind of each tile under the choice alone, per query tile and key tile.
+      heads: Number of query heads and of key/value heads.
     """
-    layout = pattern.layout(t, s, tile)
-    (b, h, rows, _), keys = columns.shape, layout.grid.columns
-    kind_of_tile = np.full((rows, keys), EMPTY, np.int32)
-    kind_of_tile[layout.rows, layout.columns] = _tile_kinds(layout)
-    row = jnp.broadcast_to(jnp.arange(rows)[:, None], columns.shape)
-    head = jnp.broadcast_to((jnp.arange(h) % (h // g))[:, None, None], columns.shape)
-    kinds = jnp.where(columns < 0, EMPTY, jnp.asarray(kind_of_tile)[row, columns])
-    columns, zeros = jnp.maximum(columns, 0), jnp.zeros_like(columns)
-    by_row = TileLists(*(x.reshape(b * h, -1) for x in (row, columns, kinds, zeros, zeros)))
-    by_column = TileLists(*(x.reshape(b * g, -1) for x in (columns, row, kinds, head, zeros)))
-    every_key = jnp.broadcast_to(jnp.arange(keys, dtype=columns.dtype), (b * g, keys))
-    empty = TileLists(every_key, *(jnp.zeros_like(every_key),) * 4)
-    by_column = TileLists(*(jnp.concatenate(x, axis=1) for x in zip(by_column, empty, strict=True)))
-    list_ids = [jnp.arange(b * n).reshape(b, n) for n in (h, g)]
-    return Plan(
-        ((KernelSlice(tuple(range(h)), 0, rows), TileSchedule(list_ids[0], sort_lists(by_row))),),
-        ((KernelSlice(tuple(range(g)), 0, keys), TileSchedule(list_ids[1], sort_lists(by_column))),),
-        None,
-    )
+    (h, g), scopes = heads, kinds.shape[1]
+    rows = (_restrict_launch(*launch, kinds, (h, h), scopes) for launch in plan.rows)
+    by_row = kinds.swapaxes(2, 3)
+    columns = (_restrict_launch(*launch, by_row, (h, g), min(scopes, g)) for launch in plan.columns)
+    return plan._replace(rows=tuple(rows), columns=tuple(columns))
+
+
+def _restrict_launch(
+    kernel_slice: KernelSlice,
+    schedule: TileSchedule,
+    kinds: Int[Array, "b scopes rows columns"],
+    heads: tuple[int, int],
+    count: int,
+) -> tuple[KernelSlice, TileSchedule]:
+    """Makes `count` lists per sequence. `heads`: number of query heads, and of heads that have a list."""
+    (h, owners), (b, scopes), lists = heads, kinds.shape[:2], schedule.lists
+    query_heads = np.arange(count)[:, None] * (h // count) + lists.heads
+    kinds = kinds[:, query_heads * scopes // h, kernel_slice.start + lists.rows, lists.columns]
+    list_ids = np.arange(b)[:, None] * count + np.array(kernel_slice.heads) * count // owners
+    kinds = jnp.minimum(kinds, lists.kinds).reshape(b * count, -1)
+    return kernel_slice, TileSchedule(list_ids.astype(np.int32), *_drop_empty(lists, kinds))
+
+
+def _drop_empty(lists: TileLists, kinds: Int[Array, "lists n"]) -> tuple[TileLists, Int[Array, ""]]:
+    """The entries of one list whose kind is not EMPTY, per row of `kinds`, and the length of the longest result.
+
+    A row without entries keeps an empty one, and the last row is padded with empty entries.
+    """
+    rows, n = lists.rows[0], lists.rows.shape[1]
+    first = np.flatnonzero(mark_ends(lists.rows)[0][0])
+    live = kinds != EMPTY
+    before = jnp.pad(jnp.cumsum(live, axis=1), ((0, 0), (1, 0)))
+    missing = before[:, np.append(first[1:], n)] == before[:, first]
+    keep = live.at[:, first].set(live[:, first] | missing)
+    order = jnp.argsort(jnp.where(keep, rows * (FULL + 1) + FULL - kinds, np.iinfo(np.int32).max), axis=1)
+    counts = keep.sum(axis=1, keepdims=True)
+    order = jnp.take_along_axis(order, jnp.minimum(jnp.arange(n), counts - 1), axis=1)
+    kinds = jnp.where(jnp.arange(n) < counts, jnp.take_along_axis(kinds, order, axis=1), EMPTY)
+    result = TileLists(*(jnp.asarray(x[0])[order] for x in lists))._replace(kinds=kinds)
+    return result, counts.max().astype(jnp.int32)
 
 
 def mark_ends(

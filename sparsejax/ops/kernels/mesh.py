@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Callable
+from typing import Any
 
 import jax
 from jax.sharding import AxisType, PartitionSpec
@@ -27,20 +28,30 @@ def run_on_mesh(run: Callable[[AttentionCall], tuple[Array, Array]], call: Atten
     if not auto:
         return run(call)
     heads = [axis for axis in auto if axis == HEAD_AXIS and call.pattern.heads is None]
-    heads = _dividing_axes(mesh, heads, call.k.shape[2])
+    leaves, structure = jax.tree.flatten(call.selection)  # [b or 1, ...], [b, scopes, ...]
+    scopes = [x.shape[1] for x in leaves if x.ndim > 2 and x.shape[1] > 1]
+    heads = _dividing_axes(mesh, heads, math.gcd(call.k.shape[2], *scopes))
     sequences = _dividing_axes(mesh, [axis for axis in auto if axis != HEAD_AXIS], call.q.shape[0])
     qkv = PartitionSpec(sequences, None, heads)
     specs = {"q": qkv, "k": qkv, "v": qkv, "sink_logits": PartitionSpec(heads)}
     specs["segments"] = (PartitionSpec(sequences),) * 2
     arrays = {name: getattr(call, name) for name in specs if getattr(call, name) is not None}
+    chosen = [
+        PartitionSpec(sequences if len(x) > 1 else None, heads if x.ndim > 2 and x.shape[1] > 1 else None)
+        for x in leaves
+    ]
+
+    def run_shard(arrays: dict[str, Any], leaves: list[Array]) -> tuple[Array, Array]:
+        return run(dataclasses.replace(call, **arrays, selection=structure.unflatten(leaves)))
+
     sharded = jax.shard_map(
-        lambda arrays: run(dataclasses.replace(call, **arrays)),
-        in_specs=({name: specs[name] for name in arrays},),
+        run_shard,
+        in_specs=({name: specs[name] for name in arrays}, chosen),
         out_specs=(qkv, qkv),
         axis_names=set(auto),
         check_vma=False,
     )
-    return sharded(arrays)
+    return sharded(arrays, leaves)
 
 
 def device_kind() -> str:

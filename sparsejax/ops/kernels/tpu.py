@@ -22,9 +22,20 @@ from jaxtyping import Array, Float, Int
 
 from sparsejax.errors import InputError
 from sparsejax.ops.call import AttentionCall
+from sparsejax.ops.chunks import pad_to_multiple
 from sparsejax.ops.kernels import flash
+from sparsejax.ops.kernels.choice import WORD
 from sparsejax.ops.kernels.flash import LOG2E, M_INIT, Backend, Inputs, KernelConfig, Residuals, score_unit, unit_scores
-from sparsejax.ops.kernels.lists import FULL, PARTIAL, KernelSlice, TileLists, TileSchedule, mark_ends, pack_words
+from sparsejax.ops.kernels.lists import (
+    CHOSEN,
+    FULL,
+    PARTIAL,
+    KernelSlice,
+    TileLists,
+    TileSchedule,
+    mark_ends,
+    pack_words,
+)
 from sparsejax.ops.kernels.mesh import device_kind, run_on_mesh
 from sparsejax.ops.softmax import MASKED
 from sparsejax.patterns import Pattern
@@ -35,6 +46,7 @@ TILE_SIDES = (128, 256, 512)
 STEP_COST = 70_000
 MAX_ENTRIES = 2**17  # per launch, mask indices included: half of the 1 MiB of scalar memory
 MAX_CACHED_MASKS = 4  # 1 MiB of vector memory each, for the largest tile
+CHUNKS = 512, 256, 128  # multiples of the number of lanes
 NN, NT, TN = ((((x,), (y,)), ((), ())) for x, y in ((1, 0), (1, 1), (0, 0)))  # dot dimensions; T: transposed operand
 
 
@@ -52,30 +64,23 @@ def unsupported_reason(call: AttentionCall) -> str | None:
 
 
 def run(
-    call: AttentionCall,
-    tile: tuple[int, int] | None = None,
-    selected: Int[Array | np.ndarray, "#b h rows k"] | None = None,
+    call: AttentionCall, tile: tuple[int, int] | None = None
 ) -> tuple[Float[Array, "b t h e"], Float[Array, "b t h"]]:
     """Returns the output in the dtype of q, and the log-sum-exp in float32.
 
     Args:
       call: The call to compute.
       tile: Queries and keys per tile, multiples of 128; defaults to `choose_tile`.
-      selected: As in `flash.attend_lists`; requires `tile`.
     """
-    if selected is not None:
-        return _run_locally(call, tile, selected)
-    return run_on_mesh(functools.partial(_run_locally, tile=tile, selected=None), call)
+    return run_on_mesh(functools.partial(_run_locally, tile=tile), call)
 
 
-def _run_locally(
-    call: AttentionCall, tile: tuple[int, int] | None, selected: Array | np.ndarray | None
-) -> tuple[Array, Array]:
+def _run_locally(call: AttentionCall, tile: tuple[int, int] | None) -> tuple[Array, Array]:
     tile = tile or choose_tile(call.pattern, call.q.shape[1], call.k.shape[1])
     if call.q.dtype != jnp.float16:
-        return flash.attend_lists(BACKEND, call, tile, selected)
+        return flash.attend_lists(BACKEND, call, tile)
     wide = {name: getattr(call, name).astype(jnp.float32) for name in "qkv"}  # TPUs have no float16
-    out, lse = flash.attend_lists(BACKEND, dataclasses.replace(call, **wide), tile, selected)
+    out, lse = flash.attend_lists(BACKEND, dataclasses.replace(call, **wide), tile)
     return out.astype(jnp.float16), lse
 
 
@@ -207,7 +212,7 @@ class GridStep:
 
     @property
     def last(self):
-        return (self.packed & 8) != 0
+        return ((self.packed & 8) != 0) | (self.entry == pl.num_programs(2) - 1)
 
     def segments_overlap(self):
         """Whether the ranges of segment ids of the tile's queries and keys overlap."""
@@ -234,6 +239,8 @@ class Refs(NamedTuple):
     q_ids: Any = None
     k_ids: Any = None
     bits: Any = None
+    words: Any = None
+    numbers: Any = None
     cached_masks: Any = None
 
 
@@ -242,15 +249,17 @@ def _scores(config: KernelConfig, q: Array, k: Array, transposed: bool) -> Array
     return unit_scores(config, _dot(k, q, NT) if transposed else _dot(q, k, NT))
 
 
-def _mask(step: GridStep, refs: Refs, s: Array, partial: bool, transposed: bool) -> Array:
+def _mask(step: GridStep, refs: Refs, s: Array, kind: int, transposed: bool) -> Array:
     """Sets the scores of pairs that are not allowed to MASKED."""
     allowed = []
-    if partial and refs.bits is not None:
+    if kind == PARTIAL and refs.bits is not None:
         allowed.append(_unpack_mask(refs.bits[...], s.shape))
-    elif partial and refs.cached_masks is not None:
+    elif kind == PARTIAL and refs.cached_masks is not None:
         allowed.append(refs.cached_masks[step.grid.layout.mask(step.packed)] == 0)  # s + mask would keep NaN
-    elif partial:
+    elif kind == PARTIAL:
         allowed.append(_evaluate_pattern(step.grid.config, step.q_tile, step.k_tile, transposed))
+    if kind != FULL and refs.words is not None:
+        allowed.append(_unpack_choice(step.grid.config.chunk, refs, kind, transposed))
     if refs.q_ids is not None:
         q, k = refs.q_ids[...], refs.k_ids[...]
         allowed.append(q == k.T if transposed else k == q.T)
@@ -284,9 +293,33 @@ def _along_axis(size: int, axis: int) -> tuple[int, int]:
 
 def _unpack_mask(words: Array, shape: tuple[int, int]) -> Array:
     """Inverse of `pack_words` for one mask."""
-    repeated = jnp.repeat(words, 32, axis=0)
-    bit = lax.broadcasted_iota(jnp.int32, shape, 0) & 31
-    return lax.shift_right_logical(repeated, bit) & 1 != 0
+    bit = 1 << (lax.broadcasted_iota(jnp.int32, shape, 0) & 31)
+    return jnp.repeat(words, 32, axis=0) & bit != 0
+
+
+def _unpack_choice(chunk: int, refs: Refs, kind: int, transposed: bool) -> Array:
+    """The mask of a tile by the blocks that its queries chose."""
+    numbers = refs.numbers[...]
+    if transposed:
+        masks = [_test_bits(refs, first, chunk, kind) for first in range(0, numbers.shape[1], chunk)]
+        return jnp.concatenate(masks, axis=0) != 0
+    groups, words = [numbers[:, i : i + LANES] for i in range(0, numbers.shape[1], LANES)], []
+    for i, group in enumerate(groups):
+        of_block = refs.words[i * LANES // chunk]
+        words.append(jnp.take_along_axis(of_block, jnp.broadcast_to(group, of_block.shape), axis=1))
+    words = jnp.concatenate(words, axis=1)
+    return _unpack_mask(words, (32 * len(words), numbers.shape[1]))
+
+
+def _test_bits(refs: Refs, first: int, chunk: int, kind: int) -> Array:
+    """Nonzero where a query [1, queries] chose the block of a key [keys, 1] of the chunk from key `first`."""
+    (words, _), (_, keys), numbers = refs.words.shape, refs.numbers.shape, refs.numbers[:, first : first + chunk]
+    bits, parts = 1 << (numbers & (WORD - 1)), words * chunk // keys
+    used = range(1 if kind == CHOSEN else parts)
+    index = first // chunk * parts
+    by_part = (bits if len(used) == 1 else jnp.where(numbers // WORD == part, bits, 0) for part in used)
+    hits = [refs.words[index + part : index + part + 1] & bit.T for part, bit in enumerate(by_part)]
+    return functools.reduce(jnp.bitwise_or, hits)
 
 
 def pack_masks(masks: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -304,11 +337,11 @@ def _broadcast_lanes(x: Array, size: int) -> Array:
     return jnp.tile(x, (1, size // LANES)) if size % LANES == 0 else x[:, :size]
 
 
-def _visit_tile(step: GridStep, refs: Refs, accumulate: Callable[[bool], None]) -> None:
-    """Calls `accumulate(partial)` if the tile is live."""
+def _visit_tile(step: GridStep, refs: Refs, accumulate: Callable[[int], None]) -> None:
+    """Calls `accumulate(kind)` if the tile is live."""
     live = step.segments_overlap() if refs.q_ids is not None else True
-    pl.when((step.kind == FULL) & live)(lambda: accumulate(False))
-    pl.when((step.kind == PARTIAL) & live)(lambda: accumulate(True))
+    for kind in (FULL, PARTIAL) if refs.words is None else (FULL, CHOSEN, PARTIAL):
+        pl.when((step.kind == kind) & live)(functools.partial(accumulate, kind))
 
 
 # The kernels. Outputs and accumulators are refs.
@@ -327,9 +360,9 @@ def _forward_kernel(step: GridStep, refs: Refs, out, lse, m_ref, l_ref, acc):
         l_ref[...] = jnp.zeros_like(l_ref) if sink is None else jnp.exp2((sink - m_ref[...]) * (unit * LOG2E))
         acc[...] = jnp.zeros_like(acc)
 
-    def accumulate(partial):  # lines 8 to 10
+    def accumulate(kind):  # lines 8 to 10
         s = _scores(step.grid.config, refs.q[...], refs.k[...], transposed=False)
-        s = _mask(step, refs, s, partial, transposed=False)
+        s = _mask(step, refs, s, kind, transposed=False)
         m_prev = m_ref[...]
         m = jnp.maximum(m_prev, s.max(axis=1, keepdims=True))
         p = jnp.exp2((s - _broadcast_lanes(m, s.shape[1])) * (unit * LOG2E))
@@ -353,12 +386,12 @@ def _forward_kernel(step: GridStep, refs: Refs, out, lse, m_ref, l_ref, acc):
         lse[...] = row_lse[:, :1].T
 
 
-def _differentiate(step: GridStep, refs: Refs, partial: bool) -> tuple[Array, Array]:
+def _differentiate(step: GridStep, refs: Refs, kind: int) -> tuple[Array, Array]:
     """Returns p and the gradient of q·k up to the scale, [keys, queries] (Algorithm 2, lines 10, 11, 13 and 14)."""
     config = step.grid.config
     s = _scores(config, refs.q[...], refs.k[...], transposed=True)
     dtanh = None if config.softcap is None else 1 - s * s
-    s = _mask(step, refs, s, partial, transposed=True)
+    s = _mask(step, refs, s, kind, transposed=True)
     p = jnp.exp2((s - refs.lse[...] / score_unit(config)) * (score_unit(config) * LOG2E))
     ds = p * (_dot(refs.v[...], refs.do[...], NT) - refs.delta[...])
     return p, ds if dtanh is None else ds * dtanh
@@ -372,8 +405,8 @@ def _dq_kernel(step: GridStep, refs: Refs, dq, acc):
     def initialize():
         acc[...] = jnp.zeros_like(acc)
 
-    def accumulate(partial):
-        _, ds = _differentiate(step, refs, partial)
+    def accumulate(kind):
+        _, ds = _differentiate(step, refs, kind)
         k = refs.k[...]
         acc[...] += _dot(ds.astype(k.dtype), k, TN)
 
@@ -392,8 +425,8 @@ def _dkv_kernel(step: GridStep, refs: Refs, dk, dv, dk_acc, dv_acc):
     def initialize():
         dk_acc[...], dv_acc[...] = jnp.zeros_like(dk_acc), jnp.zeros_like(dv_acc)
 
-    def accumulate(partial):
-        p, ds = _differentiate(step, refs, partial)
+    def accumulate(kind):
+        p, ds = _differentiate(step, refs, kind)
         q, do = refs.q[...], refs.do[...]
         dv_acc[...] += _dot(p.astype(do.dtype), do, NN)
         dk_acc[...] += _dot(ds.astype(q.dtype), q, NN)
@@ -488,7 +521,7 @@ def _launch(
     operands = _operands(grid, inputs, residuals)
     names = [name for name, operand in operands._asdict().items() if operand is not None]
     present = [getattr(operands, name) for name in names]
-    scalars = grid.scalars(schedule, inputs)
+    scalars, steps = grid.scalars(schedule, inputs), grid.entries if schedule.steps is None else schedule.steps
     if cached := len(grid.config.cached_masks):
         names.append("cached_masks")
         scratch = [(cached, *grid.config.tile[:: 1 if residuals is None else -1]), *scratch]
@@ -505,7 +538,7 @@ def _launch(
         body,
         grid_spec=pltpu.PrefetchScalarGridSpec(
             num_scalar_prefetch=len(scalars),
-            grid=(inputs.q.shape[0], len(grid.kernel_slice.heads), grid.entries),
+            grid=(inputs.q.shape[0], len(grid.kernel_slice.heads), steps),
             in_specs=[operand.block for operand in present],
             out_specs=[output.block for output in outputs],
             scratch_shapes=[pltpu.VMEM(shape, jnp.float32) for shape in scratch],
@@ -549,7 +582,33 @@ def _operands(grid: Grid, inputs: Inputs, residuals: Residuals | None) -> Refs:
         bits = inputs.bits[0 if residuals is None else 1]
         block = grid.block((None, *bits.shape[1:]), lambda step: (step.masks[step.index], 0, 0))
         refs = refs._replace(bits=Operand(bits, block))
+    if inputs.choice is not None:
+        (words, numbers), chunks, scopes = inputs.choice, width // grid.config.chunk, inputs.choice.words.shape[1]
+
+        def locate(step):
+            return step.b, step.head * scopes // inputs.q.shape[1], step.k_tile
+
+        if residuals is None:
+            words = _words_of_blocks(words, height, chunks)
+            shape, index = words.shape[4:], lambda step: (*locate(step), step.q_tile, 0, 0)
+            block = grid.block((None, None, chunks, None, *shape), index)
+        else:
+            block = grid.block((None, None, None, words.shape[3], height), lambda step: (*locate(step), 0, step.q_tile))
+        of_key = grid.block((None, 1, width), lambda step: (0 if len(numbers) == 1 else step.b, 0, step.k_tile))
+        refs = refs._replace(words=Operand(words, block), numbers=Operand(numbers[:, None], of_key))
     return refs
+
+
+def _words_of_blocks(
+    words: Int[Array, "b scopes tiles n t"], height: int, chunks: int
+) -> Int[Array, "b scopes chunks rows words lanes"]:
+    """Transposes the bits of a choice: one word per block of a chunk and 32 queries."""
+    b, scopes, tiles, n, t = words.shape
+    words, shifts = words.reshape(b, scopes, tiles * chunks, n // chunks, t // 32, 1, 32), jnp.arange(32)
+    bits = (words >> shifts[:, None] & 1) << shifts
+    words = jnp.moveaxis(bits.sum(axis=-1, dtype=jnp.int32), 3, 4)
+    words = words.reshape(b, scopes, tiles * chunks, t // height, height // 32, -1)
+    return pad_to_multiple(words, LANES, 5)
 
 
 def _shape_like(x: Array, shape: tuple[int, ...], dtype) -> jax.ShapeDtypeStruct:
@@ -557,4 +616,4 @@ def _shape_like(x: Array, shape: tuple[int, ...], dtype) -> jax.ShapeDtypeStruct
     return jax.ShapeDtypeStruct(shape, dtype, manual_axis_type=jax.typeof(x).manual_axis_type)
 
 
-BACKEND = Backend(_forward, _dq, _dkv, pack_masks, max_entries=MAX_ENTRIES, max_cached_masks=MAX_CACHED_MASKS)
+BACKEND = Backend(_forward, _dq, _dkv, pack_masks, CHUNKS, max_entries=MAX_ENTRIES, max_cached_masks=MAX_CACHED_MASKS)

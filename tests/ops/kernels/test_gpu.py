@@ -6,7 +6,6 @@ import importlib
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import pytest
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
@@ -16,7 +15,7 @@ from sparsejax.ops.kernels import gpu
 from sparsejax.patterns import parse
 from tests.messages import check_message, rejects
 from tests.ops.kernels import test_tpu
-from tests.ops.kernels.test_tpu import assert_agrees, differentiate, selection_mask
+from tests.ops.kernels.test_tpu import assert_agrees, differentiate
 from tests.ops.test_attend import Case, check, draw_inputs
 
 make_call = functools.partial(test_tpu.make_call, b=1, dtype="bfloat16")
@@ -32,7 +31,9 @@ def skip_unless_supported(call: AttentionCall):
 CASES = [
     Case("causal & window(30)", 70, 130, heads=(2, 1), sink=True, dtype="bfloat16", q_offset=60),
     Case("causal & window(30)", 70, 70, heads=(1, 1), sink=True),
+    Case("causal", 140, 140, heads=(2, 1), choice=(1, 3, 20), dtype="bfloat16"),
     Case("causal & window(90)", 130, 130, heads=(2, 1), sink=True),
+    Case("causal & window(90)", 260, 260, (4, 2), sink=True, segments="one", choice=(4, 5, 10)),
     Case("causal & window(150)", 260, 260, heads=(2, 1), dtype="bfloat16"),
     Case("per_head(causal, globals([70]))", 129, 129, sink=True, dtype="float16"),
     Case("causal", 129, 65, segments="pair", softcap=3.0, sink=True, dtype="bfloat16"),
@@ -42,8 +43,8 @@ CASES = [
 
 @pytest.mark.parametrize(
     "case",
-    [*CASES[:2], *(pytest.param(case, marks=pytest.mark.nightly) for case in CASES[2:])],
-    ids=lambda case: f"{case.pattern}-{case.dtype}",
+    [*CASES[:3], *(pytest.param(case, marks=pytest.mark.nightly) for case in CASES[3:])],
+    ids=lambda case: f"{case.pattern}-{case.dtype}-{case.choice}",
 )
 def test_values_and_gradients(case):
     skip_unless_supported(make_call("causal", 9))
@@ -65,15 +66,6 @@ def test_wide_heads():
     call = make_call("causal & window(40)", 129, (1, 1), width=200)
     skip_unless_supported(call)
     assert_agrees(gpu.run, call)
-
-
-@pytest.mark.nightly
-def test_selected_tiles():
-    call = make_call("causal", 260)
-    skip_unless_supported(call)
-    selected = np.array([[[[0, -1], [1, 0], [-1, -1]], [[-1, 0], [0, -1], [2, 1]]]])
-    mask = selection_mask(call, selected)
-    assert_agrees(lambda call: gpu.run(call, selected=jnp.asarray(selected)), call, mask)
 
 
 @pytest.mark.parametrize(

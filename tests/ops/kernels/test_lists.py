@@ -7,7 +7,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sparsejax.ops.kernels.lists import EMPTY, FULL, PARTIAL, TileLists, mark_ends, plan_pattern, plan_selection
+from sparsejax.ops.blocks import make_blocks
+from sparsejax.ops.kernels.choice import choose_chunk, pack_choice
+from sparsejax.ops.kernels.lists import CHOSEN, EMPTY, FULL, PARTIAL, TileLists, mark_ends, plan_pattern, restrict_plan
+from sparsejax.ops.selection import Selection, choose
 from sparsejax.patterns import parse
 from tests.patterns.strategies import patterns_with_heads, shared_patterns
 
@@ -18,7 +21,7 @@ def tile_kinds(launches, heads: int, shape: tuple[int, int], sequence: int = 0, 
     """The kind of each tile of each head [heads * group_size, rows, columns]; no tile is listed twice."""
     kinds = np.full((heads * group_size, *shape), -1)
     written = np.zeros((heads, shape[0]), int)
-    for kernel_slice, (list_ids, lists) in launches:
+    for kernel_slice, (list_ids, lists, _) in launches:
         lists = TileLists(*map(np.asarray, lists))
         first, last = mark_ends(lists.rows)
         ids = np.asarray(list_ids)[sequence if len(list_ids) > 1 else 0]
@@ -72,7 +75,7 @@ def test_lists_agree_with_masks(pattern, lengths, max_entries, g):
 
 def check_masks(plan, pattern, t, s):
     """Compares the mask of each partial tile with the pattern."""
-    for kernel_slice, (list_ids, lists) in plan.rows:
+    for kernel_slice, (list_ids, lists, _) in plan.rows:
         for head, index in zip(kernel_slice.heads, list_ids[0], strict=True):
             allows = pattern.for_head(head).allows
             for row, column, kind, _, mask in zip(*(x[index] for x in lists), strict=True):
@@ -111,32 +114,66 @@ def test_launches_are_split_at_the_maximum_of_entries():
         ]
 
 
-@pytest.mark.parametrize("b", [1, 2])
+@pytest.mark.parametrize("scopes", [1, 2, 4])
 @pytest.mark.parametrize("pattern", ["full", "causal & window(40)"])
-def test_selections_are_intersected_with_the_pattern(pattern, b):
-    (t, s), pattern, g = (61, 90), parse(pattern), 2
-    rows, columns = -(-t // TILE[0]), -(-s // TILE[1])
-    random = np.random.default_rng(b)
-    selected = random.permuted(np.broadcast_to(np.arange(columns), (b, 4, rows, columns)), axis=-1)[..., :5]
-    selected = np.where(random.random(selected.shape) < 0.3, -1, selected)
-    selected[:, 1, 2] = -1  # a row without tiles
+def test_plans_are_restricted_to_a_choice(pattern, scopes):
+    (t, s), pattern, (h, g), b = (61, 90), parse(pattern), (4, 2), 2
+    expected = expected_kinds(pattern, t, s, 1)
+    rows, columns = expected.shape[1:]
+    chosen = np.random.default_rng(scopes).choice([EMPTY, PARTIAL, CHOSEN, FULL], (b, scopes, rows, columns))
+    chosen[:, :, 2], chosen[:, 0, :, 3] = EMPTY, EMPTY
+    options = {"evaluated": True, "max_entries": 10, "max_cached_masks": 4}
+    plan = plan_pattern(pattern, t, s, TILE, (h, g), **options)
+    assert len(plan.rows) > 1
 
-    def schedules(selected):
-        plan = plan_selection(selected, pattern, t, s, TILE, g)
-        return [[schedule for _, schedule in launches] for launches in (plan.rows, plan.columns)]
+    @jax.jit
+    def schedules(chosen):
+        restricted = restrict_plan(plan, chosen, (h, g))
+        return [[schedule for _, schedule in launches] for launches in (restricted.rows, restricted.columns)]
 
-    plan = plan_selection(jnp.asarray(selected), pattern, t, s, TILE, g)
     by_row, by_column = (
         [(kernel_slice, schedule) for (kernel_slice, _), schedule in zip(launches, traced, strict=True)]
-        for launches, traced in zip((plan.rows, plan.columns), jax.jit(schedules)(selected), strict=True)
+        for launches, traced in zip((plan.rows, plan.columns), schedules(jnp.asarray(chosen)), strict=True)
     )
     for sequence in range(b):
-        picked = np.zeros((4, rows, columns + 1), bool)
-        np.put_along_axis(picked, selected[sequence], True, axis=-1)
-        expected = np.where(picked[..., :-1], expected_kinds(pattern, t, s, 4), EMPTY)
-        np.testing.assert_array_equal(tile_kinds(by_row, 4, (rows, columns), sequence), expected)
-        kinds = tile_kinds(by_column, g, (columns, rows), sequence, group_size=2)
-        np.testing.assert_array_equal(kinds.swapaxes(1, 2), expected)
+        kinds = np.minimum(chosen[sequence].repeat(h // scopes, axis=0), expected)
+        np.testing.assert_array_equal(tile_kinds(by_row, h, (rows, columns), sequence), kinds)
+        transposed = tile_kinds(by_column, g, (columns, rows), sequence, group_size=h // g)
+        np.testing.assert_array_equal(transposed.swapaxes(1, 2), kinds)
+    for _, (_, lists, steps) in by_row + by_column:
+        assert (np.asarray(lists.kinds)[:, int(steps) :] == EMPTY).all()
+        last = np.asarray(lists.rows)[:, int(steps) - 1]
+        assert (last == np.asarray(lists.rows).max()).all()
+
+
+@pytest.mark.parametrize(("size", "packed", "chunk"), [(16, False, 128), (2, False, 64), (1, False, 64), (5, True, 64)])
+def test_bits_of_a_choice_are_its_mask(size, packed, chunk):
+    (b, t, s), random = (2, 150, 200), np.random.default_rng(size)
+    segments = jnp.asarray(np.sort(random.integers(0, 60, (b, s)), axis=1)) if packed else None
+    blocks = make_blocks(s, size, segments)
+    scores = random.random((b, 2, t, blocks.count))
+    visible = np.broadcast_to(random.random((b, 2, t, 1)) < 0.9, scores.shape)
+    groups = choose(jnp.asarray(scores, jnp.float32), jnp.asarray(visible), 3)
+    selection = Selection(groups, blocks)
+    assert choose_chunk(blocks, (128, 64), 128) == chunk
+    (words, numbers), kinds = pack_choice(selection, (128, 128), chunk)
+    parts = words.shape[3] // (128 // chunk)
+    numbers = np.broadcast_to(np.asarray(numbers), (b, numbers.shape[1]))
+    key = np.arange(s)
+    index = key % 128 // chunk * parts + numbers[:, :s] // 32
+    bits = np.stack([np.asarray(words)[i, :, key // 128, index[i]] for i in range(b)])  # [b, s, scopes, t]
+    chosen = bits >> (numbers[:, :s] % 32)[:, :, None, None] & 1
+    mask = np.asarray(selection.mask)
+    np.testing.assert_array_equal(chosen[..., :t].transpose(0, 2, 3, 1), mask)
+    padded = np.pad(mask, ((0, 0), (0, 0), (0, 256 - t), (0, 256 - s))).reshape(b, 2, 2, 128, 2, 128)
+    np.testing.assert_array_equal(np.asarray(kinds) != EMPTY, padded.any(axis=(3, 5)))
+
+
+def test_a_tile_of_which_all_queries_chose_all_blocks_is_full():
+    blocks = make_blocks(256, 64)
+    groups = jnp.tile(jnp.asarray([[[[0, 1]]]]), (1, 1, 128, 1)).at[0, 0, 5, 1].set(2)
+    kinds = [pack_choice(Selection(x, blocks), (128, 128), 128)[1] for x in (groups, groups.at[0, 0, 5, 1].set(1))]
+    np.testing.assert_array_equal(np.stack(kinds)[:, 0, 0, 0], [[CHOSEN, CHOSEN], [FULL, EMPTY]])
 
 
 @settings(max_examples=40)
@@ -144,7 +181,7 @@ def test_selections_are_intersected_with_the_pattern(pattern, b):
 def test_cached_masks_are_those_of_the_tiles(pattern, lengths):
     plan = plan_pattern(pattern, *lengths, TILE, (2, 1), evaluated=True, max_entries=None, max_cached_masks=4)
     masks = [evaluate(pattern, *tile, *lengths) for tile in plan.cached_masks]
-    for kernel_slice, (_, lists) in plan.rows if plan.cached_masks else ():
+    for kernel_slice, (_, lists, _) in plan.rows if plan.cached_masks else ():
         for row, column, kind, _, mask in zip(*(x[0] for x in lists), strict=True):
             if kind == PARTIAL:
                 stop = min(TILE[0], lengths[0] - (kernel_slice.start + row) * TILE[0])

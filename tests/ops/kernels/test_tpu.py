@@ -18,6 +18,7 @@ from sparsejax.ops.call import AttentionCall
 from sparsejax.ops.kernels import tpu
 from sparsejax.patterns import parse
 from tests.messages import check_message, rejects
+from tests.ops.test_attend import CHOICES, Case, check
 from tests.tolerances import assert_close
 
 
@@ -62,13 +63,6 @@ def assert_agrees(run, call: AttentionCall, mask=None):
         assert_close(name, x, y, "float32" if name == "lse" else str(call.q.dtype))
 
 
-def selection_mask(call: AttentionCall, selected: np.ndarray) -> np.ndarray:
-    """The dense mask of selected tiles of 128 x 128, intersected with the pattern."""
-    t, rows = call.q.shape[1], selected.shape[2]
-    picked = (selected[..., None] == np.arange(rows)).any(axis=-2)
-    return picked.repeat(128, axis=2).repeat(128, axis=3)[:, :, :t, :t] & call.pattern.dense(t)
-
-
 def test_lists_too_long_for_scalar_memory_are_split(monkeypatch):
     call = make_call("causal", 391, (2, 2))
     whole = differentiate(tpu.run, call)
@@ -77,14 +71,27 @@ def test_lists_too_long_for_scalar_memory_are_split(monkeypatch):
         np.testing.assert_array_equal(x, y)
 
 
-@pytest.mark.parametrize("pattern", [pytest.param("full", marks=pytest.mark.nightly), "causal"])
-def test_selected_tiles(pattern):
-    call, rows = make_call(pattern, 300, (4, 2)), 3
-    random = np.random.default_rng(0)
-    selected = random.permuted(np.broadcast_to(np.arange(rows), (2, 4, rows, rows)), axis=-1)[..., :2].copy()
-    selected[:, 1, 2] = -1
-    mask = selection_mask(call, selected)
-    assert_agrees(lambda call: tpu.run(call, (128, 128), jnp.asarray(selected)), call, mask)
+@pytest.mark.parametrize(
+    ("case", "tile"),
+    [
+        (Case("causal", 300, 300, (4, 2), choice=(2, 2, 20)), (128, 128)),
+        *(
+            pytest.param(case, tile, marks=pytest.mark.nightly)
+            for case in CHOICES
+            for tile in ((128, 128), (128, 256), (256, 512))
+        ),
+    ],
+    ids=str,
+)
+def test_chosen_blocks(monkeypatch, case, tile):
+    monkeypatch.setattr(tpu, "choose_tile", lambda *_: tile)
+    check("tpu", case)
+
+
+def test_lists_of_choices_too_long_for_scalar_memory_are_split(monkeypatch):
+    monkeypatch.setattr(tpu, "choose_tile", lambda *_: (128, 128))
+    monkeypatch.setattr(tpu, "BACKEND", dataclasses.replace(tpu.BACKEND, max_entries=12))
+    check("tpu", Case("causal", 391, 391, (2, 1), choice=(1, 1, 64)))
 
 
 @pytest.mark.parametrize("tile", [(128, 256), pytest.param((256, 128), marks=pytest.mark.nightly)])
@@ -103,9 +110,10 @@ def test_no_races(monkeypatch):
 
 
 SHARDED = """
-import re, jax, numpy as np
+import re, sys, jax, jax.numpy as jnp, numpy as np
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
-from sparsejax.ops import attend
+from sparsejax.ops import Selection, attend
+from sparsejax.ops.blocks import make_blocks
 from sparsejax.ops.kernels.mesh import HEAD_AXIS
 from sparsejax.patterns import parse
 
@@ -115,10 +123,13 @@ random = np.random.default_rng(0)
 arrays = [random.standard_normal((4, 130, heads, 8), np.float32) for heads in (4, 2, 2, 4)]
 ids = np.sort(random.integers(0, 3, (4, 130)))
 sink = random.standard_normal(4, np.float32)
-pattern = parse("causal & window(20)")
+pattern, selection = parse("causal & window(20)"), None
+if sys.argv[1] == "choice":
+    groups = np.sort(random.random((4, 2, 130, 7)).argsort(axis=-1)[..., :3])
+    selection = Selection(jnp.asarray(groups), make_blocks(130, 20, jnp.asarray(ids)))
 
 def gradients(impl, sink, q, k, v, do):
-    options = dict(impl=impl, interpret=impl == "tpu", segment_ids=ids)
+    options = dict(impl=impl, interpret=impl == "tpu", segment_ids=ids, selection=selection)
     out, backward = jax.vjp(lambda sink, *x: attend(*x, pattern, sink_logits=sink, **options), sink, q, k, v)
     return out, *backward(do)
 
@@ -135,9 +146,10 @@ for x, y in zip(results, expected, strict=True):
 """
 
 
-def test_each_device_of_a_mesh_computes_its_sequences_and_heads():
+@pytest.mark.parametrize("keys", ["pattern", pytest.param("choice", marks=pytest.mark.nightly)])
+def test_each_device_of_a_mesh_computes_its_sequences_and_heads(keys):
     devices = {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": "--xla_force_host_platform_device_count=8"}
-    run = subprocess.run([sys.executable, "-c", SHARDED], env=os.environ | devices, capture_output=True)
+    run = subprocess.run([sys.executable, "-c", SHARDED, keys], env=os.environ | devices, capture_output=True)
     assert run.returncode == 0, run.stderr.decode()
 
 
