@@ -16,9 +16,11 @@ from rich.console import Console
 from rich.table import Table
 
 from sparsejax import patterns
-from sparsejax.ops import IMPLEMENTATIONS, Implementation, verification
+from sparsejax.ops import IMPLEMENTATIONS, Implementation, Selection, verification
+from sparsejax.ops.blocks import make_blocks
 from sparsejax.ops.call import AttentionCall
 from sparsejax.ops.reference import TOLERANCE, Attention, attend_reference, relative_error
+from sparsejax.ops.selection import sort_groups
 
 
 class VerificationError(Exception):
@@ -35,6 +37,7 @@ class Case:
     softcap: float | None = None
     sink: bool = False
     segments: bool = False
+    block: int = 0  # keys per block of a selection per key/value head; 0 for no selection
     length: int = 391
     width: int = 64
 
@@ -42,6 +45,7 @@ class Case:
     def title(self) -> str:
         """One line that names the case."""
         extras = [name for name in ("softcap", "sink", "segments") if getattr(self, name)]
+        extras += [f"selected blocks of {self.block}"] * (self.block > 0)
         return ", ".join([self.pattern, self.dtype, *extras])
 
 
@@ -51,6 +55,8 @@ CASES = (
     Case("causal & window(100)", "float16", heads=(2, 2)),
     Case("causal & (window(100) | sink(4))", "bfloat16", softcap=20.0, sink=True),
     Case("window(40, 40) | globals(2)", "float32", sink=True, segments=True),
+    Case("causal & window(200)", "bfloat16", sink=True, block=16),
+    Case("causal", "float32", segments=True, block=1),
     Case("per_head(causal, window(9, 70), causal & dilated(9, stride=5), full)", "float32"),
 )
 
@@ -141,6 +147,7 @@ class _Inputs(NamedTuple):
     v: Array
     sink: Array | None
     segments: Array | None
+    selection: Selection | None
     d_out: Array
     d_lse: Array
 
@@ -154,13 +161,24 @@ def _draw(case: Case) -> _Inputs:
     q, k, v, d_out = (normal(1, case.length, heads, case.width) for heads in (h, g, g, h))
     sink = normal(h, dtype="float32") if case.sink else None
     segments = jnp.asarray(np.sort(random.integers(0, 3, (1, case.length)))) if case.segments else None
-    return _Inputs(q, k, v, sink, segments, d_out, normal(1, case.length, h, dtype="float32"))
+    d_lse = normal(1, case.length, h, dtype="float32")
+    return _Inputs(q, k, v, sink, segments, _choose(case, random) if case.block else None, d_out, d_lse)
+
+
+def _choose(case: Case, random: np.random.Generator) -> Selection:
+    """A sixth of all blocks per query, and the block of the query."""
+    blocks = make_blocks(case.length, case.block)
+    chosen = random.random((1, case.heads[1], case.length, blocks.count)) < 1 / 6
+    chosen |= np.arange(blocks.count) == np.arange(case.length)[:, None] // case.block
+    groups = sort_groups(jnp.where(chosen, jnp.arange(blocks.count), -1), blocks.count)
+    return Selection(groups[..., : chosen.sum(axis=-1).max()], blocks)
 
 
 def _call(case: Case, inputs: _Inputs, return_lse: bool) -> AttentionCall:
-    q, k, v, sink, ids, _, _ = inputs
+    q, k, v, sink, ids, selection, _, _ = inputs
     pattern, segments = patterns.parse(case.pattern), None if ids is None else (ids, ids)
     options = {"scale": case.width**-0.5, "softcap": case.softcap, "interpret": False, "return_lse": return_lse}
+    options |= {"selection": selection}
     return AttentionCall(q, k, v, pattern, sink_logits=sink, segments=segments, **options)
 
 
@@ -198,6 +216,8 @@ def _error_ratios(case: Case, inputs: _Inputs, actual: Attention) -> Iterator[tu
 
 def _mask(case: Case, inputs: _Inputs) -> Bool[np.ndarray, "*batch t s"]:
     mask = patterns.parse(case.pattern).dense(case.length)
+    if inputs.selection is not None:
+        mask = mask & np.repeat(inputs.selection.mask, case.heads[0] // case.heads[1], axis=1)
     if inputs.segments is None:
         return mask
     ids = np.asarray(inputs.segments)

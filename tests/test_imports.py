@@ -50,7 +50,7 @@ IMPORTS: dict[str, set[str]] = {
     "sharding": {"errors", "ops", "config"},
     "embedding": {"errors", "layers", "config"},
     "model": {"errors", "schedule", "ops", "layers", "config", "embedding"},
-    "inference": {"errors", "metrics", "data", "layers", "sharding", "model"},
+    "inference": {"errors", "ops", "metrics", "data", "layers", "sharding", "model"},
     "loaded": {"errors", "metrics", "ops", "layers", "data", "config", "sharding", "model", "inference"},
     "account": {"errors", "patterns", "layers", "config", "model"},
     "check": {"errors", "patterns", "ops", "layers", "config", "model", "account"},
