@@ -98,7 +98,7 @@ def test_the_painted_pairs_are_those_of_the_selection(config, monkeypatch, capsy
 
 def test_files_show_the_tokens(config, tmp_path, capsys):
     (tmp_path / "text.txt").write_text(TEXT)
-    arguments = ["draw", f"--config={config}", "--prompt-file=text.txt", "--layers=1", "--heads=1", "--length=7"]
+    arguments = ["draw", f"--config={config}", "--data=text.txt", "--layers=1", "--heads=1", "--length=7"]
     for ending in (".svg", ".png"):
         files = [tmp_path / f"{name}{ending}" for name in ("first", "second")]
         for file in files:
@@ -145,8 +145,8 @@ BAD = {
     "not a layer": ("--config=moba.py --layers=x", "--layers"),
     "head": ("--config=moba.py --prompt=text --heads=2", "--heads"),
     "heads of patterns": ("--config=moba.py --heads=1", "--heads"),
-    "missing file": ("--config=moba.py --prompt-file=absent.txt", "--prompt-file"),
-    "two texts": ("--config=moba.py --prompt=text --prompt-file=moba.py", "--prompt"),
+    "missing file": ("--config=moba.py --data=absent.txt", "--data"),
+    "two texts": ("--config=moba.py --prompt=text --data=moba.py", "--prompt"),
     "empty": ("--config=moba.py --prompt=", "--prompt"),
     "long": (f"--config=moba.py --prompt={'a' * (MAX_SELECTION + 1)}", "--length"),
     "beyond the text": ("--config=moba.py --prompt=text --length=5", "--length"),

@@ -49,27 +49,23 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--out", metavar="FILE", help=".png or .svg file; defaults to the terminal")
     parser.add_argument("--titles", metavar="A,B", help="titles of the patterns, separated by commas")
-    prompt = parser.add_mutually_exclusive_group()
-    prompt.add_argument(
-        "--prompt",
-        metavar="TEXT",
+    text = parser.add_mutually_exclusive_group()
+    text.add_argument(
+        "--data",
+        metavar="FILE",
         help="with --config: draw which keys the queries of this text select, with the weights of the model, or random"
-        " ones if it has none",
+        " ones if it has none; --length keeps its first tokens",
     )
-    prompt.add_argument(
-        "--prompt-file", metavar="FILE", help="file of such a text, of which --length keeps the first tokens"
-    )
+    text.add_argument("--prompt", metavar="TEXT", help="such a text instead of a file")
     integers = split_values(parse_integer)
     parser.add_argument("--layers", type=integers, metavar="N,N", help="layers of the config; all by default")
-    parser.add_argument(
-        "--heads", type=integers, metavar="N,N", help="with a prompt: heads that select; all by default"
-    )
+    parser.add_argument("--heads", type=integers, metavar="N,N", help="with a text: heads that select; all by default")
 
 
 def run(options: argparse.Namespace, console: Console) -> None:
     """Draws patterns, the layers of a config, or the keys that they select on a text."""
     _check_options(options)
-    if _has_prompt(options):
+    if _has_text(options):
         _draw_text(options, console)
         return
     subjects, length = _read_config(options) if options.config else _read_patterns(options)
@@ -85,20 +81,20 @@ def run(options: argparse.Namespace, console: Console) -> None:
     draw_subjects(subjects, length, console, options.tile, options.out)
 
 
-def _has_prompt(options: argparse.Namespace) -> bool:
-    return options.prompt is not None or options.prompt_file is not None
+def _has_text(options: argparse.Namespace) -> bool:
+    return options.prompt is not None or options.data is not None
 
 
 def _check_options(options: argparse.Namespace) -> None:
     """Raises InputError if an option needs another one, or cannot be combined with it."""
-    for name in ("prompt", "prompt_file", "layers"):
+    for name in ("data", "prompt", "layers"):
         if getattr(options, name) is not None and not options.config:
             raise InputError(name, "needs --config")
-    if options.heads is not None and not _has_prompt(options):
-        raise InputError("heads", "needs --prompt or --prompt-file")
+    if options.heads is not None and not _has_text(options):
+        raise InputError("heads", "needs --data or --prompt")
     for name in ("receptive_field", "titles"):
-        if getattr(options, name) and _has_prompt(options):
-            raise InputError(name, "cannot be combined with a prompt")
+        if getattr(options, name) and _has_text(options):
+            raise InputError(name, "cannot be combined with a text")
     if options.layers is not None and options.receptive_field:
         raise InputError("layers", "cannot be combined with --receptive-field, which is that of a stack of layers")
 
@@ -119,17 +115,17 @@ def _draw_text(options: argparse.Namespace, console: Console) -> None:
 
     text = options.prompt
     if text is None:
-        content = read_file(options.prompt_file, "prompt_file")
-        text = decode_text(content, "prompt_file", options.prompt_file)
+        content = read_file(options.data, "data")
+        text = decode_text(content, "data", options.data)
     config = configs.check(configs.load(options.config, options.overrides["config"]))
     layers = _list_layers(config.model, options.layers)
     if not any(mixer is not None and mixer.selects for layer in layers for mixer in layer.mixers.values()):
         scope = "no layer" if options.layers is None else "none of these layers"
-        raise InputError("config", f"{options.config}: {scope} selects keys; leave out the prompt to draw patterns")
+        raise InputError("config", f"{options.config}: {scope} selects keys; leave out the text to draw patterns")
     from sparsejax.init.model import start_model  # imports grain and Orbax
 
     model = start_model(config)
-    tokens = _encode(model, text, options.length)
+    tokens = _encode(model, text, options.length, "prompt" if options.data is None else "data")
     selections = model.selections(tokens)
     selected, patterns_left = [], []
     for layer in layers:
@@ -142,11 +138,11 @@ def _draw_text(options: argparse.Namespace, console: Console) -> None:
     draw.draw_selections(subjects, selected, texts, console, options.tile, options.out, options.heads or ())
 
 
-def _encode(model: LoadedModel, text: str, length: int | None) -> np.ndarray:
+def _encode(model: LoadedModel, text: str, length: int | None, argument: str) -> np.ndarray:
     """The tokens of a text, or the first `length` of them."""
     tokens = model.encode(text)
     if not len(tokens):
-        raise InputError("prompt", "is empty; pass at least one token")
+        raise InputError(argument, "is empty; pass at least one token")
     if length is not None:
         if not 1 <= length <= len(tokens):
             raise InputError("length", f"{length} is not between 1 and the {len(tokens)} tokens of the text")
