@@ -115,9 +115,9 @@ class Distillation:
         """
         config = self.config
         others = teacher.logits(features) / config.temperature
-        if config.top_k not in (0, others.shape[-1]):
-            others = keep_top(others, config.top_k)
-        return config.kl * config.temperature**2 * kl_divergence(logits, others, config.temperature)
+        is_full = config.top_k in (0, others.shape[-1])
+        divergence = kl_divergence(logits, others if is_full else keep_top(others, config.top_k), config.temperature)
+        return config.kl * config.temperature**2 * divergence
 
     def losses(
         self, model: Model, output: Output, targets: Targets, batch: DeviceBatch, scale: Float[Array, ""]
