@@ -3,7 +3,7 @@
     sparsejax train --config=configs/selection.py:text --workdir=runs/selection
     sparsejax show --config=configs/selection.py:paper --config.model.schedule='6x(3x(moba) full)'
 
-`:paper` (the default) has 24 layers and 1.4B parameters. `:text`, `:recall` and `:needle` have four layers of width 64,
+`:paper` (the default) has 24 layers and 1.27B parameters. `:text`, `:recall` and `:needle` have four layers of width 64,
 which train in minutes on a CPU core. A query of every layer attends to as many keys as in `window`, except in `full`
 and in `mamba2` and `delta`, which have states. The width of the MLP makes the parameters of the layers equal.
 experiments/selection has the schedules.
