@@ -1,12 +1,12 @@
 """What a query attends to: fixed patterns, choices by content, and states, at equal parameters and attended pairs.
 
     sparsejax train --config=configs/selection.py:text --workdir=runs/selection
-    sparsejax show --config=configs/selection.py:paper --config.model.schedule='6x(3x(moba) full)'
+    sparsejax show --config=configs/selection.py:paper --config.model.schedule='conv 6x(3x(moba) full)'
 
-`:paper` (the default) has 24 layers and 1.27B parameters. `:text`, `:recall` and `:needle` have four layers of width 64,
-which train in minutes on a CPU core. A query of every layer attends to as many keys as in `window`, except in `full`
-and in `mamba2` and `delta`, which have states. The width of the MLP makes the parameters of the layers equal.
-experiments/selection has the schedules.
+`:paper` (the default) has 24 layers and 1.27B parameters. `:text`, `:recall` and `:needle` have four layers of width
+64, which train in minutes on a CPU core; a short convolution comes first. A query of every layer attends to as many
+keys as in `window`, except in `full` and in `mamba2` and `delta`, which have states. The width of the MLP makes the
+parameters of the layers equal. experiments/selection has the schedules.
 """
 
 from sparsejax.presets import recipe
