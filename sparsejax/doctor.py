@@ -20,7 +20,7 @@ from sparsejax.ops import IMPLEMENTATIONS, Implementation, Selection, verificati
 from sparsejax.ops.blocks import make_blocks
 from sparsejax.ops.call import AttentionCall
 from sparsejax.ops.reference import TOLERANCE, Attention, attend_reference, relative_error
-from sparsejax.ops.selection import sort_groups
+from sparsejax.ops.selection import selection_of
 
 
 class VerificationError(Exception):
@@ -170,8 +170,7 @@ def _choose(case: Case, random: np.random.Generator) -> Selection:
     blocks = make_blocks(case.length, case.block)
     chosen = random.random((1, case.heads[1], case.length, blocks.count)) < 1 / 6
     chosen |= np.arange(blocks.count) == np.arange(case.length)[:, None] // case.block
-    groups = sort_groups(jnp.where(chosen, jnp.arange(blocks.count), -1), blocks.count)
-    return Selection(groups[..., : chosen.sum(axis=-1).max()], blocks)
+    return selection_of(jnp.asarray(chosen), blocks)
 
 
 def _call(case: Case, inputs: _Inputs, return_lse: bool) -> AttentionCall:

@@ -370,6 +370,11 @@ class TrainConfig:
         """The section `teacher`, if a loss depends on the teacher."""
         return self.teacher if self.teacher is not None and self.teacher.is_active else None
 
+    @property
+    def loss_weight(self) -> float:
+        """Weight of the loss of the targets beside those that depend on the teacher."""
+        return 1.0 if self.teacher is None else self.teacher.loss
+
 
 @dataclasses.dataclass(frozen=True)
 class GroupConfig:

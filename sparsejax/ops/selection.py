@@ -113,10 +113,11 @@ def mark_forced(
     return (groups >= 0) & jnp.take_along_axis(forced, jnp.maximum(groups, 0), axis=-1)
 
 
-def selection_of(mask: Bool[Array, "b scopes t s"]) -> Selection:
-    """The keys of a mask as a selection, which is as large as the mask."""
-    keys = mask.shape[-1]
-    return Selection(sort_groups(jnp.where(mask, jnp.arange(keys), -1), keys), make_blocks(keys, 1))
+def selection_of(chosen: Bool[Array, "b scopes t n"], blocks: Blocks | None = None) -> Selection:
+    """The chosen blocks, by default single keys, as a selection that is as large as the mask."""
+    count = chosen.shape[-1]
+    groups = sort_groups(jnp.where(chosen, jnp.arange(count), -1), count)
+    return Selection(groups, make_blocks(count, 1) if blocks is None else blocks)
 
 
 def sort_groups(groups: Int[Array, "*batch k"], count: int) -> Int[Array, "*batch k"]:

@@ -18,7 +18,7 @@ def logit_losses(
     if config.z_loss:
         losses["z_loss"] = config.z_loss * z_loss(logits) * weights
     if config.label_smoothing:
-        factor = config.label_smoothing * (1.0 if config.teacher is None else config.teacher.loss)
+        factor = config.loss_weight * config.label_smoothing
         losses["label_smoothing"] = factor * label_smoothing(logits, targets) * weights
     return losses
 

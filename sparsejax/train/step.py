@@ -171,7 +171,6 @@ def build_gradient(
     in the batch and of a mean over its tokens: the choices are counted first, by another forward pass.
     """
     constrain, microbatches = sharding.constrain_batch(mesh), config.accumulate
-    loss_weight = 1.0 if config.teacher is None else config.teacher.loss
     traced = distillation is not None and bool(distillation.hidden)
     counts_first = microbatches > 1 and any(
         isinstance(layer.mlp, ExpertsConfig) and layer.mlp.balance_weight and layer.mlp.balance == "batch"
@@ -219,7 +218,7 @@ def build_gradient(
         weighted |= added
         if distillation is not None and targets is not None:
             weighted |= distillation.losses(bound, output, targets, batch, scale)
-        total = sum(weighted.values(), loss_weight * loss if loss_weight else jnp.zeros(()))
+        total = sum(weighted.values(), config.loss_weight * loss if config.loss_weight else jnp.zeros(()))
         return total, Objective(total, loss, weighted, output.choices, dict(output.statistics))
 
     def gradient_of(

@@ -5,6 +5,7 @@ from collections.abc import Iterable
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax import nnx
 
 from sparsejax.layers import Context, Mixer, Tokens
 from tests.tolerances import assert_close
@@ -37,3 +38,20 @@ def assert_later_tokens_change_nothing(mixer: Mixer, x: np.ndarray, cuts: Iterab
     for cut in cuts:
         edited = np.concatenate([x[:, :cut], random.normal(size=x[:, cut:].shape)], axis=1).astype(np.float32)
         np.testing.assert_array_equal(run(edited)[:, :cut], before[:, :cut])
+
+
+def assert_only_the_indexer_learns(mixer: Mixer, x: np.ndarray) -> None:
+    """The loss of an indexer reaches its parameters, all of them, and neither other parameters nor the stream."""
+    graph, parameters = nnx.split(mixer)
+
+    @jax.jit
+    @jax.grad
+    def differentiate(both: tuple) -> jax.Array:
+        parameters, x = both
+        return nnx.merge(graph, parameters).mix(x)[1].losses["indexer"]
+
+    gradient, of_x = differentiate((parameters, jnp.asarray(x)))
+    np.testing.assert_array_equal(of_x, 0)
+    gradient = nnx.to_pure_dict(gradient)
+    assert all(np.abs(leaf).max() > 0 for leaf in jax.tree.leaves(gradient.pop("indexer")))
+    assert not any(np.any(leaf) for leaf in jax.tree.leaves(gradient))

@@ -24,6 +24,7 @@ from sparsejax.layers.compressed import Compressed
 from sparsejax.model import Functional
 from tests.check import models
 from tests.layers import reference
+from tests.layers.properties import assert_only_the_indexer_learns
 from tests.layers.test_mixers import decode
 from tests.messages import rejects
 from tests.ops.test_entries import compress, list_windows
@@ -235,19 +236,7 @@ def test_the_loss_of_the_indexer(dense, segments):
 @DENSE
 def test_the_loss_trains_the_indexer_and_nothing_else(dense):
     config = with_loss(dense=dense)
-    graph, parameters = nnx.split(build(config))
-
-    @jax.jit
-    @jax.grad
-    def differentiate(both):
-        parameters, x = both
-        return nnx.merge(graph, parameters).mix(x)[1].losses["indexer"]
-
-    gradient, of_x = differentiate((parameters, jnp.asarray(X)))
-    np.testing.assert_array_equal(of_x, 0)
-    gradient = nnx.to_pure_dict(gradient)
-    assert all(np.abs(leaf).max() > 0 for leaf in jax.tree.leaves(gradient.pop("indexer")))
-    assert not any(np.any(leaf) for leaf in jax.tree.leaves(gradient))
+    assert_only_the_indexer_learns(build(config), X)
 
 
 @DENSE

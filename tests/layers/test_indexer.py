@@ -14,7 +14,11 @@ from sparsejax.layers import Attention, AttentionConfig, Context, IndexerConfig,
 from sparsejax.model import Functional
 from tests.check.models import ATTENTION, MIXERS, NORM, build
 from tests.layers import reference
-from tests.layers.properties import assert_chunks_equal_whole, assert_later_tokens_change_nothing
+from tests.layers.properties import (
+    assert_chunks_equal_whole,
+    assert_later_tokens_change_nothing,
+    assert_only_the_indexer_learns,
+)
 from tests.messages import rejects
 from tests.tolerances import assert_close
 
@@ -175,19 +179,7 @@ def test_the_loss_of_the_warm_up(name, segments, x):
 @pytest.mark.parametrize("dense", [True, False])
 def test_the_loss_trains_the_indexer_and_nothing_else(name, dense, x):
     config = configure(name, loss_weight=1.0, dense=dense)
-    graph, parameters = nnx.split(make(config))
-
-    @jax.jit
-    @jax.grad
-    def differentiate(both):
-        parameters, x = both
-        return nnx.merge(graph, parameters).mix(x)[1].losses["indexer"]
-
-    gradient, of_x = differentiate((parameters, jnp.asarray(x)))
-    np.testing.assert_array_equal(of_x, 0)
-    gradient = nnx.to_pure_dict(gradient)
-    assert all(np.abs(leaf).max() > 0 for leaf in jax.tree.leaves(gradient.pop("indexer")))
-    assert not any(np.any(leaf) for leaf in jax.tree.leaves(gradient))
+    assert_only_the_indexer_learns(make(config), x)
 
 
 @EVERY
