@@ -1,0 +1,64 @@
+"""Sequences that are sharded over a mesh axis: each shard holds contiguous tokens.
+
+An op asks `shard_count()`; above 1 it runs under `map_shards`, where it sees the tokens of its shard and exchanges what
+it needs with explicit collectives over `AXIS`. All other mesh axes stay with the compiler.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import AxisType, PartitionSpec
+from jaxtyping import Array, Int, PyTree
+
+AXIS = "sequence"
+
+
+def shard_count() -> int:
+    """Number of shards of a sequence on the current mesh (`jax.set_mesh`); 1 without one, and in `map_shards`."""
+    mesh = jax.sharding.get_abstract_mesh()
+    kinds = dict(zip(mesh.axis_names, mesh.axis_types, strict=True))
+    return mesh.shape[AXIS] if kinds.get(AXIS) == AxisType.Auto else 1
+
+
+def map_shards(
+    function: Callable[..., PyTree[Array]], sharded: PyTree[Array], replicated: PyTree[Array] = (), outputs: Any = 1
+) -> Any:
+    """Runs `function(sharded, replicated)` on each shard of the sequence.
+
+    Args:
+      function: Sees the tokens of its shard; collectives over `AXIS` reach the others.
+      sharded: Arrays [b, t, ...], whose axis 1 is split.
+      replicated: Arrays that every shard reads whole. Their gradients are summed over the shards.
+      outputs: The axis of tokens of each output, or None if it is equal on all shards: a prefix tree of the outputs.
+
+    Returns:
+      The outputs, with the tokens of all shards.
+    """
+    tokens = PartitionSpec(None, AXIS)
+
+    def spec(axis: int | None) -> PartitionSpec:
+        return PartitionSpec() if axis is None else PartitionSpec(*[None] * axis, AXIS)
+
+    return jax.shard_map(
+        function,
+        in_specs=(jax.tree.map(lambda _: tokens, sharded), jax.tree.map(lambda _: PartitionSpec(), replicated)),
+        out_specs=jax.tree.map(spec, outputs, is_leaf=lambda x: x is None),
+        axis_names={AXIS},
+        check_vma=False,
+    )(sharded, replicated)
+
+
+def shard_index() -> Int[Array, ""]:
+    """Index of the shard; only in `map_shards`."""
+    return jax.lax.axis_index(AXIS)
+
+
+def shift(x: PyTree[Array], by: int) -> PyTree[Array]:
+    """In `map_shards`: the arrays of the shard `by` earlier, or later if it is negative; zeros where there is none."""
+    count = jax.lax.axis_size(AXIS)
+    pairs = [(i, i + by) for i in range(count) if 0 <= i + by < count]
+    return jax.tree.map(lambda leaf: jax.lax.ppermute(leaf, AXIS, pairs) if pairs else jnp.zeros_like(leaf), x)
