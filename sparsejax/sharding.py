@@ -17,8 +17,9 @@ from sparsejax.config import ConfigError, ShardingConfig
 from sparsejax.errors import InputError
 from sparsejax.ops import verification
 from sparsejax.ops.kernels.mesh import HEAD_AXIS
+from sparsejax.ops.sequence import AXIS
 
-MESH_AXES = ("data", "fsdp", "tensor")
+MESH_AXES = ("data", "fsdp", AXIS, "tensor")
 BATCH_AXES = ("data", "fsdp")
 
 # Mesh axis per logical axis of a parameter. Other axes, and axes that the mesh axis does not divide, are replicated.
@@ -81,23 +82,39 @@ def gather(value: Any) -> list[Any]:
 
 
 def make_mesh(config: ShardingConfig) -> Mesh:
-    """Builds the mesh of all devices; a single device is a 1 x 1 x 1 mesh.
+    """Builds the mesh of all devices; a single device is a mesh whose axes have size 1.
 
     Raises:
       ConfigError: The product of the axes is not the number of devices.
     """
-    devices, others = jax.device_count(), config.fsdp * config.tensor
+    sizes = {axis: getattr(config, axis) for axis in MESH_AXES}
+    devices, others = jax.device_count(), math.prod(size for axis, size in sizes.items() if axis != "data")
     data = devices // others if config.data == -1 else config.data
     if data * others != devices:
-        axes = f"data = {config.data} x fsdp = {config.fsdp} x tensor = {config.tensor}"
-        raise ConfigError("sharding", f"{axes} is not the number of devices, {devices}")
+        axes = " x ".join(f"{axis} = {size}" for axis, size in sizes.items())
+        raise ConfigError("sharding", f"{axes} is not the number of devices, {devices}{_suggest_data(others, devices)}")
+    return _make_mesh((data, *(size for axis, size in sizes.items() if axis != "data")))
+
+
+def _suggest_data(others: int, devices: int) -> str:
+    """What `data` must be for the other axes, if they fit."""
+    return f"; with data = {devices // others} it is" if devices % others == 0 else ""
+
+
+def _make_mesh(sizes: tuple[int, ...], **options: Any) -> Mesh:
     # Auto axes: the compiler shards intermediate arrays (make_mesh would default to Explicit).
-    return jax.make_mesh((data, config.fsdp, config.tensor), MESH_AXES, axis_types=(AxisType.Auto,) * 3)
+    return jax.make_mesh(sizes, MESH_AXES, axis_types=(AxisType.Auto,) * len(MESH_AXES), **options)
+
+
+def describe(mesh: Mesh) -> str:
+    """The axes of a mesh and their sizes; that of the sequence only if it is sharded."""
+    axes = [axis for axis in MESH_AXES if axis != AXIS or mesh.shape[axis] > 1]
+    return " x ".join(f"{axis} {mesh.shape[axis]}" for axis in axes)
 
 
 def single_device_mesh() -> Mesh:
     """Returns the mesh of the first device."""
-    return jax.make_mesh((1, 1, 1), MESH_AXES, axis_types=(AxisType.Auto,) * 3, devices=jax.devices()[:1])
+    return _make_mesh((1,) * len(MESH_AXES), devices=jax.devices()[:1])
 
 
 def mesh_of(tree: Any) -> Mesh | None:
@@ -113,8 +130,8 @@ def replicated(mesh: Mesh) -> NamedSharding:
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:
-    """The sharding that splits axis 0 over `data` and `fsdp`."""
-    return NamedSharding(mesh, PartitionSpec(BATCH_AXES))
+    """The sharding of arrays [b, t, ...]: rows over `data` and `fsdp`, tokens over `sequence`."""
+    return NamedSharding(mesh, PartitionSpec(BATCH_AXES, AXIS))
 
 
 def constrain_batch(mesh: Mesh) -> Callable[[jax.Array], jax.Array]:
@@ -124,17 +141,28 @@ def constrain_batch(mesh: Mesh) -> Callable[[jax.Array], jax.Array]:
 
 
 def batch_shards(mesh: Mesh) -> int:
-    """Number of shards of a batch."""
+    """Number of shards of the rows of a batch."""
     return math.prod(mesh.shape[axis] for axis in BATCH_AXES)
 
 
 def local_rows(mesh: Mesh, rows: int) -> tuple[int, int]:
     """Index and number of the equal ranges of a batch's `rows` of which this process reads one."""
-    indices = batch_sharding(mesh).addressable_devices_indices_map((rows,)).values()
-    ranges = [index[0] for index in indices if index is not None]
+    return _local_range(mesh, BATCH_AXES, rows)
+
+
+def local_tokens(mesh: Mesh, length: int) -> slice:
+    """The tokens of a row of `length` tokens that this process reads."""
+    index, count = _local_range(mesh, AXIS, length)
+    return slice(index * length // count, (index + 1) * length // count)
+
+
+def _local_range(mesh: Mesh, axes: str | tuple[str, ...], size: int) -> tuple[int, int]:
+    """Index and number of the equal ranges of an array axis, split over mesh axes, of which this process has one."""
+    sharded = NamedSharding(mesh, PartitionSpec(axes))
+    ranges = [index[0] for index in sharded.addressable_devices_indices_map((size,)).values() if index is not None]
     start = min(span.start or 0 for span in ranges)
-    stop = max(rows if span.stop is None else span.stop for span in ranges)
-    return start // (stop - start), rows // (stop - start)
+    stop = max(size if span.stop is None else span.stop for span in ranges)
+    return start // (stop - start), size // (stop - start)
 
 
 def parameter_shardings(mesh: Mesh, shapes: Any, axes: Any) -> Any:

@@ -22,6 +22,7 @@ from sparsejax.data.dataset import Sharing
 from sparsejax.layers import EMPTY, Context, Extras, Tokens
 from sparsejax.model import Functional, Metrics
 from sparsejax.ops.chunks import scan_chunks
+from sparsejax.ops.sequence import map_shards, shard_count
 
 LOGITS_BYTES = 2**27  # of a chunk of tokens on a device, in float32
 
@@ -91,6 +92,8 @@ def score_tokens(
       chunk: Tokens of a row per chunk; defaults to as many as have `LOGITS_BYTES` of logits per device.
     """
     b, t = jax.tree.leaves(arrays)[0].shape[:2]
+    if shard_count() > 1 and t % shard_count() == 0:  # chunks of the tokens of each shard
+        return map_shards(lambda arrays, _: score_tokens(score, arrays, vocab, mesh, chunk), arrays)
     if chunk is None:
         per_token = 4 * -(-b // sharding.batch_shards(mesh)) * -(-vocab // mesh.shape["tensor"])
         chunk = -(-t // -(-t * per_token // LOGITS_BYTES))
@@ -130,7 +133,7 @@ def build_evaluation(
         by_distance = jnp.stack([sum_by(distance, x, length + 1) for x in (correct, weights)])
         return sums._replace(accuracy=AccuracySums(sum_by(positions, correct, length), rows, by_distance))
 
-    return jax.jit(evaluate)
+    return jax.jit(evaluate, out_shardings=sharding.replicated(mesh))
 
 
 def build_measurement(model: Functional, mesh: Mesh) -> Callable[[dict[str, Any], DeviceBatch], Metrics]:
@@ -309,7 +312,8 @@ def share_rows(mesh: Mesh, rows: int) -> Sharing:
 def shard_batch(batch: Batch, mesh: Mesh) -> DeviceBatch:
     """Shards a global batch over the mesh, given this process's share of its rows."""
     placement = sharding.batch_sharding(mesh)
-    return jax.tree.map(lambda rows: jax.make_array_from_process_local_data(placement, rows), batch)
+    tokens = sharding.local_tokens(mesh, batch["inputs"].shape[1])
+    return jax.tree.map(lambda rows: jax.make_array_from_process_local_data(placement, rows[:, tokens]), batch)
 
 
 def summarize(evaluation: Evaluation, dataset: Dataset) -> dict[str, float]:

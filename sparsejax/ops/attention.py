@@ -13,7 +13,7 @@ from jaxtyping import Array, Float, Int
 
 from sparsejax import patterns
 from sparsejax.errors import InputError
-from sparsejax.ops import cudnn, dense, gather, segment, softmax, verification
+from sparsejax.ops import cudnn, dense, exchange, gather, segment, softmax, verification
 from sparsejax.ops.call import AttentionCall
 from sparsejax.ops.chunks import vary_alike
 from sparsejax.ops.derivatives import reject_forward_mode
@@ -105,6 +105,9 @@ def attend(
     Implementations in plain JAX can be differentiated in forward and reverse mode, to any order; kernels ("tpu", "gpu"
     and "cudnn") in reverse mode once.
 
+    If the sequence is sharded, "auto" and "gather" exchange the keys that the pattern lets a shard read, see
+    `sparsejax.ops.exchange`; the number of shards must divide the lengths.
+
     Args:
       q: Queries.
       k: Keys; `g` divides `h`.
@@ -160,6 +163,9 @@ def attend(
         alibi_slopes=slopes,
         q_offset=q_offset or 0,
     )
+    if exchange.applies(call, impl):
+        out, lse = exchange.run(call)
+        return (out.astype(dtype), lse) if return_lse else out.astype(dtype)
     chosen = _choose(impl, call)
     if chosen.verified_on is not None:
         problem = f"attend: {chosen.name!r} has no forward-mode differentiation; use impl='gather'"

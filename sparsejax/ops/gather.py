@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -33,6 +34,21 @@ MAX_GROUPS = 4  # each group of rows compiles a loop
 BLOCK = 8  # keys per chosen block from which on blocks are multiplied; below, tiles are masked
 
 Row = tuple[Int[Array, ""], Int[Array, " degree"]]  # a query tile and its key tiles, -1 where padded
+Groups = tuple[tuple[Int[Array, " rows"], Int[Array, "rows degree"]], ...]  # rows of similar degree
+
+
+class Lists(NamedTuple):
+    """The key tiles of each query tile, in positions of the arrays, and what they are in the sequence.
+
+    Attributes:
+      groups: Query tiles and their key tiles, -1 where padded. Query tiles past the last are computed and dropped.
+      queries: Number of each query tile in the sequence; None if it is its position.
+      keys: Number of each key tile in the sequence, -1 for one that does not exist; None if it is its position.
+    """
+
+    groups: Groups
+    queries: Int[Array, " rows"] | None = None
+    keys: Int[Array, " columns"] | None = None
 
 
 def unsupported_reason(call: AttentionCall) -> str | None:
@@ -56,13 +72,35 @@ def choose_tile(pattern: Pattern, b: int, t: int, s: int, h: int) -> int:
 
 def _run_pattern(call: AttentionCall, tile: int | None) -> tuple[Float[Array, "b t h value"], Float[Array, "b t h"]]:
     q, k, v = call.q, call.k, call.v
-    (b, t, h, _), (_, s, g, _) = q.shape, k.shape
+    (b, t, h, _), s = q.shape, k.shape[1]
     tile = min(tile or choose_tile(call.pattern, b, t, s, h), -(-max(t, s) // 8) * 8)
-    plan = _Plan(call.pattern, t, s, h, g, tile, call.scale, call.softcap, call.dtype, call.q_offset)
+    layout = call.pattern.layout(t, s, (tile, tile))
+    partial = np.unique(layout.rows[~layout.full])
+    always = call.segments is not None or call.pattern.repeats or s % tile
+    groups = group_rows(layout)
+    masked = [bool(always or (columns < 0).any() or np.isin(rows, partial).any()) for rows, columns in groups]
+    out, lse = attend_tiles(call, tile, Lists(tuple(groups)), tuple(masked), (t, s))
+    return out.reshape(b, -1, h, v.shape[-1])[:, :t].astype(q.dtype), lse.reshape(b, -1, h)[:, :t]
+
+
+def attend_tiles(
+    call: AttentionCall, tile: int, lists: Lists, masked: tuple[bool, ...], lengths: tuple[int, int]
+) -> tuple[Float[Array, "b rows tile h value"], Float[Array, "b rows tile h"]]:
+    """Output and log-sum-exp by query tile, in `call.dtype`.
+
+    Args:
+      call: Arguments of attention, whose queries and keys may be a part of those of the sequence, in tiles.
+      tile: Tokens per tile.
+      lists: The key tiles of each query tile; may be traced.
+      masked: Whether each group of the lists has pairs that are not allowed.
+      lengths: Number of queries and of keys that the pattern counts.
+    """
+    h, g = call.q.shape[2], call.k.shape[2]
+    plan = _Plan(call.pattern, *lengths, h, g, tile, call.scale, call.softcap, call.dtype, call.q_offset, masked)
     segments = None if call.segments is None else tuple(_split_tiles(x, tile) for x in call.segments)
     per_head = (None if x is None else x.astype(call.dtype) for x in (call.sink_logits, call.alibi_slopes))
-    out, lse = _attend_tiles(plan, *(_split_tiles(x, tile) for x in (q, k, v)), *per_head, segments)
-    return out.reshape(b, -1, h, v.shape[-1])[:, :t].astype(q.dtype), lse.reshape(b, -1, h)[:, :t]
+    tiles = (_split_tiles(x, tile) for x in (call.q, call.k, call.v))
+    return _attend_tiles(plan, *tiles, *per_head, segments, jax.tree.map(jnp.asarray, lists))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -79,16 +117,7 @@ class _Plan:
     softcap: float | None
     dtype: jnp.dtype
     q_offset: int
-
-    def groups(self, packed: bool) -> list[tuple[bool, tuple[np.ndarray, np.ndarray]]]:
-        """The groups of `group_rows`, each with whether it needs a mask; `packed`: the call has segments."""
-        layout = self.pattern.layout(self.t, self.s, (self.tile, self.tile))
-        partial = np.unique(layout.rows[~layout.full])
-        always = packed or self.pattern.repeats or self.s % self.tile
-        return [
-            (bool(always or (columns < 0).any() or np.isin(rows, partial).any()), (rows, columns))
-            for rows, columns in group_rows(layout)
-        ]
+    masked: tuple[bool, ...]
 
 
 def _attend_tiles_plain(
@@ -99,6 +128,7 @@ def _attend_tiles_plain(
     sink: Float[Array, " h"] | None,
     slopes: Float[Array, " h"] | None,
     segments: tuple[Int[Array, "b rows tile"], Int[Array, "b columns tile"]] | None,
+    lists: Lists,
 ) -> tuple[Float[Array, "b rows tile h value"], Float[Array, "b rows tile h"]]:
     """Output and log-sum-exp."""
 
@@ -106,13 +136,13 @@ def _attend_tiles_plain(
         query, columns = row
         q, k, v = (_take(plan, x, tiles) for x, tiles in ((q_tiles, query), (k_tiles, columns), (v_tiles, columns)))
         scores = softcap(_score(plan, q, k), plan.softcap)
-        out, lse = _average(plan, _apply_positions(plan, row, masked, slopes, segments, scores), v, sink)
+        out, lse = _average(plan, _apply_positions(plan, row, lists, masked, slopes, segments, scores), v, sink)
         return (_put(carry[0], query, out), _put(carry[1], query, lse)), None
 
     rows = q_tiles.shape[:-1]
     zeros = jnp.zeros((*rows, v_tiles.shape[-1]), plan.dtype), jnp.zeros(rows, plan.dtype)
     carry, _ = vary_alike((zeros, q_tiles))
-    for masked, group in plan.groups(segments is not None):
+    for masked, group in zip(plan.masked, lists.groups, strict=True):
         carry, _ = jax.lax.scan(functools.partial(attend_row, masked), carry, group)
     return carry
 
@@ -127,7 +157,7 @@ def _attend_tiles_backward(plan, residuals, cotangents):
 
     Rows of NaN have no gradient.
     """
-    q_tiles, k_tiles, v_tiles, sink, slopes, segments, out, lse = residuals
+    q_tiles, k_tiles, v_tiles, sink, slopes, segments, lists, out, lse = residuals
     bad, (d_out, d_lse) = jnp.isnan(lse), cotangents
     d_out, out = (jnp.where(bad[..., None], 0, x) for x in (d_out, out))
     lse = jnp.where(bad, jnp.inf, lse)  # p is 0
@@ -139,7 +169,7 @@ def _attend_tiles_backward(plan, residuals, cotangents):
         k, v = _take(plan, k_tiles, columns), _take(plan, v_tiles, columns)
         q, k = zero_nan(q), zero_nan(k)
         scores, softcap_vjp = jax.vjp(functools.partial(softcap, limit=plan.softcap), _score(plan, q, k))
-        scores = _apply_positions(plan, row, masked, slopes, segments, scores)
+        scores = _apply_positions(plan, row, lists, masked, slopes, segments, scores)
         p = jnp.exp(scores - jnp.where(row_lse > MASKED, row_lse, 0.0)[..., None])
         (ds,) = softcap_vjp(p * (jnp.einsum("bgqd,bgkd->bgqk", do, v) - row_delta[..., None]))
         ds = ds * plan.scale
@@ -149,10 +179,10 @@ def _attend_tiles_backward(plan, residuals, cotangents):
         return (dq, dk, dv), None
 
     carry, _ = vary_alike((tuple(jnp.zeros(x.shape, plan.dtype) for x in (q_tiles, k_tiles, v_tiles)), q_tiles))
-    for masked, group in plan.groups(segments is not None):
+    for masked, group in zip(plan.masked, lists.groups, strict=True):
         carry, _ = jax.lax.scan(functools.partial(differentiate_row, masked), carry, group)
     d_sink = None if sink is None else -(jnp.exp(sink - lse) * delta).sum(axis=(0, 1, 2))
-    return *(d.astype(x.dtype) for d, x in zip(carry, residuals, strict=False)), d_sink, None, None
+    return *(d.astype(x.dtype) for d, x in zip(carry, residuals, strict=False)), d_sink, None, None, None
 
 
 _attend_tiles = with_derivatives(_attend_tiles_forward, _attend_tiles_backward, _attend_tiles_plain)
@@ -170,6 +200,7 @@ def _score(plan: _Plan, q: Float[Array, "b g q d"], k: Float[Array, "b g k d"]) 
 def _apply_positions(
     plan: _Plan,
     row: Row,
+    lists: Lists,
     masked: bool,
     slopes: Float[Array, " h"] | None,
     segments: tuple[Int[Array, "b rows tile"], Int[Array, "b columns tile"]] | None,
@@ -181,8 +212,10 @@ def _apply_positions(
     query, columns = row
     share = plan.h // plan.g
     token = jnp.arange(plan.tile * share) // share
-    q_positions = query * plan.tile + token[:, None]
-    k_positions = (columns[:, None] * plan.tile + jnp.arange(plan.tile)).reshape(1, -1)
+    in_sequence = query if lists.queries is None else lists.queries.at[query].get(mode="clip")
+    q_positions = in_sequence * plan.tile + token[:, None]
+    in_sequence = columns if lists.keys is None else jnp.where(columns < 0, -1, lists.keys[columns])
+    k_positions = (in_sequence[:, None] * plan.tile + jnp.arange(plan.tile)).reshape(1, -1)
     if slopes is not None:
         slopes = jnp.tile(slopes.reshape(plan.g, share), plan.tile)[..., None]
         scores = add_alibi(scores, slopes, q_positions + plan.q_offset - k_positions)
@@ -251,7 +284,7 @@ def group_rows(layout: TileLayout) -> list[tuple[np.ndarray, np.ndarray]]:
     degrees = layout.degrees
     live = np.append(layout.columns, 0)  # one entry more, so that empty rows at the end can be indexed
     groups, low = [], -1
-    for high in _split_degrees(degrees):
+    for high in split_degrees(degrees):
         rows = np.flatnonzero((degrees > low) & (degrees <= high)).astype(np.int32)
         slots = np.arange(max(high, 1))
         index = np.minimum(layout.starts[rows][:, None] + slots, len(live) - 1)
@@ -260,7 +293,7 @@ def group_rows(layout: TileLayout) -> list[tuple[np.ndarray, np.ndarray]]:
     return groups
 
 
-def _split_degrees(degrees: np.ndarray) -> list[int]:
+def split_degrees(degrees: np.ndarray) -> list[int]:
     """Ascending upper ends of the degree intervals with the least padding: dynamic programming over the degrees."""
     values, counts = np.unique(degrees, return_counts=True)
     before = np.concatenate([[0], np.cumsum(counts)])

@@ -12,7 +12,7 @@ from jaxtyping import Array
 from rich.console import Console
 from rich.table import Table
 
-from sparsejax import patterns
+from sparsejax import patterns, sharding
 from sparsejax.account import account_teacher, count_bytes
 from sparsejax.data import Dataset
 from sparsejax.inference import generate
@@ -37,7 +37,7 @@ def print_plan(runtimes: Sequence[PhaseRuntime], evaluators: Sequence[Evaluator]
         *runtimes[0].dataset.describe(),
         f"model: {model.size:,} parameters, {len(model.config.names)} layers: {model.config.schedule}",
         *_describe_optimizer(runtimes[0]),
-        f"mesh: {' x '.join(f'{name} {n}' for name, n in mesh.shape.items())} on {mesh.devices.flat[0].device_kind}",
+        f"mesh: {sharding.describe(mesh)} on {mesh.devices.flat[0].device_kind}",
     ]
     for runtime in runtimes:
         phase, config, prefix = runtime.phase, runtime.config, ""

@@ -1,0 +1,202 @@
+"""Attention over a sharded sequence: shards exchange the keys that the pattern lets them read, and attend to those.
+
+What travels follows from the pattern, see `sparsejax.patterns.exchange`. Keys, values and segments of a hop travel
+together in one `ppermute`; broadcasts are sums over the shards, of which one is not zero. Gradients travel backwards
+along the same ways.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Shaped
+
+from sparsejax.errors import InputError
+from sparsejax.ops import gather
+from sparsejax.ops.call import AttentionCall, by_pattern
+from sparsejax.ops.sequence import AXIS, map_shards, shard_count, shard_index, shift
+from sparsejax.patterns.exchange import Exchange, plan_exchange
+
+NOWHERE = np.iinfo(np.int32).max // 2  # index of a tile whose result is dropped
+
+Tiles = Shaped[Array, "b tiles tile *rest"]
+
+
+def applies(call: AttentionCall, impl: str) -> bool:
+    """Whether the call is for a whole sequence that is sharded.
+
+    Raises:
+      InputError: The shards do not divide the sequence.
+    """
+    (t, s), shards = (call.q.shape[1], call.k.shape[1]), shard_count()
+    if shards == 1 or impl not in ("auto", "gather") or t != s or call.q_offset or call.selection is not None:
+        return False
+    if t % shards:
+        raise InputError("q", f"{t} tokens cannot be split evenly over the {shards} shards of the sequence")
+    return True
+
+
+def run(call: AttentionCall) -> tuple[Float[Array, "b t h value"], Float[Array, "b t h"]]:
+    """Output and log-sum-exp of a whole sequence; see `attend`."""
+    return by_pattern(call, _run_pattern)
+
+
+class Arrays(NamedTuple):
+    """The arrays of a shard, in tiles."""
+
+    q: Tiles
+    k: Tiles
+    v: Tiles
+    q_segments: Tiles | None
+    k_segments: Tiles | None
+
+    @property
+    def keys(self) -> tuple[Tiles, Tiles, Tiles | None]:
+        """Everything that travels with a key."""
+        return self.k, self.v, self.k_segments
+
+
+def _run_pattern(call: AttentionCall) -> tuple[Float[Array, "b t h value"], Float[Array, "b t h"]]:
+    b, t, h = call.q.shape[:3]
+    plan = plan_exchange(call.pattern, t, shard_count())
+    segments = (None, None) if call.segments is None else call.segments
+
+    def attend(arrays: tuple, per_head: tuple) -> tuple[Array, Array]:
+        tiles = Arrays(*(None if x is None else x.reshape(b, plan.rows, plan.tile, *x.shape[2:]) for x in arrays))
+        out, lse = _attend_shard(plan, call, tiles, *per_head)
+        return out.reshape(b, -1, *out.shape[3:]), lse.reshape(b, -1, h)
+
+    out, lse = map_shards(attend, (call.q, call.k, call.v, *segments), (call.sink_logits, call.alibi_slopes))
+    return out.astype(call.q.dtype), lse
+
+
+def _attend_shard(
+    plan: Exchange, call: AttentionCall, arrays: Arrays, sink: Array | None, slopes: Array | None
+) -> tuple[Float[Array, "b rows tile h value"], Float[Array, "b rows tile h"]]:
+    """Output and log-sum-exp of the queries of a shard."""
+    gathered = Arrays(*_swap(plan, (arrays.q,)), *_collect(plan, arrays.keys)[:2], None, None)
+    if arrays.q_segments is not None:
+        (q_segments,), k_segments = _swap(plan, (arrays.q_segments,)), _collect(plan, arrays.keys)[2]
+        gathered = gathered._replace(q_segments=q_segments, k_segments=k_segments)
+    lists = _group(plan.live(), plan.queries, plan.keys)
+    results = _attend(plan, call, gathered, lists, sink, slopes)
+    results = _swap(plan, results)
+    if len(plan.pinned_queries):
+        results = _merge_pinned(plan, call, arrays, sink, slopes, results)
+    return results
+
+
+def _attend(
+    plan: Exchange, call: AttentionCall, arrays: Arrays, lists: gather.Lists, sink: Array | None, slopes: Array | None
+) -> tuple[Array, Array]:
+    """Attention of the query tiles of a shard to the key tiles that it holds."""
+    q, k, v = (x.reshape(x.shape[0], -1, *x.shape[3:]) for x in arrays[:3])
+    segments = None
+    if arrays.q_segments is not None and arrays.k_segments is not None:
+        segments = tuple(x.reshape(x.shape[0], -1) for x in arrays[3:])
+    call = dataclasses.replace(call, q=q, k=k, v=v, segments=segments, sink_logits=sink, alibi_slopes=slopes)
+    length = plan.shards * plan.rows * plan.tile
+    return gather.attend_tiles(call, plan.tile, lists, (True,) * len(lists.groups), (length, length))
+
+
+def _group(live: list[list[np.ndarray]], queries: np.ndarray, keys: np.ndarray) -> gather.Lists:
+    """The lists of this shard, in groups of equal size on all shards.
+
+    Args:
+      live: Key tiles of each query tile, by shard, in positions of `keys`.
+      queries: Number of each query tile in the sequence, [n, rows].
+      keys: Number of each key tile in the sequence, [n, slots].
+    """
+    degrees = np.array([[len(columns) for columns in rows] for rows in live])
+    groups, low = [], -1
+    for high in gather.split_degrees(degrees.ravel()):
+        members = [np.flatnonzero((row > low) & (row <= high)) for row in degrees]
+        count = max(map(len, members))
+        rows = np.full((len(live), count), NOWHERE, np.int32)
+        columns = np.full((len(live), count, max(high, 1)), -1, np.int32)
+        for shard, indices in enumerate(members):
+            rows[shard, : len(indices)] = indices
+            for i, row in enumerate(indices):
+                columns[shard, i, : degrees[shard, row]] = live[shard][row]
+        groups.append((_of_shard(rows), _of_shard(columns)))
+        low = high
+    return gather.Lists(tuple(groups), _of_shard(queries), _of_shard(keys))
+
+
+def _of_shard(table: np.ndarray) -> Array:
+    """The entry of this shard in a table [n, ...]."""
+    return jnp.asarray(table)[shard_index()]
+
+
+def _swap(plan: Exchange, arrays: tuple[Tiles, ...]) -> tuple[Tiles, ...]:
+    """Exchanges the last query tiles with the mirrored shard; its own inverse."""
+    if not plan.swapped:
+        return arrays
+    kept = plan.rows - plan.swapped
+    mirror = [(c, plan.shards - 1 - c) for c in range(plan.shards)]
+    return tuple(jnp.concatenate([x[:, :kept], jax.lax.ppermute(x[:, kept:], AXIS, mirror)], axis=1) for x in arrays)
+
+
+def _collect(plan: Exchange, arrays: tuple[Tiles | None, ...]) -> tuple[Tiles | None, ...]:
+    """The key tiles that a shard reads, in the order of `Exchange.keys`."""
+    packed, unpack = _pack(arrays)
+    parts = []
+    for x in packed:
+        if plan.gathered:
+            parts.append(jax.lax.all_gather(x, AXIS, axis=1, tiled=True))
+            continue
+        slots = [x, _broadcast(plan, x, plan.pinned_keys)]
+        slots += [shift(x[:, _of_shard(np.maximum(sent, 0))], hop) for hop, sent in plan.hops.items()]
+        parts.append(jnp.concatenate(slots, axis=1))
+    return unpack(parts)
+
+
+def _pack(arrays: tuple[Tiles | None, ...]):
+    """Keys and values side by side, so that they travel together, and the function that separates them."""
+    k, v, segments = arrays
+    packed = [jnp.concatenate([k, v], axis=-1), *([] if segments is None else [segments])]
+
+    def unpack(parts: list[Tiles]) -> tuple[Tiles | None, ...]:
+        keys, values = jnp.split(parts[0], [k.shape[-1]], axis=-1)
+        return keys, values, None if segments is None else parts[1]
+
+    return packed, unpack
+
+
+def _broadcast(plan: Exchange, x: Tiles, tiles: np.ndarray) -> Tiles:
+    """Tiles of the sequence that one shard holds each, on all shards."""
+    if not len(tiles):
+        return x[:, :0]
+    held = jnp.asarray(tiles // plan.rows) == shard_index()
+    mine = x[:, jnp.asarray(tiles % plan.rows)]
+    return jax.lax.psum(jnp.where(held.reshape(-1, *[1] * (x.ndim - 2)), mine, 0), AXIS)
+
+
+def _merge_pinned(
+    plan: Exchange,
+    call: AttentionCall,
+    arrays: Arrays,
+    sink: Array | None,
+    slopes: Array | None,
+    results: tuple[Array, Array],
+) -> tuple[Array, Array]:
+    """Replaces the results of pinned query tiles: every shard attends to the keys that it holds, parts are merged."""
+    tiles, n, r = plan.pinned_queries, plan.shards, plan.rows
+    sink = None if sink is None else jnp.where(shard_index() == 0, sink, -jnp.inf)  # it counts once
+    q = _broadcast(plan, arrays.q, tiles)
+    segments = None if arrays.q_segments is None else _broadcast(plan, arrays.q_segments, tiles)
+    keys = np.arange(n * r, dtype=np.int32).reshape(n, r)
+    lists = _group(plan.live_pinned(), np.tile(tiles, (n, 1)), keys)
+    out, lse = _attend(plan, call, arrays._replace(q=q, q_segments=segments), lists, sink, slopes)
+    largest = jax.lax.pmax(jax.lax.stop_gradient(lse), AXIS)
+    largest = jnp.where(jnp.isfinite(largest), largest, 0.0)
+    weight = jnp.exp(lse - largest)
+    total = jax.lax.psum(weight, AXIS)
+    out = jax.lax.psum(out * weight[..., None], AXIS) / jnp.where(total == 0, 1.0, total)[..., None]
+    merged = out, jnp.where(total == 0, -jnp.inf, jnp.log(jnp.where(total == 0, 1.0, total)) + largest)
+    held = np.where(tiles // r == np.arange(n)[:, None], tiles % r, NOWHERE)
+    return tuple(x.at[:, _of_shard(held)].set(y, mode="drop") for x, y in zip(results, merged, strict=True))
