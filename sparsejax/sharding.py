@@ -145,6 +145,11 @@ def batch_shards(mesh: Mesh) -> int:
     return math.prod(mesh.shape[axis] for axis in BATCH_AXES)
 
 
+def sequence_shards(mesh: Mesh) -> int:
+    """Number of shards of a row."""
+    return mesh.shape[AXIS]
+
+
 def local_rows(mesh: Mesh, rows: int) -> tuple[int, int]:
     """Index and number of the equal ranges of a batch's `rows` of which this process reads one."""
     return _local_range(mesh, BATCH_AXES, rows)

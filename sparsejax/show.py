@@ -15,7 +15,7 @@ from sparsejax import complexity, patterns
 from sparsejax.account import Account, account_model, account_teacher
 from sparsejax.config import Config, ModelConfig
 from sparsejax.data import load_dataset, preview
-from sparsejax.errors import InputError
+from sparsejax.errors import InputError, argument_path
 from sparsejax.layers import LayerConfig
 from sparsejax.patterns.drawing import wrap_title
 
@@ -60,6 +60,43 @@ def show(model: ModelConfig, length: int, console: Console) -> None:
         describe_receptive_field(model.connectivity, length),
         *(f"warning: {warning}" for warning in patterns.lint_schedule(model.connectivity, length)),
     )
+
+
+def show_exchange(model: ModelConfig, length: int, shards: int, console: Console) -> None:
+    """Prints what the shards of a sequence exchange in each layer, and how many bytes.
+
+    Args:
+      model: The model.
+      length: Tokens per sequence.
+      shards: Number of shards.
+      console: Where to print.
+
+    Raises:
+      InputError: The sequence cannot be sharded.
+    """
+    if length % shards:
+        raise InputError("length", f"{length} tokens cannot be split evenly over sharding.sequence = {shards} devices")
+    with argument_path("model"):
+        model.check_sharded(length, shards)
+    from sparsejax.traffic import count_traffic
+
+    traffic = count_traffic(model, length, shards)
+    collectives = sorted({name for layer in traffic for name in layer.received})
+    rows = [
+        (
+            str(number),
+            name,
+            layer.kind,
+            *(f"{layer.received.get(kind, 0):,.0f}" for kind in collectives),
+            f"{layer.total:,.0f}",
+        )
+        for number, (name, layer) in enumerate(zip(model.names, traffic, strict=True))
+    ]
+    sums = [sum(layer.received.get(kind, 0) for layer in traffic) for kind in collectives]
+    rows.append(("", "total", "", *(f"{number:,.0f}" for number in (*sums, sum(sums)))))
+    _print(console, f"exchange of {shards} shards of {length // shards:,} tokens")
+    _print_table(console, ("layer", "name", "exchange", *collectives, "bytes"), rows, texts=3, keys=2, total=True)
+    _print(console, "bytes: received by a device per row and training step, forward and backward")
 
 
 def show_teacher(phases: Sequence[Phase], console: Console) -> None:

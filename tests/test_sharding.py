@@ -44,7 +44,7 @@ def test_eight_devices_hold_a_part_each():
 
 
 def test_axes_that_do_not_divide_are_replicated():
-    mesh = AbstractMesh((1, 2, 4), sharding.MESH_AXES)
+    mesh = AbstractMesh((1, 2, 1, 4), sharding.MESH_AXES)
     shapes = {"w": jax.ShapeDtypeStruct((6, 8), "float32"), "odd": jax.ShapeDtypeStruct((7, 6), "float32")}
     axes = {"w": ("width", "ff"), "odd": ("width", "heads")}
     shardings = sharding.parameter_shardings(mesh, shapes, axes)
@@ -53,6 +53,6 @@ def test_axes_that_do_not_divide_are_replicated():
 
 
 def test_the_mesh_is_made_of_all_devices():
-    assert dict(sharding.make_mesh(ShardingConfig(-1, 1, 1)).shape) == {"data": 1, "fsdp": 1, "tensor": 1}
+    assert dict(sharding.make_mesh(ShardingConfig(-1, 1, 1)).shape) == {"data": 1, "fsdp": 1, "sequence": 1, "tensor": 1}
     with rejects(ConfigError, "sharding"):
         sharding.make_mesh(ShardingConfig(2, 1, 1))

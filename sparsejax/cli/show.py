@@ -59,7 +59,10 @@ def run(options: argparse.Namespace, console: Console) -> None:
 
         settings = configs.load(options.config, options.overrides["config"])
         config = configs.check(settings)
-        show.show(config.model, config.data.length if options.length is None else options.length, console)
+        length = config.data.length if options.length is None else options.length
+        show.show(config.model, length, console)
+        if config.sharding.sequence > 1:
+            show.show_exchange(config.model, length, config.sharding.sequence, console)
         if config.train.teacher is not None:
             from sparsejax.runs.phases import plan_phases  # imports Orbax
 

@@ -199,6 +199,18 @@ class ModelConfig:
             with argument_path(f"shared.{name}"):
                 block.check(length)
 
+    def check_sharded(self, length: int, shards: int) -> None:
+        """Checks that sequences of `length` tokens can be sharded.
+
+        Raises:
+          InputError: names the key of a mixer that cannot.
+        """
+        mixers = {f"layers.{name}.mixer": layer.mixer for name, layer in self.layers.items()}
+        mixers |= {f"shared.{name}.mixer": block.mixer for name, block in self.shared.items()}
+        for key, mixer in mixers.items():
+            if shards > 1 and mixer is not None and not mixer.exchange(length, shards):
+                raise InputError(key, f"{mixer.summary} cannot be sharded over a sequence; set sharding.sequence = 1")
+
     @property
     def streams(self) -> int:
         """Number of residual streams of `width` features, which are side by side."""

@@ -17,7 +17,7 @@ from sparsejax.layers.caching import chunk_positions, extend_keys, write_slots
 from sparsejax.layers.context import EMPTY, Context, Tokens
 from sparsejax.layers.indexer import Scorer
 from sparsejax.layers.norm import Norm, NormConfig, standardize
-from sparsejax.layers.protocols import Auxiliary, Cache, Mixer, MixerConfig, implementation_names
+from sparsejax.layers.protocols import COMPILED, Auxiliary, Cache, Mixer, MixerConfig, implementation_names
 from sparsejax.layers.rotary import RopeConfig, rotate
 from sparsejax.layers.stream import Cost, Linear, Stream, attention_cost, output_scale, parameter
 from sparsejax.ops import (
@@ -149,6 +149,10 @@ class CompressedConfig(MixerConfig):
     def is_measured(self) -> bool:
         """Whether there is an indexer."""
         return self.indexer is not None
+
+    def exchange(self, length: int, shards: int) -> str:
+        """Keys that the data choose."""
+        return COMPILED
 
     def check(self, length: int) -> None:
         """Raises InputError if a loss has no use over `length` tokens."""

@@ -82,6 +82,10 @@ class ConvConfig(MixerConfig):
         """The positions under the taps."""
         return patterns.parse(f"causal & window({self.conv - 1})")
 
+    def exchange(self, length: int, shards: int) -> str:
+        """The last inputs of the convolution."""
+        return "halo"
+
 
 class Conv(Mixer):
     """out(C · conv(B · x)), where B, C and x are linear in the stream (LFM2, arXiv:2511.23404)."""

@@ -62,6 +62,10 @@ class DeltaConfig(MixerConfig):
         """Kind and sizes, in a few words."""
         return f"delta {self.heads} x {self.key_width} x {self.value_width}"
 
+    def exchange(self, length: int, shards: int) -> str:
+        """The state, and the last inputs of the convolutions."""
+        return "state + halo"
+
 
 class Delta(Mixer):
     """out(gate · norm(delta_rule(unit(q), unit(k), v))), where q, k and v are silu(conv(linear(x)))."""

@@ -81,6 +81,10 @@ class LayerConfig:
         """The positions that a position can read from, apart from those of a shared block."""
         return patterns.Window(0) if self.mixer is None else self.mixer.connectivity
 
+    def exchange(self, length: int, shards: int) -> str:
+        """What shards of a sequence exchange, apart from a shared block: see `MixerConfig.exchange`."""
+        return "none" if self.mixer is None else self.mixer.exchange(length, shards)
+
     def check_hyper(self) -> None:
         """Raises InputError if an option cannot be combined with hyper-connections, which replace the residual."""
         for name, value, plain in (

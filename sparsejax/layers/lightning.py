@@ -37,6 +37,10 @@ class LightningConfig(MixerConfig):
         """Kind and sizes, in a few words."""
         return f"lightning attention {self.heads} x {self.head_width}"
 
+    def exchange(self, length: int, shards: int) -> str:
+        """The state."""
+        return "state"
+
 
 class Lightning(Mixer):
     """sigmoid(gate(x)) · norm(o), o[t] = sum over s <= t of exp(-rate (t - s)) (q[t] · k[s]) v[s].

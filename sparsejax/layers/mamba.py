@@ -44,6 +44,10 @@ class MambaConfig(MixerConfig):
         """Kind and sizes, in a few words."""
         return f"mamba {self.inner} x {self.state}"
 
+    def exchange(self, length: int, shards: int) -> str:
+        """The state, and the last inputs of the convolution."""
+        return "state + halo"
+
 
 class Mamba(Mixer):
     """out(silu(gate(x)) · scan(silu(conv(input(x))))). The cache is a state of constant size."""

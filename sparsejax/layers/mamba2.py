@@ -68,6 +68,10 @@ class Mamba2Config(MixerConfig):
         """Kind and sizes, in a few words."""
         return f"mamba2 {self.heads} x {self.head_width} x {self.state}"
 
+    def exchange(self, length: int, shards: int) -> str:
+        """The state, and the last inputs of the convolutions."""
+        return "state + halo"
+
 
 class Mamba2(Mixer):
     """out(norm(ssd(silu(conv(x)), B, C) · silu(gate)))."""

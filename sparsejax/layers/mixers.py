@@ -78,6 +78,11 @@ class ParallelConfig(MixerConfig):
         """The indexers of the branches."""
         return tuple(indexer for branch in self.branches.values() for indexer in branch.mixer.indexers)
 
+    def exchange(self, length: int, shards: int) -> str:
+        """What the branches exchange; empty if one of them cannot be sharded."""
+        kinds = [branch.mixer.exchange(length, shards) for branch in self.branches.values()]
+        return "; ".join(dict.fromkeys(kinds)) if all(kinds) else ""
+
     @property
     def is_measured(self) -> bool:
         """Whether a branch is measured."""

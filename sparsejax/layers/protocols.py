@@ -22,8 +22,10 @@ from sparsejax.layers.context import EMPTY, Context
 from sparsejax.layers.stream import Cost, Stream, decays
 from sparsejax.ops import IMPLEMENTATIONS, AttentionCall, Selection
 from sparsejax.ops.call import SelectedCall
+from sparsejax.patterns.exchange import plan_exchange
 
 Cache = dict[str, Any]  # arrays [b, ...] by name, or caches by name
+COMPILED = "selection, by the compiler"  # exchange of keys that the data choose, which no plan describes
 INDEX_CACHES = ("index", "indexer", "sums", "buckets")  # parts of caches that only the choice of keys reads
 
 
@@ -114,6 +116,13 @@ class MixerConfig:
         changes nothing.
         """
         return parameters
+
+    def exchange(self, length: int, shards: int) -> str:
+        """What shards of a sequence of `length` tokens exchange, in a few words such as "halo".
+
+        Empty, as by default, if the sequence cannot be sharded.
+        """
+        return ""
 
     def check(self, length: int) -> None:
         """Raises InputError, with the path of the argument, if the mixer cannot run on `length` tokens."""
@@ -241,6 +250,12 @@ def parse_pattern(text: str | patterns.Pattern, heads: int, length: int | None =
     if pattern.heads not in (None, heads):
         raise InputError("pattern", f"{str(text)!r} describes {pattern.heads} heads, but heads = {heads}")
     return pattern
+
+
+def describe_exchange(pattern: patterns.Pattern, length: int, shards: int) -> str:
+    """What shards exchange under the patterns of all heads."""
+    kinds = (plan_exchange(head, length, shards).kind for head in dict.fromkeys(pattern.by_head()))
+    return "; ".join(dict.fromkeys(kinds))
 
 
 def implementation_names() -> tuple[str, ...]:

@@ -50,6 +50,10 @@ class RgLruConfig(MixerConfig):
         """Kind and sizes, in a few words."""
         return f"rglru {self.inner}"
 
+    def exchange(self, length: int, shards: int) -> str:
+        """The state, and the last inputs of the convolution."""
+        return "state + halo"
+
 
 class BlockLinear(nnx.Module):
     """y = x w + b in float32, where w is block-diagonal with `blocks` blocks."""

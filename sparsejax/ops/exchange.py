@@ -83,8 +83,8 @@ def _attend_shard(
         (q_segments,), k_segments = _swap(plan, (arrays.q_segments,)), _collect(plan, arrays.keys)[2]
         gathered = gathered._replace(q_segments=q_segments, k_segments=k_segments)
     lists = _group(plan.live(), plan.queries, plan.keys)
-    results = _attend(plan, call, gathered, lists, sink, slopes)
-    results = _swap(plan, results)
+    out, lse = _attend(plan, call, gathered, lists, sink, slopes)
+    results = _swap(plan, (out, lse)) if call.return_lse else (*_swap(plan, (out,)), lse)  # an unused one stays
     if len(plan.pinned_queries):
         results = _merge_pinned(plan, call, arrays, sink, slopes, results)
     return results

@@ -1,0 +1,115 @@
+"""The bytes that the shards of a sequence exchange in a training step: counted in the traced program, never measured.
+
+Ops exchange keys and states by explicit collectives over the axis `sequence`, see `sparsejax.ops.sequence`. A layer is
+traced on an abstract mesh, forward and backward, and each of these collectives counts with the bytes that a device
+receives.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections import Counter
+from collections.abc import Iterator
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import AbstractMesh, AxisType
+from jaxtyping import Array
+
+from sparsejax.config import ModelConfig
+from sparsejax.layers import Context, Tokens
+from sparsejax.model import Functional
+from sparsejax.ops.sequence import AXIS
+
+# Bytes that one of n devices receives, relative to the bytes of its operand; rings of n - 1 steps.
+RECEIVED = {
+    "ppermute": lambda n: 1.0,
+    "all_gather": lambda n: n - 1.0,
+    "reduce_scatter": lambda n: (n - 1) / n,
+    "psum": lambda n: 2 * (n - 1) / n,
+    "pmax": lambda n: 2 * (n - 1) / n,
+    "all_to_all": lambda n: (n - 1) / n,
+}
+# Name of each collective in a compiled program.
+HLO = {
+    "ppermute": "collective-permute",
+    "all_gather": "all-gather",
+    "reduce_scatter": "reduce-scatter",
+    "psum": "all-reduce",
+    "pmax": "all-reduce",
+    "all_to_all": "all-to-all",
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Traffic:
+    """What a layer exchanges.
+
+    Attributes:
+      kind: What travels, such as "halo"; see `MixerConfig.exchange`.
+      received: Bytes that a device receives per row and training step, by collective.
+    """
+
+    kind: str
+    received: dict[str, float]
+
+    @property
+    def total(self) -> float:
+        """Bytes of all collectives."""
+        return sum(self.received.values())
+
+
+def count_traffic(config: ModelConfig, length: int, shards: int, packed: bool = False) -> list[Traffic]:
+    """Returns the traffic of each layer in order.
+
+    Args:
+      config: The model.
+      length: Tokens per row, which `shards` divides.
+      shards: Number of devices that share a row.
+      packed: Whether rows hold several documents.
+    """
+    by_name = {name: _count_layer(config, name, length, shards, packed) for name in dict.fromkeys(config.names)}
+    return [by_name[name] for name in config.names]
+
+
+def _count_layer(config: ModelConfig, name: str, length: int, shards: int, packed: bool) -> Traffic:
+    """The traffic of a model of this layer alone; embedding and head exchange nothing."""
+    alone = dataclasses.replace(config, schedule=name, scan=False)
+    model = Functional(alone)
+    ids = jax.ShapeDtypeStruct((1, length), jnp.int32)
+
+    def total(parameters: dict[str, Any], tokens: Array, segments: Array) -> Array:
+        context = Context(Tokens(segments=segments if packed else None))
+        return model.bind(parameters).forward(tokens, context).features.astype(jnp.float32).sum()
+
+    mesh = AbstractMesh((shards,), (AXIS,), axis_types=(AxisType.Auto,))
+    with jax.sharding.use_abstract_mesh(mesh):
+        traced = jax.make_jaxpr(jax.grad(total))(model.shapes, ids, ids)
+    received: Counter[str] = Counter()
+    for primitive, operand in _list_collectives(traced.jaxpr):
+        received[HLO[primitive]] += operand * RECEIVED[primitive](shards)
+    return Traffic(config.layers[name].exchange(length, shards), dict(received))
+
+
+def _list_collectives(jaxpr: Any, times: int = 1) -> Iterator[tuple[str, float]]:
+    """The collectives over the sequence in a program, and the bytes of their operands."""
+    for equation in jaxpr.eqns:
+        name = equation.primitive.name.removesuffix("_invariant")
+        if name in RECEIVED and AXIS in _axes(equation.params):
+            for operand in equation.invars:
+                yield name, times * math.prod(operand.aval.shape) * operand.aval.dtype.itemsize
+        repeats = equation.params["length"] if equation.primitive.name == "scan" else 1
+        for inner in jax.tree.leaves(list(equation.params.values()), is_leaf=_is_program):
+            if _is_program(inner):
+                yield from _list_collectives(getattr(inner, "jaxpr", inner), times * repeats)
+
+
+def _axes(parameters: dict[str, Any]) -> tuple[str, ...]:
+    axes = parameters.get("axes", parameters.get("axis_name", ()))
+    return (axes,) if isinstance(axes, str) else tuple(axes)
+
+
+def _is_program(value: Any) -> bool:
+    return hasattr(value, "eqns") or hasattr(value, "jaxpr")

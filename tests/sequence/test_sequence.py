@@ -1,0 +1,116 @@
+"""A sequence on several shards gives the results of one device."""
+
+import json
+import os
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+
+FLAGS = "--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0"
+FLOAT64, FLOAT32 = 1e-10, 2e-5
+
+ATTENTION = [  # pattern, length, shards, packed
+    ("causal & window(31)", 256, 8, False),
+    ("causal & window(100)", 256, 8, True),  # longer than three shards
+    ("window(20, 13)", 384, 4, False),
+    ("causal", 256, 8, False),
+    ("causal", 192, 2, True),
+    ("full", 128, 4, True),
+    ("causal & (window(31) | sink(4))", 512, 8, True),
+    ("window(16, 16) | globals([0, 700])", 1024, 8, True),
+    ("causal & (window(31) | random(2, tile=16, seed=0))", 512, 8, False),
+    ("causal & strided(16)", 256, 4, False),
+    ("dilated(8, 8, 3)", 384, 4, False),
+    ("causal & window(8)", 296, 4, True),  # 74 tokens per shard
+    ("causal & window(8)", 1018, 2, False),  # a prime number per shard
+    ("per_head(causal, causal & window(7), full, window(3, 3))", 192, 2, True),
+    ("causal & chunk(64)", 512, 8, False),
+    ("causal & chunk(48)", 256, 8, False),  # chunks that cross shards
+    ("causal & window(5)", 24, 8, False),  # three tokens per shard
+]
+MODELS = [  # config, length, shards, packed
+    ("preset:window", 128, 4, True),
+    ("preset:quickstart", 128, 4, True),
+    ("preset:longformer_base:tiny", 128, 4, False),
+    ("preset:minimax_text_01:tiny", 128, 2, True),
+]
+
+
+def compute(test, cases):
+    """The results of a test of the program for each case."""
+    environment = os.environ | {"XLA_FLAGS": FLAGS, "JAX_PLATFORMS": "cpu"}
+    command = [sys.executable, "-m", "tests.sequence.program", test]
+    done = subprocess.run(command, input=json.dumps(cases), capture_output=True, text=True, env=environment)
+    assert done.returncode == 0, done.stderr
+    return [json.loads(line) for line in done.stdout.splitlines()]
+
+
+def test_attention_has_the_values_and_gradients_of_one_device():
+    names = "pattern", "length", "shards", "packed"
+    cases = [dict(zip(names, case, strict=True)) for case in ATTENTION]
+    for case, result in zip(cases, compute("attention", cases), strict=True):
+        assert result["difference"] < FLOAT64, case
+
+
+def test_float32_differs_by_rounding():
+    cases = [
+        {"pattern": pattern, "length": 256, "shards": 4, "dtype": "float32", "options": [["softcap", 20.0]]}
+        for pattern in ("causal & window(31)", "causal")
+    ]
+    for case, result in zip(cases, compute("attention", cases), strict=True):
+        assert result["difference"] < FLOAT32, case
+
+
+@pytest.mark.parametrize("case", MODELS, ids=lambda case: case[0])
+def test_a_training_step_has_the_loss_and_gradient_of_one_device(case):
+    names = "config", "length", "shards", "packed"
+    (result,) = compute("model", [dict(zip(names, case, strict=True), dropout=0.1)])
+    assert result["loss"] < FLOAT64
+    assert result["gradient"] < FLOAT64
+
+
+def test_a_window_sends_its_halo_and_gathers_nothing():
+    cases = [
+        {"config": "preset:window", "length": 512, "shards": 4},
+        {"config": "preset:dense", "length": 512, "shards": 4},
+        {"config": "preset:gemma3:tiny", "length": 512, "shards": 8},
+    ]
+    window, dense, mixed = compute("traffic", cases)
+    assert "collective-permute" in window["hlo"]
+    assert "all-gather" not in window["hlo"]
+    for result in (window, dense, mixed):
+        for kind, size in result["account"].items():
+            assert result["hlo"][kind] == pytest.approx(size, rel=0.02), kind
+
+
+def test_the_memory_of_a_window_does_not_depend_on_the_number_of_shards():
+    cases = [{"config": "preset:window", "tokens": 256, "shards": shards} for shards in (2, 4, 8)]
+    sizes = [result["bytes"] for result in compute("memory", cases)]
+    assert max(sizes) < 1.05 * min(sizes)
+
+
+@pytest.mark.nightly
+def test_random_patterns():
+    draw = np.random.default_rng(0)
+    parts = [
+        "window({a})",
+        "window({a}, {b})",
+        "sink({s})",
+        "strided({s})",
+        "random(2, tile=8, seed={b})",
+        "chunk({a})",
+    ]
+    parts += ["globals([0, {b}])", "dilated({s}, {s}, 2)", "causal"]
+    cases = []
+    for _ in range(200):
+        a, b, s = draw.integers(1, 90), draw.integers(1, 60), draw.integers(2, 20)
+        texts = [part.format(a=a, b=b, s=s) for part in draw.choice(parts, draw.integers(1, 4), replace=False)]
+        pattern = " | ".join(texts)
+        pattern = f"causal & ({pattern})" if draw.random() < 0.7 else pattern
+        shards = int(draw.choice([2, 4, 8]))
+        length = shards * int(draw.integers(8, 100))
+        cases.append({"pattern": pattern, "length": length, "shards": shards, "packed": bool(draw.random() < 0.5)})
+    for case, result in zip(cases, compute("attention", cases), strict=True):
+        assert result["difference"] < FLOAT64, case
