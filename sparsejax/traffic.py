@@ -15,6 +15,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.interpreters.partial_eval import dce_jaxpr
 from jax.sharding import AbstractMesh, AxisType
 from jaxtyping import Array
 
@@ -87,8 +88,9 @@ def _count_layer(config: ModelConfig, name: str, length: int, shards: int, packe
     mesh = AbstractMesh((shards,), (AXIS,), axis_types=(AxisType.Auto,))
     with jax.sharding.use_abstract_mesh(mesh):
         traced = jax.make_jaxpr(jax.grad(total))(model.shapes, ids, ids)
+    used, _ = dce_jaxpr(traced.jaxpr, [True] * len(traced.jaxpr.outvars))
     received: Counter[str] = Counter()
-    for primitive, operand in _list_collectives(traced.jaxpr):
+    for primitive, operand in _list_collectives(used):
         received[HLO[primitive]] += operand * RECEIVED[primitive](shards)
     return Traffic(config.layers[name].exchange(length, shards), dict(received))
 

@@ -1,8 +1,9 @@
-"""Writes texts with needles and questions about all of them, each as long as a row.
+"""Writes texts with needles and questions about them, each shorter than a row.
 
     python experiments/dense_to_windows/needles.py corpora/sympy --out=corpora/needles
 
-A needle is a sentence of `sparsejax analyze MODEL needle`, and a question is the same sentence again, at the end.
+A needle is a sentence of `sparsejax analyze MODEL needle`, and a question is the same sentence again. The shorter the
+text, the more questions.
 """
 
 import argparse
@@ -12,22 +13,24 @@ from pathlib import Path
 
 from sparsejax.analysis.prompts import KEYS, SENTENCE, VALUES
 
-LENGTH = 511  # bytes; a separator follows
-NEEDLES = range(1, 7)
+LENGTH = 560  # bytes, which are fewer tokens than a row has
+NEEDLES = range(2, 7)
 COUNTS = {"train": 30_000, "validation": 500}
 
 
 def build(text, draw):
-    """A text with needles at random places, then the same sentences in another order."""
+    """A text with needles at random places, then questions about them until the row is full."""
     keys = draw.sample(KEYS, draw.choice(NEEDLES))
     sentences = [SENTENCE.format(key=key, value=draw.choice(VALUES)) for key in keys]
-    size = LENGTH - 2 * sum(map(len, sentences))
+    size = draw.randrange(LENGTH - 2 * sum(map(len, sentences)))
     start = draw.randrange(len(text) - size)
     hay = text[start : start + size]
     depths = sorted(draw.randrange(size + 1) for _ in sentences)
     parts = [hay[a:b] for a, b in zip([0, *depths], [*depths, size], strict=True)]
-    context = "".join(part + sentence for part, sentence in zip(parts, [*sentences, ""], strict=True))
-    return context + "".join(draw.sample(sentences, len(sentences)))
+    row = "".join(part + sentence for part, sentence in zip(parts, [*sentences, ""], strict=True))
+    while len(row) + len(max(sentences, key=len)) <= LENGTH:
+        row += draw.choice(sentences)
+    return row
 
 
 def main():

@@ -9,7 +9,7 @@ from sparsejax import config as configs
 from sparsejax.sweep import seeds
 
 RUNS = Path("runs/dense_to_windows")
-FIXED = {"dense": "6x(full)", "windows": "6x(local)", "interleaved": "2x(2x(local) full)"}
+FIXED = {"dense": "conv 6x(full)", "windows": "conv 6x(local)", "interleaved": "conv 2x(2x(local) full)"}
 SEARCHED = {"searched": "layers", "heads": "heads"}  # folder of the search by label
 STAGES = {
     "before": {"train.steps": 1, "optimizer.learning_rate": 0.0, "optimizer.warmup": 0},  # no parameter changes
@@ -29,8 +29,8 @@ def find(label, seed):
     model = configs.load(str(best(label, seed))).model
     overrides = {"model.schedule": model.schedule}
     for name, layer in model.layers.items():
-        overrides |= {f"model.layers.{name}": "full"} if name not in ("full", "local") else {}
-        overrides[f"model.layers.{name}.mixer.pattern"] = layer.mixer.pattern
+        overrides |= {f"model.layers.{name}": "full"} if name not in ("full", "local", "conv") else {}
+        overrides |= {f"model.layers.{name}.mixer.pattern": layer.mixer.pattern} if name != "conv" else {}
     return overrides
 
 

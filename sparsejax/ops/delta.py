@@ -28,6 +28,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, Shaped
 
 from sparsejax.ops.chunks import CHUNK, require_shapes, scan_chunks
+from sparsejax.ops.sequence import carry_state, divides, map_shards
 from sparsejax.ops.ssd import decay_matrix
 
 # For all that enters the state, in which rounding errors would accumulate.
@@ -73,6 +74,9 @@ def delta_rule(
     dtype = jnp.promote_types(v.dtype, jnp.float32)
     state = jnp.zeros((b, h, n, p), dtype) if state is None else state.astype(dtype)
     inputs = [a.astype(dtype) for a in (q, k, v, log_decay, beta)]
+    if divides(t):
+        y, states = map_shards(functools.partial(_scan_shard, chunk), (*inputs, starts), state, outputs=(1, 0))
+        return y.astype(v.dtype), states[-len(v) :]
     starts = jnp.zeros((b, t), bool) if starts is None else starts
 
     def fold(x: Shaped[Array, "b t heads *width"]) -> Shaped[Array, "bg t r *width"]:
@@ -85,6 +89,25 @@ def delta_rule(
     state, y = scan_chunks(_run_chunk, state.reshape(b * g, h // g, n, p), folded, chunk)
     y = jnp.moveaxis(y.reshape(b, g, t, h // g, p), 1, 2).reshape(v.shape)
     return y.astype(v.dtype), state.reshape(b, h, n, p)
+
+
+def _scan_shard(
+    chunk: int, inputs: tuple[Array, Array, Array, Array, Array, Array | None], state: Float[Array, "b h n p"]
+) -> tuple[Float[Array, "b t h p"], Float[Array, "b h n p"]]:
+    """The output of a shard, and the state after it.
+
+    A shard multiplies the state by a matrix [n, n], which is the state that the identity becomes without values: n
+    columns more of a first pass.
+    """
+    q, k, v, log_decay, beta, starts = inputs
+    n = k.shape[3]
+    columns = jnp.concatenate([v, jnp.zeros((*v.shape[:3], n), state.dtype)], axis=-1)
+    identity = jnp.broadcast_to(jnp.eye(n, dtype=state.dtype), (*state.shape[:2], n, n))
+    start = jnp.concatenate([jnp.zeros_like(state), identity], axis=-1)
+    _, end = delta_rule(jax.lax.stop_gradient(q), k, columns, log_decay, beta, start, starts, chunk)
+    added, matrix = jnp.split(end, [v.shape[3]], axis=-1)
+    before, after = carry_state(matrix, added, state, functools.partial(_exact_einsum, "bhij,bhjk->bhik"))
+    return delta_rule(q, k, v, log_decay, beta, before, starts, chunk)[0], after
 
 
 def _run_chunk(

@@ -10,12 +10,15 @@ recomputed.
 
 from __future__ import annotations
 
+import functools
+
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
 from sparsejax.ops.chunks import CHUNK, require_shapes, scan_chunks, vary_alike
 from sparsejax.ops.derivatives import with_derivatives
+from sparsejax.ops.sequence import carry_state, divides, map_shards
 
 
 def linear_scan(
@@ -42,8 +45,25 @@ def linear_scan(
     decay = jnp.exp(log_decay.astype(dtype))
     decay = decay if starts is None else jnp.where(starts[..., None], 0, decay)
     state = jnp.zeros(x[:, 0].shape, dtype) if state is None else state.astype(dtype)
+    if divides(x.shape[1]):
+        logs = jnp.where(jnp.isneginf(log_decay), 0, log_decay).astype(dtype)
+        inputs = x.astype(dtype), decay, logs
+        y, states = map_shards(functools.partial(_scan_shard, chunk), inputs, state, outputs=(1, 0))
+        return y.astype(x.dtype), states[-len(x) :]
     y = _scan(chunk, *vary_alike((x.astype(dtype), decay, state)))
     return y.astype(x.dtype), y[:, -1]
+
+
+def _scan_shard(
+    chunk: int, inputs: tuple[Array, Array, Array], state: Float[Array, "b d"]
+) -> tuple[Float[Array, "b t d"], Float[Array, "b d"]]:
+    """All states of a shard, and the last: those from zeros, and what is left of the state before."""
+    x, decay, logs = inputs
+    y = _scan(chunk, x, decay, jnp.zeros_like(state))
+    erased = jnp.cumsum(decay == 0, axis=1) > 0
+    left = jnp.where(erased, 0, jnp.exp(jnp.cumsum(logs, axis=1)))
+    before, after = carry_state(left[:, -1], y[:, -1], state)
+    return y + left * before[:, None], after
 
 
 def _scan_plain(

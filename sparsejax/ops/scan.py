@@ -18,6 +18,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
 from sparsejax.ops.chunks import CHUNK, broadcast_axis, require_shapes, scan_chunks, vary_alike
+from sparsejax.ops.sequence import carry_state, divides, map_shards
 
 # Several times faster on CPU than broadcasts and sums; see `broadcast_axis`.
 _einsum = functools.partial(jnp.einsum, precision=jax.lax.Precision.HIGHEST)
@@ -54,17 +55,33 @@ def selective_scan(
     b, _, d = x.shape
     dtype = jnp.promote_types(x.dtype, jnp.float32)
     state = jnp.zeros((b, d, A.shape[1]), dtype) if state is None else state.astype(dtype)
-    A, state, x = vary_alike((A, state, x))
+    inputs = (*(a.astype(dtype) for a in (x, dt, B, C)), starts)
+    if divides(x.shape[1]):
+        arguments = inputs, (A.astype(dtype), state)
+        y, states = map_shards(functools.partial(_scan_shard, chunk), *arguments, outputs=(1, 0))
+        return y.astype(x.dtype), states[-b:]
+    A, state, inputs = vary_alike((A, state, inputs))
     advance = jax.checkpoint(functools.partial(_advance, A.astype(dtype).T), prevent_cse=False)
 
     def run_chunk(state: Float[Array, "b n d"], inputs: tuple[Array | None, ...]) -> tuple[Array, Array]:
         state, y = jax.lax.scan(advance, state, jax.tree.map(lambda a: a.swapaxes(0, 1), inputs))
         return state, y.swapaxes(0, 1)
 
-    inputs = (*(a.astype(dtype) for a in (x, dt, B, C)), starts)
     # Padding is a step of size 0, which leaves the state unchanged.
     state, y = scan_chunks(run_chunk, state.swapaxes(1, 2), inputs, chunk)
     return y.astype(x.dtype), state.swapaxes(1, 2)
+
+
+def _scan_shard(
+    chunk: int, inputs: tuple[Array, Array, Array, Array, Array | None], replicated: tuple[Array, Array]
+) -> tuple[Float[Array, "b t d"], Float[Array, "b d n"]]:
+    """The output of a shard, and the state after it. The states of a shard are computed twice."""
+    (x, dt, B, C, starts), (A, state) = inputs, replicated
+    _, added = selective_scan(x, dt, A, B, jax.lax.stop_gradient(C), starts=starts, chunk=chunk)
+    decay = jnp.exp(dt.sum(axis=1)[..., None] * A)
+    decay = decay if starts is None else jnp.where(starts.any(axis=1)[:, None, None], 0, decay)
+    before, after = carry_state(decay, added, state)
+    return selective_scan(x, dt, A, B, C, before, starts, chunk)[0], after
 
 
 def _advance(

@@ -62,3 +62,47 @@ def shift(x: PyTree[Array], by: int) -> PyTree[Array]:
     count = jax.lax.axis_size(AXIS)
     pairs = [(i, i + by) for i in range(count) if 0 <= i + by < count]
     return jax.tree.map(lambda leaf: jax.lax.ppermute(leaf, AXIS, pairs) if pairs else jnp.zeros_like(leaf), x)
+
+
+def divides(length: int) -> bool:
+    """Whether the sequence is sharded, into equal shards."""
+    shards = shard_count()
+    return shards > 1 and length % shards == 0
+
+
+def scan_shards(compose: Callable[[PyTree[Array], PyTree[Array]], PyTree[Array]], element: PyTree[Array]) -> Any:
+    """In `map_shards`: the parallel prefix over the shards of an associative function, in log2(n) exchanges.
+
+    Args:
+      compose: Maps an element of earlier shards and one of later shards to that of both.
+      element: The element of this shard.
+
+    Returns:
+      The element of all earlier shards together, zeros for the first shard, and that of these and this shard together.
+    """
+    total, by = element, 1
+    while by < jax.lax.axis_size(AXIS):
+        joined, follows = compose(shift(total, by), total), shard_index() >= by
+        total = jax.tree.map(lambda a, b, follows=follows: jnp.where(follows, a, b), joined, total)
+        by *= 2
+    return shift(total, 1), total
+
+
+def carry_state(
+    decay: Array, added: Array, state: Array, act: Callable[[Array, Array], Array] = jnp.multiply
+) -> tuple[Array, Array]:
+    """In `map_shards`: the states before and after this shard, of an affine recurrence.
+
+    Args:
+      decay: What the positions of this shard do to a state, by `act`.
+      added: The state after this shard, from zeros before it.
+      state: The state before the first shard.
+      act: Applies a decay to a state; composes two decays if both are decays, the later one first.
+    """
+
+    def compose(first: tuple[Array, Array], second: tuple[Array, Array]) -> tuple[Array, Array]:
+        return act(second[0], first[0]), act(second[0], first[1]) + second[1]
+
+    (decay_before, before), (decay_after, after) = scan_shards(compose, (decay, added))
+    first = jnp.where(shard_index() == 0, state, act(decay_before, state) + before)
+    return first, act(decay_after, state) + after

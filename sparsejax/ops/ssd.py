@@ -12,11 +12,14 @@ dt = 1 this is lightning attention (arXiv:2401.04658).
 
 from __future__ import annotations
 
+import functools
+
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from sparsejax.ops.chunks import CHUNK, broadcast_axis, require_shapes, scan_chunks
+from sparsejax.ops.sequence import carry_state, divides, map_shards
 
 
 def ssd(
@@ -49,12 +52,36 @@ def ssd(
     (b, t, h, p), n = x.shape, B.shape[3]
     dtype = jnp.promote_types(x.dtype, jnp.float32)
     state = jnp.zeros((b, h, p, n), dtype) if state is None else state.astype(dtype)
+    if divides(t):
+        sharded = (*(a.astype(dtype) for a in (x, dt, B, C)), starts)
+        arguments = sharded, (A.astype(dtype), state)
+        y, states = map_shards(functools.partial(_scan_shard, chunk), *arguments, outputs=(1, 0))
+        return y.astype(x.dtype), states[-b:]
     decay = dt.astype(dtype) * A.astype(dtype)
     inputs = (x.astype(dtype) * broadcast_axis(dt.astype(dtype), p), decay, B.astype(dtype), C.astype(dtype))
     inputs += (jnp.zeros((b, t), bool) if starts is None else starts,)
     # Padding has decay 1 and adds nothing, so it leaves the state unchanged.
     state, y = scan_chunks(_run_chunk, state, inputs, chunk)
     return y.astype(x.dtype), state
+
+
+def _scan_shard(
+    chunk: int, inputs: tuple[Array, Array, Array, Array, Array | None], replicated: tuple[Array, Array]
+) -> tuple[Float[Array, "b t h p"], Float[Array, "b h p n"]]:
+    """The output of a shard, and the state after it; what a shard adds to the state is one product."""
+    (x, dt, B, C, starts), (A, state) = inputs, replicated
+    (b, t, h, p), g = x.shape, B.shape[2]
+    decay = dt * A
+    later = jnp.cumsum(decay[:, ::-1], axis=1)[:, ::-1] - decay  # from after each position to the end
+    weight, total = jnp.exp(later), jnp.exp(decay.sum(axis=1))
+    if starts is not None:
+        document = jnp.cumsum(starts, axis=1)
+        weight = jnp.where((document == document[:, -1:])[..., None], weight, 0)
+        total = jnp.where(document[:, -1:] == 0, total, 0)
+    weighted = (x * (dt * weight)[..., None]).reshape(b, t, g, h // g, p)
+    added = jnp.einsum("btgrp,btgn->bgrpn", weighted, B).reshape(state.shape)
+    before, after = carry_state(total[..., None, None], added, state)
+    return ssd(x, dt, A, B, C, before, starts, chunk)[0], after
 
 
 def _run_chunk(
