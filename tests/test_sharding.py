@@ -53,6 +53,11 @@ def test_axes_that_do_not_divide_are_replicated():
 
 
 def test_the_mesh_is_made_of_all_devices():
-    assert dict(sharding.make_mesh(ShardingConfig(-1, 1, 1)).shape) == {"data": 1, "fsdp": 1, "sequence": 1, "tensor": 1}
+    assert dict(sharding.make_mesh(ShardingConfig(-1, 1, 1)).shape) == {
+        "data": 1,
+        "fsdp": 1,
+        "sequence": 1,
+        "tensor": 1,
+    }
     with rejects(ConfigError, "sharding"):
         sharding.make_mesh(ShardingConfig(2, 1, 1))

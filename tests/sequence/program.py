@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from sparsejax import config as configs
-from sparsejax import patterns, sharding
+from sparsejax import ops, patterns, sharding
 from sparsejax.config.build import build
 from sparsejax.model import Functional
 from sparsejax.ops import attend
@@ -38,7 +38,7 @@ def received(text, shards):
         "reduce-scatter": shards - 1,
         "all-reduce": 2 * (shards - 1) / shards,
     }
-    sums = collections.Counter()
+    sums, text = collections.Counter(), re.sub(r"/\*.*?\*/", "", text)
     for result, kind in re.findall(rf"= (\(?[^=]*?) ({COLLECTIVES})(?:-start)?\(", text):
         for dtype, shape in re.findall(rf"({'|'.join(BYTES)})\[([\d,]*)\]", result):
             size = BYTES[dtype] * math.prod(int(n) for n in shape.split(",") if n)
@@ -155,12 +155,73 @@ def memory(config, tokens, shards, overrides=None):
     return {"bytes": compiled.memory_analysis().temp_size_in_bytes}
 
 
-TESTS = {"attention": attention, "model": model, "traffic": traffic, "memory": memory}
+def recurrence(op, length, shards, packed, initial):
+    """Values and gradients of a recurrence, and its collectives."""
+    draw = np.random.default_rng(length)
+    b, h, g, n, p = 2, 4, 2, 3, 5
+
+    def normal(*shape):
+        return jnp.asarray(draw.normal(size=shape))
+
+    def positive(*shape):
+        return jnp.asarray(draw.random(shape))
+
+    starts = jnp.asarray(draw.random((b, length)) < 0.04) if packed else None
+    B, C = normal(b, length, g, n), normal(b, length, g, n)
+    keys = B / jnp.linalg.norm(B, axis=-1, keepdims=True)
+    arguments, state, run = {
+        "selective_scan": (
+            (normal(b, length, p), positive(b, length, p), -positive(p, n), B[:, :, 0], C[:, :, 0]),
+            normal(b, p, n),
+            ops.selective_scan,
+        ),
+        "ssd": (
+            (normal(b, length, h, p), positive(b, length, h), -positive(h), B, C),
+            normal(b, h, p, n),
+            ops.ssd,
+        ),
+        "delta": (
+            (C, keys, normal(b, length, h, p), -positive(b, length, h), positive(b, length, h)),
+            normal(b, h, n, p),
+            ops.delta_rule,
+        ),
+        "kimi_delta": (
+            (C, keys, normal(b, length, h, p), -positive(b, length, h, n), positive(b, length, h)),
+            normal(b, h, n, p),
+            ops.delta_rule,
+        ),
+        "linear_scan": ((normal(b, length, p), -positive(b, length, p)), normal(b, p), ops.linear_scan),
+        "conv": (
+            (normal(b, length, p), normal(4, p)),
+            None,
+            lambda x, taps, state, starts, chunk: (ops.causal_conv(x, taps, starts), jnp.zeros(())),
+        ),
+    }[op]
+    state = state if initial else None
+    y, last = run(*arguments, state=state, starts=starts, chunk=8)
+    weights = normal(*y.shape), normal(*last.shape)
+
+    def total(arguments, state):
+        y, last = run(*arguments, state=state, starts=starts, chunk=8)
+        return (y * weights[0]).sum() + (last * weights[1]).sum()
+
+    expected = jax.jit(jax.value_and_grad(total, argnums=(0, 1)))(arguments, state)
+    with jax.set_mesh(make_mesh(1, shards)):
+        compiled = jax.jit(jax.value_and_grad(total, argnums=(0, 1))).lower(arguments, state).compile()
+        actual = compiled(arguments, state)
+    return {
+        "difference": difference(jax.device_get(expected), jax.device_get(actual)),
+        "collectives": received(compiled.as_text(), shards),
+    }
+
+
+TESTS = {"attention": attention, "recurrence": recurrence, "model": model, "traffic": traffic, "memory": memory}
 
 if __name__ == "__main__":
     cases = json.load(sys.stdin)
     for case in cases:
         jax.config.update(
-            "jax_enable_x64", case.get("dtype", "float64") == "float64" and sys.argv[1] in ("attention", "model")
+            "jax_enable_x64",
+            case.get("dtype", "float64") == "float64" and sys.argv[1] in ("attention", "model", "recurrence"),
         )
         print(json.dumps(TESTS[sys.argv[1]](**case)), flush=True)
