@@ -92,13 +92,19 @@ def make_mesh(config: ShardingConfig) -> Mesh:
     data = devices // others if config.data == -1 else config.data
     if data * others != devices:
         axes = " x ".join(f"{axis} = {size}" for axis, size in sizes.items())
-        raise ConfigError("sharding", f"{axes} is not the number of devices, {devices}{_suggest_data(others, devices)}")
+        raise ConfigError("sharding", f"{axes} is not the number of devices, {devices}{_suggest(config, devices)}")
     return _make_mesh((data, *(size for axis, size in sizes.items() if axis != "data")))
 
 
-def _suggest_data(others: int, devices: int) -> str:
-    """What `data` must be for the other axes, if they fit."""
-    return f"; with data = {devices // others} it is" if devices % others == 0 else ""
+def _suggest(config: ShardingConfig, devices: int) -> str:
+    """The nearest mesh that all devices form."""
+    fixed = config.fsdp * config.tensor
+    if devices % (fixed * config.sequence) == 0:
+        return f"; use data = {devices // (fixed * config.sequence)}"
+    if devices % fixed:
+        return ""
+    divisors = [n for n in range(1, devices // fixed + 1) if devices // fixed % n == 0]
+    return f"; use data = -1 and sequence = {min(divisors, key=lambda n: abs(n - config.sequence))}"
 
 
 def _make_mesh(sizes: tuple[int, ...], **options: Any) -> Mesh:
