@@ -383,8 +383,8 @@ def compile_training(target: str) -> list[dict]:
             layer.mixer.impl = target
     config = configs.check(settings)
     devices = tpu_devices("v5e", "v5e:4x4") if target == "tpu" else gpu_devices("1x1x8")
-    shape = 2, len(devices) // 4, 2
-    mesh = jax.make_mesh(shape, sharding.MESH_AXES, axis_types=(AxisType.Auto,) * 3, devices=devices)
+    shape = 2, len(devices) // 4, 1, 2  # data, fsdp, sequence, tensor
+    mesh = jax.make_mesh(shape, sharding.MESH_AXES, axis_types=(AxisType.Auto,) * 4, devices=devices)
     model = Functional(config.model)
     optimizer = build_optimizer(config.optimizer, config.train.steps, decay=model.decay)
     step = build_step(model, optimizer, build_schedule(config.optimizer, config.train.steps), config.train, mesh)

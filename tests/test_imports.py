@@ -53,6 +53,7 @@ IMPORTS: dict[str, set[str]] = {
     "inference": {"errors", "ops", "metrics", "data", "layers", "sharding", "model"},
     "loaded": {"errors", "metrics", "ops", "layers", "data", "config", "sharding", "model", "inference"},
     "account": {"errors", "patterns", "layers", "config", "model"},
+    "traffic": {"ops", "layers", "config", "model"},
     "check": {"errors", "patterns", "ops", "layers", "config", "model", "account"},
     "interop": {
         "errors",
@@ -123,7 +124,7 @@ IMPORTS: dict[str, set[str]] = {
         "init",
     },
     "complexity": {"patterns", "ops"},
-    "show": {"errors", "patterns", "layers", "data", "config", "account", "runs", "loading", "complexity"},
+    "show": {"traffic", "errors", "patterns", "layers", "data", "config", "account", "runs", "loading", "complexity"},
     "testing": {"patterns", "check"},
     "draw": {"errors", "paths", "figures", "palette", "patterns"},
     "doctor": {"patterns", "ops"},

@@ -31,12 +31,12 @@ def losses(workdir):
 
 def test_a_run_resumes_on_another_mesh(text, tmp_path):
     """Resumed with as many shards the losses are equal to the bit, with another number to rounding."""
-    one, eight = tmp_path / "one", tmp_path / "eight"
-    for workdir, sequence in ((one, 1), (eight, 8)):
+    single, eight = tmp_path / "single", tmp_path / "eight"
+    for workdir, sequence in ((single, 1), (eight, 8)):
         code, out, err = runs.finish(start(workdir, text, sequence, devices=sequence))
         assert code == 0, err
         assert ("sequence 8" in out) == (sequence == 8)
-    expected, sharded = losses(one), losses(eight)
+    expected, sharded = losses(single), losses(eight)
     assert sharded == pytest.approx(expected, abs=1e-4)
     for sequence, tolerance in ((8, 0.0), (2, 1e-4)):
         shutil.rmtree(Workdir(eight).checkpoints / "20")
@@ -47,8 +47,8 @@ def test_a_run_resumes_on_another_mesh(text, tmp_path):
 
 def test_processes_share_rows_are_killed_and_resume(text, tmp_path):
     """Two processes of four devices hold half of the tokens of every row each."""
-    one, two = tmp_path / "one", tmp_path / "two"
-    code, _, err = runs.finish(start(one, text, 1, devices=1))
+    single, two = tmp_path / "single", tmp_path / "two"
+    code, _, err = runs.finish(start(single, text, 1, devices=1))
     assert code == 0, err
 
     def start_pair():
@@ -65,4 +65,4 @@ def test_processes_share_rows_are_killed_and_resume(text, tmp_path):
         runs.finish(process)
     results = [runs.finish(process) for process in start_pair()]
     assert [code for code, _, _ in results] == [0, 0], results
-    assert losses(two) == pytest.approx(losses(one), abs=1e-4)
+    assert losses(two) == pytest.approx(losses(single), abs=1e-4)
