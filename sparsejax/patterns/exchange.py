@@ -27,7 +27,7 @@ from sparsejax.patterns.layout import TileLayout
 PINNED = 0.75  # fraction of the other shards that must read a tile, or be read by one, before it can be pinned
 UNEVEN = 1.1  # largest ratio of the live tiles of the busiest shard to the mean, without the exchange of queries
 UNEVEN_HOPS = 1.4  # the same for hops that send as much as an all-gather, after which queries can be exchanged
-TARGET, LARGEST = 64, 512  # tokens of a tile: at most the first if a divisor is large enough, else at most the second
+TARGET = 64  # tokens of a tile: at most this many, if a shard has a divisor from a quarter of it on
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -137,10 +137,9 @@ class Exchange:
 
 def choose_tile(tokens: int) -> int:
     """Tokens per tile of a shard of `tokens`: a divisor near `TARGET`, if possible of two tiles or more."""
-    divisors = [tile for tile in range(1, min(tokens, LARGEST) + 1) if tokens % tile == 0]
-    below = [tile for tile in divisors if TARGET // 4 <= tile <= min(TARGET, max(tokens // 2, TARGET // 4))]
-    above = [tile for tile in divisors if tile > TARGET // 4]
-    return below[-1] if below else above[0] if above else divisors[-1]
+    divisors = [tile for tile in range(1, tokens + 1) if tokens % tile == 0]
+    small = [tile for tile in divisors if TARGET // 4 <= tile <= min(TARGET, max(tokens // 2, TARGET // 4))]
+    return small[-1] if small else next((tile for tile in divisors if tile > TARGET // 4), tokens)
 
 
 @functools.lru_cache(maxsize=256)
