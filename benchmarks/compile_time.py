@@ -31,7 +31,7 @@ def build_config(depth: int, scan: bool) -> ModelConfig:
             mlp=MlpConfig(kind="gated", width=2 * WIDTH, activation="silu"),
             norm=norm,
             norm_position="pre",
-            remat=False,
+            remat="none",
         )
 
     def attention(pattern: str) -> LayerConfig:

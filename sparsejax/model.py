@@ -31,6 +31,7 @@ from sparsejax.layers import (
     normalize,
 )
 from sparsejax.layers.hyper import make_connection
+from sparsejax.layers.remat import rematerialize
 from sparsejax.layers.stream import decays, logical_axes
 from sparsejax.ops import Selection
 from sparsejax.schedule import Fold
@@ -158,8 +159,7 @@ class Model(nnx.Module):
 
         def run(layer: Layer, x: Array, index: Array) -> Array:
             assert layer.mixer is not None
-            mix = jax.checkpoint(layer.mixer.__call__) if layer.config.remat else layer.mixer.__call__
-            return mix(x, context.with_extras(layer=index))
+            return rematerialize(layer.mixer.__call__, layer.config.remat)(x, context.with_extras(layer=index))
 
         outputs = {}
         last = len(self.config.names) - len(self.after)

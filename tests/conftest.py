@@ -130,7 +130,7 @@ def tiny_config() -> ConfigDict:
 
 def _layer(mixer: dict) -> dict:
     mlp = {"kind": "gated", "width": 64, "activation": "silu"}
-    return {"mixer": mixer, "mlp": mlp, "norm": _norm(), "norm_position": "pre", "remat": False}
+    return {"mixer": mixer, "mlp": mlp, "norm": _norm(), "norm_position": "pre", "remat": "none"}
 
 
 def _attention(pattern: str, rope: dict | None) -> dict:

@@ -88,7 +88,7 @@ def test_xla_counts_the_flops_of_an_mlp():
 @pytest.fixture
 def model():
     layers = {
-        name: LayerConfig(mixer=attention(text), mlp=MLP, norm=NORM, norm_position="pre", remat=False)
+        name: LayerConfig(mixer=attention(text), mlp=MLP, norm=NORM, norm_position="pre", remat="none")
         for name, text in PATTERNS.items()
     }
     return ModelConfig(512, WIDTH, "2x(local) full", layers, NORM, tied=True, dtype="float32", scan=False)
@@ -123,9 +123,9 @@ def test_the_parameters_are_those_that_the_model_has():
     experts = ExpertsConfig(experts=4, top_k=1, width=64, activation="silu", shared_width=32)
     layers = {
         "local": LayerConfig(
-            mixer=attention("causal & window(31)"), mlp=MLP, norm=NORM, norm_position="pre", remat=False
+            mixer=attention("causal & window(31)"), mlp=MLP, norm=NORM, norm_position="pre", remat="none"
         ),
-        "routed": LayerConfig(mixer=attention("causal"), mlp=experts, norm=NORM, norm_position="pre", remat=False),
+        "routed": LayerConfig(mixer=attention("causal"), mlp=experts, norm=NORM, norm_position="pre", remat="none"),
     }
     config = ModelConfig(512, WIDTH, "3x(local routed) local", layers, NORM, tied=False, dtype="float32", scan=True)
     rows, outside = account_model(config, LENGTH)
@@ -141,7 +141,7 @@ def test_caches_are_in_the_dtype_of_the_model_and_states_in_float32(dtype, size)
     mamba = MambaConfig(inner=64, state=16, conv=4, dt_rank=4, dt_min=1e-3, dt_max=0.1)
     mixers = {"local": attention("causal & window(31)"), "full": attention("causal"), "ssm": mamba}
     layers = {
-        name: LayerConfig(mixer=mixer, mlp=None, norm=NORM, norm_position="pre", remat=False)
+        name: LayerConfig(mixer=mixer, mlp=None, norm=NORM, norm_position="pre", remat="none")
         for name, mixer in mixers.items()
     }
     config = ModelConfig(512, WIDTH, "local full ssm", layers, NORM, tied=True, dtype=dtype, scan=True)

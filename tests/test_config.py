@@ -261,6 +261,23 @@ def test_a_probe_that_does_not_fit_is_rejected(tiny_config, task, probe, key):
     reject(put(tiny_config, "data.probe", probe), key)
 
 
+@pytest.mark.parametrize(("old", "new"), [(True, "full"), (False, "none"), ("true", "full"), ("dots", "dots")])
+def test_rematerialization_was_a_boolean(write, tiny_config, old, new):
+    """In files, in records, which are completed, and in the sections that phases set."""
+    config = tiny_config.to_dict()
+    config["model"]["layers"]["ssm"]["remat"] = old
+    config["train"]["phases"] = {"late": {"start": 3, "set": {"model": {"layers": {"local": {"remat": old}}}}}}
+    completed = configs.complete(config)
+    assert completed["model"]["layers"]["ssm"]["remat"] == new
+    checked = configs.check(ConfigDict(config))
+    assert checked.model.layers["ssm"].remat == new
+    assert configs.check_phase(ConfigDict(config), "late").model.layers["local"].remat == new
+    file = write(f"def get_config(): return {config}")
+    loaded = configs.load(file, {"model.layers.full.remat": old})
+    assert loaded.model.layers.ssm.remat == new
+    assert configs.check(loaded).model.layers["full"].remat == new
+
+
 def test_an_integer_is_a_float(tiny_config):
     rate = configs.check(put(tiny_config, "optimizer.learning_rate", 1)).optimizer.learning_rate
     assert (rate, type(rate)) == (1.0, float)

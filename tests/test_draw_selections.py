@@ -29,7 +29,7 @@ def get_config():
     config = quickstart.get_config()
     attention = dict(kind="attention", pattern="causal", heads=2, kv_heads=2, head_width=3, rope=None, qk_norm=None)
     attention["impl"] = "auto"
-    section = dict(mlp=None, norm=config.model.norm, norm_position="pre", remat=False)
+    section = dict(mlp=None, norm=config.model.norm, norm_position="pre", remat="none")
     near = attention | dict(pattern="causal & window(2)")
     moba = attention | dict(select=dict(kind="moba", count=2, block=3))
     layers = dict(moba=section | dict(mixer=moba), near=section | dict(mixer=near))

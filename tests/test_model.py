@@ -31,7 +31,7 @@ from tests.tolerances import assert_close
 
 BATCH, LENGTH, VOCAB, WIDTH = 2, 12, 17, 8
 NORM = NormConfig(kind="rms", eps=1e-6)
-BARE = functools.partial(LayerConfig, mlp=None, norm=NORM, norm_position="pre", remat=False)
+BARE = functools.partial(LayerConfig, mlp=None, norm=NORM, norm_position="pre", remat="none")
 ATTENTION = AttentionConfig(
     pattern="causal", heads=2, kv_heads=1, head_width=4, rope=RopeConfig(base=100.0), qk_norm=NORM, impl="auto"
 )
@@ -100,7 +100,7 @@ def parameters():
 @pytest.fixture(scope="module")
 def scanned(parameters):
     """Loss, logits and gradient of the scanned model with rematerialization."""
-    layers = {name: dataclasses.replace(layer, remat=True) for name, layer in CONFIG.layers.items()}
+    layers = {name: dataclasses.replace(layer, remat="full") for name, layer in CONFIG.layers.items()}
     return differentiate(change(layers=layers), parameters)
 
 
@@ -116,7 +116,7 @@ def drop(config: ModelConfig, parameters: dict, seed: int):
 
 
 def test_dropout_draws_the_same_in_scanned_unrolled_and_recomputed_layers(parameters):
-    layers = {name: dataclasses.replace(layer, remat=True) for name, layer in CONFIG.layers.items()}
+    layers = {name: dataclasses.replace(layer, remat="full") for name, layer in CONFIG.layers.items()}
     logits, gradient = drop(change(layers=layers), parameters, 1)
     unrolled, expected = drop(change(scan=False), unroll(CONFIG, parameters), 1)
     assert_same_trees((logits, unroll(CONFIG, gradient)), (unrolled, expected))

@@ -452,7 +452,7 @@ def plain(model):
             mlp = dataclasses.replace(mlp, balance_weight=0.0, bias_rate=0.0)
         if isinstance(mixer, AttentionConfig) and mixer.scale is None:
             mixer = dataclasses.replace(mixer, scale=mixer.head_width**-0.5)
-        return dataclasses.replace(layer, mixer=mixer, mlp=mlp, remat=False)
+        return dataclasses.replace(layer, mixer=mixer, mlp=mlp, remat="none")
 
     ends = model.vocab, model.width, model.norm, model.tied, model.causal, model.embedding, model.head
     return ends, [strip(model.layers[name]) for name in model.names]

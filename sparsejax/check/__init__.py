@@ -61,7 +61,7 @@ def check_mixer(config: MixerConfig, length: int | None = None, *, width: int = 
       InputError: The mixer cannot run on `length` tokens.
     """
     norm = NormConfig(kind="rms", eps=1e-6)
-    layer = LayerConfig(mixer=config, mlp=None, norm=norm, norm_position="pre", remat=False)
+    layer = LayerConfig(mixer=config, mlp=None, norm=norm, norm_position="pre", remat="none")
     model = ModelConfig(
         vocab=64,
         width=width,

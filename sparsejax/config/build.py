@@ -153,7 +153,9 @@ def _complete(annotation: Any, value: Any, kind: Any = None) -> Any:
     missing = [name for name in fields if name not in value and is_optional(fields[name])]
     value = value | {name: _default(fields[name]) for name in missing}
     return {
-        name: _complete(hints[name], item, _kind_of(fields[name], value)) if name in fields else item
+        name: _complete(hints[name], _update(fields[name], item), _kind_of(fields[name], value))
+        if name in fields
+        else item
         for name, item in value.items()
     }
 
@@ -244,7 +246,7 @@ def _build_section(schema: type, value: Any, path: str) -> Any:
     for name, field in fields.items():
         if name in value:
             hint, kind = hints_of(schema)[name], _kind_of(field, value)
-            arguments[name] = _build(hint, value[name], f"{prefix}{name}", kind)
+            arguments[name] = _build(hint, _update(field, value[name]), f"{prefix}{name}", kind)
         elif not is_optional(field):
             raise ConfigError(f"{prefix}{name}", "missing")
     try:
@@ -312,6 +314,11 @@ def fields_of(schema: Any) -> dict[str, dataclasses.Field]:
 def is_optional(field: dataclasses.Field) -> bool:
     """Whether a field has a default."""
     return field.default is not dataclasses.MISSING or field.default_factory is not dataclasses.MISSING
+
+
+def _update(field: dataclasses.Field, value: Any) -> Any:
+    """The value of a key, from one that only records and files of earlier versions hold, see the metadata `older`."""
+    return field.metadata.get("older", {}).get(value, value) if isinstance(value, bool | str) else value
 
 
 def _default(field: dataclasses.Field) -> Any:

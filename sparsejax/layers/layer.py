@@ -20,10 +20,12 @@ from sparsejax.layers.mixers import make_mixer
 from sparsejax.layers.mlp import Mlp, MlpConfig
 from sparsejax.layers.norm import NormConfig, make_norm, normalize
 from sparsejax.layers.protocols import Auxiliary, Cache, FeedForward, MixerConfig, Trace
+from sparsejax.layers.remat import rematerialize, require_policy
 from sparsejax.layers.shared import Side, SideConfig
 from sparsejax.layers.stream import Cost, Stream
 from sparsejax.ops import AttentionCall, Selection
 from sparsejax.ops.call import SelectedCall
+from sparsejax.ops.residuals import INPUT, name_arrays
 
 FeedForwardConfig = MlpConfig | ExpertsConfig
 # The config and the module of each value of `kind`.
@@ -32,6 +34,7 @@ FEEDFORWARDS: dict[str, tuple[type[Any], type[Any]]] = {
     "plain": (MlpConfig, Mlp),
     "experts": (ExpertsConfig, Experts),
 }
+BOOLEANS = {False: "none", True: "full", "false": "none", "true": "full"}  # policies as earlier versions wrote them
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -59,8 +62,9 @@ class LayerConfig:
     # "pre": x + f(norm(x)) (arXiv:2002.04745); "post": norm(x + f(x)); "both": x + norm(f(norm(x))) (Gemma 2);
     # "output": x + norm(f(x)) (OLMo 2, arXiv:2501.00656)
     norm_position: str
-    # recompute activations in the backward pass instead of keeping them
-    remat: bool = dataclasses.field(metadata={"resume": "rounding"})
+    # what the backward pass recomputes instead of keeping it: "none", "full" (all), "attention" (not attention and
+    # recurrences), "dots" (nor products with matrices), or "offload" (as "attention", and keeps arrays in host memory)
+    remat: str = dataclasses.field(metadata={"resume": "rounding", "older": BOOLEANS})
     mixer_norm: bool = True  # whether the mixer has a norm; false in the first layer of ModernBERT (arXiv:2412.13663)
     mixer_residual: ResidualConfig = ResidualConfig()  # residual connection of the mixer
     mlp_residual: ResidualConfig = ResidualConfig()  # residual connection of the feed-forward part
@@ -69,6 +73,7 @@ class LayerConfig:
 
     def __post_init__(self):
         require_choice(self, "norm_position", ("pre", "post", "both", "output"))
+        require_policy(self, "remat")
         if self.mixer is None and self.mlp is None:
             raise InputError("mixer", "a layer without a mixer needs an mlp, but both are none")
         if self.parallel and (self.mixer is None or self.mlp is None or self.norm_position != "pre" or self.side):
@@ -168,7 +173,7 @@ class Layer(nnx.Module):
 
     def __call__(self, x: Float[Array, "b t m"], context: Context = EMPTY) -> tuple[Float[Array, "b t m"], Auxiliary]:
         """Returns the stream after this layer, for a whole sequence, and what it returns besides, see `Auxiliary`."""
-        return jax.checkpoint(self._run)(x, context) if self.config.remat else self._run(x, context)
+        return rematerialize(self._run, self.config.remat)(x, context)
 
     def init_cache(self, batch: int, length: int) -> Cache:
         """Returns the caches of the mixer and of the shared block before the first of `length` tokens."""
@@ -233,6 +238,7 @@ class Layer(nnx.Module):
         return values | {f"mixer{path}": value for path, value in paths.items()}
 
     def _run(self, x: Array, context: Context) -> tuple[Array, Auxiliary]:
+        x = name_arrays(x, INPUT)
         read, mixed, auxiliary = self._shared_input(x), (None, None), Auxiliary({})
         if self.mixer is not None and self.mixer_residual is not None:
             mixer = self.mixer

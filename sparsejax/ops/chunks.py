@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, PyTree, Shaped
 
 from sparsejax.errors import InputError
+from sparsejax.ops.residuals import MIXED, STATE, name_arrays
 
 CHUNK = 64  # positions per chunk of every recurrence, by default
 
@@ -59,8 +60,9 @@ def scan_chunks(
     # XLA cannot merge the recomputation with the forward pass across a loop, so nothing has to prevent it.
     run = jax.checkpoint(run, prevent_cse=False)
     state, inputs = vary_alike((state, inputs))
-    state, outputs = jax.lax.scan(run, state, jax.tree.map(split, inputs))
-    return state, jax.tree.map(join, outputs)
+    inputs = jax.tree.map(split, inputs)
+    state, outputs = jax.lax.scan(lambda state, chunk: run(name_arrays(state, STATE), chunk), state, inputs)
+    return name_arrays((state, jax.tree.map(join, outputs)), MIXED)
 
 
 def broadcast_axis(x: Float[Array, " ..."], size: int, axis: int = -1) -> Float[Array, " ..."]:

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
 from sparsejax.ops.call import AttentionCall
+from sparsejax.ops.residuals import MIXED, name_arrays
 from sparsejax.ops.softmax import add_alibi, log_multiplicity, masked_softmax, softcap, zero_nan
 
 
@@ -37,7 +38,9 @@ def run(call: AttentionCall) -> tuple[Float[Array, "b t h value"], Float[Array, 
     out = jnp.einsum("bgrts,bsge->btgre", p, v, precision=jax.lax.Precision.HIGHEST).reshape(b, t, h, -1)
     bad = (mask & (bad_q.reshape(b, g, -1, t, 1) | bad_k.reshape(b, g, 1, 1, s))).any(axis=-1)
     bad, lse = (jnp.moveaxis(x, -1, 1).reshape(b, t, h) for x in (bad, lse))
-    return jnp.where(bad[..., None], jnp.nan, out).astype(call.q.dtype), jnp.where(bad, jnp.nan, lse)
+    return name_arrays(
+        (jnp.where(bad[..., None], jnp.nan, out).astype(call.q.dtype), jnp.where(bad, jnp.nan, lse)), MIXED
+    )
 
 
 def _group_heads(call: AttentionCall, x: Bool[Array, " ..."] | Float[Array, " ..."] | float) -> Array:

@@ -17,6 +17,8 @@ from jax.extend.core import Primitive
 from jax.interpreters import ad, batching, mlir
 from jaxtyping import Array, PyTree
 
+from sparsejax.ops.residuals import MIXED, name_arrays
+
 Arrays: TypeAlias = Sequence[Any]  # of arrays
 
 
@@ -24,6 +26,7 @@ def with_derivatives(
     forward: Callable[..., tuple[PyTree, PyTree]],
     backward: Callable[[Any, PyTree, PyTree], tuple[PyTree, ...]],
     plain: Callable[..., PyTree],
+    name: str | None = MIXED,
 ) -> Callable[..., PyTree]:
     """Returns a function of a static argument and arrays.
 
@@ -31,6 +34,7 @@ def with_derivatives(
       forward: Maps `(static, *arrays)` to the outputs and the residuals of `backward`.
       backward: Maps `(static, residuals, cotangents)` to a cotangent per array, or None for a constant.
       plain: Maps `(static, *arrays)` to the outputs; JAX differentiates it in forward mode.
+      name: Name of the outputs and of the residuals that are no arguments, see `sparsejax.ops.residuals`.
     """
 
     @functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
@@ -39,8 +43,8 @@ def with_derivatives(
 
     @run.defjvp
     def differentiate(static: Any, arrays: tuple[Any, ...], tangents: tuple[Any, ...]) -> tuple[PyTree, PyTree]:
-        outputs, residuals = forward(static, *arrays)
         leaves, tree = jax.tree.flatten(arrays)
+        outputs, residuals = _name_results(forward(static, *arrays), leaves, name)
         indices = [i for i, leaf in enumerate(leaves) if jnp.issubdtype(leaf.dtype, jnp.inexact)]
 
         def push(saved: tuple[PyTree, Arrays], linear: Arrays) -> PyTree:
@@ -60,6 +64,17 @@ def with_derivatives(
         return outputs, linear_map(push, pull, (residuals, leaves), [moved[i] for i in indices], outputs)
 
     return run
+
+
+def _name_results(results: PyTree, arguments: Arrays, name: str | None) -> PyTree:
+    """Names the arrays in the results of a forward pass that are not among its arguments, equal ones once."""
+    if name is None:
+        return results
+    named = {id(x): x for x in arguments}
+    for x in jax.tree.leaves(results):
+        if id(x) not in named:
+            named[id(x)] = name_arrays(x, name)
+    return jax.tree.map(lambda x: named[id(x)], results)
 
 
 def reject_forward_mode(arrays: PyTree, problem: str) -> PyTree:

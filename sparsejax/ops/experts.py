@@ -18,6 +18,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from sparsejax.ops.chunks import vary_alike
 from sparsejax.ops.derivatives import with_derivatives
+from sparsejax.ops.residuals import PRODUCT, name_arrays
 from sparsejax.ops.rows import move_rows
 
 MAX_TILE = 128  # rows
@@ -167,7 +168,7 @@ def multiply(
     """
     if impl == "loop" or (impl == "auto" and _multiplies_tiles()):
         return _multiply_tiles(None, *vary_alike((x, weights, layout)))
-    return jax.lax.ragged_dot(x, weights, layout.sizes)
+    return name_arrays(jax.lax.ragged_dot(x, weights, layout.sizes), PRODUCT)
 
 
 def add_bias(x: Float[Array, "r f"], bias: Float[Array, "e f"], layout: ExpertRows) -> Float[Array, "r f"]:
@@ -287,4 +288,4 @@ def _put_tile(
     return jax.lax.dynamic_update_slice_in_dim(x, tile, i * layout.tile, axis=0)
 
 
-_multiply_tiles = with_derivatives(_multiply_tiles_forward, _multiply_tiles_backward, _multiply_tiles_plain)
+_multiply_tiles = with_derivatives(_multiply_tiles_forward, _multiply_tiles_backward, _multiply_tiles_plain, PRODUCT)

@@ -31,4 +31,4 @@ def _take(x: Float[Array, "n m"], rows: Int[Array, "*rows"]) -> Float[Array, "*r
     return x.at[rows].get(mode="fill", fill_value=0)
 
 
-_move = with_derivatives(_move_forward, _move_backward, lambda _, x, source, copies: _take(x, source))
+_move = with_derivatives(_move_forward, _move_backward, lambda _, x, source, copies: _take(x, source), name=None)

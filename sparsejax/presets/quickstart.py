@@ -16,7 +16,7 @@ def norm():
 def layer(mixer):
     """Returns a layer of a mixer and a gated MLP, each after a norm."""
     mlp = dict(kind="gated", width=320, activation="silu")
-    return dict(mixer=mixer, mlp=mlp, norm=norm(), norm_position="pre", remat=False)
+    return dict(mixer=mixer, mlp=mlp, norm=norm(), norm_position="pre", remat="none")
 
 
 def mamba():

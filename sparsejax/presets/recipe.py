@@ -31,7 +31,7 @@ def rms(eps, **options):
 
 def layer(mixer, mlp, norm, norm_position="pre", **options):
     """Returns a layer that recomputes its activations in the backward pass."""
-    return dict(mixer=mixer, mlp=mlp, norm=norm, norm_position=norm_position, remat=True, **options)
+    return dict(mixer=mixer, mlp=mlp, norm=norm, norm_position=norm_position, remat="full", **options)
 
 
 def attention(pattern, heads, kv_heads, head_width, rope=None, qk_norm=None, **options):
@@ -118,7 +118,7 @@ def fit_cpu(config, evaluations):
     config.model.dtype = "float32"
     config.model.scan = False  # a few unrolled layers compile in seconds and run a fifth faster
     for layer in config.model.layers.values():
-        layer.remat = False
+        layer.remat = "none"
     config.train.log_every = 50
     every = config.train.steps // evaluations
     config.eval = dict(every=every, batch=16, batches=8, final=48, sample=0)
@@ -146,7 +146,7 @@ def shrink(full, schedule, patterns=None, **changes):
 def shrink_layer(layer, pattern):
     mlp = layer["mlp"]
     mlp = mlp and shrink_section(mlp, FEEDFORWARDS[mlp["kind"]])
-    return layer | dict(mixer=shrink_mixer(layer["mixer"], pattern), mlp=mlp, remat=False)
+    return layer | dict(mixer=shrink_mixer(layer["mixer"], pattern), mlp=mlp, remat="none")
 
 
 def shrink_mixer(mixer, pattern):

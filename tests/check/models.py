@@ -127,7 +127,7 @@ def build(
 ) -> ModelConfig:
     """A model of layers with one mixer, and no feed-forward part unless `layer` has one."""
     mixer = (MIXERS | VARIANTS)[mixer] if isinstance(mixer, str) else mixer
-    layer = {"mixer": mixer, "mlp": None, "norm": NORM, "norm_position": "pre", "remat": False} | layer
+    layer = {"mixer": mixer, "mlp": None, "norm": NORM, "norm_position": "pre", "remat": "none"} | layer
     section = {
         "vocab": 32,
         "width": 16,

@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 
 from sparsejax.check import check_model
+from sparsejax.layers.remat import POLICIES
 from tests.check.models import ATTENTION, EXPERTS, MIXERS, NORM, VARIANTS, build
 
 SEEDS = 24
@@ -65,7 +66,8 @@ def draw_model(seed: int) -> tuple[Any, int]:
         mixer, mlp = draw_mixer(draw, length, causal), draw.choice(MLPS)
         if mlp is not None and draw.random() < 0.1:
             mixer = None
-        position, remat = "pre" if reversible else draw.choice(("pre", "post", "both")), draw.random() < 0.5
+        position = "pre" if reversible else draw.choice(("pre", "post", "both"))
+        remat = draw.choice(("none", *POLICIES))
         return {"mixer": mixer, "mlp": mlp, "norm": norm, "norm_position": position, "remat": remat}
 
     embedding = draw.choice(({}, {"positions": length}, {"positions": length + 9, "padding": 1}, {"scale": 4.0}))

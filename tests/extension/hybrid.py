@@ -8,7 +8,7 @@ from ml_collections import ConfigDict
 def get_config():
     norm = {"kind": "rms", "eps": 1e-6}
     mlp = {"kind": "gated", "width": 16, "activation": "silu"}
-    layer = {"mlp": mlp, "norm": norm, "norm_position": "pre", "remat": False}
+    layer = {"mlp": mlp, "norm": norm, "norm_position": "pre", "remat": "none"}
     sizes = {"heads": 2, "kv_heads": 2, "head_width": 4, "rope": None, "qk_norm": None, "impl": "auto"}
     attention = {"kind": "attention", "pattern": "older_or_near(4)"} | sizes
     layers = {"ema": layer | {"mixer": {"kind": "ema", "inner": 8}}, "old": layer | {"mixer": attention}}

@@ -192,7 +192,7 @@ def test_a_model_of_experts_adds_up_their_losses_and_has_gradients_scanned_or_no
         mlp=dataclasses.replace(CONFIG, balance_weight=0.1),
         norm=NormConfig(kind="rms", eps=1e-6),
         norm_position="pre",
-        remat=True,
+        remat="full",
     )
     tokens = np.random.default_rng(1).integers(0, 11, size=(2, 7))
     results = []

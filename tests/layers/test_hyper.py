@@ -41,7 +41,7 @@ LAYER = LayerConfig(
     mlp=MlpConfig(kind="gated", width=8, activation="silu"),
     norm=NORM,
     norm_position="pre",
-    remat=True,
+    remat="full",
 )
 CONFIG = ModelConfig(
     vocab=11,

@@ -263,7 +263,7 @@ SHARED = MIXERS["selected"] | {"indexer": MIXERS["selected"]["indexer"] | {"shar
 
 def with_shared(schedule, **changes):
     """A model whose layer `mix` selects, and whose layer `again` reuses the selection."""
-    section = {"mixer": SHARED | changes, "mlp": None, "norm": NORM, "norm_position": "pre", "remat": True}
+    section = {"mixer": SHARED | changes, "mlp": None, "norm": NORM, "norm_position": "pre", "remat": "full"}
     selecting = section | {"mixer": MIXERS["selected"]}
     return build("selected", schedule=schedule, layers={"mix": selecting, "again": section})
 

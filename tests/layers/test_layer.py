@@ -34,7 +34,7 @@ CONFIG = LayerConfig(
     mlp=MlpConfig(kind="gated", width=12, activation="silu"),
     norm=NormConfig(kind="rms", eps=1e-6),
     norm_position="pre",
-    remat=False,
+    remat="none",
 )
 MAMBA = MambaConfig(inner=10, state=3, conv=4, dt_rank=2, dt_min=1e-3, dt_max=0.1)
 CHANGES = {
@@ -85,7 +85,7 @@ def test_remat_keeps_nothing_but_inputs_for_the_backward_pass():
 
     mixer = dataclasses.replace(CONFIG.mixer, impl="gather")  # `segment` would also keep its edge list
     size = sum(leaf.size for leaf in reference.parameters(build()))
-    assert kept(build(mixer=mixer, remat=True)) < 2 * 200 * WIDTH + size + 100 < kept(build(mixer=mixer)) / 10
+    assert kept(build(mixer=mixer, remat="full")) < 2 * 200 * WIDTH + size + 100 < kept(build(mixer=mixer)) / 10
 
 
 def test_the_cost_adds_the_mlp():

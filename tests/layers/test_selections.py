@@ -107,7 +107,7 @@ def test_layers_return_selections_by_section():
     """Branches, shared blocks, shared selections, and layers without a selection."""
     select = {"kind": "moba", "count": 2, "block": 4}
     indexer = MIXERS["selected"]["indexer"]
-    section = {"mlp": None, "norm": NORM, "norm_position": "pre", "remat": False}
+    section = {"mlp": None, "norm": NORM, "norm_position": "pre", "remat": "none"}
     parallel = {
         "kind": "parallel",
         "branches": {"far": {"mixer": SELECTING["moba"]}, "ssm": {"mixer": MIXERS["mamba"]}},

@@ -31,7 +31,7 @@ BLOCK = SharedConfig(
     mlp=MlpConfig(kind="gated", width=10, activation="gelu"),
     norm=NORM,
 )
-SSM = LayerConfig(mixer=MIXED["mamba"]["mamba"], mlp=None, norm=NORM, norm_position="pre", remat=True)
+SSM = LayerConfig(mixer=MIXED["mamba"]["mamba"], mlp=None, norm=NORM, norm_position="pre", remat="full")
 CONFIG = ModelConfig(
     vocab=11,
     width=6,

@@ -9,7 +9,7 @@ def norm():
 
 def layer(mixer):
     mlp = {"kind": "plain", "width": 16, "activation": "silu"}
-    return {"mixer": mixer, "mlp": mlp, "norm": norm(), "norm_position": "pre", "remat": False}
+    return {"mixer": mixer, "mlp": mlp, "norm": norm(), "norm_position": "pre", "remat": "none"}
 
 
 def attention(pattern):

@@ -20,7 +20,7 @@ HARMLESS = {
     "checkpoint.every": 4,
     "checkpoint.keep_last": 3,
     "checkpoint.keep_best": 0,
-    "model.layers.full.remat": True,
+    "model.layers.full.remat": "full",
     "model.layers.local.mixer.impl": "dense",
     "model.scan": False,
     "train.bad_loss": "skip",

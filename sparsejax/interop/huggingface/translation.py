@@ -116,7 +116,7 @@ def pre_norm_layer(
     mixer: MixerConfig | None, mlp: FeedForwardConfig | None, norm: NormConfig, **settings: Any
 ) -> LayerConfig:
     """Configuration of a layer with norms before its branches; `settings` are other fields of `LayerConfig`."""
-    return LayerConfig(mixer=mixer, mlp=mlp, norm=norm, norm_position="pre", remat=False, **settings)
+    return LayerConfig(mixer=mixer, mlp=mlp, norm=norm, norm_position="pre", remat="none", **settings)
 
 
 def read_attention(

@@ -27,6 +27,7 @@ from sparsejax.ops.call import AttentionCall
 from sparsejax.ops.chunks import pad_to_multiple
 from sparsejax.ops.kernels.choice import Choice, choose_chunk, pack_choice
 from sparsejax.ops.kernels.lists import KernelSlice, Plan, TileSchedule, plan_pattern, restrict_plan
+from sparsejax.ops.residuals import MIXED, name_arrays
 from sparsejax.ops.softmax import MASKED, zero_nan
 from sparsejax.patterns import Pattern
 
@@ -168,7 +169,7 @@ def _attend(backend, config, slices, schedules, inputs):
 
 
 def _attend_forward(backend, config, slices, schedules, inputs):
-    out, lse = _attend(backend, config, slices, schedules, inputs)
+    out, lse = name_arrays(_attend(backend, config, slices, schedules, inputs), MIXED)
     return (out, lse), (schedules, inputs, out, lse)
 
 

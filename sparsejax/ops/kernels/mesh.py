@@ -66,6 +66,14 @@ def core_count() -> int | None:
     return cores or getattr(jax.devices()[0], "core_count", None)
 
 
+def has_host_memory() -> bool:
+    """Whether such a device can keep arrays in pinned memory of its host."""
+    local = jax.devices()[0]
+    if device_kind() != local.device_kind:  # the program is compiled for accelerators, all of which have it
+        return True
+    return any(memory.kind == "pinned_host" for memory in local.addressable_memories())
+
+
 def _abstract_device():
     return getattr(jax.sharding.get_abstract_mesh(), "abstract_device", None)
 

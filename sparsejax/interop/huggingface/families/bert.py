@@ -89,7 +89,7 @@ def build_encoder(
     )
     activation = fields.choose("hidden_act", ACTIVATIONS, "gelu")
     mlp = MlpConfig(kind="plain", width=fields.take("intermediate_size", 3072), activation=activation, bias=True)
-    layer = LayerConfig(mixer=mixer, mlp=mlp, norm=layer_norm, norm_position="post", remat=False)
+    layer = LayerConfig(mixer=mixer, mlp=mlp, norm=layer_norm, norm_position="post", remat="none")
     layers = [("sparse", with_pattern(layer, pattern)) for pattern in patterns]
     return build_model(
         fields,

@@ -70,7 +70,7 @@ def _translate(fields: Fields, generation: int) -> Translation:
     layers = {}
     for layer_type, pattern in patterns.items():
         mixer = dataclasses.replace(attention, pattern=pattern, rope=ropes[layer_type])
-        layers[layer_type] = LayerConfig(mixer=mixer, mlp=mlp, norm=norm, norm_position="both", remat=False)
+        layers[layer_type] = LayerConfig(mixer=mixer, mlp=mlp, norm=norm, norm_position="both", remat="none")
     tied = fields.take("tie_word_embeddings", True)
     model = build_model(
         fields,

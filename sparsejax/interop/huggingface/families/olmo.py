@@ -93,7 +93,7 @@ def _read_delta(fields: Fields, heads: int) -> DeltaConfig:
 
 
 def _output_norm_layer(mixer: AttentionConfig, mlp: MlpConfig, layer_norm: NormConfig) -> LayerConfig:
-    return LayerConfig(mixer=mixer, mlp=mlp, norm=layer_norm, norm_position="output", remat=False)
+    return LayerConfig(mixer=mixer, mlp=mlp, norm=layer_norm, norm_position="output", remat="none")
 
 
 def _build(fields: Fields, types: list[str], layers: dict[str, LayerConfig], layer_norm: NormConfig) -> Translation:

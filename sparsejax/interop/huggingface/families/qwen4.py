@@ -59,7 +59,7 @@ def translate(fields: Fields) -> Translation:
     hyper = HyperConfig(kind="gated", streams=streams, eps=rms.eps, rank=fields.take("hc_lowrank", 320))
     mixers = {"linear_attention": delta, "indexed_attention": attention}
     layers = [
-        (LAYERS[name], LayerConfig(mixer=mixers[name], mlp=experts, norm=None, norm_position="pre", remat=False))
+        (LAYERS[name], LayerConfig(mixer=mixers[name], mlp=experts, norm=None, norm_position="pre", remat="none"))
         for name in types
     ]
     tied = fields.take("tie_word_embeddings", False)
