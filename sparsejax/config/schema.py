@@ -205,7 +205,8 @@ class ModelConfig:
         Raises:
           InputError: names the key of a mixer that cannot.
         """
-        mixers = {f"layers.{name}.mixer": layer.mixer for name, layer in self.layers.items()}
+        mixers: dict[str, MixerConfig | None]
+        mixers = {f"layers.{name}.mixer": self.layers[name].mixer for name in dict.fromkeys(self.names)}
         mixers |= {f"shared.{name}.mixer": block.mixer for name, block in self.shared.items()}
         for key, mixer in mixers.items():
             if shards > 1 and mixer is not None and not mixer.exchange(length, shards):

@@ -27,14 +27,18 @@ Tiles = Shaped[Array, "b tiles tile *rest"]
 
 
 def applies(call: AttentionCall, impl: str) -> bool:
-    """Whether the call is for a whole sequence that is sharded.
+    """Whether the call is for a whole sequence that is sharded, and shards exchange keys.
+
+    The compiler partitions "dense" and "segment", and calls with a selection.
 
     Raises:
-      InputError: The shards do not divide the sequence.
+      InputError: The shards do not divide the sequence, or the implementation is a kernel.
     """
     (t, s), shards = (call.q.shape[1], call.k.shape[1]), shard_count()
-    if shards == 1 or impl not in ("auto", "gather") or t != s or call.q_offset or call.selection is not None:
+    if shards == 1 or t != s or call.q_offset or call.selection is not None or impl in ("dense", "segment"):
         return False
+    if impl not in ("auto", "gather"):
+        raise InputError("impl", f"{impl!r} does not exchange keys between {shards} shards of a sequence; use 'auto'")
     if t % shards:
         raise InputError("q", f"{t} tokens cannot be split evenly over the {shards} shards of the sequence")
     return True
