@@ -373,8 +373,12 @@ class Functional:
         self._graph, self._state = nnx.split(nnx.eval_shape(lambda: Model(config, nnx.Rngs(0))))
 
     def init(self, key: Array) -> dict[str, Any]:
-        """Returns initial float32 parameters."""
-        return nnx.to_pure_dict(nnx.state(Model(self.config, nnx.Rngs(key))))
+        """Returns initial parameters, drawn in float32."""
+        return self.round(nnx.to_pure_dict(nnx.state(Model(self.config, nnx.Rngs(key)))))
+
+    def round(self, parameters: dict[str, Any]) -> dict[str, Any]:
+        """Returns the parameters in the dtypes of `shapes`."""
+        return jax.tree.map(lambda x, leaf: x.astype(leaf.dtype), parameters, self.shapes)
 
     def bind(self, parameters: dict[str, Any]) -> Model:
         """Returns the model with these parameters.
@@ -390,8 +394,8 @@ class Functional:
 
     @property
     def shapes(self) -> dict[str, Any]:
-        """Shape and dtype per parameter."""
-        return nnx.to_pure_dict(self._state)
+        """Shape and dtype per parameter, as in training: `shapes_in(config.param_dtype)`."""
+        return self.shapes_in(self.config.param_dtype)
 
     def shapes_in(self, dtype: str) -> dict[str, Any]:
         """Shape and dtype per parameter, with linear maps and token embeddings in `dtype`, and the others in float32.

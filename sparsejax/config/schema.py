@@ -21,6 +21,8 @@ from sparsejax.errors import InputError, argument_path, require_at_least, requir
 from sparsejax.layers import ACTIVATIONS, HyperConfig, LayerConfig, MixerConfig, NormConfig, SharedConfig
 from sparsejax.overrides import Overrides
 
+DTYPES = ("float32", "bfloat16")
+
 
 @dataclasses.dataclass(frozen=True)
 class AxialConfig:
@@ -101,7 +103,7 @@ class ModelConfig:
     layers: dict[str, LayerConfig]  # layers by name, to which the schedule refers
     norm: NormConfig | None  # norm before the head; none for no norm
     tied: bool  # whether the head uses the token embedding's matrix
-    dtype: str  # dtype of the computation; parameters and optimizer state are float32
+    dtype: str  # dtype of the computation
     # scan over the schedule's shortest repeating period instead of unrolling all layers
     scan: bool = dataclasses.field(metadata={"resume": "rounding"})
     causal: bool = True  # predict the next token: no layer attends to later positions
@@ -113,12 +115,16 @@ class ModelConfig:
     shared: dict[str, SharedConfig] = dataclasses.field(default_factory=dict)
     # dropout rate on the embedding and on the outputs of mixers and MLPs in training (arXiv:1706.03762)
     dropout: float = 0.0
+    # dtype in which linear maps and embeddings are kept in training. "bfloat16" takes half the memory of "float32", and
+    # loses updates below 1/256 of a parameter: gradients and updates are float32, and their sum is rounded to nearest
+    param_dtype: str = "float32"
     # allow mixers that leak by definition, such as LSH attention, in a causal model; reports mark its runs
     allow_leaks: bool = dataclasses.field(default=False, metadata={"resume": "none"})
 
     def __post_init__(self) -> None:
         require_at_least(self, 1, "vocab", "width")
-        require_choice(self, "dtype", ("float32", "bfloat16"))
+        require_choice(self, "dtype", DTYPES)
+        require_choice(self, "param_dtype", DTYPES)
         if not 0 <= self.dropout < 1:
             raise InputError("dropout", f"{self.dropout} is not in [0, 1)")
         axial = self.embedding.axial
@@ -488,8 +494,12 @@ class OptimizerConfig:
     lora: LoraConfig | None = None  # low-rank updates of matrices instead of training all parameters; none for none
     # decay of an exponential moving average of the parameters, which is evaluated and saved beside them; none for none
     ema: float | None = None
+    # dtype in which the means of gradients (momenta) are kept. Means of squared gradients are float32: at beta2 = 0.999
+    # they change by less per step than bfloat16 resolves
+    moments: str = "float32"
 
     def __post_init__(self) -> None:
+        require_choice(self, "moments", DTYPES)
         require_at_least(self, 0, "learning_rate", "final_rate", "warmup", "weight_decay")
         require_choice(self, "name", tuple(OPTIMIZERS))
         require_choice(self, "schedule", SCHEDULES)
@@ -514,6 +524,10 @@ class OptimizerConfig:
             self._check_schedule_free()
 
     def _check_schedule_free(self) -> None:
+        if self.moments != "float32":
+            raise InputError(
+                "moments", f"{self.moments!r}: {self.name} keeps no mean of gradients; set it to 'float32'"
+            )
         if self.schedule != "constant":
             raise InputError(
                 "schedule", f"{self.schedule!r} decays the rate, which {self.name} replaces; use 'constant'"

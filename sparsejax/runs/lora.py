@@ -58,6 +58,7 @@ class LowRank(Functional):
             draw_key = jax.random.fold_in(key, zlib.crc32(path_of(path).encode()))
             return jax.random.normal(draw_key, leaf.shape) * leaf.shape[-2] ** -0.5
 
+        parameters = self.base.round(parameters)
         return parameters | {LORA: self._nest(lambda path, pair: {name: draw(path, pair[name], name) for name in pair})}
 
     def merge(self, parameters: dict[str, Any]) -> dict[str, Any]:

@@ -113,7 +113,25 @@ def build_optimizer(
     clip = optax.identity() if config.clip is None else optax.clip_by_global_norm(config.clip)
     average = () if config.ema is None else (track_ema(config.ema),)
     # The clip has an empty state, so that a run can resume with another bound.
-    return optax.chain(clip, algorithm, *average)
+    return _in_float32(optax.chain(clip, algorithm, *average))
+
+
+def _in_float32(transform: optax.GradientTransformation) -> optax.GradientTransformation:
+    """A transformation whose state, gradients and updates are float32 for parameters in bfloat16.
+
+    `optax.apply_updates` adds an update in float32 and rounds the sum.
+    """
+
+    def widen(tree: PyTree) -> PyTree:
+        return jax.tree.map(lambda x: x.astype(jnp.float32) if x.dtype == jnp.bfloat16 else x, tree)
+
+    def init(parameters: PyTree) -> PyTree:
+        return transform.init(widen(parameters))
+
+    def update(updates: PyTree, state: PyTree, parameters: PyTree) -> tuple[PyTree, PyTree]:
+        return transform.update(widen(updates), state, widen(parameters))
+
+    return optax.GradientTransformation(init, update)
 
 
 def _scale(schedule: optax.Schedule, factor: float) -> optax.Schedule:
@@ -126,33 +144,36 @@ def _build_algorithm(
     """Builds an optimizer without clipping, with decoupled weight decay."""
     options = {name: config.option(name) for name in OPTIMIZERS[config.name]}
     decayed = optax.add_decayed_weights(weight_decay, decay)
-    betas = {"b1": options.get("beta1"), "b2": options.get("beta2")}
+    betas, dtype = {"b1": options.get("beta1"), "b2": options.get("beta2")}, jnp.dtype(config.moments)
     if config.name == "lion":
-        return optax.lion(schedule, **betas, weight_decay=weight_decay, mask=decay)
+        return optax.lion(schedule, **betas, mu_dtype=dtype, weight_decay=weight_decay, mask=decay)
     if config.name == "adafactor":
         adafactor = optax.adafactor(
             schedule,
             min_dim_size_to_factor=options["min_factored"],
             momentum=options["momentum"] or None,
+            dtype_momentum=dtype,
             weight_decay_rate=_scale(schedule, weight_decay),
             weight_decay_mask=decay,
         )
         return _by_layer(adafactor)
     if config.name == "sgd":
-        momentum = optax.trace(options["momentum"], options["nesterov"]) if options["momentum"] else optax.identity()
-        return optax.chain(momentum, decayed, optax.scale_by_learning_rate(schedule))
+        momentum = options["momentum"]
+        trace = optax.trace(momentum, options["nesterov"], dtype) if momentum else optax.identity()
+        return optax.chain(trace, decayed, optax.scale_by_learning_rate(schedule))
     if config.name == "schedule_free_adamw":
         rms = optax.scale_by_rms(options["beta2"], options["eps"], eps_in_sqrt=False, bias_correction=True)
         adamw = optax.chain(rms, decayed, optax.scale_by_learning_rate(schedule))
         return optax.contrib.schedule_free(adamw, schedule, b1=options["beta1"])
-    adamw = optax.adamw(schedule, **betas, eps=options["eps"], weight_decay=weight_decay, mask=decay)
+    common = {"mu_dtype": dtype, "weight_decay": weight_decay}
+    adamw = optax.adamw(schedule, **betas, eps=options["eps"], mask=decay, **common)
     if config.name == "adamw":
         return adamw
     muon = optax.contrib.muon(
         schedule,
         beta=options["momentum"],
         nesterov=options["nesterov"],
-        weight_decay=weight_decay,
+        **common,
         weight_decay_mask=decay,
         # The other axes, of a scanned period, of experts or of heads, stack matrices.
         muon_weight_dimension_numbers=optax.contrib.MuonDimensionNumbers(-2, -1),

@@ -124,6 +124,8 @@ def _build_init(model: Functional, optimizer: optax.GradientTransformation) -> C
             parameters = model.init(parameter_key)
         elif isinstance(model, LowRank):
             parameters = model.add_factors(parameters, parameter_key)
+        else:
+            parameters = model.round(parameters)
         zero = jnp.zeros((), jnp.int32)
         return TrainState(zero, zero, init_losses(), step_key, parameters, optimizer.init(parameters))
 

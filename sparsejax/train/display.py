@@ -59,14 +59,17 @@ def print_plan(runtimes: Sequence[PhaseRuntime], evaluators: Sequence[Evaluator]
 def _describe_optimizer(runtime: PhaseRuntime) -> list[str]:
     """Describes an optimizer that is not plain AdamW, with the parameters that it trains and the size of its state."""
     config, model = runtime.config.optimizer, runtime.model
-    if config.name == "adamw" and not (config.freeze or config.groups or config.lora or config.ema):
+    changed = config.freeze or config.groups or config.lora or config.ema or config.moments != "float32"
+    if config.name == "adamw" and not changed and model.config.param_dtype == "float32":
         return []
     state = count_bytes(jax.eval_shape(runtime.optimizer.init, model.shapes))
     frozen = jax.tree.leaves(find_frozen(config, model.shapes))
     trained = sum(
         math.prod(leaf.shape) for leaf, keep in zip(jax.tree.leaves(model.shapes), frozen, strict=True) if not keep
     )
-    return [f"optimizer: {config.name}, {trained:,} of {model.size:,} parameters are trained, {state:,} bytes of state"]
+    line = f"optimizer: {config.name}, {trained:,} of {model.size:,} parameters are trained, {state:,} bytes of state"
+    rounded = "" if model.config.param_dtype == "float32" else f", {count_bytes(model.shapes):,} bytes of parameters"
+    return [line + rounded]
 
 
 def format_losses(values: Mapping[str, float], dataset: Dataset) -> str:

@@ -116,7 +116,7 @@ def build_step(
         parameters = jax.tree.map(lambda keep, a, b: a if keep else b, frozen, state.parameters, parameters)
         updated = parameters, moments
         current = state.parameters, state.optimizer
-        parameters, moments = jax.tree.map(lambda a, b: jnp.where(diverged, a, b), current, updated)
+        parameters, moments = jax.tree.map(lambda a, b: jnp.where(diverged, a, b.astype(a.dtype)), current, updated)
         after = TrainState(
             step=state.step + 1,
             skipped=state.skipped + diverged,
@@ -232,6 +232,8 @@ def build_gradient(
         targets = None
         if distillation is not None and teacher is not None:
             targets = distillation.run_teacher(teacher, batch, constrain)
+        # Gradients are sums over tokens, which bfloat16 would round.
+        parameters = jax.tree.map(lambda x: x.astype(jnp.float32) if x.dtype == jnp.bfloat16 else x, parameters)
         return jax.grad(total_loss, has_aux=True)(parameters, batch, key, choices, scale, teacher, targets)
 
     def differentiate(

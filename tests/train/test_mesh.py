@@ -1,5 +1,7 @@
 """The losses are the same, with dropout, on one device and on eight (data 2 x fsdp 2 x tensor 2), also when resumed."""
 
+import json
+import math
 import shutil
 
 import pytest
@@ -31,3 +33,30 @@ def test_eight_devices_train_like_one(trained, text, tmp_path):
     assert list_steps(Workdir(eight).checkpoints)[-1] == 15
     assert "at step 15\n" in runs.train_here(runs.load(text, {"model.dropout": 0.1}), eight)
     assert losses(eight) == pytest.approx(expected, abs=1e-4)
+
+
+@pytest.fixture(scope="module")
+def whole_vocabulary():
+    return score_in_chunks({}, 1)
+
+
+def score_in_chunks(mesh, devices):
+    """The losses and gradients of `tests.train.chunked_loss`."""
+    program = ("-m", "tests.train.chunked_loss", json.dumps({"data": 1, "fsdp": 1, "tensor": 1} | mesh))
+    code, out, err = runs.finish(runs.start(program=program, devices=devices))
+    assert code == 0, err
+    return json.loads(out.partition("RESULT")[2])
+
+
+FOUR, EIGHT = {"tensor": 4}, {"data": 2, "tensor": 4}
+
+
+@pytest.mark.parametrize("mesh", [pytest.param(FOUR, marks=pytest.mark.nightly), EIGHT], ids=["4", "8"])
+def test_a_sharded_vocabulary_is_scored_in_chunks(whole_vocabulary, mesh):
+    """Also where chunks do not divide the row, with both losses of the logits: values and gradients."""
+    results = score_in_chunks(mesh, math.prod(mesh.values()))
+    for chunk in ("32", "8", "5"):
+        assert results[chunk] == pytest.approx(results["plain"], rel=1e-5)
+        assert results[chunk] == pytest.approx(whole_vocabulary["32"], rel=1e-5)
+    assert results["gradient error"] < 2e-5  # of the largest entry
+    assert results["gradient"] == pytest.approx(whole_vocabulary["gradient"], rel=2e-5)

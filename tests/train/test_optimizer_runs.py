@@ -40,11 +40,10 @@ def overrides(name):
     return SMALL | {"optimizer.name": name} | averaging
 
 
-@pytest.mark.parametrize("name", OPTIMIZERS)
-def test_a_run_resumes_with_the_same_bits(text, tmp_path, monkeypatch, name):
-    settings = runs.load(text, overrides(name))
-    whole, parts = Workdir(tmp_path / "whole"), Workdir(tmp_path / "parts")
-    runs.train_here(settings, whole.path)
+def train_whole_and_interrupted(settings, folder, monkeypatch):
+    """The workdir of a run, the arrays at its end, as after an interruption, and what it prints."""
+    whole, parts = Workdir(folder / "whole"), Workdir(folder / "parts")
+    printed = runs.train_here(settings, whole.path)
     with monkeypatch.context() as patch:
         runs.send_signal_at(patch, 4)
         with pytest.raises(Interrupted):
@@ -53,6 +52,27 @@ def test_a_run_resumes_with_the_same_bits(text, tmp_path, monkeypatch, name):
     arrays, expected = (read_arrays(run.checkpoints, STEPS) for run in (parts, whole))
     runs.assert_same_bits(arrays, expected)
     assert parts.metrics.read_bytes() == whole.metrics.read_bytes()
+    return whole, expected, printed
+
+
+def test_a_run_in_bfloat16_resumes_with_the_same_bits(text, tmp_path, monkeypatch):
+    half = dict.fromkeys(("model.param_dtype", "model.dtype", "optimizer.moments"), "bfloat16")
+    settings = runs.load(text, SMALL | half | {"optimizer.freeze": "", "train.spike": 0.0})
+    whole, arrays, printed = train_whole_and_interrupted(settings, tmp_path, monkeypatch)
+    assert arrays["parameters.embedding.tokens"].dtype.name == "bfloat16"
+    assert arrays["parameters.norm.scale"].dtype.name == "float32"
+    count = sum(x.nbytes for path, x in arrays.items() if path.startswith("parameters."))
+    assert f"{count:,} bytes of parameters" in printed
+    for field, dtype in (("mu", "bfloat16"), ("nu", "float32")):
+        assert {x.dtype.name for path, x in arrays.items() if f".{field}." in path} == {dtype}
+    loaded = sparsejax.load(whole.path).parameters["embedding"]["tokens"]
+    np.testing.assert_array_equal(loaded, arrays["parameters.embedding.tokens"].astype(np.float32))
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_a_run_resumes_with_the_same_bits(text, tmp_path, monkeypatch, name):
+    settings = runs.load(text, overrides(name))
+    whole, expected, _ = train_whole_and_interrupted(settings, tmp_path, monkeypatch)
 
     model = Functional(configs.check(settings).model)
     key = jax.random.split(jax.random.key(0))[0]

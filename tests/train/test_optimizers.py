@@ -295,3 +295,49 @@ def test_ema_is_the_debiased_average_of_optax():
         parameters = optax.apply_updates(parameters, updates)
         expected, reference = average.update(parameters, reference)
         assert_close(find_ema(state), expected)
+
+
+def dtypes_of(state, name):
+    """Dtypes of the arrays of parameters in the fields `name` of a state."""
+    leaves = jax.tree.leaves_with_path(state)
+    return {leaf.dtype.name for path, leaf in leaves if leaf.ndim and any(getattr(p, "name", "") == name for p in path)}
+
+
+MEANS = {"adamw": "mu", "lion": "mu", "adafactor": "ema", "sgd": "trace", "muon": "mu"}
+
+
+@pytest.mark.parametrize("name", MEANS)
+def test_means_of_gradients_in_bfloat16(name):
+    """Only they are rounded, once per update: the first update is the same, and later ones are close."""
+    momentum = {"momentum": 0.9} if name in ("sgd", "adafactor") else {}
+    config = dataclasses.replace(configure(name), **momentum)
+    half = dataclasses.replace(config, moments="bfloat16")
+    parameters, gradients = draw(0), [draw(seed) for seed in range(1, 6)]
+    optimizers = [build_optimizer(c, STEPS, decay=DECAY) for c in (config, half)]
+    (one, _), (other, state) = (run(optimizer, parameters, gradients[:1]) for optimizer in optimizers)
+    assert_close(other, one, rtol=5e-3 if name in ("adafactor", "sgd") else 2e-5, atol=5e-3)
+    assert dtypes_of(state, MEANS[name]) == {"bfloat16"}
+    assert dtypes_of(state, "nu") <= {"float32"}
+    (one, full), (other, state) = (run(optimizer, parameters, gradients) for optimizer in optimizers)
+    for a, b, start in zip(*map(jax.tree.leaves, (other, one, parameters)), strict=True):
+        assert np.linalg.norm(a - b) < 0.02 * np.linalg.norm(b - start)
+    sizes = [sum(leaf.nbytes for leaf in jax.tree.leaves(tree)) for tree in (full, state)]
+    assert sizes[0] - sizes[1] == 2 * sum(leaf.size for leaf in jax.tree.leaves(parameters))
+
+
+def test_schedule_free_averages_keep_no_mean_of_gradients():
+    with rejects(InputError, "moments"):
+        configure("schedule_free_adamw", moments="bfloat16")
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_parameters_in_bfloat16_are_updated_in_float32_and_rounded(name):
+    start = jax.tree.map(lambda x: x.astype(jnp.bfloat16), draw(0))
+    exact = jax.tree.map(lambda x: x.astype(jnp.float32), start)
+    gradient = draw(1)
+    optimizer = build_optimizer(configure(name), STEPS, decay=DECAY)
+    (rounded, state), (expected, plain_state) = (run(optimizer, x, [gradient]) for x in (start, exact))
+    for a, b in zip(jax.tree.leaves(rounded), jax.tree.leaves(expected), strict=True):
+        assert a.dtype == jnp.bfloat16
+        np.testing.assert_array_equal(a, b.astype(jnp.bfloat16))
+    assert [x.dtype for x in jax.tree.leaves(state)] == [x.dtype for x in jax.tree.leaves(plain_state)]

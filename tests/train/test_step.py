@@ -32,6 +32,7 @@ class Bench:
         settings.model.dtype = train.pop("dtype", "float32")
         settings.model.dropout = train.pop("dropout", 0.0)
         settings.model.vocab = train.pop("vocab", settings.model.vocab)
+        settings.model.param_dtype = train.pop("param_dtype", "float32")
         first = train.pop("first", 0)
         settings.train.update(train)
         config = configs.check(settings)
@@ -302,3 +303,20 @@ def test_evaluation_sums_by_position(plain):
     losses, weights, _ = build_evaluation(plain.model, plain.mesh)(plain.state().parameters, batch)
     np.testing.assert_array_equal(weights, batch["weights"].sum(0))
     np.testing.assert_allclose(losses, (plain.negative_log_likelihood(batch) * batch["weights"]).sum(0), rtol=1e-5)
+
+
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_parameters_in_bfloat16_have_gradients_in_float32(plain, accumulate):
+    """A step equals that of float32 parameters of the same values."""
+    half = Bench(param_dtype="bfloat16", accumulate=accumulate)
+    state, batch = half.state(), draw(4)
+    widened = jax.tree.map(lambda x: jnp.array(x, jnp.float32), state.parameters)
+    expected, metrics = plain.step(dataclasses.replace(plain.state(), parameters=widened), batch)
+    after, actual = half.step(state, batch)
+    for name in ("loss", "grad_norm"):
+        assert float(actual[name]) == pytest.approx(float(metrics[name]), rel=1e-5)
+    for a, b in zip(jax.tree.leaves(after.optimizer), jax.tree.leaves(expected.optimizer), strict=True):
+        assert a.dtype == b.dtype
+        np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-7)
+    assert jax.tree.map(lambda x: x.dtype, after.parameters) == jax.tree.map(lambda x: x.dtype, half.model.shapes)
+    assert after.parameters["embedding"]["tokens"].dtype == jnp.bfloat16

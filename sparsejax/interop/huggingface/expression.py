@@ -41,7 +41,7 @@ from sparsejax.patterns import Pattern
 
 # Fields that do not affect the logits: dtypes, compilation, initial values, and the losses and the dropout of training.
 INERT = {
-    *("dtype", "scan", "remat", "impl", "chunk"),
+    *("dtype", "param_dtype", "scan", "remat", "impl", "chunk"),
     *("dt_min", "dt_max", "decay_min", "decay_max", "dropout", "allow_leaks"),
     *("balance", "balance_weight", "bias_rate", "router_z_weight", "loss_weight"),
 }
