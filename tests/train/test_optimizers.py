@@ -314,12 +314,12 @@ def test_means_of_gradients_in_bfloat16(name):
     half = dataclasses.replace(config, moments="bfloat16")
     parameters, gradients = draw(0), [draw(seed) for seed in range(1, 6)]
     optimizers = [build_optimizer(c, STEPS, decay=DECAY) for c in (config, half)]
-    (one, _), (other, state) = (run(optimizer, parameters, gradients[:1]) for optimizer in optimizers)
-    assert_close(other, one, rtol=5e-3 if name in ("adafactor", "sgd") else 2e-5, atol=5e-3)
+    (plain_after, _), (other, state) = (run(optimizer, parameters, gradients[:1]) for optimizer in optimizers)
+    assert_close(other, plain_after, rtol=5e-3 if name in ("adafactor", "sgd") else 2e-5, atol=5e-3)
     assert dtypes_of(state, MEANS[name]) == {"bfloat16"}
     assert dtypes_of(state, "nu") <= {"float32"}
-    (one, full), (other, state) = (run(optimizer, parameters, gradients) for optimizer in optimizers)
-    for a, b, start in zip(*map(jax.tree.leaves, (other, one, parameters)), strict=True):
+    (plain_after, full), (other, state) = (run(optimizer, parameters, gradients) for optimizer in optimizers)
+    for a, b, start in zip(*map(jax.tree.leaves, (other, plain_after, parameters)), strict=True):
         assert np.linalg.norm(a - b) < 0.02 * np.linalg.norm(b - start)
     sizes = [sum(leaf.nbytes for leaf in jax.tree.leaves(tree)) for tree in (full, state)]
     assert sizes[0] - sizes[1] == 2 * sum(leaf.size for leaf in jax.tree.leaves(parameters))
