@@ -88,12 +88,12 @@ def make_mesh(config: ShardingConfig) -> Mesh:
       ConfigError: The product of the axes is not the number of devices.
     """
     sizes = {axis: getattr(config, axis) for axis in MESH_AXES}
-    devices, others = jax.device_count(), math.prod(size for axis, size in sizes.items() if axis != "data")
+    devices, others = jax.device_count(), config.fsdp * config.sequence * config.tensor
     data = devices // others if config.data == -1 else config.data
     if data * others != devices:
         axes = " x ".join(f"{axis} = {size}" for axis, size in sizes.items())
         raise ConfigError("sharding", f"{axes} is not the number of devices, {devices}{_suggest(config, devices)}")
-    return _make_mesh((data, *(size for axis, size in sizes.items() if axis != "data")))
+    return _make_mesh(tuple((sizes | {"data": data}).values()))
 
 
 def _suggest(config: ShardingConfig, devices: int) -> str:
@@ -149,11 +149,6 @@ def constrain_batch(mesh: Mesh) -> Callable[[jax.Array], jax.Array]:
 def batch_shards(mesh: Mesh) -> int:
     """Number of shards of the rows of a batch."""
     return math.prod(mesh.shape[axis] for axis in BATCH_AXES)
-
-
-def sequence_shards(mesh: Mesh) -> int:
-    """Number of shards of a row."""
-    return mesh.shape[AXIS]
 
 
 def local_rows(mesh: Mesh, rows: int) -> tuple[int, int]:

@@ -13,7 +13,7 @@ from rich.table import Table
 
 from sparsejax import complexity, patterns
 from sparsejax.account import Account, account_model, account_teacher
-from sparsejax.config import Config, ModelConfig
+from sparsejax.config import Config, ModelConfig, ShardingConfig
 from sparsejax.data import load_dataset, preview
 from sparsejax.errors import InputError, argument_path
 from sparsejax.layers import LayerConfig
@@ -62,20 +62,20 @@ def show(model: ModelConfig, length: int, console: Console) -> None:
     )
 
 
-def show_exchange(model: ModelConfig, length: int, shards: int, console: Console) -> None:
+def show_exchange(model: ModelConfig, length: int, sharding: ShardingConfig, console: Console) -> None:
     """Prints what the shards of a sequence exchange in each layer, and how many bytes.
 
     Args:
       model: The model.
       length: Tokens per sequence.
-      shards: Number of shards.
+      sharding: The mesh.
       console: Where to print.
 
     Raises:
       InputError: The sequence cannot be sharded.
     """
-    if length % shards:
-        raise InputError("length", f"{length} tokens cannot be split evenly over sharding.sequence = {shards} devices")
+    shards = sharding.sequence
+    sharding.check_length(length)
     with argument_path("model"):
         model.check_sharded(length, shards)
     from sparsejax.traffic import count_traffic

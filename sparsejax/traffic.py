@@ -10,7 +10,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
@@ -20,27 +20,18 @@ from jax.sharding import AbstractMesh, AxisType
 from jaxtyping import Array
 
 from sparsejax.config import ModelConfig
-from sparsejax.layers import Context, Tokens
 from sparsejax.model import Functional
 from sparsejax.ops.sequence import AXIS
 
-# Bytes that one of n devices receives, relative to the bytes of its operand; rings of n - 1 steps.
-RECEIVED = {
-    "ppermute": lambda n: 1.0,
-    "all_gather": lambda n: n - 1.0,
-    "reduce_scatter": lambda n: (n - 1) / n,
-    "psum": lambda n: 2 * (n - 1) / n,
-    "pmax": lambda n: 2 * (n - 1) / n,
-    "all_to_all": lambda n: (n - 1) / n,
-}
-# Name of each collective in a compiled program.
-HLO = {
-    "ppermute": "collective-permute",
-    "all_gather": "all-gather",
-    "reduce_scatter": "reduce-scatter",
-    "psum": "all-reduce",
-    "pmax": "all-reduce",
-    "all_to_all": "all-to-all",
+# By primitive: the name in a compiled program, and the bytes that one of n devices receives, relative to those of the
+# operand, in rings of n - 1 steps.
+COLLECTIVES: dict[str, tuple[str, Callable[[int], float]]] = {
+    "ppermute": ("collective-permute", lambda n: 1),
+    "all_gather": ("all-gather", lambda n: n - 1),
+    "reduce_scatter": ("reduce-scatter", lambda n: (n - 1) / n),
+    "psum": ("all-reduce", lambda n: 2 * (n - 1) / n),
+    "pmax": ("all-reduce", lambda n: 2 * (n - 1) / n),
+    "all_to_all": ("all-to-all", lambda n: (n - 1) / n),
 }
 
 
@@ -62,36 +53,35 @@ class Traffic:
         return sum(self.received.values())
 
 
-def count_traffic(config: ModelConfig, length: int, shards: int, packed: bool = False) -> list[Traffic]:
+def count_traffic(config: ModelConfig, length: int, shards: int) -> list[Traffic]:
     """Returns the traffic of each layer in order.
 
     Args:
       config: The model.
       length: Tokens per row, which `shards` divides.
       shards: Number of devices that share a row.
-      packed: Whether rows hold several documents.
     """
-    by_name = {name: _count_layer(config, name, length, shards, packed) for name in dict.fromkeys(config.names)}
+    by_name = {name: _count_layer(config, name, length, shards) for name in dict.fromkeys(config.names)}
     return [by_name[name] for name in config.names]
 
 
-def _count_layer(config: ModelConfig, name: str, length: int, shards: int, packed: bool) -> Traffic:
+def _count_layer(config: ModelConfig, name: str, length: int, shards: int) -> Traffic:
     """The traffic of a model of this layer alone; embedding and head exchange nothing."""
     alone = dataclasses.replace(config, schedule=name, scan=False)
     model = Functional(alone)
     ids = jax.ShapeDtypeStruct((1, length), jnp.int32)
 
-    def total(parameters: dict[str, Any], tokens: Array, segments: Array) -> Array:
-        context = Context(Tokens(segments=segments if packed else None))
-        return model.bind(parameters).forward(tokens, context).features.astype(jnp.float32).sum()
+    def total(parameters: dict[str, Any], tokens: Array) -> Array:
+        return model.bind(parameters).forward(tokens).features.astype(jnp.float32).sum()
 
     mesh = AbstractMesh((shards,), (AXIS,), axis_types=(AxisType.Auto,))
     with jax.sharding.use_abstract_mesh(mesh):
-        traced = jax.make_jaxpr(jax.grad(total))(model.shapes, ids, ids)
+        traced = jax.make_jaxpr(jax.grad(total))(model.shapes, ids)
     used, _ = dce_jaxpr(traced.jaxpr, [True] * len(traced.jaxpr.outvars))
     received: Counter[str] = Counter()
     for primitive, operand in _list_collectives(used):
-        received[HLO[primitive]] += operand * RECEIVED[primitive](shards)
+        name_in_program, share = COLLECTIVES[primitive]
+        received[name_in_program] += operand * share(shards)
     return Traffic(config.layers[name].exchange(length, shards), dict(received))
 
 
@@ -99,7 +89,7 @@ def _list_collectives(jaxpr: Any, times: int = 1) -> Iterator[tuple[str, float]]
     """The collectives over the sequence in a program, and the bytes of their operands."""
     for equation in jaxpr.eqns:
         name = equation.primitive.name.removesuffix("_invariant")
-        if name in RECEIVED and AXIS in _axes(equation.params):
+        if name in COLLECTIVES and AXIS in _axes(equation.params):
             for operand in equation.invars:
                 yield name, times * math.prod(operand.aval.shape) * operand.aval.dtype.itemsize
         repeats = equation.params["length"] if equation.primitive.name == "scan" else 1

@@ -53,7 +53,7 @@ IMPORTS: dict[str, set[str]] = {
     "inference": {"errors", "ops", "metrics", "data", "layers", "sharding", "model"},
     "loaded": {"errors", "metrics", "ops", "layers", "data", "config", "sharding", "model", "inference"},
     "account": {"errors", "patterns", "layers", "config", "model"},
-    "traffic": {"ops", "layers", "config", "model"},
+    "traffic": {"ops", "config", "model"},
     "check": {"errors", "patterns", "ops", "layers", "config", "model", "account"},
     "interop": {
         "errors",

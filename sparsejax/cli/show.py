@@ -62,7 +62,7 @@ def run(options: argparse.Namespace, console: Console) -> None:
         length = config.data.length if options.length is None else options.length
         show.show(config.model, length, console)
         if config.sharding.sequence > 1:
-            show.show_exchange(config.model, length, config.sharding.sequence, console)
+            show.show_exchange(config.model, length, config.sharding, console)
         if config.train.teacher is not None:
             from sparsejax.runs.phases import plan_phases  # imports Orbax
 

@@ -601,6 +601,14 @@ class ShardingConfig:
         if self.data != -1:
             require_at_least(self, 1, "data")
 
+    def check_length(self, length: int) -> None:
+        """Raises InputError if rows of `length` tokens cannot be split evenly."""
+        shards = self.sequence
+        if length % shards:
+            nearest = f"{length // shards * shards or shards} or {-(-length // shards) * shards}"
+            problem = f"{length} tokens cannot be split evenly over sharding.sequence = {shards} devices; use {nearest}"
+            raise InputError("length", problem)
+
 
 # Keys that an evaluation of `eval.also` can set, and prefixes, which end in a dot. Parameters and validation text stay.
 EVALUATION_KEYS = ("data.length", "data.probe.", "eval.batch", "eval.final", "eval.stride", "model.")

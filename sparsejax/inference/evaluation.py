@@ -22,7 +22,7 @@ from sparsejax.data.dataset import Sharing
 from sparsejax.layers import EMPTY, Context, Extras, Tokens
 from sparsejax.model import Functional, Metrics
 from sparsejax.ops.chunks import scan_chunks
-from sparsejax.ops.sequence import map_shards, shard_count
+from sparsejax.ops.sequence import divides, map_shards
 
 LOGITS_BYTES = 2**27  # of a chunk of tokens on a device, in float32
 
@@ -92,7 +92,7 @@ def score_tokens(
       chunk: Tokens of a row per chunk; defaults to as many as have `LOGITS_BYTES` of logits per device.
     """
     b, t = jax.tree.leaves(arrays)[0].shape[:2]
-    if shard_count() > 1 and t % shard_count() == 0:  # chunks of the tokens of each shard
+    if divides(t):  # chunks of the tokens of each shard
         return map_shards(lambda arrays, _: score_tokens(score, arrays, vocab, mesh, chunk), arrays)
     if chunk is None:
         per_token = 4 * -(-b // sharding.batch_shards(mesh)) * -(-vocab // mesh.shape["tensor"])

@@ -17,16 +17,7 @@ from sparsejax.layers.caching import add_to_blocks, chunk_positions, extend_keys
 from sparsejax.layers.context import EMPTY, Context
 from sparsejax.layers.indexer import IndexerConfig, indexed_cost, make_indexer
 from sparsejax.layers.norm import NormConfig, make_norm, normalize
-from sparsejax.layers.protocols import (
-    COMPILED,
-    Auxiliary,
-    Cache,
-    Mixer,
-    MixerConfig,
-    describe_exchange,
-    implementation_names,
-    parse_pattern,
-)
+from sparsejax.layers.protocols import AttendingConfig, Auxiliary, Cache, Mixer, implementation_names, parse_pattern
 from sparsejax.layers.rotary import RopeConfig, rotate
 from sparsejax.layers.select import SelectConfig
 from sparsejax.layers.stream import Cost, Linear, Stream, attention_cost, output_scale, parameter
@@ -46,7 +37,7 @@ MASKED_SEGMENT = -3  # a segment id that no query has
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class AttentionConfig(MixerConfig):
+class AttentionConfig(AttendingConfig):
     """Softmax attention with grouped queries under a pattern."""
 
     pattern: str | patterns.Pattern  # text form of the pattern, see `sparsejax.patterns`
@@ -134,12 +125,6 @@ class AttentionConfig(MixerConfig):
     def indexers(self) -> tuple[IndexerConfig, ...]:
         """The indexer, if there is one."""
         return () if self.indexer is None else (self.indexer,)
-
-    def exchange(self, length: int, shards: int) -> str:
-        """Keys, as the pattern demands, unless the data choose them."""
-        if self.selects or self.indexers:
-            return COMPILED
-        return describe_exchange(self.connectivity, length, shards)
 
     def check(self, length: int) -> None:
         """Raises InputError if the pattern or a block does not fit `length` tokens."""

@@ -15,16 +15,7 @@ from sparsejax.layers.caching import chunk_positions, extend_keys
 from sparsejax.layers.context import EMPTY, Context
 from sparsejax.layers.indexer import IndexerConfig, indexed_cost, make_indexer
 from sparsejax.layers.norm import Norm, NormConfig
-from sparsejax.layers.protocols import (
-    COMPILED,
-    Auxiliary,
-    Cache,
-    Mixer,
-    MixerConfig,
-    describe_exchange,
-    implementation_names,
-    parse_pattern,
-)
+from sparsejax.layers.protocols import AttendingConfig, Auxiliary, Cache, Mixer, implementation_names, parse_pattern
 from sparsejax.layers.rotary import RopeConfig, rotate
 from sparsejax.layers.stream import Cost, Linear, Stream, attention_cost, output_scale
 from sparsejax.ops import (
@@ -39,7 +30,7 @@ from sparsejax.ops.softmax import confine_nan
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class LatentConfig(MixerConfig):
+class LatentConfig(AttendingConfig):
     """Multi-head latent attention: keys and values are expanded from one latent per token, and only it is cached.
 
     The query and the key of a head have `nope_width` features without position and `rope_width` with rotary
@@ -96,12 +87,6 @@ class LatentConfig(MixerConfig):
     def indexers(self) -> tuple[IndexerConfig, ...]:
         """The indexer, if there is one."""
         return () if self.indexer is None else (self.indexer,)
-
-    def exchange(self, length: int, shards: int) -> str:
-        """Keys, as the pattern demands, unless the data choose them."""
-        if self.selects or self.indexers:
-            return COMPILED
-        return describe_exchange(self.connectivity, length, shards)
 
     def check(self, length: int) -> None:
         """Raises InputError if the pattern or the indexer does not fit `length` tokens."""

@@ -15,7 +15,7 @@ from sparsejax.errors import InputError, require_at_least, require_choice
 from sparsejax.layers.caching import chunk_positions, extend_keys, write_slots
 from sparsejax.layers.context import EMPTY, Context, Tokens
 from sparsejax.layers.norm import NormConfig, make_norm, normalize
-from sparsejax.layers.protocols import COMPILED, Cache, Mixer, MixerConfig, implementation_names
+from sparsejax.layers.protocols import AttendingConfig, Cache, Mixer, implementation_names
 from sparsejax.layers.rotary import RopeConfig, rotate
 from sparsejax.layers.stream import Cost, Linear, Stream, attention_cost, output_scale, parameter
 from sparsejax.ops import (
@@ -41,7 +41,7 @@ Pair = tuple[Array, Array]  # keys and values
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class NsaConfig(MixerConfig):
+class NsaConfig(AttendingConfig):
     """Causal attention in three branches, each with keys and values of its own.
 
     | branch | a query attends to |
@@ -106,10 +106,6 @@ class NsaConfig(MixerConfig):
     def selects(self) -> bool:
         """Queries choose their blocks."""
         return True
-
-    def exchange(self, length: int, shards: int) -> str:
-        """Keys that the data choose."""
-        return COMPILED
 
     def check(self, length: int) -> None:
         """Raises InputError if a window to compress or a block is longer than `length` tokens."""

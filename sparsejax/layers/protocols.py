@@ -128,6 +128,17 @@ class MixerConfig:
         """Raises InputError, with the path of the argument, if the mixer cannot run on `length` tokens."""
 
 
+class AttendingConfig(MixerConfig):
+    """Base of configs of attention to the keys of `connectivity`, or to those of them that the data choose."""
+
+    def exchange(self, length: int, shards: int) -> str:
+        """Keys, as the pattern of each head demands, unless the data choose them."""
+        if self.selects or self.indexers:
+            return COMPILED
+        kinds = (plan_exchange(head, length, shards).kind for head in dict.fromkeys(self.connectivity.by_head()))
+        return "; ".join(dict.fromkeys(kinds))
+
+
 class Mixer(nnx.Module):
     """Base of mixers: modules through which tokens read from each other.
 
@@ -250,12 +261,6 @@ def parse_pattern(text: str | patterns.Pattern, heads: int, length: int | None =
     if pattern.heads not in (None, heads):
         raise InputError("pattern", f"{str(text)!r} describes {pattern.heads} heads, but heads = {heads}")
     return pattern
-
-
-def describe_exchange(pattern: patterns.Pattern, length: int, shards: int) -> str:
-    """What shards exchange under the patterns of all heads."""
-    kinds = (plan_exchange(head, length, shards).kind for head in dict.fromkeys(pattern.by_head()))
-    return "; ".join(dict.fromkeys(kinds))
 
 
 def implementation_names() -> tuple[str, ...]:

@@ -15,7 +15,7 @@ from sparsejax import patterns
 from sparsejax.errors import InputError, require_at_least, require_choice
 from sparsejax.layers.caching import chunk_positions, write_slots
 from sparsejax.layers.context import EMPTY, Context, Tokens
-from sparsejax.layers.protocols import COMPILED, Auxiliary, Cache, Mixer, MixerConfig, implementation_names
+from sparsejax.layers.protocols import AttendingConfig, Auxiliary, Cache, Mixer, implementation_names
 from sparsejax.layers.rotary import RopeConfig, rotate
 from sparsejax.layers.stream import Cost, Linear, Stream, output_scale, parameter
 from sparsejax.ops import AttentionCall, Selection, attend, attention_flops, choose, measure_selection, route
@@ -33,7 +33,7 @@ from sparsejax.ops.selectors import nearest_centroid
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class RoutingConfig(MixerConfig):
+class RoutingConfig(AttendingConfig):
     """Attention to the last `members` tokens of the cluster of a query, itself included.
 
     The cluster of a token is that of the centroid nearest to its key, before the rotation, by angle. Centroids are no
@@ -95,10 +95,6 @@ class RoutingConfig(MixerConfig):
         """Moves the centroids."""
         moved = update_centroids(parameters["centroids"], statistics["sums"], self.rate)
         return parameters | {"centroids": moved}
-
-    def exchange(self, length: int, shards: int) -> str:
-        """Keys that the data choose."""
-        return COMPILED
 
 
 class Routing(Mixer):

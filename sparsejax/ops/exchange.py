@@ -1,8 +1,8 @@
 """Attention over a sharded sequence: shards exchange the keys that the pattern lets them read, and attend to those.
 
-What travels follows from the pattern, see `sparsejax.patterns.exchange`. Keys, values and segments of a hop travel
-together in one `ppermute`; broadcasts are sums over the shards, of which one is not zero. Gradients travel backwards
-along the same ways.
+What travels follows from the pattern, see `sparsejax.patterns.exchange`. The keys and values of a hop are one
+`ppermute`; broadcasts are sums over the shards, of which one is not zero. Gradients travel backwards along the same
+ways.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from sparsejax.errors import InputError
 from sparsejax.ops import gather
 from sparsejax.ops.call import AttentionCall, by_pattern
 from sparsejax.ops.sequence import AXIS, map_shards, shard_count, shard_index, shift
+from sparsejax.ops.softmax import log_sum
 from sparsejax.patterns.exchange import Exchange, plan_exchange
 
 NOWHERE = np.iinfo(np.int32).max // 2  # index of a tile whose result is dropped
@@ -82,10 +83,9 @@ def _attend_shard(
     plan: Exchange, call: AttentionCall, arrays: Arrays, sink: Array | None, slopes: Array | None
 ) -> tuple[Float[Array, "b rows tile h value"], Float[Array, "b rows tile h"]]:
     """Output and log-sum-exp of the queries of a shard."""
-    gathered = Arrays(*_swap(plan, (arrays.q,)), *_collect(plan, arrays.keys)[:2], None, None)
-    if arrays.q_segments is not None:
-        (q_segments,), k_segments = _swap(plan, (arrays.q_segments,)), _collect(plan, arrays.keys)[2]
-        gathered = gathered._replace(q_segments=q_segments, k_segments=k_segments)
+    (q,), (k, v, k_segments) = _swap(plan, (arrays.q,)), _collect(plan, arrays.keys)
+    (q_segments,) = (None,) if arrays.q_segments is None else _swap(plan, (arrays.q_segments,))
+    gathered = Arrays(q, k, v, q_segments, k_segments)
     lists = _group(plan.live(), plan.queries, plan.keys)
     out, lse = _attend(plan, call, gathered, lists, sink, slopes)
     results = _swap(plan, (out, lse)) if call.return_lse else (*_swap(plan, (out,)), lse)  # an unused one stays
@@ -201,6 +201,6 @@ def _merge_pinned(
     weight = jnp.exp(lse - largest)
     total = jax.lax.psum(weight, AXIS)
     out = jax.lax.psum(out * weight[..., None], AXIS) / jnp.where(total == 0, 1.0, total)[..., None]
-    merged = out, jnp.where(total == 0, -jnp.inf, jnp.log(jnp.where(total == 0, 1.0, total)) + largest)
+    merged = out, log_sum(largest, total)
     held = np.where(tiles // r == np.arange(n)[:, None], tiles % r, NOWHERE)
     return tuple(x.at[:, _of_shard(held)].set(y, mode="drop") for x, y in zip(results, merged, strict=True))

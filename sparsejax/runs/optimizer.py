@@ -116,14 +116,16 @@ def build_optimizer(
     return _in_float32(optax.chain(clip, algorithm, *average))
 
 
+def widen(tree: PyTree) -> PyTree:
+    """Returns the arrays with those in bfloat16 in float32."""
+    return jax.tree.map(lambda x: x.astype(jnp.float32) if x.dtype == jnp.bfloat16 else x, tree)
+
+
 def _in_float32(transform: optax.GradientTransformation) -> optax.GradientTransformation:
     """A transformation whose state, gradients and updates are float32 for parameters in bfloat16.
 
     `optax.apply_updates` adds an update in float32 and rounds the sum.
     """
-
-    def widen(tree: PyTree) -> PyTree:
-        return jax.tree.map(lambda x: x.astype(jnp.float32) if x.dtype == jnp.bfloat16 else x, tree)
 
     def init(parameters: PyTree) -> PyTree:
         return transform.init(widen(parameters))

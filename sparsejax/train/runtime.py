@@ -12,7 +12,7 @@ from jaxtyping import Array
 
 from sparsejax import data, sharding
 from sparsejax.config import ConfigError
-from sparsejax.errors import InputError
+from sparsejax.errors import InputError, argument_path
 from sparsejax.inference.evaluation import (
     Evaluation,
     build_evaluation,
@@ -164,7 +164,7 @@ def set_up(
     settings: list[Phase | EvaluationSetting] = [*phases, *evaluations]
     for setting in settings:
         _require_even_batches(setting, mesh)
-        _require_even_rows(setting, mesh)
+        _require_even_rows(setting)
     datasets: list[data.Dataset] = []
     for setting in settings:
         loaded = datasets[-1] if datasets else None
@@ -195,17 +195,16 @@ def _require_even_batches(setting: Phase | EvaluationSetting, mesh: Mesh) -> Non
             raise _invalid(setting, key, f"{count} {unit} cannot be split evenly over {shards} devices")
 
 
-def _require_even_rows(setting: Phase | EvaluationSetting, mesh: Mesh) -> None:
+def _require_even_rows(setting: Phase | EvaluationSetting) -> None:
     """Raises ConfigError if the shards of the sequence cannot be equal, or a mixer cannot be sharded."""
-    shards, length = sharding.sequence_shards(mesh), setting.config.data.length
-    if length % shards:
-        nearest = f"{length // shards * shards or shards} or {-(-length // shards) * shards}"
-        problem = f"{length} tokens cannot be split evenly over sharding.sequence = {shards} devices; use {nearest}"
-        raise _invalid(setting, "data.length", problem)
+    config = setting.config
     try:
-        setting.config.model.check_sharded(length, shards)
+        with argument_path("data"):
+            config.sharding.check_length(config.data.length)
+        with argument_path("model"):
+            config.model.check_sharded(config.data.length, config.sharding.sequence)
     except InputError as error:
-        raise _invalid(setting, f"model.{error.argument}", error.problem) from None
+        raise _invalid(setting, error.argument or "", error.problem) from None
 
 
 def _require_vocabulary(setting: Phase | EvaluationSetting, dataset: data.Dataset) -> None:

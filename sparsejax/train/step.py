@@ -17,6 +17,7 @@ from sparsejax.inference.evaluation import DeviceBatch, read_context, score_toke
 from sparsejax.layers import Dropout, ExpertsConfig
 from sparsejax.metrics import AUXILIARY, EXPERT_LOAD_MAX, EXPERT_LOAD_MIN
 from sparsejax.model import Choices, Functional, Losses, Model, Output, Statistics
+from sparsejax.runs.optimizer import widen
 from sparsejax.runs.state import TrainState
 from sparsejax.train.losses import logit_losses
 from sparsejax.train.teacher import Distillation, Targets
@@ -233,8 +234,7 @@ def build_gradient(
         if distillation is not None and teacher is not None:
             targets = distillation.run_teacher(teacher, batch, constrain)
         # Gradients are sums over tokens, which bfloat16 would round.
-        parameters = jax.tree.map(lambda x: x.astype(jnp.float32) if x.dtype == jnp.bfloat16 else x, parameters)
-        return jax.grad(total_loss, has_aux=True)(parameters, batch, key, choices, scale, teacher, targets)
+        return jax.grad(total_loss, has_aux=True)(widen(parameters), batch, key, choices, scale, teacher, targets)
 
     def differentiate(
         parameters: dict[str, Any],
