@@ -21,6 +21,7 @@ from sparsejax.layers.caching import chunk_positions, write_slots
 from sparsejax.layers.context import EMPTY, Context
 from sparsejax.layers.stream import Cost, Stream, decays
 from sparsejax.ops import IMPLEMENTATIONS, AttentionCall, Selection
+from sparsejax.ops.attention import RING
 from sparsejax.ops.call import SelectedCall
 from sparsejax.patterns.exchange import plan_exchange
 
@@ -131,12 +132,14 @@ class MixerConfig:
 class AttendingConfig(MixerConfig):
     """Base of configs of attention to the keys of `connectivity`, or to those of them that the data choose."""
 
+    impl: str = "auto"  # implementation of `ops.attend`
+
     def exchange(self, length: int, shards: int) -> str:
         """Keys, as the pattern of each head demands, unless the data choose them."""
         if self.selects or self.indexers:
             return COMPILED
-        kinds = (plan_exchange(head, length, shards).kind for head in dict.fromkeys(self.connectivity.by_head()))
-        return "; ".join(dict.fromkeys(kinds))
+        heads, in_ring = dict.fromkeys(self.connectivity.by_head()), self.impl == "ring"
+        return "; ".join(dict.fromkeys(plan_exchange(head, length, shards, in_ring).kind for head in heads))
 
 
 class Mixer(nnx.Module):
@@ -265,4 +268,4 @@ def parse_pattern(text: str | patterns.Pattern, heads: int, length: int | None =
 
 def implementation_names() -> tuple[str, ...]:
     """Values of the argument `impl` of attention mixers."""
-    return "auto", *(implementation.name for implementation in IMPLEMENTATIONS)
+    return "auto", *(implementation.name for implementation in (*IMPLEMENTATIONS, RING))

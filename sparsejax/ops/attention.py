@@ -60,6 +60,8 @@ IMPLEMENTATIONS = (
     Implementation("cudnn", cudnn.run, cudnn.unsupported_reason, verification.RECORDED["cudnn"]),
 )
 
+# Of a sharded sequence, see `sparsejax.ops.ring`; on one shard it is "gather".
+RING = Implementation("ring", gather.run, exchange.unsupported_in_ring)
 KERNELS = "cudnn", "tpu", "gpu"  # in the order in which "auto" tries them
 
 # Measured on CPU (experiments/attention). Up to one tile there is nothing to skip; from there on gathering is faster
@@ -106,7 +108,8 @@ def attend(
     and "cudnn") in reverse mode once.
 
     If the sequence is sharded, "auto" and "gather" exchange the keys that the pattern lets a shard read, see
-    `sparsejax.ops.exchange`; the number of shards must divide the lengths.
+    `sparsejax.ops.exchange`; the number of shards must divide the lengths. Keys that all shards read are gathered; with
+    "ring" they travel from shard to shard, so that none holds them all.
 
     Args:
       q: Queries.
@@ -115,8 +118,8 @@ def attend(
       pattern: The allowed keys per query, or its text form; a pattern with heads must have `h` of them.
       selection: Groups of keys that each query chose, see `sparsejax.ops.selection`; a query attends to those of their
         keys that the pattern and the segments allow. The pattern must be the same for all heads.
-      impl: "dense", "gather", "segment", "tpu", "gpu" or "cudnn"; or "auto", which uses a kernel only on devices where
-        it is verified (see `sparsejax.ops.verification`).
+      impl: "dense", "gather", "segment", "ring" (that is "gather" on one shard), "tpu", "gpu" or "cudnn"; or "auto",
+        which uses a kernel only on devices where it is verified (see `sparsejax.ops.verification`).
       q_offset: Position of the first query. Queries that continue a sequence, as in chunked prefill, follow the keys
         before them: `q_offset=s - t` if the last query is at the last key. The sequence that the pattern describes
         ends with the last key or query. By default queries and keys are counted from 0, independently of each other;
@@ -164,7 +167,7 @@ def attend(
         q_offset=q_offset or 0,
     )
     if exchange.applies(call, impl):
-        out, lse = exchange.run(call)
+        out, lse = exchange.run(call, impl)
         return (out.astype(dtype), lse) if return_lse else out.astype(dtype)
     chosen = _choose(impl, call)
     if chosen.verified_on is not None:
@@ -222,7 +225,7 @@ def _depends_on_offset(pattern: Pattern, t: int, s: int) -> bool:
 
 
 def _choose(impl: str, call: AttentionCall) -> Implementation:
-    by_name = {implementation.name: implementation for implementation in IMPLEMENTATIONS}
+    by_name = {implementation.name: implementation for implementation in (*IMPLEMENTATIONS, RING)}
     if impl not in ("auto", *by_name):
         raise ImplementationError("impl", f"{impl!r} is not one of auto, {', '.join(by_name)}")
     reasons = {}

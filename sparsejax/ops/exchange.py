@@ -2,12 +2,13 @@
 
 What travels follows from the pattern, see `sparsejax.patterns.exchange`. The keys and values of a hop are one
 `ppermute`; broadcasts are sums over the shards, of which one is not zero. Gradients travel backwards along the same
-ways.
+ways. Keys that all shards read are gathered, or travel in a ring if the implementation is "ring".
 """
 
 from __future__ import annotations
 
 import dataclasses
+import functools
 from typing import NamedTuple
 
 import jax
@@ -16,7 +17,7 @@ import numpy as np
 from jaxtyping import Array, Float, Shaped
 
 from sparsejax.errors import InputError
-from sparsejax.ops import gather
+from sparsejax.ops import gather, ring
 from sparsejax.ops.call import AttentionCall, by_pattern
 from sparsejax.ops.sequence import AXIS, map_shards, shard_count, shard_index, shift
 from sparsejax.ops.softmax import log_sum
@@ -38,16 +39,23 @@ def applies(call: AttentionCall, impl: str) -> bool:
     (t, s), shards = (call.q.shape[1], call.k.shape[1]), shard_count()
     if shards == 1 or t != s or call.q_offset or call.selection is not None or impl in ("dense", "segment"):
         return False
-    if impl not in ("auto", "gather"):
+    if impl not in ("auto", "gather", "ring"):
         raise InputError("impl", f"{impl!r} does not exchange keys between {shards} shards of a sequence; use 'auto'")
     if t % shards:
         raise InputError("q", f"{t} tokens cannot be split evenly over the {shards} shards of the sequence")
     return True
 
 
-def run(call: AttentionCall) -> tuple[Float[Array, "b t h value"], Float[Array, "b t h"]]:
+def unsupported_in_ring(call: AttentionCall) -> str | None:
+    """Why "ring" cannot compute the call on one shard, or None."""
+    if call.selection is not None:
+        return "keys that the data select do not travel in a ring"
+    return gather.unsupported_reason(call)
+
+
+def run(call: AttentionCall, impl: str) -> tuple[Float[Array, "b t h value"], Float[Array, "b t h"]]:
     """Output and log-sum-exp of a whole sequence; see `attend`."""
-    return by_pattern(call, _run_pattern)
+    return by_pattern(call, functools.partial(_run_pattern, in_ring=impl == "ring"))
 
 
 class Arrays(NamedTuple):
@@ -65,9 +73,9 @@ class Arrays(NamedTuple):
         return self.k, self.v, self.k_segments
 
 
-def _run_pattern(call: AttentionCall) -> tuple[Float[Array, "b t h value"], Float[Array, "b t h"]]:
+def _run_pattern(call: AttentionCall, in_ring: bool) -> tuple[Float[Array, "b t h value"], Float[Array, "b t h"]]:
     b, t, h = call.q.shape[:3]
-    plan = plan_exchange(call.pattern, t, shard_count())
+    plan = plan_exchange(call.pattern, t, shard_count(), in_ring)
     segments = (None, None) if call.segments is None else call.segments
 
     def attend(arrays: tuple, per_head: tuple) -> tuple[Array, Array]:
@@ -86,8 +94,11 @@ def _attend_shard(
     (q,), (k, v, k_segments) = _swap(plan, (arrays.q,)), _collect(plan, arrays.keys)
     (q_segments,) = (None,) if arrays.q_segments is None else _swap(plan, (arrays.q_segments,))
     gathered = Arrays(q, k, v, q_segments, k_segments)
-    lists = _group(plan.live(), plan.queries, plan.keys)
-    out, lse = _attend(plan, call, gathered, lists, sink, slopes)
+    if plan.ring:
+        out, lse = _attend_ring(plan, call, gathered, sink, slopes)
+    else:
+        lists = _group(plan.live(), plan.queries, plan.keys)
+        out, lse = _attend(plan, call, gathered, lists, sink, slopes)
     results = _swap(plan, (out, lse)) if call.return_lse else (*_swap(plan, (out,)), lse)  # an unused one stays
     if len(plan.pinned_queries):
         results = _merge_pinned(plan, call, arrays, sink, slopes, results)
@@ -105,6 +116,43 @@ def _attend(
     call = dataclasses.replace(call, q=q, k=k, v=v, segments=segments, sink_logits=sink, alibi_slopes=slopes)
     length = plan.shards * plan.rows * plan.tile
     return gather.attend_tiles(call, plan.tile, lists, (True,) * len(lists.groups), (length, length))
+
+
+def _attend_ring(
+    plan: Exchange, call: AttentionCall, arrays: Arrays, sink: Array | None, slopes: Array | None
+) -> tuple[Array, Array]:
+    """Attention of the query tiles of a shard to the key tiles of all shards, which visit it in turn."""
+    q, k, v, q_segments, k_segments = arrays
+    segments = None if q_segments is None or k_segments is None else (q_segments, k_segments)
+    per_head = (None if x is None else x.astype(call.dtype) for x in (sink, slopes))
+    length = plan.shards * plan.rows * plan.tile
+    static = gather.TilePlan.of_call(call, plan.tile, (), (length, length))
+    return ring.attend_ring(static, q, k, v, *per_head, segments, _list_visits(plan))
+
+
+def _list_visits(plan: Exchange) -> ring.Visits:
+    """The tiles of this shard in each step of a ring.
+
+    After the first step the tiles of a row are cut into runs, so that all shards have as many in every step: of causal
+    attention with a mirror swap, a shard has half of the tiles of each row, or all tiles of half of the rows.
+    """
+    n, r = plan.shards, plan.rows
+    first = _group(plan.visits(0), plan.queries, plan.queries)
+    later = [plan.visits(step) for step in range(1, n)]
+    degrees = np.array([[[len(live) for live in rows] for rows in shards] for shards in later])
+    sizes = sorted({-(-r // parts) for parts in (1, 2, 4)}, reverse=True)
+    counts = [int((-(-degrees // size)).sum(axis=-1).max()) for size in sizes]
+    count, size = min(zip(counts, sizes, strict=True), key=lambda option: option[0] * option[1])
+    rows = np.full((n, n - 1, count), NOWHERE, np.int32)
+    columns = np.full((n, n - 1, count, size), -1, np.int32)
+    for step, shards in enumerate(later):
+        for shard, lists in enumerate(shards):
+            runs = [(row, live[i : i + size]) for row, live in enumerate(lists) for i in range(0, len(live), size)]
+            for i, (row, live) in enumerate(runs):
+                rows[shard, step, i] = row
+                columns[shard, step, i, : len(live)] = live
+    held = np.stack([np.roll(plan.queries, step, axis=0) for step in range(n)], axis=1)
+    return ring.Visits(first.groups, (_of_shard(rows), _of_shard(columns)), _of_shard(plan.queries), _of_shard(held))
 
 
 def _group(live: list[list[np.ndarray]], queries: np.ndarray, keys: np.ndarray) -> gather.Lists:
@@ -146,7 +194,11 @@ def _swap(plan: Exchange, arrays: tuple[Tiles, ...]) -> tuple[Tiles, ...]:
 
 
 def _collect(plan: Exchange, arrays: tuple[Tiles | None, ...]) -> tuple[Tiles | None, ...]:
-    """The key tiles that a shard reads, in the order of `Exchange.keys`."""
+    """The key tiles that a shard reads, in the order of `Exchange.keys`; in a ring those with which it begins."""
+    if plan.ring:
+        k, v, segments = arrays
+        k, v = _swap(plan, (k, v))
+        return k, v, None if segments is None else _swap(plan, (segments,))[0]
     packed, unpack = _pack(arrays)
     parts = []
     for x in packed:

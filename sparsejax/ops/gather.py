@@ -22,7 +22,7 @@ from sparsejax.ops.call import AttentionCall, by_pattern
 from sparsejax.ops.chunks import pad_to_multiple, vary_alike
 from sparsejax.ops.derivatives import with_derivatives
 from sparsejax.ops.masked import attend_masked
-from sparsejax.ops.softmax import MASKED, add_alibi, log_multiplicity, log_sum, softcap, zero_nan
+from sparsejax.ops.softmax import MASKED, add_alibi, log_multiplicity, log_sum, merge_lse, softcap, zero_nan
 from sparsejax.patterns import Pattern, TileLayout
 
 # Measured on CPU by `python -m benchmarks cpu_attention`: the large tile takes a third less time per pair as long as
@@ -95,8 +95,7 @@ def attend_tiles(
       masked: Whether each group of the lists has pairs that are not allowed.
       lengths: Number of queries and of keys that the pattern counts.
     """
-    h, g = call.q.shape[2], call.k.shape[2]
-    plan = _Plan(call.pattern, *lengths, h, g, tile, call.scale, call.softcap, call.dtype, call.q_offset, masked)
+    plan = TilePlan.of_call(call, tile, masked, lengths)
     segments = None if call.segments is None else tuple(_split_tiles(x, tile) for x in call.segments)
     per_head = (None if x is None else x.astype(call.dtype) for x in (call.sink_logits, call.alibi_slopes))
     tiles = (_split_tiles(x, tile) for x in (call.q, call.k, call.v))
@@ -104,7 +103,7 @@ def attend_tiles(
 
 
 @dataclasses.dataclass(frozen=True)
-class _Plan:
+class TilePlan:
     """The static part of a call: all but the arrays."""
 
     pattern: Pattern
@@ -119,9 +118,15 @@ class _Plan:
     q_offset: int
     masked: tuple[bool, ...]
 
+    @classmethod
+    def of_call(cls, call: AttentionCall, tile: int, masked: tuple[bool, ...], lengths: tuple[int, int]) -> TilePlan:
+        """The plan of a call; the arguments are those of `attend_tiles`."""
+        heads = call.q.shape[2], call.k.shape[2]
+        return cls(call.pattern, *lengths, *heads, tile, call.scale, call.softcap, call.dtype, call.q_offset, masked)
+
 
 def _attend_tiles_plain(
-    plan: _Plan,
+    plan: TilePlan,
     q_tiles: Float[Array, "b rows tile h d"],
     k_tiles: Float[Array, "b columns tile g d"],
     v_tiles: Float[Array, "b columns tile g value"],
@@ -131,20 +136,55 @@ def _attend_tiles_plain(
     lists: Lists,
 ) -> tuple[Float[Array, "b rows tile h value"], Float[Array, "b rows tile h"]]:
     """Output and log-sum-exp."""
+    rows = q_tiles.shape[:-1]
+    zeros = jnp.zeros((*rows, v_tiles.shape[-1]), plan.dtype), jnp.zeros(rows, plan.dtype)
+    results, _ = vary_alike((zeros, q_tiles))
+    operands = Operands(q_tiles, k_tiles, v_tiles, slopes, segments, lists)
+    return attend_rows(plan, results, operands, sink, merges=False)
+
+
+class Operands(NamedTuple):
+    """The arrays of queries and keys, and what is allowed.
+
+    Attributes:
+      q: Queries in tiles.
+      k: Keys in tiles.
+      v: Values in tiles.
+      slopes: Slopes of ALiBi.
+      segments: Segment ids of queries and keys, in tiles.
+      lists: The key tiles of each query tile.
+    """
+
+    q: Float[Array, "b rows tile h d"]
+    k: Float[Array, "b columns tile g d"]
+    v: Float[Array, "b columns tile g value"]
+    slopes: Float[Array, " h"] | None
+    segments: tuple[Int[Array, "b rows tile"], Int[Array, "b columns tile"]] | None
+    lists: Lists
+
+
+def attend_rows(
+    plan: TilePlan, results: tuple[Array, Array], operands: Operands, sink: Array | None, *, merges: bool
+) -> tuple[Float[Array, "b rows tile h value"], Float[Array, "b rows tile h"]]:
+    """Output and log-sum-exp of the query tiles of the lists, and `results` for the others.
+
+    With `merges` the results are those of other keys, with which those of the lists are merged; a query tile may then
+    be listed several times.
+    """
+    q_tiles, k_tiles, v_tiles, slopes, segments, lists = operands
 
     def attend_row(masked, carry, row):
         query, columns = row
         q, k, v = (_take(plan, x, tiles) for x, tiles in ((q_tiles, query), (k_tiles, columns), (v_tiles, columns)))
         scores = softcap(_score(plan, q, k), plan.softcap)
-        out, lse = _average(plan, _apply_positions(plan, row, lists, masked, slopes, segments, scores), v, sink)
-        return (_put(carry[0], query, out), _put(carry[1], query, lse)), None
+        part = _average(plan, _apply_positions(plan, row, lists, masked, slopes, segments, scores), v, sink)
+        if merges:
+            part = merge_lse([(_take(plan, carry[0], query), _take(plan, carry[1], query)), part])
+        return (_put(carry[0], query, part[0]), _put(carry[1], query, part[1])), None
 
-    rows = q_tiles.shape[:-1]
-    zeros = jnp.zeros((*rows, v_tiles.shape[-1]), plan.dtype), jnp.zeros(rows, plan.dtype)
-    carry, _ = vary_alike((zeros, q_tiles))
     for masked, group in zip(plan.masked, lists.groups, strict=True):
-        carry, _ = jax.lax.scan(functools.partial(attend_row, masked), carry, group)
-    return carry
+        results, _ = jax.lax.scan(functools.partial(attend_row, masked), results, group)
+    return results
 
 
 def _attend_tiles_forward(plan, *arrays):
@@ -158,14 +198,51 @@ def _attend_tiles_backward(plan, residuals, cotangents):
     Rows of NaN have no gradient.
     """
     q_tiles, k_tiles, v_tiles, sink, slopes, segments, lists, out, lse = residuals
+    sums = summarize(out, lse, cotangents)
+    gradients = tuple(jnp.zeros(x.shape, plan.dtype) for x in (q_tiles, k_tiles, v_tiles))
+    gradients, _ = vary_alike((gradients, q_tiles))
+    operands = Operands(q_tiles, k_tiles, v_tiles, slopes, segments, lists)
+    gradients = differentiate_rows(plan, gradients, operands, sums)
+    d_sink = None if sink is None else differentiate_sink(sink, sums)
+    return *(d.astype(x.dtype) for d, x in zip(gradients, residuals, strict=False)), d_sink, None, None, None
+
+
+class Sums(NamedTuple):
+    """What the gradients of a row need of it as a whole, without its keys.
+
+    Attributes:
+      d_out: Gradient of the output; zeros in a row of NaN.
+      lse: Log-sum-exp; infinite in a row of NaN, so that its probabilities are 0.
+      delta: The gradient of a score is p * (d_out @ v - delta).
+    """
+
+    d_out: Float[Array, "b rows tile h value"]
+    lse: Float[Array, "b rows tile h"]
+    delta: Float[Array, "b rows tile h"]
+
+
+def summarize(out: Array, lse: Array, cotangents: tuple[Array, Array]) -> Sums:
+    """The sums of the rows, from output and log-sum-exp and their cotangents."""
     bad, (d_out, d_lse) = jnp.isnan(lse), cotangents
     d_out, out = (jnp.where(bad[..., None], 0, x) for x in (d_out, out))
-    lse = jnp.where(bad, jnp.inf, lse)  # p is 0
-    delta = (d_out * out).sum(axis=-1) - jnp.where(bad, 0, d_lse)  # ds = p * (dp - delta)
+    delta = (d_out * out).sum(axis=-1) - jnp.where(bad, 0, d_lse)
+    return Sums(d_out, jnp.where(bad, jnp.inf, lse), delta)
+
+
+def differentiate_sink(sink: Float[Array, " h"], sums: Sums) -> Float[Array, " h"]:
+    """The gradient of the sink logits."""
+    return -(jnp.exp(sink - sums.lse) * sums.delta).sum(axis=(0, 1, 2))
+
+
+def differentiate_rows(
+    plan: TilePlan, gradients: tuple[Array, Array, Array], operands: Operands, sums: Sums
+) -> tuple[Array, Array, Array]:
+    """Adds those of the rows of the lists to the gradients of q, k and v, which have the dtype of the plan."""
+    q_tiles, k_tiles, v_tiles, slopes, segments, lists = operands
 
     def differentiate_row(masked, carry, row):
         query, columns = row
-        q, do, row_lse, row_delta = (_take(plan, x, query) for x in (q_tiles, d_out, lse, delta))
+        q, do, row_lse, row_delta = (_take(plan, x, query) for x in (q_tiles, *sums))
         k, v = _take(plan, k_tiles, columns), _take(plan, v_tiles, columns)
         q, k = zero_nan(q), zero_nan(k)
         scores, softcap_vjp = jax.vjp(functools.partial(softcap, limit=plan.softcap), _score(plan, q, k))
@@ -173,16 +250,14 @@ def _attend_tiles_backward(plan, residuals, cotangents):
         p = jnp.exp(scores - jnp.where(row_lse > MASKED, row_lse, 0.0)[..., None])
         (ds,) = softcap_vjp(p * (jnp.einsum("bgqd,bgkd->bgqk", do, v) - row_delta[..., None]))
         ds = ds * plan.scale
-        dq = _put(carry[0], query, jnp.einsum("bgqk,bgkd->bgqd", ds, k))
+        dq = _add(carry[0], query[None], jnp.einsum("bgqk,bgkd->bgqd", ds, k))
         dk = _add(carry[1], columns, jnp.einsum("bgqk,bgqd->bgkd", ds, q))
         dv = _add(carry[2], columns, jnp.einsum("bgqk,bgqd->bgkd", p, do))
         return (dq, dk, dv), None
 
-    carry, _ = vary_alike((tuple(jnp.zeros(x.shape, plan.dtype) for x in (q_tiles, k_tiles, v_tiles)), q_tiles))
     for masked, group in zip(plan.masked, lists.groups, strict=True):
-        carry, _ = jax.lax.scan(functools.partial(differentiate_row, masked), carry, group)
-    d_sink = None if sink is None else -(jnp.exp(sink - lse) * delta).sum(axis=(0, 1, 2))
-    return *(d.astype(x.dtype) for d, x in zip(carry, residuals, strict=False)), d_sink, None, None, None
+        gradients, _ = jax.lax.scan(functools.partial(differentiate_row, masked), gradients, group)
+    return gradients
 
 
 _attend_tiles = with_derivatives(_attend_tiles_forward, _attend_tiles_backward, _attend_tiles_plain)
@@ -193,12 +268,12 @@ _attend_tiles = with_derivatives(_attend_tiles_forward, _attend_tiles_backward, 
 # transposition.
 
 
-def _score(plan: _Plan, q: Float[Array, "b g q d"], k: Float[Array, "b g k d"]) -> Float[Array, "b g q k"]:
+def _score(plan: TilePlan, q: Float[Array, "b g q d"], k: Float[Array, "b g k d"]) -> Float[Array, "b g q k"]:
     return jnp.einsum("bgqd,bgkd->bgqk", q, k, preferred_element_type=plan.dtype) * plan.scale
 
 
 def _apply_positions(
-    plan: _Plan,
+    plan: TilePlan,
     row: Row,
     lists: Lists,
     masked: bool,
@@ -231,7 +306,7 @@ def _apply_positions(
 
 
 def _average(
-    plan: _Plan, scores: Float[Array, "b g q k"], v: Float[Array, "b g k value"], sink: Float[Array, " h"] | None
+    plan: TilePlan, scores: Float[Array, "b g q k"], v: Float[Array, "b g k value"], sink: Float[Array, " h"] | None
 ) -> tuple[Float[Array, "b g q value"], Float[Array, "b g q"]]:
     """The values averaged by the softmax of masked scores, and the log-sum-exp; see `masked_softmax`."""
     m = scores.max(axis=-1)
@@ -247,7 +322,7 @@ def _average(
 
 
 def _take(
-    plan: _Plan, x: Float[Array, "b tiles tile heads *width"], tiles: Int[Array, "*tiles"]
+    plan: TilePlan, x: Float[Array, "b tiles tile heads *width"], tiles: Int[Array, "*tiles"]
 ) -> Float[Array, "b g tokens *width"]:
     """One tile or several; their tokens, and the heads per key/value head, on one axis."""
     b, _, _, heads, *width = x.shape

@@ -64,6 +64,12 @@ def shift(x: PyTree[Array], by: int) -> PyTree[Array]:
     return jax.tree.map(lambda leaf: jax.lax.ppermute(leaf, AXIS, pairs) if pairs else jnp.zeros_like(leaf), x)
 
 
+def rotate(x: PyTree[Array]) -> PyTree[Array]:
+    """In `map_shards`: the arrays of the shard before this one; those of the last shard on the first."""
+    count = jax.lax.axis_size(AXIS)
+    return jax.tree.map(lambda leaf: jax.lax.ppermute(leaf, AXIS, [(i, (i + 1) % count) for i in range(count)]), x)
+
+
 def divides(length: int) -> bool:
     """Whether the sequence is sharded, into equal shards."""
     shards = shard_count()

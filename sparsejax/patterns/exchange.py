@@ -44,6 +44,8 @@ class Exchange:
       pinned_keys: Key tiles that are broadcast, int32 [p].
       pinned_queries: Query tiles that are broadcast, int32 [q].
       layout: The live tiles of the whole sequence.
+      ring: Whether gathered keys travel from shard to shard instead, and are swapped as the queries are: then the work
+        of all shards is equal in every step.
     """
 
     shards: int
@@ -55,13 +57,14 @@ class Exchange:
     pinned_keys: np.ndarray
     pinned_queries: np.ndarray
     layout: TileLayout
+    ring: bool = False
 
     @property
     def kind(self) -> str:
         """The exchange in a few words, such as "halo + pinned"."""
         kinds = []
         if self.gathered:
-            kinds.append("all-gather" + " with mirror swap" * bool(self.swapped))
+            kinds.append(("ring" if self.ring else "all-gather") + " with mirror swap" * bool(self.swapped))
         if self.hops:
             kinds.append("halo" if self._is_halo else "tiles")
         if len(self.pinned_keys) or len(self.pinned_queries):
@@ -115,6 +118,19 @@ class Exchange:
             lists.append([slot[empty if i in pinned else columns[starts[i] : starts[i + 1]]] for i in queries.tolist()])
         return lists
 
+    def visits(self, step: int) -> list[list[np.ndarray]]:
+        """The live key tiles of each query tile of `queries`, by shard, in step `step` of a ring.
+
+        Shard c then holds the key tiles `queries[c - step]`, in whose positions the tiles are.
+        """
+        starts, columns, lists = self.layout.starts, self.layout.columns, []
+        for queries, held in zip(self.queries, np.roll(self.queries, step, axis=0), strict=True):
+            slot = np.full(self.shards * self.rows, -1, np.int32)
+            slot[held] = np.arange(self.rows, dtype=np.int32)
+            live = [slot[columns[starts[i] : starts[i + 1]]] for i in queries.tolist()]
+            lists.append([slots[slots >= 0] for slots in live])
+        return lists
+
     def live_pinned(self) -> list[list[np.ndarray]]:
         """The key tiles that each shard holds of each pinned query tile, counted from its first tile, by shard."""
         starts, columns = self.layout.starts, self.layout.columns
@@ -130,7 +146,7 @@ class Exchange:
 
     @property
     def key_tokens(self) -> int:
-        """Tokens whose keys and values a shard receives: of all-gather, hops and broadcasts."""
+        """Tokens whose keys and values a shard receives: of all-gather or ring, hops and broadcasts."""
         gathered = (self.shards - 1) * self.rows if self.gathered else 0
         return self.tile * (gathered + sum(sent.shape[1] for sent in self.hops.values()) + len(self.pinned_keys))
 
@@ -143,8 +159,14 @@ def choose_tile(tokens: int) -> int:
 
 
 @functools.lru_cache(maxsize=256)
-def plan_exchange(pattern: Pattern, length: int, shards: int) -> Exchange:
-    """The exchange with the fewest tiles for `length` tokens, which `shards` divides, under a pattern of one head."""
+def plan_exchange(pattern: Pattern, length: int, shards: int, ring: bool = False) -> Exchange:
+    """The exchange with the fewest tiles for `length` tokens, which `shards` divides, under a pattern of one head.
+
+    With `ring`, keys that would be gathered travel from shard to shard.
+    """
+    if ring:
+        plan = plan_exchange(pattern, length, shards)
+        return dataclasses.replace(plan, ring=plan.gathered)
     tile = choose_tile(length // shards)
     rows = length // shards // tile
     layout = pattern.layout(length, length, (tile, tile))

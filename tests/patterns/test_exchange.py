@@ -58,3 +58,35 @@ def test_tiles_divide_a_shard(tokens):
     tile = choose_tile(tokens)
     assert tokens % tile == 0
     assert tile >= 16 or tokens < 16
+
+
+@pytest.mark.parametrize(
+    ("pattern", "length", "shards"), [("causal", 1024, 8), ("causal", 111 * 4, 4), ("full", 128, 2)]
+)
+def test_a_ring_visits_every_live_tile_once(pattern, length, shards):
+    plan = plan_exchange(patterns.parse(pattern), length, shards, ring=True)
+    assert plan.ring
+    visited = set()
+    for step in range(shards):
+        for shard, rows in enumerate(plan.visits(step)):
+            held = plan.queries[(shard - step) % shards]
+            tiles = {
+                (int(query), int(held[i])) for query, row in zip(plan.queries[shard], rows, strict=True) for i in row
+            }
+            assert not tiles & visited
+            visited |= tiles
+    assert visited == set(zip(plan.layout.rows.tolist(), plan.layout.columns.tolist(), strict=True))
+
+
+@pytest.mark.parametrize("shards", [2, 4, 8])
+def test_a_causal_ring_is_equal_work_in_every_step(shards):
+    plan = plan_exchange(patterns.parse("causal"), 256 * shards, shards, ring=True)
+    counts = np.array([[sum(map(len, rows)) for rows in plan.visits(step)] for step in range(shards)])
+    assert (counts[0] == counts[0, 0]).all()
+    assert (counts[1:] == plan.rows**2 // 2).all()
+
+
+def test_a_window_has_no_ring():
+    plan = plan_exchange(patterns.parse("causal & window(512)"), 16_384, 4, ring=True)
+    assert not plan.ring
+    assert plan.kind == "halo"

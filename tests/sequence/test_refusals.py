@@ -8,10 +8,10 @@ import pytest
 from jax.sharding import AbstractMesh, AxisType
 
 from sparsejax import config as configs
-from sparsejax import sharding
+from sparsejax import patterns, sharding
 from sparsejax.config import ConfigError
 from sparsejax.errors import InputError
-from sparsejax.ops import attend
+from sparsejax.ops import ImplementationError, attend, top_tokens
 from tests.messages import rejects
 from tests.train import runs
 
@@ -32,6 +32,13 @@ def test_attention_is_refused(two_shards, length, impl, argument):
     q = jnp.zeros((1, length, 2, 8))
     with rejects(InputError, argument):
         attend(q, q, q, "causal", impl=impl)
+
+
+def test_selected_keys_do_not_travel_in_a_ring(two_shards):
+    q = jnp.zeros((1, 32, 2, 8))
+    selection = top_tokens(q, q, 2, patterns.Causal())
+    with rejects(ImplementationError, "impl"):
+        attend(q, q, q, "causal", selection=selection, impl="ring")
 
 
 def test_a_mixer_that_sorts_rows_is_refused():
