@@ -21,6 +21,8 @@ from sparsejax.model import Functional
 from sparsejax.ops import attend
 from sparsejax.traffic import count_traffic
 from sparsejax.train.step import build_gradient
+from tests.check import models
+from tests.sequence.random_models import draw_case
 
 BYTES = {"f32": 4, "s32": 4, "u32": 4, "bf16": 2, "pred": 1, "f64": 8, "s64": 8}
 COLLECTIVES = "all-gather|all-reduce|collective-permute|reduce-scatter|all-to-all"
@@ -38,12 +40,33 @@ def received(text, shards):
         "reduce-scatter": shards - 1,
         "all-reduce": 2 * (shards - 1) / shards,
     }
-    sums, text = collections.Counter(), re.sub(r"/\*.*?\*/", "", text)
-    for result, kind in re.findall(rf"= (\(?[^=]*?) ({COLLECTIVES})(?:-start)?\(", text):
-        for dtype, shape in re.findall(rf"({'|'.join(BYTES)})\[([\d,]*)\]", result):
-            size = BYTES[dtype] * math.prod(int(n) for n in shape.split(",") if n)
-            sums[kind] += size * factors.get(kind, 1)
+    sums = collections.Counter()
+    for line, times in list_lines(re.sub(r"/\*.*?\*/", "", text)):
+        for result, kind in re.findall(rf"= (\(?[^=]*?) ({COLLECTIVES})(?:-start)?\(", line):
+            for dtype, shape in re.findall(rf"({'|'.join(BYTES)})\[([\d,]*)\]", result):
+                size = BYTES[dtype] * math.prod(int(n) for n in shape.split(",") if n)
+                sums[kind] += times * size * factors.get(kind, 1)
     return dict(sums)
+
+
+def list_lines(text):
+    """The lines of a compiled program, and how often each runs: those of a loop in every iteration."""
+    computations, loops, name = {}, {}, None
+    for line in text.splitlines():
+        if opened := re.match(r"(?:ENTRY )?%?([\w.-]+) .*\{$", line):
+            name = opened[1]
+        computations.setdefault(name, []).append(line)
+        if body := re.search(r"while\(.*body=%?([\w.-]+)", line):
+            count = re.search(r'known_trip_count":\{"n":"(\d+)"', line)
+            loops[body[1]] = name, int(count[1]) if count else None
+
+    def repeats(name):
+        outer, count = loops.get(name, (None, 1))
+        return 1 if outer is None else count * repeats(outer)
+
+    for name, lines in computations.items():
+        collective = any(re.search(COLLECTIVES, line) for line in lines)
+        yield from ((line, repeats(name)) for line in lines if collective)
 
 
 def difference(expected, actual):
@@ -52,75 +75,104 @@ def difference(expected, actual):
     return max(float(np.abs(a - b).max() / max(np.abs(a).max(), 1e-30)) for a, b in pairs)
 
 
-def attention(pattern, length, shards, packed=False, dtype="float64", heads=(4, 2), options=()):
-    """Values and gradients of `attend`."""
+def attention(pattern, length, shards, packed=False, dtype="float64", heads=(4, 2), sinks=True, alibi=False, **options):
+    """Values and gradients of `attend`, and the collectives of the latter."""
     draw = np.random.default_rng(length)
     b, (h, g), d, value = 2, heads, 8, 4
     shapes = [(b, length, h, d), (b, length, g, d), (b, length, g, value)]
     arrays = [jnp.asarray(draw.normal(size=shape), dtype) for shape in shapes]
-    sinks = jnp.asarray(draw.normal(size=h), dtype)
+    sinks = jnp.asarray(draw.normal(size=h), dtype) if sinks else None
+    slopes = jnp.asarray(draw.random(h), dtype) if alibi else None
     segments = jnp.asarray(np.cumsum(draw.random((b, length)) < 0.03, axis=1)) if packed else None
     weights = [jnp.asarray(draw.normal(size=shape), dtype) for shape in ((b, length, h, value), (b, length, h))]
     parsed = patterns.parse(pattern)
 
     def total(q, k, v, sinks):
-        out, lse = attend(
-            q,
-            k,
-            v,
-            parsed,
-            sink_logits=sinks,
-            segment_ids=segments,
-            return_lse=True,
-            softcap=dict(options).get("softcap"),
-        )
+        keys = {"sink_logits": sinks, "alibi_slopes": slopes, "segment_ids": segments}
+        out, lse = attend(q, k, v, parsed, return_lse=True, **keys, **options)
         return (out * weights[0]).sum() + jnp.where(jnp.isfinite(lse), lse * weights[1], 0).sum()
 
-    differentiate = jax.jit(jax.value_and_grad(total, argnums=(0, 1, 2, 3)))
-    expected = differentiate(*arrays, sinks)
+    argnums = (0, 1, 2) if sinks is None else (0, 1, 2, 3)
+    expected = jax.jit(jax.value_and_grad(total, argnums))(*arrays, sinks)
     mesh = make_mesh(1, shards)
     with jax.set_mesh(mesh):
         placed = [jax.device_put(x, sharding.batch_sharding(mesh)) for x in arrays]
-        actual = jax.jit(jax.value_and_grad(total, argnums=(0, 1, 2, 3)))(*placed, sinks)
-    return {"difference": difference(jax.device_get(expected), jax.device_get(actual))}
+        compiled = jax.jit(jax.value_and_grad(total, argnums)).lower(*placed, sinks).compile()
+        actual = compiled(*placed, sinks)
+    return {
+        "difference": difference(jax.device_get(expected), jax.device_get(actual)),
+        "collectives": received(compiled.as_text(), shards),
+    }
 
 
-def build_batch(model, length, rows, packed):
-    draw = np.random.default_rng(0)
+def build_batch(model, length, rows, packed, seed=0):
+    draw = np.random.default_rng(seed)
     batch = {name: draw.integers(0, model.vocab, (rows, length)).astype(np.int32) for name in ("inputs", "targets")}
     batch["weights"] = (draw.random((rows, length)) < 0.9).astype(np.float32)
     if packed:
-        starts = draw.random((rows, length)) < 0.03
+        starts = draw.random((rows, length)) < max(0.03, 2 / length)
         starts[:, 0] = True
         first = np.maximum.accumulate(np.where(starts, np.arange(length), 0), axis=1)
         batch["segments"] = np.cumsum(starts, axis=1).astype(np.int32)
         batch["positions"] = (np.arange(length) - first).astype(np.int32)
+        padding = np.arange(length) >= length - draw.integers(0, max(length // 3, 1), (rows, 1))
+        batch["segments"][padding], batch["weights"][padding] = 0, 0
     return batch
 
 
 def model(config, length, shards, packed=True, dtype="float64", overrides=None, dropout=0.0):
     """The loss and the gradient of a training step of a config."""
     settings = build(configs.Config, configs.load(config, overrides or {}).to_dict())
-    described = dataclasses.replace(settings.model, dtype="float32", dropout=dropout)
+    mesh = (8 // shards if shards > 4 else 2, 1, shards, 1)
+    described = dataclasses.replace(settings.model, dropout=dropout)
+    return differentiate(described, length, mesh, packed, dtype, train=settings.train)
+
+
+def mixer(mixer, length, shards):
+    """The loss and the gradient of a model of one kind of mixer, see `tests.check.models`."""
+    described = models.build(mixer, "2x(mix)", allow_leaks=True)
+    return differentiate(described, length, (1, 1, shards, 1), True, "float64", length)
+
+
+def random_model(seed):
+    """The loss and the gradient of a random model, see `tests.sequence.random_models`."""
+    case = draw_case(seed)
+    jax.config.update("jax_enable_x64", case.dtype == "float64")
+    case.model.check(case.length)
+    case.model.check_sharded(case.length, case.mesh[2])
+    described = dataclasses.replace(case.model, dropout=case.dropout)
+    result = differentiate(described, case.length, case.mesh, case.packed, case.dtype, seed)
+    return result | {"dtype": case.dtype, "case": str(case)}
+
+
+def differentiate(described, length, mesh, packed, dtype, seed=0, train=None):
+    """Differences between a mesh and one device: of the loss, and of the gradient relative to its largest entry."""
+    described = dataclasses.replace(described, dtype="float32")
     object.__setattr__(described, "dtype", dtype)
     functional = Functional(described)
-    parameters = jax.tree.map(lambda x: x.astype(dtype), functional.init(jax.random.key(0)))
-    batch = build_batch(described, length, 2, packed)
+    draw = np.random.default_rng(seed)
+    parameters = jax.tree.map(  # no parameter is zero
+        lambda x: np.asarray(x, dtype) + 0.1 * draw.normal(size=x.shape).astype(dtype),
+        functional.init(jax.random.key(seed)),
+    )
+    batch = build_batch(described, length, 2, packed, seed)
     frozen = jax.tree.map(lambda _: False, functional.shapes)
-    key = jax.random.key(1) if dropout else None
+    key = jax.random.key(1) if described.dropout else None
+    train = train or configs.check(configs.load("preset:quickstart")).train
     results = []
-    for mesh in (make_mesh(1, 1), make_mesh(8 // shards if shards > 4 else 2, shards)):
-        gradient = jax.jit(build_gradient(functional, settings.train, mesh, frozen, None))
-        with jax.set_mesh(mesh):
-            placed = {name: jax.device_put(x, sharding.batch_sharding(mesh)) for name, x in batch.items()}
-            replicated = jax.device_put(parameters, sharding.replicated(mesh))
-            objective, gradients = jax.device_get(gradient(replicated, placed, key, None))
+    for sizes in ((1, 1, 1, 1), mesh):
+        devices = sharding._make_mesh(sizes, devices=jax.devices()[: math.prod(sizes)])
+        gradient = jax.jit(build_gradient(functional, train, devices, frozen, None))
+        with jax.set_mesh(devices):
+            placed = {name: jax.device_put(x, sharding.batch_sharding(devices)) for name, x in batch.items()}
+            shardings = sharding.parameter_shardings(devices, functional.shapes, functional.axes)
+            objective, gradients = jax.device_get(gradient(jax.device_put(parameters, shardings), placed, key, None))
         results.append((objective.total, gradients))
     (expected, gradients), (total, others) = results
     largest = max(np.abs(x).max() for x in jax.tree.leaves(gradients))
     pairs = zip(jax.tree.leaves(gradients), jax.tree.leaves(others), strict=True)
     worst = max(float(np.abs(a - b).max() / largest) for a, b in pairs)
-    return {"loss": float(abs(total - expected)), "gradient": worst}
+    return {"loss": float(abs(total - expected) / abs(expected)), "gradient": worst}
 
 
 def compile_layers(config, length, shards, overrides=None):
@@ -215,13 +267,21 @@ def recurrence(op, length, shards, packed, initial):
     }
 
 
-TESTS = {"attention": attention, "recurrence": recurrence, "model": model, "traffic": traffic, "memory": memory}
+TESTS = {
+    "attention": attention,
+    "recurrence": recurrence,
+    "model": model,
+    "mixer": mixer,
+    "random_model": random_model,
+    "traffic": traffic,
+    "memory": memory,
+}
 
 if __name__ == "__main__":
     cases = json.load(sys.stdin)
     for case in cases:
         jax.config.update(
             "jax_enable_x64",
-            case.get("dtype", "float64") == "float64" and sys.argv[1] in ("attention", "model", "recurrence"),
+            case.get("dtype", "float64") == "float64" and sys.argv[1] in ("attention", "mixer", "model", "recurrence"),
         )
         print(json.dumps(TESTS[sys.argv[1]](**case)), flush=True)

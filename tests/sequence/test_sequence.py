@@ -1,5 +1,6 @@
 """A sequence on several shards gives the results of one device."""
 
+import inspect
 import json
 import os
 import subprocess
@@ -8,7 +9,13 @@ import sys
 import numpy as np
 import pytest
 
-FLAGS = "--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0"
+from sparsejax.presets import find_preset, list_presets
+from tests.check.models import MIXERS, VARIANTS
+
+FLAGS = (
+    "--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0"
+    " --xla_llvm_disable_expensive_passes=true"
+)
 FLOAT64, FLOAT32 = 1e-10, 2e-5
 
 ATTENTION = [  # pattern, length, shards, packed
@@ -30,6 +37,16 @@ ATTENTION = [  # pattern, length, shards, packed
     ("causal & chunk(48)", 256, 8, False),  # chunks that cross shards
     ("causal & window(5)", 24, 8, False),  # three tokens per shard
 ]
+RING = [  # pattern, length, shards, packed, heads, options
+    ("causal", 256, 8, True, (4, 2), {"softcap": 5.0}),
+    ("causal", 192, 2, False, (4, 1), {"alibi": True}),
+    ("causal", 222, 2, True, (2, 2), {"sinks": False}),  # three tiles per shard
+    ("causal", 24, 8, True, (4, 2), {}),  # one tile per shard, which cannot be halved
+    ("full", 128, 4, True, (4, 2), {}),
+    ("causal & (window(31) | sink(4))", 256, 4, True, (4, 2), {}),  # whose keys are not gathered
+    ("per_head(causal, full, causal & window(5), causal)", 64, 2, False, (4, 2), {}),
+]
+RANDOM = 4  # random models of the default tier
 MODELS = [  # config, length, shards, packed
     ("preset:window", 128, 4, True),
     ("preset:quickstart", 128, 4, True),
@@ -56,11 +73,42 @@ def test_attention_has_the_values_and_gradients_of_one_device():
 
 def test_float32_differs_by_rounding():
     cases = [
-        {"pattern": pattern, "length": 256, "shards": 4, "dtype": "float32", "options": [["softcap", 20.0]]}
+        {"pattern": pattern, "length": 256, "shards": 4, "dtype": "float32", "softcap": 20.0}
         for pattern in ("causal & window(31)", "causal")
     ]
     for case, result in zip(cases, compute("attention", cases), strict=True):
         assert result["difference"] < FLOAT32, case
+
+
+def test_a_ring_has_the_values_and_gradients_of_one_device():
+    names = "pattern", "length", "shards", "packed", "heads"
+    cases = [dict(zip(names, case[:5], strict=True), impl="ring", **case[5]) for case in RING]
+    for case, result in zip(cases, compute("attention", cases), strict=True):
+        assert result["difference"] < FLOAT64, case
+        assert "all-gather" not in result["collectives"], case
+        assert result["collectives"]["collective-permute"] > 0, case
+
+
+def test_a_ring_gathers_nothing():
+    """Of nine moves, three of keys forward and three of keys and of gradients backward, XLA can reuse the first."""
+    overrides = {"model.schedule": "full", "model.layers.full.mixer.impl": "ring"}
+    (result,) = compute("traffic", [{"config": "preset:dense", "length": 512, "shards": 4, "overrides": overrides}])
+    assert "all-gather" not in result["hlo"]
+    assert set(result["account"]) == {"collective-permute"}
+    moved, counted = result["hlo"]["collective-permute"], result["account"]["collective-permute"]
+    assert moved <= counted <= 9 / 8 * moved
+
+
+def test_a_ring_holds_the_keys_of_few_shards():
+    """Temporary memory hardly depends on the number of shards; gathered keys and their gradients grow with it."""
+    ring = {"model.schedule": "full", "model.layers.full.mixer.impl": "ring"}
+    cases = [
+        {"config": "preset:dense", "tokens": 512, "shards": shards, "overrides": overrides}
+        for overrides, shards in ((ring, 2), (ring, 8), ({"model.schedule": "full"}, 8))
+    ]
+    two, eight, gathered = (result["bytes"] for result in compute("memory", cases))
+    assert eight < 1.1 * two
+    assert eight < 0.75 * gathered
 
 
 def test_recurrences_have_the_values_and_gradients_of_one_device():
@@ -102,6 +150,43 @@ def test_the_memory_of_a_window_does_not_depend_on_the_number_of_shards():
     cases = [{"config": "preset:window", "tokens": 256, "shards": shards} for shards in (2, 4, 8)]
     sizes = [result["bytes"] for result in compute("memory", cases)]
     assert max(sizes) < 1.05 * min(sizes)
+
+
+def assert_random_models(seeds):
+    cases = [{"seed": seed} for seed in seeds]
+    for case, result in zip(cases, compute("random_model", cases), strict=True):
+        tolerance = {"float64": FLOAT64, "float32": FLOAT32}[result["dtype"]]
+        assert result["loss"] < tolerance, case | result
+        assert result["gradient"] < tolerance, case | result
+
+
+def test_random_models_have_the_loss_and_gradient_of_one_device():
+    assert_random_models(range(RANDOM))
+
+
+@pytest.mark.nightly
+@pytest.mark.parametrize("first", range(RANDOM, 200, 14))
+def test_more_random_models(first):
+    assert_random_models(range(first, first + 14))
+
+
+@pytest.mark.nightly
+@pytest.mark.parametrize("mixer", [name for name in MIXERS | VARIANTS if "lsh" not in name])
+def test_every_mixer(mixer):
+    """The lengths only just divide; the windows are longer than a shard."""
+    cases = [{"mixer": mixer, "length": length, "shards": shards} for length, shards in ((40, 8), (26, 2))]
+    for case, result in zip(cases, compute("mixer", cases), strict=True):
+        assert max(result.values()) < FLOAT64, case
+
+
+@pytest.mark.nightly
+@pytest.mark.parametrize("name", list_presets())
+def test_every_preset(name):
+    """The tiny form, where a preset has one."""
+    has_form = inspect.signature(find_preset(name).get_config).parameters
+    config = f"preset:{name}:tiny" if has_form else f"preset:{name}"
+    (result,) = compute("model", [{"config": config, "length": 128, "shards": 4}])
+    assert max(result.values()) < FLOAT64
 
 
 @pytest.mark.nightly
