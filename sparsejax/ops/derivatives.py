@@ -66,6 +66,18 @@ def with_derivatives(
     return run
 
 
+def differentiate_as(plain: Callable[..., PyTree], function: Callable[..., PyTree]) -> Callable[..., PyTree]:
+    """Returns `function` with the derivatives of `plain`, in every mode; both map `(static, *arrays)` to the same."""
+
+    def forward(static: Any, *arrays: Any) -> tuple[PyTree, PyTree]:
+        return function(static, *arrays), arrays
+
+    def backward(static: Any, arrays: tuple[Any, ...], cotangents: PyTree) -> tuple[PyTree, ...]:
+        return jax.vjp(functools.partial(plain, static), *arrays)[1](cotangents)
+
+    return with_derivatives(forward, backward, plain, name=None)
+
+
 def _name_results(results: PyTree, arguments: Arrays, name: str | None) -> PyTree:
     """Names the arrays in the results of a forward pass that are not among its arguments, equal ones once."""
     if name is None:

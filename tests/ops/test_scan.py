@@ -2,13 +2,18 @@
 
 import functools
 import itertools
+import os
+import subprocess
+import sys
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from sparsejax.errors import InputError
 from sparsejax.ops import selective_scan
+from tests.messages import rejects
 from tests.tolerances import assert_close
 
 BATCH, WIDTH, STATE, CHUNK = 2, 3, 4, 8
@@ -22,18 +27,28 @@ LENGTHS = [
 NAMES = ("x", "dt", "A", "B", "C", "state")
 
 
-def make_inputs(length: int, seed: int = 0) -> tuple[np.ndarray, ...]:
+FORMS = {
+    "sequential": {"impl": "sequential"},
+    "chunked": {"impl": "chunked"},
+    "tpu": {"impl": "tpu", "interpret": True},
+}
+by_form = pytest.mark.parametrize("form", FORMS)
+
+
+def make_inputs(
+    length: int, seed: int = 0, batch: int = BATCH, width: int = WIDTH, state: int = STATE
+) -> tuple[np.ndarray, ...]:
     """x, dt, A, B, C and a state; decays from nearly 0 to nearly 1."""
     random = np.random.default_rng(seed)
     return tuple(
         array.astype(np.float32)
         for array in (
-            random.normal(size=(BATCH, length, WIDTH)),
-            np.exp(random.uniform(-4, 1, size=(BATCH, length, WIDTH))),
-            -np.exp(random.uniform(-1, 1, size=(WIDTH, STATE))),
-            random.normal(size=(BATCH, length, STATE)),
-            random.normal(size=(BATCH, length, STATE)),
-            random.normal(size=(BATCH, WIDTH, STATE)),
+            random.normal(size=(batch, length, width)),
+            np.exp(random.uniform(-4, 1, size=(batch, length, width))),
+            -np.exp(random.uniform(-1, 1, size=(width, state))),
+            random.normal(size=(batch, length, state)),
+            random.normal(size=(batch, length, state)),
+            random.normal(size=(batch, width, state)),
         )
     )
 
@@ -83,11 +98,28 @@ def differentiate(scan, inputs):
     return outputs, jax.vmap(vjp)(cotangents)
 
 
+@by_form
 @pytest.mark.parametrize("documents", [False, True])
 @pytest.mark.parametrize("length", LENGTHS)
-def test_selective_scan_and_its_gradients(length, documents):
+def test_selective_scan_and_its_gradients(length, documents, form):
+    if form == "tpu" and length < 8:
+        pytest.skip("the kernel needs 8 positions")
     inputs, starts = make_inputs(length), jnp.asarray(make_starts(length)) if documents else None
-    scan = functools.partial(selective_scan, starts=starts, chunk=CHUNK)
+    check_values_and_gradients(inputs, starts, chunk=CHUNK, **FORMS[form])
+
+
+@pytest.mark.nightly
+@pytest.mark.parametrize(("width", "state", "chunk"), [(130, 17, 16), (384, 8, 32), (640, 3, 24)])
+def test_blocks_of_channels_and_padded_states_of_the_kernel(width, state, chunk):
+    inputs, starts = (
+        make_inputs(2 * chunk + 3, 1, 1, width, state),
+        jnp.zeros((1, 2 * chunk + 3), bool).at[0, 9].set(True),
+    )
+    check_values_and_gradients(inputs, starts, chunk=chunk, **FORMS["tpu"])
+
+
+def check_values_and_gradients(inputs, starts, **options):
+    scan = functools.partial(selective_scan, starts=starts, **options)
     outputs, gradients = jax.jit(functools.partial(differentiate, scan))(inputs)
     for name, *pair in zip(("y", "last"), outputs, loop(*inputs, starts), strict=True):
         assert_close(name, *pair, "float32")
@@ -98,15 +130,17 @@ def test_selective_scan_and_its_gradients(length, documents):
         scale = np.abs(expected).max(axis=tuple(range(1, expected.ndim)), keepdims=True)
         scale = np.where(scale > 0, scale, 1)
         assert_close(name, np.asarray(gradient) / scale, expected / scale, "float32")
-    if not documents:
+    if starts is None:
         reached = [np.abs(expected[1]).max() > 0 for expected in expected_gradients]  # by the last state alone
         assert reached == [name != "C" for name in NAMES]
 
 
-@pytest.mark.parametrize("chunk", [1, 3, 64])
-def test_the_chunk_does_not_matter(chunk):
+@pytest.mark.parametrize(
+    ("chunk", "form"), [(1, "sequential"), (3, "sequential"), (3, "chunked"), (64, "sequential"), (64, "tpu")]
+)
+def test_the_chunk_does_not_matter(chunk, form):
     inputs = make_inputs(31)
-    actual = jax.jit(functools.partial(selective_scan, chunk=chunk))(*inputs)
+    actual = jax.jit(functools.partial(selective_scan, chunk=chunk, **FORMS[form]))(*inputs)
     for name, *pair in zip(("y", "last"), actual, loop(*inputs), strict=True):
         assert_close(name, *pair, "float32")
 
@@ -186,19 +220,22 @@ def test_two_parts_equal_the_whole(cut):
     assert_close("last", state, last, "float32")
 
 
-def test_bfloat16_inputs_are_computed_in_float32():
+@by_form
+def test_bfloat16_inputs_are_computed_in_float32(form):
     inputs = [jnp.asarray(array, jnp.bfloat16) for array in make_inputs(70)]
-    y, state = jax.jit(selective_scan)(*inputs)
+    y, state = jax.jit(functools.partial(selective_scan, **FORMS[form]))(*inputs)
     assert (y.dtype, state.dtype) == (jnp.bfloat16, jnp.float32)
     expected_y, expected_state = loop(*inputs)  # of the rounded inputs; only the output is rounded again
     assert_close("last", state, expected_state, "float32")
     np.testing.assert_allclose(y.astype(np.float32), expected_y, rtol=2**-8, atol=1e-5)
 
 
-def test_gradients_have_the_dtypes_of_the_inputs():
-    x, dt, A, B, C, state = make_inputs(5)
+@by_form
+def test_gradients_have_the_dtypes_of_the_inputs(form):
+    x, dt, A, B, C, state = make_inputs(9)
     inputs = jnp.asarray(x, jnp.bfloat16), dt, A, jnp.asarray(B, jnp.bfloat16), C, state
-    _, gradients = jax.eval_shape(functools.partial(differentiate, selective_scan), inputs)
+    scan = functools.partial(selective_scan, **FORMS[form])
+    _, gradients = jax.eval_shape(functools.partial(differentiate, scan), inputs)
     assert [gradient.dtype for gradient in gradients] == [array.dtype for array in inputs]
 
 
@@ -243,3 +280,111 @@ def test_memory_of_the_backward_pass_when_compiled():
 
 def differentiate_alone(scan, *inputs):
     return jax.grad(lambda *a: sum(jnp.square(part).sum() for part in scan(*a)), argnums=tuple(range(6)))(*inputs)
+
+
+def test_gradients_of_bfloat16_inputs():
+    """Each form rounds the gradients of the same inputs once."""
+    x, dt, A, B, C, state = make_inputs(19)
+    inputs = jnp.asarray(x, jnp.bfloat16), jnp.asarray(dt, jnp.bfloat16), A, jnp.asarray(B, jnp.bfloat16), C, state
+
+    def gradients(form):
+        scan = functools.partial(selective_scan, chunk=8, **FORMS[form])
+        return jax.jit(functools.partial(differentiate, scan))(inputs)[1]
+
+    expected = gradients("sequential")
+    for form in ("chunked", "tpu"):
+        for name, actual, gradient in zip(NAMES, gradients(form), expected, strict=True):
+            assert_close(name, actual, gradient, "bfloat16")
+
+
+@by_form
+def test_derivatives_of_derivatives(form):
+    """Forward over reverse and reverse over reverse against those of a plain scan in float64."""
+    inputs, tangents = make_inputs(13), make_inputs(13, seed=1)
+
+    def products(scan, dtype):
+        gradient = jax.grad(lambda *a: sum(jnp.sin(part).sum() for part in scan(*a)), argnums=range(6))
+        arrays, directions = ([jnp.asarray(a, dtype) for a in group] for group in (inputs, tangents))
+        return jax.jvp(gradient, arrays, directions)[1], jax.vjp(gradient, *arrays)[1](tuple(directions))
+
+    with jax.enable_x64(True):
+        expected = jax.jit(lambda: products(plain_scan, jnp.float64))()[0]
+    scan = functools.partial(selective_scan, chunk=8, **FORMS[form])
+    for product in jax.jit(lambda: products(scan, jnp.float32))():
+        for name, actual, array in zip(NAMES, product, expected, strict=True):
+            scale = np.abs(array).max()
+            assert_close(name, actual / scale, array / scale, "float32")
+
+
+# The choice of a form
+
+
+def lower(platform: str, width: int = 130, differentiated: bool = True, **options) -> str:
+    """The program of a scan and its gradients for a platform, and of its vmap and remat."""
+    x, state = jnp.zeros((1, 70, width)), jnp.zeros((1, 70, 4))
+    scan = functools.partial(selective_scan, **options)
+    loss = lambda x, A: jnp.square(scan(x, x, A, state, state)[0]).sum()  # noqa: E731
+    function = jax.vmap(jax.grad(jax.checkpoint(loss)), in_axes=(0, None)) if differentiated else loss
+    x = x[None] if differentiated else x
+    return jax.jit(function).trace(x, jnp.ones((width, 4))).lower(lowering_platforms=(platform,)).as_text()
+
+
+@pytest.mark.parametrize("platform", ["cpu", "cuda", "rocm", "tpu"])
+def test_the_platform_chooses_the_form(platform):
+    program = lower(platform)
+    assert ("tpu_custom_call" in program) == (platform == "tpu")
+    # Loops over chunks of 64 positions, and over the positions of a chunk.
+    loops = {"cpu": True, "cuda": True, "rocm": True, "tpu": False}
+    assert ("stablehlo.while" in program) == loops[platform]
+    assert ("dense<64> : tensor<i32>" in program) == (platform == "cpu")
+    single = lower(platform, differentiated=False)
+    assert single.count("stablehlo.while") == {"cpu": 2, "cuda": 1, "rocm": 1, "tpu": 0}[platform]
+
+
+def test_a_call_that_the_kernel_does_not_support_is_chunked_on_a_tpu():
+    assert lower("tpu", differentiated=False, chunk=12).count("stablehlo.while") == 1
+
+
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        pytest.param("impl", {"impl": "fast"}, id="unknown"),
+        pytest.param("impl", {"impl": "tpu", "chunk": 4}, id="chunk"),
+    ],
+)
+def test_forms_that_cannot_be_used(name, options):
+    with rejects(InputError, name):
+        selective_scan(*map(jnp.asarray, make_inputs(19)), **options)
+
+
+SHARDED = """
+import functools, jax, jax.numpy as jnp, numpy as np
+from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
+from sparsejax.ops import selective_scan
+from tests.ops.test_scan import make_inputs, make_starts
+
+mesh = jax.make_mesh((2, 2, 2), ("data", "fsdp", "tensor"), axis_types=(AxisType.Auto,) * 3)
+rows = ("data", "fsdp")
+specs = [P(rows, None, "tensor")] * 2 + [P("tensor")] + [P(rows)] * 2 + [P(rows, "tensor")]
+inputs = make_inputs(19, batch=4, width=6)
+starts = jnp.zeros((4, 19), bool).at[:, 7].set(True)
+
+def gradients(scan, *inputs):
+    loss = lambda *a: sum(jnp.sin(part).sum() for part in scan(*a, starts=starts, chunk=8))
+    return jax.value_and_grad(loss, range(6))(*inputs)
+
+expected = jax.jit(functools.partial(gradients, selective_scan))(*inputs)
+shardings = [NamedSharding(mesh, spec) for spec in specs]
+with jax.set_mesh(mesh):
+    kernel = functools.partial(selective_scan, impl="tpu", interpret=True)
+    step = jax.jit(functools.partial(gradients, kernel), in_shardings=shardings)
+    results = step(*(jax.device_put(x, y) for x, y in zip(inputs, shardings)))
+for x, y in zip(jax.tree.leaves(results), jax.tree.leaves(expected), strict=True):
+    np.testing.assert_allclose(x, y, rtol=1e-4, atol=1e-5)
+"""
+
+
+def test_each_device_of_a_mesh_computes_its_sequences_and_channels():
+    devices = {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": "--xla_force_host_platform_device_count=8"}
+    run = subprocess.run([sys.executable, "-c", SHARDED], env=os.environ | devices, capture_output=True)
+    assert run.returncode == 0, run.stderr.decode()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 from jax.sharding import AxisType, PartitionSpec
@@ -13,7 +13,26 @@ from jaxtyping import Array
 
 from sparsejax.ops.call import AttentionCall
 
-HEAD_AXIS = "tensor"  # mesh axis over which heads are sharded; sequences are sharded over all others
+HEAD_AXIS = "tensor"  # mesh axis over which heads or channels are sharded; sequences are sharded over all others
+
+
+class DeviceAxes(NamedTuple):
+    """Axes of the current mesh that the compiler would partition."""
+
+    names: set[str]
+    sequences: tuple[str, ...] | None  # those over which sequences are sharded
+    heads: tuple[str, ...] | None  # those over which heads or channels are
+
+
+def device_axes(sequences: int, heads: int) -> DeviceAxes | None:
+    """The axes that divide the sequences and the heads; None if the compiler has nothing to partition."""
+    mesh = jax.sharding.get_abstract_mesh()
+    auto = [axis for axis, kind in zip(mesh.axis_names, mesh.axis_types, strict=True) if kind == AxisType.Auto]
+    auto = [axis for axis in auto if mesh.shape[axis] > 1]
+    if not auto:
+        return None
+    by_sequence, by_head = ([axis for axis in auto if (axis == HEAD_AXIS) == of_head] for of_head in (False, True))
+    return DeviceAxes(set(auto), _dividing_axes(mesh, by_sequence, sequences), _dividing_axes(mesh, by_head, heads))
 
 
 def run_on_mesh(run: Callable[[AttentionCall], tuple[Array, Array]], call: AttentionCall) -> tuple[Array, Array]:
@@ -22,16 +41,12 @@ def run_on_mesh(run: Callable[[AttentionCall], tuple[Array, Array]], call: Atten
     The computation is replicated over mesh axes that do not divide the sequences or the heads, and over `HEAD_AXIS`
     if the pattern differs between heads.
     """
-    mesh = jax.sharding.get_abstract_mesh()
-    auto = [axis for axis, kind in zip(mesh.axis_names, mesh.axis_types, strict=True) if kind == AxisType.Auto]
-    auto = [axis for axis in auto if mesh.shape[axis] > 1]
-    if not auto:
-        return run(call)
-    heads = [axis for axis in auto if axis == HEAD_AXIS and call.pattern.heads is None]
     leaves, structure = jax.tree.flatten(call.selection)  # [b or 1, ...], [b, scopes, ...]
     scopes = [x.shape[1] for x in leaves if x.ndim > 2 and x.shape[1] > 1]
-    heads = _dividing_axes(mesh, heads, math.gcd(call.k.shape[2], *scopes))
-    sequences = _dividing_axes(mesh, [axis for axis in auto if axis != HEAD_AXIS], call.q.shape[0])
+    axes = device_axes(call.q.shape[0], math.gcd(call.k.shape[2], *scopes) if call.pattern.heads is None else 1)
+    if axes is None:
+        return run(call)
+    sequences, heads = axes.sequences, axes.heads
     qkv = PartitionSpec(sequences, None, heads)
     specs = {"q": qkv, "k": qkv, "v": qkv, "sink_logits": PartitionSpec(heads)}
     specs["segments"] = (PartitionSpec(sequences),) * 2
@@ -48,7 +63,7 @@ def run_on_mesh(run: Callable[[AttentionCall], tuple[Array, Array]], call: Atten
         run_shard,
         in_specs=({name: specs[name] for name in arrays}, chosen),
         out_specs=(qkv, qkv),
-        axis_names=set(auto),
+        axis_names=axes.names,
         check_vma=False,
     )
     return sharded(arrays, leaves)

@@ -543,7 +543,7 @@ def _launch(
             out_specs=[output.block for output in outputs],
             scratch_shapes=[pltpu.VMEM(shape, jnp.float32) for shape in scratch],
         ),
-        out_shape=[_shape_like(inputs.q, output.shape, output.dtype) for output in outputs],
+        out_shape=[shape_like(inputs.q, output.shape, output.dtype) for output in outputs],
         compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel", "parallel", "arbitrary")),
         interpret=grid.config.interpret,
         name=name,
@@ -611,7 +611,7 @@ def _words_of_blocks(
     return pad_to_multiple(words, LANES, 5)
 
 
-def _shape_like(x: Array, shape: tuple[int, ...], dtype) -> jax.ShapeDtypeStruct:
+def shape_like(x: Array, shape: tuple[int, ...], dtype) -> jax.ShapeDtypeStruct:
     """Inside `shard_map`, an output varies over the mesh axes over which `x` varies."""
     return jax.ShapeDtypeStruct(shape, dtype, manual_axis_type=jax.typeof(x).manual_axis_type)
 
