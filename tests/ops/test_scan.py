@@ -363,7 +363,7 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
 from sparsejax.ops import selective_scan
 from tests.ops.test_scan import make_inputs, make_starts
 
-mesh = jax.make_mesh((2, 2, 2), ("data", "fsdp", "tensor"), axis_types=(AxisType.Auto,) * 3)
+mesh = jax.make_mesh((2, 2, 1, 2), ("data", "fsdp", "sequence", "tensor"), axis_types=(AxisType.Auto,) * 4)
 rows = ("data", "fsdp")
 specs = [P(rows, None, "tensor")] * 2 + [P("tensor")] + [P(rows)] * 2 + [P(rows, "tensor")]
 inputs = make_inputs(19, batch=4, width=6)
@@ -379,6 +379,9 @@ with jax.set_mesh(mesh):
     kernel = functools.partial(selective_scan, impl="tpu", interpret=True)
     step = jax.jit(functools.partial(gradients, kernel), in_shardings=shardings)
     results = step(*(jax.device_put(x, y) for x, y in zip(inputs, shardings)))
+    # Mosaic refuses a kernel unless all axes are manual, those of size 1 and those of a sharded sequence included.
+    traced = jax.jit(functools.partial(gradients, selective_scan), in_shardings=shardings).trace(*inputs)
+    assert "tpu_custom_call" in traced.lower(lowering_platforms=("tpu",)).as_text()
 for x, y in zip(jax.tree.leaves(results), jax.tree.leaves(expected), strict=True):
     np.testing.assert_allclose(x, y, rtol=1e-4, atol=1e-5)
 """

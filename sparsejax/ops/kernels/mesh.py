@@ -19,7 +19,7 @@ HEAD_AXIS = "tensor"  # mesh axis over which heads or channels are sharded; sequ
 class DeviceAxes(NamedTuple):
     """Axes of the current mesh that the compiler would partition."""
 
-    names: set[str]
+    names: set[str]  # with those of size 1: Mosaic kernels need every axis to be manual
     sequences: tuple[str, ...] | None  # those over which sequences are sharded
     heads: tuple[str, ...] | None  # those over which heads or channels are
 
@@ -28,8 +28,7 @@ def device_axes(sequences: int, heads: int) -> DeviceAxes | None:
     """The axes that divide the sequences and the heads; None if the compiler has nothing to partition."""
     mesh = jax.sharding.get_abstract_mesh()
     auto = [axis for axis, kind in zip(mesh.axis_names, mesh.axis_types, strict=True) if kind == AxisType.Auto]
-    auto = [axis for axis in auto if mesh.shape[axis] > 1]
-    if not auto:
+    if not auto or mesh.size == 1:
         return None
     by_sequence, by_head = ([axis for axis in auto if (axis == HEAD_AXIS) == of_head] for of_head in (False, True))
     return DeviceAxes(set(auto), _dividing_axes(mesh, by_sequence, sequences), _dividing_axes(mesh, by_head, heads))
