@@ -10,6 +10,9 @@ GPU: the CUDA assembler (installed likewise; needs jax 0.11) generates code for 
 It reports the registers per thread and, per instruction, the cycles for which it occupies its warp: their sum over a
 step is the time of the step without waiting for memory, products or other warps. The exit code is also 1 if registers
 are spilled, if products are serialized, or if a kernel has no wgmma or TMA instruction.
+
+`--only=scans` compiles the selective scan and its gradients instead, for either target: the form that the program
+chooses there, and `jax.lax.associative_scan` over all positions.
 """
 
 from __future__ import annotations
@@ -102,11 +105,15 @@ GPU_CASES = (
     call("causal", 8192, width=256, dtype="float32", choice=(16, 64)),
 )
 
+# The selective scan: tokens, channels, numbers per state. The second is that of a layer of Jamba 1.5 with one sequence.
+SCANS = (4096, 512, 16), (8192, 8192, 16)
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the options."""
     parser.add_argument("target", choices=["tpu", "gpu"], help="compiler to use")
     parser.add_argument("--install", action="store_true", help="only install the compiler")
+    parser.add_argument("--only", choices=["scans"], help="only compile the selective scan")
     parser.add_argument("--part", help=argparse.SUPPRESS)  # run one part in this process
 
 
@@ -122,6 +129,8 @@ def run(options: argparse.Namespace, save: Save) -> int:
         return 0
     started = time.perf_counter()
     check = check_tpu if options.target == "tpu" else check_gpu
+    if options.only == "scans":
+        check = functools.partial(check_scans, options.target)
     results, table, failed = check(options.quick)
     print(table)
     print(f"{time.perf_counter() - started:.0f} s")
@@ -150,6 +159,25 @@ def check_gpu(quick: bool) -> tuple[dict, str, bool]:
     failed |= any(row["spilled"] or row["serialized"] or not row["wgmma"] or not row["tma"] for row in rows)
     table = f"{write_gpu_table(rows)}\n{write_compiled_table(trained)}"
     return {"compiled": rows, "trained": trained}, table, failed
+
+
+def check_scans(target: str, quick: bool) -> tuple[dict, str, bool]:
+    """The results of the selective scan, the same as a table, and whether the form chosen there does not compile."""
+    names = ["H100"] if target == "gpu" else list(TOPOLOGIES)
+    parts = [(name, "auto", size) for name in names for size in range(len(SCANS))]
+    parts.append((names[0], "associative_scan", 0))  # the larger would need 4 GiB per array of states
+    rows = [
+        row
+        for name, form, size in parts[: 1 if quick else None]
+        for row in run_part("scans", name, form, str(size), target=target)
+    ]
+    failed = any(row["error"] for row in rows if row["form"] == "auto")
+    cells = [[row["machine"], row["case"], row["form"], row["error"] or f"{row['seconds']} s"] for row in rows]
+    for row, cell in zip(rows, cells, strict=True):
+        if not row["error"]:
+            cell += [f"{row['temporary_mib']:,} MiB", ", ".join(map(str, row["bundles"])) or "-"]
+    heading = "machine", "case", "form", "compiled in", "temporary memory", "bundles of the loops"
+    return {"scans": rows}, write_markdown(heading, cells, 3), failed
 
 
 def list_packages(target: str) -> tuple[str, ...]:
@@ -183,7 +211,7 @@ def run_part(*part: str, target: str = "tpu") -> list[dict]:
     with tempfile.TemporaryDirectory() as dump:
         if target == "tpu":
             options = {"LIBTPU_INIT_ARGS": f"--xla_jf_dump_to={dump} --xla_jf_dump_llo_text=true"}
-            environment = ENVIRONMENT | (options | {"DUMP": dump} if part[0] == "schedule" else {})
+            environment = ENVIRONMENT | (options | {"DUMP": dump} if part[0] in ("schedule", "scans") else {})
         else:
             environment = {"JAX_PLATFORMS": "cpu", "MOSAIC_GPU_DUMP_TO": dump}
         run = subprocess.run(
@@ -253,6 +281,45 @@ def compile_attention(device, case: Case, backward: bool = True):
     with target_device(device):
         function = jax.grad(forward, (0, 1, 2, 3)) if backward else forward
         return jax.jit(function).lower(*arrays).compile()
+
+
+def compile_scan(name: str, form: str, number: str) -> list[dict]:
+    """Compiles the selective scan and its gradients."""
+    import jax
+    import jax.numpy as jnp
+    from jax.sharding import SingleDeviceSharding
+
+    from benchmarks.scans import associative
+    from sparsejax.ops import selective_scan
+
+    (t, d, n), device = SCANS[int(number)], (gpu_devices("1x1x1") if name == "H100" else tpu_devices(name))[0]
+    scan = associative if form == "associative_scan" else selective_scan
+
+    def loss(*arrays):
+        return sum(jnp.square(x).sum() for x in scan(*arrays))
+
+    shapes = (1, t, d), (1, t, d), (d, n), (1, t, n), (1, t, n), (1, d, n)
+    arrays = [jax.ShapeDtypeStruct(shape, jnp.float32, sharding=SingleDeviceSharding(device)) for shape in shapes]
+    row = {"machine": name, "case": f"{t:,} x {d:,} channels x {n}", "form": form, "error": None}
+    started = time.perf_counter()
+    try:
+        with target_device(device):
+            compiled = jax.jit(jax.grad(loss, range(6))).lower(*arrays).compile()
+    except Exception as error:  # any error of the compiler is a result
+        return [row | {"error": f"{type(error).__name__}: {str(error)[:400]}"}]
+    memory = compiled.memory_analysis().temp_size_in_bytes / 2**20
+    row |= {"seconds": round(time.perf_counter() - started, 1), "temporary_mib": round(memory)}
+    return [row | {"bundles": read_scan_loops() if name in SCHEDULED and form == "auto" else []}]
+
+
+def read_scan_loops() -> list[int]:
+    """Bundles per eight positions of a block of channels: of the forward pass, the recomputation and the gradient."""
+    loops = []
+    for file in sorted(Path(os.environ["DUMP"]).glob("*selective_scan*packed-bundles-post-ra.txt")):
+        if "schedule" not in file.name:
+            backward = [(end, start) for start, end in read_branches(file) if end < start]
+            loops += [start - end + 1 for end, start in backward[:-1]]  # the last is the loop over the grid
+    return loops
 
 
 def compile_for_hopper(number: str) -> list[dict]:
@@ -425,12 +492,7 @@ def read_sections(name: str, case: Case, count: int) -> list[int]:
         raise SystemExit(row["error"])
     dumps = set(Path(os.environ["DUMP"]).glob("*attend_forward*packed-bundles-post-ra.txt")) - known
     file = max((path for path in dumps if "schedule" not in path.name), key=lambda path: path.stat().st_size)
-    branches = []
-    for line in file.read_text().splitlines():
-        bundle = re.match(r"\s*(0x[0-9a-f]+|\d+)\s+(?:LH|LB|LE|PB|PF|CT)?\s*:", line)
-        target = re.search(r"sbr\.rel.*target bundleno = (\d+)", line)
-        if bundle and target:
-            branches.append((int(bundle[1], 0), int(target[1])))
+    branches = read_branches(file)
     # A branch skips the section of a tile, or a loop over sections.
     loops = {
         (start, end)
@@ -442,7 +504,24 @@ def read_sections(name: str, case: Case, count: int) -> list[int]:
     return [end - start for start, end in sorted(tiles)]
 
 
-PARTS = {"compile": compile_cases, "train": compile_training, "schedule": read_schedule, "hopper": compile_for_hopper}
+def read_branches(file: Path) -> list[tuple[int, int]]:
+    """The bundle of each branch of a program, and that of its target."""
+    branches = []
+    for line in file.read_text().splitlines():
+        bundle = re.match(r"\s*(0x[0-9a-f]+|\d+)\s+(?:LH|LB|LE|PB|PF|CT)?\s*:", line)
+        target = re.search(r"sbr\.rel.*target bundleno = (\d+)", line)
+        if bundle and target:
+            branches.append((int(bundle[1], 0), int(target[1])))
+    return branches
+
+
+PARTS = {
+    "compile": compile_cases,
+    "scans": compile_scan,
+    "train": compile_training,
+    "schedule": read_schedule,
+    "hopper": compile_for_hopper,
+}
 
 
 def write_table(rows: list[dict], schedules: list[dict]) -> str:
