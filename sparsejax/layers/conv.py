@@ -16,6 +16,7 @@ from sparsejax.layers.context import EMPTY, Context, Tokens
 from sparsejax.layers.protocols import Cache, Mixer, MixerConfig
 from sparsejax.layers.stream import Cost, Linear, Stream, output_scale, parameter
 from sparsejax.ops import causal_conv
+from sparsejax.ops.broadcast import add
 
 
 class ShortConv(nnx.Module):
@@ -59,7 +60,7 @@ class ShortConv(nnx.Module):
         return 2.0 * self.shape[0] * self.shape[1]
 
     def _add_bias(self, y: Array) -> Array:
-        return y if self.bias is None else y + self.bias[...].astype(y.dtype)
+        return y if self.bias is None else add(y, self.bias[...].astype(y.dtype))
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

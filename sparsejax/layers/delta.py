@@ -20,6 +20,7 @@ from sparsejax.layers.norm import GATES, GatedNorm
 from sparsejax.layers.protocols import Cache, Mixer, MixerConfig
 from sparsejax.layers.stream import Cost, Linear, Stream, output_scale, parameter
 from sparsejax.ops import delta_rule
+from sparsejax.ops.broadcast import add, multiply
 from sparsejax.ops.delta import CHUNK
 
 UNIT_EPS = 1e-6  # added to the squared norm of queries and keys
@@ -165,9 +166,9 @@ class Delta(Mixer):
         """Log decay and beta, in float32."""
         decay, beta = self.decay(x if self.decay_low is None else self.decay_low(x)), self.beta(x)
         wide = jnp.promote_types(x.dtype, jnp.float32)
-        dt = jax.nn.softplus(decay.astype(wide) + self.dt_bias[...]).reshape(*x.shape[:-1], *self.config.decays)
+        dt = jax.nn.softplus(add(decay.astype(wide), self.dt_bias[...])).reshape(*x.shape[:-1], *self.config.decays)
         rate, beta = jnp.exp(self.log_decay[...]), jax.nn.sigmoid(beta.astype(wide))
-        decay = -(rate[:, None] if self.config.channel_decay else rate) * dt
+        decay = -multiply(dt, rate[:, None] if self.config.channel_decay else rate)
         return decay, 2 * beta if self.config.negative else beta
 
     def _project_out(self, x: Array, y: Array) -> Array:

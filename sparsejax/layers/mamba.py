@@ -18,6 +18,7 @@ from sparsejax.layers.norm import NormConfig, make_norm, normalize
 from sparsejax.layers.protocols import Cache, Mixer, MixerConfig
 from sparsejax.layers.stream import Cost, Linear, Stream, output_scale, parameter
 from sparsejax.ops import selective_scan
+from sparsejax.ops.broadcast import add, multiply
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -108,11 +109,11 @@ class Mamba(Mixer):
         r, n = self.config.dt_rank, self.config.state
         low, B, C = jnp.split(self.select(u), [r, r + n], axis=-1)
         low, B, C = normalize(self.dt_norm, low), normalize(self.B_norm, B), normalize(self.C_norm, C)
-        dt = jax.nn.softplus(self.dt(low).astype(jnp.float32) + self.dt_bias[...])
+        dt = jax.nn.softplus(add(self.dt(low).astype(jnp.float32), self.dt_bias[...]))
         return dt, -jnp.exp(self.log_decay[...]), B.astype(jnp.float32), C.astype(jnp.float32)
 
     def _project_out(self, x: Array, u: Array, y: Array) -> Array:
-        y = y + u * self.skip[...].astype(u.dtype)
+        y = y + multiply(u, self.skip[...].astype(u.dtype))
         return self.out(y * jax.nn.silu(self.gate(x)))
 
     def _init_dt(self, key: Array, shape: tuple[int, ...], dtype: DTypeLike) -> Array:

@@ -19,6 +19,7 @@ from sparsejax.layers.norm import GatedNorm
 from sparsejax.layers.protocols import Cache, Mixer, MixerConfig
 from sparsejax.layers.stream import Cost, Linear, Stream, output_scale, parameter
 from sparsejax.ops import ssd
+from sparsejax.ops.broadcast import add, multiply
 from sparsejax.ops.ssd import CHUNK
 
 MULTIPLIED = ("gate", "x", "B", "C", "dt")
@@ -141,7 +142,7 @@ class Mamba2(Mixer):
             B, C = jnp.split(select, 2, axis=-1)
             gate, u, dt = by_gate * gate, by_x * u, by_dt * dt
             select = jnp.concatenate([by_B * B, by_C * C], axis=-1)
-        dt = jax.nn.softplus(dt.astype(jnp.promote_types(dt.dtype, jnp.float32)) + self.dt_bias[...])
+        dt = jax.nn.softplus(add(dt.astype(jnp.promote_types(dt.dtype, jnp.float32)), self.dt_bias[...]))
         return gate, u, select, jnp.clip(dt, config.dt_floor, config.dt_ceiling)
 
     def _scan(
@@ -162,7 +163,7 @@ class Mamba2(Mixer):
         return u.reshape(*u.shape[:-1], config.heads, config.head_width), B, C
 
     def _project_out(self, y: Array, u: Array, gate: Array) -> Array:
-        y = (y + self.skip[...].astype(y.dtype)[:, None] * u).reshape(gate.shape)
+        y = (y + multiply(u, self.skip[...].astype(y.dtype)[:, None])).reshape(gate.shape)
         return self.out(y * jax.nn.silu(gate) if self.norm is None else self.norm(y, gate))
 
     def _make_norm(self, eps: float, rngs: nnx.Rngs) -> GatedNorm:

@@ -11,6 +11,7 @@ from jaxtyping import Array, Float
 
 from sparsejax.errors import InputError, require_choice
 from sparsejax.layers.stream import parameter
+from sparsejax.ops.broadcast import add, multiply
 
 KINDS = ("rms", "layer")
 GATES = {"silu": jax.nn.silu, "sigmoid": jax.nn.sigmoid}
@@ -47,8 +48,8 @@ class Norm(nnx.Module):
         if self.config.kind == "layer":
             wide = wide - wide.mean(axis=-1, keepdims=True)
         y = standardize(wide, self.config.eps)
-        y = y if self.scale is None else y * (self.scale[...] + (1 if self.config.offset else 0))
-        return (y if self.bias is None else y + self.bias[...]).astype(x.dtype)
+        y = y if self.scale is None else multiply(y, self.scale[...] + (1 if self.config.offset else 0))
+        return (y if self.bias is None else add(y, self.bias[...])).astype(x.dtype)
 
 
 def make_norm(config: NormConfig | None, width: int, rngs: nnx.Rngs, axis: str | None = "width") -> Norm | None:
@@ -83,7 +84,7 @@ class GatedNorm(nnx.Module):
         gate = GATES[self.activation](gate.astype(wide.dtype))
         wide = wide * gate if self.gate_first else wide
         grouped = wide.reshape(*wide.shape[:-1], self.groups, -1)
-        y = standardize(grouped, self.eps).reshape(wide.shape) * self.scale[...]
+        y = multiply(standardize(grouped, self.eps).reshape(wide.shape), self.scale[...])
         return (y if self.gate_first else y * gate).astype(x.dtype)
 
 

@@ -13,6 +13,8 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
 from sparsejax.ops import attention_flops
+from sparsejax.ops.broadcast import add
+from sparsejax.ops.sequence import shard_count
 from sparsejax.patterns import Pattern
 
 
@@ -110,8 +112,11 @@ class Linear(nnx.Module):
         self.dtype = dtype
 
     def __call__(self, x: Float[Array, "*b i"]) -> Float[Array, "*b o"]:
-        y = x.astype(self.dtype) @ self.weight[...].astype(self.dtype)
-        return y if self.bias is None else y + self.bias[...].astype(self.dtype)
+        weight = self.weight[...].astype(self.dtype)
+        # Rows on a single axis: a gradient that contracts two axes is slow on CPU. Sharded tokens keep their axis.
+        rows = x.reshape(-1, x.shape[-1]) if shard_count() == 1 else x
+        y = (rows.astype(self.dtype) @ weight).reshape(*x.shape[:-1], weight.shape[1])
+        return y if self.bias is None else add(y, self.bias[...].astype(self.dtype))
 
     @property
     def flops(self) -> float:
