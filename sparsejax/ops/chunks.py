@@ -75,6 +75,18 @@ def broadcast_axis(x: Float[Array, " ..."], size: int, axis: int = -1) -> Float[
     return jnp.moveaxis(jnp.einsum("...,n->...n", x, ones, precision=jax.lax.Precision.HIGHEST), -1, axis)
 
 
+def batch_matmul(x: Float[Array, "*b i j"], y: Float[Array, "*b j k"]) -> Float[Array, "*b i k"]:
+    """The matrix products of a batch.
+
+    XLA's products for CPUs are slow with several batch axes, which are merged there. On other platforms separate axes
+    keep their sharding.
+    """
+    if x.ndim == 3 or jax.default_backend() != "cpu":
+        return x @ y
+    products = x.reshape(-1, *x.shape[-2:]) @ y.reshape(-1, *y.shape[-2:])
+    return products.reshape(*x.shape[:-1], y.shape[-1])
+
+
 def pad_to_multiple(x: Shaped[Array, "*shape"], multiple: int, axis: int) -> Shaped[Array, "*padded"]:
     """Appends zeros to an axis until its size is a multiple of `multiple`."""
     return jnp.pad(x, [(0, -x.shape[i] % multiple if i == axis else 0) for i in range(x.ndim)])

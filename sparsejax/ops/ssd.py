@@ -18,8 +18,12 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from sparsejax.ops.chunks import CHUNK, broadcast_axis, require_shapes, scan_chunks
+from sparsejax.ops.broadcast import multiply
+from sparsejax.ops.chunks import CHUNK, batch_matmul, pad_to_multiple, require_shapes, scan_chunks
 from sparsejax.ops.sequence import carry_state, divides, map_shards
+
+BLOCK = 32  # positions per matrix on a CPU
+UNROLLED = 8  # blocks whose states are computed without a loop
 
 
 def ssd(
@@ -57,9 +61,9 @@ def ssd(
         arguments = sharded, (A.astype(dtype), state)
         y, states = map_shards(functools.partial(_scan_shard, chunk), *arguments, outputs=(1, 0))
         return y.astype(x.dtype), states[-b:]
-    decay = dt.astype(dtype) * A.astype(dtype)
-    inputs = (x.astype(dtype) * broadcast_axis(dt.astype(dtype), p), decay, B.astype(dtype), C.astype(dtype))
-    inputs += (jnp.zeros((b, t), bool) if starts is None else starts,)
+    dt, A = dt.astype(dtype), A.astype(dtype)
+    starts = jnp.zeros((b, t), bool) if starts is None else starts
+    inputs = multiply(x.astype(dtype), dt[..., None]), multiply(dt, A), B.astype(dtype), C.astype(dtype), starts
     # Padding has decay 1 and adds nothing, so it leaves the state unchanged.
     state, y = scan_chunks(_run_chunk, state, inputs, chunk)
     return y.astype(x.dtype), state
@@ -71,14 +75,14 @@ def _scan_shard(
     """The output of a shard, and the state after it; what a shard adds to the state is one product."""
     (x, dt, B, C, starts), (A, state) = inputs, replicated
     (b, t, h, p), g = x.shape, B.shape[2]
-    decay = dt * A
+    decay = multiply(dt, A)
     later = jnp.cumsum(decay[:, ::-1], axis=1)[:, ::-1] - decay  # from after each position to the end
     weight, total = jnp.exp(later), jnp.exp(decay.sum(axis=1))
     if starts is not None:
         document = jnp.cumsum(starts, axis=1)
         weight = jnp.where((document == document[:, -1:])[..., None], weight, 0)
         total = jnp.where(document[:, -1:] == 0, total, 0)
-    weighted = (x * (dt * weight)[..., None]).reshape(b, t, g, h // g, p)
+    weighted = multiply(x, (dt * weight)[..., None]).reshape(b, t, g, h // g, p)
     added = jnp.einsum("btgrp,btgn->bgrpn", weighted, B).reshape(state.shape)
     before, after = carry_state(total[..., None, None], added, state)
     return ssd(x, dt, A, B, C, before, starts, chunk)[0], after
@@ -87,21 +91,49 @@ def _scan_shard(
 def _run_chunk(
     state: Float[Array, "b h p n"], chunk: tuple[Array, Array, Array, Array, Array]
 ) -> tuple[Float[Array, "b h p n"], Float[Array, "b c h p"]]:
-    """The state after a chunk, and its outputs."""
-    x, decay, B, C, starts = chunk
-    (b, c, h, p), (g, n) = x.shape, B.shape[2:]
+    """The state after a chunk, and its outputs; blocks of the chunk run side by side, from zeros."""
+    (b, c), size = chunk[0].shape[:2], _block_size(chunk[0].shape[1])
+    x, decay, B, C, starts = (pad_to_multiple(a, size, 1).reshape(-1, size, *a.shape[2:]) for a in chunk)
+    (_, _, h, p), (g, n) = x.shape, B.shape[2:]
     document = jnp.cumsum(starts, axis=1)  # 0: the document of the incoming state
-    state_decay = jnp.exp(jnp.cumsum(decay, axis=1)) * (document == 0)[..., None]  # [b, c, h], of the incoming state
+    state_decay = jnp.exp(jnp.cumsum(decay, axis=1)) * (document == 0)[..., None]  # [bk, c, h], of the incoming state
     matrix = decay_matrix(decay, document)
-    last = jnp.moveaxis(matrix[:, :, -1], 1, -1)  # [b, c, h]: decay from each position to the end of the chunk
-    heads = x.reshape(b, c, g, h // g, p)
-    weights = broadcast_axis(jnp.einsum("bcgn,bsgn->bgcs", C, B), h // g, axis=2) * matrix.reshape(b, g, -1, c, c)
-    y = jnp.einsum("bgrcs,bsgrp->bcgrp", weights, heads)
-    from_state = jnp.einsum("bcgn,bgrpn->bcgrp", C, state.reshape(b, g, h // g, p, n))
-    y = y + from_state * broadcast_axis(state_decay.reshape(b, c, g, -1), p)
-    left = heads * broadcast_axis(last.reshape(b, c, g, -1), p)
-    added = jnp.einsum("bcgrp,bcgn->bgrpn", left, B).reshape(state.shape)
-    return state * broadcast_axis(broadcast_axis(state_decay[:, -1], p), n) + added, y.reshape(x.shape)
+    last = jnp.moveaxis(matrix[:, :, -1], 1, -1)  # [bk, c, h]: decay from each position to the end of the block
+    B, C = jnp.moveaxis(B, 2, 1), jnp.moveaxis(C, 2, 1)  # [bk, g, c, n]
+    scores = batch_matmul(C, jnp.swapaxes(B, 2, 3))[:, :, None]
+    weights = multiply(matrix.reshape(-1, g, h // g, size, size), scores).reshape(matrix.shape)
+    y = jnp.moveaxis(batch_matmul(weights, jnp.moveaxis(x, 2, 1)), 1, 2)
+    left = _fold_heads(multiply(x, last[..., None]), g)
+    added = batch_matmul(jnp.swapaxes(left, 2, 3), B).reshape(b, -1, h, p, n)
+    state, states = _pass_states(state, state_decay[:, -1].reshape(b, -1, h), added)
+    states = states.reshape(-1, g, h // g * p, n)
+    from_state = jnp.moveaxis(batch_matmul(C, jnp.swapaxes(states, 2, 3)), 1, 2).reshape(x.shape)
+    y = y + multiply(from_state, state_decay[..., None])
+    return state, y.reshape(b, -1, h, p)[:, :c]
+
+
+def _block_size(chunk: int) -> int:
+    """Positions per matrix: its products take as many operations per position, which a CPU takes one after another."""
+    return min(BLOCK, chunk) if jax.default_backend() == "cpu" else chunk
+
+
+def _fold_heads(x: Float[Array, "b c h p"], groups: int) -> Float[Array, "b g c rp"]:
+    """The features of the heads of each group side by side."""
+    return jnp.moveaxis(x.reshape(*x.shape[:2], groups, -1), 2, 1)
+
+
+def _pass_states(
+    state: Float[Array, "b h p n"], decay: Float[Array, "b k h"], added: Float[Array, "b k h p n"]
+) -> tuple[Float[Array, "b h p n"], Float[Array, "b k h p n"]]:
+    """The state after all blocks, and the states before each, given what a block leaves of a state and adds to it."""
+
+    def advance(state: Array, block: tuple[Array, Array]) -> tuple[Array, Array]:
+        decay, added = block
+        return multiply(state, decay[..., None, None]) + added, state
+
+    blocks = jnp.moveaxis(decay, 1, 0), jnp.moveaxis(added, 1, 0)
+    state, states = jax.lax.scan(advance, state, blocks, unroll=min(UNROLLED, added.shape[1]))
+    return state, jnp.moveaxis(states, 0, 1)
 
 
 def decay_matrix(decay: Float[Array, "b c h"], document: Int[Array, "b c"]) -> Float[Array, "b h c c"]:

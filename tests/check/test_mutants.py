@@ -123,7 +123,7 @@ MUTANTS = {
         "ops.linear_scan", "_compose", "second[0] * first[1] + second[1]", "first[0] * second[1] + first[1]", "rglru"
     ),
     "state of a chunk lost": Mutant(
-        "ops.ssd", "_run_chunk", "y = y + from_state *", "y = y + 0 * from_state *", "lightning"
+        "ops.ssd", "_run_chunk", "y = y + multiply(from_state,", "y = y + 0 * multiply(from_state,", "lightning"
     ),
     "correction of the delta rule lost": Mutant("ops.delta", "_run_chunk", "(v - stored)", "v", "delta"),
     # Decoding.
