@@ -37,12 +37,6 @@ from benchmarks.harness import ROOT, Case, Save, write_markdown
 LIBTPU = "libtpu==0.0.52"
 CACHE = ROOT / "build" / "compile_check"  # one folder per set of versions
 TOPOLOGIES = {"v5e": "v5e:2x2", "v5p": "v5p:2x2x1", "v6e": "v6e:2x2", "tpu7x": "tpu7x:2x2x1"}
-ENVIRONMENT = {
-    "JAX_PLATFORMS": "cpu",
-    "TPU_ACCELERATOR_TYPE": "v5litepod-4",
-    "TPU_SKIP_MDS_QUERY": "1",
-    "TPU_WORKER_HOSTNAMES": "localhost",
-}
 SCHEDULED = ("v5e", "v6e", "tpu7x")  # generations whose schedule is read
 SHORTEST_SECTION = 900  # bundles that any tile of 512 x 512 takes
 SPLASH = {"v5e": 1323, "v6e": 1102, "tpu7x": 1183}  # bundles per 512 x 512 tile of JAX's splash attention
@@ -72,18 +66,6 @@ VARIANTS = (
 CUDA = tuple(f"nvidia-{name}==13.5.37" for name in ("cuda-nvcc", "nvvm", "cuda-nvdisasm"))
 SERIALIZED = re.compile(r"C7510|C7517")  # warnings of the assembler about serialized products
 TENSOR_RATE = 4096  # FLOPs per cycle of the tensor cores of a multiprocessor
-HOPPER = """
-gpu_device_info {
-  threads_per_block_limit: 1024 threads_per_warp: 32 shared_memory_per_block: 49152 shared_memory_per_core: 233472
-  threads_per_core_limit: 2048 core_count: 132 fpus_per_core: 128
-  block_dim_limit_x: 2147483647 block_dim_limit_y: 65535 block_dim_limit_z: 65535
-  memory_bandwidth: 3352320000000 l2_cache_size: 52428800 clock_rate_ghz: 1.98 device_memory_size: 84929347584
-  shared_memory_per_block_optin: 232448 cuda_compute_capability { major: 9 minor: 0 }
-  registers_per_core_limit: 65536 registers_per_block_limit: 65536
-}
-platform_name: "CUDA" dnn_version_info { major: 9 minor: 28 patch: 1 } runtime_version { major: 13 minor: 0 patch: 0 }
-device_description_str: "NVIDIA H100 80GB HBM3"
-"""
 HEADS = "causal, causal & window(300), causal, causal, causal, causal, causal, causal & dilated(90, stride=3)"
 GPU_CASES = (
     call("causal & window(1023)", 8192),
@@ -211,7 +193,9 @@ def run_part(*part: str, target: str = "tpu") -> list[dict]:
     with tempfile.TemporaryDirectory() as dump:
         if target == "tpu":
             options = {"LIBTPU_INIT_ARGS": f"--xla_jf_dump_to={dump} --xla_jf_dump_llo_text=true"}
-            environment = ENVIRONMENT | (options | {"DUMP": dump} if part[0] in ("schedule", "scans") else {})
+            environment = {"JAX_PLATFORMS": "cpu"} | (
+                options | {"DUMP": dump} if part[0] in ("schedule", "scans") else {}
+            )
         else:
             environment = {"JAX_PLATFORMS": "cpu", "MOSAIC_GPU_DUMP_TO": dump}
         run = subprocess.run(
@@ -239,7 +223,7 @@ def compile_case(name: str, case: Case, backward: bool = True) -> dict:
     row = {"machine": name, "case": str(case), "error": None}
     started = time.perf_counter()
     try:
-        compiled = compile_attention(tpu_devices(name)[0], case, backward)
+        compiled = compile_attention(absent_devices(TOPOLOGIES[name])[0], case, backward)
     except Exception as error:  # any error of the compiler is a result
         return row | {"error": f"{type(error).__name__}: {str(error)[:400]}"}
     memory = compiled.memory_analysis().temp_size_in_bytes / 2**20
@@ -292,7 +276,7 @@ def compile_scan(name: str, form: str, number: str) -> list[dict]:
     from benchmarks.scans import associative
     from sparsejax.ops import selective_scan
 
-    (t, d, n), device = SCANS[int(number)], (gpu_devices("1x1x1") if name == "H100" else tpu_devices(name))[0]
+    (t, d, n), device = SCANS[int(number)], absent_devices("h100:1" if name == "H100" else TOPOLOGIES[name])[0]
     scan = associative if form == "associative_scan" else selective_scan
 
     def loss(*arrays):
@@ -325,7 +309,7 @@ def read_scan_loops() -> list[int]:
 def compile_for_hopper(number: str) -> list[dict]:
     """Compiles a case for an H100: the report of the assembler and the instructions of each kernel."""
     case = GPU_CASES[int(number)]
-    device = gpu_devices("1x1x1")[0]
+    device = absent_devices("h100:1")[0]
     row = {"machine": "H100", "case": str(case), "kernel": "", "error": None}
     try:
         compile_attention(device, case)
@@ -404,18 +388,11 @@ def read_steps(code: str) -> list[dict]:
     return [loop.describe() for loop in sorted(inner)]
 
 
-def gpu_devices(topology: str) -> list:
-    """Absent H100s. `topology`: slices x hosts x devices."""
-    from jax.experimental import topologies
+def absent_devices(topology: str) -> list:
+    """Absent devices of a topology."""
+    from sparsejax.plan import Topology
 
-    return topologies.get_topology_desc(platform="cuda", target_config=HOPPER, topology=topology).devices
-
-
-def tpu_devices(name: str, topology: str | None = None) -> list:
-    """Absent TPUs of a generation."""
-    from jax.experimental import topologies
-
-    return topologies.get_topology_desc(platform="tpu", topology_name=topology or TOPOLOGIES[name]).devices
+    return Topology.parse(topology).devices()
 
 
 def target_device(device):
@@ -433,45 +410,32 @@ def target_device(device):
 def compile_training(target: str) -> list[dict]:
     """Compiles a training step of a windowed model on 16 chips or 8 GPUs, sharded over data, parameters and heads."""
     import jax
-    import jax.numpy as jnp
-    from jax.sharding import AxisType
 
     from sparsejax import config as configs
-    from sparsejax import sharding
-    from sparsejax.model import Functional
-    from sparsejax.runs.optimizer import build_optimizer, build_schedule
-    from sparsejax.runs.state import state_shapes
-    from sparsejax.train.step import build_step
+    from sparsejax.plan import Topology
+    from sparsejax.plan.compiled import compile_program
+    from sparsejax.plan.training import describe_training
+    from sparsejax.runs import plan_phases
 
+    topology = Topology.parse("v5e:4x4" if target == "tpu" else "h100:8")
     settings = configs.load(f"{ROOT}/configs/layer_schedules.py:paper")
     settings.model.schedule, settings.train.batch = "12x(local full)", 32
+    settings.sharding.update(data=2, fsdp=topology.count // 4, tensor=2)
     for layer in settings.model.layers.values():
         if layer.mixer.kind == "attention":
             layer.mixer.impl = target
-    config = configs.check(settings)
-    devices = tpu_devices("v5e", "v5e:4x4") if target == "tpu" else gpu_devices("1x1x8")
-    shape = 2, len(devices) // 4, 1, 2  # data, fsdp, sequence, tensor
-    mesh = jax.make_mesh(shape, sharding.MESH_AXES, axis_types=(AxisType.Auto,) * 4, devices=devices)
-    model = Functional(config.model)
-    optimizer = build_optimizer(config.optimizer, config.train.steps, decay=model.decay)
-    step = build_step(model, optimizer, build_schedule(config.optimizer, config.train.steps), config.train, mesh)
-
-    def tokens(dtype):
-        shape = config.train.batch, config.data.length
-        return jax.ShapeDtypeStruct(shape, dtype, sharding=sharding.batch_sharding(mesh))
-
-    batch = {"inputs": tokens(jnp.int32), "targets": tokens(jnp.int32), "weights": tokens(jnp.float32)}
-    state = state_shapes(model, optimizer, mesh)
+    (phase,) = plan_phases(settings)
+    mesh = topology.mesh(phase.config.sharding)
+    training = describe_training(phase, phase.stop, mesh)
+    size = sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(training.state.parameters))
+    name = f"training step, {size / 1e9:.2f}B parameters, {phase.config.train.batch} x {phase.config.data.length}"
+    row = {"machine": f"{topology.count} x {topology.machine.kind}", "case": name, "error": None}
     started = time.perf_counter()
-    name = f"training step, {model.size / 1e9:.2f}B parameters, {config.train.batch} x {config.data.length}"
-    row = {"machine": f"{len(devices)} x {devices[0].device_kind}", "case": name, "error": None}
     try:
-        with jax.set_mesh(mesh):
-            compiled = step.lower(state, batch).compile()
+        compiled = compile_program(training.step, training.arguments, mesh)
     except Exception as error:
         return [row | {"error": f"{type(error).__name__}: {str(error)[:400]}"}]
-    memory = compiled.memory_analysis()
-    per_chip = (memory.argument_size_in_bytes + memory.temp_size_in_bytes) / 2**20
+    per_chip = (compiled.arguments + compiled.temporaries) / 2**20
     return [row | {"seconds": round(time.perf_counter() - started, 1), "temporary_mib": round(per_chip)}]
 
 

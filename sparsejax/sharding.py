@@ -11,7 +11,7 @@ from typing import Any
 import jax
 import numpy as np
 from jax.experimental import multihost_utils
-from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
 from sparsejax.config import ConfigError, ShardingConfig
 from sparsejax.errors import InputError
@@ -87,13 +87,22 @@ def make_mesh(config: ShardingConfig) -> Mesh:
     Raises:
       ConfigError: The product of the axes is not the number of devices.
     """
+    return _make_mesh(resolve_axes(config, jax.device_count()))
+
+
+def resolve_axes(config: ShardingConfig, devices: int) -> tuple[int, ...]:
+    """Returns the sizes of the axes of a mesh of so many devices, in the order of `MESH_AXES`.
+
+    Raises:
+      ConfigError: Their product is not the number of devices.
+    """
     sizes = {axis: getattr(config, axis) for axis in MESH_AXES}
-    devices, others = jax.device_count(), config.fsdp * config.sequence * config.tensor
+    others = config.fsdp * config.sequence * config.tensor
     data = devices // others if config.data == -1 else config.data
     if data * others != devices:
         axes = " x ".join(f"{axis} = {size}" for axis, size in sizes.items())
         raise ConfigError("sharding", f"{axes} is not the number of devices, {devices}{_suggest(config, devices)}")
-    return _make_mesh(tuple((sizes | {"data": data}).values()))
+    return tuple((sizes | {"data": data}).values())
 
 
 def _suggest(config: ShardingConfig, devices: int) -> str:
@@ -112,7 +121,7 @@ def _make_mesh(sizes: tuple[int, ...], **options: Any) -> Mesh:
     return jax.make_mesh(sizes, MESH_AXES, axis_types=(AxisType.Auto,) * len(MESH_AXES), **options)
 
 
-def describe(mesh: Mesh) -> str:
+def describe(mesh: Mesh | AbstractMesh) -> str:
     """The axes of a mesh and their sizes; that of the sequence only if it is sharded."""
     axes = [axis for axis in MESH_AXES if axis != AXIS or mesh.shape[axis] > 1]
     return " x ".join(f"{axis} {mesh.shape[axis]}" for axis in axes)
@@ -130,23 +139,23 @@ def mesh_of(tree: Any) -> Mesh | None:
     return mesh if isinstance(mesh, Mesh) else None
 
 
-def replicated(mesh: Mesh) -> NamedSharding:
+def replicated(mesh: Mesh | AbstractMesh) -> NamedSharding:
     """The sharding that replicates an array on every device."""
     return NamedSharding(mesh, PartitionSpec())
 
 
-def batch_sharding(mesh: Mesh) -> NamedSharding:
+def batch_sharding(mesh: Mesh | AbstractMesh) -> NamedSharding:
     """The sharding of arrays [b, t, ...]: rows over `data` and `fsdp`, tokens over `sequence`."""
     return NamedSharding(mesh, PartitionSpec(BATCH_AXES, AXIS))
 
 
-def constrain_batch(mesh: Mesh) -> Callable[[jax.Array], jax.Array]:
+def constrain_batch(mesh: Mesh | AbstractMesh) -> Callable[[jax.Array], jax.Array]:
     """Returns a function that keeps an array sharded by `batch_sharding` under `jax.jit`."""
     placement = batch_sharding(mesh)
     return lambda x: jax.lax.with_sharding_constraint(x, placement)
 
 
-def batch_shards(mesh: Mesh) -> int:
+def batch_shards(mesh: Mesh | AbstractMesh) -> int:
     """Number of shards of the rows of a batch."""
     return math.prod(mesh.shape[axis] for axis in BATCH_AXES)
 
@@ -171,7 +180,7 @@ def _local_range(mesh: Mesh, axes: str | tuple[str, ...], size: int) -> tuple[in
     return start // (stop - start), size // (stop - start)
 
 
-def parameter_shardings(mesh: Mesh, shapes: Any, axes: Any) -> Any:
+def parameter_shardings(mesh: Mesh | AbstractMesh, shapes: Any, axes: Any) -> Any:
     """Returns a NamedSharding per parameter, by `RULES`.
 
     Args:

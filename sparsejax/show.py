@@ -47,9 +47,9 @@ def show(model: ModelConfig, length: int, console: Console) -> None:
     ]
     rows.append(("", "embedding, norm, head", "", "", *_numbers(outside, sparse)))
     rows.append(("", "total", "", "", *_numbers(total, sparse)))
-    _print(console, f"{model.schedule}, {length:,} tokens")
-    _print_table(console, ("layer", "name", "mixer", "pattern", *columns), rows, texts=4, keys=2, total=True)
-    _print(
+    print_lines(console, f"{model.schedule}, {length:,} tokens")
+    print_table(console, ("layer", "name", "mixer", "pattern", *columns), rows, texts=4, keys=2, total=True)
+    print_lines(
         console,
         *(["active: parameters used by a token, without the experts that it does not select"] if sparse else []),
         "pairs: attended (query, key) pairs of one sequence, all heads; FLOPs: forward, averaged over the sequence;"
@@ -94,9 +94,9 @@ def show_exchange(model: ModelConfig, length: int, sharding: ShardingConfig, con
     ]
     sums = [sum(layer.received.get(kind, 0) for layer in traffic) for kind in collectives]
     rows.append(("", "total", "", *(f"{number:,.0f}" for number in (*sums, sum(sums)))))
-    _print(console, f"exchange of {shards} shards of {length // shards:,} tokens")
-    _print_table(console, ("layer", "name", "exchange", *collectives, "bytes"), rows, texts=3, keys=2, total=True)
-    _print(console, "bytes: received by a device per row and training step, forward and backward")
+    print_lines(console, f"exchange of {shards} shards of {length // shards:,} tokens")
+    print_table(console, ("layer", "name", "exchange", *collectives, "bytes"), rows, texts=3, keys=2, total=True)
+    print_lines(console, "bytes: received by a device per row and training step, forward and backward")
 
 
 def show_teacher(phases: Sequence[Phase], console: Console) -> None:
@@ -114,7 +114,7 @@ def show_teacher(phases: Sequence[Phase], console: Console) -> None:
         teacher = read_teacher(phase.config)
         assert teacher is not None
         prefix = "" if phase.name is None else f"phase {phase.name}: "
-        _print(console, f"{prefix}teacher {section.source}: {account_teacher(phase.config, teacher)}")
+        print_lines(console, f"{prefix}teacher {section.source}: {account_teacher(phase.config, teacher)}")
 
 
 def show_complexity(length: int | None, measured: bool, console: Console) -> None:
@@ -132,8 +132,8 @@ def show_complexity(length: int | None, measured: bool, console: Console) -> Non
     _require_length(length)
     growth = {method.name: complexity.measure(method) for method in complexity.METHODS} if measured else None
     heading, *rows = complexity.tabulate(length, growth)
-    _print_table(console, heading, rows, texts=3, keys=1)
-    _print(
+    print_table(console, heading, rows, texts=3, keys=1)
+    print_lines(
         console,
         "pairs: of one head, counted from the pattern; of dense causal: relative to dense causal attention",
         *(["time, memory: forward and backward pass of one head, fitted on this machine"] if measured else []),
@@ -153,11 +153,13 @@ def show_data(config: Config, examples: int, console: Console) -> None:
     """
     dataset = load_dataset(config.data, config.eval.stride)
     dataset.require_vocabulary(config.model.vocab)
-    _print(console, *dataset.describe())
+    print_lines(console, *dataset.describe())
     if dataset.tokens_per_byte is not None:
         rates = f"{dataset.tokens_per_byte:.4f} tokens per byte, {dataset.tokens_per_character:.4f} per character"
-        _print(console, f"tokenizer: {config.data.tokenizer}, {dataset.vocab:,} ids, {rates} of the validation text")
-    _print(console, *preview(dataset, config.train.seed, examples))
+        print_lines(
+            console, f"tokenizer: {config.data.tokenizer}, {dataset.vocab:,} ids, {rates} of the validation text"
+        )
+    print_lines(console, *preview(dataset, config.train.seed, examples))
 
 
 def describe_receptive_field(layers: list[tuple[str, patterns.Pattern]], length: int) -> str:
@@ -208,7 +210,7 @@ def _describe(layer: LayerConfig) -> tuple[str, str]:
     return f"{layer.mixer.summary}{side}", str(getattr(layer.mixer, "pattern", "-"))
 
 
-def _print_table(
+def print_table(
     console: Console, headings: Sequence[str], rows: Sequence[Sequence[str]], texts: int, keys: int, total: bool = False
 ) -> None:
     """Prints columns of texts and of numbers as a table that fits the console.
@@ -261,6 +263,7 @@ def _wrap_cell(text: str, width: int) -> str:
     return text if len(text) <= width else "\n".join(wrap_title(text, width))
 
 
-def _print(console: Console, *lines: str) -> None:
+def print_lines(console: Console, *lines: str) -> None:
+    """Prints lines as they are; the terminal wraps them."""
     for line in lines:
         console.print(line, highlight=False, markup=False, soft_wrap=True)

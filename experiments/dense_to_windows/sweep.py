@@ -34,13 +34,22 @@ def find(label, seed):
     return overrides
 
 
+def list_placements(seed):
+    """The overrides of each placement by label; a search that ends with the placement of another adds none."""
+    placements = {label: find(label, seed) for label in FIXED}
+    for label in SEARCHED:
+        if best(label, seed).exists() and (placement := find(label, seed)) not in placements.values():
+            placements[label] = placement
+    return placements
+
+
 def sweep():
     return [
         seed
         | {"label": f"{label}, {stage}", "init.source": f"run:{RUNS}/dense-{seed['train.seed']}"}
-        | find(label, seed["train.seed"])
+        | placed
         | changes
         for seed in seeds(3)
-        for label in [*FIXED, *(label for label in SEARCHED if best(label, seed["train.seed"]).exists())]
+        for label, placed in list_placements(seed["train.seed"]).items()
         for stage, changes in STAGES.items()
     ]

@@ -32,6 +32,7 @@ __all__ = ["INTERRUPTED", "LOSS_DIVERGED", "RUNS_FAILED", "USAGE_ERROR", "VERBS"
 VERBS = {
     "train": "train a model, or resume its run",
     "show": "describe a model: layers, costs, receptive field and warnings",
+    "plan": "say whether a run fits its devices, and what makes it fit",
     "generate": "continue a text with a trained model",
     "eval": "evaluate a trained model on a text, a corpus or a probe",
     "analyze": "measure how a trained model uses its context, beside its receptive field",

@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from jax.sharding import Mesh
+from jax.sharding import AbstractMesh, Mesh
 from jaxtyping import Array, Float, Int, PyTree, Shaped
 
 from sparsejax import metrics, sharding
@@ -78,7 +78,7 @@ def score_tokens(
     score: Callable[..., PyTree[Shaped[Array, "b t ..."]]],
     arrays: PyTree[Shaped[Array, "b t ..."]],
     vocab: int,
-    mesh: Mesh,
+    mesh: Mesh | AbstractMesh,
     chunk: int | None = None,
 ) -> PyTree[Shaped[Array, "b t ..."]]:
     """Applies a function of tokens and their logits to chunks of tokens, so that few logits are in memory at a time.

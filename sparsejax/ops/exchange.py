@@ -25,7 +25,7 @@ from sparsejax.patterns.exchange import Exchange, plan_exchange
 
 NOWHERE = np.iinfo(np.int32).max // 2  # index of a tile whose result is dropped
 
-Tiles = Shaped[Array, "b tiles tile *rest"]
+Tiles = Shaped[Array, "b _ tile ..."]  # how many tiles, and which features, differs between arrays
 
 
 def applies(call: AttentionCall, impl: str) -> bool:

@@ -55,7 +55,8 @@ class Scorer:
       choices: The placements.
       dataset: The data.
       windows: Largest number of windows of the data.
-      questions: Number of questions, whose needles are at evenly spaced depths; 0 for a model without text.
+      questions: Number of questions, whose needles are at evenly spaced depths, in the first text of a mixture; 0 for a
+        model without text.
     """
 
     def __init__(self, choices: Choices, dataset: Dataset, windows: int, questions: int):
@@ -65,9 +66,11 @@ class Scorer:
         self._batches: list[Any] = [dataset.held_out.take(rows[start : start + ROWS]) for start in starts]
         self._text_batches = len(self._batches)
         if questions:
-            if dataset.corpus is None:
+            corpora = [source.corpus for source in dataset.sources.values() or [dataset]]
+            text = next((corpus.held_out for corpus in corpora if corpus is not None), None)
+            if text is None:
                 raise InputError("questions", f"{questions}: {dataset.config.task} has no text to ask about; set 0")
-            haystack = Haystack(model, dataset.corpus.held_out.tokens, SENTENCE, QUESTION, candidates=1)
+            haystack = Haystack(model, text.tokens, SENTENCE, QUESTION, candidates=1)
             self._batches += _ask(haystack, choices.length, questions)
         self._functional = Functional(model.config)
         self._layers = _Layers(choices)

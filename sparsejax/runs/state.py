@@ -9,7 +9,7 @@ from typing import Any, Generic, TypeVar
 import jax
 import jax.numpy as jnp
 import optax
-from jax.sharding import Mesh, NamedSharding
+from jax.sharding import AbstractMesh, Mesh, NamedSharding
 from jaxtyping import Array, Key
 
 from sparsejax import sharding
@@ -69,7 +69,7 @@ def init_state(
 
 
 def state_shapes(
-    model: Functional, optimizer: optax.GradientTransformation, mesh: Mesh
+    model: Functional, optimizer: optax.GradientTransformation, mesh: Mesh | AbstractMesh
 ) -> TrainState[jax.ShapeDtypeStruct]:
     """Returns the shapes, dtypes and shardings into which a checkpoint is restored."""
     shapes = jax.eval_shape(_build_init(model, optimizer), jax.random.key(0))
@@ -132,7 +132,9 @@ def _build_init(model: Functional, optimizer: optax.GradientTransformation) -> C
     return init
 
 
-def _shardings(model: Functional, optimizer: optax.GradientTransformation, mesh: Mesh) -> TrainState[NamedSharding]:
+def _shardings(
+    model: Functional, optimizer: optax.GradientTransformation, mesh: Mesh | AbstractMesh
+) -> TrainState[NamedSharding]:
     replicated = sharding.replicated(mesh)
     parameters = sharding.parameter_shardings(mesh, model.shapes, model.axes)
     placed = jax.tree.map(

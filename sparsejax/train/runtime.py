@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
-from jax.sharding import Mesh
+from jax.sharding import AbstractMesh, Mesh
 from jaxtyping import Array
 
 from sparsejax import data, sharding
@@ -163,8 +163,7 @@ def set_up(
     """
     settings: list[Phase | EvaluationSetting] = [*phases, *evaluations]
     for setting in settings:
-        _require_even_batches(setting, mesh)
-        _require_even_rows(setting)
+        require_even_shards(setting, mesh)
     datasets: list[data.Dataset] = []
     for setting in settings:
         loaded = datasets[-1] if datasets else None
@@ -185,19 +184,15 @@ def _distil(phase: Phase, teacher: Teacher) -> Distillation | None:
         raise _invalid(phase, error.argument or "", error.problem) from None
 
 
-def _require_even_batches(setting: Phase | EvaluationSetting, mesh: Mesh) -> None:
-    shards, train = sharding.batch_shards(mesh), setting.config.train
+def require_even_shards(setting: Phase | EvaluationSetting, mesh: Mesh | AbstractMesh) -> None:
+    """Raises ConfigError if the devices of a mesh cannot have equal parts of a batch, or a mixer cannot be sharded."""
+    config, shards = setting.config, sharding.batch_shards(mesh)
     for key, count, unit in (
-        ("train.batch", train.batch // train.accumulate, "rows per microbatch"),
-        ("eval.batch", setting.config.eval.batch, "rows"),
+        ("train.batch", config.train.batch // config.train.accumulate, "rows per microbatch"),
+        ("eval.batch", config.eval.batch, "rows"),
     ):
         if count % shards:
             raise _invalid(setting, key, f"{count} {unit} cannot be split evenly over {shards} devices")
-
-
-def _require_even_rows(setting: Phase | EvaluationSetting) -> None:
-    """Raises ConfigError if the shards of the sequence cannot be equal, or a mixer cannot be sharded."""
-    config = setting.config
     try:
         with argument_path("data"):
             config.sharding.check_length(config.data.length)

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple, TypedDict
 import jax
 import jax.numpy as jnp
 import optax
-from jax.sharding import Mesh
+from jax.sharding import AbstractMesh, Mesh
 from jaxtyping import Array, Bool, Float, Int, Key, PyTree
 
 from sparsejax import sharding
@@ -72,7 +72,7 @@ def build_step(
     optimizer: optax.GradientTransformation,
     schedule: optax.Schedule,
     config: TrainConfig,
-    mesh: Mesh,
+    mesh: Mesh | AbstractMesh,
     *,
     first: int = 0,
     ends_row: Callable[[Int[Array, ""]], Bool[Array, ""]] | None = None,
@@ -164,7 +164,11 @@ def _update_state(model: Functional, parameters: dict[str, Any], objective: Obje
 
 
 def build_gradient(
-    model: Functional, config: TrainConfig, mesh: Mesh, frozen: PyTree[bool], distillation: Distillation | None
+    model: Functional,
+    config: TrainConfig,
+    mesh: Mesh | AbstractMesh,
+    frozen: PyTree[bool],
+    distillation: Distillation | None,
 ) -> Callable[..., tuple[Objective, dict[str, Any]]]:
     """Returns a function to the objective of a batch and its gradient, summed over microbatches that run in sequence.
 
