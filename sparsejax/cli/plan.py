@@ -47,7 +47,7 @@ def run(options: argparse.Namespace, console: Console) -> None:
     topology = Topology.parse(options.on)
     if options.length is not None and options.length < 1:
         raise InputError("length", f"{options.length} is below 1")
-    _use_cpu(topology.count if topology.machine.platform == "cpu" else 1)
+    _stay_on_cpu(topology.count if topology.machine.platform == "cpu" else None)
     from sparsejax import config as configs
     from sparsejax.plan import display, planner
 
@@ -73,10 +73,10 @@ def run(options: argparse.Namespace, console: Console) -> None:
         display.print_proposals(proposals, console)
 
 
-def _use_cpu(count: int) -> None:
+def _stay_on_cpu(count: int | None) -> None:
     """Keeps JAX on the CPU of this machine, with so many devices; before JAX looks for devices."""
     flags = os.environ.get("XLA_FLAGS", "")
-    if "host_platform_device_count" not in flags:
+    if count is not None and "host_platform_device_count" not in flags:
         os.environ["XLA_FLAGS"] = f"{flags} --xla_force_host_platform_device_count={count}".strip()
     import jax
 

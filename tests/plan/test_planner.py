@@ -148,6 +148,7 @@ def test_the_compiler_agrees_on_devices_of_the_cpu():
     overrides = [f"--config.{key}={value}" for key, value in (SMALL | {"sharding.tensor": 2}).items()]
     result = subprocess.run([*command, *overrides], capture_output=True, text=True, check=True)
     plan = json.loads(result.stdout)
+    assert plan["problem"] == ""
     account, compiled = plan["account"], plan["compiled"]
     arguments = account["parameters"] + account["optimizer"] + account["batch"]
     assert compiled["arguments"] == pytest.approx(arguments, abs=256)
