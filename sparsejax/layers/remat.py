@@ -20,7 +20,7 @@ import jax
 from jaxtyping import PyTree
 
 from sparsejax.errors import InputError, suggest
-from sparsejax.ops.kernels.mesh import has_host_memory
+from sparsejax.ops.device import has_host_memory
 from sparsejax.ops.residuals import INPUT, MIXED, PRODUCT, STATE
 
 CUDNN = "dot_product_attention_fwd_wrapper"  # the primitive whose results cuDNN's backward pass reads

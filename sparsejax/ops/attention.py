@@ -17,8 +17,8 @@ from sparsejax.ops import cudnn, dense, exchange, gather, segment, softmax, veri
 from sparsejax.ops.call import AttentionCall
 from sparsejax.ops.chunks import vary_alike
 from sparsejax.ops.derivatives import reject_forward_mode
+from sparsejax.ops.device import device_kind, on_cpu
 from sparsejax.ops.kernels import gpu, tpu
-from sparsejax.ops.kernels.mesh import device_kind
 from sparsejax.ops.selection import Selection
 from sparsejax.patterns import Pattern
 from sparsejax.patterns.algebra import OffsetQueries
@@ -250,7 +250,7 @@ def _prefers_edges(call: AttentionCall, selection: Selection) -> bool:
         return False
     (_, _, t, k), s = selection.groups.shape, call.k.shape[1]
     chosen = t * k * selection.blocks.size
-    return jax.default_backend() != "cpu" or call.pattern.pairs(t, s) > EDGE_PAIRS * chosen
+    return not on_cpu() or call.pattern.pairs(t, s) > EDGE_PAIRS * chosen
 
 
 def _preferences(call: AttentionCall) -> Iterator[str]:
@@ -273,7 +273,7 @@ def _preferences(call: AttentionCall) -> Iterator[str]:
         pairs += pattern.pairs(t, s) * len(heads)
     if pairs < SEGMENT_FILL * live * tile**2:
         yield from ("segment", "gather", "dense")
-    elif jax.default_backend() != "cpu" and live > DENSE_DENSITY * -(-t // tile) * -(-s // tile) * call.q.shape[2]:
+    elif not on_cpu() and live > DENSE_DENSITY * -(-t // tile) * -(-s // tile) * call.q.shape[2]:
         yield from ("dense", "gather", "segment")
     else:
         yield from ("gather", "segment", "dense")

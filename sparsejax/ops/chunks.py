@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, PyTree, Shaped
 
 from sparsejax.errors import InputError
+from sparsejax.ops.device import on_cpu
 from sparsejax.ops.residuals import MIXED, STATE, name_arrays
 
 CHUNK = 64  # positions per chunk of every recurrence, by default
@@ -81,7 +82,7 @@ def batch_matmul(x: Float[Array, "*b i j"], y: Float[Array, "*b j k"]) -> Float[
     XLA's products for CPUs are slow with several batch axes, which are merged there. On other platforms separate axes
     keep their sharding.
     """
-    if x.ndim == 3 or jax.default_backend() != "cpu":
+    if x.ndim == 3 or not on_cpu():
         return x @ y
     products = x.reshape(-1, *x.shape[-2:]) @ y.reshape(-1, *y.shape[-2:])
     return products.reshape(*x.shape[:-1], y.shape[-1])

@@ -8,7 +8,7 @@ import jax
 from jaxtyping import Array, Float
 
 from sparsejax.ops.call import AttentionCall
-from sparsejax.ops.kernels.mesh import device_kind
+from sparsejax.ops.device import device_kind
 from sparsejax.patterns import And, Causal, Full, Window
 
 MIN_CAPABILITY = 8, 0

@@ -18,6 +18,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from sparsejax.ops.chunks import vary_alike
 from sparsejax.ops.derivatives import with_derivatives
+from sparsejax.ops.device import on_cpu
 from sparsejax.ops.residuals import PRODUCT, name_arrays
 from sparsejax.ops.rows import move_rows
 
@@ -105,7 +106,7 @@ class ExpertRows(NamedTuple):
 
 def choose_tile(choices: int, experts: int) -> int:
     """Rows per tile: a power of two, at most the mean number of choices per expert; 1 where rows need no tiles."""
-    if not _multiplies_tiles():
+    if not on_cpu():
         return 1
     return min(MAX_TILE, 1 << max(0, (choices // experts).bit_length() - 1))
 
@@ -166,7 +167,7 @@ def multiply(
       layout: Result of `sort_by_expert`.
       impl: "loop" over tiles, "ragged" for `jax.lax.ragged_dot`, or "auto".
     """
-    if impl == "loop" or (impl == "auto" and _multiplies_tiles()):
+    if impl == "loop" or (impl == "auto" and on_cpu()):
         return _multiply_tiles(None, *vary_alike((x, weights, layout)))
     return name_arrays(jax.lax.ragged_dot(x, weights, layout.sizes), PRODUCT)
 
@@ -241,10 +242,6 @@ def router_z_loss(logits: Float[Array, "n e"], mask: Bool[Array, " n"] | None = 
     """
     squares = jax.nn.logsumexp(logits, axis=-1) ** 2
     return squares.mean() if mask is None else jnp.where(mask, squares, 0.0).sum() / jnp.maximum(mask.sum(), 1)
-
-
-def _multiplies_tiles() -> bool:
-    return jax.default_backend() == "cpu"
 
 
 def _multiply_tiles_plain(_, x, weights, layout):

@@ -18,6 +18,7 @@ from jaxtyping import Array, Bool, Float, Int, PyTree, Shaped
 from sparsejax.errors import InputError
 from sparsejax.ops.blocks import Blocks, make_blocks
 from sparsejax.ops.chunks import pad_to_multiple, vary_alike
+from sparsejax.ops.device import on_cpu
 from sparsejax.patterns import Pattern
 
 CHUNK = 64  # queries whose scores are in memory at a time
@@ -179,7 +180,7 @@ def select(
 
 def tiled_chunk() -> int:
     """Number of queries of a chunk whose keys are scored by `score_tiles`."""
-    return QUERIES if jax.default_backend() == "cpu" else CHUNK
+    return QUERIES if on_cpu() else CHUNK
 
 
 def score_tiles(
@@ -201,7 +202,7 @@ def score_tiles(
       blocks: The blocks.
     """
     size = blocks.size * max(1, KEYS // blocks.size)
-    if visible.keys.shape[-1] <= size or not blocks.is_regular or jax.default_backend() != "cpu":
+    if visible.keys.shape[-1] <= size or not blocks.is_regular or not on_cpu():
         return score(keys, visible.keys)
 
     def split(x: Shaped[Array, "b ..."], axis: int) -> Shaped[Array, "tiles b ..."]:

@@ -20,6 +20,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from sparsejax.ops.broadcast import multiply
 from sparsejax.ops.chunks import CHUNK, batch_matmul, pad_to_multiple, require_shapes, scan_chunks
+from sparsejax.ops.device import on_cpu
 from sparsejax.ops.sequence import carry_state, divides, map_shards
 
 BLOCK = 32  # positions per matrix on a CPU
@@ -114,7 +115,7 @@ def _run_chunk(
 
 def _block_size(chunk: int) -> int:
     """Positions per matrix: its products take as many operations per position, which a CPU takes one after another."""
-    return min(BLOCK, chunk) if jax.default_backend() == "cpu" else chunk
+    return min(BLOCK, chunk) if on_cpu() else chunk
 
 
 def _fold_heads(x: Float[Array, "b c h p"], groups: int) -> Float[Array, "b g c rp"]:

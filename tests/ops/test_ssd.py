@@ -74,20 +74,45 @@ def run(function, inputs):
     return jax.jit(differentiate)(*inputs)
 
 
-@pytest.mark.parametrize("documents", [False, True])
-@pytest.mark.parametrize("length", LENGTHS)
-def test_ssd_and_its_gradients(length, documents):
-    inputs, starts = make_inputs(length), jnp.asarray(make_starts(length)) if documents else None
+def check(length, starts, chunk):
+    """Compares outputs and gradients in float32 and float64 with the recurrence in float64."""
+    inputs = make_inputs(length)
     with jax.enable_x64(True):
         expected = run(functools.partial(recur, starts=starts), [jnp.asarray(a) for a in inputs])
-        wide = run(functools.partial(ssd, starts=starts, chunk=CHUNK), [jnp.asarray(a) for a in inputs])
-    actual = run(functools.partial(ssd, starts=starts, chunk=CHUNK), [jnp.asarray(a, jnp.float32) for a in inputs])
+        wide = run(functools.partial(ssd, starts=starts, chunk=chunk), [jnp.asarray(a) for a in inputs])
+    actual = run(functools.partial(ssd, starts=starts, chunk=chunk), [jnp.asarray(a, jnp.float32) for a in inputs])
     for dtype, (outputs, gradients) in (("float32", actual), ("float64", wide)):
         for name, array, wanted in zip(("y", "last"), outputs, expected[0], strict=True):
             assert_close(name, array, wanted, dtype)
         for name, array, wanted in zip(NAMES, gradients, expected[1], strict=True):
             scale = max(1.0, np.abs(wanted).max())
             assert_close(f"gradient of {name}", np.asarray(array) / scale, np.asarray(wanted) / scale, dtype)
+
+
+@pytest.mark.parametrize("documents", [False, True])
+@pytest.mark.parametrize("length", LENGTHS)
+def test_ssd_and_its_gradients(length, documents):
+    check(length, jnp.asarray(make_starts(length)) if documents else None, CHUNK)
+
+
+@pytest.mark.parametrize(("chunk", "length"), [(48, 100), (100, 250), (320, 330)])
+def test_chunks_of_several_blocks(chunk, length):
+    """Chunks that blocks of 32 positions do not divide, and more blocks than are unrolled, with documents."""
+    check(length, jnp.asarray(make_starts(length)), chunk)
+
+
+def test_second_derivatives():
+    def curvature(function, x, dt, *others):
+        def slope(x):
+            return jax.grad(lambda x: jnp.square(function(x, dt, *others)[0]).sum())(x)
+
+        return jax.jvp(slope, (x,), (jnp.cos(x),))[1]
+
+    inputs = make_inputs(70)
+    with jax.enable_x64(True):
+        wide = [jnp.asarray(a) for a in inputs]
+        expected = curvature(recur, *wide)
+        assert_close("curvature", curvature(functools.partial(ssd, chunk=48), *wide), expected, "float64")
 
 
 @pytest.mark.parametrize("chunk", [1, 3, 64])

@@ -23,6 +23,7 @@ from jaxtyping import Array, Float
 from sparsejax.errors import InputError
 from sparsejax.ops.call import AttentionCall
 from sparsejax.ops.chunks import pad_to_multiple
+from sparsejax.ops.device import device_kind
 from sparsejax.ops.kernels import flash
 from sparsejax.ops.kernels.flash import LOG2E, M_INIT, Backend, Inputs, KernelConfig, Residuals, score_unit
 from sparsejax.ops.kernels.gpu_block import (
@@ -53,7 +54,7 @@ from sparsejax.ops.kernels.lists import (
     pack_words,
     sort_lists,
 )
-from sparsejax.ops.kernels.mesh import device_kind, run_on_mesh
+from sparsejax.ops.kernels.mesh import run_on_mesh
 
 WIDTH_MULTIPLE = 64  # heads are padded to the width of a swizzled row of shared memory
 CONSUMER_REGISTERS, PRODUCER_REGISTERS = 232, 40  # per thread

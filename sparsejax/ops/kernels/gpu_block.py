@@ -26,10 +26,10 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array
 
+from sparsejax.ops.device import core_count
 from sparsejax.ops.kernels.choice import Choice
 from sparsejax.ops.kernels.flash import Inputs, KernelConfig
 from sparsejax.ops.kernels.lists import KernelSlice, TileSchedule
-from sparsejax.ops.kernels.mesh import core_count
 
 TILE_SIDE = 128
 WARPGROUPS = 2  # consumers that share a row of tiles

@@ -68,30 +68,6 @@ def run_on_mesh(run: Callable[[AttentionCall], tuple[Array, Array]], call: Atten
     return sharded(arrays, leaves)
 
 
-def device_kind() -> str:
-    """Kind of the devices that the program is compiled for: those of the current mesh, or else the local ones."""
-    return (_abstract_device() or jax.devices()[0]).device_kind
-
-
-def core_count() -> int | None:
-    """Number of multiprocessors of such a device; None if it is unknown or the device is not a GPU."""
-    abstract = _abstract_device()
-    cores = None if abstract is None else abstract.num_cores
-    return cores or getattr(jax.devices()[0], "core_count", None)
-
-
-def has_host_memory() -> bool:
-    """Whether such a device can keep arrays in pinned memory of its host."""
-    local = jax.devices()[0]
-    if device_kind() != local.device_kind:  # the program is compiled for accelerators, all of which have it
-        return True
-    return any(memory.kind == "pinned_host" for memory in local.addressable_memories())
-
-
-def _abstract_device():
-    return getattr(jax.sharding.get_abstract_mesh(), "abstract_device", None)
-
-
 def _dividing_axes(mesh, axes: list[str], size: int) -> tuple[str, ...] | None:
     """The longest prefix of `axes` whose product divides `size`."""
     while axes and size % math.prod(mesh.shape[axis] for axis in axes):

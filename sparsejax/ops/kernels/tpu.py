@@ -23,6 +23,7 @@ from jaxtyping import Array, Float, Int
 from sparsejax.errors import InputError
 from sparsejax.ops.call import AttentionCall
 from sparsejax.ops.chunks import pad_to_multiple
+from sparsejax.ops.device import device_kind
 from sparsejax.ops.kernels import flash
 from sparsejax.ops.kernels.choice import WORD
 from sparsejax.ops.kernels.flash import LOG2E, M_INIT, Backend, Inputs, KernelConfig, Residuals, score_unit, unit_scores
@@ -36,7 +37,7 @@ from sparsejax.ops.kernels.lists import (
     mark_ends,
     pack_words,
 )
-from sparsejax.ops.kernels.mesh import device_kind, run_on_mesh
+from sparsejax.ops.kernels.mesh import run_on_mesh
 from sparsejax.ops.softmax import MASKED
 from sparsejax.patterns import Pattern
 
