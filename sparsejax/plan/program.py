@@ -248,13 +248,14 @@ def _call(builder: _Builder, equation: Any, inputs: Sequence[Value]) -> list[Val
 
 
 def _scan(builder: _Builder, equation: Any, inputs: Sequence[Value]) -> list[Value]:
-    params = equation.params
-    body, n, carries = params["jaxpr"], params["num_consts"], params["num_carry"]
+    body, length = equation.params["jaxpr"], equation.params["length"]
+    carries = len(equation.outvars) - _count_stacked(equation.outvars, body.jaxpr.outvars)
+    n = len(equation.invars) - _count_stacked(equation.invars, body.jaxpr.invars) - carries
     constants, carry, stacked = inputs[:n], inputs[n : n + carries], inputs[n + carries :]
     specs = [value.spec for value in carry]
     variables = body.jaxpr.invars
     for last in (False, True):  # the second time with the axes of the carry after the first
-        inside = builder.inner(params["length"] if last else 0)
+        inside = builder.inner(length if last else 0)
         start = [inside.make(v.aval, spec) for v, spec in zip(variables[n : n + carries], specs, strict=True)]
         slices = [
             inside.add("dynamic_slice", [value], [inside.make(variable.aval, value.spec[1:])])[0]
@@ -278,6 +279,11 @@ def _scan(builder: _Builder, equation: Any, inputs: Sequence[Value]) -> list[Val
         result.constant = value.constant
         result.sources = [(value, -1)]
     return results
+
+
+def _count_stacked(outside: Sequence[Any], inside: Sequence[Any]) -> int:
+    """Number of arrays of a loop with an axis more than in its body; versions of JAX differ in how they state it."""
+    return sum(len(a.aval.shape) > len(b.aval.shape) for a, b in zip(outside, inside, strict=True))
 
 
 def _while(builder: _Builder, equation: Any, inputs: Sequence[Value]) -> list[Value]:
