@@ -9,6 +9,11 @@ from collections import Counter, defaultdict
 from collections.abc import Iterator
 from typing import Any
 
+import jax
+from jax.sharding import Mesh
+
+from sparsejax.errors import shorten
+
 BYTES = {"pred": 1, "s8": 1, "u8": 1, "bf16": 2, "f16": 2, "s16": 2, "u16": 2, "f32": 4, "s32": 4, "u32": 4}
 BYTES |= {"f64": 8, "s64": 8, "u64": 8}
 COLLECTIVES = "all-gather|all-reduce|collective-permute|reduce-scatter|all-to-all|ragged-all-to-all"
@@ -40,14 +45,12 @@ class OutOfMemory(Exception):
     """The compiler reports that a program exceeds the memory of a device."""
 
 
-def compile_program(function: Any, arguments: tuple[Any, ...], mesh: Any) -> Compiled:
+def compile_program(function: Any, arguments: tuple[Any, ...], mesh: Mesh) -> Compiled:
     """Compiles a jitted function for the devices of a mesh.
 
     Raises:
       OutOfMemory: The program exceeds their memory.
     """
-    import jax
-
     with jax.set_mesh(mesh):
         lowered = function.lower(*arguments)
         try:
@@ -55,7 +58,7 @@ def compile_program(function: Any, arguments: tuple[Any, ...], mesh: Any) -> Com
         except jax.errors.JaxRuntimeError as error:
             if "RESOURCE_EXHAUSTED" not in str(error):
                 raise
-            raise OutOfMemory(_shorten(str(error))) from error
+            raise OutOfMemory(_find_usage(str(error))) from error
     memory = compiled.memory_analysis()
     outputs = memory.output_size_in_bytes - memory.alias_size_in_bytes
     peak = memory.argument_size_in_bytes + memory.temp_size_in_bytes + outputs
@@ -63,10 +66,10 @@ def compile_program(function: Any, arguments: tuple[Any, ...], mesh: Any) -> Com
     return Compiled(memory.argument_size_in_bytes, memory.temp_size_in_bytes, peak, received)
 
 
-def _shorten(message: str) -> str:
+def _find_usage(message: str) -> str:
     """The sentence that says how much memory is used of how much."""
     used = re.search(r"Used [\d.]+\w+ of [\d.]+\w+ \w+", message)
-    return used[0] if used else " ".join(message.split())[:200]
+    return used[0] if used else shorten(message, 200)
 
 
 def count_received(text: str, devices: int) -> Counter[str]:

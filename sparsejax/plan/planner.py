@@ -18,7 +18,7 @@ from sparsejax.config import Config
 from sparsejax.errors import InputError
 from sparsejax.overrides import Overrides
 from sparsejax.plan.compiled import Compiled, OutOfMemory, compile_program
-from sparsejax.plan.program import ShardedProgram, Work, shard_program
+from sparsejax.plan.program import ShardedProgram, Work, shard_program, sum_received
 from sparsejax.plan.topologies import CompilerMissing, Topology
 from sparsejax.plan.training import Training, describe_training
 from sparsejax.runs.phases import Phase, plan_phases
@@ -64,7 +64,7 @@ class DeviceAccount:
     @property
     def received(self) -> Counter[str]:
         """Bytes that arrive from other devices, by collective."""
-        return sum((part.received for part in self.work.values()), Counter())
+        return sum_received(self.work)
 
     def seconds(self, topology: Topology) -> dict[str, float]:
         """The time of a step by layer, at the peaks of a device; see `roofline`."""

@@ -59,7 +59,12 @@ class ShardedProgram:
     @property
     def received(self) -> Counter[str]:
         """Bytes that arrive from other devices, by collective."""
-        return sum((part.received for part in self.work.values()), Counter())
+        return sum_received(self.work)
+
+
+def sum_received(work: Mapping[str, Work]) -> Counter[str]:
+    """Bytes that arrive from other devices, by collective, of all parts of a program."""
+    return sum((part.received for part in work.values()), Counter())
 
 
 def shard_program(

@@ -16,7 +16,7 @@ import jax
 from jax.sharding import AbstractDevice, AbstractMesh, AxisType, Mesh
 
 from sparsejax.config import ShardingConfig
-from sparsejax.errors import InputError, suggest
+from sparsejax.errors import InputError, shorten, suggest
 from sparsejax.sharding import MESH_AXES, resolve_axes
 
 GB, GIB, TERA = 1e9, 2**30, 1e12
@@ -192,7 +192,7 @@ class Topology:
             try:
                 return topologies.get_topology_desc(**options).devices
             except Exception as error:  # of the plugin, in a type of its own
-                raise CompilerMissing(f"the compiler does not know {self}: {str(error)[:300]}") from error
+                raise CompilerMissing(f"the compiler does not know {self}: {shorten(str(error), 300)}") from error
 
 
 class CompilerMissing(Exception):
