@@ -109,8 +109,9 @@ class Mamba(Mixer):
         r, n = self.config.dt_rank, self.config.state
         low, B, C = jnp.split(self.select(u), [r, r + n], axis=-1)
         low, B, C = normalize(self.dt_norm, low), normalize(self.B_norm, B), normalize(self.C_norm, C)
-        dt = jax.nn.softplus(add(self.dt(low).astype(jnp.float32), self.dt_bias[...]))
-        return dt, -jnp.exp(self.log_decay[...]), B.astype(jnp.float32), C.astype(jnp.float32)
+        low, dtype = self.dt(low), jnp.promote_types(u.dtype, jnp.float32)
+        dt = jax.nn.softplus(add(low.astype(dtype), self.dt_bias[...]))
+        return dt, -jnp.exp(self.log_decay[...]), B.astype(dtype), C.astype(dtype)
 
     def _project_out(self, x: Array, u: Array, y: Array) -> Array:
         y = y + multiply(u, self.skip[...].astype(u.dtype))
