@@ -17,7 +17,7 @@ from sparsejax.layers.caching import chunk_positions, extend_keys, write_slots
 from sparsejax.layers.context import EMPTY, Context, Tokens
 from sparsejax.layers.indexer import Scorer
 from sparsejax.layers.norm import Norm, NormConfig, standardize
-from sparsejax.layers.protocols import COMPILED, Auxiliary, Cache, Mixer, MixerConfig, implementation_names
+from sparsejax.layers.protocols import SELECTED, Auxiliary, Cache, Mixer, MixerConfig, implementation_names
 from sparsejax.layers.rotary import RopeConfig, rotate
 from sparsejax.layers.stream import Cost, Linear, Stream, attention_cost, output_scale, parameter
 from sparsejax.ops import (
@@ -35,6 +35,7 @@ from sparsejax.ops import (
 )
 from sparsejax.ops.entries import ClosedWindows, cover_tokens
 from sparsejax.ops.softmax import confine_nan, zero_nan
+from sparsejax.patterns.exchange import plan_exchange
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -151,8 +152,11 @@ class CompressedConfig(MixerConfig):
         return self.indexer is not None
 
     def exchange(self, length: int, shards: int) -> str:
-        """Keys that the data choose."""
-        return COMPILED
+        """The keys of the window, and all entries."""
+        kind = plan_exchange(self.pattern, length, shards, self.impl == "ring").kind
+        if self.compression is None:
+            return kind
+        return f"{kind}; {SELECTED if self.selects else 'all-gather'} of entries"
 
     def check(self, length: int) -> None:
         """Raises InputError if a loss has no use over `length` tokens."""

@@ -26,7 +26,7 @@ from sparsejax.ops.call import SelectedCall
 from sparsejax.patterns.exchange import plan_exchange
 
 Cache = dict[str, Any]  # arrays [b, ...] by name, or caches by name
-COMPILED = "selection, by the compiler"  # exchange of keys that the data choose, which no plan describes
+SELECTED = "all-gather, then selection"  # exchange of keys among which the data choose
 INDEX_CACHES = ("index", "indexer", "sums", "buckets")  # parts of caches that only the choice of keys reads
 
 
@@ -137,7 +137,7 @@ class AttendingConfig(MixerConfig):
     def exchange(self, length: int, shards: int) -> str:
         """Keys, as the pattern of each head demands, unless the data choose them."""
         if self.selects or self.indexers:
-            return COMPILED
+            return SELECTED
         heads, in_ring = dict.fromkeys(self.connectivity.by_head()), self.impl == "ring"
         return "; ".join(dict.fromkeys(plan_exchange(head, length, shards, in_ring).kind for head in heads))
 

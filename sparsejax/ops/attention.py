@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
@@ -108,8 +109,8 @@ def attend(
     and "cudnn") in reverse mode once.
 
     If the sequence is sharded, "auto" and "gather" exchange the keys that the pattern lets a shard read, see
-    `sparsejax.ops.exchange`; the number of shards must divide the lengths. Keys that all shards read are gathered; with
-    "ring" they travel from shard to shard, so that none holds them all.
+    `sparsejax.ops.exchange`; the number of shards must divide the lengths. Keys that all shards read are gathered, as
+    are those among which queries chose; with "ring" they travel from shard to shard, so that none holds them all.
 
     Args:
       q: Queries.
@@ -169,12 +170,18 @@ def attend(
     if exchange.applies(call, impl):
         out, lse = exchange.run(call, impl)
         return (out.astype(dtype), lse) if return_lse else out.astype(dtype)
+    run = functools.partial(_run, impl)
+    out, lse = exchange.run_selected(call, run) if exchange.gathers(call) else run(call)
+    return (out.astype(dtype), lse) if return_lse else out.astype(dtype)
+
+
+def _run(impl: str, call: AttentionCall) -> tuple[Float[Array, "b t h value"], Float[Array, "b t h"] | None]:
+    """Output and log-sum-exp, which may be None if the call does not need it."""
     chosen = _choose(impl, call)
     if chosen.verified_on is not None:
         problem = f"attend: {chosen.name!r} has no forward-mode differentiation; use impl='gather'"
         call = dataclasses.replace(call, **reject_forward_mode({"q": call.q, "k": call.k, "v": call.v}, problem))
-    out, lse = chosen.run(call)
-    return (out.astype(dtype), lse) if return_lse else out.astype(dtype)
+    return chosen.run(call)
 
 
 def attention_flops(pairs: int, key_width: int, value_width: int | None = None) -> float:
@@ -248,9 +255,9 @@ def _prefers_edges(call: AttentionCall, selection: Selection) -> bool:
     """
     if selection.blocks.size >= gather.BLOCK:
         return False
-    (_, _, t, k), s = selection.groups.shape, call.k.shape[1]
-    chosen = t * k * selection.blocks.size
-    return not on_cpu() or call.pattern.pairs(t, s) > EDGE_PAIRS * chosen
+    k, s = selection.groups.shape[3], call.k.shape[1]
+    chosen = call.query_count * k * selection.blocks.size
+    return not on_cpu() or call.pattern.pairs(call.query_count, s) > EDGE_PAIRS * chosen
 
 
 def _preferences(call: AttentionCall) -> Iterator[str]:

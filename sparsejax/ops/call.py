@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -19,6 +19,13 @@ from sparsejax.patterns import Pattern
 LAYOUTS = {"q": "[b, t, h, d]", "k": "[b, s, g, d]", "v": "[b, s, g, value]"}
 
 
+class Shard(NamedTuple):
+    """Consecutive queries of a sequence: the index of the first of them, and the number of queries of the sequence."""
+
+    first: Int[Array, ""]
+    queries: int
+
+
 @dataclasses.dataclass(frozen=True, eq=False)
 class AttentionCall:
     """The arguments of `attend` with defaults resolved.
@@ -29,6 +36,7 @@ class AttentionCall:
       return_lse: Whether the log-sum-exp, or a gradient through it, is used.
       q_offset: Position of the first query, which `pattern` includes already: only ALiBi needs it.
       selection: Groups of keys that each query chose; it attends to those that the pattern and the segments allow.
+      shard: Which queries of a sequence these are, only with a selection; None for all of them.
 
     Raises:
       InputError: Shapes do not agree.
@@ -47,6 +55,7 @@ class AttentionCall:
     return_lse: bool = True
     q_offset: int = 0
     selection: Selection | None = None
+    shard: Shard | None = None
 
     def __post_init__(self):
         q, k, v = (list(x.shape) for x in (self.q, self.k, self.v))
@@ -88,6 +97,16 @@ class AttentionCall:
     def dtype(self) -> jnp.dtype:
         """The dtype of scores, softmax and sums: float32, or float64 for float64 inputs."""
         return jnp.promote_types(self.q.dtype, jnp.float32)
+
+    @property
+    def first_query(self) -> Int[Array, ""] | int:
+        """Index of the first query under the pattern."""
+        return 0 if self.shard is None else self.shard.first
+
+    @property
+    def query_count(self) -> int:
+        """Number of queries that the pattern counts."""
+        return self.q.shape[1] if self.shard is None else self.shard.queries
 
     def head_groups(self) -> dict[Pattern, list[int]]:
         """Query heads by pattern."""

@@ -23,11 +23,11 @@ def run(call: AttentionCall) -> tuple[Float[Array, "b t h value"], Float[Array, 
     bad_q, bad_k = (jnp.moveaxis(jnp.isnan(x[..., 0]), 1, -1) for x in (q, k))  # see `confine_nan`
     q, k = zero_nan(q).reshape(b, t, g, h // g, d), zero_nan(k)
     scores = jnp.einsum("btgrd,bsgd->bgrts", q, k, precision=jax.lax.Precision.HIGHEST) * call.scale
-    queries, keys = jnp.arange(t)[:, None], jnp.arange(s)[None, :]
+    queries, keys, count = call.first_query + jnp.arange(t)[:, None], jnp.arange(s)[None, :], call.query_count
     distance = queries + call.q_offset - keys
     scores = add_alibi(softcap(scores, call.softcap), _per_head(call, call.alibi_slopes), distance)
-    scores = scores + _group_heads(call, log_multiplicity(call.pattern, queries, keys, t, s))
-    mask = _group_heads(call, call.pattern.allows(queries, keys, t, s))
+    scores = scores + _group_heads(call, log_multiplicity(call.pattern, queries, keys, count, s))
+    mask = _group_heads(call, call.pattern.allows(queries, keys, count, s))
     if call.segments is not None:
         q_ids, k_ids = call.segments
         mask = mask & (q_ids[:, :, None] == k_ids[:, None, :])[:, None, None]

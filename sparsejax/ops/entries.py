@@ -166,10 +166,12 @@ def attend_entries(
     dtype = jnp.promote_types(q.dtype, jnp.float32)
     q, keys, values = (x.astype(dtype) for x in confine_nan(q, entries, entries))
 
-    def attend(q: Array, visible: Visible) -> tuple[Array, Array]:
+    def attend(entries: tuple[Array, Array], q: Array, visible: Visible) -> tuple[Array, Array]:
+        keys, values = entries
         scores = jnp.einsum("bchd,bnd->bhcn", q, keys) * scale
         p, lse = masked_softmax(scores, visible.keys[:, None], None)
         return jnp.einsum("bhcn,bnd->bhcd", p, values), lse
 
-    out, lse = over_queries(attend, q, Causal(), entries.shape[1], **windows.restrict(q.shape[:2], segments))
+    options = windows.restrict(q.shape[:2], segments)
+    out, lse = over_queries(attend, q, (keys, values), Causal(), entries.shape[1], **options)
     return out.astype(entries.dtype), lse

@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -18,8 +19,9 @@ from jaxtyping import Array, Float, Shaped
 
 from sparsejax.errors import InputError
 from sparsejax.ops import gather, ring
-from sparsejax.ops.call import AttentionCall, by_pattern
-from sparsejax.ops.sequence import AXIS, map_shards, shard_count, shard_index, shift
+from sparsejax.ops.call import AttentionCall, Shard, by_pattern
+from sparsejax.ops.selection import Selection
+from sparsejax.ops.sequence import AXIS, divides, map_queries, map_shards, shard_count, shard_index, shift
 from sparsejax.ops.softmax import log_sum
 from sparsejax.patterns.exchange import Exchange, plan_exchange
 
@@ -29,9 +31,9 @@ Tiles = Shaped[Array, "b _ tile ..."]  # how many tiles, and which features, dif
 
 
 def applies(call: AttentionCall, impl: str) -> bool:
-    """Whether the call is for a whole sequence that is sharded, and shards exchange keys.
+    """Whether the call is for a whole sequence that is sharded, and shards exchange the keys of a pattern.
 
-    The compiler partitions "dense" and "segment", and calls with a selection.
+    The compiler partitions "dense" and "segment".
 
     Raises:
       InputError: The shards do not divide the sequence, or the implementation is a kernel.
@@ -44,6 +46,32 @@ def applies(call: AttentionCall, impl: str) -> bool:
     if t % shards:
         raise InputError("q", f"{t} tokens cannot be split evenly over the {shards} shards of the sequence")
     return True
+
+
+def gathers(call: AttentionCall) -> bool:
+    """Whether the call is for a whole sequence that is sharded, and its queries chose among the keys of all shards."""
+    return call.selection is not None and not call.q_offset and divides(call.q.shape[1])
+
+
+def run_selected(
+    call: AttentionCall, run: Callable[[AttentionCall], tuple[Array, Array | None]]
+) -> tuple[Float[Array, "b t h value"], Float[Array, "b t h"] | None]:
+    """Output and log-sum-exp of attention to chosen keys, by a function of the call of a shard.
+
+    Keys and values are gathered: which of them a shard reads is known only when the program runs.
+    """
+    selection, (q_ids, k_ids) = call.selection, (None, None) if call.segments is None else call.segments
+    assert selection is not None
+
+    def attend(queries: tuple[Any, ...], keys: tuple[Any, ...]) -> tuple[Array, Array | None]:
+        (q, q_ids, groups), (k, v, k_ids) = queries, keys
+        chosen = Selection(jnp.moveaxis(groups, 1, 2), selection.blocks)
+        arrays = {"q": q, "k": k, "v": v, "segments": None if q_ids is None else (q_ids, k_ids), "selection": chosen}
+        shard = Shard(shard_index() * q.shape[1], call.q.shape[1])
+        return run(dataclasses.replace(call, **arrays, shard=shard))
+
+    groups = jnp.moveaxis(selection.groups, 2, 1)
+    return map_queries(attend, (call.q, q_ids, groups), (call.k, call.v, k_ids))
 
 
 def unsupported_in_ring(call: AttentionCall) -> str | None:

@@ -123,13 +123,14 @@ def select_indexed(
 
         return pool_keys
 
-    def score(arrays: tuple[Array, Array | None], visible: Visible) -> tuple[Array, Array | None]:
-        scores = index.scores(*arrays) if has_block_keys else score_tiles(pool(*arrays), index.k, visible, blocks)
+    def score(k: Array, arrays: tuple[Array, Array | None], visible: Visible) -> tuple[Array, Array | None]:
+        pooled = functools.partial(score_tiles, pool(*arrays), k, visible, blocks)
+        scores = index.scores(*arrays, k) if has_block_keys else pooled()
         return scores, force_blocks(visible, blocks, 0, local) if local else None
 
     arrays = index.q, index.weights
     options = {"segments": segments, "positions": positions, "length": length, "chunk": tiled_chunk()}
-    return select(score, arrays, blocks, top_k, pattern, complete=has_block_keys, **options)
+    return select(score, arrays, index.k, blocks, top_k, pattern, complete=has_block_keys, **options)
 
 
 def indexer_divergence(
@@ -171,14 +172,14 @@ def indexer_divergence(
     lse = None if lse is None else lse.reshape(q.shape[:-1])
     groups = None if selection is None else jnp.moveaxis(selection.groups, 1, 2)
 
-    def diverge(chunk: PyTree, visible: Visible) -> Float[Array, "b 1 c"]:
+    def diverge(all_keys: tuple[Array, Array], chunk: PyTree, visible: Visible) -> Float[Array, "b 1 c"]:
         q, lse, index_q, weights, groups = chunk
-        mask, attended, index_keys = visible.keys[:, None], k, index.k
+        (attended, index_keys), mask = all_keys, visible.keys[:, None]
         if selection is not None:
             groups = jnp.moveaxis(groups, 2, 1)
             keys = Selection(groups, selection.blocks).keys
-            attended = jax.vmap(_take, (2, 1), 1)(k, keys)
-            index_keys, mask = _take(index.k, keys if blocks is None else groups), _take_mask(visible.keys, keys)
+            attended = jax.vmap(_take, (2, 1), 1)(attended, keys)
+            index_keys, mask = _take(index_keys, keys if blocks is None else groups), _take_mask(visible.keys, keys)
         mass = _average_heads(q, attended, mask, scale, lse)
         if blocks is not None:
             mask = jnp.broadcast_to(mask, (b, *mask.shape[1:]))
@@ -195,7 +196,7 @@ def indexer_divergence(
         return terms.sum(axis=-1).mean(axis=1, keepdims=True)
 
     arrays, options = (q, lse, index.q, index.weights, groups), {"segments": segments, "positions": positions}
-    return over_queries(diverge, arrays, pattern, k.shape[1], **options)[..., 0]
+    return over_queries(diverge, arrays, (k, index.k), pattern, k.shape[1], **options)[..., 0]
 
 
 def _take(x: Shaped[Array, "b s ..."], keys: Int[Array, "b ..."]) -> Shaped[Array, "b ..."]:

@@ -248,16 +248,17 @@ def decode_select_hashed(
       length: Length of the sequence.
     """
 
-    def choose_chunk(chunk: Array, visible: Visible) -> Int[Array, "b h c k"]:
-        same = jnp.moveaxis(chunk, 1, 3)[..., None] == buckets[..., None, :]
+    def choose_chunk(buckets: Array, chunk: Array, visible: Visible) -> Int[Array, "b h c k"]:
+        same = jnp.moveaxis(chunk, 1, 3)[..., None] == jnp.moveaxis(buckets, 1, 3)[..., None, :]
         visible_keys = same & visible.keys[:, None, None]
         latest = jnp.broadcast_to(positions[1][:, None, None, None].astype(jnp.float32), visible_keys.shape)
         keys = choose(latest, visible_keys, members)
         return _unite_rounds(keys, visible.positions)
 
-    options = {"positions": positions, "length": length}
-    groups = over_queries(choose_chunk, jnp.moveaxis(queries, 3, 1), Causal(), buckets.shape[-1], **options)
-    return Selection(jnp.moveaxis(groups, 1, 2), make_blocks(buckets.shape[-1], 1))
+    options, count = {"positions": positions, "length": length}, buckets.shape[-1]
+    queries, buckets = (jnp.moveaxis(x, 3, 1) for x in (queries, buckets))
+    groups = over_queries(choose_chunk, queries, buckets, Causal(), count, **options)
+    return Selection(jnp.moveaxis(groups, 1, 2), make_blocks(count, 1))
 
 
 def _unite_rounds(keys: Int[Array, "b h r t w"], positions: Int[Array, "#b t"]) -> Int[Array, "b h t k"]:

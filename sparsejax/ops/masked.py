@@ -27,7 +27,7 @@ class _Row(NamedTuple):
     Attributes:
       q: Queries.
       mask: Whether each query attends to each key.
-      positions: Indices of the queries.
+      positions: Indices of the queries under the pattern.
     """
 
     q: Float[Array, "g r c d"]
@@ -45,19 +45,19 @@ def _split_keys(plan: Plan, x: Float[Array, "s g d"]) -> Float[Array, "tiles siz
     return _split(x.astype(plan.dtype), KEYS)
 
 
-def _tiles(plan: Plan) -> Int[Array, " rows"]:
+def _tiles(x: Sequence) -> Int[Array, " rows"]:
     """The tiles of queries."""
-    return jnp.arange(-(-plan.t // QUERIES))
+    return jnp.arange(-(-len(x.q) // QUERIES))
 
 
-def _rows(plan: Plan, tile: Int[Array, ""]) -> Int[Array, " c"]:
-    """The queries of a tile, from t on past the end."""
-    return tile * QUERIES + jnp.arange(min(QUERIES, plan.t))
+def _rows(count: int, tile: Int[Array, ""]) -> Int[Array, " c"]:
+    """The queries of a tile, from `count` on past the end."""
+    return tile * QUERIES + jnp.arange(min(QUERIES, count))
 
 
 def _take_queries(plan: Plan, tile: Int[Array, ""], x: Float[Array, "t g r *d"]) -> Float[Array, "g r c *d"]:
     """A tile of queries, arbitrary past the end."""
-    return jnp.moveaxis(x.at[_rows(plan, tile)].get(mode="clip").astype(plan.dtype), 0, 2)
+    return jnp.moveaxis(x.at[_rows(len(x), tile)].get(mode="clip").astype(plan.dtype), 0, 2)
 
 
 def _join_queries(x: Float[Array, "rows c g r *d"], count: int) -> Float[Array, "count g r *d"]:
@@ -66,15 +66,17 @@ def _join_queries(x: Float[Array, "rows c g r *d"], count: int) -> Float[Array, 
 
 def _make_row(plan: Plan, x: Sequence, tile: Int[Array, ""]) -> _Row:
     """A tile of queries with its mask."""
-    rows, keys, n = jnp.minimum(_rows(plan, tile), plan.t - 1), jnp.arange(plan.s), len(x.starts)
+    t, n, keys = len(x.q), len(x.starts), jnp.arange(plan.s)
+    rows = jnp.minimum(_rows(t, tile), t - 1)
+    queries = rows + x.first
     groups = jnp.where(x.groups[rows] < 0, n, x.groups[rows])
     chosen = jnp.zeros((len(rows), n), bool).at[jnp.arange(len(rows))[:, None], groups].set(True, mode="drop")
     mask = chosen if plan.size == 1 else chosen[:, x.of_key]
-    mask = mask & (_rows(plan, tile) < plan.t)[:, None] & plan.pattern.allows(rows[:, None], keys, plan.t, plan.s)
+    mask = mask & (_rows(t, tile) < t)[:, None] & plan.pattern.allows(queries[:, None], keys, plan.t, plan.s)
     if x.ids is not None:
         mask &= x.ids[0][rows][:, None] == x.ids[1]
     mask = pad_to_multiple(mask, KEYS, 1).reshape(len(rows), -1, KEYS)
-    return _Row(_take_queries(plan, tile, x.q), jnp.swapaxes(mask, 0, 1), rows)
+    return _Row(_take_queries(plan, tile, x.q), jnp.swapaxes(mask, 0, 1), queries)
 
 
 def _score(
@@ -83,7 +85,7 @@ def _score(
     scores = softcap(jnp.einsum("grcd,gkd->grck", q, k) * plan.scale, plan.softcap)
     queries, keys = row.positions[:, None], tile * KEYS + jnp.arange(KEYS)
     if x.slopes is not None:
-        scores = scores - x.slopes[..., None, None] * abs(queries + x.offset - keys)
+        scores = scores - x.slopes[..., None, None] * abs(queries + plan.q_offset - keys)
     return scores + log_multiplicity(plan.pattern, queries, keys, plan.t, plan.s)
 
 
@@ -115,8 +117,8 @@ def _forward(plan: Plan, x: Sequence) -> tuple[Float[Array, "t g r value"], Floa
         out, lse = out / jnp.where(l == 0, 1.0, l)[..., None], log_sum(m, l)
         return jnp.moveaxis(out, 2, 0), jnp.moveaxis(lse, 2, 0)
 
-    outs = jax.lax.map(attend_row, _tiles(plan))
-    return tuple(_join_queries(y, plan.t) for y in outs)  # type: ignore[return-value]
+    outs = jax.lax.map(attend_row, _tiles(x))
+    return tuple(_join_queries(y, len(x.q)) for y in outs)  # type: ignore[return-value]
 
 
 def _backward(plan: Plan, x: Sequence, lse: Array, delta: Array, d_out: Array) -> tuple[Array, Array, Array]:
@@ -145,8 +147,8 @@ def _backward(plan: Plan, x: Sequence, lse: Array, delta: Array, d_out: Array) -
         (dq, *carry), _ = jax.lax.scan(visit, grads, (jnp.arange(len(k)), k, v, row.mask))
         return tuple(carry), jnp.moveaxis(dq, 2, 0)
 
-    (dk, dv), dq = jax.lax.scan(differentiate_row, vary_alike((empty, x))[0], _tiles(plan))
-    return _join_queries(dq, plan.t), *(_join_queries(jnp.swapaxes(y, 1, 2), plan.s) for y in (dk, dv))
+    (dk, dv), dq = jax.lax.scan(differentiate_row, vary_alike((empty, x))[0], _tiles(x))
+    return _join_queries(dq, len(x.q)), *(_join_queries(jnp.swapaxes(y, 1, 2), plan.s) for y in (dk, dv))
 
 
 attend_masked = differentiable(

@@ -56,7 +56,7 @@ def measure_selection(
     (b, t, h, d), g = q.shape, k.shape[2]
     q, dtype = q.reshape(b, t, g, h // g, d), jnp.promote_types(q.dtype, jnp.float32)
 
-    def compare(chunk: PyTree, visible: Visible) -> Float[Array, "b 3 c"]:
+    def compare(k: Array, chunk: PyTree, visible: Visible) -> Float[Array, "b 3 c"]:
         q, groups = chunk
         logits = scale * jnp.einsum("bcgrd,bsgd->bgrcs", q.astype(dtype), k.astype(dtype))
         p, _ = masked_softmax(logits, visible.keys[:, None, None], None)
@@ -70,7 +70,7 @@ def measure_selection(
         return jnp.stack([(weights * x).sum(axis=1) for x in (mass, best.sum(axis=-1), jnp.ones_like(mass))], axis=1)
 
     arrays, options = (q, jnp.moveaxis(selection.groups, 1, 2)), {"segments": segments, "positions": positions}
-    mass, best, count = over_queries(compare, arrays, pattern, k.shape[1], **options).sum(axis=(0, 1))
+    mass, best, count = over_queries(compare, arrays, k, pattern, k.shape[1], **options).sum(axis=(0, 1))
     groups, size = selection.groups.reshape(-1, *selection.groups.shape[2:]), selection.blocks.count
     chosen = jax.vmap(lambda groups: jnp.zeros(size + 1).at[jnp.where(groups < 0, size, groups)].add(1)[:size])(groups)
     shares = chosen / jnp.maximum(chosen.sum(axis=-1, keepdims=True), 1)

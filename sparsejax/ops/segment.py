@@ -30,6 +30,7 @@ MAX_EDGES = 2**24  # per head: 128 MiB of positions in the compiled program
 CHUNK = 2**18  # numbers in the gathered query rows of a chunk of edges, over batch and heads
 
 Segments = tuple[Int[Array, "t b"], Int[Array, "s b"]]
+Alibi = tuple[Float[Array, "g r"], Int[Array, ""]]  # slopes, and the position of the first query
 
 
 class Edges(NamedTuple):
@@ -62,8 +63,8 @@ def _run_selection(
 ) -> tuple[Float[Array, "b t h value"], Float[Array, "b t h"]]:
     """Attends to each chosen key alone, with one list of edges per sequence and scope."""
     (b, t, h, _), s = call.q.shape, call.k.shape[1]
-    keys, queries = selection.keys, jnp.arange(t)[:, None]
-    allowed = call.pattern.allows(queries, keys, t, s)
+    keys, queries = selection.keys, call.first_query + jnp.arange(t)[:, None]
+    allowed = call.pattern.allows(queries, keys, call.query_count, s)
     if call.segments is not None:
         q_ids, k_ids = call.segments
         k_ids = jnp.take_along_axis(k_ids, jnp.maximum(keys, 0).reshape(b, -1), axis=1).reshape(keys.shape)
@@ -73,7 +74,8 @@ def _run_selection(
     rows = jnp.repeat(jnp.arange(t), keys.shape[-1])
 
     def attend(q: Array, k: Array, v: Array, sink: Array | None, slopes: Array | None, keys: Array) -> Any:
-        options = {"scale": call.scale, "softcap": call.softcap, "q_offset": call.q_offset, "return_lse": True}
+        offset = call.q_offset + call.first_query
+        options = {"scale": call.scale, "softcap": call.softcap, "q_offset": offset, "return_lse": True}
         arrays = (x[None] for x in (q, k, v))
         out, lse = attend_edges(*arrays, rows, keys.ravel(), sink_logits=sink, alibi_slopes=slopes, **options)
         return out[0], lse[0]
@@ -118,7 +120,7 @@ def attend_edges(
     alibi_slopes: Float[Array, " h"] | None = None,
     segment_ids: tuple[Int[Array, "b t"], Int[Array, "b s"]] | None = None,
     return_lse: bool = False,
-    q_offset: int = 0,
+    q_offset: int | Int[Array, ""] = 0,
 ) -> Float[Array, "b t h value"] | tuple[Float[Array, "b t h value"], Float[Array, "b t h"]]:
     """Softmax attention in which query `queries[i]` attends to key `keys[i]`; see `attend`, also for NaN.
 
@@ -156,9 +158,11 @@ def attend_edges(
     per_head = (None if x is None else x.astype(call.dtype).reshape(g, h // g) for x in (sink_logits, alibi_slopes))
     segments = None if segment_ids is None else tuple(jnp.asarray(x).T for x in segment_ids)
     edges = _split_edges(queries, keys, t, s, chunk=max(1, CHUNK // (b * h * max(d, v.shape[-1]))))
-    plan = _Plan(scale, softcap, call.dtype, q_offset)
+    plan = _Plan(scale, softcap, call.dtype)
+    sink, slopes = per_head
+    alibi = None if slopes is None else (slopes, jnp.asarray(q_offset))
     k, v = jnp.moveaxis(k, 1, 0), jnp.moveaxis(v, 1, 0)
-    out, lse = _attend_rows(plan, *vary_alike((rows, k, v, *per_head, segments, edges)))
+    out, lse = _attend_rows(plan, *vary_alike((rows, k, v, sink, alibi, segments, edges)))
     out, lse = (jnp.moveaxis(x.reshape(t, b, h, *x.shape[4:]), 0, 1) for x in (out, lse))
     return (out.astype(q.dtype), lse) if return_lse else out.astype(q.dtype)
 
@@ -184,17 +188,15 @@ class _Plan(NamedTuple):
     scale: float
     softcap: float | None
     dtype: jnp.dtype
-    q_offset: int
 
     def score(self, q: Float[Array, "c b g r d"], k: Float[Array, "c b g d"]) -> Float[Array, "c b g r"]:
         """Scores of gathered rows, without ALiBi."""
         return softcap(_dot(q, k) * self.scale, self.softcap)
 
-    def add_alibi(
-        self, scores: Float[Array, "c b g r"], slopes: Float[Array, "g r"] | None, edges: Edges
-    ) -> Float[Array, "c b g r"]:
+    def add_alibi(self, scores: Float[Array, "c b g r"], alibi: Alibi | None, edges: Edges) -> Float[Array, "c b g r"]:
         """Scores minus the slopes times the distances."""
-        return add_alibi(scores, slopes, (edges.queries + self.q_offset - edges.keys)[:, None, None, None])
+        slopes, first = (None, 0) if alibi is None else alibi
+        return add_alibi(scores, slopes, (edges.queries + first - edges.keys)[:, None, None, None])
 
     def rows(self, x: Float[Array, " n *rest"], positions: Int[Array, " c"]) -> Float[Array, " c *rest"]:
         """Rows of `x` in the dtype of sums; an arbitrary row for a position outside it."""
@@ -224,17 +226,17 @@ def _attend_rows_plain(
     k: Float[Array, "s b g d"],
     v: Float[Array, "s b g value"],
     sink: Float[Array, "g r"] | None,
-    slopes: Float[Array, "g r"] | None,
+    alibi: Alibi | None,
     segments: Segments | None,
     edges: Edges,
 ) -> tuple[Float[Array, "t b g r value"], Float[Array, "t b g r"]]:
     """Output and log-sum-exp."""
-    return _attend_rows_forward(plan, q, k, v, sink, jax.lax.stop_gradient(slopes), segments, edges)[0]
+    return _attend_rows_forward(plan, q, k, v, sink, jax.lax.stop_gradient(alibi), segments, edges)[0]
 
 
-def _attend_rows_forward(plan, q, k, v, sink, slopes, segments, edges):
+def _attend_rows_forward(plan, q, k, v, sink, alibi, segments, edges):
     def score(edges: Edges, q: Array = q, k: Array = k) -> Float[Array, "c b g r"]:
-        return plan.add_alibi(plan.score(plan.rows(q, edges.queries), plan.rows(k, edges.keys)), slopes, edges)
+        return plan.add_alibi(plan.score(plan.rows(q, edges.queries), plan.rows(k, edges.keys)), alibi, edges)
 
     constants = jax.lax.stop_gradient((q, k))  # the maximum has no gradient
 
@@ -258,11 +260,11 @@ def _attend_rows_forward(plan, q, k, v, sink, slopes, segments, edges):
     (l, out), _ = jax.lax.scan(add_values, vary_alike(((l, zeros), q))[0], edges)
     safe_l = jnp.where(l == 0, 1.0, l)
     out = out / safe_l[..., None]
-    return (out, log_sum(m, l)), (q, k, v, sink, slopes, segments, edges, out, m, safe_l)
+    return (out, log_sum(m, l)), (q, k, v, sink, alibi, segments, edges, out, m, safe_l)
 
 
 def _attend_rows_backward(plan, residuals, cotangents):
-    q, k, v, sink, slopes, segments, edges, out, m, l = residuals
+    q, k, v, sink, alibi, segments, edges, out, m, l = residuals
     bad, (d_out, d_lse) = jnp.isnan(l), cotangents  # rows of NaN, which have no gradient
     d_out, out = (jnp.where(bad[..., None], 0, x) for x in (d_out, out))
     d_lse, l, m = jnp.where(bad, 0, d_lse), jnp.where(bad, 1, l), jnp.where(bad, jnp.inf, m)
@@ -276,7 +278,7 @@ def _attend_rows_backward(plan, residuals, cotangents):
         dq, dk, dv = carry
         do = plan.rows(d_out, queries)
         scores, score_vjp = jax.vjp(plan.score, plan.rows(q, queries), plan.rows(k, keys))
-        p = plan.weights(plan.add_alibi(scores, slopes, edges), m, segments, edges)
+        p = plan.weights(plan.add_alibi(scores, alibi, edges), m, segments, edges)
         dq_rows, dk_rows = score_vjp(p * (_dot(do, plan.rows(v, keys)) - plan.rows(delta, queries)))
         dv_rows = jnp.einsum("cbgr,cbgrd->cbgd", p, do, precision=jax.lax.Precision.HIGHEST)
         return (

@@ -35,12 +35,13 @@ class Plan:
     """The static part of a call: all but the arrays."""
 
     pattern: Pattern
-    t: int
+    t: int  # queries that the pattern counts
     s: int
     size: int
     scale: float
     softcap: float | None
     dtype: jnp.dtype
+    q_offset: int
 
 
 class Lists(NamedTuple):
@@ -97,7 +98,7 @@ class Sequence(NamedTuple):
       sink: Sink logits.
       slopes: Slopes of ALiBi.
       ids: Segment ids of queries and of keys.
-      offset: Position of the first query, for ALiBi.
+      first: Index of the first query under the pattern.
       groups: Chosen blocks.
       of_key: Block of each key.
       starts: First key of each block.
@@ -109,7 +110,7 @@ class Sequence(NamedTuple):
     sink: Float[Array, "*p g r"] | None
     slopes: Float[Array, "*p g r"] | None
     ids: tuple[Int[Array, "*p t"], Int[Array, "*p s"]] | None
-    offset: Int[Array, "*p"]
+    first: Int[Array, "*p"]
     groups: Int[Array, "*p t k"]
     of_key: Int[Array, "*p s"]
     starts: Int[Array, "*p n"]
@@ -120,7 +121,8 @@ def run(
 ) -> tuple[Float[Array, "b t h value"], Float[Array, "b t h"]]:
     """Output in the dtype of q, log-sum-exp in `call.dtype`, by a function of a plan and the arrays of sequences."""
     (b, t, h, _), (_, s, g, _) = call.q.shape, call.k.shape
-    plan = Plan(call.pattern, t, s, selection.blocks.size, call.scale, call.softcap, call.dtype)
+    sizes = call.query_count, s, selection.blocks.size
+    plan = Plan(call.pattern, *sizes, call.scale, call.softcap, call.dtype, call.q_offset)
     scopes = selection.groups.shape[1]
     heads = max(1, g // scopes)  # key/value heads per scope
 
@@ -144,7 +146,7 @@ def run(
         split_keys(call.v),
         *map(per_scope, (call.sink_logits, call.alibi_slopes)),
         None if call.segments is None else tuple(map(per_sequence, call.segments)),
-        jnp.full(b * scopes, call.q_offset),
+        jnp.full(b * scopes, call.first_query),
         selection.groups.reshape(b * scopes, t, -1),
         per_sequence(selection.blocks.of_key),
         per_sequence(selection.blocks.starts),
@@ -181,12 +183,13 @@ def _load(plan: Plan, x: Sequence, lists: Lists, chunk: Int[Array, ""]) -> _Chun
     rows = lists.queries.at[pairs].get(mode="clip")
     keys = x.starts[block] + jnp.arange(plan.size)
     mask = (pairs < lists.ends[chunk])[:, None] & (x.of_key.at[keys].get(mode="clip") == block) & (keys < plan.s)
-    mask &= plan.pattern.allows(rows[:, None], keys, plan.t, plan.s)
+    queries = rows[:, None] + x.first
+    mask &= plan.pattern.allows(queries, keys, plan.t, plan.s)
     if x.ids is not None:
         mask &= x.ids[0][rows][:, None] == x.ids[1].at[keys].get(mode="clip")
-    bias = log_multiplicity(plan.pattern, rows[:, None], keys, plan.t, plan.s)
+    bias = log_multiplicity(plan.pattern, queries, keys, plan.t, plan.s)
     if x.slopes is not None:
-        bias = bias - x.slopes[..., None, None] * abs(rows[:, None] + x.offset - keys)
+        bias = bias - x.slopes[..., None, None] * abs(queries + plan.q_offset - keys)
     return _Chunk(first, rows, x.starts[block], mask, bias)
 
 

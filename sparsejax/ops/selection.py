@@ -19,6 +19,7 @@ from sparsejax.errors import InputError
 from sparsejax.ops.blocks import Blocks, make_blocks
 from sparsejax.ops.chunks import pad_to_multiple, vary_alike
 from sparsejax.ops.device import on_cpu
+from sparsejax.ops.sequence import divides, map_queries
 from sparsejax.patterns import Pattern
 
 CHUNK = 64  # queries whose scores are in memory at a time
@@ -80,8 +81,8 @@ class Visible(NamedTuple):
     keys: Bool[Array, "#b c s"]
 
 
-# Scores [b, scopes, c, n] of the blocks for a chunk of queries, and which blocks are always chosen if they are visible.
-Score = Callable[[PyTree, Visible], tuple[Float[Array, "b scopes c n"], Bool[Array, "#b #scopes c n"] | None]]
+# From all keys and a chunk of queries: scores [b, scopes, c, n] of the blocks, and which are chosen whenever visible.
+Score = Callable[[PyTree, PyTree, Visible], tuple[Float[Array, "b scopes c n"], Bool[Array, "#b #scopes c n"] | None]]
 
 
 def choose(
@@ -130,6 +131,7 @@ def sort_groups(groups: Int[Array, "*batch k"], count: int) -> Int[Array, "*batc
 def select(
     score: Score,
     arrays: PyTree[Shaped[Array, "b t ..."]],
+    keys: PyTree[Shaped[Array, "b _ ..."]],
     blocks: Blocks,
     count: int,
     pattern: Pattern,
@@ -139,12 +141,14 @@ def select(
     positions: tuple[Int[Array, "b t"], Int[Array, "b s"]] | None = None,
     length: int | None = None,
     chunk: int = CHUNK,
+    prepare: Callable[[PyTree], PyTree] = lambda keys: keys,
 ) -> Selection:
     """Chooses `count` groups per query. Memory grows with the number of queries plus that of keys.
 
     Args:
       score: Scores of the blocks.
       arrays: What `score` reads of each query.
+      keys: What it reads of all keys or blocks.
       blocks: The groups.
       count: Groups per query, including those that are forced.
       pattern: The allowed keys; a pattern without heads.
@@ -154,6 +158,7 @@ def select(
       positions: Positions of queries and of keys, -1 for a key that does not exist. Defaults to 0, 1, ... for both.
       length: Length of the sequence that the pattern describes; defaults to the number of queries.
       chunk: Number of queries whose scores are in memory at a time.
+      prepare: See `over_queries`.
 
     Raises:
       InputError: The count is below 1, or the pattern differs between heads.
@@ -161,8 +166,10 @@ def select(
     if count < 1:
         raise InputError("count", f"{count} is below 1")
 
-    def choose_chunk(chunk: PyTree, visible: Visible) -> tuple[Int[Array, "b scopes c k"], Bool[Array, "b scopes c k"]]:
-        (scores, forced), counts = score(chunk, visible), count_keys(visible, blocks)[:, None]
+    def choose_chunk(
+        keys: PyTree, chunk: PyTree, visible: Visible
+    ) -> tuple[Int[Array, "b scopes c k"], Bool[Array, "b scopes c k"]]:
+        (scores, forced), counts = score(keys, chunk, visible), count_keys(visible, blocks)[:, None]
         may_compete = counts == blocks.size if complete else counts > 0
         groups = choose(scores, may_compete, count, forced)
         if complete:
@@ -173,8 +180,9 @@ def select(
             return groups, (groups >= 0) & (groups == last)
         return groups, mark_forced(jnp.zeros_like(may_compete) if forced is None else forced, groups)
 
-    run = functools.partial(over_queries, choose_chunk, jax.lax.stop_gradient(arrays), pattern, blocks.of_key.shape[1])
-    groups, forced = run(segments=segments, positions=positions, length=length, chunk=chunk)
+    arrays, keys = jax.lax.stop_gradient((arrays, keys))
+    options = {"segments": segments, "positions": positions, "length": length, "chunk": chunk, "prepare": prepare}
+    groups, forced = over_queries(choose_chunk, arrays, keys, pattern, blocks.of_key.shape[1], **options)
     return Selection(jnp.moveaxis(groups, 1, 2), blocks, jnp.moveaxis(forced, 1, 2))
 
 
@@ -221,27 +229,34 @@ def score_tiles(
 
 
 def over_queries(
-    function: Callable[[PyTree, Visible], PyTree],
+    function: Callable[[PyTree, PyTree, Visible], PyTree],
     arrays: PyTree[Shaped[Array, "b t ..."]],
+    keys: PyTree[Shaped[Array, "b _ ..."]],
     pattern: Pattern,
-    keys: int,
+    count: int,
     *,
     segments: tuple[Int[Array, "b t"], Int[Array, "b s"]] | None = None,
     positions: tuple[Int[Array, "b t"], Int[Array, "b s"]] | None = None,
     length: int | None = None,
     chunk: int = CHUNK,
+    prepare: Callable[[PyTree], PyTree] = lambda keys: keys,
 ) -> PyTree[Shaped[Array, "b t ..."]]:
     """Applies a function to chunks of queries, and recomputes it in the backward pass.
 
+    If the sequence is sharded, a shard visits its own queries, and `keys` are gathered.
+
     Args:
-      function: Maps the arrays of a chunk [b, c, ...] and the keys that it may attend to to arrays [b, heads, c, ...].
+      function: Maps all keys, the arrays of a chunk [b, c, ...] and which keys it may attend to to arrays
+        [b, heads, c, ...].
       arrays: Arrays of the queries.
+      keys: Arrays of all keys, or of what stands for them.
       pattern: The allowed keys.
-      keys: Number of keys.
+      count: Number of keys.
       segments: See `select`.
       positions: See `select`.
       length: See `select`.
       chunk: Number of queries per chunk.
+      prepare: Applied to all keys once, before the first chunk.
 
     Returns:
       The results with the axis of the queries in front: [b, t, heads, ...].
@@ -252,14 +267,32 @@ def over_queries(
     if pattern.heads is not None:
         raise InputError("pattern", f"{pattern} differs between heads")
     t = jax.tree.leaves(arrays)[0].shape[1]
-    length, size = t if length is None else length, min(t, chunk)
-    q_at, k_at = (jnp.arange(t)[None], jnp.arange(keys)[None]) if positions is None else positions
-    q_ids, k_ids = (jnp.zeros((1, n), jnp.int32) for n in (t, keys)) if segments is None else segments
+    length = t if length is None else length
+    q_at, k_at = (jnp.arange(t)[None], None) if positions is None else positions
+    q_ids, k_ids = (jnp.zeros((1, t), jnp.int32), None) if segments is None else segments
 
-    def run(chunk: tuple[PyTree, Array, Array]) -> PyTree:
-        chunk_arrays, at, ids = chunk
-        allowed = pattern.allows(at[..., None], k_at[:, None], length, length) & (k_at >= 0)[:, None]
-        return function(chunk_arrays, Visible(at, allowed & (ids[..., None] == k_ids[:, None])))
+    def run(queries: tuple[PyTree, Array, Array], keys: tuple[PyTree, Array | None, Array | None]) -> PyTree:
+        keys, k_at, k_ids = keys
+        keys, k_at = prepare(keys), jnp.arange(count)[None] if k_at is None else k_at
+        k_ids = jnp.zeros((1, count), jnp.int32) if k_ids is None else k_ids
+
+        def run_chunk(chunk: tuple[PyTree, Array, Array]) -> PyTree:
+            chunk_arrays, at, ids = chunk
+            allowed = pattern.allows(at[..., None], k_at[:, None], length, length) & (k_at >= 0)[:, None]
+            return function(keys, chunk_arrays, Visible(at, allowed & (ids[..., None] == k_ids[:, None])))
+
+        return _map_chunks(jax.checkpoint(run_chunk, prevent_cse=False), queries, chunk)
+
+    queries, keys = (arrays, q_at, q_ids), (keys, k_at, k_ids)
+    return map_queries(run, queries, keys) if divides(t) else run(queries, keys)
+
+
+def _map_chunks(
+    function: Callable[[PyTree], PyTree], queries: PyTree[Shaped[Array, "#b t ..."]], chunk: int
+) -> PyTree[Shaped[Array, "b t ..."]]:
+    """Maps chunks of queries to arrays [b, heads, c, ...] one after another, and joins these as [b, t, heads, ...]."""
+    t = jax.tree.leaves(queries)[0].shape[1]
+    size = min(t, chunk)
 
     def split(x: Shaped[Array, "b t ..."]) -> Shaped[Array, "chunks b c ..."]:
         x = pad_to_multiple(x, size, 1)
@@ -269,8 +302,7 @@ def over_queries(
         x = jnp.moveaxis(x, (0, 3), (1, 2))
         return x.reshape(x.shape[0], -1, *x.shape[3:])[:, :t]
 
-    chunks = jax.tree.map(split, (arrays, q_at, q_ids))
-    return jax.tree.map(join, jax.lax.map(jax.checkpoint(run, prevent_cse=False), chunks))
+    return jax.tree.map(join, jax.lax.map(function, jax.tree.map(split, queries)))
 
 
 def block_of_query(visible: Visible, blocks: Blocks) -> Int[Array, "#b c"]:

@@ -83,12 +83,12 @@ def top_tokens(
     _require_positive(top_k=top_k)
     if not 0 < mass <= 1:
         raise InputError("mass", f"{mass} is not in (0, 1]")
-    groups, keys = k.shape[2], _heads_first(k)
+    groups = k.shape[2]
 
     def combine(x: Array) -> Array:  # [b, h, c, s]
         return x if scope == "query_head" else x.reshape(x.shape[0], groups, -1, *x.shape[2:]).sum(axis=2)
 
-    def score(q: Array, visible: Visible) -> tuple[Array, None]:
+    def score(keys: Array, q: Array, visible: Visible) -> tuple[Array, None]:
         logits = _logits(q, keys, scale)
         p, _ = masked_softmax(logits, visible.keys[:, None], None)
         scores = combine(p if scope == "kv_head" and pooling == "probabilities" else logits)
@@ -97,7 +97,8 @@ def top_tokens(
         p = combine(p) / (1 if scope == "query_head" else q.shape[2] // groups)
         return jnp.where(_holds(p, mass), scores, -jnp.inf), None
 
-    return select(score, q, make_blocks(k.shape[1], 1), top_k, pattern, **_options(segments, positions, length))
+    blocks, options = make_blocks(k.shape[1], 1), _options(segments, positions, length)
+    return select(score, q, k, blocks, top_k, pattern, prepare=_heads_first, **options)
 
 
 def _holds(p: Float[Array, "*b s"], mass: float) -> Bool[Array, "*b s"]:
@@ -144,18 +145,18 @@ def top_tiles(
     """
     _require_choice(pooling=(pooling, POOLINGS))
     _require_positive(tile=tile, top_k=top_k, query_tile=query_tile)
-    blocks, keys = _blocks(k, tile, segments), _heads_first(k)
+    blocks = _blocks(k, tile, segments)
 
     def pool(q: Array, keys: Array, mask: Array) -> Array:
         logits = blocks.split(jnp.where(mask[:, None], _logits(q, keys, scale), -jnp.inf), -jnp.inf)
         return POOLINGS[pooling](logits, axis=-1)
 
-    def score(q: Array, visible: Visible) -> tuple[Array, None]:
+    def score(keys: Array, q: Array, visible: Visible) -> tuple[Array, None]:
         pooled = score_tiles(functools.partial(pool, q), keys, visible, blocks)
         return _share(pooled, query_tile), None
 
     options = _options(segments, positions, length) | {"chunk": tiled_chunk()}
-    return select(score, q, blocks, top_k, pattern, **options)
+    return select(score, q, k, blocks, top_k, pattern, prepare=_heads_first, **options)
 
 
 def _share(scores: Float[Array, "b h c n"], query_tile: int) -> Float[Array, "b h c n"]:
@@ -196,13 +197,14 @@ def moba(
     """
     _require_positive(block=block, top_k=top_k)
     blocks = _blocks(k, block, segments)
-    means = _heads_first(block_means(k, blocks) if means is None else means)
+    means = block_means(k, blocks) if means is None else means
 
-    def score(q: Array, visible: Visible) -> tuple[Array, Array]:
+    def score(means: Array, q: Array, visible: Visible) -> tuple[Array, Array]:
         current = block_of_query(visible, blocks)[..., None]
         return _logits(q, means, 1.0), (current == jnp.arange(blocks.count))[:, None]
 
-    return select(score, q, blocks, top_k, pattern, **_options(segments, positions, length))
+    options = _options(segments, positions, length)
+    return select(score, q, means, blocks, top_k, pattern, prepare=_heads_first, **options)
 
 
 def block_means(x: Float[Array, "b s g d"], blocks: Blocks) -> Float[Array, "b n g d"]:
@@ -315,7 +317,8 @@ def nsa(
     offsets, shared = _list_overlaps(windows, blocks)
     _, k, v = confine_nan(q, k, v)
 
-    def attend(q: Array, visible: Visible) -> tuple[Array, Array, Array]:
+    def attend(keys: tuple[Array, Array], q: Array, visible: Visible) -> tuple[Array, Array, Array]:
+        k, v = keys
         p = _window_probabilities(q, jnp.swapaxes(k, 1, 2), windows, visible, scale)
         out = jnp.einsum("bgrcn,bnge->bgrce", p, v, precision=jax.lax.Precision.HIGHEST)
         overlapping = _overlapping(jax.lax.stop_gradient(p).sum(axis=2), windows, blocks, offsets)
@@ -325,7 +328,7 @@ def nsa(
         return out.reshape(out.shape[0], -1, *out.shape[3:]), groups, mark_forced(forced, groups)
 
     keys, options = blocks.of_key.shape[1], _options(segments, positions, length)
-    out, groups, forced = over_queries(attend, q, pattern, keys, **options)
+    out, groups, forced = over_queries(attend, q, (k, v), pattern, keys, **options)
     return out, Selection(jnp.moveaxis(groups, 1, 2), blocks, jnp.moveaxis(forced, 1, 2))
 
 
@@ -389,10 +392,10 @@ def infllm(
     ids = None if segments is None else segments[1]
     windows, blocks = make_windows(k.shape[1], window, stride, ids), _blocks(k, block, segments)
     offsets, _ = _list_overlaps(windows, blocks)
-    means = _heads_first(windows.split(k).mean(axis=2, dtype=jnp.promote_types(k.dtype, jnp.float32)))
+    means = windows.split(k).mean(axis=2, dtype=jnp.promote_types(k.dtype, jnp.float32))
     most = min(max(count, -(-dense_below // block)), blocks.count)
 
-    def choose_chunk(q: Array, visible: Visible) -> tuple[Array, Array]:
+    def choose_chunk(means: Array, q: Array, visible: Visible) -> tuple[Array, Array]:
         p = _window_probabilities(q, means, windows, visible, scale).sum(axis=2)
         scores = _overlapping(p, windows, blocks, offsets).max(axis=-1)
         allowed, forced = (count_keys(visible, blocks) > 0)[:, None], force_blocks(visible, blocks, initial, local)
@@ -405,7 +408,7 @@ def infllm(
         return groups, mark_forced(forced | is_dense, groups)
 
     q, options = jax.lax.stop_gradient(q), _options(segments, positions, length)
-    groups, forced = over_queries(choose_chunk, q, pattern, k.shape[1], **options)
+    groups, forced = over_queries(choose_chunk, q, means, pattern, k.shape[1], prepare=_heads_first, **options)
     return Selection(jnp.moveaxis(groups, 1, 2), blocks, jnp.moveaxis(forced, 1, 2))
 
 

@@ -52,6 +52,36 @@ def map_shards(
     )(sharded, replicated)
 
 
+def map_queries(
+    function: Callable[[PyTree[Array], PyTree[Array]], PyTree[Array]], queries: PyTree[Array], keys: PyTree[Array]
+) -> PyTree[Array]:
+    """Runs `function(queries, keys)` on the queries of each shard and the keys of all shards.
+
+    Args:
+      function: Maps them to arrays [b, t, ...] of the queries.
+      queries: Arrays [b, t, ...].
+      keys: Arrays [b, n, ...]. They are gathered; those whose axis 1 the shards do not divide are on every shard.
+
+    Returns:
+      The results for the queries of all shards.
+    """
+    leaves, structure = jax.tree.flatten(keys)
+    is_split = [leaf.shape[1] % shard_count() == 0 for leaf in leaves]
+    split, whole = ([x for x, y in zip(leaves, is_split, strict=True) if y == kind] for kind in (True, False))
+
+    def run(sharded: tuple[PyTree[Array], list[Array]], whole: list[Array]) -> PyTree[Array]:
+        queries, split = sharded
+        gathered, held = iter(gather(split)), iter(whole)
+        return function(queries, structure.unflatten(next(gathered if y else held) for y in is_split))
+
+    return map_shards(run, (queries, split), whole)
+
+
+def gather(x: PyTree[Array]) -> PyTree[Array]:
+    """In `map_shards`: the arrays [b, t, ...] of all shards."""
+    return jax.tree.map(lambda leaf: jax.lax.all_gather(leaf, AXIS, axis=1, tiled=True), x)
+
+
 def shard_index() -> Int[Array, ""]:
     """Index of the shard; only in `map_shards`."""
     return jax.lax.axis_index(AXIS)

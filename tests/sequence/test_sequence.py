@@ -146,6 +146,21 @@ def test_a_window_sends_its_halo_and_gathers_nothing():
             assert size <= result["hlo"][kind] * 1.02 <= extra * 1.04, kind
 
 
+def test_keys_among_which_queries_choose_are_gathered_once():
+    """Of MoBA the means of the blocks too, of single keys the keys once more, for their scores."""
+    select = "model.layers.full.mixer.select"
+    kinds = ({"kind": "moba", "count": 2, "block": 16}, {"kind": "tokens", "count": 16})
+    cases = [
+        {"config": "preset:dense", "length": 512, "shards": 4, "overrides": {"model.schedule": "full", select: kind}}
+        for kind in kinds
+    ]
+    moba, tokens = compute("traffic", cases)
+    for result in (moba, tokens):
+        assert set(result["account"]) == {"all-gather", "reduce-scatter"}
+        assert result["account"] == {kind: result["hlo"][kind] for kind in result["account"]}
+    assert moba["account"]["all-gather"] < 0.7 * tokens["account"]["all-gather"]
+
+
 def test_the_memory_of_a_window_does_not_depend_on_the_number_of_shards():
     cases = [{"config": "preset:window", "tokens": 256, "shards": shards} for shards in (2, 4, 8)]
     sizes = [result["bytes"] for result in compute("memory", cases)]
