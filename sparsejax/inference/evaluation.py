@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from flax import nnx
 from jax.sharding import AbstractMesh, Mesh
 from jaxtyping import Array, Float, Int, PyTree, Shaped
 
@@ -20,7 +21,7 @@ from sparsejax import metrics, sharding
 from sparsejax.data import Batch, Dataset, Mixture
 from sparsejax.data.dataset import Sharing
 from sparsejax.layers import EMPTY, Context, Extras, Tokens
-from sparsejax.model import Functional, Metrics
+from sparsejax.model import Functional, Metrics, Model
 from sparsejax.ops.chunks import scan_chunks
 from sparsejax.ops.sequence import divides, map_shards
 
@@ -76,6 +77,7 @@ def token_losses(
 
 def score_tokens(
     score: Callable[..., PyTree[Shaped[Array, "b t ..."]]],
+    models: tuple[Model | None, ...],
     arrays: PyTree[Shaped[Array, "b t ..."]],
     vocab: int,
     mesh: Mesh | AbstractMesh,
@@ -84,8 +86,9 @@ def score_tokens(
     """Applies a function of tokens and their logits to chunks of tokens, so that few logits are in memory at a time.
 
     Args:
-      score: Maps `arrays` of a chunk [b, c, ...], such as the inputs of the head, to arrays [b, c, ...]. The backward
-        pass computes it once more, unless there is a single chunk.
+      score: Maps `models` and `arrays` of a chunk [b, c, ...], such as the inputs of the head, to arrays [b, c, ...].
+        The backward pass computes it once more, unless there is a single chunk.
+      models: The models whose parameters it reads.
       arrays: Arrays of all tokens.
       vocab: Number of logits per token.
       mesh: The mesh over whose devices rows and logits are spread.
@@ -93,13 +96,18 @@ def score_tokens(
     """
     b, t = jax.tree.leaves(arrays)[0].shape[:2]
     if divides(t):  # chunks of the tokens of each shard
-        return map_shards(lambda arrays, _: score_tokens(score, arrays, vocab, mesh, chunk), arrays)
+        graph, state = nnx.split(models)
+
+        def score_shard(arrays: PyTree, state: PyTree) -> PyTree:
+            return score_tokens(score, nnx.merge(graph, state), arrays, vocab, mesh, chunk)
+
+        return map_shards(score_shard, arrays, state)
     if chunk is None:
         per_token = 4 * -(-b // sharding.batch_shards(mesh)) * -(-vocab // mesh.shape["tensor"])
         chunk = -(-t // -(-t * per_token // LOGITS_BYTES))
     if chunk >= t:
-        return score(*arrays)
-    return scan_chunks(lambda state, arrays: (state, score(*arrays)), (), arrays, chunk)[1]
+        return score(models, *arrays)
+    return scan_chunks(lambda state, arrays: (state, score(models, *arrays)), (), arrays, chunk)[1]
 
 
 def build_evaluation(
@@ -114,11 +122,12 @@ def build_evaluation(
         features = bound.forward(batch["inputs"], context, constrain).features
         weights, length = batch["weights"], batch["weights"].shape[1]
 
-        def score(features: Array, targets: Array, weights: Array) -> tuple[Array, Array]:
-            logits = bound.logits(features)
+        def score(models: tuple[Model], features: Array, targets: Array, weights: Array) -> tuple[Array, Array]:
+            logits = models[0].logits(features)
             return token_losses(logits, targets, weights), weights * (logits.argmax(-1) == targets)
 
-        losses, correct = score_tokens(score, (features, batch["targets"], weights), model.config.vocab, mesh)
+        arrays = features, batch["targets"], weights
+        losses, correct = score_tokens(score, (bound,), arrays, model.config.vocab, mesh)
 
         def sum_by(indices: Array | None, x: Array, size: int) -> Array:
             return x.sum(0) if indices is None else jnp.zeros(size).at[indices].add(x)

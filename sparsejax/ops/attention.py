@@ -34,12 +34,14 @@ class Implementation(NamedTuple):
       run: Returns the output and the log-sum-exp, which may be None if the call does not need it.
       unsupported_reason: Why it cannot compute a call on the current devices, or None.
       verified_on: Device kinds on which a recorded benchmark verified it; None: it is plain JAX and needs none.
+      kernel: How it attends to the keys of a shard of a sequence, if it is a kernel that does.
     """
 
     name: str
     run: Callable[[AttentionCall], tuple[Array, Array | None]]
     unsupported_reason: Callable[[AttentionCall], str | None]
     verified_on: frozenset[str] | None = None
+    kernel: exchange.Kernel | None = None
 
     def unverified_reason(self, call: AttentionCall) -> str | None:
         """Why "auto" does not use it for a call that it supports, or None."""
@@ -52,12 +54,15 @@ class Implementation(NamedTuple):
         return f"not verified on {kind} with jax {jax.__version__}; run `sparsejax doctor`"
 
 
+TPU = exchange.Kernel(tpu.run, tpu.choose_tile, tpu.TILE_SIDES)
+GPU = exchange.Kernel(gpu.run, lambda *_: (gpu.TILE_SIDE, gpu.TILE_SIDE), (gpu.TILE_SIDE,))
+
 IMPLEMENTATIONS = (
     Implementation("dense", dense.run, dense.unsupported_reason),
     Implementation("gather", gather.run, gather.unsupported_reason),
     Implementation("segment", segment.run, segment.unsupported_reason),
-    Implementation("tpu", tpu.run, tpu.unsupported_reason, verification.RECORDED["tpu"]),
-    Implementation("gpu", gpu.run, gpu.unsupported_reason, verification.RECORDED["gpu"]),
+    Implementation("tpu", tpu.run, tpu.unsupported_reason, verification.RECORDED["tpu"], TPU),
+    Implementation("gpu", gpu.run, gpu.unsupported_reason, verification.RECORDED["gpu"], GPU),
     Implementation("cudnn", cudnn.run, cudnn.unsupported_reason, verification.RECORDED["cudnn"]),
 )
 
@@ -108,9 +113,9 @@ def attend(
     Implementations in plain JAX can be differentiated in forward and reverse mode, to any order; kernels ("tpu", "gpu"
     and "cudnn") in reverse mode once.
 
-    If the sequence is sharded, "auto" and "gather" exchange the keys that the pattern lets a shard read, see
-    `sparsejax.ops.exchange`; the number of shards must divide the lengths. Keys that all shards read are gathered, as
-    are those among which queries chose; with "ring" they travel from shard to shard, so that none holds them all.
+    If the sequence is sharded, "auto", "gather", "tpu" and "gpu" exchange the keys that the pattern lets a shard read,
+    see `sparsejax.ops.exchange`; the number of shards must divide the lengths. Keys that all shards read are gathered,
+    as are those among which queries chose; with "ring" they travel from shard to shard, so that none holds them all.
 
     Args:
       q: Queries.
@@ -168,7 +173,8 @@ def attend(
         q_offset=q_offset or 0,
     )
     if exchange.applies(call, impl):
-        out, lse = exchange.run(call, impl)
+        call, kernel = _find_kernel(impl, call)
+        out, lse = exchange.run(call, impl == "ring", kernel)
         return (out.astype(dtype), lse) if return_lse else out.astype(dtype)
     run = functools.partial(_run, impl)
     out, lse = exchange.run_selected(call, run) if exchange.gathers(call) else run(call)
@@ -178,10 +184,35 @@ def attend(
 def _run(impl: str, call: AttentionCall) -> tuple[Float[Array, "b t h value"], Float[Array, "b t h"] | None]:
     """Output and log-sum-exp, which may be None if the call does not need it."""
     chosen = _choose(impl, call)
-    if chosen.verified_on is not None:
-        problem = f"attend: {chosen.name!r} has no forward-mode differentiation; use impl='gather'"
-        call = dataclasses.replace(call, **reject_forward_mode({"q": call.q, "k": call.k, "v": call.v}, problem))
-    return chosen.run(call)
+    return chosen.run(_prepare(chosen, call))
+
+
+def _prepare(chosen: Implementation, call: AttentionCall) -> AttentionCall:
+    """The call, which a kernel does not differentiate in forward mode."""
+    if chosen.verified_on is None:
+        return call
+    problem = f"attend: {chosen.name!r} has no forward-mode differentiation; use impl='gather'"
+    return dataclasses.replace(call, **reject_forward_mode({"q": call.q, "k": call.k, "v": call.v}, problem))
+
+
+def _find_kernel(impl: str, call: AttentionCall) -> tuple[AttentionCall, exchange.Kernel | None]:
+    """The kernel that attends to the keys of a shard, if there is one, and the call for it."""
+    tokens = call.q.shape[1] // exchange.shard_count()
+    reasons = {}
+    for chosen in IMPLEMENTATIONS:
+        if chosen.kernel is None or impl not in ("auto", chosen.name):
+            continue
+        reason = chosen.unsupported_reason(call)
+        if reason is None and not chosen.kernel.list_sides(tokens):
+            reason = f"{tokens} tokens of a shard are not a multiple of {chosen.kernel.sides[0]}"
+        if reason is None and impl == "auto":
+            reason = chosen.unverified_reason(call)
+        if reason is None:
+            return _prepare(chosen, call), chosen.kernel
+        reasons[chosen.name] = reason
+    if impl in reasons:
+        raise ImplementationError("impl", f"{impl!r} does not support this call ({impl}: {reasons[impl]})")
+    return call, None
 
 
 def attention_flops(pairs: int, key_width: int, value_width: int | None = None) -> float:

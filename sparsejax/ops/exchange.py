@@ -2,14 +2,15 @@
 
 What travels follows from the pattern, see `sparsejax.patterns.exchange`. The keys and values of a hop are one
 `ppermute`; broadcasts are sums over the shards, of which one is not zero. Gradients travel backwards along the same
-ways. Keys that all shards read are gathered, or travel in a ring if the implementation is "ring".
+ways. Keys that all shards read are gathered, or travel in a ring if the implementation is "ring". A shard attends with
+"gather" or with a kernel.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -20,14 +21,37 @@ from jaxtyping import Array, Float, Shaped
 from sparsejax.errors import InputError
 from sparsejax.ops import gather, ring
 from sparsejax.ops.call import AttentionCall, Shard, by_pattern
+from sparsejax.ops.kernels.lists import ShardedTiles
 from sparsejax.ops.selection import Selection
 from sparsejax.ops.sequence import AXIS, divides, map_queries, map_shards, shard_count, shard_index, shift
 from sparsejax.ops.softmax import log_sum
+from sparsejax.patterns import Pattern
 from sparsejax.patterns.exchange import Exchange, plan_exchange
 
+TILED = "auto", "gather", "ring", "tpu", "gpu"  # implementations that attend to lists of tiles
 NOWHERE = np.iinfo(np.int32).max // 2  # index of a tile whose result is dropped
 
 Tiles = Shaped[Array, "b _ tile ..."]  # how many tiles, and which features, differs between arrays
+
+
+class Kernel(NamedTuple):
+    """A kernel that attends to the tiles of a shard.
+
+    Attributes:
+      run: Maps the call of a shard, queries and keys per tile, and the live tiles of all shards to the output and the
+        log-sum-exp.
+      choose_tile: The best tile for a pattern over a number of queries and keys, of sides to choose from.
+      sides: Sides of tiles, in tokens.
+    """
+
+    run: Callable[[AttentionCall, tuple[int, int], ShardedTiles], tuple[Array, Array]]
+    choose_tile: Callable[[Pattern, int, int, Sequence[int]], tuple[int, int]]
+    sides: tuple[int, ...]
+
+    def list_sides(self, tokens: int) -> tuple[int, ...]:
+        """The sides that divide the tokens of a shard, if possible into two tiles or more."""
+        dividing = tuple(side for side in self.sides if tokens % side == 0)
+        return tuple(side for side in dividing if tokens > side) or dividing
 
 
 def applies(call: AttentionCall, impl: str) -> bool:
@@ -36,12 +60,12 @@ def applies(call: AttentionCall, impl: str) -> bool:
     The compiler partitions "dense" and "segment".
 
     Raises:
-      InputError: The shards do not divide the sequence, or the implementation is a kernel.
+      InputError: The shards do not divide the sequence, or the implementation does not attend to tiles.
     """
     (t, s), shards = (call.q.shape[1], call.k.shape[1]), shard_count()
     if shards == 1 or t != s or call.q_offset or call.selection is not None or impl in ("dense", "segment"):
         return False
-    if impl not in ("auto", "gather", "ring"):
+    if impl not in TILED:
         raise InputError("impl", f"{impl!r} does not exchange keys between {shards} shards of a sequence; use 'auto'")
     if t % shards:
         raise InputError("q", f"{t} tokens cannot be split evenly over the {shards} shards of the sequence")
@@ -63,15 +87,16 @@ def run_selected(
     selection, (q_ids, k_ids) = call.selection, (None, None) if call.segments is None else call.segments
     assert selection is not None
 
-    def attend(queries: tuple[Any, ...], keys: tuple[Any, ...]) -> tuple[Array, Array | None]:
-        (q, q_ids, groups), (k, v, k_ids) = queries, keys
-        chosen = Selection(jnp.moveaxis(groups, 1, 2), selection.blocks)
-        arrays = {"q": q, "k": k, "v": v, "segments": None if q_ids is None else (q_ids, k_ids), "selection": chosen}
+    def attend(queries: tuple[Any, ...], keys: tuple[Any, ...], held: tuple[Any, ...]) -> tuple[Array, Array | None]:
+        (q, q_ids, groups), (k, v, k_ids), (blocks, sink, slopes) = queries, keys, held
+        segments = None if q_ids is None else (q_ids, k_ids)
+        arrays = {"q": q, "k": k, "v": v, "segments": segments, "sink_logits": sink, "alibi_slopes": slopes}
         shard = Shard(shard_index() * q.shape[1], call.q.shape[1])
-        return run(dataclasses.replace(call, **arrays, shard=shard))
+        chosen = Selection(jnp.moveaxis(groups, 1, 2), blocks)
+        return run(dataclasses.replace(call, **arrays, selection=chosen, shard=shard))
 
-    groups = jnp.moveaxis(selection.groups, 2, 1)
-    return map_queries(attend, (call.q, q_ids, groups), (call.k, call.v, k_ids))
+    queries, keys = (call.q, q_ids, jnp.moveaxis(selection.groups, 2, 1)), (call.k, call.v, k_ids)
+    return map_queries(attend, queries, keys, (selection.blocks, call.sink_logits, call.alibi_slopes))
 
 
 def unsupported_in_ring(call: AttentionCall) -> str | None:
@@ -81,9 +106,17 @@ def unsupported_in_ring(call: AttentionCall) -> str | None:
     return gather.unsupported_reason(call)
 
 
-def run(call: AttentionCall, impl: str) -> tuple[Float[Array, "b t h value"], Float[Array, "b t h"]]:
-    """Output and log-sum-exp of a whole sequence; see `attend`."""
-    return by_pattern(call, functools.partial(_run_pattern, in_ring=impl == "ring"))
+def run(
+    call: AttentionCall, in_ring: bool, kernel: Kernel | None
+) -> tuple[Float[Array, "b t h value"], Float[Array, "b t h"]]:
+    """Output and log-sum-exp of a whole sequence; see `attend`.
+
+    Args:
+      call: The call.
+      in_ring: Whether keys that would be gathered travel in a ring, which no kernel reads.
+      kernel: What attends to the keys of a shard, apart from pinned queries; None for "gather".
+    """
+    return by_pattern(call, functools.partial(_run_pattern, in_ring=in_ring, kernel=kernel))
 
 
 class Arrays(NamedTuple):
@@ -101,14 +134,18 @@ class Arrays(NamedTuple):
         return self.k, self.v, self.k_segments
 
 
-def _run_pattern(call: AttentionCall, in_ring: bool) -> tuple[Float[Array, "b t h value"], Float[Array, "b t h"]]:
-    b, t, h = call.q.shape[:3]
-    plan = plan_exchange(call.pattern, t, shard_count(), in_ring)
+def _run_pattern(
+    call: AttentionCall, in_ring: bool, kernel: Kernel | None
+) -> tuple[Float[Array, "b t h value"], Float[Array, "b t h"]]:
+    (b, t, h), shards, tile = call.q.shape[:3], shard_count(), None
+    if kernel is not None:
+        tile, _ = kernel.choose_tile(call.pattern, t, t, kernel.list_sides(t // shards))
+    plan = plan_exchange(call.pattern, t, shards, in_ring, tile)
     segments = (None, None) if call.segments is None else call.segments
 
     def attend(arrays: tuple, per_head: tuple) -> tuple[Array, Array]:
         tiles = Arrays(*(None if x is None else x.reshape(b, plan.rows, plan.tile, *x.shape[2:]) for x in arrays))
-        out, lse = _attend_shard(plan, call, tiles, *per_head)
+        out, lse = _attend_shard(plan, call, kernel, tiles, *per_head)
         return out.reshape(b, -1, *out.shape[3:]), lse.reshape(b, -1, h)
 
     out, lse = map_shards(attend, (call.q, call.k, call.v, *segments), (call.sink_logits, call.alibi_slopes))
@@ -116,7 +153,12 @@ def _run_pattern(call: AttentionCall, in_ring: bool) -> tuple[Float[Array, "b t 
 
 
 def _attend_shard(
-    plan: Exchange, call: AttentionCall, arrays: Arrays, sink: Array | None, slopes: Array | None
+    plan: Exchange,
+    call: AttentionCall,
+    kernel: Kernel | None,
+    arrays: Arrays,
+    sink: Array | None,
+    slopes: Array | None,
 ) -> tuple[Float[Array, "b rows tile h value"], Float[Array, "b rows tile h"]]:
     """Output and log-sum-exp of the queries of a shard."""
     (q,), (k, v, k_segments) = _swap(plan, (arrays.q,)), _collect(plan, arrays.keys)
@@ -124,6 +166,10 @@ def _attend_shard(
     gathered = Arrays(q, k, v, q_segments, k_segments)
     if plan.ring:
         out, lse = _attend_ring(plan, call, gathered, sink, slopes)
+    elif kernel is not None:
+        local = _local_call(call, gathered, sink, slopes)
+        results = kernel.run(local, (plan.tile, plan.tile), _list_tiles(plan))
+        out, lse = (x.reshape(*q.shape[:3], *x.shape[2:]) for x in results)
     else:
         lists = _group(plan.live(), plan.queries, plan.keys)
         out, lse = _attend(plan, call, gathered, lists, sink, slopes)
@@ -137,13 +183,30 @@ def _attend(
     plan: Exchange, call: AttentionCall, arrays: Arrays, lists: gather.Lists, sink: Array | None, slopes: Array | None
 ) -> tuple[Array, Array]:
     """Attention of the query tiles of a shard to the key tiles that it holds."""
+    length = plan.shards * plan.rows * plan.tile
+    call = _local_call(call, arrays, sink, slopes)
+    return gather.attend_tiles(call, plan.tile, lists, (True,) * len(lists.groups), (length, length))
+
+
+def _local_call(call: AttentionCall, arrays: Arrays, sink: Array | None, slopes: Array | None) -> AttentionCall:
+    """The call of the tiles of a shard."""
     q, k, v = (x.reshape(x.shape[0], -1, *x.shape[3:]) for x in arrays[:3])
     segments = None
     if arrays.q_segments is not None and arrays.k_segments is not None:
         segments = tuple(x.reshape(x.shape[0], -1) for x in arrays[3:])
-    call = dataclasses.replace(call, q=q, k=k, v=v, segments=segments, sink_logits=sink, alibi_slopes=slopes)
-    length = plan.shards * plan.rows * plan.tile
-    return gather.attend_tiles(call, plan.tile, lists, (True,) * len(lists.groups), (length, length))
+    return dataclasses.replace(call, q=q, k=k, v=v, segments=segments, sink_logits=sink, alibi_slopes=slopes)
+
+
+def _list_tiles(plan: Exchange) -> ShardedTiles:
+    """The live tiles of all shards."""
+    starts, live = plan.layout.starts, plan.live()
+    rows = [np.repeat(np.arange(plan.rows), [len(slots) for slots in lists]) for lists in live]
+    columns = [np.concatenate(lists) for lists in live]
+    indices = [
+        np.concatenate([starts[i] + np.arange(len(slots)) for i, slots in zip(queries, lists, strict=True)])
+        for queries, lists in zip(plan.queries.tolist(), live, strict=True)
+    ]
+    return ShardedTiles(plan.layout, (plan.rows, plan.keys.shape[1]), rows, columns, indices)
 
 
 def _attend_ring(

@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -271,7 +271,7 @@ def over_queries(
     q_at, k_at = (jnp.arange(t)[None], None) if positions is None else positions
     q_ids, k_ids = (jnp.zeros((1, t), jnp.int32), None) if segments is None else segments
 
-    def run(queries: tuple[PyTree, Array, Array], keys: tuple[PyTree, Array | None, Array | None]) -> PyTree:
+    def run(queries: tuple[PyTree, Array, Array], keys: tuple[PyTree, Array | None, Array | None], _: Any) -> PyTree:
         keys, k_at, k_ids = keys
         keys, k_at = prepare(keys), jnp.arange(count)[None] if k_at is None else k_at
         k_ids = jnp.zeros((1, count), jnp.int32) if k_ids is None else k_ids
@@ -284,7 +284,7 @@ def over_queries(
         return _map_chunks(jax.checkpoint(run_chunk, prevent_cse=False), queries, chunk)
 
     queries, keys = (arrays, q_at, q_ids), (keys, k_at, k_ids)
-    return map_queries(run, queries, keys) if divides(t) else run(queries, keys)
+    return map_queries(run, queries, keys) if divides(t) else run(queries, keys, ())
 
 
 def _map_chunks(

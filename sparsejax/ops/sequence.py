@@ -30,7 +30,8 @@ def map_shards(
     """Runs `function(sharded, replicated)` on each shard of the sequence.
 
     Args:
-      function: Sees the tokens of its shard; collectives over `AXIS` reach the others.
+      function: Sees the tokens of its shard; collectives over `AXIS` reach the others. It must not close over an array
+        with a gradient.
       sharded: Arrays [b, t, ...], whose axis 1 is split.
       replicated: Arrays that every shard reads whole. Their gradients are summed over the shards.
       outputs: The axis of tokens of each output, or None if it is equal on all shards: a prefix tree of the outputs.
@@ -53,14 +54,15 @@ def map_shards(
 
 
 def map_queries(
-    function: Callable[[PyTree[Array], PyTree[Array]], PyTree[Array]], queries: PyTree[Array], keys: PyTree[Array]
+    function: Callable[..., PyTree[Array]], queries: PyTree[Array], keys: PyTree[Array], replicated: PyTree[Array] = ()
 ) -> PyTree[Array]:
-    """Runs `function(queries, keys)` on the queries of each shard and the keys of all shards.
+    """Runs `function(queries, keys, replicated)` on the queries of each shard and the keys of all shards.
 
     Args:
-      function: Maps them to arrays [b, t, ...] of the queries.
+      function: Maps them to arrays [b, t, ...] of the queries. It must not close over an array with a gradient.
       queries: Arrays [b, t, ...].
       keys: Arrays [b, n, ...]. They are gathered; those whose axis 1 the shards do not divide are on every shard.
+      replicated: See `map_shards`.
 
     Returns:
       The results for the queries of all shards.
@@ -69,12 +71,13 @@ def map_queries(
     is_split = [leaf.shape[1] % shard_count() == 0 for leaf in leaves]
     split, whole = ([x for x, y in zip(leaves, is_split, strict=True) if y == kind] for kind in (True, False))
 
-    def run(sharded: tuple[PyTree[Array], list[Array]], whole: list[Array]) -> PyTree[Array]:
-        queries, split = sharded
-        gathered, held = iter(gather(split)), iter(whole)
-        return function(queries, structure.unflatten(next(gathered if y else held) for y in is_split))
+    def run(sharded: tuple[PyTree[Array], list[Array]], held: tuple[list[Array], PyTree[Array]]) -> PyTree[Array]:
+        (queries, split), (whole, replicated) = sharded, held
+        gathered, others = iter(gather(split)), iter(whole)
+        keys = structure.unflatten(next(gathered if y else others) for y in is_split)
+        return function(queries, keys, replicated)
 
-    return map_shards(run, (queries, split), whole)
+    return map_shards(run, (queries, split), (whole, replicated))
 
 
 def gather(x: PyTree[Array]) -> PyTree[Array]:

@@ -159,15 +159,20 @@ def choose_tile(tokens: int) -> int:
 
 
 @functools.lru_cache(maxsize=256)
-def plan_exchange(pattern: Pattern, length: int, shards: int, ring: bool = False) -> Exchange:
+def plan_exchange(pattern: Pattern, length: int, shards: int, ring: bool = False, tile: int | None = None) -> Exchange:
     """The exchange with the fewest tiles for `length` tokens, which `shards` divides, under a pattern of one head.
 
-    With `ring`, keys that would be gathered travel from shard to shard.
+    Args:
+      pattern: The pattern.
+      length: Tokens of the sequence.
+      shards: Number of shards.
+      ring: Whether keys that would be gathered travel from shard to shard.
+      tile: Tokens per tile, a divisor of those of a shard; defaults to `choose_tile`.
     """
     if ring:
-        plan = plan_exchange(pattern, length, shards)
+        plan = plan_exchange(pattern, length, shards, tile=tile)
         return dataclasses.replace(plan, ring=plan.gathered)
-    tile = choose_tile(length // shards)
+    tile = tile or choose_tile(length // shards)
     rows = length // shards // tile
     layout = pattern.layout(length, length, (tile, tile))
     assert isinstance(layout, TileLayout)

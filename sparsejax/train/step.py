@@ -192,7 +192,10 @@ def build_gradient(
     ) -> tuple[Float[Array, ""], Losses]:
         """The loss, and the weighted losses of the logits, summed over the tokens."""
 
-        def score_chunk(features: Array, labels: Array, weights: Array, others: Array | None) -> dict[str, Array]:
+        def score_chunk(
+            models: tuple[Model, Model | None], features: Array, labels: Array, weights: Array, others: Array | None
+        ) -> dict[str, Array]:
+            bound, teacher = models
             logits = bound.logits(features)
             losses = logit_losses(config, logits, labels, weights)
             if distillation is not None and teacher is not None and others is not None:
@@ -200,7 +203,7 @@ def build_gradient(
             return losses
 
         arrays = output.features, batch["targets"], batch["weights"], None if targets is None else targets.features
-        losses = score_tokens(score_chunk, arrays, model.config.vocab, mesh, config.loss_chunk)
+        losses = score_tokens(score_chunk, (bound, teacher), arrays, model.config.vocab, mesh, config.loss_chunk)
         sums = {name: x.sum() for name, x in losses.items()}
         return sums.pop("loss"), sums
 

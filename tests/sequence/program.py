@@ -75,8 +75,10 @@ def difference(expected, actual):
     return max(float(np.abs(a - b).max() / max(np.abs(a).max(), 1e-30)) for a, b in pairs)
 
 
-def attention(pattern, length, shards, packed=False, dtype="float64", heads=(4, 2), sinks=True, alibi=False, **options):
-    """Values and gradients of `attend`, and the collectives of the latter."""
+def attention(
+    pattern, length, shards, packed=False, dtype="float64", heads=(4, 2), sinks=True, alibi=False, sizes=None, **options
+):
+    """Values and gradients of `attend`, and the collectives of the latter; `sizes`: of the axes of the mesh."""
     draw = np.random.default_rng(length)
     b, (h, g), d, value = 2, heads, 8, 4
     shapes = [(b, length, h, d), (b, length, g, d), (b, length, g, value)]
@@ -94,7 +96,8 @@ def attention(pattern, length, shards, packed=False, dtype="float64", heads=(4, 
 
     argnums = (0, 1, 2) if sinks is None else (0, 1, 2, 3)
     expected = jax.jit(jax.value_and_grad(total, argnums))(*arrays, sinks)
-    mesh = make_mesh(1, shards)
+    sizes = sizes or (1, 1, shards, 1)
+    mesh = sharding._make_mesh(sizes, devices=jax.devices()[: math.prod(sizes)])
     with jax.set_mesh(mesh):
         placed = [jax.device_put(x, sharding.batch_sharding(mesh)) for x in arrays]
         compiled = jax.jit(jax.value_and_grad(total, argnums)).lower(*placed, sinks).compile()

@@ -37,6 +37,12 @@ ATTENTION = [  # pattern, length, shards, packed
     ("causal & chunk(48)", 256, 8, False),  # chunks that cross shards
     ("causal & window(5)", 24, 8, False),  # three tokens per shard
 ]
+KERNEL = [  # pattern, length, shards, packed
+    ("causal & (window(300) | sink(4))", 1024, 2, True),
+    ("causal", 1024, 4, True),
+    ("window(16, 16) | globals([0, 700])", 2048, 2, True),  # pinned
+    ("per_head(causal, causal & window(7), full, window(3, 3))", 256, 2, False),  # one tile per shard
+]
 RING = [  # pattern, length, shards, packed, heads, options
     ("causal", 256, 8, True, (4, 2), {"softcap": 5.0}),
     ("causal", 192, 2, False, (4, 1), {"alibi": True}),
@@ -46,6 +52,9 @@ RING = [  # pattern, length, shards, packed, heads, options
     ("causal & (window(31) | sink(4))", 256, 4, True, (4, 2), {}),  # whose keys are not gathered
     ("per_head(causal, full, causal & window(5), causal)", 64, 2, False, (4, 2), {}),
 ]
+SELECT = "model.layers.full.mixer.select"
+MOBA = {SELECT: {"kind": "moba", "count": 2, "block": 16}}
+TOKENS = {SELECT: {"kind": "tokens", "count": 16}}
 RANDOM = 4  # random models of the default tier
 MODELS = [  # config, length, shards, packed
     ("preset:window", 128, 4, True),
@@ -76,6 +85,15 @@ def test_float32_differs_by_rounding():
         {"pattern": pattern, "length": 256, "shards": 4, "dtype": "float32", "softcap": 20.0}
         for pattern in ("causal & window(31)", "causal")
     ]
+    for case, result in zip(cases, compute("attention", cases), strict=True):
+        assert result["difference"] < FLOAT32, case
+
+
+def test_a_kernel_has_the_values_and_gradients_of_one_device():
+    names = "pattern", "length", "shards", "packed"
+    options = {"dtype": "float32", "impl": "tpu", "interpret": True}
+    cases = [dict(zip(names, case, strict=True), **options) for case in KERNEL]
+    cases[0] |= {"sizes": (2, 1, 2, 2), "softcap": 20.0}
     for case, result in zip(cases, compute("attention", cases), strict=True):
         assert result["difference"] < FLOAT32, case
 
@@ -131,6 +149,19 @@ def test_a_training_step_has_the_loss_and_gradient_of_one_device(case):
     assert result["gradient"] < FLOAT64
 
 
+def test_a_loss_in_chunks_and_sinks_beside_selections():
+    """Their gradients pass from a loop within the shards to parameters that all shards share."""
+    mixer = "model.layers.full.mixer."
+    chosen = {"model.schedule": "full", mixer + "sinks": True, mixer + "alibi": True, mixer + "rope": None}
+    cases = [
+        {"config": "preset:window", "length": 128, "shards": 4, "overrides": {"train.loss_chunk": 8}},
+        {"config": "preset:dense", "length": 128, "shards": 4, "overrides": chosen | MOBA},
+        {"config": "preset:dense", "length": 128, "shards": 4, "overrides": chosen | TOKENS},
+    ]
+    for case, result in zip(cases, compute("model", cases), strict=True):
+        assert max(result.values()) < FLOAT64, case
+
+
 def test_a_window_sends_its_halo_and_gathers_nothing():
     cases = [
         {"config": "preset:window", "length": 512, "shards": 4},
@@ -148,11 +179,9 @@ def test_a_window_sends_its_halo_and_gathers_nothing():
 
 def test_keys_among_which_queries_choose_are_gathered_once():
     """Of MoBA the means of the blocks too, of single keys the keys once more, for their scores."""
-    select = "model.layers.full.mixer.select"
-    kinds = ({"kind": "moba", "count": 2, "block": 16}, {"kind": "tokens", "count": 16})
     cases = [
-        {"config": "preset:dense", "length": 512, "shards": 4, "overrides": {"model.schedule": "full", select: kind}}
-        for kind in kinds
+        {"config": "preset:dense", "length": 512, "shards": 4, "overrides": {"model.schedule": "full"} | choice}
+        for choice in (MOBA, TOKENS)
     ]
     moba, tokens = compute("traffic", cases)
     for result in (moba, tokens):

@@ -26,8 +26,18 @@ from jaxtyping import Array, Float, Int
 from sparsejax.ops.call import AttentionCall
 from sparsejax.ops.chunks import pad_to_multiple
 from sparsejax.ops.kernels.choice import Choice, choose_chunk, pack_choice
-from sparsejax.ops.kernels.lists import KernelSlice, Plan, TileSchedule, plan_pattern, restrict_plan
+from sparsejax.ops.kernels.lists import (
+    KernelSlice,
+    Plan,
+    ShardedTiles,
+    TileSchedule,
+    plan_pattern,
+    plan_shards,
+    restrict_plan,
+    take_shard,
+)
 from sparsejax.ops.residuals import MIXED, name_arrays
+from sparsejax.ops.sequence import shard_index
 from sparsejax.ops.softmax import MASKED, zero_nan
 from sparsejax.patterns import Pattern
 
@@ -111,7 +121,7 @@ def unsupported_reason(call: AttentionCall) -> str | None:
 
 
 def attend_lists(
-    backend: Backend, call: AttentionCall, tile: tuple[int, int]
+    backend: Backend, call: AttentionCall, tile: tuple[int, int], shards: ShardedTiles | None = None
 ) -> tuple[Float[Array, "b t h e"], Float[Array, "b t h"]]:
     """Computes attention in the kernels of a backend.
 
@@ -119,12 +129,13 @@ def attend_lists(
       backend: The kernels.
       call: The call to compute.
       tile: Queries and keys per tile.
+      shards: The live tiles of each shard of a sequence, if the arrays are those of a shard; in whole tiles.
 
     Returns:
       The output in the dtype of q, and the log-sum-exp in float32.
     """
     t, s, group_size = call.q.shape[1], call.k.shape[1], call.q.shape[2] // call.k.shape[2]
-    plan, chunk, choice = _plan(backend, call, tile)
+    plan, chunk, choice = _plan(backend, call, tile) if shards is None else _plan_shard(backend, call, shards)
     formula = call.pattern if plan.bits is None else None
     config = KernelConfig(
         formula, t, s, tile, group_size, call.scale, call.softcap, call.interpret, plan.cached_masks, chunk
@@ -159,6 +170,12 @@ def _plan(backend: Backend, call: AttentionCall, tile: tuple[int, int]) -> tuple
     entries = backend.max_entries and backend.max_entries // (lists if evaluated else 2 * lists)
     plan = plan_pattern(pattern, t, s, tile, (h, g), evaluated, entries, cached)
     return plan if selection is None else restrict_plan(plan, kinds, (h, g)), chunk, choice
+
+
+def _plan_shard(backend: Backend, call: AttentionCall, shards: ShardedTiles) -> tuple[Plan, int, None]:
+    """The launches of this shard. They look their masks up: a formula would need the positions in the sequence."""
+    heads, entries = (call.q.shape[2], call.k.shape[2]), backend.max_entries and backend.max_entries // 2
+    return take_shard(plan_shards(call.pattern, shards, heads, entries), shard_index()), 0, None
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))

@@ -49,6 +49,7 @@ from sparsejax.ops.kernels.lists import (
     FULL,
     PARTIAL,
     KernelSlice,
+    ShardedTiles,
     TileLists,
     TileSchedule,
     pack_words,
@@ -100,27 +101,28 @@ def _interpreter_threads() -> int:
 
 
 def run(
-    call: AttentionCall, tile: tuple[int, int] | None = None
+    call: AttentionCall, tile: tuple[int, int] | None = None, shards: ShardedTiles | None = None
 ) -> tuple[Float[Array, "b t h e"], Float[Array, "b t h"]]:
     """Returns the output in the dtype of q, and the log-sum-exp in float32.
 
     Args:
       call: The call to compute.
       tile: Queries and keys per tile; only (128, 128) is supported.
+      shards: See `flash.attend_lists`.
 
     Raises:
       InputError: The tile is not supported.
     """
     if tile not in (None, (TILE_SIDE, TILE_SIDE)):
         raise InputError("tile", f"{tile} is not supported; impl='gpu' has tiles of {(TILE_SIDE, TILE_SIDE)} only")
-    return run_on_mesh(_run_locally, call)
+    return run_on_mesh(functools.partial(_run_locally, shards=shards), call)
 
 
-def _run_locally(call: AttentionCall) -> tuple[Array, Array]:
+def _run_locally(call: AttentionCall, shards: ShardedTiles | None) -> tuple[Array, Array]:
     width = max(call.q.shape[-1], call.v.shape[-1])
     width += -width % WIDTH_MULTIPLE
     padded = {name: pad_to_multiple(getattr(call, name), width, 3) for name in "qkv"}
-    out, lse = flash.attend_lists(BACKEND, dataclasses.replace(call, **padded), (TILE_SIDE, TILE_SIDE))
+    out, lse = flash.attend_lists(BACKEND, dataclasses.replace(call, **padded), (TILE_SIDE, TILE_SIDE), shards)
     return out[..., : call.v.shape[-1]], lse
 
 

@@ -63,6 +63,25 @@ class Plan(NamedTuple):
     cached_masks: tuple[tuple[int, int], ...] = ()  # a (query tile, key tile) per distinct mask; () if there are many
 
 
+@dataclasses.dataclass(frozen=True, eq=False)
+class ShardedTiles:
+    """The live tiles of a layout as the shards of a sequence hold them, which is in positions of their own.
+
+    Attributes:
+      layout: The live tiles of the whole sequence.
+      positions: Number of query tiles and of key tiles that a shard holds.
+      rows: By shard, the position of the query tile of each live tile.
+      columns: By shard, the position of its key tile.
+      indices: By shard, its index in the layout.
+    """
+
+    layout: TileLayout
+    positions: tuple[int, int]
+    rows: list[np.ndarray]
+    columns: list[np.ndarray]
+    indices: list[np.ndarray]
+
+
 def plan_pattern(
     pattern: Pattern,
     t: int,
@@ -108,6 +127,66 @@ def plan_pattern(
     )
 
 
+def plan_shards(pattern: Pattern, tiles: ShardedTiles, heads: tuple[int, int], max_entries: int | None) -> Plan:
+    """Plans the kernel launches for the shards of a sequence, with one list per shard; see `take_shard`.
+
+    Args:
+      pattern: The pattern, without heads.
+      tiles: The live tiles of each shard.
+      heads: Number of query heads and of key/value heads.
+      max_entries: Maximum number of entries of one launch on a shard; None for no limit.
+    """
+    (h, g), kinds = heads, _tile_kinds(tiles.layout)
+    bits, (masks,) = collect_masks([(pattern, tiles.layout)])
+    by_row, by_column = [], []
+    for rows, columns, index in zip(tiles.rows, tiles.columns, tiles.indices, strict=True):
+        entries = TileLists(rows, columns, kinds[index], np.zeros_like(rows), masks[index])
+        by_row.append(_fill_rows(tiles.positions[0], entries))
+        by_column.append(_list_by_column([by_row[-1]] * (h // g), tiles.positions[1]))
+    launches = (
+        _launch_shards(_stack_lists(lists), count, positions, max_entries)
+        for lists, count, positions in zip((by_row, by_column), heads, tiles.positions, strict=True)
+    )
+    return Plan(*launches, bits)
+
+
+def _stack_lists(lists: Sequence[TileLists]) -> TileLists:
+    """Joins lists; shorter ones are padded with empty entries in their last row."""
+    longest = max(entries.rows.shape[1] for entries in lists)
+    padded = []
+    for entries in lists:
+        padding = ((0, 0), (0, longest - entries.rows.shape[1]))
+        wide = TileLists(*(np.pad(x, padding, mode="edge") for x in entries))
+        padded.append(wide._replace(kinds=np.pad(entries.kinds, padding, constant_values=EMPTY)))
+    return TileLists(*(np.concatenate(arrays) for arrays in zip(*padded, strict=True)))
+
+
+def _launch_shards(
+    lists: TileLists, heads: int, rows: int, max_entries: int | None
+) -> tuple[tuple[KernelSlice, TileSchedule], ...]:
+    """Launches for all heads, each with the entries of some rows on every shard."""
+    counts = np.max([np.bincount(row, minlength=rows) for row in lists.rows], axis=0)
+    every = tuple(range(heads))
+    return tuple(
+        (KernelSlice(every, *bounds), TileSchedule(np.zeros((1, heads), np.int32), _select_rows(lists, *bounds)))
+        for bounds in _split_rows(counts, max_entries)
+    )
+
+
+def take_shard(plan: Plan, shard: Int[Array, ""]) -> Plan:
+    """The plan of one shard, of those of `plan_shards`."""
+
+    def take(
+        launches: tuple[tuple[KernelSlice, TileSchedule], ...],
+    ) -> tuple[tuple[KernelSlice, TileSchedule], ...]:
+        return tuple(
+            (rows, schedule._replace(lists=TileLists(*(jnp.asarray(x)[shard][None] for x in schedule.lists))))
+            for rows, schedule in launches
+        )
+
+    return plan._replace(rows=take(plan.rows), columns=take(plan.columns))
+
+
 def _group_masks(pattern: Pattern, layout: TileLayout) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Groups partial tiles by mask: indices of partial tiles, one representative per group, and each tile's group."""
     partial = np.flatnonzero(_tile_kinds(layout) == PARTIAL)
@@ -146,17 +225,17 @@ def _group_launches(
         keys = list(dict.fromkeys(key_of_head[head] for head in heads))
         list_ids = np.array([[keys.index(key_of_head[head]) for head in heads]], np.int32)
         lists = TileLists(*(np.concatenate(arrays) for arrays in zip(*(entries[key] for key in keys), strict=True)))
-        for start, stop in _split_rows(lists.rows, rows, max_entries):
+        for start, stop in _split_rows(np.bincount(lists.rows.ravel(), minlength=rows), max_entries):
             schedule = TileSchedule(list_ids, _select_rows(lists, start, stop))
             launches.append((KernelSlice(tuple(heads), start, stop), schedule))
     return tuple(launches)
 
 
-def _split_rows(row: np.ndarray, rows: int, max_entries: int | None) -> list[tuple[int, int]]:
-    """Ranges of rows with at most `max_entries` entries each, over all lists. A single row is never split."""
-    if max_entries is None or row.size <= max_entries:
+def _split_rows(counts: np.ndarray, max_entries: int | None) -> list[tuple[int, int]]:
+    """Ranges of rows with at most `max_entries` entries each, given those of each row. A single row is never split."""
+    rows, before = len(counts), np.concatenate([[0], np.cumsum(counts)])
+    if max_entries is None or before[-1] <= max_entries:
         return [(0, rows)]
-    before = np.concatenate([[0], np.cumsum(np.bincount(row.ravel(), minlength=rows))])
     bounds = [0]
     while bounds[-1] < rows:
         stop = int(np.searchsorted(before, before[bounds[-1]] + max_entries, side="right")) - 1

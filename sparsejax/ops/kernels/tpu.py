@@ -32,6 +32,7 @@ from sparsejax.ops.kernels.lists import (
     FULL,
     PARTIAL,
     KernelSlice,
+    ShardedTiles,
     TileLists,
     TileSchedule,
     mark_ends,
@@ -65,30 +66,31 @@ def unsupported_reason(call: AttentionCall) -> str | None:
 
 
 def run(
-    call: AttentionCall, tile: tuple[int, int] | None = None
+    call: AttentionCall, tile: tuple[int, int] | None = None, shards: ShardedTiles | None = None
 ) -> tuple[Float[Array, "b t h e"], Float[Array, "b t h"]]:
     """Returns the output in the dtype of q, and the log-sum-exp in float32.
 
     Args:
       call: The call to compute.
       tile: Queries and keys per tile, multiples of 128; defaults to `choose_tile`.
+      shards: See `flash.attend_lists`.
     """
-    return run_on_mesh(functools.partial(_run_locally, tile=tile), call)
+    return run_on_mesh(functools.partial(_run_locally, tile=tile, shards=shards), call)
 
 
-def _run_locally(call: AttentionCall, tile: tuple[int, int] | None) -> tuple[Array, Array]:
+def _run_locally(call: AttentionCall, tile: tuple[int, int] | None, shards: ShardedTiles | None) -> tuple[Array, Array]:
     tile = tile or choose_tile(call.pattern, call.q.shape[1], call.k.shape[1])
     if call.q.dtype != jnp.float16:
-        return flash.attend_lists(BACKEND, call, tile)
+        return flash.attend_lists(BACKEND, call, tile, shards)
     wide = {name: getattr(call, name).astype(jnp.float32) for name in "qkv"}  # TPUs have no float16
-    out, lse = flash.attend_lists(BACKEND, dataclasses.replace(call, **wide), tile)
+    out, lse = flash.attend_lists(BACKEND, dataclasses.replace(call, **wide), tile, shards)
     return out.astype(jnp.float16), lse
 
 
-def choose_tile(pattern: Pattern, t: int, s: int) -> tuple[int, int]:
+def choose_tile(pattern: Pattern, t: int, s: int, sides: Sequence[int] = TILE_SIDES) -> tuple[int, int]:
     """The square tile of least modelled cost: small tiles cover fewer dead pairs, large tiles take fewer steps."""
     longest = max(TILE_SIDES[0], 2 ** math.ceil(math.log2(max(t, s, 1))))
-    cost = {n: pattern.tiles(t, s, (n, n))[0] * (n * n + STEP_COST) for n in TILE_SIDES if n <= longest}
+    cost = {n: pattern.tiles(t, s, (n, n))[0] * (n * n + STEP_COST) for n in sides if n <= longest}
     best = min(cost, key=cost.get)
     return best, best
 
