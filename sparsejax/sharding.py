@@ -22,14 +22,15 @@ from sparsejax.ops.sequence import AXIS
 MESH_AXES = ("data", "fsdp", AXIS, "tensor")
 BATCH_AXES = ("data", "fsdp")
 
-# Mesh axis per logical axis of a parameter. Other axes, and axes that the mesh axis does not divide, are replicated.
+# Mesh axes per logical axis of a parameter: as many of them, from the first on, as divide it. Other axes are replicated.
+# Devices that share rows share parameters too, as those of `fsdp` do.
 RULES = {
-    "vocab": "tensor",
-    "width": "fsdp",
-    "heads": HEAD_AXIS,
-    "ff": "tensor",
-    "inner": "tensor",
-    "experts": "tensor",
+    "vocab": ("tensor",),
+    "width": ("fsdp", AXIS),
+    "heads": (HEAD_AXIS,),
+    "ff": ("tensor",),
+    "inner": ("tensor",),
+    "experts": ("tensor",),
 }
 
 
@@ -190,11 +191,14 @@ def parameter_shardings(mesh: Mesh | AbstractMesh, shapes: Any, axes: Any) -> An
     """
 
     def shard(leaf: Any, names: tuple[str | None, ...]) -> NamedSharding:
-        spec: list[str | None] = []
+        spec: list[str | tuple[str, ...] | None] = []
+        free = {axis for axis, count in mesh.shape.items() if count > 1}  # a mesh axis splits an array once
         for size, name in zip(leaf.shape, names, strict=True):
-            axis = None if name is None else RULES.get(name)
-            fits = axis is not None and size % mesh.shape[axis] == 0
-            spec.append(axis if fits and axis not in spec else None)  # a mesh axis splits an array once
+            axes = tuple(axis for axis in RULES.get(name or "", ()) if axis in free)
+            while size % math.prod(mesh.shape[axis] for axis in axes):
+                axes = axes[:-1]
+            free -= set(axes)
+            spec.append(axes if len(axes) > 1 else axes[0] if axes else None)
         return NamedSharding(mesh, PartitionSpec(*spec))
 
     return jax.tree.map(shard, shapes, axes)

@@ -52,6 +52,15 @@ def test_axes_that_do_not_divide_are_replicated():
     assert shardings["odd"].spec == PartitionSpec(None, None)
 
 
+def test_devices_that_share_rows_share_parameters():
+    mesh = AbstractMesh((1, 2, 4, 1), sharding.MESH_AXES)
+    shapes = {"w": jax.ShapeDtypeStruct((16, 16), "float32"), "few": jax.ShapeDtypeStruct((6, 8), "float32")}
+    axes = {"w": ("width", "width"), "few": ("width", "ff")}
+    shardings = sharding.parameter_shardings(mesh, shapes, axes)
+    assert shardings["w"].spec == PartitionSpec(("fsdp", "sequence"), None)
+    assert shardings["few"].spec == PartitionSpec("fsdp", None)
+
+
 def test_the_mesh_is_made_of_all_devices():
     assert dict(sharding.make_mesh(ShardingConfig(-1, 1, 1)).shape) == {
         "data": 1,

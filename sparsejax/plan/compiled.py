@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import math
 import re
 from collections import Counter, defaultdict
@@ -77,7 +78,7 @@ def count_received(text: str, devices: int) -> Counter[str]:
 
     A loop counts as often as it runs, or once if that is not a constant. Collectives of n devices are rings: a device
     receives (n - 1) / n of what it gathers, and twice that of what is reduced to all. A compiler for TPUs writes an
-    asynchronous collective several times, with the same channel, which counts once.
+    asynchronous collective into several computations, with the same channel and source, which counts once.
     """
     computations = dict(_split(text))
     times: Counter[str] = Counter()
@@ -96,18 +97,17 @@ def count_received(text: str, devices: int) -> Counter[str]:
     if entry:
         visit(entry[1], 1)
     received: dict[str, float] = defaultdict(float)
-    by_channel: dict[tuple[str, str], float] = {}
+    by_source: dict[tuple[str, ...], Counter[str]] = defaultdict(Counter)  # bytes by computation
     for name, factor in times.items():
         for line in computations.get(name, ()):
             for kind, size in _read_collective(line, devices):
-                channel = re.search(r"channel_id=(\d+)", line)
-                if channel is None:
+                if " channel_id=" not in line:
                     received[kind] += factor * size
                 else:
-                    key = kind, channel[1]
-                    by_channel[key] = max(by_channel.get(key, 0), factor * size)
-    for (kind, _), size in by_channel.items():
-        received[kind] += size
+                    source = re.findall(r'channel_id=(\d+)|op_name="([^"]*)"', line)
+                    by_source[(kind, *itertools.chain.from_iterable(source))][name] += factor * size
+    for (kind, *_), sizes in by_source.items():
+        received[kind] += max(sizes.values())
     return Counter({kind: round(size) for kind, size in received.items()})
 
 
@@ -162,6 +162,9 @@ def _group_size(line: str, devices: int) -> int:
     """Number of devices of a collective."""
     if "source_target_pairs={{" in line:
         return devices
+    if axes := re.search(r"replica_groups=mesh\[([^\]]*)\] \{([^}]*)\}", line):
+        sizes = dict(re.findall(r"('[^']*')=(\d+)", axes[1]))
+        return math.prod(int(sizes[axis.strip()]) for axis in axes[2].split(","))
     if iota := re.search(r"replica_groups=\[(\d+),(\d+)\]", line):
         return int(iota[2])
     if groups := re.search(r"replica_groups=\{\{([\d,]*)\}", line):
