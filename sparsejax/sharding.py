@@ -22,8 +22,8 @@ from sparsejax.ops.sequence import AXIS
 MESH_AXES = ("data", "fsdp", AXIS, "tensor")
 BATCH_AXES = ("data", "fsdp")
 
-# Mesh axes per logical axis of a parameter: as many of them, from the first on, as divide it. Other axes are replicated.
-# Devices that share rows share parameters too, as those of `fsdp` do.
+# Mesh axes per logical axis of a parameter: as many of them, from the first on, as divide it. Other axes are
+# replicated. Devices that share rows share parameters too, as those of `fsdp` do.
 RULES = {
     "vocab": ("tensor",),
     "width": ("fsdp", AXIS),

@@ -594,7 +594,7 @@ class ShardingConfig:
     data: int  # devices along the data axis; -1 for those that the other axes leave
     fsdp: int  # devices that shard parameters, optimizer state and batch
     tensor: int  # devices that shard heads and feed-forward widths
-    sequence: int = 1  # devices that shard the tokens of a row, each a contiguous part
+    sequence: int = 1  # devices that shard the tokens of a row, each a contiguous part, and parameters
 
     def __post_init__(self) -> None:
         require_at_least(self, 1, "fsdp", "tensor", "sequence")

@@ -97,7 +97,7 @@ def count_received(text: str, devices: int) -> Counter[str]:
     if entry:
         visit(entry[1], 1)
     received: dict[str, float] = defaultdict(float)
-    by_source: dict[tuple[str, ...], Counter[str]] = defaultdict(Counter)  # bytes by computation
+    by_source: dict[tuple[str, ...], dict[str, float]] = defaultdict(lambda: defaultdict(float))  # by computation
     for name, factor in times.items():
         for line in computations.get(name, ()):
             for kind, size in _read_collective(line, devices):
