@@ -16,8 +16,7 @@ from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionS
 from sparsejax.config import ConfigError, ShardingConfig
 from sparsejax.errors import InputError
 from sparsejax.ops import verification
-from sparsejax.ops.kernels.mesh import HEAD_AXIS
-from sparsejax.ops.sequence import AXIS
+from sparsejax.ops.sequence import AXIS, HEAD_AXIS
 
 MESH_AXES = ("data", "fsdp", AXIS, "tensor")
 BATCH_AXES = ("data", "fsdp")

@@ -19,6 +19,7 @@ from sparsejax.layers.mlp import ACTIVATIONS, Mlp, MlpConfig, activate, bound
 from sparsejax.layers.protocols import Auxiliary
 from sparsejax.layers.stream import Linear, Stream, output_scale, parameter
 from sparsejax.ops import experts as ops
+from sparsejax.ops.sequence import map_tokens
 
 BALANCES = ("batch", "sequence")
 
@@ -152,33 +153,41 @@ class Experts(nnx.Module):
 
         Padding is routed like every token, but does not enter the losses and the choices.
         """
-        tokens, config = jnp.asarray(x).reshape(-1, x.shape[-1]), self.config
-        logits = self.router(tokens)
-        weights, experts, scores = ops.route(
-            logits,
+        x, config, mask = jnp.asarray(x), self.config, context.tokens.mask
+        logits = self.router(x)
+        bias = None if self.selection_bias is None else self.selection_bias[...]
+        weights, experts, scores = map_tokens(self._route, (logits, self._look_up(context)), bias)
+        y = self._run_experts(x, weights, experts)
+        if self.shared is not None:
+            shared, _ = self.shared(x)
+            y = y + (shared if self.shared_gate is None else shared * jax.nn.sigmoid(self.shared_gate(x)))
+        choices = ops.count_choices(experts, config.experts, mask)  # [b, e]
+        losses = {}
+        if config.balance_weight:
+            losses["balance"] = config.balance_weight * self._balance(scores, choices, context)
+        if config.router_z_weight:
+            flat = logits.reshape(-1, logits.shape[-1])
+            z_loss = ops.router_z_loss(flat, None if mask is None else mask.reshape(-1))
+            losses["router_z"] = config.router_z_weight * z_loss
+        return y, Auxiliary(losses, choices.sum(axis=0))
+
+    def _route(
+        self, tokens: tuple[Float[Array, "b t e"], Int[Array, "b t k"] | None], bias: Float[Array, " e"] | None
+    ) -> tuple[Float[Array, "b t k"], Int[Array, "b t k"], Float[Array, "b t e"]]:
+        """Weights, experts, and the scores of all experts."""
+        (logits, experts), config = tokens, self.config
+        routed = ops.route(
+            logits.reshape(-1, config.experts),
             config.top_k,
             kind=config.router,
             renormalize=config.renormalize,
             scale=config.scale,
-            selection_bias=None if self.selection_bias is None else self.selection_bias[...],
+            selection_bias=bias,
             groups=config.groups,
             top_groups=config.top_groups,
-            experts=self._look_up(context),
+            experts=None if experts is None else experts.reshape(-1, config.top_k),
         )
-        y = self._run_experts(tokens, weights, experts)
-        if self.shared is not None:
-            shared, _ = self.shared(tokens)
-            y = y + (shared if self.shared_gate is None else shared * jax.nn.sigmoid(self.shared_gate(tokens)))
-        mask = context.tokens.mask
-        choices = ops.count_choices(experts.reshape(*x.shape[:2], -1), config.experts, mask)  # [b, e]
-        losses = {}
-        if config.balance_weight:
-            balance = self._balance(scores.reshape(*x.shape[:2], -1), choices, context)
-            losses["balance"] = config.balance_weight * balance
-        if config.router_z_weight:
-            z_loss = ops.router_z_loss(logits, None if mask is None else mask.reshape(-1))
-            losses["router_z"] = config.router_z_weight * z_loss
-        return y.reshape(x.shape), Auxiliary(losses, choices.sum(axis=0))
+        return tuple(array.reshape(*logits.shape[:2], -1) for array in routed)  # type: ignore[return-value]
 
     def _look_up(self, context: Context) -> Array | None:
         """The experts of the tokens by their ids, if there is a table."""
@@ -186,7 +195,7 @@ class Experts(nnx.Module):
             return None
         if context.extras.ids is None:
             raise InputError("ids", "experts by token id need the token ids in the extras of the context")
-        rows = jax.lax.stop_gradient(self.table[...])[context.extras.ids.reshape(-1)]
+        rows = jax.lax.stop_gradient(self.table[...])[context.extras.ids]
         return jnp.clip(jnp.rint(rows).astype(jnp.int32), 0, self.config.experts - 1)
 
     def _balance(self, scores: Array, choices: Array, context: Context) -> Array:
@@ -221,21 +230,33 @@ class Experts(nnx.Module):
         """Number of weights of an expert."""
         return sum(math.prod(stack.shape[1:]) for stack in (self.gate, self.up, self.down) if stack is not None)
 
-    def _run_experts(self, tokens: Array, weights: Array, experts: Array) -> Array:
-        count = self.config.experts
+    def _run_experts(
+        self, tokens: Float[Array, "b t m"], weights: Float[Array, "b t k"], experts: Int[Array, "b t k"]
+    ) -> Float[Array, "b t m"]:
+        """The weighted sum of the experts of each token. Every device sorts its own tokens."""
+        x = tokens.astype(self.dtype) if self.enter is None else self.enter(tokens)
+        named = {"gate": self.gate, "up": self.up, "down": self.down}
+        named |= {"gate_bias": self.gate_bias, "up_bias": self.up_bias, "down_bias": self.down_bias}
+        stacks = {name: param[...].astype(self.dtype) for name, param in named.items() if param is not None}
+        y = map_tokens(self._run_stacks, (x, weights, experts), stacks)
+        return y if self.leave is None else self.leave(y)
+
+    def _run_stacks(self, tokens: tuple[Array, Array, Array], stacks: dict[str, Array]) -> Float[Array, "b t m"]:
+        """The weighted sum of the experts, given the matrices and biases of all."""
+        (shape, count), flat = (tokens[0].shape, self.config.experts), (a.reshape(-1, a.shape[-1]) for a in tokens)
+        x, weights, experts = flat
         groups = ops.sort_by_expert(experts, count, ops.choose_tile(experts.size, count))
 
-        def apply(x: Array, stack: nnx.Param, bias: nnx.Param | None) -> Array:
-            y = ops.multiply(x, stack[...].astype(self.dtype), groups)
-            return y if bias is None else ops.add_bias(y, bias[...].astype(self.dtype), groups)
+        def apply(x: Array, name: str) -> Array:
+            y, bias = ops.multiply(x, stacks[name], groups), stacks.get(f"{name}_bias")
+            return y if bias is None else ops.add_bias(y, bias, groups)
 
-        x = ops.dispatch(tokens.astype(self.dtype) if self.enter is None else self.enter(tokens), groups)
+        x = ops.dispatch(x, groups)
         if self.config.weigh_input:
             x, weights = x * ops.dispatch_weights(weights.astype(x.dtype), groups), jnp.ones_like(weights)
-        up = apply(x, self.up, self.up_bias)
-        hidden = self._activate(up) if self.gate is None else self._multiply(apply(x, self.gate, self.gate_bias), up)
-        y = ops.combine(apply(hidden, self.down, self.down_bias), weights, groups)
-        return y if self.leave is None else self.leave(y)
+        up = apply(x, "up")
+        hidden = self._multiply(apply(x, "gate"), up) if "gate" in stacks else self._activate(up)
+        return ops.combine(apply(hidden, "down"), weights, groups).reshape(shape)
 
     def _multiply(self, gate: Array, up: Array) -> Array:
         """The product of gate and values."""

@@ -6,6 +6,7 @@ it needs with explicit collectives over `AXIS`. All other mesh axes stay with th
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -15,6 +16,7 @@ from jax.sharding import AxisType, PartitionSpec
 from jaxtyping import Array, Int, PyTree
 
 AXIS = "sequence"
+HEAD_AXIS = "tensor"  # mesh axis over which heads or channels are sharded, and no tokens
 
 
 def shard_count() -> int:
@@ -39,18 +41,32 @@ def map_shards(
     Returns:
       The outputs, with the tokens of all shards.
     """
-    tokens = PartitionSpec(None, AXIS)
 
     def spec(axis: int | None) -> PartitionSpec:
         return PartitionSpec() if axis is None else PartitionSpec(*[None] * axis, AXIS)
 
+    results = jax.tree.map(spec, outputs, is_leaf=lambda x: x is None)
+    return _map_devices(function, sharded, replicated, spec(1), results, {AXIS})
+
+
+def _map_devices(
+    function: Callable[..., Any],
+    sharded: PyTree[Array],
+    replicated: PyTree[Array],
+    spec: PartitionSpec,
+    outputs: Any,
+    axes: set[str],
+) -> Any:
+    """`jax.shard_map` of `function(sharded, replicated)` over some axes; inputs of one spec, outputs of several."""
+    leaves, structure = jax.tree.flatten((sharded, replicated))
+    count = len(jax.tree.leaves(sharded))
     return jax.shard_map(
-        function,
-        in_specs=(jax.tree.map(lambda _: tokens, sharded), jax.tree.map(lambda _: PartitionSpec(), replicated)),
-        out_specs=jax.tree.map(spec, outputs, is_leaf=lambda x: x is None),
-        axis_names={AXIS},
+        lambda *leaves: function(*structure.unflatten(leaves)),
+        in_specs=tuple(spec if i < count else PartitionSpec() for i in range(len(leaves))),
+        out_specs=outputs,
+        axis_names=axes,
         check_vma=False,
-    )(sharded, replicated)
+    )(*leaves)
 
 
 def map_queries(
@@ -83,6 +99,33 @@ def map_queries(
 def gather(x: PyTree[Array]) -> PyTree[Array]:
     """In `map_shards`: the arrays [b, t, ...] of all shards."""
     return jax.tree.map(lambda leaf: jax.lax.all_gather(leaf, AXIS, axis=1, tiled=True), x)
+
+
+def map_tokens(
+    function: Callable[[PyTree[Array], PyTree[Array]], PyTree[Array]], tokens: PyTree[Array], replicated: PyTree[Array]
+) -> PyTree[Array]:
+    """Runs `function(tokens, replicated)` on the tokens of each device, of which no other token changes the results.
+
+    The compiler would gather all tokens if the function sorts or gathers them.
+
+    Args:
+      function: Maps arrays of tokens to arrays of tokens. It must not close over an array with a gradient.
+      tokens: Arrays [b, t, ...], split over the axes of rows and of the sequence if these divide them.
+      replicated: See `map_shards`.
+
+    Returns:
+      The results [b, t, ...].
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    kinds = dict(zip(mesh.axis_names, mesh.axis_types, strict=True))
+    axes = [axis for axis, kind in kinds.items() if kind == AxisType.Auto and axis != HEAD_AXIS]
+    rows, columns = tuple(axis for axis in axes if axis != AXIS), tuple(axis for axis in axes if axis == AXIS)
+    b, t = jax.tree.leaves(tokens)[0].shape[:2]
+    counts = [math.prod(mesh.shape[axis] for axis in part) for part in (rows, columns)]
+    if counts == [1, 1] or b % counts[0] or t % counts[1]:
+        return function(tokens, replicated)
+    spec = PartitionSpec(rows, columns)
+    return _map_devices(function, tokens, replicated, spec, spec, set(axes))
 
 
 def shard_index() -> Int[Array, ""]:

@@ -12,8 +12,7 @@ from jax.sharding import AxisType, PartitionSpec
 from jaxtyping import Array
 
 from sparsejax.ops.call import AttentionCall
-
-HEAD_AXIS = "tensor"  # mesh axis over which heads or channels are sharded; sequences are sharded over all others
+from sparsejax.ops.sequence import HEAD_AXIS
 
 
 class DeviceAxes(NamedTuple):

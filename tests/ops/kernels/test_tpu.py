@@ -114,7 +114,7 @@ import re, sys, jax, jax.numpy as jnp, numpy as np
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from sparsejax.ops import Selection, attend
 from sparsejax.ops.blocks import make_blocks
-from sparsejax.ops.kernels.mesh import HEAD_AXIS
+from sparsejax.ops.sequence import HEAD_AXIS
 from sparsejax.patterns import parse
 
 mesh = jax.make_mesh((2, 2, 2), ("data", "fsdp", HEAD_AXIS), axis_types=(AxisType.Auto,) * 3)
