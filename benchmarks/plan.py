@@ -59,6 +59,7 @@ def configure(model: str, topology: Topology, length: int, kernel: str) -> Confi
 def describe(plan: Plan, seconds: float) -> dict[str, Any]:
     """Returns the figures of a plan."""
     account, compiled = plan.account, plan.compiled
+    received = None if compiled is None else compiled.received
     return {
         "mesh": dict(zip(("data", "fsdp", "sequence", "tensor"), plan.axes, strict=True)),
         "capacity GiB": round(plan.topology.capacity / GIB, 2),
@@ -68,7 +69,7 @@ def describe(plan: Plan, seconds: float) -> dict[str, Any]:
         "problem": plan.problem,
         "fits": plan.fits,
         "received GiB": {name: round(size / GIB, 3) for name, size in account.received.items()},
-        "received GiB, compiler": compiled and {name: round(size / GIB, 3) for name, size in compiled.received.items()},
+        "received GiB, compiler": received and {name: round(size / GIB, 3) for name, size in received.items()},
         "seconds per step at best": {name: round(s, 3) for name, s in account.seconds(plan.topology).items()},
         "planning seconds": round(seconds, 1),
     }
@@ -92,6 +93,7 @@ def run(options: argparse.Namespace, save: Save) -> None:
                 if options.only not in name or name in {row["name"] for row in rows}:
                     continue
                 topology, start = Topology.parse(text), time.perf_counter()
+                topology.stay_on_cpu()
                 settings = configure(model, topology, length, options.devices)
                 plan = make_plan(settings, topology, not options.account_only)
                 row = {"name": name, "model": model, "on": text, "tokens": length}

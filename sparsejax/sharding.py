@@ -5,12 +5,12 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
 import numpy as np
-from jax.experimental import multihost_utils
+from jax.experimental import mesh_utils, multihost_utils
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
 from sparsejax.config import ConfigError, ShardingConfig
@@ -87,7 +87,7 @@ def make_mesh(config: ShardingConfig) -> Mesh:
     Raises:
       ConfigError: The product of the axes is not the number of devices.
     """
-    return _make_mesh(resolve_axes(config, jax.device_count()))
+    return arrange_devices(resolve_axes(config, jax.device_count()))
 
 
 def resolve_axes(config: ShardingConfig, devices: int) -> tuple[int, ...]:
@@ -116,9 +116,12 @@ def _suggest(config: ShardingConfig, devices: int) -> str:
     return f"; use data = -1 and sequence = {min(divisors, key=lambda n: abs(n - config.sequence))}"
 
 
-def _make_mesh(sizes: tuple[int, ...], **options: Any) -> Mesh:
-    # Auto axes: the compiler shards intermediate arrays (make_mesh would default to Explicit).
-    return jax.make_mesh(sizes, MESH_AXES, axis_types=(AxisType.Auto,) * len(MESH_AXES), **options)
+def arrange_devices(sizes: tuple[int, ...], devices: Sequence[Any] | None = None) -> Mesh:
+    """Returns a mesh of `devices`, by default of all, whose axes have these sizes; an axis may split a physical one."""
+    devices = jax.devices() if devices is None else devices
+    grid = mesh_utils.create_device_mesh(sizes, devices, allow_split_physical_axes=True)
+    # Auto axes: the compiler shards intermediate arrays.
+    return Mesh(grid, MESH_AXES, axis_types=(AxisType.Auto,) * len(MESH_AXES))
 
 
 def describe(mesh: Mesh | AbstractMesh) -> str:
@@ -129,7 +132,7 @@ def describe(mesh: Mesh | AbstractMesh) -> str:
 
 def single_device_mesh() -> Mesh:
     """Returns the mesh of the first device."""
-    return _make_mesh((1,) * len(MESH_AXES), devices=jax.devices()[:1])
+    return arrange_devices((1,) * len(MESH_AXES), devices=jax.devices()[:1])
 
 
 def mesh_of(tree: Any) -> Mesh | None:

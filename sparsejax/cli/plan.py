@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 
 from rich.console import Console
 
@@ -47,7 +46,7 @@ def run(options: argparse.Namespace, console: Console) -> None:
     topology = Topology.parse(options.on)
     if options.length is not None and options.length < 1:
         raise InputError("length", f"{options.length} is below 1")
-    _stay_on_cpu(topology.count if topology.machine.platform == "cpu" else None)
+    topology.stay_on_cpu()
     from sparsejax import config as configs
     from sparsejax.plan import display, planner
 
@@ -71,13 +70,3 @@ def run(options: argparse.Namespace, console: Console) -> None:
         print(json.dumps(display.record(plan) | {"proposals": changes}, indent=2))
     elif not plan.fits:
         display.print_proposals(proposals, console)
-
-
-def _stay_on_cpu(count: int | None) -> None:
-    """Keeps JAX on the CPU of this machine, with so many devices; before JAX looks for devices."""
-    flags = os.environ.get("XLA_FLAGS", "")
-    if count is not None and "host_platform_device_count" not in flags:
-        os.environ["XLA_FLAGS"] = f"{flags} --xla_force_host_platform_device_count={count}".strip()
-    import jax
-
-    jax.config.update("jax_platforms", "cpu")

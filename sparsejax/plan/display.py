@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -53,12 +54,10 @@ def _print_memory(plan: Plan, console: Console) -> None:
 
 
 def _print_collectives(plan: Plan, console: Console) -> None:
-    account, compiled = plan.account.received, plan.compiled
-    names = sorted({*account, *([] if compiled is None else compiled.received)})
+    account, compiled = plan.account.received, None if plan.compiled is None else plan.compiled.received
+    names = sorted({*account, *(compiled or ())})
     columns = ["GiB received per device and step", "account"] + ([] if compiled is None else ["compiler"])
-    rows = [
-        (name, _gib(account[name]), *([] if compiled is None else [_gib(compiled.received[name])])) for name in names
-    ]
+    rows = [(name, _gib(account[name]), *([] if compiled is None else [_gib(compiled[name])])) for name in names]
     if rows:
         print_table(console, columns, rows, texts=1, keys=1)
 
@@ -138,7 +137,7 @@ def record(plan: Plan) -> dict[str, Any]:
     }
     account = dataclasses.asdict(dataclasses.replace(plan.account, work={})) | {
         "peak": plan.account.peak,
-        "received": dict(plan.account.received),
+        "received": _plain(plan.account.received),
         "work": work,
     }
     compiled = plan.compiled
@@ -150,11 +149,15 @@ def record(plan: Plan) -> dict[str, Any]:
         "axes": dict(zip(MESH_AXES, plan.axes, strict=True)),
         "capacity": capacity if math.isfinite(capacity) else None,
         "account": account,
-        "compiled": None if compiled is None else dataclasses.asdict(compiled) | {"received": dict(compiled.received)},
+        "compiled": None if compiled is None else {name: _plain(x) for name, x in vars(compiled).items()},
         "problem": plan.problem,
         "fits": plan.fits,
         "seconds": plan.account.seconds(plan.topology),
     }
+
+
+def _plain(value: Any) -> Any:
+    return dict(value) if isinstance(value, Counter) else value
 
 
 def _gib(size: float | None) -> str:

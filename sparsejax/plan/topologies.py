@@ -17,7 +17,7 @@ from jax.sharding import AbstractDevice, AbstractMesh, AxisType, Mesh
 
 from sparsejax.config import ShardingConfig
 from sparsejax.errors import InputError, shorten, suggest
-from sparsejax.sharding import MESH_AXES, resolve_axes
+from sparsejax.sharding import MESH_AXES, arrange_devices, resolve_axes
 
 GB, GIB, TERA = 1e9, 2**30, 1e12
 HOPPER = """
@@ -135,6 +135,13 @@ class Topology:
     def __str__(self) -> str:
         return f"{self.machine.name}:{'x'.join(map(str, self.shape))}"
 
+    def stay_on_cpu(self) -> None:
+        """Keeps JAX on the CPU of this machine, with as many devices as a topology of it; before JAX looks for them."""
+        flags = os.environ.get("XLA_FLAGS", "")
+        if self.machine.platform == "cpu" and "host_platform_device_count" not in flags:
+            os.environ["XLA_FLAGS"] = f"{flags} --xla_force_host_platform_device_count={self.count}".strip()
+        jax.config.update("jax_platforms", "cpu")
+
     @property
     def capacity(self) -> float:
         """Bytes of memory of a device that a program can use; devices of a CPU share that of this machine."""
@@ -165,8 +172,7 @@ class Topology:
           ConfigError: The product of the axes is not the number of devices.
           CompilerMissing: The compiler is not installed, or does not know the topology.
         """
-        sizes = resolve_axes(config, self.count)
-        return jax.make_mesh(sizes, MESH_AXES, axis_types=(AxisType.Auto,) * len(MESH_AXES), devices=self.devices())
+        return arrange_devices(resolve_axes(config, self.count), self.devices())
 
     def devices(self) -> list[Any]:
         """Absent devices, or those of this machine's CPU.

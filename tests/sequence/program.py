@@ -30,7 +30,7 @@ COLLECTIVES = "all-gather|all-reduce|collective-permute|reduce-scatter|all-to-al
 
 def make_mesh(data, sequence):
     count = data * sequence
-    return sharding._make_mesh((data, 1, sequence, 1), devices=jax.devices()[:count])
+    return sharding.arrange_devices((data, 1, sequence, 1), devices=jax.devices()[:count])
 
 
 def received(text, shards):
@@ -97,7 +97,7 @@ def attention(
     argnums = (0, 1, 2) if sinks is None else (0, 1, 2, 3)
     expected = jax.jit(jax.value_and_grad(total, argnums))(*arrays, sinks)
     sizes = sizes or (1, 1, shards, 1)
-    mesh = sharding._make_mesh(sizes, devices=jax.devices()[: math.prod(sizes)])
+    mesh = sharding.arrange_devices(sizes, devices=jax.devices()[: math.prod(sizes)])
     with jax.set_mesh(mesh):
         placed = [jax.device_put(x, sharding.batch_sharding(mesh)) for x in arrays]
         compiled = jax.jit(jax.value_and_grad(total, argnums)).lower(*placed, sinks).compile()
@@ -164,7 +164,7 @@ def differentiate(described, length, mesh, packed, dtype, seed=0, train=None):
     train = train or configs.check(configs.load("preset:quickstart")).train
     results = []
     for sizes in ((1, 1, 1, 1), mesh):
-        devices = sharding._make_mesh(sizes, devices=jax.devices()[: math.prod(sizes)])
+        devices = sharding.arrange_devices(sizes, devices=jax.devices()[: math.prod(sizes)])
         gradient = jax.jit(build_gradient(functional, train, devices, frozen, None))
         with jax.set_mesh(devices):
             placed = {name: jax.device_put(x, sharding.batch_sharding(devices)) for name, x in batch.items()}
