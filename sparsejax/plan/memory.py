@@ -66,6 +66,7 @@ class Node:
       label: The layer that it belongs to.
       backward: Whether it belongs to the backward pass.
       workspace: Bytes that it needs besides inputs and outputs.
+      moved: Bytes that it reads and writes; None for those of inputs and outputs.
     """
 
     name: str
@@ -74,6 +75,7 @@ class Node:
     label: str
     backward: bool
     workspace: int = 0
+    moved: int | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -167,6 +169,8 @@ def _count_all_moved(nodes: Sequence[Node], inputs: Sequence[Value], stored: set
 
 def _count_moved(node: Node, kept: Sequence[Value], read: int) -> int:
     """Bytes that an operation reads and writes, given those of its inputs."""
+    if node.moved is not None:
+        return node.moved
     if node.name in UPDATES:
         return 2 * node.inputs[UPDATES[node.name]].bytes
     written = sum(value.bytes for value in kept)

@@ -524,6 +524,15 @@ def _scatter(builder: _Builder, equation: Any, inputs: Sequence[Value]) -> list[
     return builder.add("scatter", inputs, [table], whole if scattered else 0)
 
 
+def _kernel(builder: _Builder, equation: Any, inputs: Sequence[Value]) -> list[Value]:
+    """A kernel, whose program is that of a block: it states its work."""
+    outputs = _elementwise(builder, equation, inputs)
+    if (cost := equation.params.get("cost_estimate")) is not None:
+        builder.work[builder.label].flops += builder.times * cost.flops
+        builder.nodes[-1].moved = cost.bytes_accessed
+    return outputs
+
+
 def _slice(builder: _Builder, equation: Any, inputs: Sequence[Value]) -> list[Value]:
     return _elementwise(builder, equation, inputs[:1])
 
@@ -542,7 +551,8 @@ RULES: dict[str, Callable[[_Builder, Any, Sequence[Value]], list[Value]]] = {
     "gather": _gather,
     "slice": _slice,
     "dynamic_slice": _slice,
-    "pallas_call": _elementwise,  # whose program is that of a block
+    "pallas_call": _kernel,
+    "core_map": _kernel,
 }
 RULES |= dict.fromkeys(("scatter", "scatter-add", "scatter_add", "scatter-mul"), _scatter)
 RULES |= dict.fromkeys(

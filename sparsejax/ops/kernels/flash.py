@@ -21,6 +21,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.experimental import pallas as pl
 from jaxtyping import Array, Float, Int
 
 from sparsejax.ops.call import AttentionCall
@@ -211,6 +212,30 @@ def _attend_backward(backend, config, slices, saved, cotangents):
 
 
 _attend.defvjp(_attend_forward, _attend_backward)
+
+
+def estimate_cost(
+    config: KernelConfig, kernel_slice: KernelSlice, schedule: TileSchedule, inputs: Inputs, width: int, by_column: bool
+) -> pl.CostEstimate:
+    """The work of a launch, for the compiler and for `sparsejax plan`: an upper bound where lists follow from data.
+
+    Args:
+      config: Static parameters.
+      kernel_slice: What the launch computes.
+      schedule: Its lists.
+      inputs: The arrays.
+      width: Sum of the widths over which, or to which, the products of a pair of a query and a key are.
+      by_column: Whether rows of the lists are key tiles.
+    """
+    (rows, columns), entries = reversed(config.tile) if by_column else config.tile, schedule.lists.rows.shape[1]
+    launches, features = inputs.q.shape[0] * len(kernel_slice.heads), inputs.q.shape[-1] + inputs.v.shape[-1]
+    moved = entries * columns + 2 * kernel_slice.rows * rows  # each entry reads a tile, each row reads and writes one
+    pairs = launches * entries * rows * columns
+    return pl.CostEstimate(
+        flops=2 * pairs * width,
+        transcendentals=pairs,
+        bytes_accessed=launches * moved * features * inputs.q.dtype.itemsize,
+    )
 
 
 def _join_slices(slices: Sequence[KernelSlice], results: Sequence[tuple[Array, ...]]) -> tuple[Array, ...]:

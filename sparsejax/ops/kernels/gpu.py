@@ -262,6 +262,9 @@ def _launch(
     arrays = _global_inputs(launch, schedule, inputs, residuals)
     scratch = launch.shared_memory()
     structure = jax.tree.structure(Memory(arrays, outputs, scratch))
+    # Of the scores, the output and dv one each; of dq and dk besides that of dp, which a launch computes once.
+    products = 1 + sum(x is not None for x in (outputs.out, outputs.dq, outputs.dk, outputs.dv))
+    products += outputs.dq is not None or outputs.dk is not None
 
     def body(*refs):
         memory = structure.unflatten(refs)
@@ -280,6 +283,9 @@ def _launch(
         num_threads=launch.warpgroups + 1,
         thread_name="warpgroup",
         kernel_name=name,
+        cost_estimate=flash.estimate_cost(
+            launch.config, launch.kernel_slice, schedule, inputs, products * launch.width, launch.by_column
+        ),
         **(
             {"interpret": plgpu.InterpretGPUParams()}
             if launch.config.interpret

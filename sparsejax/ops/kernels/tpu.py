@@ -525,6 +525,8 @@ def _launch(
     names = [name for name, operand in operands._asdict().items() if operand is not None]
     present = [getattr(operands, name) for name in names]
     scalars, steps = grid.scalars(schedule, inputs), grid.entries if schedule.steps is None else schedule.steps
+    d, e = inputs.q.shape[-1], inputs.v.shape[-1]
+    width = d + e if residuals is None else 2 * (d + e) if grid.by_column else 2 * d + e
     if cached := len(grid.config.cached_masks):
         names.append("cached_masks")
         scratch = [(cached, *grid.config.tile[:: 1 if residuals is None else -1]), *scratch]
@@ -547,6 +549,7 @@ def _launch(
             scratch_shapes=[pltpu.VMEM(shape, jnp.float32) for shape in scratch],
         ),
         out_shape=[shape_like(inputs.q, output.shape, output.dtype) for output in outputs],
+        cost_estimate=flash.estimate_cost(grid.config, grid.kernel_slice, schedule, inputs, width, grid.by_column),
         compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel", "parallel", "arbitrary")),
         interpret=grid.config.interpret,
         name=name,
