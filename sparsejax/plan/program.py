@@ -117,11 +117,19 @@ class _Builder:
         self.nodes: list[Node] = []
         self.label, self.backward = OUTSIDE, False
 
-    def inner(self, times: int) -> _Builder:
-        """The builder of a body that runs `times` times."""
-        builder = _Builder(self.axes, self.gradients, self.work, self.on_cpu, self.times * times)
+    def inner(self, times: int, work: dict[str, Work] | None = None) -> _Builder:
+        """The builder of a body that runs `times` times, which adds its work to `work` or to that of this builder."""
+        work = self.work if work is None else work
+        builder = _Builder(self.axes, self.gradients, work, self.on_cpu, self.times * times)
         builder.label, builder.backward = self.label, self.backward
         return builder
+
+    def absorb(self, work: Mapping[str, Work]) -> None:
+        """Adds the work of a body."""
+        for label, part in work.items():
+            self.work[label].flops += part.flops
+            self.work[label].moved += part.moved
+            self.work[label].received += part.received
 
     def finish(self, inputs: Iterable[Value], outputs: Sequence[Value], reused: frozenset[Value]) -> Memory:
         memory = measure_memory(self.nodes, list(inputs), outputs, reused)
@@ -259,8 +267,9 @@ def _scan(builder: _Builder, equation: Any, inputs: Sequence[Value]) -> list[Val
     constants, carry, stacked = inputs[:n], inputs[n : n + carries], inputs[n + carries :]
     specs = [value.spec for value in carry]
     variables = body.jaxpr.invars
-    for last in (False, True):  # the second time with the axes of the carry after the first
-        inside = builder.inner(length if last else 0)
+    for _ in range(2):  # the second time, if they change, with the axes of the carry after the first
+        work: dict[str, Work] = defaultdict(Work)
+        inside, before = builder.inner(length, work), specs
         start = [inside.make(v.aval, spec) for v, spec in zip(variables[n : n + carries], specs, strict=True)]
         slices = [
             inside.add("dynamic_slice", [value], [inside.make(variable.aval, value.spec[1:])])[0]
@@ -273,7 +282,10 @@ def _scan(builder: _Builder, equation: Any, inputs: Sequence[Value]) -> list[Val
             _join([(a, range(len(a))), (b.spec, range(len(a)))], len(a))
             for a, b in zip(specs, outputs[:carries], strict=True)
         ]
+        if specs == before:
+            break
     memory = inside.finish([*constants, *start, *stacked], outputs, frozenset(outputs))
+    builder.absorb(work)
     results = [inside.make(v.aval, spec) for v, spec in zip(equation.outvars, specs, strict=False)]
     results += [
         inside.make(variable.aval, ((), *value.spec))
