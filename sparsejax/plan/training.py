@@ -13,11 +13,9 @@ from sparsejax import sharding
 from sparsejax.layers import EMPTY
 from sparsejax.loading import read_teacher
 from sparsejax.model import Functional
-from sparsejax.runs import Phase, TrainState, build_optimizer, build_schedule, state_shapes
-from sparsejax.runs.groups import find_frozen
+from sparsejax.runs import Phase, TrainState, state_shapes
 from sparsejax.runs.lora import adapt
-from sparsejax.train.runtime import require_even_shards
-from sparsejax.train.step import build_step
+from sparsejax.train.runtime import build_phase_step, require_even_shards
 from sparsejax.train.teacher import Distillation
 
 
@@ -56,19 +54,8 @@ def describe_training(phase: Phase, steps: int, mesh: Mesh | AbstractMesh) -> Tr
     config = phase.config
     require_even_shards(phase, mesh)
     model = adapt(Functional(config.model), config.optimizer)
-    rate = config.optimizer, steps, phase.restart
-    optimizer = build_optimizer(*rate, decay=model.decay, axes=model.axes)
     teacher, distillation = _describe_teacher(phase, mesh)
-    step = build_step(
-        model,
-        optimizer,
-        build_schedule(*rate),
-        config.train,
-        mesh,
-        first=phase.start,
-        frozen=find_frozen(config.optimizer, model.shapes),
-        distillation=distillation,
-    )
+    optimizer, step = build_phase_step(phase, steps, model, mesh, distillation=distillation)
     return Training(step, state_shapes(model, optimizer, mesh), describe_batch(phase, mesh), teacher)
 
 

@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
+import optax
 from jax.sharding import AbstractMesh, Mesh
 from jaxtyping import Array
 
@@ -83,20 +84,11 @@ class PhaseRuntime(Evaluator):
         self.phase = phase
         self.distillation = None if teacher is None else _distil(phase, teacher)
         self._teacher = None if self.distillation is None or teacher is None else teacher.model.parameters
-        rate = self.config.optimizer, steps, phase.restart
-        self.optimizer = build_optimizer(*rate, decay=self.model.decay, axes=self.model.axes)
-        frozen = find_frozen(self.config.optimizer, self.model.shapes)
-        self._step = build_step(
-            self.model,
-            self.optimizer,
-            build_schedule(*rate),
-            self.config.train,
-            mesh,
-            first=phase.start,
-            ends_row=self.logs_after,
-            frozen=frozen,
-            distillation=self.distillation,
+        arguments = phase, steps, self.model, mesh
+        self.optimizer, self._step = build_phase_step(
+            *arguments, distillation=self.distillation, ends_row=self.logs_after
         )
+        frozen = find_frozen(self.config.optimizer, self.model.shapes)
         self._inspect = build_inspection(self.model, self.config.train, mesh, frozen, self.distillation)
 
     def enter(self, state: TrainState[Array], previous: PhaseRuntime) -> TrainState[Array]:
@@ -140,6 +132,24 @@ class PhaseRuntime(Evaluator):
     def is_due(self, step: int) -> bool:
         """Whether an evaluation or a checkpoint follows `step`."""
         return self.evaluates_after(step) or self.saves_after(step)
+
+
+def build_phase_step(
+    phase: Phase, steps: int, model: Functional, mesh: Mesh | AbstractMesh, **options: Any
+) -> tuple[optax.GradientTransformation, Callable[..., Any]]:
+    """Returns the optimizer and the training step of a phase.
+
+    Args:
+      phase: The phase.
+      steps: Steps of the whole run.
+      model: The model of the phase, with its low-rank updates.
+      mesh: The mesh.
+      options: Other arguments of `build_step`.
+    """
+    config, rate = phase.config, (phase.config.optimizer, steps, phase.restart)
+    optimizer = build_optimizer(*rate, decay=model.decay, axes=model.axes)
+    options |= {"first": phase.start, "frozen": find_frozen(config.optimizer, model.shapes)}
+    return optimizer, build_step(model, optimizer, build_schedule(*rate), config.train, mesh, **options)
 
 
 def set_up(
