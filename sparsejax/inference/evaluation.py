@@ -122,9 +122,10 @@ def build_evaluation(
         features = bound.forward(batch["inputs"], context, constrain).features
         weights, length = batch["weights"], batch["weights"].shape[1]
 
-        def score(models: tuple[Model], features: Array, targets: Array, weights: Array) -> tuple[Array, Array]:
+        def score(models: tuple[Model], features: Array, targets: Array, weights: Array) -> tuple[Array, Array | None]:
             logits = models[0].logits(features)
-            return token_losses(logits, targets, weights), weights * (logits.argmax(-1) == targets)
+            correct = weights * (logits.argmax(-1) == targets) if score_accuracy else None
+            return token_losses(logits, targets, weights), correct
 
         arrays = features, batch["targets"], weights
         losses, correct = score_tokens(score, (bound,), arrays, model.config.vocab, mesh)

@@ -197,6 +197,7 @@ def _local_call(call: AttentionCall, arrays: Arrays, sink: Array | None, slopes:
     return dataclasses.replace(call, q=q, k=k, v=v, segments=segments, sink_logits=sink, alibi_slopes=slopes)
 
 
+@functools.lru_cache(maxsize=64)
 def _list_tiles(plan: Exchange) -> ShardedTiles:
     """The live tiles of all shards."""
     starts, live = plan.layout.starts, plan.live()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import itertools
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -127,6 +128,7 @@ def plan_pattern(
     )
 
 
+@functools.lru_cache(maxsize=64)
 def plan_shards(pattern: Pattern, tiles: ShardedTiles, heads: tuple[int, int], max_entries: int | None) -> Plan:
     """Plans the kernel launches for the shards of a sequence, with one list per shard; see `take_shard`.
 
@@ -151,14 +153,15 @@ def plan_shards(pattern: Pattern, tiles: ShardedTiles, heads: tuple[int, int], m
 
 
 def _stack_lists(lists: Sequence[TileLists]) -> TileLists:
-    """Joins lists; shorter ones are padded with empty entries in their last row."""
+    """Joins lists, in small integers; shorter ones are padded with empty entries in their last row."""
     longest = max(entries.rows.shape[1] for entries in lists)
     padded = []
     for entries in lists:
         padding = ((0, 0), (0, longest - entries.rows.shape[1]))
         wide = TileLists(*(np.pad(x, padding, mode="edge") for x in entries))
         padded.append(wide._replace(kinds=np.pad(entries.kinds, padding, constant_values=EMPTY)))
-    return TileLists(*(np.concatenate(arrays) for arrays in zip(*padded, strict=True)))
+    joined = (np.concatenate(arrays) for arrays in zip(*padded, strict=True))
+    return TileLists(*(x.astype(np.min_scalar_type(x.max())) for x in joined))  # constants of the program of all shards
 
 
 def _launch_shards(
@@ -176,11 +179,14 @@ def _launch_shards(
 def take_shard(plan: Plan, shard: Int[Array, ""]) -> Plan:
     """The plan of one shard, of those of `plan_shards`."""
 
+    def take_list(x: np.ndarray) -> Int[Array, "1 n"]:
+        return jnp.asarray(x)[shard][None].astype(jnp.int32)
+
     def take(
         launches: tuple[tuple[KernelSlice, TileSchedule], ...],
     ) -> tuple[tuple[KernelSlice, TileSchedule], ...]:
         return tuple(
-            (rows, schedule._replace(lists=TileLists(*(jnp.asarray(x)[shard][None] for x in schedule.lists))))
+            (rows, schedule._replace(lists=TileLists(*(take_list(x) for x in schedule.lists))))
             for rows, schedule in launches
         )
 
