@@ -35,6 +35,7 @@ SWEEPS = {
     "mqar": ("", ("sweep",)),
     "needle": ("", ("sweep",)),
     "reformer_duplication": (":mini", ("sweep",)),
+    "selection": (":recall", ("sweep",)),
 }
 RUN_KEYS = ("label", "train.seed")  # keys of a row of a sweep that are not about the model
 

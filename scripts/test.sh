@@ -19,4 +19,4 @@ else
   "$bin/mypy"
 fi
 exec "$bin/python" -m pytest --numprocesses=auto --maxprocesses=4 --dist=loadfile --max-worker-restart=0 \
-  --timeout=1200 --durations=20 "$@"
+  --timeout=1200 --durations=100 --durations-min=10 "$@"
