@@ -8,10 +8,23 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sparsejax.ops.blocks import make_blocks
+from sparsejax.ops.exchange import _list_tiles
 from sparsejax.ops.kernels.choice import choose_chunk, pack_choice
-from sparsejax.ops.kernels.lists import CHOSEN, EMPTY, FULL, PARTIAL, TileLists, mark_ends, plan_pattern, restrict_plan
+from sparsejax.ops.kernels.lists import (
+    CHOSEN,
+    EMPTY,
+    FULL,
+    PARTIAL,
+    TileLists,
+    mark_ends,
+    plan_pattern,
+    plan_shards,
+    restrict_plan,
+    take_shard,
+)
 from sparsejax.ops.selection import Selection, choose
 from sparsejax.patterns import parse
+from sparsejax.patterns.exchange import plan_exchange
 from tests.patterns.strategies import patterns_with_heads, shared_patterns
 
 TILE = (16, 8)
@@ -100,6 +113,34 @@ def test_one_entry_per_live_tile():
         sum(len(kernel_slice.heads) * schedule.lists.rows.shape[1] for kernel_slice, schedule in plan.columns)
         == 2 * 36 + 2 * 21
     )
+
+
+@pytest.mark.parametrize("max_entries", [None, 9])
+@pytest.mark.parametrize("text", ["causal", "causal & window(70)", "window(30, 30) | sink(4)"])
+def test_shards_have_the_tiles_of_the_sequence(text, max_entries):
+    """However the tiles are exchanged and the launches split, the shards together compute every live tile once."""
+    pattern, length, shards, side = parse(text), 192, 4, 8
+    plan = plan_exchange(pattern, length, shards, tile=side)
+    tiles = _list_tiles(plan)
+    kernels = plan_shards(pattern, tiles, (4, 2), max_entries)
+    layout = pattern.layout(length, length, (side, side))
+    expected = np.zeros((layout.grid.rows, layout.grid.columns), int)
+    expected[layout.rows, layout.columns] = np.where(layout.full, FULL, PARTIAL)
+    assert (max_entries is None) == (len(kernels.rows) == 1)
+    found, by_column = np.zeros_like(expected), np.zeros((4, *expected.shape), int)
+    for shard in range(shards):
+        of_shard = take_shard(kernels, jnp.int32(shard))
+        at, keys = plan.queries[shard], plan.keys[shard]
+        held = keys >= 0
+        kinds = tile_kinds(of_shard.rows, 4, tiles.positions)
+        assert (kinds == kinds[0]).all()
+        assert (kinds[0][:, ~held] == EMPTY).all()
+        np.add.at(found, np.ix_(at, keys[held]), kinds[0][:, held])
+        columns = tile_kinds(of_shard.columns, 2, tiles.positions[::-1], group_size=2)
+        for head in range(4):
+            np.add.at(by_column[head], np.ix_(at, keys[held]), columns[head].T[:, held])
+    np.testing.assert_array_equal(found, expected)
+    np.testing.assert_array_equal(by_column, np.broadcast_to(expected, by_column.shape))
 
 
 def test_launches_are_split_at_the_maximum_of_entries():
