@@ -7,7 +7,6 @@ import collections
 import dataclasses
 import json
 import math
-import re
 import sys
 
 import jax
@@ -19,54 +18,16 @@ from sparsejax import ops, patterns, sharding
 from sparsejax.config.build import build
 from sparsejax.model import Functional
 from sparsejax.ops import attend
+from sparsejax.plan.compiled import count_received
 from sparsejax.traffic import count_traffic
 from sparsejax.train.step import build_gradient
 from tests.check import models
 from tests.sequence.random_models import draw_case
 
-BYTES = {"f32": 4, "s32": 4, "u32": 4, "bf16": 2, "pred": 1, "f64": 8, "s64": 8}
-COLLECTIVES = "all-gather|all-reduce|collective-permute|reduce-scatter|all-to-all"
-
 
 def make_mesh(data, sequence):
     count = data * sequence
     return sharding.arrange_devices((data, 1, sequence, 1), devices=jax.devices()[:count])
-
-
-def received(text, shards):
-    """Bytes that a device receives by collective, from the text of a compiled program."""
-    factors = {
-        "all-gather": (shards - 1) / shards,
-        "reduce-scatter": shards - 1,
-        "all-reduce": 2 * (shards - 1) / shards,
-    }
-    sums = collections.Counter()
-    for line, times in list_lines(re.sub(r"/\*.*?\*/", "", text)):
-        for result, kind in re.findall(rf"= (\(?[^=]*?) ({COLLECTIVES})(?:-start)?\(", line):
-            for dtype, shape in re.findall(rf"({'|'.join(BYTES)})\[([\d,]*)\]", result):
-                size = BYTES[dtype] * math.prod(int(n) for n in shape.split(",") if n)
-                sums[kind] += times * size * factors.get(kind, 1)
-    return dict(sums)
-
-
-def list_lines(text):
-    """The lines of a compiled program, and how often each runs: those of a loop in every iteration."""
-    computations, loops, name = {}, {}, None
-    for line in text.splitlines():
-        if opened := re.match(r"(?:ENTRY )?%?([\w.-]+) .*\{$", line):
-            name = opened[1]
-        computations.setdefault(name, []).append(line)
-        if body := re.search(r"while\(.*body=%?([\w.-]+)", line):
-            count = re.search(r'known_trip_count":\{"n":"(\d+)"', line)
-            loops[body[1]] = name, int(count[1]) if count else None
-
-    def repeats(name):
-        outer, count = loops.get(name, (None, 1))
-        return 1 if outer is None else count * repeats(outer)
-
-    for name, lines in computations.items():
-        collective = any(re.search(COLLECTIVES, line) for line in lines)
-        yield from ((line, repeats(name)) for line in lines if collective)
 
 
 def difference(expected, actual):
@@ -104,7 +65,7 @@ def attention(
         actual = compiled(*placed, sinks)
     return {
         "difference": difference(jax.device_get(expected), jax.device_get(actual)),
-        "collectives": received(compiled.as_text(), shards),
+        "collectives": dict(count_received(compiled.as_text(), shards)),
     }
 
 
@@ -201,7 +162,7 @@ def traffic(config, length, shards, overrides=None):
     counted = collections.Counter()
     for layer in count_traffic(described, length, shards):
         counted.update(layer.received)
-    return {"hlo": received(compiled.as_text(), shards), "account": dict(counted)}
+    return {"hlo": dict(count_received(compiled.as_text(), shards)), "account": dict(counted)}
 
 
 def memory(config, tokens, shards, overrides=None):
@@ -266,7 +227,7 @@ def recurrence(op, length, shards, packed, initial):
         actual = compiled(arguments, state)
     return {
         "difference": difference(jax.device_get(expected), jax.device_get(actual)),
-        "collectives": received(compiled.as_text(), shards),
+        "collectives": dict(count_received(compiled.as_text(), shards)),
     }
 
 
