@@ -26,6 +26,8 @@ from sparsejax.traffic import COLLECTIVES
 Spec = tuple[tuple[str, ...], ...]  # mesh axes per axis of an array
 OUTSIDE = "embedding, head, optimizer"  # operations of no layer
 LAYER = re.compile(r"layer_[^/()]*/([^/()]+)")  # in a name stack, see `Model._scopes`
+# Of an array of equal numbers, which takes no memory, these operations make another one.
+UNIFORM = frozenset(("broadcast_in_dim", "convert_element_type", "pad", "reshape", "slice", "squeeze", "transpose"))
 PROGRAMS = ("jaxpr", "call_jaxpr", "fun_jaxpr")  # parameters of a call that hold its program
 
 
@@ -177,8 +179,10 @@ class _Builder:
         return [read(atom) for atom in jaxpr.outvars]
 
     def add(self, name: str, inputs: Sequence[Value], outputs: Sequence[Value], workspace: int = 0) -> list[Value]:
+        uniform = name in UNIFORM and all(operand.constant and not operand.bytes for operand in inputs)
         for value in outputs:
             value.constant = all(operand.constant for operand in inputs)
+            value.bytes = 0 if uniform else value.bytes
             value.sources += [(operand, 0) for operand in inputs if value.constant and operand.shape == value.shape]
         self.nodes.append(Node(name, list(inputs), list(outputs), self.label, self.backward, workspace))
         return list(outputs)
