@@ -356,10 +356,20 @@ def _collective(builder: _Builder, equation: Any, inputs: Sequence[Value]) -> li
     axes = equation.params.get("axes", equation.params.get("axis_name", ()))
     axes = (axes,) if isinstance(axes, str) else tuple(axes)
     name = equation.primitive.name.removesuffix("_p").removesuffix("_invariant")
-    for value in inputs:
-        builder.receive(name, value.bytes, axes)
     outputs = []
     for value, variable in zip(inputs, equation.outvars, strict=True):
+        like = builder.gradients.get(value.shape) if name == "psum" and builder.backward else None
+        if like is not None and _axes_of(like) & set(axes):  # the gradient of a parameter that shards read whole
+            scattered = _axes_of(like) & set(axes) if not builder.on_cpu else set()
+            builder.receive("reduce_scatter", value.bytes, scattered)
+            builder.receive("psum", value.bytes / builder.count(scattered), set(axes) - scattered)
+            outputs.append(
+                builder.make(
+                    variable.aval, _join([(value.spec, range(len(like))), (like, range(len(like)))], len(like))
+                )
+            )
+            continue
+        builder.receive(name, value.bytes, axes)
         same = len(value.shape) == len(variable.aval.shape)
         outputs.append(builder.make(variable.aval, value.spec if same else _none(variable)))
     return builder.add(name, inputs, outputs)
