@@ -207,8 +207,9 @@ class CompilerMissing(Exception):
 
 @contextlib.contextmanager
 def _compiler_environment(machine: Machine) -> Iterator[None]:
-    """Variables that keep the compiler of TPUs from asking for a device."""
+    """Variables that keep the compiler of TPUs from asking for a device, and let several processes compile."""
     values = {"TPU_SKIP_MDS_QUERY": "1", "TPU_WORKER_HOSTNAMES": "localhost", "TPU_ACCELERATOR_TYPE": "v5litepod-4"}
+    values["ALLOW_MULTIPLE_LIBTPU_LOAD"] = "1"
     missing = values.keys() - os.environ.keys() if machine.platform == "tpu" else set()
     os.environ |= {name: values[name] for name in missing}
     try:

@@ -127,7 +127,7 @@ def test_shards_have_the_tiles_of_the_sequence(text, max_entries):
     expected = np.zeros((layout.grid.rows, layout.grid.columns), int)
     expected[layout.rows, layout.columns] = np.where(layout.full, FULL, PARTIAL)
     assert (max_entries is None) == (len(kernels.rows) == 1)
-    found, by_column = np.zeros_like(expected), np.zeros((4, *expected.shape), int)
+    by_row, by_column = np.zeros_like(expected), np.zeros((4, *expected.shape), int)
     for shard in range(shards):
         of_shard = take_shard(kernels, jnp.int32(shard))
         at, keys = plan.queries[shard], plan.keys[shard]
@@ -135,11 +135,11 @@ def test_shards_have_the_tiles_of_the_sequence(text, max_entries):
         kinds = tile_kinds(of_shard.rows, 4, tiles.positions)
         assert (kinds == kinds[0]).all()
         assert (kinds[0][:, ~held] == EMPTY).all()
-        np.add.at(found, np.ix_(at, keys[held]), kinds[0][:, held])
+        np.add.at(by_row, np.ix_(at, keys[held]), kinds[0][:, held])
         columns = tile_kinds(of_shard.columns, 2, tiles.positions[::-1], group_size=2)
         for head in range(4):
             np.add.at(by_column[head], np.ix_(at, keys[held]), columns[head].T[:, held])
-    np.testing.assert_array_equal(found, expected)
+    np.testing.assert_array_equal(by_row, expected)
     np.testing.assert_array_equal(by_column, np.broadcast_to(expected, by_column.shape))
 
 
