@@ -18,6 +18,7 @@ from ml_collections import ConfigDict
 from benchmarks.harness import Save, write_markdown
 from sparsejax import config as configs
 from sparsejax.plan import Plan, Topology, make_plan
+from sparsejax.sharding import MESH_AXES
 
 GIB = 2**30
 LENGTHS = 32_768, 131_072, 524_288
@@ -61,7 +62,7 @@ def describe(plan: Plan, seconds: float) -> dict[str, Any]:
     account, compiled = plan.account, plan.compiled
     received = None if compiled is None else compiled.received
     return {
-        "mesh": dict(zip(("data", "fsdp", "sequence", "tensor"), plan.axes, strict=True)),
+        "mesh": dict(zip(MESH_AXES, plan.axes, strict=True)),
         "capacity GiB": round(plan.topology.capacity / GIB, 2),
         "arguments GiB": round(account.arguments / GIB, 3),
         "account GiB": round(account.peak / GIB, 3),

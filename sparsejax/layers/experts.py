@@ -243,8 +243,8 @@ class Experts(nnx.Module):
 
     def _run_stacks(self, tokens: tuple[Array, Array, Array], stacks: dict[str, Array]) -> Float[Array, "b t m"]:
         """The weighted sum of the experts, given the matrices and biases of all."""
-        (shape, count), flat = (tokens[0].shape, self.config.experts), (a.reshape(-1, a.shape[-1]) for a in tokens)
-        x, weights, experts = flat
+        shape, count = tokens[0].shape, self.config.experts
+        x, weights, experts = (array.reshape(-1, array.shape[-1]) for array in tokens)
         groups = ops.sort_by_expert(experts, count, ops.choose_tile(experts.size, count))
 
         def apply(x: Array, name: str) -> Array:

@@ -43,6 +43,11 @@ class Implementation(NamedTuple):
     verified_on: frozenset[str] | None = None
     kernel: exchange.Kernel | None = None
 
+    def reason_against(self, call: AttentionCall, impl: str) -> str | None:
+        """Why it does not compute a call for the implementation that is asked for, or None."""
+        reason = self.unsupported_reason(call)
+        return self.unverified_reason(call) if reason is None and impl == "auto" else reason
+
     def unverified_reason(self, call: AttentionCall) -> str | None:
         """Why "auto" does not use it for a call that it supports, or None."""
         if self.verified_on is None or call.interpret:
@@ -202,11 +207,9 @@ def _find_kernel(impl: str, call: AttentionCall) -> tuple[AttentionCall, exchang
     for chosen in IMPLEMENTATIONS:
         if chosen.kernel is None or impl not in ("auto", chosen.name):
             continue
-        reason = chosen.unsupported_reason(call)
+        reason = chosen.reason_against(call, impl)
         if reason is None and not chosen.kernel.list_sides(tokens):
             reason = f"{tokens} tokens of a shard are not a multiple of {chosen.kernel.sides[0]}"
-        if reason is None and impl == "auto":
-            reason = chosen.unverified_reason(call)
         if reason is None:
             return _prepare(chosen, call), chosen.kernel
         reasons[chosen.name] = reason
@@ -268,9 +271,7 @@ def _choose(impl: str, call: AttentionCall) -> Implementation:
         raise ImplementationError("impl", f"{impl!r} is not one of auto, {', '.join(by_name)}")
     reasons = {}
     for name in _preferences(call) if impl == "auto" else (impl,):
-        reason = by_name[name].unsupported_reason(call)
-        if reason is None and impl == "auto":
-            reason = by_name[name].unverified_reason(call)
+        reason = by_name[name].reason_against(call, impl)
         if reason is None:
             return by_name[name]
         reasons[name] = reason

@@ -19,11 +19,16 @@ AXIS = "sequence"
 HEAD_AXIS = "tensor"  # mesh axis over which heads or channels are sharded, and no tokens
 
 
-def shard_count() -> int:
-    """Number of shards of a sequence on the current mesh (`jax.set_mesh`); 1 without one, and in `map_shards`."""
+def compiler_axes() -> dict[str, int]:
+    """Sizes of the axes of the current mesh (`jax.set_mesh`) over which the compiler partitions arrays."""
     mesh = jax.sharding.get_abstract_mesh()
-    kinds = dict(zip(mesh.axis_names, mesh.axis_types, strict=True))
-    return mesh.shape[AXIS] if kinds.get(AXIS) == AxisType.Auto else 1
+    kinds = zip(mesh.axis_names, mesh.axis_types, strict=True)
+    return {axis: mesh.shape[axis] for axis, kind in kinds if kind == AxisType.Auto}
+
+
+def shard_count() -> int:
+    """Number of shards of a sequence on the current mesh; 1 without one, and in `map_shards`."""
+    return compiler_axes().get(AXIS, 1)
 
 
 def map_shards(
@@ -116,16 +121,13 @@ def map_tokens(
     Returns:
       The results [b, t, ...].
     """
-    mesh = jax.sharding.get_abstract_mesh()
-    kinds = dict(zip(mesh.axis_names, mesh.axis_types, strict=True))
-    axes = [axis for axis, kind in kinds.items() if kind == AxisType.Auto and axis != HEAD_AXIS]
-    rows, columns = tuple(axis for axis in axes if axis != AXIS), tuple(axis for axis in axes if axis == AXIS)
-    b, t = jax.tree.leaves(tokens)[0].shape[:2]
-    counts = [math.prod(mesh.shape[axis] for axis in part) for part in (rows, columns)]
-    if counts == [1, 1] or b % counts[0] or t % counts[1]:
+    sizes, (b, t) = compiler_axes(), jax.tree.leaves(tokens)[0].shape[:2]
+    rows = tuple(axis for axis in sizes if axis not in (AXIS, HEAD_AXIS))
+    columns, counts = (AXIS,) if AXIS in sizes else (), (math.prod(sizes[axis] for axis in rows), shard_count())
+    if counts == (1, 1) or b % counts[0] or t % counts[1]:
         return function(tokens, replicated)
     spec = PartitionSpec(rows, columns)
-    return _map_devices(function, tokens, replicated, spec, spec, set(axes))
+    return _map_devices(function, tokens, replicated, spec, spec, {*rows, *columns})
 
 
 def shard_index() -> Int[Array, ""]:

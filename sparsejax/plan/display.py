@@ -58,6 +58,8 @@ def _print_collectives(plan: Plan, console: Console) -> None:
     names = sorted({*account, *(compiled or ())})
     columns = ["GiB received per device and step", "account"] + ([] if compiled is None else ["compiler"])
     rows = [(name, _gib(account[name]), *([] if compiled is None else [_gib(compiled[name])])) for name in names]
+    if plan.compiled is not None and compiled is None:
+        print_lines(console, "the compiler cannot print its program: its collectives are not counted")
     if rows:
         print_table(console, columns, rows, texts=1, keys=1)
 

@@ -207,6 +207,13 @@ class _Builder:
         if (n := self.count(axes)) > 1:
             self.work[self.label].received[name] += self.times * operand * share(n)
 
+    def reduce_gradient(self, size: float, like: Spec, summed: set[str]) -> set[str]:
+        """Counts the sum of `size` bytes of a parameter's gradient; returns the axes over which it is scattered."""
+        scattered = set() if self.on_cpu else _axes_of(like) & summed
+        self.receive("reduce_scatter", size, scattered)
+        self.receive("psum", size / self.count(scattered), summed - scattered)
+        return scattered
+
     def gather(self, value: Value, axes: Iterable[str]) -> Value:
         """The value without these axes, which an all-gather removes."""
         axes = set(axes) & {name for names in value.spec for name in names}
@@ -360,14 +367,9 @@ def _collective(builder: _Builder, equation: Any, inputs: Sequence[Value]) -> li
     for value, variable in zip(inputs, equation.outvars, strict=True):
         like = builder.gradients.get(value.shape) if name == "psum" and builder.backward else None
         if like is not None and _axes_of(like) & set(axes):  # the gradient of a parameter that shards read whole
-            scattered = _axes_of(like) & set(axes) if not builder.on_cpu else set()
-            builder.receive("reduce_scatter", value.bytes, scattered)
-            builder.receive("psum", value.bytes / builder.count(scattered), set(axes) - scattered)
-            outputs.append(
-                builder.make(
-                    variable.aval, _join([(value.spec, range(len(like))), (like, range(len(like)))], len(like))
-                )
-            )
+            builder.reduce_gradient(value.bytes, like, set(axes))
+            rank = len(like)
+            outputs.append(builder.make(variable.aval, _join([(value.spec, range(rank)), (like, range(rank))], rank)))
             continue
         builder.receive(name, value.bytes, axes)
         same = len(value.shape) == len(variable.aval.shape)
@@ -406,9 +408,7 @@ def _dot(builder: _Builder, equation: Any, inputs: Sequence[Value]) -> list[Valu
     copied = _copied_bytes(builder, values, contract)
     like = builder.gradients.get(tuple(variable.aval.shape))
     if like is not None and summed and not batch[0]:  # the gradient of a parameter
-        scattered = (_axes_of(like) - _axes_of(spec)) & summed if not builder.on_cpu else set()
-        builder.receive("reduce_scatter", product.bytes, scattered)
-        builder.receive("psum", product.bytes / builder.count(scattered), summed - scattered)
+        scattered = builder.reduce_gradient(product.bytes, like, summed)
         result = builder.make(variable.aval, _join([(spec, range(rank)), (like, range(rank))], rank))
         return builder.add("dot_general", values, [result], copied + (product.bytes if scattered else 0))
     builder.receive("psum", product.bytes, summed)
@@ -543,10 +543,8 @@ def _scatter(builder: _Builder, equation: Any, inputs: Sequence[Value]) -> list[
     if like is None or not summed:
         return builder.emit(equation, inputs, spec)
     table = builder.make(equation.outvars[0].aval, like)
-    scattered = set() if builder.on_cpu else _axes_of(like) & summed
-    whole = table.bytes * builder.count(scattered)
-    builder.receive("reduce_scatter", whole, scattered)
-    builder.receive("psum", table.bytes, summed - scattered)
+    whole = table.bytes * (1 if builder.on_cpu else builder.count(_axes_of(like) & summed))
+    scattered = builder.reduce_gradient(whole, like, summed)
     return builder.add("scatter", inputs, [table], whole if scattered else 0)
 
 

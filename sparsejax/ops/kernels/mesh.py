@@ -8,11 +8,11 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
-from jax.sharding import AxisType, PartitionSpec
+from jax.sharding import PartitionSpec
 from jaxtyping import Array
 
 from sparsejax.ops.call import AttentionCall
-from sparsejax.ops.sequence import HEAD_AXIS
+from sparsejax.ops.sequence import HEAD_AXIS, compiler_axes
 
 
 class DeviceAxes(NamedTuple):
@@ -25,8 +25,7 @@ class DeviceAxes(NamedTuple):
 
 def device_axes(sequences: int, heads: int) -> DeviceAxes | None:
     """The axes that divide the sequences and the heads; None if the compiler has nothing to partition."""
-    mesh = jax.sharding.get_abstract_mesh()
-    auto = [axis for axis, kind in zip(mesh.axis_names, mesh.axis_types, strict=True) if kind == AxisType.Auto]
+    mesh, auto = jax.sharding.get_abstract_mesh(), list(compiler_axes())
     if not auto or mesh.size == 1:
         return None
     by_sequence, by_head = ([axis for axis in auto if (axis == HEAD_AXIS) == of_head] for of_head in (False, True))
