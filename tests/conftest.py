@@ -4,13 +4,14 @@ import tempfile
 
 from jaxtyping import install_import_hook
 
+from tests.devices import FAST_COMPILATION
+
 # Shapes and types of every annotated function in these packages are checked when tests call it.
 CHECKED = ["ops", "layers", "embedding", "model", "inference.evaluation", "runs", "train"]
 install_import_hook([f"sparsejax.{name}" for name in CHECKED], "beartype.beartype")
 
-# Most of the time of a test is compilation, of which LLVM's optimizations are a third. The nightly run keeps them.
-if "xla_backend_optimization_level" not in os.environ.get("XLA_FLAGS", ""):
-    os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_backend_optimization_level=0".strip()
+if "xla_backend_optimization_level" not in os.environ.get("XLA_FLAGS", ""):  # which a nightly run sets
+    os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {FAST_COMPILATION}".strip()
 
 # No test reads or writes the record of `sparsejax doctor` in the user's cache.
 os.environ["SPARSEJAX_CACHE_DIR"] = tempfile.mkdtemp(prefix="sparsejax-cache-")

@@ -33,6 +33,7 @@ from sparsejax.ops.selection import Selection
 from sparsejax.ops.verification import write_record
 from sparsejax.patterns import Pattern, parse
 from sparsejax.patterns.library import NAMES
+from tests.devices import simulate
 from tests.messages import check_message, rejects
 from tests.patterns.strategies import patterns_with_heads, shared_patterns
 from tests.tolerances import assert_close, assert_norm_close
@@ -454,9 +455,8 @@ for impl in sys.argv[1:]:
 
 
 def test_batch_and_heads_on_eight_devices_need_no_exchange():
-    devices = {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": "--xla_force_host_platform_device_count=8"}
     command = [sys.executable, "-c", SHARDED, *sorted(SUPPORT_ALL)]
-    run = subprocess.run(command, env=os.environ | devices, capture_output=True)
+    run = subprocess.run(command, env=os.environ | simulate(8), capture_output=True)
     assert run.returncode == 0, run.stderr.decode()
 
 

@@ -13,6 +13,7 @@ import pytest
 
 from sparsejax.errors import InputError
 from sparsejax.ops import selective_scan
+from tests.devices import simulate
 from tests.messages import rejects
 from tests.tolerances import assert_close
 
@@ -388,6 +389,5 @@ for x, y in zip(jax.tree.leaves(results), jax.tree.leaves(expected), strict=True
 
 
 def test_each_device_of_a_mesh_computes_its_sequences_and_channels():
-    devices = {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": "--xla_force_host_platform_device_count=8"}
-    run = subprocess.run([sys.executable, "-c", SHARDED], env=os.environ | devices, capture_output=True)
+    run = subprocess.run([sys.executable, "-c", SHARDED], env=os.environ | simulate(8), capture_output=True)
     assert run.returncode == 0, run.stderr.decode()

@@ -16,6 +16,7 @@ from sparsejax.ops import IMPLEMENTATIONS, attend, attend_cached, linear_scan, s
 from sparsejax.ops.experts import dispatch, multiply, sort_by_expert
 from sparsejax.ops.reference import attend_reference
 from sparsejax.patterns import PatternError, parse
+from tests.devices import simulate
 from tests.messages import rejects
 from tests.ops.test_attend import SUPPORT_ALL, Case, attend_by, counts_of, draw_inputs
 from tests.tolerances import assert_close
@@ -283,13 +284,8 @@ print(json.dumps(errors))
 
 
 def test_shard_map_with_its_default_checks():
-    devices = {
-        "JAX_PLATFORMS": "cpu",
-        "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
-        "XLA_FLAGS": "--xla_force_host_platform_device_count=2",
-    }
     command, root = [sys.executable, "-c", IN_SHARD_MAP], Path(__file__).parents[2]
-    run = subprocess.run(command, env=os.environ | devices, cwd=root, capture_output=True, text=True)
+    run = subprocess.run(command, env=os.environ | simulate(2), cwd=root, capture_output=True, text=True)
     assert run.returncode == 0, run.stderr
     errors = json.loads(run.stdout.splitlines()[-1])
     assert len(errors) > 14

@@ -214,7 +214,7 @@ def recurrence(op, length, shards, packed, initial):
         ),
     }[op]
     state = state if initial else None
-    y, last = run(*arguments, state=state, starts=starts, chunk=8)
+    y, last = jax.eval_shape(lambda arguments: run(*arguments, state=state, starts=starts, chunk=8), arguments)
     weights = normal(*y.shape), normal(*last.shape)
 
     def total(arguments, state):

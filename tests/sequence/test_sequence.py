@@ -11,11 +11,8 @@ import pytest
 
 from sparsejax.presets import find_preset, list_presets
 from tests.check.models import MIXERS, VARIANTS
+from tests.devices import simulate
 
-FLAGS = (
-    "--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0"
-    " --xla_llvm_disable_expensive_passes=true"
-)
 FLOAT64, FLOAT32 = 1e-10, 2e-5
 
 ATTENTION = [  # pattern, length, shards, packed
@@ -66,9 +63,10 @@ MODELS = [  # config, length, shards, packed
 
 def compute(test, cases):
     """The results of a test of the program for each case."""
-    environment = os.environ | {"XLA_FLAGS": FLAGS, "JAX_PLATFORMS": "cpu"}
     command = [sys.executable, "-m", "tests.sequence.program", test]
-    done = subprocess.run(command, input=json.dumps(cases), capture_output=True, text=True, env=environment)
+    done = subprocess.run(
+        command, input=json.dumps(cases), capture_output=True, text=True, env=os.environ | simulate(8)
+    )
     assert done.returncode == 0, done.stderr
     return [json.loads(line) for line in done.stdout.splitlines()]
 

@@ -19,6 +19,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
+from tests.devices import simulate
+
 SOURCE = Path(__file__).with_name("faults.c")
 MODULES = ("train", "report", "data_show")  # verbs that are imported before the first fork
 
@@ -48,11 +50,9 @@ class Server:
         self._folder, self._library = folder, library
 
     def __enter__(self) -> Server:
-        variables = {
+        variables = simulate(1) | {
             "JAX_COMPILATION_CACHE_DIR": str(self._folder / "compiled"),
             "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
-            "JAX_PLATFORMS": "cpu",
-            "XLA_FLAGS": "--xla_backend_optimization_level=0",
             "NPROC": "2",  # sums are split by the number of threads
             "LD_PRELOAD": str(self._library),
         }

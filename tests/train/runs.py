@@ -18,6 +18,7 @@ from sparsejax import config as configs
 from sparsejax.train import train
 from sparsejax.train.writers import Writers
 from sparsejax.workdir import Workdir, read_rows
+from tests.devices import simulate
 
 RECIPE = Path(__file__).with_name("recipe.py")
 COMPILED = tempfile.TemporaryDirectory(prefix="sparsejax-compiled-")  # every run compiles the same few programs
@@ -64,9 +65,8 @@ def send_signal_at(monkeypatch, step: int) -> None:
 
 def environment(devices: int = 1) -> dict[str, str]:
     """Returns the variables of a process that compiles quickly, for `devices` devices on the CPU."""
-    flags = f"--xla_force_host_platform_device_count={devices} --xla_backend_optimization_level=0"
     cache = {"JAX_COMPILATION_CACHE_DIR": COMPILED.name, "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}
-    return cache | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags}
+    return cache | simulate(devices)
 
 
 def start(*arguments: str, devices: int = 1, program: tuple[str, ...] = ("-m", "sparsejax")) -> subprocess.Popen:

@@ -17,6 +17,7 @@ from sparsejax.ops import attend
 from sparsejax.ops.call import AttentionCall
 from sparsejax.ops.kernels import tpu
 from sparsejax.patterns import parse
+from tests.devices import simulate
 from tests.messages import check_message, rejects
 from tests.ops.test_attend import CHOICES, Case, check
 from tests.tolerances import assert_close
@@ -148,8 +149,7 @@ for x, y in zip(results, expected, strict=True):
 
 @pytest.mark.parametrize("keys", ["pattern", pytest.param("choice", marks=pytest.mark.nightly)])
 def test_each_device_of_a_mesh_computes_its_sequences_and_heads(keys):
-    devices = {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": "--xla_force_host_platform_device_count=8"}
-    run = subprocess.run([sys.executable, "-c", SHARDED, keys], env=os.environ | devices, capture_output=True)
+    run = subprocess.run([sys.executable, "-c", SHARDED, keys], env=os.environ | simulate(8), capture_output=True)
     assert run.returncode == 0, run.stderr.decode()
 
 
