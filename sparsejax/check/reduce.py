@@ -16,6 +16,7 @@ MAX_PARAMETERS = 4_000_000  # of a model that is checked as it is
 TILE = 64  # of layouts
 SHORTEST = 2 * TILE + 3  # crosses the edges of both sizes of tiles
 WIDTH, VOCAB = 64, 256
+KEY_HEADS = 2  # largest number of key/value heads
 # Largest value per field of the sections of a layer. Numbers of heads are reduced by `_reduce_heads`.
 LIMITS = {
     "width": 64,
@@ -146,10 +147,11 @@ def _reduce_heads(section: Any) -> Iterator[tuple[str, int]]:
     for name in ("kv_heads", "key_heads", "groups"):
         fewer = getattr(section, name, None)
         if isinstance(fewer, int):
-            yield name, min(fewer, 2)
-            yield "heads", heads // fewer * min(fewer, 2)
+            yield name, min(fewer, KEY_HEADS)
+            yield "heads", heads // fewer * min(fewer, KEY_HEADS)
             return
-    yield "heads", min(heads, 4)
+    per_key_head = getattr(section, "scope", None) == "kv_head"  # such as the heads of an indexer
+    yield "heads", min(heads, KEY_HEADS if per_key_head else 4)
 
 
 def _fields(value: Any) -> list[str]:

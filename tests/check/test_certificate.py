@@ -241,6 +241,13 @@ def test_a_large_model_is_checked_in_a_copy():
     ]
 
 
+@pytest.mark.parametrize("source", ["preset:minimax_m3", "configs/selection.py:paper"])
+def test_a_copy_has_an_index_head_per_key_head(source):
+    run = configs.check(configs.load(source, {}))
+    copy, _ = reduce(run.model)
+    copy.check(choose_length(copy, run.data.length))
+
+
 @pytest.mark.parametrize(
     ("pattern", "edge"),
     [("causal & window(300)", 300), ("causal & chunk(500)", 500), ("causal & (window(20) | sink(4))", 20)],
