@@ -28,6 +28,7 @@ from sparsejax.ops.softmax import MASKED, log_multiplicity, log_sum, softcap, ze
 from sparsejax.patterns import Pattern
 
 CHUNK = 128  # queries that attend to a block at a time
+BATCH = 512  # keys of the chunks of a step: XLA:CPU divides the products of several chunks among its threads
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,6 +43,11 @@ class Plan:
     softcap: float | None
     dtype: jnp.dtype
     q_offset: int
+
+    @property
+    def batch(self) -> int:
+        """Number of chunks per step."""
+        return max(1, BATCH // self.size)
 
 
 class Lists(NamedTuple):
@@ -102,6 +108,7 @@ class Sequence(NamedTuple):
       groups: Chosen blocks.
       of_key: Block of each key.
       starts: First key of each block.
+      lists: The pairs of queries and blocks.
     """
 
     q: Float[Array, "*p t g r d"]
@@ -114,6 +121,7 @@ class Sequence(NamedTuple):
     groups: Int[Array, "*p t k"]
     of_key: Int[Array, "*p s"]
     starts: Int[Array, "*p n"]
+    lists: Lists | None = None
 
 
 def run(
@@ -159,103 +167,125 @@ def run(
     return join(out).astype(call.q.dtype), join(lse)
 
 
-class _Chunk(NamedTuple):
-    """Queries that attend to one block.
+class _Batch(NamedTuple):
+    """Chunks of queries, each of which attends to one block.
 
     Attributes:
-      first: First of their pairs.
+      firsts: First pair of each chunk; past the last pair if the chunk does not exist.
       rows: The queries; arbitrary where the mask is False.
-      start: First key of the block.
+      starts: First key of each block.
       mask: Allowed pairs.
       bias: Added to the scores: the logarithms of the pattern's multiplicities, and ALiBi.
     """
 
-    first: Int[Array, ""]
-    rows: Int[Array, " c"]
-    start: Int[Array, ""]
-    mask: Bool[Array, "c size"]
-    bias: Float[Array, "#g #r #c #size"] | float
+    firsts: Int[Array, " n"]
+    rows: Int[Array, "n c"]
+    starts: Int[Array, " n"]
+    mask: Bool[Array, "n c 1 size"]
+    bias: Float[Array, "#g #n #c #r #size"] | float
 
 
-def _load(plan: Plan, x: Sequence, lists: Lists, chunk: Int[Array, ""]) -> _Chunk:
-    block, first = lists.blocks[chunk], lists.firsts[chunk]
-    pairs = first + jnp.arange(CHUNK)
+def _load(plan: Plan, x: Sequence, step: Int[Array, ""]) -> _Batch:
+    lists = x.lists
+    chunks = step * plan.batch + jnp.arange(plan.batch)
+    blocks, firsts, ends = (y.at[chunks].get(mode="clip") for y in (lists.blocks, lists.firsts, lists.ends))
+    firsts, starts = jnp.where(chunks < lists.chunks, firsts, len(lists.queries)), x.starts[blocks]
+    pairs, keys = firsts[:, None] + jnp.arange(CHUNK), starts[:, None] + jnp.arange(plan.size)
     rows = lists.queries.at[pairs].get(mode="clip")
-    keys = x.starts[block] + jnp.arange(plan.size)
-    mask = (pairs < lists.ends[chunk])[:, None] & (x.of_key.at[keys].get(mode="clip") == block) & (keys < plan.s)
-    queries = rows[:, None] + x.first
-    mask &= plan.pattern.allows(queries, keys, plan.t, plan.s)
+    mask = ((x.of_key.at[keys].get(mode="clip") == blocks[:, None]) & (keys < plan.s))[:, None]
+    queries, keys = rows[..., None] + x.first, keys[:, None]
+    mask &= (pairs < ends[:, None])[..., None] & plan.pattern.allows(queries, keys, plan.t, plan.s)
     if x.ids is not None:
-        mask &= x.ids[0][rows][:, None] == x.ids[1].at[keys].get(mode="clip")
+        mask &= x.ids[0][rows][..., None] == x.ids[1].at[keys].get(mode="clip")
     bias = log_multiplicity(plan.pattern, queries, keys, plan.t, plan.s)
+    bias = bias if isinstance(bias, float) else bias[:, :, None]
     if x.slopes is not None:
-        bias = bias - x.slopes[..., None, None] * abs(queries + plan.q_offset - keys)
-    return _Chunk(first, rows, x.starts[block], mask, bias)
+        distances = abs(queries + plan.q_offset - keys)
+        bias = bias - x.slopes[:, None, None, :, None] * distances[:, :, None]
+    return _Batch(firsts, rows, starts, mask[:, :, None], bias)
 
 
-def _score(plan: Plan, q: Float[Array, "c g r d"], k: Float[Array, "size g d"]) -> Float[Array, "g r c size"]:
-    return softcap(jnp.einsum("cgrd,kgd->grck", q, k) * plan.scale, plan.softcap)
+# Inside a batch: queries [g, n, c, r, d] and blocks of keys [g, n, size, d]. XLA:CPU copies a transposed operand of a
+# product, so keys are transposed once before the loop (kt, vt), and their gradients after it (dkt, dvt).
 
 
-def _slice(x: Float[Array, " s *rest"], start: Int[Array, ""], size: int) -> Float[Array, " size *rest"]:
-    return jax.lax.dynamic_slice_in_dim(x, start, size)
+def _product(plan: Plan, q: Float[Array, "g n c r d"], kt: Float[Array, "g n d size"]) -> Float[Array, "g n c r size"]:
+    return jnp.einsum("gncrd,gndk->gncrk", q, kt) * plan.scale
 
 
-def _pad(x: Float[Array, " s *rest"], size: int, dtype: jnp.dtype) -> Float[Array, " padded *rest"]:
-    """Appends zeros, so that a slice of a short block stays inside."""
-    return jnp.pad(x.astype(dtype), ((0, size), *((0, 0),) * (x.ndim - 1)))
+def _take(x: Float[Array, "g _ _"], starts: Int[Array, " n"], size: int, axis: int = 1) -> Float[Array, "g n _ _"]:
+    """Slices of a block each, along an axis of the keys."""
+    return jax.vmap(functools.partial(jax.lax.dynamic_slice_in_dim, x, slice_size=size, axis=axis), out_axes=1)(starts)
+
+
+def _put(x: Float[Array, "g pairs *rest"], new: Float[Array, "g n c *rest"], starts: Int[Array, " n"]) -> Array:
+    """Writes chunks in order: what is after the pairs of a block, the next chunk writes again."""
+    for chunk in range(len(starts)):
+        x = jax.lax.dynamic_update_slice_in_dim(x, new[:, chunk], starts[chunk], axis=1)
+    return x
+
+
+def _add(xt: Float[Array, "g d s"], tiles: Float[Array, "g n d size"], starts: Int[Array, " n"]) -> Array:
+    """Adds tiles in order, since chunks may have the same block."""
+    for chunk in range(len(starts)):
+        tile = jax.lax.dynamic_slice_in_dim(xt, starts[chunk], tiles.shape[3], axis=2) + tiles[:, chunk]
+        xt = jax.lax.dynamic_update_slice_in_dim(xt, tile, starts[chunk], axis=2)
+    return xt
+
+
+def _arrange(x: Float[Array, " n g *rest"], dtype: jnp.dtype, padding: int = 0) -> Float[Array, "g padded *rest"]:
+    """Moves the heads to the front, and appends zeros, so that a slice of a short block stays inside."""
+    return jnp.moveaxis(jnp.pad(x.astype(dtype), ((0, padding), *((0, 0),) * (x.ndim - 1))), 1, 0)
 
 
 def _forward_sequence(loop: Callable[..., Any], plan: Plan, x: Sequence) -> tuple[Array, Array]:
-    lists = list_pairs(x.groups, len(x.starts))
-    q, k, v = x.q.astype(plan.dtype), _pad(x.k, plan.size, plan.dtype), _pad(x.v, plan.size, plan.dtype)
-    pairs = x.groups.size + CHUNK
+    q = _arrange(x.q, plan.dtype)
+    k, v = (_arrange(y, plan.dtype, plan.size) for y in (x.k, x.v))
+    kt = k.mT
 
-    def attend(chunk: Array, parts: tuple[Array, Array]) -> tuple[Array, Array]:
-        at = _load(plan, x, lists, chunk)
-        scores = _score(plan, q[at.rows], _slice(k, at.start, plan.size))
+    def attend(step: Array, parts: tuple[Array, Array]) -> tuple[Array, Array]:
+        at = _load(plan, x, step)
+        scores = softcap(_product(plan, q[:, at.rows], _take(kt, at.starts, plan.size, axis=2)), plan.softcap)
         scores = jnp.where(at.mask, scores + at.bias, MASKED)
         m = scores.max(axis=-1)
         m = jnp.where(m > MASKED / 2, m, 0.0)
         p = jnp.exp(scores - m[..., None])
         l = p.sum(axis=-1)
-        out = jnp.einsum("grck,kge->cgre", p, _slice(v, at.start, plan.size))
-        l, m = (jnp.moveaxis(y, -1, 0) for y in (l, m))
+        out = jnp.einsum("gncrk,gnke->gncre", p, _take(v, at.starts, plan.size))
         out = out / jnp.where(l == 0, 1.0, l)[..., None]
-        new = out, log_sum(m, l)
-        return tuple(  # what is after the pairs of the block are written again by the next chunk
-            jax.lax.dynamic_update_slice_in_dim(part, y, at.first, 0) for part, y in zip(parts, new, strict=True)
-        )
+        return _put(parts[0], out, at.firsts), _put(parts[1], log_sum(m, l), at.firsts)
 
-    shape = (pairs, *x.q.shape[1:-1])
+    g, _, r, _ = q.shape
+    shape = g, x.groups.size + CHUNK, r
     empty = jnp.zeros((*shape, v.shape[-1]), plan.dtype), jnp.full(shape, -jnp.inf, plan.dtype)
-    outs, lses = loop(lists, attend, empty)
-    return _merge(lists.order, x.groups, outs, lses, x.sink)
+    outs, lses = loop(plan.batch, x.lists, attend, empty)
+    out, lse = _merge(x.lists.order, x.groups, outs, lses, x.sink)
+    return jnp.moveaxis(out, 0, 1), jnp.moveaxis(lse, 0, 1)
 
 
 def _merge(
     order: Int[Array, "t k"],
     groups: Int[Array, "t k"],
-    outs: Float[Array, "pairs g r value"],
-    lses: Float[Array, "pairs g r"],
+    outs: Float[Array, "g pairs r value"],
+    lses: Float[Array, "g pairs r"],
     sink: Float[Array, "g r"] | None,
-) -> tuple[Float[Array, "t g r value"], Float[Array, "t g r"]]:
+) -> tuple[Float[Array, "g t r value"], Float[Array, "g t r"]]:
     """The output and the log-sum-exp of each query from those of its pairs."""
-    lse = jnp.where((groups >= 0)[..., None, None], lses[order], -jnp.inf)  # [t, k, g, r]
-    m = lse.max(axis=1)
-    m = m if sink is None else jnp.maximum(m, sink)
+    lse = jnp.where((groups >= 0)[..., None], lses[:, order], -jnp.inf)  # [g, t, k, r]
+    m = lse.max(axis=2)
+    m = m if sink is None else jnp.maximum(m, sink[:, None])
     m = jnp.where(m > -jnp.inf, m, 0.0)
-    weights = jnp.exp(lse - m[:, None])
-    l = weights.sum(axis=1)
-    l = l if sink is None else l + jnp.exp(sink - m)
-    weights = weights / jnp.where(l == 0, 1.0, l)[:, None]
+    weights = jnp.exp(lse - m[:, :, None])
+    l = weights.sum(axis=2)
+    l = l if sink is None else l + jnp.exp(sink[:, None] - m)
+    weights = weights / jnp.where(l == 0, 1.0, l)[:, :, None]
 
     def add(out: Array, part: tuple[Array, Array]) -> tuple[Array, None]:
         index, weight = part
-        return out + weight[..., None] * jnp.where(weight[..., None] == 0, 0.0, outs[index]), None
+        return out + weight[..., None] * jnp.where(weight[..., None] == 0, 0.0, outs[:, index]), None
 
     zeros = jnp.zeros((*m.shape, outs.shape[-1]), outs.dtype)
-    out, _ = jax.lax.scan(add, zeros, (order.T, jnp.moveaxis(weights, 1, 0)))
+    out, _ = jax.lax.scan(add, zeros, (order.T, jnp.moveaxis(weights, 2, 0)))
     return out, log_sum(m, l)
 
 
@@ -263,51 +293,48 @@ def _backward_sequence(
     loop: Callable[..., Any], plan: Plan, x: Sequence, lse: Array, delta: Array, d_out: Array
 ) -> tuple[Array, ...]:
     """Gradients of q, k and v from delta = sum(out * d_out) - d_lse."""
-    lists = list_pairs(x.groups, len(x.starts))
-    q, k = zero_nan(x.q).astype(plan.dtype), _pad(zero_nan(x.k), plan.size, plan.dtype)
-    v = _pad(x.v, plan.size, plan.dtype)
+    q, d_out, lse, delta = (_arrange(y, plan.dtype) for y in (zero_nan(x.q), d_out, lse, delta))
+    k, v = (_arrange(y, plan.dtype, plan.size) for y in (zero_nan(x.k), x.v))
+    kt, vt = k.mT, v.mT
 
-    def differentiate(chunk: Array, carry: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
-        dq, dk, dv = carry
-        at = _load(plan, x, lists, chunk)
-        q_rows, do = q[at.rows], d_out[at.rows]
-        row_lse, row_delta = (jnp.moveaxis(y[at.rows], 0, -1)[..., None] for y in (lse, delta))
-        k_tile, v_tile = (_slice(y, at.start, plan.size) for y in (k, v))
-        scores, score_vjp = jax.vjp(lambda q, k: _score(plan, q, k), q_rows, k_tile)
-        p = jnp.where(at.mask, jnp.exp(scores + at.bias - row_lse), 0.0)
-        dq_rows, dk_tile = score_vjp(p * (jnp.einsum("cgre,kge->grck", do, v_tile) - row_delta))
-        dv_tile = jnp.einsum("grck,cgre->kge", p, do)
-        dq = jax.lax.dynamic_update_slice_in_dim(dq, dq_rows, at.first, 0)
+    def differentiate(step: Array, carry: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
+        dq, dkt, dvt = carry
+        at = _load(plan, x, step)
+        kt_tiles, vt_tiles = (_take(y, at.starts, plan.size, axis=2) for y in (kt, vt))
+        q_rows, do, row_lse, row_delta = q[:, at.rows], d_out[:, at.rows], lse[:, at.rows], delta[:, at.rows]
+        scores, softcap_vjp = jax.vjp(functools.partial(softcap, limit=plan.softcap), _product(plan, q_rows, kt_tiles))
+        p = jnp.where(at.mask, jnp.exp(scores + at.bias - row_lse[..., None]), 0.0)
+        (ds,) = softcap_vjp(p * (jnp.einsum("gncre,gnek->gncrk", do, vt_tiles) - row_delta[..., None]))
+        ds = ds * plan.scale
+        dq_rows = jnp.einsum("gncrk,gnkd->gncrd", ds, _take(k, at.starts, plan.size))
+        dkt_tiles = jnp.einsum("gncrd,gncrk->gndk", q_rows, ds)
+        dvt_tiles = jnp.einsum("gncre,gncrk->gnek", do, p)
+        return _put(dq, dq_rows, at.firsts), _add(dkt, dkt_tiles, at.starts), _add(dvt, dvt_tiles, at.starts)
 
-        def add(y: Array, tile: Array) -> Array:
-            return jax.lax.dynamic_update_slice_in_dim(y, _slice(y, at.start, plan.size) + tile, at.start, 0)
-
-        return dq, add(dk, dk_tile), add(dv, dv_tile)
-
-    dq = jnp.zeros((x.groups.size + CHUNK, *q.shape[1:]), plan.dtype)
-    zeros = dq, jnp.zeros_like(k), jnp.zeros_like(v)
-    parts, dk, dv = loop(lists, differentiate, zeros)
+    g, _, r, d = q.shape
+    zeros = jnp.zeros((g, x.groups.size + CHUNK, r, d), plan.dtype), jnp.zeros_like(kt), jnp.zeros_like(vt)
+    parts, dkt, dvt = loop(plan.batch, x.lists, differentiate, zeros)
 
     def add(dq: Array, part: tuple[Array, Array]) -> tuple[Array, None]:
         index, chosen = part
-        return dq + jnp.where(chosen[:, None, None, None], parts[index], 0.0), None
+        return dq + jnp.where(chosen[:, None, None], parts[:, index], 0.0), None
 
-    dq, _ = jax.lax.scan(add, jnp.zeros_like(q), (lists.order.T, (x.groups >= 0).T))
-    return dq, dk[: plan.s], dv[: plan.s]
+    dq, _ = jax.lax.scan(add, jnp.zeros_like(q), (x.lists.order.T, (x.groups >= 0).T))
+    return tuple(jnp.moveaxis(y, 0, 1) for y in (dq, dkt.mT[:, : plan.s], dvt.mT[:, : plan.s]))
 
 
-def _loop_fast(lists: Lists, body: Callable[[Array, Any], Any], carry: Any) -> Any:
+def _loop_fast(batch: int, lists: Lists, body: Callable[[Array, Any], Any], carry: Any) -> Any:
     """Visits the chunks that exist; JAX does not differentiate a loop of unknown length in reverse mode."""
-    return jax.lax.fori_loop(0, lists.chunks, body, carry)
+    return jax.lax.fori_loop(0, -(-lists.chunks // batch), body, carry)
 
 
-def _loop_differentiable(lists: Lists, body: Callable[[Array, Any], Any], carry: Any) -> Any:
+def _loop_differentiable(batch: int, lists: Lists, body: Callable[[Array, Any], Any], carry: Any) -> Any:
     """Visits as many chunks as there can be, and skips those that do not exist."""
 
-    def visit(carry: Any, chunk: Array) -> tuple[Any, None]:
-        return jax.lax.cond(chunk < lists.chunks, body, lambda _, carry: carry, chunk, carry), None
+    def visit(carry: Any, step: Array) -> tuple[Any, None]:
+        return jax.lax.cond(step * batch < lists.chunks, body, lambda _, carry: carry, step, carry), None
 
-    return jax.lax.scan(visit, carry, jnp.arange(len(lists.blocks)))[0]
+    return jax.lax.scan(visit, carry, jnp.arange(-(-len(lists.blocks) // batch)))[0]
 
 
 def _per_sequence(function: Callable[..., tuple[Array, ...]]) -> Callable[..., tuple[Array, ...]]:
@@ -345,15 +372,23 @@ def differentiable(
         arrays, out, lse = residuals
         x, (d_out, d_lse) = Sequence(*arrays), cotangents
         bad = jnp.isnan(lse)  # rows of NaN, which have no gradient
-        d_out, out = (jnp.where(bad[..., None], 0, y) for y in (d_out, out))
-        delta = (out * d_out).sum(axis=-1) - jnp.where(bad, 0, d_lse)
+        d_out = jnp.where(bad[..., None], 0, d_out)
+        products = jax.lax.map(lambda x: (x[0] * x[1]).sum(axis=-1), (out, d_out))  # of one sequence at a time
+        delta = jnp.where(bad, 0, products - d_lse)
         lse = jnp.where(bad, jnp.inf, jnp.where(lse > -jnp.inf, lse, 0.0))
         dq, dk, dv = backward(plan, x, lse, delta, d_out)
         d_sink = None if x.sink is None else -(jnp.exp(x.sink[:, None] - lse) * delta).sum(axis=1)
         grads = (y.astype(z.dtype) for y, z in zip((dq, dk, dv), (x.q, x.k, x.v), strict=True))
-        return *grads, d_sink, *(None,) * 6
+        return *grads, d_sink, *(None,) * 7
 
     return with_derivatives(attend_forward, attend_backward, lambda plan, *x: forward(plan, Sequence(*x)))
 
 
-attend_blocks = differentiable(_per_sequence(_forward_sequence), _per_sequence(_backward_sequence))
+_attend_blocks = differentiable(_per_sequence(_forward_sequence), _per_sequence(_backward_sequence))
+
+
+def attend_blocks(plan: Plan, *arrays: Any) -> tuple[Array, Array]:
+    """Output and log-sum-exp of the arrays of sequences, by chunks of queries that chose the same block."""
+    x = Sequence(*arrays)
+    lists = jax.lax.map(lambda groups: list_pairs(groups, x.starts.shape[-1]), x.groups)
+    return _attend_blocks(plan, *x._replace(lists=lists))
