@@ -3,7 +3,9 @@
 Cases: `mamba`, 512 channels with a state of 16; `ssd`, 8 heads of width 64 with a state of 64; `ssd_128`, a state of
 128; `lightning`, `ssd` with dt = 1 and B and C per head. Batch size 1, float32, two cores. The plain implementations
 are one `jax.lax.scan` and one `jax.lax.associative_scan` over all positions. The parts of the benchmark are the cases,
-`chunks` (sparsejax by chunk) and `growth` (sparsejax by length).
+`chunks` (sparsejax by chunk), `growth` (sparsejax by length) and `layers`: the loss of a model of four layers of width
+256, and its gradient. TORCH_PYTHON is a Python interpreter with torch and transformers, which runs the models that
+transformers has.
 """
 
 from __future__ import annotations
@@ -18,17 +20,24 @@ import numpy as np
 
 from benchmarks.harness import (
     HEADS,
+    QUICK_REPETITIONS,
+    REPETITIONS,
     WIDTH,
     Contender,
+    OtherProcess,
     Save,
     add_parts,
+    alternate,
     fit_exponents,
     jax_contender,
     pin_cores,
     race,
     relative_error,
     run_parts,
+    timed,
 )
+from sparsejax.config import ModelConfig, build
+from sparsejax.model import Functional
 from sparsejax.ops import selective_scan, ssd
 
 LENGTH = 4096
@@ -36,6 +45,20 @@ GROWTH_LENGTHS = (1024, 2048, 4096, 8192, 16384)
 CHUNKS = (16, 32, 64, 128)
 CHANNELS, STATE = 512, 16
 CASES = {"mamba": STATE, "ssd": 64, "ssd_128": 128, "lightning": 64}  # state size per channel or head
+LAYERS, LAYER_WIDTH, VOCAB, LAYERS_LENGTH = 4, 256, 1024, 2048
+RANGE = {"dt_min": 1e-3, "dt_max": 0.1}
+MIXERS = {
+    "mamba2": {"heads": 8, "head_width": 64, "state": 64, "groups": 1, "conv": 4, "norm_eps": 1e-5, "chunk": 128}
+    | RANGE,
+    "mamba": {"inner": 512, "state": 16, "conv": 4, "dt_rank": 16} | RANGE,
+    "lightning": {"heads": 8, "head_width": 64},
+    "delta": {"heads": 4, "key_heads": 4, "key_width": 64, "value_width": 128, "conv": 4, "norm_eps": 1e-6} | RANGE,
+}
+TORCH_FIELDS = {"vocab_size": VOCAB, "hidden_size": LAYER_WIDTH, "num_hidden_layers": LAYERS, "expand": 2}
+TORCH_MODELS = {
+    "mamba2": {"model_type": "mamba2", "num_heads": 8, "head_dim": 64, "state_size": 64, "n_groups": 1}
+    | {"chunk_size": 128, "tie_word_embeddings": True},
+}
 
 
 def draw_inputs(case: str, length: int) -> tuple[list[jax.Array], list[jax.Array]]:
@@ -150,11 +173,45 @@ def measure_chunks(case: str, length: int, quick: bool) -> dict:
     return {"title": title, "length": length, "contenders": rows, "ratios": ratios}
 
 
+def build_model(kind: str) -> Functional:
+    """Returns a model of four layers of a mixer, without feed-forward parts."""
+    norm = {"kind": "rms", "eps": 1e-6}
+    layer = {"mixer": {"kind": kind} | MIXERS[kind], "mlp": None, "norm": norm, "norm_position": "pre", "remat": "none"}
+    section = {"vocab": VOCAB, "width": LAYER_WIDTH, "schedule": f"{LAYERS}x(mix)", "layers": {"mix": layer}}
+    return Functional(build(ModelConfig, section | {"norm": norm, "tied": True, "dtype": "float32", "scan": False}))
+
+
+def measure_layers(kind: str, length: int, quick: bool, torch: OtherProcess | None) -> dict:
+    """Measures the loss of a model, and the loss with its gradient."""
+    model = build_model(kind)
+    parameters = jax.jit(model.init)(jax.random.key(0))
+    tokens = jnp.asarray(np.random.default_rng(0).integers(0, VOCAB, (1, length)), jnp.int32)
+
+    def loss(parameters):
+        bound = model.bind(parameters)
+        log = jax.nn.log_softmax(bound.logits(bound.forward(tokens[:, :-1]).features))
+        return -jnp.take_along_axis(log, tokens[:, 1:, None], axis=-1).mean()
+
+    passes = {"forward": jax.jit(loss), "gradient": jax.jit(jax.value_and_grad(loss))}
+    runs = {name: lambda run=run: timed(lambda: jax.block_until_ready(run(parameters))) for name, run in passes.items()}
+    if torch is not None and kind in TORCH_MODELS:
+        fields = TORCH_FIELDS | TORCH_MODELS[kind]
+        runs["transformers, gradient"] = lambda: torch.request(do="step", config=fields, length=length)["seconds"]
+    for run in runs.values():
+        run()  # compiles
+    rows = alternate(runs, QUICK_REPETITIONS if quick else REPETITIONS)
+    seconds = {name: row["seconds"] for name, row in rows.items()}
+    ratios = {"gradient / forward": seconds["gradient"] / seconds["forward"]}
+    ratios |= {f"{name} / sparsejax": seconds[name] / seconds["gradient"] for name in seconds.keys() - passes.keys()}
+    return {"title": f"four layers of {kind}, {length} tokens", "length": length, "contenders": rows, "ratios": ratios}
+
+
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the options."""
-    add_parts(parser, (*CASES, "chunks", "growth"))
+    add_parts(parser, (*CASES, "chunks", "growth", "layers"))
+    parser.add_argument("--torch", metavar="TORCH_PYTHON", help="a Python interpreter with torch and transformers")
     parser.add_argument(
-        "--length", type=int, default=LENGTH, help=f"positions, except in `growth`; defaults to {LENGTH}"
+        "--length", type=int, default=LENGTH, help=f"positions of the scans, except in `growth`; defaults to {LENGTH}"
     )
 
 
@@ -164,5 +221,9 @@ def run(options: argparse.Namespace, save: Save) -> None:
     length, lengths = (64, (64, 128)) if options.quick else (options.length, GROWTH_LENGTHS)
     measures = {case: lambda case=case: [measure_case(case, length, options.quick)] for case in CASES}
     measures["chunks"] = lambda: [measure_chunks(case, length, options.quick) for case in CASES]
+    torch = OtherProcess(options.torch, "benchmarks.workers.steps") if options.torch else None
+    facts = {"torch_side": torch.request(do="versions")} if torch else {}
+    tokens = length if options.quick else LAYERS_LENGTH
+    measures["layers"] = lambda: [measure_layers(kind, tokens, options.quick, torch) for kind in MIXERS]
     measures["growth"] = lambda: [measure_growth(case, lengths, options.quick) for case in CASES]
-    run_parts(measures, options.only, save)
+    run_parts(measures, options.only, lambda record: save(facts | record))

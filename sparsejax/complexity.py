@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 import time
 from collections.abc import Callable, Sequence
@@ -12,7 +13,21 @@ import jax.numpy as jnp
 import numpy as np
 
 from sparsejax import patterns
-from sparsejax.ops import attend, attend_hashed, hash_buckets, hashed_pairs, nsa, nsa_pairs, selective_scan, ssd
+from sparsejax.ops import (
+    Index,
+    Selection,
+    attend,
+    attend_hashed,
+    hash_buckets,
+    hashed_pairs,
+    moba,
+    nsa,
+    nsa_pairs,
+    select_indexed,
+    selective_scan,
+    ssd,
+    top_tokens,
+)
 from sparsejax.ops.blocks import make_blocks, make_windows
 from sparsejax.patterns import Pattern
 
@@ -23,6 +38,8 @@ TABLE_LENGTH = 131_072  # default length of the pairs in the table
 HEAD_WIDTH, CHANNELS, STATE = 32, 32, 16
 ROUNDS, HASH_CHUNK, BUCKETS = 4, 64, 128  # of LSH attention; a chunk attends to itself and to the preceding one
 LENGTH, STRIDE, BLOCK, SELECTED, WINDOW = 32, 16, 64, 16, 512  # of NSA: windows and their stride, blocks, the window
+KEYS, MOBA_BLOCK, MSA_BLOCK = 512, 64, 128  # of the other selections: keys per query, and keys per block
+CAUSAL = patterns.Causal()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,11 +63,9 @@ class Method:
         return None if self.pattern is None else patterns.parse(self.pattern.format(root=math.isqrt(n)))
 
     def pairs(self, n: int) -> int:
-        """Number of pairs that are scored over n tokens; for LSH attention with the masked ones."""
-        if self.impl == "lsh":
-            return hashed_pairs(n, ROUNDS, HASH_CHUNK)
-        if self.impl == "nsa":
-            return nsa_pairs(n, LENGTH, STRIDE, BLOCK, SELECTED, WINDOW)
+        """Number of pairs over n tokens: those scored to choose keys, and those attended; of LSH with masked ones."""
+        if self.impl in COUNTS:
+            return COUNTS[self.impl](n)
         pattern = self.parse(n)
         return 0 if pattern is None else pattern.pairs(n)
 
@@ -66,6 +81,10 @@ METHODS = [
     Method("BigBird", "640 n - 73,728", str(patterns.recipes.bigbird(64, 3, seed=0))),
     Method("chunk", "257 n / 2", "causal & chunk(256)"),
     Method("Reformer", "512 n, and a sort", None, "lsh"),
+    Method("top-k", "n(n + 1) / 2 + 512 n - 130,816", None, "top_k"),
+    Method("DSA", "n(n + 1) / 2 + 512 n - 130,816", None, "dsa"),
+    Method("MSA", "n(n + 1) / 2 + 448.5 n - 98,304", None, "msa"),
+    Method("MoBA", "n²/128 + 480 n - 114,688", None, "moba"),
     Method("NSA", "~n²/32 + 1,504 n - 655,360", None, "nsa"),
     Method("SSM", "0, and n steps of a state", None, "scan"),
     Method("linear", "0, and n steps of a state", None, "ssd"),
@@ -163,18 +182,56 @@ def _lsh(n: int) -> tuple[Callable, list]:
 
 def _nsa(n: int) -> tuple[Callable, list]:
     """Means of windows, and the same keys and values in all branches."""
-    windows, blocks, causal = make_windows(n, LENGTH, STRIDE), make_blocks(n, BLOCK), patterns.Causal()
+    windows, blocks = make_windows(n, LENGTH, STRIDE), make_blocks(n, BLOCK)
 
     def attention(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
         means = (windows.split(x).mean(axis=2) for x in (k, v))
-        distant, selection = nsa(q, *means, windows, blocks, SELECTED, causal)
-        near = attend(q, k, v, causal & patterns.Window(WINDOW - 1), impl="gather")
-        return jnp.square(distant + attend(q, k, v, causal, impl="gather", selection=selection) + near).sum()
+        distant, selection = nsa(q, *means, windows, blocks, SELECTED, CAUSAL)
+        near = attend(q, k, v, CAUSAL & patterns.Window(WINDOW - 1), impl="gather")
+        return jnp.square(distant + attend(q, k, v, CAUSAL, impl="gather", selection=selection) + near).sum()
 
     return attention, [_draw(seed, 1, n, 1, HEAD_WIDTH) for seed in range(3)]
 
 
-OTHERS = {"nsa": _nsa, "scan": _scan, "ssd": _ssd, "lsh": _lsh}
+def _selected(select: Callable[[jax.Array, jax.Array], Selection], n: int) -> tuple[Callable, list]:
+    def attention(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
+        return jnp.square(attend(q, k, v, CAUSAL, impl="gather", selection=select(q, k))).sum()
+
+    return attention, [_draw(seed, 1, n, 1, HEAD_WIDTH) for seed in range(3)]
+
+
+def _indexed(block: int, n: int) -> tuple[Callable, list]:
+    """Keys, or blocks of keys with that of the query, by an index head as wide as the attention."""
+    index = Index(_draw(3, 1, n, 1, HEAD_WIDTH), _draw(4, 1, n, HEAD_WIDTH), relu=False)
+    blocks, local = make_blocks(n, block), int(block > 1)
+    return _selected(lambda *_: select_indexed(index, KEYS // block, CAUSAL, blocks=blocks, local=local), n)
+
+
+OTHERS = {
+    "top_k": functools.partial(_selected, lambda q, k: top_tokens(q, k, KEYS, CAUSAL)),
+    "dsa": functools.partial(_indexed, 1),
+    "msa": functools.partial(_indexed, MSA_BLOCK),
+    "moba": functools.partial(_selected, lambda q, k: moba(q, k, MOBA_BLOCK, KEYS // MOBA_BLOCK, CAUSAL)),
+    "nsa": _nsa,
+    "scan": _scan,
+    "ssd": _ssd,
+    "lsh": _lsh,
+}
+
+
+def _attended(n: int, block: int = 1) -> int:
+    """Keys of the chosen blocks, with that of the query, over n queries."""
+    t = np.arange(n)
+    return int((t % block + 1 + np.minimum(t // block, KEYS // block - 1) * block).sum())
+
+
+COUNTS: dict[str, Callable[[int], int]] = {
+    "lsh": lambda n: hashed_pairs(n, ROUNDS, HASH_CHUNK),
+    "nsa": lambda n: nsa_pairs(n, LENGTH, STRIDE, BLOCK, SELECTED, WINDOW),
+    "moba": lambda n: int((np.arange(n) // MOBA_BLOCK).sum()) + _attended(n, MOBA_BLOCK),
+    "msa": lambda n: CAUSAL.pairs(n) + _attended(n, MSA_BLOCK),
+    **dict.fromkeys(("top_k", "dsa"), lambda n: CAUSAL.pairs(n) + _attended(n)),
+}
 
 
 def _draw(seed: int, *shape: int) -> jax.Array:

@@ -57,6 +57,7 @@ def test_an_exponent_is_fitted():
         ("SSM", 4096, 0.9, 1.1),
         ("linear", 8192, 0.8, 1.1),
         ("Reformer", 1024, 0.9, 1.1),
+        ("MoBA", 2048, 0.8, 1.1),
         pytest.param("NSA", 4096, 0.9, 1.1, marks=pytest.mark.nightly),
     ],
 )
