@@ -1,10 +1,10 @@
 """Attention to keys that the data choose, by the lists of a `Selection`.
 
 Blocks are the outer loop: the (query, block) pairs are sorted by block, and a chunk of queries that chose the same
-block attends to it in two matrix products. Each pair keeps its part of the output and its log-sum-exp, and a query
-merges its parts. The backward pass recomputes the scores from the merged log-sum-exp (FlashAttention-2,
-arXiv:2307.08691). Time grows with the number of chosen keys, memory with the number of pairs. This serves blocks of
-several keys; for single keys see `sparsejax.ops.masked` and `sparsejax.ops.segment`.
+block attends to it in two matrix products; a step of the loop visits several chunks. Each pair keeps its part of the
+output and its log-sum-exp, and a query merges its parts. The backward pass recomputes the scores from the merged
+log-sum-exp (FlashAttention-2, arXiv:2307.08691). Time grows with the number of chosen keys, memory with the number of
+pairs. This serves blocks of several keys; for single keys see `sparsejax.ops.masked` and `sparsejax.ops.segment`.
 
 Names are those of `sparsejax.ops.softmax`.
 """
