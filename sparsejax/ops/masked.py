@@ -8,6 +8,7 @@ the length. The arrays and the names are those of `sparsejax.ops.selected`.
 
 from __future__ import annotations
 
+import functools
 from typing import NamedTuple
 
 import jax
@@ -79,14 +80,18 @@ def _make_row(plan: Plan, x: Sequence, tile: Int[Array, ""]) -> _Row:
     return _Row(_take_queries(plan, tile, x.q), jnp.swapaxes(mask, 0, 1), queries)
 
 
+def _multiply(plan: Plan, row: _Row, k: Float[Array, "g size d"]) -> Float[Array, "g r c size"]:
+    return jnp.einsum("grcd,gkd->grck", row.q, k) * plan.scale
+
+
 def _score(
-    plan: Plan, x: Sequence, row: _Row, tile: Int[Array, ""], q: Float[Array, "g r c d"], k: Float[Array, "g size d"]
+    plan: Plan, x: Sequence, row: _Row, tile: Int[Array, ""], products: Float[Array, "g r c size"]
 ) -> Float[Array, "g r c size"]:
-    scores = softcap(jnp.einsum("grcd,gkd->grck", q, k) * plan.scale, plan.softcap)
+    """Adds the biases to products of queries and keys."""
     queries, keys = row.positions[:, None], tile * KEYS + jnp.arange(KEYS)
     if x.slopes is not None:
-        scores = scores - x.slopes[..., None, None] * abs(queries + plan.q_offset - keys)
-    return scores + log_multiplicity(plan.pattern, queries, keys, plan.t, plan.s)
+        products = products - x.slopes[..., None, None] * abs(queries + plan.q_offset - keys)
+    return products + log_multiplicity(plan.pattern, queries, keys, plan.t, plan.s)
 
 
 def _forward(plan: Plan, x: Sequence) -> tuple[Float[Array, "t g r value"], Float[Array, "t g r"]]:
@@ -98,7 +103,8 @@ def _forward(plan: Plan, x: Sequence) -> tuple[Float[Array, "t g r value"], Floa
         def attend(carry: tuple[Array, ...], inputs: tuple[Array, ...]) -> tuple[Array, ...]:
             (m, l, out), (tile, k, v, mask) = carry, inputs
             k, v = jnp.swapaxes(k, 0, 1), jnp.swapaxes(v, 0, 1)
-            scores = jnp.where(mask, _score(plan, x, row, tile, row.q, k), MASKED)
+            products = softcap(_multiply(plan, row, k), plan.softcap)
+            scores = jnp.where(mask, _score(plan, x, row, tile, products), MASKED)
             new_m = jax.lax.stop_gradient(jnp.maximum(m, scores.max(axis=-1)))
             p = jnp.where(mask, jnp.exp(scores - new_m[..., None]), 0.0)
             kept = jnp.exp(m - new_m)
@@ -124,19 +130,24 @@ def _forward(plan: Plan, x: Sequence) -> tuple[Float[Array, "t g r value"], Floa
 def _backward(plan: Plan, x: Sequence, lse: Array, delta: Array, d_out: Array) -> tuple[Array, Array, Array]:
     k, v = _split_keys(plan, x.k), _split_keys(plan, x.v)
 
-    empty = tuple(jnp.zeros_like(jnp.swapaxes(y, 1, 2)) for y in (k, v))
+    # XLA:CPU computes a transposed operand of a product anew. Queries are smaller than scores, so gradients of keys are
+    # summed transposed.
+    empty = tuple(jnp.zeros_like(jnp.moveaxis(y, 1, 3)) for y in (k, v))
 
     def differentiate_row(carry: tuple[Array, Array], tile: Array) -> tuple[tuple[Array, Array], Array]:
         row = _make_row(plan, x, tile)
         row = row._replace(q=zero_nan(row.q))
         row_lse, row_delta, do = (_take_queries(plan, tile, y) for y in (lse, delta, d_out))
+        qt, dot = (jnp.moveaxis(y, 3, 1) for y in (row.q, do))
 
         def differentiate(tile: Array, k: Array, v: Array, mask: Array) -> tuple[Array, Array, Array]:
             k, v = zero_nan(jnp.swapaxes(k, 0, 1)), jnp.swapaxes(v, 0, 1)
-            scores, pull = jax.vjp(lambda q, k: _score(plan, x, row, tile, q, k), row.q, k)
-            p = jnp.where(mask, jnp.exp(scores - row_lse[..., None]), 0.0)
-            d_scores = p * (jnp.einsum("grce,gke->grck", do, v) - row_delta[..., None])
-            return *pull(d_scores), jnp.einsum("grck,grce->gke", p, do)
+            products, pull = jax.vjp(functools.partial(softcap, limit=plan.softcap), _multiply(plan, row, k))
+            p = jnp.where(mask, jnp.exp(_score(plan, x, row, tile, products) - row_lse[..., None]), 0.0)
+            (ds,) = pull(p * (jnp.einsum("grce,gke->grck", do, v) - row_delta[..., None]))
+            ds = ds * plan.scale
+            dq = jnp.einsum("grck,gkd->grcd", ds, k)
+            return dq, jnp.einsum("gdrc,grck->gdk", qt, ds), jnp.einsum("gerc,grck->gek", dot, p)
 
         def visit(grads: tuple[Array, ...], inputs: tuple[Array, ...]) -> tuple[tuple[Array, ...], None]:
             (dq, dk, dv), tile, zeros = grads, inputs[0], (jnp.zeros_like(row.q), *(y[0] for y in empty))
@@ -148,7 +159,7 @@ def _backward(plan: Plan, x: Sequence, lse: Array, delta: Array, d_out: Array) -
         return tuple(carry), jnp.moveaxis(dq, 2, 0)
 
     (dk, dv), dq = jax.lax.scan(differentiate_row, vary_alike((empty, x))[0], _tiles(x))
-    return _join_queries(dq, len(x.q)), *(_join_queries(jnp.swapaxes(y, 1, 2), plan.s) for y in (dk, dv))
+    return _join_queries(dq, len(x.q)), *(_join_queries(jnp.moveaxis(y, 3, 1), plan.s) for y in (dk, dv))
 
 
 attend_masked = differentiable(
