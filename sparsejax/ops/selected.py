@@ -28,7 +28,7 @@ from sparsejax.ops.softmax import MASKED, log_multiplicity, log_sum, softcap, ze
 from sparsejax.patterns import Pattern
 
 CHUNK = 128  # queries that attend to a block at a time
-BATCH = 512  # keys of the chunks of a step: XLA:CPU divides the products of several chunks among its threads
+BATCH, BATCH_KEYS = 8, 512  # most chunks of a step, and keys: XLA:CPU divides their products among its threads
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,7 +47,7 @@ class Plan:
     @property
     def batch(self) -> int:
         """Number of chunks per step."""
-        return max(1, BATCH // self.size)
+        return min(BATCH, max(1, BATCH_KEYS // self.size))
 
 
 class Lists(NamedTuple):
