@@ -84,7 +84,7 @@ def _multiply(plan: Plan, row: _Row, k: Float[Array, "g size d"]) -> Float[Array
     return jnp.einsum("grcd,gkd->grck", row.q, k) * plan.scale
 
 
-def _score(
+def _add_biases(
     plan: Plan, x: Sequence, row: _Row, tile: Int[Array, ""], products: Float[Array, "g r c size"]
 ) -> Float[Array, "g r c size"]:
     """Adds the biases to products of queries and keys."""
@@ -104,7 +104,7 @@ def _forward(plan: Plan, x: Sequence) -> tuple[Float[Array, "t g r value"], Floa
             (m, l, out), (tile, k, v, mask) = carry, inputs
             k, v = jnp.swapaxes(k, 0, 1), jnp.swapaxes(v, 0, 1)
             products = softcap(_multiply(plan, row, k), plan.softcap)
-            scores = jnp.where(mask, _score(plan, x, row, tile, products), MASKED)
+            scores = jnp.where(mask, _add_biases(plan, x, row, tile, products), MASKED)
             new_m = jax.lax.stop_gradient(jnp.maximum(m, scores.max(axis=-1)))
             p = jnp.where(mask, jnp.exp(scores - new_m[..., None]), 0.0)
             kept = jnp.exp(m - new_m)
@@ -143,23 +143,23 @@ def _backward(plan: Plan, x: Sequence, lse: Array, delta: Array, d_out: Array) -
         def differentiate(tile: Array, k: Array, v: Array, mask: Array) -> tuple[Array, Array, Array]:
             k, v = zero_nan(jnp.swapaxes(k, 0, 1)), jnp.swapaxes(v, 0, 1)
             products, pull = jax.vjp(functools.partial(softcap, limit=plan.softcap), _multiply(plan, row, k))
-            p = jnp.where(mask, jnp.exp(_score(plan, x, row, tile, products) - row_lse[..., None]), 0.0)
+            p = jnp.where(mask, jnp.exp(_add_biases(plan, x, row, tile, products) - row_lse[..., None]), 0.0)
             (ds,) = pull(p * (jnp.einsum("grce,gke->grck", do, v) - row_delta[..., None]))
             ds = ds * plan.scale
             dq = jnp.einsum("grck,gkd->grcd", ds, k)
             return dq, jnp.einsum("gdrc,grck->gdk", qt, ds), jnp.einsum("gerc,grck->gek", dot, p)
 
         def visit(grads: tuple[Array, ...], inputs: tuple[Array, ...]) -> tuple[tuple[Array, ...], None]:
-            (dq, dk, dv), tile, zeros = grads, inputs[0], (jnp.zeros_like(row.q), *(y[0] for y in empty))
+            (dq, dkt, dvt), tile, zeros = grads, inputs[0], (jnp.zeros_like(row.q), *(y[0] for y in empty))
             new = jax.lax.cond(inputs[-1].any(), differentiate, lambda *_: vary_alike((zeros, x))[0], *inputs)
-            return (dq + new[0], dk.at[tile].add(new[1]), dv.at[tile].add(new[2])), None
+            return (dq + new[0], dkt.at[tile].add(new[1]), dvt.at[tile].add(new[2])), None
 
         grads = vary_alike((jnp.zeros_like(row.q), x))[0], *carry
         (dq, *carry), _ = jax.lax.scan(visit, grads, (jnp.arange(len(k)), k, v, row.mask))
         return tuple(carry), jnp.moveaxis(dq, 2, 0)
 
-    (dk, dv), dq = jax.lax.scan(differentiate_row, vary_alike((empty, x))[0], _tiles(x))
-    return _join_queries(dq, len(x.q)), *(_join_queries(jnp.moveaxis(y, 3, 1), plan.s) for y in (dk, dv))
+    (dkt, dvt), dq = jax.lax.scan(differentiate_row, vary_alike((empty, x))[0], _tiles(x))
+    return _join_queries(dq, len(x.q)), *(_join_queries(jnp.moveaxis(y, 3, 1), plan.s) for y in (dkt, dvt))
 
 
 attend_masked = differentiable(
