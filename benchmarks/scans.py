@@ -221,7 +221,7 @@ def run(options: argparse.Namespace, save: Save) -> None:
     length, lengths = (64, (64, 128)) if options.quick else (options.length, GROWTH_LENGTHS)
     measures = {case: lambda case=case: [measure_case(case, length, options.quick)] for case in CASES}
     measures["chunks"] = lambda: [measure_chunks(case, length, options.quick) for case in CASES]
-    torch = OtherProcess(options.torch, "benchmarks.workers.steps") if options.torch else None
+    torch = OtherProcess(options.torch, "benchmarks.workers.torch") if options.torch else None
     facts = {"torch_side": torch.request(do="versions")} if torch else {}
     tokens = length if options.quick else LAYERS_LENGTH
     measures["layers"] = lambda: [measure_layers(kind, tokens, options.quick, torch) for kind in MIXERS]

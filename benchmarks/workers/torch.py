@@ -1,4 +1,4 @@
-"""The PyTorch process of the benchmarks `cpu_attention` and `layouts`.
+"""The PyTorch process of the benchmarks `cpu_attention`, `layouts` and `scans`.
 
 It runs under a Python interpreter with torch and transformers, so that the thread pools of PyTorch and XLA do not share
 the cores. It reads one JSON request per line of standard input, and writes one JSON response per line:
@@ -6,11 +6,17 @@ the cores. It reads one JSON request per line of standard input, and writes one 
     {"do": "versions"}
     {"do": "attend", "contender": NAME, "length": N, "save": FILE or null}     seconds per forward and backward pass
     {"do": "layout", "length": N, "tile": TILE, "limit_gib": G}                seconds per block mask
+    {"do": "step", "config": FIELDS, "length": N}      seconds of the loss of random tokens and its gradient
+
+FIELDS are those of a config.json; the model has random weights in float32. Without CUDA, transformers runs the plain
+PyTorch code of Mamba-2.
 """
 
 from __future__ import annotations
 
 import functools
+import json
+import os
 import platform
 import resource
 import time
@@ -203,6 +209,24 @@ def peak_rss_mib() -> float:
     return int(lines["VmHWM"].split()[0]) / 1024
 
 
+@functools.cache
+def build_model(config: str) -> torch.nn.Module:
+    """Builds the model of a config.json."""
+    torch.manual_seed(0)
+    described = transformers.AutoConfig.for_model(**json.loads(config))
+    return transformers.AutoModelForCausalLM.from_config(described).float().train()
+
+
+def time_step(config: dict, length: int) -> dict:
+    """Times the loss and its gradient."""
+    model = build_model(json.dumps(config))
+    tokens = torch.randint(0, config["vocab_size"], (1, length))
+    start = time.perf_counter()
+    model.zero_grad()
+    model(input_ids=tokens, labels=tokens, use_cache=False).loss.backward()
+    return {"seconds": time.perf_counter() - start}
+
+
 def report_versions() -> dict:
     """Returns the versions of this process."""
     return {
@@ -215,6 +239,6 @@ def report_versions() -> dict:
 
 
 if __name__ == "__main__":
-    torch.set_num_threads(THREADS)
-    actions = {"versions": report_versions, "attend": time_attention, "layout": time_layout}
+    torch.set_num_threads(min(THREADS, len(os.sched_getaffinity(0))))
+    actions = {"versions": report_versions, "attend": time_attention, "layout": time_layout, "step": time_step}
     serve(actions, errors=(RuntimeError, MemoryError))
