@@ -51,20 +51,25 @@ class Blocks:
         inside = (keys <= last) & (actual.reshape(keys.shape) == blocks[..., None])
         return jnp.where(inside, keys, -1)
 
-    def split(self, x: Shaped[Array, "b *rest s"], fill: float | bool) -> Shaped[Array, "b *rest n size"]:
-        """Splits the last axis into blocks, which are filled up with `fill`.
+    def part(self, first: Int[Array, " b"], count: int) -> Blocks:
+        """`count` consecutive blocks from the block `first` of each sequence, as blocks 0, 1, ..."""
+        starts, numbers = (take_from(x, first, count) for x in (self.starts, self.numbers))
+        return Blocks(self.of_key - first[:, None], starts, numbers, self.size, False)
 
-        If the blocks are regular, the axis may also be that of some consecutive blocks.
-        """
+    def split(self, x: Shaped[Array, "b *rest s"], fill: float | bool) -> Shaped[Array, "b *rest n size"]:
+        """Splits the last axis into blocks, which are filled up with `fill`."""
+        return split_equally(self.line_up(x, -1, fill), self.size, fill)
+
+    def line_up(self, x: Shaped[Array, "#b ..."], axis: int, fill: float | int) -> Shaped[Array, "#b ..."]:
+        """Fills up all blocks but the last with `fill`, so that block i starts at entry `i * size` of the axis."""
         if self.is_regular:
-            padding = -x.shape[-1] % self.size
-            padded = jnp.pad(x, [(0, 0)] * (x.ndim - 1) + [(0, padding)], constant_values=fill)
-            return padded.reshape(*x.shape[:-1], -1, self.size)
-        b = x.shape[0]
-        keys = self.keys(jnp.broadcast_to(jnp.arange(self.count), (b, self.count)))
-        index = jnp.maximum(keys, 0).reshape(b, *(1,) * (x.ndim - 2), -1)
-        taken = jnp.take_along_axis(x, index, axis=-1).reshape(*x.shape[:-1], self.count, self.size)
-        return jnp.where((keys >= 0).reshape(b, *(1,) * (x.ndim - 2), *keys.shape[1:]), taken, fill)
+            return x
+        b, axis = max(len(x), len(self.starts)), axis % x.ndim
+        x = jnp.broadcast_to(x, (b, *x.shape[1:]))
+        keys = self.keys(jnp.broadcast_to(jnp.arange(self.count), (b, self.count))).reshape(b, -1)
+        taken = jax.vmap(lambda x, keys: jnp.take(x, jnp.maximum(keys, 0), axis=axis - 1))(x, keys)
+        exists = (keys >= 0).reshape(b, *(1,) * (axis - 1), -1, *(1,) * (x.ndim - 1 - axis))
+        return jnp.where(exists, taken, fill)
 
 
 def make_blocks(length: int, size: int, segments: Int[Array, "b s"] | None = None) -> Blocks:
@@ -168,6 +173,17 @@ def make_windows(keys: int, length: int, stride: int, segments: Int[Array, "b s"
     starts = jnp.full((segments.shape[0], count), keys)
     starts = starts.at[rows, jnp.where(is_start, before, count)].set(positions[None], mode="drop")
     return Windows(starts, jnp.take_along_axis(before, documents, axis=1), length, stride, False)
+
+
+def split_equally(x: Shaped[Array, "*rest s"], size: int, fill: float | bool) -> Shaped[Array, "*rest n size"]:
+    """Splits the last axis into blocks of equal size, of which the last is filled up with `fill`."""
+    padded = jnp.pad(x, [(0, 0)] * (x.ndim - 1) + [(0, -x.shape[-1] % size)], constant_values=fill)
+    return padded.reshape(*x.shape[:-1], -1, size)
+
+
+def take_from(x: Shaped[Array, "b n ..."], first: Int[Array, " b"], count: int) -> Shaped[Array, "b count ..."]:
+    """`count` consecutive entries of each sequence, from the entry `first`."""
+    return jax.vmap(lambda x, first: jax.lax.dynamic_slice_in_dim(x, first, count))(x, first)
 
 
 def document_starts(segments: Int[Array, "b s"]) -> Int[Array, "b s"]:

@@ -172,6 +172,6 @@ def attend_entries(
         p, lse = masked_softmax(scores, visible.keys[:, None], None)
         return jnp.einsum("bhcn,bnd->bhcd", p, values), lse
 
-    options = windows.restrict(q.shape[:2], segments)
-    out, lse = over_queries(attend, q, (keys, values), Causal(), entries.shape[1], **options)
+    blocks, options = make_blocks(entries.shape[1], 1), windows.restrict(q.shape[:2], segments)
+    out, lse = over_queries(attend, q, (keys, values), Causal(), blocks, **options)
     return out.astype(entries.dtype), lse

@@ -18,15 +18,14 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, PyTree, Shaped
 
 from sparsejax.errors import InputError
-from sparsejax.ops.blocks import Blocks, make_blocks
-from sparsejax.ops.selection import Selection, Visible, force_blocks, over_queries, score_tiles, select, tiled_chunk
+from sparsejax.ops.blocks import Blocks, make_blocks, split_equally
+from sparsejax.ops.selection import Selection, Visible, over_queries, score_tiles, select, tiled_chunk
 from sparsejax.ops.softmax import MASKED, masked_softmax
 from sparsejax.patterns import Pattern
 
@@ -116,20 +115,16 @@ def select_indexed(
     index = jax.lax.stop_gradient(index)
     blocks = make_blocks(index.k.shape[1], 1) if blocks is None else blocks
 
-    def pool(q: Array, weights: Array | None) -> Callable[[Array, Array], Array]:
-        def pool_keys(k: Array, mask: Array) -> Array:
-            scores = jnp.where(mask[:, None], index.scores(q, weights, k), -jnp.inf)
-            return scores if blocks.size == 1 else blocks.split(scores, -jnp.inf).max(axis=-1)
-
-        return pool_keys
-
     def score(k: Array, arrays: tuple[Array, Array | None], visible: Visible) -> tuple[Array, Array | None]:
-        pooled = functools.partial(score_tiles, pool(*arrays), k, visible, blocks)
-        scores = index.scores(*arrays, k) if has_block_keys else pooled()
-        return scores, force_blocks(visible, blocks, 0, local) if local else None
+        def pool(k: Array, mask: Array) -> Array:
+            scores = jnp.where(mask[:, None], index.scores(*arrays, k), -jnp.inf)
+            return scores if blocks.size == 1 else split_equally(scores, blocks.size, -jnp.inf).max(axis=-1)
+
+        scores = index.scores(*arrays, visible.take(k)) if has_block_keys else score_tiles(pool, k, visible)
+        return scores, visible.force(0, local) if local else None
 
     arrays = index.q, index.weights
-    options = {"segments": segments, "positions": positions, "length": length, "chunk": tiled_chunk()}
+    options = {"segments": segments, "positions": positions, "length": length, "chunk": tiled_chunk(blocks)}
     return select(score, arrays, index.k, blocks, top_k, pattern, complete=has_block_keys, **options)
 
 
@@ -184,7 +179,8 @@ def indexer_divergence(
         if blocks is not None:
             mask = jnp.broadcast_to(mask, (b, *mask.shape[1:]))
             if selection is None:
-                mass, mask = blocks.split(mass, 0.0), blocks.split(mask, False)
+                index_keys = visible.take(index_keys)
+                mass, mask = visible.blocks.split(mass, 0.0), visible.blocks.split(mask, False)
             else:
                 mass, mask = (x.reshape(*x.shape[:-1], -1, blocks.size) for x in (mass, mask))
             mass, mask = mass.sum(axis=-1), mask.all(axis=-1)
@@ -196,7 +192,8 @@ def indexer_divergence(
         return terms.sum(axis=-1).mean(axis=1, keepdims=True)
 
     arrays, options = (q, lse, index.q, index.weights, groups), {"segments": segments, "positions": positions}
-    return over_queries(diverge, arrays, (k, index.k), pattern, k.shape[1], **options)[..., 0]
+    blocks_of_keys = make_blocks(k.shape[1], 1) if blocks is None else blocks
+    return over_queries(diverge, arrays, (k, index.k), pattern, blocks_of_keys, **options)[..., 0]
 
 
 def _take(x: Shaped[Array, "b s ..."], keys: Int[Array, "b ..."]) -> Shaped[Array, "b ..."]:

@@ -255,10 +255,10 @@ def decode_select_hashed(
         keys = choose(latest, visible_keys, members)
         return _unite_rounds(keys, visible.positions)
 
-    options, count = {"positions": positions, "length": length}, buckets.shape[-1]
+    options, blocks = {"positions": positions, "length": length}, make_blocks(buckets.shape[-1], 1)
     queries, buckets = (jnp.moveaxis(x, 3, 1) for x in (queries, buckets))
-    groups = over_queries(choose_chunk, queries, buckets, Causal(), count, **options)
-    return Selection(jnp.moveaxis(groups, 1, 2), make_blocks(count, 1))
+    groups = over_queries(choose_chunk, queries, buckets, Causal(), blocks, **options)
+    return Selection(jnp.moveaxis(groups, 1, 2), blocks)
 
 
 def _unite_rounds(keys: Int[Array, "b h r t w"], positions: Int[Array, "#b t"]) -> Int[Array, "b h t k"]:

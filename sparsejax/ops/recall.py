@@ -64,13 +64,13 @@ def measure_selection(
         p = p.reshape(b, scopes, h // scopes, *p.shape[3:]).mean(axis=2)  # of the heads that choose together
         chosen = Selection(jnp.moveaxis(groups, 1, 2), selection.blocks).mask & visible.keys[:, None]
         weights = (visible.keys[:, None] & ~chosen).any(axis=-1).astype(dtype)
-        by_group = p if selection.blocks.size == 1 else selection.blocks.split(p, 0.0).sum(axis=-1)
+        by_group = p if selection.blocks.size == 1 else visible.blocks.split(p, 0.0).sum(axis=-1)
         best, _ = jax.lax.top_k(by_group, min(count, by_group.shape[-1]))
         mass = jnp.where(chosen, p, 0.0).sum(axis=-1)
         return jnp.stack([(weights * x).sum(axis=1) for x in (mass, best.sum(axis=-1), jnp.ones_like(mass))], axis=1)
 
     arrays, options = (q, jnp.moveaxis(selection.groups, 1, 2)), {"segments": segments, "positions": positions}
-    mass, best, count = over_queries(compare, arrays, k, pattern, k.shape[1], **options).sum(axis=(0, 1))
+    mass, best, count = over_queries(compare, arrays, k, pattern, selection.blocks, **options).sum(axis=(0, 1))
     groups, size = selection.groups.reshape(-1, *selection.groups.shape[2:]), selection.blocks.count
     chosen = jax.vmap(lambda groups: jnp.zeros(size + 1).at[jnp.where(groups < 0, size, groups)].add(1)[:size])(groups)
     shares = chosen / jnp.maximum(chosen.sum(axis=-1, keepdims=True), 1)

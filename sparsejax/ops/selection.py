@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, PyTree, Shaped
 
 from sparsejax.errors import InputError
-from sparsejax.ops.blocks import Blocks, make_blocks
+from sparsejax.ops.blocks import Blocks, document_starts, make_blocks, split_equally, take_from
 from sparsejax.ops.chunks import pad_to_multiple, vary_alike
 from sparsejax.ops.device import on_cpu
 from sparsejax.ops.sequence import divides, map_queries
@@ -70,15 +70,48 @@ class Selection:
 
 
 class Visible(NamedTuple):
-    """Which keys a chunk of queries may attend to.
+    """What a chunk of queries may attend to.
 
     Attributes:
       positions: Positions of the queries.
       keys: Whether the pattern and the segments allow each key.
+      lined_up: The same for the keys of `blocks`, see `Blocks.line_up`.
+      blocks: The blocks of the documents of the queries, and perhaps others.
+      first: Index of the first of them among all blocks; None if they are all blocks.
     """
 
     positions: Int[Array, "#b c"]
     keys: Bool[Array, "#b c s"]
+    lined_up: Bool[Array, "#b c keys"]
+    blocks: Blocks
+    first: Int[Array, " b"] | None = None
+
+    def count_keys(self) -> Int[Array, "#b c n"]:
+        """Number of keys of each block that a query may attend to."""
+        if self.blocks.size == 1:
+            return self.keys.astype(jnp.int32)
+        return split_equally(self.lined_up, self.blocks.size, False).sum(axis=-1)
+
+    def own_block(self) -> Int[Array, "#b c"]:
+        """The block of each query, which is at the position of its key."""
+        of_key, at = self.blocks.of_key, self.positions
+        shape = max(len(of_key), len(at)), at.shape[1]
+        at = jnp.broadcast_to(jnp.minimum(at, of_key.shape[1] - 1), shape)
+        return jnp.take_along_axis(jnp.broadcast_to(of_key, (shape[0], of_key.shape[1])), at, axis=1)
+
+    def force(self, initial: int, local: int) -> Bool[Array, "#b 1 c n"]:
+        """Whether each block is among the first of its document, or among the last up to that of the query."""
+        own, indices = self.own_block()[..., None], jnp.arange(self.blocks.count)
+        forced = (self.blocks.numbers[:, None] < initial) | ((indices > own - local) & (indices <= own))
+        return forced[:, None]
+
+    def take(self, x: Shaped[Array, "b all ..."]) -> Shaped[Array, "b n ..."]:
+        """What belongs to these blocks, of arrays with an entry for every block."""
+        return x if self.first is None else take_from(x, self.first, self.blocks.count)
+
+    def number(self, groups: Int[Array, "b scopes c k"]) -> Int[Array, "b scopes c k"]:
+        """The indices among all blocks of groups of these blocks."""
+        return groups if self.first is None else jnp.where(groups < 0, -1, groups + self.first[:, None, None, None])
 
 
 # From all keys and a chunk of queries: scores [b, scopes, c, n] of the blocks, and which are chosen whenever visible.
@@ -169,33 +202,33 @@ def select(
     def choose_chunk(
         keys: PyTree, chunk: PyTree, visible: Visible
     ) -> tuple[Int[Array, "b scopes c k"], Bool[Array, "b scopes c k"]]:
-        (scores, forced), counts = score(keys, chunk, visible), count_keys(visible, blocks)[:, None]
+        (scores, forced), counts = score(keys, chunk, visible), visible.count_keys()[:, None]
         may_compete = counts == blocks.size if complete else counts > 0
         groups = choose(scores, may_compete, count, forced)
         if complete:
-            current = block_of_query(visible, blocks)[:, None, :, None]
-            is_open = jnp.take_along_axis(counts, current, axis=-1) < blocks.size
-            last = jnp.broadcast_to(jnp.where(is_open, current, -1), (*groups.shape[:-1], 1))
-            groups = sort_groups(jnp.concatenate([groups, last], axis=-1), blocks.count)
-            return groups, (groups >= 0) & (groups == last)
-        return groups, mark_forced(jnp.zeros_like(may_compete) if forced is None else forced, groups)
+            own = visible.own_block()[:, None, :, None]
+            is_open = jnp.take_along_axis(counts, own, axis=-1) < blocks.size
+            last = jnp.broadcast_to(jnp.where(is_open, own, -1), (*groups.shape[:-1], 1))
+            groups = sort_groups(jnp.concatenate([groups, last], axis=-1), visible.blocks.count)
+            return visible.number(groups), (groups >= 0) & (groups == last)
+        forced = mark_forced(jnp.zeros_like(may_compete) if forced is None else forced, groups)
+        return visible.number(groups), forced
 
     arrays, keys = jax.lax.stop_gradient((arrays, keys))
     options = {"segments": segments, "positions": positions, "length": length, "chunk": chunk, "prepare": prepare}
-    groups, forced = over_queries(choose_chunk, arrays, keys, pattern, blocks.of_key.shape[1], **options)
+    groups, forced = over_queries(choose_chunk, arrays, keys, pattern, blocks, **options)
     return Selection(jnp.moveaxis(groups, 1, 2), blocks, jnp.moveaxis(forced, 1, 2))
 
 
-def tiled_chunk() -> int:
+def tiled_chunk(blocks: Blocks) -> int:
     """Number of queries of a chunk whose keys are scored by `score_tiles`."""
-    return QUERIES if on_cpu() else CHUNK
+    return QUERIES if on_cpu() and blocks.is_regular else CHUNK  # lined-up blocks grow with the chunk
 
 
 def score_tiles(
     score: Callable[[Array, Array], Float[Array, "b scopes c m"]],
     keys: Float[Array, "b *heads s d"],
     visible: Visible,
-    blocks: Blocks,
 ) -> Float[Array, "b scopes c n"]:
     """Scores of blocks from scores of their keys; minus infinity for a block without a visible key.
 
@@ -203,21 +236,22 @@ def score_tiles(
     without a visible key are skipped.
 
     Args:
-      score: Maps consecutive keys [b, *heads, k, d] and whether each is visible, [#b, c, k], to the scores of their
-        blocks.
+      score: Maps the keys of consecutive blocks, [b, *heads, k, d], and whether each is visible, [#b, c, k], to the
+        scores of these blocks. Blocks but the last have `blocks.size` keys, see `Blocks.line_up`.
       keys: The keys.
-      visible: The visible keys of a chunk of queries.
-      blocks: The blocks.
+      visible: What a chunk of queries may attend to.
     """
+    blocks = visible.blocks
+    keys, mask = blocks.line_up(keys, -2, 0.0), visible.lined_up
     size = blocks.size * max(1, KEYS // blocks.size)
-    if visible.keys.shape[-1] <= size or not blocks.is_regular or not on_cpu():
-        return score(keys, visible.keys)
+    if mask.shape[-1] <= size or not on_cpu():
+        return score(keys, mask)
 
     def split(x: Shaped[Array, "b ..."], axis: int) -> Shaped[Array, "tiles b ..."]:
         x = pad_to_multiple(x, size, axis)
         return jnp.moveaxis(x.reshape(*x.shape[:axis], -1, size, *x.shape[axis + 1 :]), axis, 0)
 
-    tiles = split(keys, keys.ndim - 2), split(visible.keys, 2)
+    tiles = split(keys, keys.ndim - 2), split(mask, 2)
     shape = jax.eval_shape(score, *(x[0] for x in tiles))
     hidden = vary_alike((jnp.full(shape.shape, -jnp.inf, shape.dtype), tiles))[0]
 
@@ -233,7 +267,7 @@ def over_queries(
     arrays: PyTree[Shaped[Array, "b t ..."]],
     keys: PyTree[Shaped[Array, "b _ ..."]],
     pattern: Pattern,
-    count: int,
+    blocks: Blocks,
     *,
     segments: tuple[Int[Array, "b t"], Int[Array, "b s"]] | None = None,
     positions: tuple[Int[Array, "b t"], Int[Array, "b s"]] | None = None,
@@ -251,7 +285,7 @@ def over_queries(
       arrays: Arrays of the queries.
       keys: Arrays of all keys, or of what stands for them.
       pattern: The allowed keys.
-      count: Number of keys.
+      blocks: The blocks of the keys. If they are of documents, a query attends to keys of its document.
       segments: See `select`.
       positions: See `select`.
       length: See `select`.
@@ -266,8 +300,12 @@ def over_queries(
     """
     if pattern.heads is not None:
         raise InputError("pattern", f"{pattern} differs between heads")
-    t = jax.tree.leaves(arrays)[0].shape[1]
+    t, count = jax.tree.leaves(arrays)[0].shape[1], blocks.of_key.shape[1]
     length = t if length is None else length
+    is_near = not blocks.is_regular and positions is None
+    if segments is not None and is_near:
+        documents = document_starts(segments[1])
+        segments = jnp.where(segments[0] == segments[1], documents, -1), documents
     q_at, k_at = (jnp.arange(t)[None], None) if positions is None else positions
     q_ids, k_ids = (jnp.zeros((1, t), jnp.int32), None) if segments is None else segments
 
@@ -278,8 +316,14 @@ def over_queries(
 
         def run_chunk(chunk: tuple[PyTree, Array, Array]) -> PyTree:
             chunk_arrays, at, ids = chunk
-            allowed = pattern.allows(at[..., None], k_at[:, None], length, length) & (k_at >= 0)[:, None]
-            return function(keys, chunk_arrays, Visible(at, allowed & (ids[..., None] == k_ids[:, None])))
+            near, first = _near(blocks, ids) if is_near else (blocks, None)
+
+            def allow(k_at: Array, k_ids: Array) -> Bool[Array, "#b c keys"]:
+                allowed = pattern.allows(at[..., None], k_at[:, None], length, length) & (k_at >= 0)[:, None]
+                return allowed & (ids[..., None] == k_ids[:, None])
+
+            lined_up = allow(near.line_up(k_at, -1, -1), near.line_up(k_ids, -1, -1))
+            return function(keys, chunk_arrays, Visible(at, allow(k_at, k_ids), lined_up, near, first))
 
         return _map_chunks(jax.checkpoint(run_chunk, prevent_cse=False), queries, chunk)
 
@@ -305,26 +349,16 @@ def _map_chunks(
     return jax.tree.map(join, jax.lax.map(function, jax.tree.map(split, queries)))
 
 
-def block_of_query(visible: Visible, blocks: Blocks) -> Int[Array, "#b c"]:
-    """The block of each query, which is at the position of its key."""
-    of_key, at = blocks.of_key, visible.positions
-    shape = max(len(of_key), len(at)), at.shape[1]
-    at = jnp.broadcast_to(jnp.minimum(at, of_key.shape[1] - 1), shape)
-    return jnp.take_along_axis(jnp.broadcast_to(of_key, (shape[0], of_key.shape[1])), at, axis=1)
+def _near(blocks: Blocks, documents: Int[Array, "b c"]) -> tuple[Blocks, Int[Array, " b"]]:
+    """The blocks of the documents of consecutive queries, and the index of the first of them.
 
-
-def force_blocks(visible: Visible, blocks: Blocks, initial: int, local: int) -> Bool[Array, "#b 1 c n"]:
-    """Whether each block is among the first of its document, or among the last up to that of the query."""
-    current, indices = block_of_query(visible, blocks)[..., None], jnp.arange(blocks.count)
-    forced = (blocks.numbers[:, None] < initial) | ((indices > current - local) & (indices <= current))
-    return forced[:, None]
-
-
-def count_keys(visible: Visible, blocks: Blocks) -> Int[Array, "#b c n"]:
-    """Number of keys of each block that a query may attend to."""
-    mask = visible.keys
-    if blocks.size == 1:
-        return mask.astype(jnp.int32)
-    if not blocks.is_regular:
-        mask = jnp.broadcast_to(mask, (blocks.of_key.shape[0], *mask.shape[1:]))
-    return blocks.split(mask, False).sum(axis=-1)
+    Args:
+      blocks: All blocks.
+      documents: Start of the document of each query, or -1 for a query that attends to nothing.
+    """
+    first = jnp.take_along_axis(documents, (documents >= 0).argmax(axis=1)[:, None], axis=1)
+    first = jnp.take_along_axis(blocks.of_key, jnp.maximum(first, 0), axis=1)[:, 0]
+    # Each of d documents has at most one short block, and consecutive queries are in at most as many documents.
+    count = min(blocks.count, blocks.of_key.shape[1] // blocks.size + documents.shape[1])
+    first = jnp.minimum(first, blocks.count - count)
+    return blocks.part(first, count), first

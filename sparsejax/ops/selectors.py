@@ -5,7 +5,6 @@ Every function returns a `Selection` of a whole sequence. Query head h reads key
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -15,14 +14,11 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
 from sparsejax.errors import InputError
-from sparsejax.ops.blocks import Blocks, Windows, document_starts, make_blocks, make_windows
+from sparsejax.ops.blocks import Blocks, Windows, document_starts, make_blocks, make_windows, split_equally
 from sparsejax.ops.selection import (
     Selection,
     Visible,
-    block_of_query,
     choose,
-    count_keys,
-    force_blocks,
     mark_forced,
     over_queries,
     score_tiles,
@@ -147,15 +143,14 @@ def top_tiles(
     _require_positive(tile=tile, top_k=top_k, query_tile=query_tile)
     blocks = _blocks(k, tile, segments)
 
-    def pool(q: Array, keys: Array, mask: Array) -> Array:
-        logits = blocks.split(jnp.where(mask[:, None], _logits(q, keys, scale), -jnp.inf), -jnp.inf)
-        return POOLINGS[pooling](logits, axis=-1)
-
     def score(keys: Array, q: Array, visible: Visible) -> tuple[Array, None]:
-        pooled = score_tiles(functools.partial(pool, q), keys, visible, blocks)
-        return _share(pooled, query_tile), None
+        def pool(keys: Array, mask: Array) -> Array:
+            logits = jnp.where(mask[:, None], _logits(q, keys, scale), -jnp.inf)
+            return POOLINGS[pooling](split_equally(logits, tile, -jnp.inf), axis=-1)
 
-    options = _options(segments, positions, length) | {"chunk": tiled_chunk()}
+        return _share(score_tiles(pool, keys, visible), query_tile), None
+
+    options = _options(segments, positions, length) | {"chunk": tiled_chunk(blocks)}
     return select(score, q, k, blocks, top_k, pattern, prepare=_heads_first, **options)
 
 
@@ -200,11 +195,9 @@ def moba(
     means = block_means(k, blocks) if means is None else means
 
     def score(means: Array, q: Array, visible: Visible) -> tuple[Array, Array]:
-        current = block_of_query(visible, blocks)[..., None]
-        return _logits(q, means, 1.0), (current == jnp.arange(blocks.count))[:, None]
+        return _logits(q, jnp.swapaxes(visible.take(means), 1, 2), 1.0), visible.force(0, 1)
 
-    options = _options(segments, positions, length)
-    return select(score, q, means, blocks, top_k, pattern, prepare=_heads_first, **options)
+    return select(score, q, means, blocks, top_k, pattern, **_options(segments, positions, length))
 
 
 def block_means(x: Float[Array, "b s g d"], blocks: Blocks) -> Float[Array, "b n g d"]:
@@ -321,14 +314,15 @@ def nsa(
         k, v = keys
         p = _window_probabilities(q, jnp.swapaxes(k, 1, 2), windows, visible, scale)
         out = jnp.einsum("bgrcn,bnge->bgrce", p, v, precision=jax.lax.Precision.HIGHEST)
-        overlapping = _overlapping(jax.lax.stop_gradient(p).sum(axis=2), windows, blocks, offsets)
+        overlapping = _overlapping(jax.lax.stop_gradient(p).sum(axis=2), windows, visible.blocks, offsets)
         scores = (overlapping * jnp.asarray(shared, p.dtype)).sum(axis=-1)
-        allowed, forced = (count_keys(visible, blocks) > 0)[:, None], force_blocks(visible, blocks, initial, local)
+        allowed, forced = (visible.count_keys() > 0)[:, None], visible.force(initial, local)
         groups = choose(scores, allowed, count, forced)
-        return out.reshape(out.shape[0], -1, *out.shape[3:]), groups, mark_forced(forced, groups)
+        out = out.reshape(out.shape[0], -1, *out.shape[3:])
+        return out, visible.number(groups), mark_forced(forced, groups)
 
-    keys, options = blocks.of_key.shape[1], _options(segments, positions, length)
-    out, groups, forced = over_queries(attend, q, (k, v), pattern, keys, **options)
+    options = _options(segments, positions, length)
+    out, groups, forced = over_queries(attend, q, (k, v), pattern, blocks, **options)
     return out, Selection(jnp.moveaxis(groups, 1, 2), blocks, jnp.moveaxis(forced, 1, 2))
 
 
@@ -393,22 +387,20 @@ def infllm(
     windows, blocks = make_windows(k.shape[1], window, stride, ids), _blocks(k, block, segments)
     offsets, _ = _list_overlaps(windows, blocks)
     means = windows.split(k).mean(axis=2, dtype=jnp.promote_types(k.dtype, jnp.float32))
-    most = min(max(count, -(-dense_below // block)), blocks.count)
 
     def choose_chunk(means: Array, q: Array, visible: Visible) -> tuple[Array, Array]:
         p = _window_probabilities(q, means, windows, visible, scale).sum(axis=2)
-        scores = _overlapping(p, windows, blocks, offsets).max(axis=-1)
-        allowed, forced = (count_keys(visible, blocks) > 0)[:, None], force_blocks(visible, blocks, initial, local)
-        groups = choose(scores, allowed, count, forced)
-        if groups.shape[-1] == most:
-            return groups, mark_forced(forced, groups)
-        groups = jnp.pad(groups, ((0, 0),) * 3 + ((0, most - groups.shape[-1]),), constant_values=-1)
-        is_dense = (_position_in_document(visible, blocks) < dense_below)[:, None, :, None]
-        groups = jnp.where(is_dense, choose(scores, allowed, most), groups)
-        return groups, mark_forced(forced | is_dense, groups)
+        scores = _overlapping(p, windows, visible.blocks, offsets).max(axis=-1)
+        allowed, forced = (visible.count_keys() > 0)[:, None], visible.force(initial, local)
+        groups, most = choose(scores, allowed, count, forced), min(-(-dense_below // block), visible.blocks.count)
+        if groups.shape[-1] < most:
+            groups = jnp.pad(groups, ((0, 0),) * 3 + ((0, most - groups.shape[-1]),), constant_values=-1)
+            is_dense = (_position_in_document(visible) < dense_below)[:, None, :, None]
+            groups, forced = jnp.where(is_dense, choose(scores, allowed, most), groups), forced | is_dense
+        return visible.number(groups), mark_forced(forced, groups)
 
     q, options = jax.lax.stop_gradient(q), _options(segments, positions, length)
-    groups, forced = over_queries(choose_chunk, q, means, pattern, k.shape[1], prepare=_heads_first, **options)
+    groups, forced = over_queries(choose_chunk, q, means, pattern, blocks, prepare=_heads_first, **options)
     return Selection(jnp.moveaxis(groups, 1, 2), blocks, jnp.moveaxis(forced, 1, 2))
 
 
@@ -445,10 +437,10 @@ def _blocks(k: Array, size: int, segments: Segments) -> Blocks:
     return make_blocks(k.shape[1], size, None if segments is None else segments[1])
 
 
-def _position_in_document(visible: Visible, blocks: Blocks) -> Int[Array, "#b c"]:
+def _position_in_document(visible: Visible) -> Int[Array, "#b c"]:
     """The number of keys before each query in its document."""
-    current = block_of_query(visible, blocks)
-    starts, numbers = (jnp.take_along_axis(x, current, axis=1) for x in (blocks.starts, blocks.numbers))
+    own, blocks = visible.own_block(), visible.blocks
+    starts, numbers = (jnp.take_along_axis(x, own, axis=1) for x in (blocks.starts, blocks.numbers))
     return visible.positions - starts + numbers * blocks.size
 
 

@@ -16,6 +16,7 @@ from sparsejax.ops.indexer import Index, indexer_divergence, select_indexed
 from sparsejax.ops.reference import attend_reference
 from sparsejax.ops.selection import Selection, choose
 from sparsejax.ops.selectors import (
+    block_means,
     infllm,
     moba,
     nsa,
@@ -311,18 +312,35 @@ MECHANISMS = {
     "infllm, dense at first": lambda q, k, count, ids: infllm(
         q, k, 6, count, CAUSAL, window=4, stride=2, dense_below=40, segments=ids
     ),
+    "blocks of index keys": lambda q, k, count, ids: index_blocks(q, k, count, ids),
+    "blocks of mean index keys": lambda q, k, count, ids: index_blocks(q, k, count, ids, has_block_keys=True),
     "routing": lambda q, k, count, ids: route(
         k, CENTROIDS, count, segments=None if ids is None else ids[1]
     ),
 }  # fmt: skip
+
+
+def index_blocks(q, k, count, ids, has_block_keys=False):
+    """MiniMax-M3's choice, with the last block; or Qwen4's, from the mean key of a block."""
+    blocks, keys = make_blocks(k.shape[1], 6, None if ids is None else ids[1]), k[:, :, :1]
+    keys = block_means(keys, blocks)[:, :, 0] if has_block_keys else keys[:, :, 0]
+    options = {"has_block_keys": True} if has_block_keys else {"local": 1}
+    return select_indexed(Index(q, keys), count, CAUSAL, blocks=blocks, segments=ids, **options)
+
+
 CENTROIDS = jnp.asarray(np.random.default_rng(7).normal(size=(2, 3, 6)), jnp.float32)
+SHAPES = ((4, 6), jnp.float32), ((2, 6), jnp.float32), ((), jnp.int32)
 LENGTH = 70  # above that up to which `attend` uses the dense implementation
 
 
 @pytest.fixture(scope="module")
 def arrays():
+    return draw_arrays(LENGTH)
+
+
+def draw_arrays(length):
     rng = np.random.default_rng(0)
-    shapes = (2, LENGTH, 4, 6), (2, LENGTH, 2, 6), (2, LENGTH, 2, 5)
+    shapes = (2, length, 4, 6), (2, length, 2, 6), (2, length, 2, 5)
     return [jnp.asarray(rng.normal(size=shape), jnp.float32) for shape in shapes]
 
 
@@ -350,10 +368,12 @@ def test_later_tokens_change_nothing(name, arrays):
         np.testing.assert_array_equal(chosen[:, :, :cut], groups[:, :, :cut])
 
 
+@pytest.mark.parametrize("bounds", [[0, 17, 45, 70], [0, 1, 2, 42, 82, 182, 222, 322, 330]], ids=["few", "many"])
 @pytest.mark.parametrize("name", MECHANISMS)
-def test_a_packed_document_chooses_as_alone(name, arrays):
-    bounds = [0, 17, 45, LENGTH]
-    ids = jnp.asarray(np.searchsorted(bounds[1:-1], np.arange(LENGTH), side="right"))[None].repeat(2, axis=0)
+def test_a_packed_document_chooses_as_alone(name, bounds):
+    """Rows of some chunks of queries; a chunk sees the blocks of its documents only."""
+    arrays, length = draw_arrays(bounds[-1]), bounds[-1]
+    ids = jnp.asarray(np.searchsorted(bounds[1:-1], np.arange(length), side="right"))[None].repeat(2, axis=0)
 
     @functools.partial(jax.jit, static_argnums=0)
     def run(packed, q, k, v):
@@ -365,6 +385,39 @@ def test_a_packed_document_chooses_as_alone(name, arrays):
         assert_close(
             f"{start} to {stop}", out[:, start:stop], run(False, *(x[:, start:stop] for x in arrays)), "float32"
         )
+
+
+@pytest.mark.parametrize("name", [name for name in MECHANISMS if name not in ("routing", "top tokens of kv heads")])
+def test_memory_of_a_packed_row(name):
+    """A row of documents takes a few times the memory of one document of its length, which is the scores of a chunk."""
+    q, k, ids = (jax.ShapeDtypeStruct((1, 4096, *shape), dtype) for shape, dtype in SHAPES)
+
+    def measure(run, *arrays):
+        return jax.jit(run).lower(*arrays).compile().memory_analysis().temp_size_in_bytes
+
+    alone = measure(lambda q, k: MECHANISMS[name](q, k, 3, None).groups, q, k)
+    assert measure(lambda q, k, ids: MECHANISMS[name](q, k, 3, (ids, ids)).groups, q, k, ids) < 8 * alone
+
+
+@pytest.mark.parametrize("stage", ["warm-up", "sparse"])
+def test_the_divergence_of_a_packed_document_is_that_of_it_alone(stage):
+    bounds = [0, 1, 2, 42, 82, 122, 162]
+    (q, k, _), length = draw_arrays(bounds[-1]), bounds[-1]
+    ids = jnp.asarray(np.searchsorted(bounds[1:-1], np.arange(length), side="right"))[None].repeat(2, axis=0)
+
+    @functools.partial(jax.jit, static_argnums=0)
+    def run(packed, q, k):
+        segments = (ids, ids) if packed else None
+        blocks = make_blocks(q.shape[1], 6, ids if packed else None)
+        index, options = Index(q, block_means(k[:, :, :1], blocks)[:, :, 0]), {"blocks": blocks, "segments": segments}
+        selection = select_indexed(index, 3, CAUSAL, has_block_keys=True, **options)
+        return indexer_divergence(index, q, k, CAUSAL, selection if stage == "sparse" else None, **options)
+
+    divergence = run(True, q, k)
+    for start, stop in itertools.pairwise(bounds):
+        alone = run(False, q[:, start:stop], k[:, start:stop])
+        assert_close(f"{start} to {stop}", divergence[:, start:stop], alone, "float32")
+    assert divergence.max() > 0.01
 
 
 @pytest.mark.parametrize("scope", ["query_head", "kv_head"])
