@@ -58,10 +58,10 @@ class Blocks:
 
     def split(self, x: Shaped[Array, "b *rest s"], fill: float | bool) -> Shaped[Array, "b *rest n size"]:
         """Splits the last axis into blocks, which are filled up with `fill`."""
-        return split_equally(self.line_up(x, -1, fill), self.size, fill)
+        return split_equally(self.align(x, -1, fill), self.size, fill)
 
-    def line_up(self, x: Shaped[Array, "#b ..."], axis: int, fill: float | int) -> Shaped[Array, "#b ..."]:
-        """Fills up all blocks but the last with `fill`, so that block i starts at entry `i * size` of the axis."""
+    def align(self, x: Shaped[Array, "#b ..."], axis: int, fill: float | int) -> Shaped[Array, "#b ..."]:
+        """Pads blocks with `fill`, so that block i starts at entry `i * size` of the axis; the last may stay short."""
         if self.is_regular:
             return x
         b, axis = max(len(x), len(self.starts)), axis % x.ndim

@@ -75,14 +75,14 @@ class Visible(NamedTuple):
     Attributes:
       positions: Positions of the queries.
       keys: Whether the pattern and the segments allow each key.
-      lined_up: The same for the keys of `blocks`, see `Blocks.line_up`.
+      aligned: The same for the keys of `blocks`, see `Blocks.align`.
       blocks: The blocks of the documents of the queries, and perhaps others.
       first: Index of the first of them among all blocks; None if they are all blocks.
     """
 
     positions: Int[Array, "#b c"]
     keys: Bool[Array, "#b c s"]
-    lined_up: Bool[Array, "#b c keys"]
+    aligned: Bool[Array, "#b c keys"]
     blocks: Blocks
     first: Int[Array, " b"] | None = None
 
@@ -90,7 +90,7 @@ class Visible(NamedTuple):
         """Number of keys of each block that a query may attend to."""
         if self.blocks.size == 1:
             return self.keys.astype(jnp.int32)
-        return split_equally(self.lined_up, self.blocks.size, False).sum(axis=-1)
+        return split_equally(self.aligned, self.blocks.size, False).sum(axis=-1)
 
     def own_block(self) -> Int[Array, "#b c"]:
         """The block of each query, which is at the position of its key."""
@@ -222,7 +222,7 @@ def select(
 
 def tiled_chunk(blocks: Blocks) -> int:
     """Number of queries of a chunk whose keys are scored by `score_tiles`."""
-    return QUERIES if on_cpu() and blocks.is_regular else CHUNK  # lined-up blocks grow with the chunk
+    return QUERIES if on_cpu() and blocks.is_regular else CHUNK  # aligned blocks grow with the chunk
 
 
 def score_tiles(
@@ -237,12 +237,12 @@ def score_tiles(
 
     Args:
       score: Maps the keys of consecutive blocks, [b, *heads, k, d], and whether each is visible, [#b, c, k], to the
-        scores of these blocks. Blocks but the last have `blocks.size` keys, see `Blocks.line_up`.
+        scores of these blocks. Blocks but the last have `blocks.size` keys, see `Blocks.align`.
       keys: The keys.
       visible: What a chunk of queries may attend to.
     """
     blocks = visible.blocks
-    keys, mask = blocks.line_up(keys, -2, 0.0), visible.lined_up
+    keys, mask = blocks.align(keys, -2, 0.0), visible.aligned
     size = blocks.size * max(1, KEYS // blocks.size)
     if mask.shape[-1] <= size or not on_cpu():
         return score(keys, mask)
@@ -322,8 +322,8 @@ def over_queries(
                 allowed = pattern.allows(at[..., None], k_at[:, None], length, length) & (k_at >= 0)[:, None]
                 return allowed & (ids[..., None] == k_ids[:, None])
 
-            lined_up = allow(near.line_up(k_at, -1, -1), near.line_up(k_ids, -1, -1))
-            return function(keys, chunk_arrays, Visible(at, allow(k_at, k_ids), lined_up, near, first))
+            aligned = allow(near.align(k_at, -1, -1), near.align(k_ids, -1, -1))
+            return function(keys, chunk_arrays, Visible(at, allow(k_at, k_ids), aligned, near, first))
 
         return _map_chunks(jax.checkpoint(run_chunk, prevent_cse=False), queries, chunk)
 
