@@ -25,8 +25,8 @@ PROBES = {
 STEPS = {"text": (400, 8), "recall": (300, 64), "needle": (300, 16)}  # and rows per step
 # By how much the MLP of a layer is narrower than that of attention, because its mixer has more parameters.
 NARROWER = {
-    "paper": dict(csa=471, delta=695, dsa=215, hca=129, lsh=341, mamba2=1459, msa=213, nsa=699),
-    "small": dict(csa=51, delta=27, dsa=28, hca=7, mamba2=48, msa=16, nsa=47),
+    "paper": dict(csa=471, delta=695, dsa=215, hca=129, lsh=341, mamba2=1459, msa=213, nsa=699, routing=341),
+    "small": dict(csa=51, delta=27, dsa=28, hca=7, mamba2=48, msa=16, nsa=47, routing=1),
 }
 
 
@@ -77,7 +77,8 @@ def list_mixers(keys, length, width, heads, kv_heads):
         routing=dict(
             kind="routing",
             heads=heads,
-            kv_heads=kv_heads,
+            kv_heads=heads,
+            shared=True,
             head_width=head_width,
             clusters=4,
             members=keys,

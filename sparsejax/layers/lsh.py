@@ -65,7 +65,8 @@ class LshConfig(MixerConfig):
     def summary(self) -> str:
         """Kind and sizes, in a few words."""
         groups = f"the last {self.members}" if self.strict else f"chunks of {self.chunk}"
-        return f"LSH attention {self.heads} x {self.head_width}, {self.hashes} rounds of {groups}"
+        rounds = f"{self.hashes} round{'s' * (self.hashes > 1)}"
+        return f"LSH attention {self.heads} x {self.head_width}, {rounds} of {groups}"
 
     @property
     def members(self) -> int:

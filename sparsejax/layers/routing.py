@@ -25,6 +25,7 @@ from sparsejax.ops.routing import (
     balanced_members,
     commitment,
     normalize_vectors,
+    prefer_others,
     sum_clusters,
     update_centroids,
 )
@@ -40,6 +41,10 @@ class RoutingConfig(AttendingConfig):
     weights: after every training step they move toward the mean of their members, as in the Routing Transformer
     (arXiv:2003.05997). The query heads of a key/value head share clusters.
 
+    With `shared` the key of a token is its query, divided by its length, as in the paper for causal attention, so that
+    queries that are alike share a cluster. A query attends to itself only if no other of the last `members` tokens of
+    its cluster is left.
+
     With `balanced` each cluster has the `members` tokens nearest to its centroid, as in the paper. Their choice reads
     the whole sequence, so that this form is not causal.
     """
@@ -53,6 +58,7 @@ class RoutingConfig(AttendingConfig):
     impl: str = dataclasses.field(default="auto", metadata={"resume": "rounding"})  # implementation of `ops.attend`
     rate: float = 1e-3  # share of the mean of a step in a centroid
     commitment: float = 1e-4  # weight of the mean squared distance of keys from their centroids
+    shared: bool = False  # use queries as keys; requires kv_heads = heads
     balanced: bool = False  # give each cluster the tokens nearest to its centroid in the whole sequence
     causal: bool = True  # attend to no later token
 
@@ -64,6 +70,8 @@ class RoutingConfig(AttendingConfig):
             raise InputError("rate", f"{self.rate} is above 1")
         if self.heads % self.kv_heads:
             raise InputError("heads", f"{self.heads} is not divisible by kv_heads = {self.kv_heads}")
+        if self.shared and self.heads != self.kv_heads:
+            raise InputError("shared", f"true requires kv_heads = heads, not {self.kv_heads} and {self.heads}")
         if self.rope is not None:
             self.rope.width(self.head_width)
         if not self.causal and not self.balanced:
@@ -72,7 +80,7 @@ class RoutingConfig(AttendingConfig):
     @property
     def summary(self) -> str:
         """Kind and sizes, in a few words."""
-        form = "balanced " if self.balanced else ""
+        form = "shared QK, " * self.shared + "balanced " * self.balanced
         sizes = f"{self.heads}/{self.kv_heads} x {self.head_width}"
         return f"routing {sizes}, {form}{self.clusters} clusters of {self.members}"
 
@@ -80,6 +88,11 @@ class RoutingConfig(AttendingConfig):
     def connectivity(self) -> patterns.Pattern:
         """The positions that a position can read from under some clusters."""
         return patterns.Causal() if self.causal else patterns.Full()
+
+    @property
+    def scale(self) -> float:
+        """Factor on the product of a query and a key."""
+        return 1.0 if self.shared else self.head_width**-0.5
 
     @property
     def selects(self) -> bool:
@@ -107,7 +120,8 @@ class Routing(Mixer):
         def project(heads: int) -> Linear:
             return Linear(m, heads * d, ("width", "heads"), dtype=stream.dtype, rngs=rngs)
 
-        self.query, self.key, self.value = (project(n) for n in (config.heads, config.kv_heads, config.kv_heads))
+        self.query, self.value = project(config.heads), project(config.kv_heads)
+        self.key = None if config.shared else project(config.kv_heads)
         self.out = Linear(
             config.heads * d, m, ("heads", "width"), dtype=stream.dtype, rngs=rngs, scale=output_scale(stream)
         )
@@ -133,11 +147,11 @@ class Routing(Mixer):
         routed, q, k, v = self._project(x, jnp.arange(t))
         segments, centroids = tokens.attend_segments, self.centroids[...]
         if config.balanced:
-            options = {"causal": config.causal, "scale": config.head_width**-0.5, "segments": segments}
-            y = attend_balanced(q, k, v, routed, centroids, config.members, **options)
+            options = {"causal": config.causal, "includes_self": not config.shared, "segments": segments}
+            y = attend_balanced(q, k, v, routed, centroids, config.members, scale=config.scale, **options)
         else:
-            options = {"selection": self._choose(routed, context), "impl": config.impl, "segment_ids": segments}
-            y = cast(Array, attend(q, k, v, self.pattern, **options))
+            options = {"scale": config.scale, "impl": config.impl, "segment_ids": segments}
+            y = cast(Array, attend(q, k, v, self.pattern, selection=self._choose(routed, context), **options))
         losses = {}
         if config.commitment:
             distances = tokens.zero_padding(commitment(routed, centroids))
@@ -150,20 +164,18 @@ class Routing(Mixer):
         routed, *_ = self._project(x, jnp.arange(x.shape[1]))
         if not self.config.balanced:
             return {"": self._choose(routed, context)}
-        members = balanced_members(
-            routed, self.centroids[...], self.config.members, causal=self.config.causal,
-            segments=context.tokens.attend_segments,
-        )  # fmt: skip
-        return {"": selection_of(members)}
+        config, segments = self.config, context.tokens.attend_segments
+        options = {"causal": config.causal, "includes_self": not config.shared, "segments": segments}
+        return {"": selection_of(balanced_members(routed, self.centroids[...], config.members, **options))}
 
     def measure(self, x: Float[Array, "b t m"], context: Context = EMPTY) -> dict[str, Float[Array, ""]]:
         """Returns metrics of the selection; none for balanced clusters."""
         if self.config.balanced:
             return {}
         routed, q, k, _ = self._project(x, jnp.arange(x.shape[1]))
-        selection, scale = self._choose(routed, context), self.config.head_width**-0.5
-        segments = context.tokens.attend_segments
-        return measure_selection(selection, q, k, self.pattern, scale=scale, segments=segments)._asdict()
+        pattern = self.pattern - patterns.Window(0) if self.config.shared else self.pattern
+        options = {"scale": self.config.scale, "segments": context.tokens.attend_segments}
+        return measure_selection(self._choose(routed, context), q, k, pattern, **options)._asdict()
 
     def init_cache(self, batch: int, length: int) -> Cache:
         """Returns empty caches: the last members of each cluster, and how many it had.
@@ -174,7 +186,7 @@ class Routing(Mixer):
         if config.balanced:
             return {"inputs": jnp.zeros((batch, length, self.out.weight.shape[1]), self.out.dtype)}
         slots = batch, config.kv_heads, config.clusters, min(config.members, length)
-        cache: Cache = {name: jnp.zeros((*slots, config.head_width), self.key.dtype) for name in ("k", "v")}
+        cache: Cache = {name: jnp.zeros((*slots, config.head_width), self.value.dtype) for name in ("k", "v")}
         return cache | {"positions": jnp.full(slots, -1, jnp.int32), "counts": jnp.zeros(slots[:3], jnp.int32)}
 
     def extend(
@@ -209,8 +221,9 @@ class Routing(Mixer):
         latest = jnp.broadcast_to(keys_at.astype(jnp.float32), visible.shape)
         order = choose(latest, visible, self.config.members)
         mask, index = order >= 0, jnp.maximum(order, 0)
+        mask = prefer_others(mask, keys_at[index] == at[:, None]) if self.config.shared else mask
         logits = jnp.einsum("crd,cwd->crw", q, keys[index], preferred_element_type=jnp.float32)
-        scores = jnp.where(mask[:, None], logits * self.config.head_width**-0.5, -jnp.inf)
+        scores = jnp.where(mask[:, None], logits * self.config.scale, -jnp.inf)
         p = jnp.where(mask[:, None], jax.nn.softmax(scores, axis=-1), 0.0)  # a token is a member of its cluster
         y = jnp.einsum("crw,cwd->crd", p.astype(values.dtype), values[index])
         # Rank of each token in its cluster; of a cluster's tokens only the last `slots` are written.
@@ -243,15 +256,16 @@ class Routing(Mixer):
         if self.config.balanced:
             return {}
         routed, *arrays = self._project(x, jnp.arange(x.shape[1]))
-        scale, segments = self.config.head_width**-0.5, context.tokens.attend_segments
+        scale, segments = self.config.scale, context.tokens.attend_segments
         call = AttentionCall(*arrays, self.pattern, scale, None, None, segments, None)
         return {"": selected_call(call, self._choose(routed, context))}
 
     def cost(self, length: int) -> Cost:
         """Cost of the projections, of the products with the centroids, and of attention to `members` keys."""
         config, d = self.config, self.config.head_width
-        linear = sum(projection.flops for projection in (self.query, self.key, self.value, self.out))
+        linear = sum(projection.flops for projection in (self.query, self.key, self.value, self.out) if projection)
         kept = np.minimum(np.arange(length) + 1, config.members)
+        kept = np.maximum(kept - 1, 1) if config.shared else kept
         pairs = config.heads * int(kept.sum())
         if config.balanced:
             size = min(config.members, length)
@@ -264,14 +278,18 @@ class Routing(Mixer):
     def _choose(self, routed: Array, context: Context) -> Selection:
         segments = context.tokens.attend_segments
         ids = None if segments is None else segments[1]
-        return route(routed, self.centroids[...], self.config.members, segments=ids)
+        options = {"includes_self": not self.config.shared, "segments": ids}
+        return route(routed, self.centroids[...], self.config.members, **options)
 
     def _project(self, x: Array, positions: Array) -> tuple[Array, Array, Array, Array]:
         """What is routed, queries, keys and values."""
         config = self.config
-        q, k, v = (
-            linear(x).reshape(*x.shape[:2], -1, config.head_width) for linear in (self.query, self.key, self.value)
-        )
+
+        def project(linear: Linear) -> Array:
+            return linear(x).reshape(*x.shape[:2], -1, config.head_width)
+
+        q, v = project(self.query), project(self.value)
+        k = normalize_vectors(q).astype(q.dtype) if self.key is None else project(self.key)
         routed = k
         if config.rope is not None:
             q, k = (rotate(heads, positions, config.rope) for heads in (q, k))

@@ -65,6 +65,7 @@ def attend_balanced(
     *,
     causal: bool,
     scale: float,
+    includes_self: bool = True,
     segments: tuple[Int[Array, "b t"], Int[Array, "b t"]] | None = None,
 ) -> Float[Array, "b t h value"]:
     """Attention within balanced clusters: each has the `members` tokens nearest to its centroid in the row.
@@ -81,6 +82,7 @@ def attend_balanced(
       members: Tokens per cluster.
       causal: Whether a query attends to no later member of its cluster.
       scale: Factor on q·k.
+      includes_self: Whether a query attends to itself; else only in a cluster in which it attends to no other token.
       segments: Segment ids of queries and of keys; tokens whose ids differ are padding, and in no cluster.
     """
     (b, t, h, _), g = q.shape, k.shape[2]
@@ -96,6 +98,7 @@ def attend_balanced(
     ids = jnp.take_along_axis(q_ids[:, None, None], positions, axis=-1)
     allowed = in_cluster[..., None, :] & (ids[..., :, None] == ids[..., None, :])
     allowed &= (positions[..., :, None] >= positions[..., None, :]) if causal else True
+    allowed = allowed if includes_self else prefer_others(allowed, positions[..., :, None] == positions[..., None, :])
     logits = scale * jnp.einsum("bgcwrd,bgcsd->bgcrws", queries, keys).astype(jnp.float32)
     p, _ = masked_softmax(logits, allowed[:, :, :, None], None)
     out = jnp.einsum("bgcrws,bgcse->bgcwre", p.astype(v.dtype), values)
@@ -116,6 +119,7 @@ def balanced_members(
     members: int,
     *,
     causal: bool,
+    includes_self: bool = True,
     segments: tuple[Int[Array, "b t"], Int[Array, "b t"]] | None = None,
 ) -> Bool[Array, "b g t t"]:
     """Whether each query of `attend_balanced`, which describes the arguments, attends to each key in some cluster."""
@@ -125,9 +129,19 @@ def balanced_members(
     at = jnp.where(in_cluster, positions, t)
     rows = jnp.arange(b)[:, None, None, None], jnp.arange(x.shape[2])[:, None, None], jnp.arange(size)[:, None]
     inside = jnp.zeros((b, x.shape[2], size, t)).at[(*rows, at)].set(1, mode="drop")
-    shared = jnp.einsum("bgct,bgcs->bgts", inside, inside) > 0
-    shared &= (q_ids[:, :, None] == k_ids[:, None])[:, None]
-    return shared & jnp.tri(t, dtype=bool) if causal else shared
+    allowed = (q_ids[:, :, None] == k_ids[:, None])[:, None] & (jnp.tri(t, dtype=bool) if causal else True)
+
+    def meet(inside: Float[Array, "b g t"]) -> Bool[Array, "b g t t"]:
+        attends = allowed & (inside[..., :, None] > 0) & (inside[..., None, :] > 0)
+        return attends if includes_self else prefer_others(attends, jnp.eye(t, dtype=bool))
+
+    return jax.lax.map(meet, jnp.moveaxis(inside, 2, 0)).any(axis=0)
+
+
+def prefer_others(allowed: Bool[Array, "*batch w s"], is_self: Bool[Array, "*#batch w s"]) -> Bool[Array, "*batch w s"]:
+    """The allowed keys without the query itself, unless there is no other."""
+    others = allowed & ~is_self
+    return jnp.where(others.any(axis=-1, keepdims=True), others, allowed)
 
 
 def _fill_clusters(

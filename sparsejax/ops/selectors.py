@@ -218,6 +218,7 @@ def route(
     centroids: Float[Array, "g c d"],
     members: int,
     *,
+    includes_self: bool = True,
     segments: Int[Array, "b t"] | None = None,
 ) -> Selection:
     """Causal k-means routing: a query attends to the last `members` tokens of its cluster, itself included.
@@ -230,6 +231,7 @@ def route(
       x: Vectors to route, of queries and keys alike.
       centroids: Vectors of unit length per key/value head.
       members: Tokens per query.
+      includes_self: Whether a query attends to itself; else only if no other of its tokens is among them.
       segments: Segment ids.
 
     Raises:
@@ -239,7 +241,10 @@ def route(
     b, t = x.shape[:2]
     clusters = nearest_centroid(x, centroids)
     starts = jnp.zeros((b, t), jnp.int32) if segments is None else document_starts(segments)
-    return Selection(last_members(starts[:, None] * centroids.shape[1] + clusters, members), make_blocks(t, 1))
+    keys = last_members(starts[:, None] * centroids.shape[1] + clusters, members)
+    if not includes_self:  # a query is the last of its tokens
+        keys = jnp.where((keys == jnp.arange(t)[:, None]) & (keys[..., :1] != keys), -1, keys)
+    return Selection(keys, make_blocks(t, 1))
 
 
 def last_members(labels: Int[Array, "b g t"], members: int) -> Int[Array, "b g t w"]:

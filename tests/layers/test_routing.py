@@ -23,7 +23,10 @@ CAUSAL = RoutingConfig(
     heads=4, kv_heads=2, head_width=6, clusters=3, members=4, rope=RopeConfig(base=100.0), impl="dense"
 )
 BALANCED = dataclasses.replace(CAUSAL, balanced=True)
+SHARED = dataclasses.replace(CAUSAL, kv_heads=4, shared=True)
 FORMS = {
+    "shared": SHARED,
+    "shared, balanced": dataclasses.replace(SHARED, balanced=True, members=7),
     "last members": CAUSAL,
     "balanced": BALANCED,
     "bidirectional": dataclasses.replace(BALANCED, causal=False, members=9, rope=None),
@@ -51,8 +54,14 @@ def softmax(scores):
 def run_reference(config, w, x, segments):
     """Output, and sums of normalized keys per cluster, of a row x [t, m]."""
     t, h, g = len(x), config.heads, config.kv_heads
-    q, k, v = (reference.linear(w[name], x).reshape(t, -1, config.head_width) for name in ("query", "key", "value"))
+    names = "query", "query" if config.shared else "key", "value"
+    q, k, v = (reference.linear(w[name], x).reshape(t, -1, config.head_width) for name in names)
     unit = k / np.linalg.norm(k, axis=-1, keepdims=True)
+    k, scale = (unit, 1) if config.shared else (k, config.head_width**-0.5)
+
+    def without(query, keys):
+        return [key for key in keys if key != query] or keys if config.shared else keys
+
     if config.rope is not None:
         q, k = (reference.rotate(heads[None], config.rope)[0] for heads in (q, k))
     similarity = np.einsum("tgd,gcd->gct", unit, w["centroids"])
@@ -60,11 +69,11 @@ def run_reference(config, w, x, segments):
     y = np.zeros((t, h, config.head_width))
     for head in range(h):
         kv = head // (h // g)
-        logits = q[:, head] @ k[:, kv].T * config.head_width**-0.5
+        logits = q[:, head] @ k[:, kv].T * scale
         if not config.balanced:
             for query in range(t):
                 same = [s for s in range(query + 1) if nearest[kv, s] == nearest[kv, query]]
-                keys = [s for s in same if segments[s] == segments[query]][-config.members :]
+                keys = without(query, [s for s in same if segments[s] == segments[query]][-config.members :])
                 y[query, head] = softmax(logits[query, keys]) @ v[keys, kv]
             continue
         count = np.zeros(t)
@@ -72,6 +81,7 @@ def run_reference(config, w, x, segments):
             members = sorted(np.argsort(-similarity[kv, cluster], kind="stable")[: config.members])
             for query in members:
                 keys = [s for s in members if segments[s] == segments[query] and (s <= query or not config.causal)]
+                keys = without(query, keys)
                 y[query, head] += softmax(logits[query, keys]) @ v[keys, kv]
                 count[query] += 1
         y[:, head] /= np.maximum(count, 1)[:, None]
@@ -95,14 +105,16 @@ def test_the_output_the_loss_and_the_sums(form, segments, x):
     assert_close("loss", auxiliary.losses["commitment"], 0.5 * distances.mean(), "float32")
 
 
-def test_chunks_of_ragged_rows_equal_the_whole(x):
+@pytest.mark.parametrize("config", [CAUSAL, SHARED], ids=["keys", "shared"])
+def test_chunks_of_ragged_rows_equal_the_whole(config, x):
     chunks = (17, (17, 9)), (4, (4, 4)), (1, (1, 1)), (15, (15, 3)), (1, (1, 1))
-    cache = assert_chunks_equal_whole(make(CAUSAL), x, chunks)
-    assert cache["k"].shape == (2, 2, 3, 4, 6)  # the last members of each cluster, at any length
+    cache = assert_chunks_equal_whole(make(config), x, chunks)
+    assert cache["k"].shape == (2, config.kv_heads, 3, 4, 6)  # the last members of each cluster, at any length
 
 
-def test_later_tokens_change_nothing(x):
-    assert_later_tokens_change_nothing(make(CAUSAL), x, (1, 16, 30, LENGTH - 1))
+@pytest.mark.parametrize("config", [CAUSAL, SHARED], ids=["keys", "shared"])
+def test_later_tokens_change_nothing(config, x):
+    assert_later_tokens_change_nothing(make(config), x, (1, 16, 30, LENGTH - 1))
 
 
 def test_balanced_clusters_read_the_future(x):
@@ -150,6 +162,9 @@ def test_the_account():
     linear = 2 * WIDTH * 6 * (4 + 2 + 2 + 4)
     assert cost.flops == pytest.approx(linear + 2 * 2 * 3 * 6 + 4 * 6 * cost.pairs / LENGTH)
     assert make(BALANCED).cost(LENGTH).pairs == 4 * 3 * 10
+    shared = make(dataclasses.replace(SHARED, clusters=1)).cost(LENGTH)
+    assert shared.pairs == 4 * (1 + 1 + 2 + 3 * (LENGTH - 3))
+    assert shared.flops == pytest.approx(3 * 2 * WIDTH * 6 * 4 + 2 * 4 * 6 + 4 * 6 * shared.pairs / LENGTH)
 
 
 @pytest.mark.parametrize(
@@ -161,6 +176,7 @@ def test_the_account():
         ("rate", {"rate": 1.5}),
         ("commitment", {"commitment": -1.0}),
         ("causal", {"causal": False}),
+        ("shared", {"shared": True}),
     ],
 )
 def test_invalid_sections(argument, changes):

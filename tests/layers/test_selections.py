@@ -28,6 +28,8 @@ SELECTING = {
     "routing": ROUTING,
     "balanced": ROUTING | {"balanced": True, "members": 5, "kv_heads": 2},
     "bidirectional": ROUTING | {"balanced": True, "causal": False, "members": 5},
+    "shared": ROUTING | {"shared": True, "kv_heads": 2},
+    "shared, balanced": ROUTING | {"shared": True, "kv_heads": 2, "balanced": True, "members": 5},
     "nsa": MIXERS["nsa"]
     | {"count": 3, "select_block": 4, "compress_length": 4, "compress_stride": 2, "compress": "mean"},
     "lsh": VARIANTS["lsh"] | {"chunk": 4},
