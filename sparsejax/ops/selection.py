@@ -92,7 +92,7 @@ class Visible(NamedTuple):
             return self.keys.astype(jnp.int32)
         return split_equally(self.aligned, self.blocks.size, False).sum(axis=-1)
 
-    def own_block(self) -> Int[Array, "#b c"]:
+    def query_blocks(self) -> Int[Array, "#b c"]:
         """The block of each query, which is at the position of its key."""
         of_key, at = self.blocks.of_key, self.positions
         shape = max(len(of_key), len(at)), at.shape[1]
@@ -101,8 +101,8 @@ class Visible(NamedTuple):
 
     def force(self, initial: int, local: int) -> Bool[Array, "#b 1 c n"]:
         """Whether each block is among the first of its document, or among the last up to that of the query."""
-        own, indices = self.own_block()[..., None], jnp.arange(self.blocks.count)
-        forced = (self.blocks.numbers[:, None] < initial) | ((indices > own - local) & (indices <= own))
+        current, indices = self.query_blocks()[..., None], jnp.arange(self.blocks.count)
+        forced = (self.blocks.numbers[:, None] < initial) | ((indices > current - local) & (indices <= current))
         return forced[:, None]
 
     def take(self, x: Shaped[Array, "b all ..."]) -> Shaped[Array, "b n ..."]:
@@ -206,9 +206,9 @@ def select(
         may_compete = counts == blocks.size if complete else counts > 0
         groups = choose(scores, may_compete, count, forced)
         if complete:
-            own = visible.own_block()[:, None, :, None]
-            is_open = jnp.take_along_axis(counts, own, axis=-1) < blocks.size
-            last = jnp.broadcast_to(jnp.where(is_open, own, -1), (*groups.shape[:-1], 1))
+            current = visible.query_blocks()[:, None, :, None]
+            is_open = jnp.take_along_axis(counts, current, axis=-1) < blocks.size
+            last = jnp.broadcast_to(jnp.where(is_open, current, -1), (*groups.shape[:-1], 1))
             groups = sort_groups(jnp.concatenate([groups, last], axis=-1), visible.blocks.count)
             return visible.number(groups), (groups >= 0) & (groups == last)
         forced = mark_forced(jnp.zeros_like(may_compete) if forced is None else forced, groups)

@@ -444,8 +444,8 @@ def _blocks(k: Array, size: int, segments: Segments) -> Blocks:
 
 def _position_in_document(visible: Visible) -> Int[Array, "#b c"]:
     """The number of keys before each query in its document."""
-    own, blocks = visible.own_block(), visible.blocks
-    starts, numbers = (jnp.take_along_axis(x, own, axis=1) for x in (blocks.starts, blocks.numbers))
+    current, blocks = visible.query_blocks(), visible.blocks
+    starts, numbers = (jnp.take_along_axis(x, current, axis=1) for x in (blocks.starts, blocks.numbers))
     return visible.positions - starts + numbers * blocks.size
 
 
