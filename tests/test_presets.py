@@ -55,6 +55,7 @@ PUBLISHED = {
     "glm_5": Published("744", "40", uncounted=2),  # arXiv:2602.15763
     "minimax_m3": Published("428", "23", uncounted=2, indexers=57 * 6144 * 5 * 128 / 1e9),  # model card
     "deepseek_v4": Published("284", "13", uncounted=1),  # model card of DeepSeek-V4-Flash
+    "qwen4_exp": Published("125", "6", uncounted=2),  # without 51B of n-grams; Qwen3.8-Flash-Next
     "nemotron_h": Published("8.1"),  # arXiv:2504.03624
     "falcon_h1": Published("33.64"),  # safetensors: 33,642,516,224; named 34B
     "samba": Published("0.421"),  # arXiv:2406.07522
@@ -330,6 +331,46 @@ RELEASED = {
         "max_position_embeddings": 1_048_576,
         "tie_word_embeddings": False,
     },
+    "qwen4_exp": {  # the text section of the released file, without n-grams (`ple_layer_ids`: [2])
+        "model_type": "qwen4_exp_text",
+        "vocab_size": 248_320,
+        "hidden_size": 2560,
+        "num_hidden_layers": 48,
+        "num_attention_heads": 24,
+        "num_key_value_heads": 2,
+        "head_dim": 256,
+        "hidden_act": "silu",
+        "output_gate_type": "sigmoid",
+        "linear_num_key_heads": 16,
+        "linear_num_value_heads": 48,
+        "linear_key_head_dim": 128,
+        "linear_value_head_dim": 128,
+        "linear_conv_kernel_dim": 4,
+        "layer_types": [*["linear_attention"] * 3, "full_attention"] * 12,
+        "indexer_n_heads": 4,
+        "indexer_kv_heads": 1,
+        "indexer_head_dim": 128,
+        "indexer_budget": 2048,
+        "indexer_compress_ratio": 4,
+        "num_experts": 512,
+        "num_experts_per_tok": 10,
+        "norm_topk_prob": True,
+        "moe_intermediate_size": 640,
+        "shared_expert_intermediate_size": 640,
+        "hc_count": 4,
+        "hc_lowrank": 320,
+        "rms_norm_eps": 1e-6,
+        "rope_parameters": {
+            "rope_type": "default",
+            "rope_theta": 10_000_000,
+            "partial_rotary_factor": 0.25,
+            "mrope_interleaved": True,
+            "mrope_section": [11, 11, 10],
+        },
+        "ple_layer_ids": [],
+        "max_position_embeddings": 262_144,
+        "tie_word_embeddings": False,
+    },
     "falcon_h1": {
         "model_type": "falcon_h1",
         "vocab_size": 261_120,
@@ -455,7 +496,7 @@ def plain(model):
         return dataclasses.replace(layer, mixer=mixer, mlp=mlp, remat="none")
 
     ends = model.vocab, model.width, model.norm, model.tied, model.causal, model.embedding, model.head
-    return ends, [strip(model.layers[name]) for name in model.names]
+    return ends, model.hyper, [strip(model.layers[name]) for name in model.names]
 
 
 @pytest.mark.parametrize("name", sorted(RELEASED))
@@ -495,6 +536,7 @@ def test_a_dense_model_has_eight_times_the_cache_of_jamba():
         ("minimax_text_01", 80, lambda i: i % 8 == 7, lambda i: True),
         ("llama4", 48, lambda i: True, lambda i: True),
         ("qwen3_next", 48, lambda i: i % 4 == 3, lambda i: True),
+        ("qwen4_exp", 48, lambda i: i % 4 == 3, lambda i: True),
         ("kimi_linear", 27, lambda i: i % 4 == 3 or i == 26, lambda i: i > 0),
         ("nemotron_h", 52, lambda i: i in (7, 18, 29, 40), lambda i: False),
         ("samba", 12, lambda i: i % 2 == 1, lambda i: False),
@@ -606,6 +648,7 @@ DECAY = {
     "Compressor.bias": False,
     "Sinkhorn.base": False,
     "Sinkhorn.scale": False,
+    "Gated.scale": False,
     "Embedding.tokens": False,
     "Embedding.types": False,
     "Embedding.positions": False,

@@ -90,6 +90,8 @@ def build_rope(fields: Fields, values: dict[str, Any], fraction: float | None = 
     base, partial = values.pop("rope_theta"), values.pop("partial_rotary_factor", None)
     if fraction is None and partial not in (None, 1):
         raise fields.unsupported("partial_rotary_factor", partial, [1])
+    for key in ("mrope_section", "mrope_interleaved"):
+        values.pop(key, None)  # of the coordinates of images, which of a text are all its positions
     legacy = values.pop("type", None)
     name = values.pop("rope_type", None) or legacy or "default"
     if name not in ROPE_TYPES:

@@ -32,6 +32,8 @@ from sparsejax.interop.huggingface.translation import (
 from sparsejax.layers import DeltaConfig, HyperConfig, IndexerConfig, LayerConfig, NormConfig
 
 LAYERS = {"linear_attention": "linear", "indexed_attention": "full"}  # entries of `layer_types` -> names in a schedule
+# What released files call attention with an indexer.
+LAYERS |= dict.fromkeys(("full_attention", "qwen_sparse_attention"), "full")
 # Of layers with embeddings of n-grams, which are not supported.
 NGRAMS = (
     *("ple_embed_dim", "ple_conv_kernel_size", "ngram_size", "heads_per_ngram", "ngram_vocab_size_base"),
@@ -57,9 +59,12 @@ def translate(fields: Fields) -> Translation:
     experts = read_experts(fields, activation)
     streams = fields.take("hc_count", 4)
     hyper = HyperConfig(kind="gated", streams=streams, eps=rms.eps, rank=fields.take("hc_lowrank", 320))
-    mixers = {"linear_attention": delta, "indexed_attention": attention}
+    mixers = {"linear": delta, "full": attention}
     layers = [
-        (LAYERS[name], LayerConfig(mixer=mixers[name], mlp=experts, norm=None, norm_position="pre", remat="none"))
+        (
+            LAYERS[name],
+            LayerConfig(mixer=mixers[LAYERS[name]], mlp=experts, norm=None, norm_position="pre", remat="none"),
+        )
         for name in types
     ]
     tied = fields.take("tie_word_embeddings", False)
