@@ -13,6 +13,8 @@ from sparsejax.check.certificate import Finding
 from sparsejax.check.subject import Subject
 from sparsejax.layers import Context, Cost, Mixer, MixerConfig, Stream, Tokens
 from sparsejax.layers.mixers import make_mixer
+from sparsejax.ops.blocks import make_blocks
+from sparsejax.ops.selection import Selection
 
 BATCH, CHUNK = 2, 3
 
@@ -40,7 +42,9 @@ def _find_problems(config: MixerConfig, stream: Stream, subject: Subject) -> Ite
             yield f"the parameter {name} is {variable.dtype}, expected float32"
     if not isinstance(mixer.cost(subject.length), Cost):
         yield "cost(length) is not a Cost"
-    context = Context().with_extras(layer=jnp.asarray(0))
+    context = Context().with_extras(
+        layer=jnp.asarray(0), selection=_shared_selection(config, subject.length, subject.length)
+    )
     x = jax.ShapeDtypeStruct((BATCH, subject.length, stream.width), stream.dtype)
     y = nnx.eval_shape(lambda mixer, x: mixer(x, context), mixer, x)
     if _describe(y) != _describe(x):
@@ -49,6 +53,7 @@ def _find_problems(config: MixerConfig, stream: Stream, subject: Subject) -> Ite
         chunk = jax.ShapeDtypeStruct((BATCH, CHUNK, stream.width), stream.dtype)
         positions, mask = jnp.zeros(BATCH, jnp.int32), jnp.ones((BATCH, CHUNK), bool)
         context = Context(Tokens(mask=mask), context.extras)
+        context = context.pass_on(_shared_selection(config, CHUNK, subject.length))
 
         def extend(mixer: Mixer, x: jax.Array) -> tuple[Any, Any, Any]:
             cache = mixer.init_cache(BATCH, subject.length)
@@ -59,6 +64,15 @@ def _find_problems(config: MixerConfig, stream: Stream, subject: Subject) -> Ite
             yield f"extend returns {_describe(y)}, expected {_describe(chunk)}"
         if _describe(before) != _describe(after):
             yield f"extend changes the cache from {_describe(before)} to {_describe(after)}"
+
+
+def _shared_selection(config: MixerConfig, queries: int, keys: int) -> Selection | None:
+    """A selection as that of an earlier layer, for a mixer that reuses it."""
+    for indexer in config.indexers:
+        if indexer.shared:
+            groups = jnp.zeros((BATCH, 1, queries, min(indexer.top_k, keys)), jnp.int32)
+            return Selection(groups, make_blocks(keys, indexer.block))
+    return None
 
 
 def _describe(tree: Any) -> Any:

@@ -15,7 +15,7 @@ from sparsejax import patterns
 from sparsejax.errors import InputError, argument_path, require_at_least, require_choice
 from sparsejax.layers.caching import add_to_blocks, chunk_positions, extend_keys
 from sparsejax.layers.context import EMPTY, Context
-from sparsejax.layers.indexer import IndexerConfig, indexed_cost, make_indexer
+from sparsejax.layers.indexer import IndexerConfig, indexed_cost, make_indexer, reuse_selection
 from sparsejax.layers.norm import NormConfig, make_norm, normalize
 from sparsejax.layers.protocols import AttendingConfig, Auxiliary, Cache, Mixer, implementation_names, parse_pattern
 from sparsejax.layers.rotary import RopeConfig, rotate
@@ -262,7 +262,7 @@ class Attention(Mixer):
         plan = patterns.plan_cache(self._kept, length)
         after, keys, keys_at = extend_keys(plan, cache, {"k": added, "v": v}, positions, context.tokens, axis=1)
         q, k = self._append_relative(q, keys["k"], at, keys_at)
-        selection, selected = context.extras.selection, None
+        selected = None
         if self.config.select is not None:
             options: dict[str, Any] = {"positions": (at, keys_at), "length": length}
             if self._keeps_sums:
@@ -271,9 +271,10 @@ class Attention(Mixer):
             selection = self.config.select.choose(q, k, self.pattern, self._scale, **options)
         elif self.indexer is not None:
             arguments = (at, keys_at), length, self.pattern, context.tokens
-            selection, after["index"] = self.indexer.extend(x, x, cache["index"], *arguments)
-            selected = selection
-        assert selection is not None
+            selected, after["index"] = self.indexer.extend(x, x, cache["index"], *arguments)
+            selection = selected
+        else:
+            selection = reuse_selection(context)
         sinks = None if self.sinks is None else self.sinks[...]
         y = attend_cached_selection(
             q, k, keys["v"], selection, self.pattern, at, keys_at, length, scale=self._scale,
@@ -324,7 +325,7 @@ class Attention(Mixer):
             auxiliary = self.indexer.auxiliary(index, selection, q, k, self.pattern, context.tokens, scale=self._scale)
             return auxiliary.selection, auxiliary
         if self.config.select is None:
-            return context.extras.selection if self.config.selects else None, Auxiliary({})
+            return reuse_selection(context) if self.config.selects else None, Auxiliary({})
         positions, segments = self._positions(x, context), context.tokens.attend_segments
         q, k = self._append_relative(q, k, positions, positions)
         return self.config.select.choose(q, k, self.pattern, self._scale, segments=segments), Auxiliary({})

@@ -13,7 +13,7 @@ from jaxtyping import Array, Float, Int
 
 from sparsejax.errors import InputError, require_at_least, require_choice
 from sparsejax.layers.caching import add_to_blocks, write_slots
-from sparsejax.layers.context import Tokens
+from sparsejax.layers.context import Context, Tokens
 from sparsejax.layers.norm import NormConfig, make_norm, normalize
 from sparsejax.layers.protocols import Auxiliary
 from sparsejax.layers.rotary import RopeConfig, rotate
@@ -357,3 +357,14 @@ class Indexer(Scorer):
 def make_indexer(config: IndexerConfig | None, *arguments: Any, **options: Any) -> Indexer | None:
     """Builds an `Indexer`, unless there is none in this layer."""
     return None if config is None or config.shared else Indexer(config, *arguments, **options)
+
+
+def reuse_selection(context: Context) -> Selection:
+    """The selection of the last indexer before this layer.
+
+    Raises:
+      InputError: There is none.
+    """
+    if context.extras.selection is None:
+        raise InputError("indexer.shared", "no layer before this one selects keys")
+    return context.extras.selection

@@ -13,7 +13,7 @@ from sparsejax import patterns
 from sparsejax.errors import InputError, argument_path, require_at_least, require_choice
 from sparsejax.layers.caching import chunk_positions, extend_keys
 from sparsejax.layers.context import EMPTY, Context
-from sparsejax.layers.indexer import IndexerConfig, indexed_cost, make_indexer
+from sparsejax.layers.indexer import IndexerConfig, indexed_cost, make_indexer, reuse_selection
 from sparsejax.layers.norm import Norm, NormConfig
 from sparsejax.layers.protocols import AttendingConfig, Auxiliary, Cache, Mixer, implementation_names, parse_pattern
 from sparsejax.layers.rotary import RopeConfig, rotate
@@ -134,11 +134,13 @@ class Latent(Mixer):
         (b, t, _), config, tokens, positions = x.shape, self.config, context.tokens, jnp.arange(x.shape[1])
         q_latent, q = self._query(x, positions)
         k, v = self._expand(x, positions)
-        selection, auxiliary = context.extras.selection, Auxiliary({})
+        auxiliary = Auxiliary({})
         if self.indexer is not None:
             selection, index = self.indexer.choose(x, q_latent, self.pattern, tokens)
             auxiliary = self.indexer.auxiliary(index, selection, q, k, self.pattern, tokens, scale=self._scale)
-        selection = selection if config.selects else None
+            selection = auxiliary.selection
+        else:
+            selection = reuse_selection(context) if config.selects else None
         options = {"impl": config.impl, "scale": self._scale, "segment_ids": tokens.attend_segments}
         y = cast(Array, attend(q, k, v, self.pattern, selection=selection, **options))
         return self.out(y.reshape(b, t, -1)), auxiliary
@@ -158,8 +160,7 @@ class Latent(Mixer):
         if not self.config.selects:
             return {}
         if self.indexer is None:
-            assert context.extras.selection is not None
-            return {"": context.extras.selection}
+            return {"": reuse_selection(context)}
         q_latent, _ = self._query(x, jnp.arange(x.shape[1]))
         return {"": self.indexer.choose(x, q_latent, self.pattern, context.tokens)[0]}
 
@@ -196,17 +197,16 @@ class Latent(Mixer):
         to_keys, to_values = jnp.split(maps, [config.nope_width], axis=-1)
         q_nope, q_pe = jnp.split(q, [config.nope_width], axis=-1)
         q, k = jnp.concatenate([jnp.einsum("bchd,rhd->bchr", q_nope, to_keys), q_pe], axis=-1), keys["latent"]
-        selection, selected = context.extras.selection, None
+        selected = None
         if self.indexer is not None and config.selects:
             arguments = (at, keys_at), length, self.pattern, context.tokens
-            selection, after["index"] = self.indexer.extend(x, q_latent, cache["index"], *arguments)
-            selected = selection
+            selected, after["index"] = self.indexer.extend(x, q_latent, cache["index"], *arguments)
         if not config.selects:
             k = k[:, None]  # the rotary part of the values is not used
             y = attend_cached(q, k, k, self.pattern, at, keys_at, length, scale=self._scale)
         else:
             k = k[:, :, None]
-            assert selection is not None
+            selection = reuse_selection(context) if selected is None else selected
             v, queries = k[..., : config.kv_rank], (self.pattern, at, keys_at, length)
             y = attend_cached_selection(q, k, v, selection, *queries, scale=self._scale)
         y = jnp.einsum("bchr,rhe->bche", y[..., : config.kv_rank], to_values)

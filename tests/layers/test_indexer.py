@@ -8,9 +8,11 @@ import numpy as np
 import pytest
 from flax import nnx
 
+from sparsejax.check import check_model
 from sparsejax.config import ConfigError
 from sparsejax.errors import InputError
 from sparsejax.layers import Attention, AttentionConfig, Context, IndexerConfig, NormConfig, RopeConfig, Stream, Tokens
+from sparsejax.layers.mixers import make_mixer
 from sparsejax.model import Functional
 from tests.check.models import ATTENTION, MIXERS, NORM, build
 from tests.layers import reference
@@ -342,6 +344,20 @@ def test_attention_that_an_indexer_does_not_support(argument, changes):
     mixer = ATTENTION | {"pattern": "causal", "indexer": {"heads": 2, "width": 4, "top_k": 3}} | changes
     with rejects(ConfigError, f"layers.mix.mixer.{argument}"):
         build(mixer)
+
+
+def test_a_model_that_shares_selections_passes_its_check():
+    assert list(check_model(with_shared("mix again"), 40).failures) == []
+
+
+def test_a_layer_alone_has_no_selection_to_share():
+    config = with_shared("mix again").layers["again"].mixer
+    mixer = make_mixer(config, Stream(16, 1, jnp.float32), nnx.Rngs(0))
+    x = jnp.zeros((1, 5, 16))
+    with rejects(InputError, "indexer.shared"):
+        mixer(x)
+    with rejects(InputError, "indexer.shared"):
+        mixer.extend(x, mixer.init_cache(1, 8), jnp.zeros(1, jnp.int32), 8)
 
 
 def test_a_shared_selection_needs_an_indexer_before_it():
