@@ -199,8 +199,8 @@ def trace(training: Training, mesh: Mesh | AbstractMesh) -> ShardedProgram:
     parameters = [(leaf.shape, leaf.sharding) for leaf in jax.tree.leaves(training.state.parameters)]
     donated = len(jax.tree.leaves(training.state))
     device = getattr(abstract, "abstract_device", None)
-    on_cpu = device is not None and device.platform == "cpu"
-    return shard_program(traced, [leaf.sharding for leaf in leaves], parameters, donated, on_cpu)
+    platform = "" if device is None else device.platform
+    return shard_program(traced, [leaf.sharding for leaf in leaves], parameters, donated, platform)
 
 
 def count_local_bytes(tree: Any) -> int:

@@ -74,7 +74,7 @@ def shard_program(
     shardings: Sequence[NamedSharding],
     parameters: Sequence[tuple[tuple[int, ...], NamedSharding]],
     donated: int = 0,
-    on_cpu: bool = False,
+    platform: str = "",
 ) -> ShardedProgram:
     """Returns the program of a device.
 
@@ -83,8 +83,8 @@ def shard_program(
       shardings: The sharding of each input.
       parameters: Shape and sharding of the parameters; their gradients are sharded like them.
       donated: Number of outputs, the first ones, that are written to the memory of inputs.
-      on_cpu: Whether the platform is a CPU, whose compiler copies transposed inputs of products, and sums a gradient on
-        all devices before it is split.
+      platform: The platform, such as "tpu", whose forms of operations are counted. The compiler for "cpu" copies
+        transposed inputs of products, and sums a gradient on all devices before it is split.
     """
     mesh = shardings[0].mesh
     gradients: dict[tuple[int, ...], Spec] = {}
@@ -93,7 +93,7 @@ def shard_program(
         for i in (0, 1):  # the gradient of the layer of a stack has no leading axis
             gradients.setdefault(shape[i:], spec[i:])
             gradients.setdefault(shape[i:][::-1], spec[i:][::-1])
-    builder = _Builder(dict(mesh.shape), gradients, defaultdict(Work), on_cpu)
+    builder = _Builder(dict(mesh.shape), gradients, defaultdict(Work), platform)
     inputs = [
         builder.make(variable.aval, _to_spec(sharding.spec, len(variable.aval.shape)))
         for variable, sharding in zip(jaxpr.jaxpr.invars, shardings, strict=True)
@@ -113,16 +113,22 @@ class _Builder:
     """Lowers a traced program to nodes."""
 
     def __init__(
-        self, axes: dict[str, int], gradients: dict[tuple[int, ...], Spec], work: dict[str, Work], on_cpu: bool, times=1
+        self,
+        axes: dict[str, int],
+        gradients: dict[tuple[int, ...], Spec],
+        work: dict[str, Work],
+        platform: str,
+        times=1,
     ):
-        self.axes, self.gradients, self.work, self.times, self.on_cpu = axes, gradients, work, times, on_cpu
+        self.axes, self.gradients, self.work, self.times, self.platform = axes, gradients, work, times, platform
+        self.on_cpu = platform == "cpu"
         self.nodes: list[Node] = []
         self.label, self.backward = OUTSIDE, False
 
     def inner(self, times: int, work: dict[str, Work] | None = None) -> _Builder:
         """The builder of a body that runs `times` times, which adds its work to `work` or to that of this builder."""
         work = self.work if work is None else work
-        builder = _Builder(self.axes, self.gradients, work, self.on_cpu, self.times * times)
+        builder = _Builder(self.axes, self.gradients, work, self.platform, self.times * times)
         builder.label, builder.backward = self.label, self.backward
         return builder
 
@@ -326,7 +332,11 @@ def _while(builder: _Builder, equation: Any, inputs: Sequence[Value]) -> list[Va
 
 
 def _cond(builder: _Builder, equation: Any, inputs: Sequence[Value]) -> list[Value]:
-    """The work of the first branch, the memory of the largest."""
+    """The branch of the platform; else the work of the first branch, the memory of the largest."""
+    if (platforms := equation.params.get("branches_platforms")) is not None:
+        branches = zip(platforms, equation.params["branches"], strict=True)
+        chosen = next(branch for names, branch in branches if names is None or builder.platform in names)
+        return builder.run(chosen.jaxpr, inputs[1:])
     peaks, specs = [], [_none(v) for v in equation.outvars]
     for number, branch in enumerate(equation.params["branches"]):
         inside = builder.inner(1 if number == 0 else 0)

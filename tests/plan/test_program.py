@@ -15,14 +15,14 @@ def make_mesh(data=1, fsdp=1, sequence=1, tensor=1):
     return AbstractMesh((data, fsdp, sequence, tensor), MESH_AXES, axis_types=(AxisType.Auto,) * 4)
 
 
-def shard(function, mesh, *arrays, parameters=()):
+def shard(function, mesh, *arrays, parameters=(), **options):
     """The program of a device; `arrays` are pairs of a shape and the mesh axis of each axis."""
     shapes = [jax.ShapeDtypeStruct(shape, jnp.float32) for shape, _ in arrays]
     placements = [NamedSharding(mesh, PartitionSpec(*axes)) for _, axes in arrays]
     with jax.sharding.use_abstract_mesh(mesh):
         traced = jax.make_jaxpr(function)(*shapes)
     known = [(arrays[i][0], placements[i]) for i in parameters]
-    return shard_program(traced, placements, known)
+    return shard_program(traced, placements, known, **options)
 
 
 def test_a_product_of_sharded_rows_exchanges_nothing():
@@ -139,3 +139,13 @@ def test_recomputation_trades_flops_for_activations(policy):
     else:
         assert program.work[OUTSIDE].flops == 8 * 6 * product
         assert program.memory.activations >= 8 * 2 * size
+
+
+@pytest.mark.parametrize(("platform", "width"), [("cpu", 8), ("tpu", 16), ("cuda", 32), ("", 32)])
+def test_the_form_of_the_platform_is_counted(platform, width):
+    def multiply(x):
+        forms = {name: lambda x, n=n: (x @ jnp.ones((8, n))).sum() for name, n in (("cpu", 8), ("tpu", 16))}
+        return jax.lax.platform_dependent(x, **forms, default=lambda x: (x @ jnp.ones((8, 32))).sum())
+
+    program = shard(multiply, make_mesh(), ((4, 8), (None, None)), platform=platform)
+    assert program.work[OUTSIDE].flops == 2 * 4 * 8 * width
