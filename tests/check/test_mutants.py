@@ -222,7 +222,7 @@ MUTANTS = {
     "rotation from the start of the chunk": Mutant(
         "layers.latent", "Latent.extend", "self._compress(x, at)", "self._compress(x, at - at[:, :1])", "latent"
     ),
-    "empty slots selected": Mutant("ops.selection", "select_keys", " & (k_at >= 0)[:, None]", "", "selected"),
+    "empty slots selected": Mutant("ops.selection", "over_queries", " & (k_at >= 0)[:, None]", "", "selected"),
     "gate from the next token": Mutant(
         "layers.attention", "Attention._project_out", "self.gate(x)", "self.gate(jnp.roll(x, -1, axis=1))", "gate"
     ),
