@@ -135,7 +135,7 @@ MUTANTS = {
         "window",
     ),
     "rotation after the wrap": Mutant(
-        "layers.attention", "Attention.extend", "self._project(x, at)", "self._project(x, at % 7)", "window"
+        "layers.attention", "Attention.advance", "self._project(x, at)", "self._project(x, at % 7)", "window"
     ),
     "empty slots attended to": Mutant("ops.cached", "attend_cached", " & (keys >= 0)", "", "causal"),
     "keys overwritten before they are read": Mutant(
@@ -158,7 +158,7 @@ MUTANTS = {
     ),
     "state not kept": Mutant("layers.mamba", "Mamba.extend", '"state": state}', '"state": cache["state"]}', "mamba"),
     "first token unknown": Mutant("layers.rglru", "RgLru.extend", "x.shape[1]) == 0", "x.shape[1]) < 0", "rglru"),
-    "branch not scaled": Mutant("layers.mixers", "Parallel.extend", "branch.scale_in * x", "x", "parallel"),
+    "branch not scaled": Mutant("layers.mixers", "Parallel.advance", "branch.scale_in * x", "x", "parallel"),
     "learned positions off by one": Mutant(
         "embedding",
         "Embedding.extend",
@@ -199,7 +199,7 @@ MUTANTS = {
         "layers.layer", "Residual.post", "base = read if", "x = jnp.roll(x, -1, axis=1); base = read if", "conv"
     ),
     "tile layout of another length": Mutant(
-        "ops.gather", "_Plan.groups", "layout(self.t, self.s,", "layout(self.t - self.tile, self.s,", "window", 150
+        "ops.gather", "_run_pattern", "layout(t, s,", "layout(t - tile, s,", "window", 150
     ),
     "gradient in the wrong tile": Mutant(
         "ops.gather", "_add", "x.at[:, tiles].add", "x.at[:, tiles + 1].add", "causal", 150
@@ -211,7 +211,7 @@ MUTANTS = {
     ),
     "sink lost in decoding": Mutant("ops.cached", "attend_cached", "0.0 if sink is None else 1.0", "0.0", "pinned"),
     "relative positions of slots": Mutant(
-        "layers.attention", "Attention.extend", "at, keys_at, heads=-3", "at, keys_at - 1, heads=-3", "relative"
+        "layers.attention", "Attention.advance", "at, keys_at, heads=-3", "at, keys_at - 1, heads=-3", "relative"
     ),
     "last block of keys lost": Mutant(
         "ops.cached", "attend_cached", "k.shape[2] // KEYS, visit", "k.shape[2] // KEYS - 1, visit", "wide", 300
@@ -220,7 +220,7 @@ MUTANTS = {
         "layers.caching", "chunk_positions", "positions[:, None]", "0 * positions[:, None] + positions[0]", "window"
     ),
     "rotation from the start of the chunk": Mutant(
-        "layers.latent", "Latent.extend", "self._compress(x, at)", "self._compress(x, at - at[:, :1])", "latent"
+        "layers.latent", "Latent.advance", "self._compress(x, at)", "self._compress(x, at - at[:, :1])", "latent"
     ),
     "empty slots selected": Mutant("ops.selection", "over_queries", " & (k_at >= 0)[:, None]", "", "selected"),
     "gate from the next token": Mutant(
@@ -283,7 +283,9 @@ MUTANTS = {
         "ops.lsh", "attend_hashed", "(k_ids == q_ids[..., None]) & ", "", "lsh", 40, LEAKS
     ),
     # Account.
-    "cache of two sequences": Mutant("account", "_account_layer", "double - single", "double", "causal"),
+    "cache of two sequences": Mutant(
+        "account", "_account_layer", "count(double) - count(single)", "count(double)", "causal"
+    ),
     "layers counted with the ends": Mutant(
         "account", "account_model", "sum(account.parameters for account in accounts.values())", "0", "causal"
     ),
