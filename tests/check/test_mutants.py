@@ -69,9 +69,7 @@ MUTANTS = {
     "sink in the wrong denominator": Mutant(
         "ops.gather", "_average", "l + jnp.exp(sink - m)", "l + jnp.exp(sink - m)[..., ::-1]", "pinned"
     ),
-    "missing mask below k": Mutant(
-        "ops.selection", "choose", "jnp.where(visible, scores, -jnp.inf)", "scores", "selected"
-    ),
+    "missing mask below k": Mutant("ops.selection", "choose", "jnp.where(visible, scores, -jnp.inf)", "scores", "moba"),
     "selection from the future": Mutant(
         "ops.selection",
         "over_queries",
