@@ -302,8 +302,8 @@ def over_queries(
         raise InputError("pattern", f"{pattern} differs between heads")
     t, count = jax.tree.leaves(arrays)[0].shape[1], blocks.of_key.shape[1]
     length = t if length is None else length
-    is_near = not blocks.is_regular and positions is None
-    if segments is not None and is_near:
+    is_near = not blocks.is_regular and segments is not None and positions is None
+    if is_near:
         documents = document_starts(segments[1])
         segments = jnp.where(segments[0] == segments[1], documents, -1), documents
     q_at, k_at = (jnp.arange(t)[None], None) if positions is None else positions

@@ -40,11 +40,16 @@ def read(name, case):
 
 def pack(values):
     """Segment ids of the queries and the keys, or None for one document."""
-    bounds, length = values.get("document_bounds", []), len(values["q"])
+    bounds = values.get("document_bounds", [])
     if len(bounds) <= 2:
         return None
-    ids = jnp.asarray(np.searchsorted(bounds[1:-1], np.arange(length), side="right"))[None]
+    ids = number_documents(bounds)
     return ids, ids
+
+
+def number_documents(bounds):
+    """Segment ids [1, t] of documents between these positions, of which the first is 0 and the last t."""
+    return jnp.asarray(np.searchsorted(bounds[1:-1], np.arange(bounds[-1]), side="right"))[None]
 
 
 def batch(values, *names):
@@ -372,8 +377,8 @@ def test_later_tokens_change_nothing(name, arrays):
 @pytest.mark.parametrize("name", MECHANISMS)
 def test_a_packed_document_chooses_as_alone(name, bounds):
     """Rows of some chunks of queries; a chunk sees the blocks of its documents only."""
-    arrays, length = draw_arrays(bounds[-1]), bounds[-1]
-    ids = jnp.asarray(np.searchsorted(bounds[1:-1], np.arange(length), side="right"))[None].repeat(2, axis=0)
+    arrays = draw_arrays(bounds[-1])
+    ids = number_documents(bounds).repeat(2, axis=0)
 
     @functools.partial(jax.jit, static_argnums=0)
     def run(packed, q, k, v):
@@ -385,6 +390,13 @@ def test_a_packed_document_chooses_as_alone(name, bounds):
         assert_close(
             f"{start} to {stop}", out[:, start:stop], run(False, *(x[:, start:stop] for x in arrays)), "float32"
         )
+
+
+def test_blocks_of_documents_without_segments_are_all_visible():
+    q, k, _ = draw_arrays(330)
+    blocks = make_blocks(330, 6, number_documents([0, 100, 222, 330]).repeat(2, axis=0))
+    selection = jax.jit(lambda: select_indexed(Index(q, k[:, :, 0]), 330, CAUSAL, blocks=blocks))()
+    assert (selection.mask | ~np.tri(330, dtype=bool)).all()
 
 
 @pytest.mark.parametrize("name", [name for name in MECHANISMS if name not in ("routing", "top tokens of kv heads")])
@@ -402,8 +414,8 @@ def test_memory_of_a_packed_row(name):
 @pytest.mark.parametrize("stage", ["warm-up", "sparse"])
 def test_the_divergence_of_a_packed_document_is_that_of_it_alone(stage):
     bounds = [0, 1, 2, 42, 82, 122, 162]
-    (q, k, _), length = draw_arrays(bounds[-1]), bounds[-1]
-    ids = jnp.asarray(np.searchsorted(bounds[1:-1], np.arange(length), side="right"))[None].repeat(2, axis=0)
+    q, k, _ = draw_arrays(bounds[-1])
+    ids = number_documents(bounds).repeat(2, axis=0)
 
     @functools.partial(jax.jit, static_argnums=0)
     def run(packed, q, k):
@@ -487,7 +499,7 @@ def test_blocks_by_windows(seed):
     block, count = stride * int(rng.integers(1, 6)), int(rng.integers(1, 9))
     q, k = (rng.normal(size=(t, heads, 6)).astype(np.float32) for heads in (g * int(rng.choice([1, 2, 4])), g))
     bounds = [0, *sorted(set(rng.integers(1, t + 1, 2).tolist()) | {t})]
-    ids = jnp.asarray(np.searchsorted(bounds[1:-1], np.arange(t), side="right"))[None]
+    ids = number_documents(bounds)
 
     @jax.jit
     def run(q, k):
