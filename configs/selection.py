@@ -112,16 +112,7 @@ def list_mixers(keys, length, width, heads, kv_heads):
             | dict(heads=kv_heads, top_k=8, block=block, scope="kv_head", local=1, weights=False, relu=False),
         ),
         mamba2=recipe.mamba2(heads, 3 * head_width // 2, head_width, 1, norm_eps=1e-6, chunk=32),
-        delta=dict(
-            kind="delta",
-            heads=heads,
-            key_heads=kv_heads,
-            key_width=head_width,
-            value_width=head_width,
-            conv=4,
-            norm_eps=1e-6,
-            chunk=32,
-        ),
+        delta=recipe.delta(heads, kv_heads, head_width, chunk=32),
     )
 
 

@@ -16,18 +16,7 @@ from sparsejax.presets import recipe
 
 def get_config(argument=""):
     norm = recipe.rms(1e-5)
-    delta = dict(
-        kind="delta",
-        heads=32,
-        key_heads=32,
-        key_width=128,
-        value_width=128,
-        conv=4,
-        norm_eps=1e-5,
-        channel_decay=True,
-        rank=128,
-        gate="sigmoid",
-    )
+    delta = recipe.delta(32, 32, 128, norm_eps=1e-5, channel_decay=True, rank=128, gate="sigmoid")
     latent = dict(
         kind="latent",
         pattern="causal",

@@ -17,15 +17,7 @@ from sparsejax.presets import recipe
 def get_config(argument=""):
     norm = recipe.rms(1e-6, offset=True)
     experts = recipe.experts(512, 10, 512, renormalize=True, shared_width=512, shared_gate=True, balance_weight=1e-3)
-    delta = dict(
-        kind="delta",
-        heads=32,
-        key_heads=16,
-        key_width=128,
-        value_width=128,
-        conv=4,
-        norm_eps=1e-6,
-    )
+    delta = recipe.delta(32, 16, 128)
     rope = dict(base=1e7, fraction=0.25)
     full = recipe.model(
         vocab=151_936,

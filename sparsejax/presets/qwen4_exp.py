@@ -19,16 +19,7 @@ from sparsejax.presets import recipe
 def get_config(argument=""):
     norm = recipe.rms(1e-6, offset=True)
     experts = recipe.experts(512, 10, 640, renormalize=True, shared_width=640, shared_gate=True, balance_weight=1e-3)
-    delta = dict(
-        kind="delta",
-        heads=48,
-        key_heads=16,
-        key_width=128,
-        value_width=128,
-        conv=4,
-        norm_eps=1e-6,
-        gate="sigmoid",
-    )
+    delta = recipe.delta(48, 16, 128, gate="sigmoid")
     indexer = dict(heads=4, width=128, top_k=512, block=4, pool="keys", weights=False, norm=norm)
     rope = dict(base=1e7, fraction=0.25)
     indexed = recipe.attention("causal", 24, 2, 256, rope=rope, qk_norm=norm, gate=True, indexer=indexer)

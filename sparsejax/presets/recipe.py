@@ -50,6 +50,12 @@ def mamba2(heads, head_width, state, groups, **options):
     return dict(kind="mamba2", dt_min=1e-3, dt_max=0.1) | sizes | options
 
 
+def delta(heads, key_heads, width, **options):
+    """Returns the gated delta rule with keys and values of one width."""
+    sizes = dict(heads=heads, key_heads=key_heads, key_width=width, value_width=width)
+    return dict(kind="delta", conv=4, norm_eps=1e-6) | sizes | options
+
+
 def gated(width, activation="silu", **options):
     return dict(kind="gated", width=width, activation=activation, **options)
 
