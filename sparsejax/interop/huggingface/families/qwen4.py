@@ -31,9 +31,9 @@ from sparsejax.interop.huggingface.translation import (
 )
 from sparsejax.layers import DeltaConfig, HyperConfig, IndexerConfig, LayerConfig, NormConfig
 
-LAYERS = {"linear_attention": "linear", "indexed_attention": "full"}  # entries of `layer_types` -> names in a schedule
-# What released files call attention with an indexer.
-LAYERS |= dict.fromkeys(("full_attention", "qwen_sparse_attention"), "full")
+# Entries of `layer_types` -> names in a schedule; released files have the last two for attention with an indexer.
+LAYERS = {"linear_attention": "linear"}
+LAYERS |= dict.fromkeys(("indexed_attention", "full_attention", "qwen_sparse_attention"), "full")
 # Of layers with embeddings of n-grams, which are not supported.
 NGRAMS = (
     *("ple_embed_dim", "ple_conv_kernel_size", "ngram_size", "heads_per_ngram", "ngram_vocab_size_base"),
@@ -48,7 +48,7 @@ def translate(fields: Fields) -> Translation:
     width, depth = fields.take("hidden_size", 2048), fields.take("num_hidden_layers", 40)
     period = fields.take("full_attention_interval", None, int) or 4
     default = ["linear_attention" if (i + 1) % period else "indexed_attention" for i in range(depth)]
-    types = read_layer_types(fields, default, allowed=tuple(LAYERS))
+    names = [LAYERS[name] for name in read_layer_types(fields, default, allowed=tuple(LAYERS))]
     rms = NormConfig(kind="rms", eps=fields.take("rms_norm_eps", 1e-6), offset=True)
     activation = fields.choose("hidden_act", SILU, "silu")
     attention = dataclasses.replace(read_gated_attention(fields, width, rms), indexer=_read_indexer(fields, rms))
@@ -61,20 +61,17 @@ def translate(fields: Fields) -> Translation:
     hyper = HyperConfig(kind="gated", streams=streams, eps=rms.eps, rank=fields.take("hc_lowrank", 320))
     mixers = {"linear": delta, "full": attention}
     layers = [
-        (
-            LAYERS[name],
-            LayerConfig(mixer=mixers[LAYERS[name]], mlp=experts, norm=None, norm_position="pre", remat="none"),
-        )
-        for name in types
+        (name, LayerConfig(mixer=mixers[name], mlp=experts, norm=None, norm_position="pre", remat="none"))
+        for name in names
     ]
     tied = fields.take("tie_word_embeddings", False)
     model = build_model(fields, width, layers, None, tied=tied, hyper=hyper)
     maps = [identity("model.embed_tokens.weight", "embedding.tokens")]
     maps += [] if tied else [transposed("lm_head.weight", "head.weight")]
     maps += _hyper_tensors("model.hyper_connection_mixer", "hyper")
-    for i, name in enumerate(types):
+    for i, name in enumerate(names):
         source, target = f"model.layers.{i}", f"layers.{i}"
-        if name == "linear_attention":
+        if name == "linear":
             maps += _delta_tensors(f"{source}.linear_attn", f"{target}.mixer", delta)
         else:
             maps += gated_attention_tensors(f"{source}.self_attn", f"{target}.mixer", attention)
