@@ -307,8 +307,8 @@ def fresh():
     clear_caches()
 
 
-def plant(monkeypatch, mutant: Mutant) -> None:
-    """Replaces the function everywhere in the package by one compiled from the changed source."""
+def find_place(mutant: Mutant) -> tuple[Any, Any, str]:
+    """The function, what it is an attribute of, and its source, which has the text to replace."""
     owner: Any = importlib.import_module(f"sparsejax.{mutant.module}")
     *path, name = mutant.target.split(".")
     for part in path:
@@ -317,12 +317,20 @@ def plant(monkeypatch, mutant: Mutant) -> None:
     function = inspect.unwrap(original.fget if isinstance(original, property) else original)  # checks of shapes
     source = textwrap.dedent(inspect.getsource(function))
     assert source.count(mutant.old) >= 1, f"{mutant.target} has no {mutant.old!r}"
+    return function, owner, source
+
+
+def plant(monkeypatch, mutant: Mutant) -> None:
+    """Replaces the function everywhere in the package by one compiled from the changed source."""
+    function, owner, source = find_place(mutant)
+    name = mutant.target.rpartition(".")[2]
+    original = inspect.getattr_static(owner, name)
     namespace: dict[str, Any] = {}
     code = compile(source.replace(mutant.old, mutant.new), f"<{mutant.target}>", "exec", dont_inherit=True)
     exec(code, function.__globals__ | {"__annotations__": {}}, namespace)
     changed = namespace[name]  # a property if the original is one: the source has its decorators
     monkeypatch.setattr(owner, name, changed)
-    if not path:
+    if inspect.ismodule(owner):
         for module in [m for n, m in sys.modules.items() if n.startswith("sparsejax.")]:
             for key, value in list(vars(module).items()):
                 if value is original and module is not owner:
@@ -335,6 +343,12 @@ def find_failures(mutant: Mutant) -> list[str]:
 
 
 QUICK = ("window off by one", "state across documents", "positions after the wrap", "convolution from the wrong side")
+
+
+@pytest.mark.parametrize("name", MUTANTS)
+def test_fault_has_a_place(name):
+    """Faults are planted nightly, but the code under them moves by day."""
+    find_place(MUTANTS[name])
 
 
 @pytest.mark.parametrize("name", [pytest.param(n, marks=() if n in QUICK else pytest.mark.nightly) for n in MUTANTS])
