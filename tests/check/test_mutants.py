@@ -307,7 +307,7 @@ def fresh():
     clear_caches()
 
 
-def find_place(mutant: Mutant) -> tuple[Any, Any, str]:
+def read_source(mutant: Mutant) -> tuple[Any, Any, str]:
     """The function, what it is an attribute of, and its source, which has the text to replace."""
     owner: Any = importlib.import_module(f"sparsejax.{mutant.module}")
     *path, name = mutant.target.split(".")
@@ -322,7 +322,7 @@ def find_place(mutant: Mutant) -> tuple[Any, Any, str]:
 
 def plant(monkeypatch, mutant: Mutant) -> None:
     """Replaces the function everywhere in the package by one compiled from the changed source."""
-    function, owner, source = find_place(mutant)
+    function, owner, source = read_source(mutant)
     name = mutant.target.rpartition(".")[2]
     original = inspect.getattr_static(owner, name)
     namespace: dict[str, Any] = {}
@@ -346,9 +346,9 @@ QUICK = ("window off by one", "state across documents", "positions after the wra
 
 
 @pytest.mark.parametrize("name", MUTANTS)
-def test_fault_has_a_place(name):
+def test_fault_changes_existing_code(name):
     """Faults are planted nightly, but the code under them moves by day."""
-    find_place(MUTANTS[name])
+    read_source(MUTANTS[name])
 
 
 @pytest.mark.parametrize("name", [pytest.param(n, marks=() if n in QUICK else pytest.mark.nightly) for n in MUTANTS])
