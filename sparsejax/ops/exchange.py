@@ -23,7 +23,16 @@ from sparsejax.ops import gather, ring
 from sparsejax.ops.call import AttentionCall, Shard, by_pattern
 from sparsejax.ops.kernels.lists import ShardedTiles
 from sparsejax.ops.selection import Selection
-from sparsejax.ops.sequence import AXIS, divides, map_queries, map_shards, shard_count, shard_index, shift
+from sparsejax.ops.sequence import (
+    AXIS,
+    divides,
+    gather_shards,
+    map_queries,
+    map_shards,
+    shard_count,
+    shard_index,
+    shift,
+)
 from sparsejax.ops.softmax import log_sum
 from sparsejax.patterns import Pattern
 from sparsejax.patterns.exchange import Exchange, plan_exchange
@@ -295,7 +304,7 @@ def _collect(plan: Exchange, arrays: tuple[Tiles | None, ...]) -> tuple[Tiles | 
     parts = []
     for x in packed:
         if plan.gathered:
-            parts.append(jax.lax.all_gather(x, AXIS, axis=1, tiled=True))
+            parts.append(gather_shards(x))
             continue
         slots = [x, _broadcast(plan, x, plan.pinned_keys)]
         slots += [shift(x[:, _of_shard(np.maximum(sent, 0))], hop) for hop, sent in plan.hops.items()]

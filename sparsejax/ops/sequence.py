@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -24,6 +24,30 @@ def compiler_axes() -> dict[str, int]:
     mesh = jax.sharding.get_abstract_mesh()
     kinds = zip(mesh.axis_names, mesh.axis_types, strict=True)
     return {axis: mesh.shape[axis] for axis, kind in kinds if kind == AxisType.Auto}
+
+
+class DeviceAxes(NamedTuple):
+    """Axes of the current mesh that the compiler would partition."""
+
+    names: set[str]  # with those of size 1: Mosaic kernels need every axis to be manual
+    rows: tuple[str, ...] | None  # those over which rows of a batch are sharded
+    heads: tuple[str, ...] | None  # those over which heads or channels are
+
+
+def device_axes(rows: int, heads: int) -> DeviceAxes | None:
+    """The axes that divide the rows and the heads; None if the compiler has nothing to partition."""
+    mesh, auto = jax.sharding.get_abstract_mesh(), list(compiler_axes())
+    if not auto or mesh.size == 1:
+        return None
+    by_row, by_head = ([axis for axis in auto if (axis == HEAD_AXIS) == of_head] for of_head in (False, True))
+    return DeviceAxes(set(auto), _dividing_axes(mesh, by_row, rows), _dividing_axes(mesh, by_head, heads))
+
+
+def _dividing_axes(mesh, axes: list[str], size: int) -> tuple[str, ...] | None:
+    """The longest prefix of `axes` whose product divides `size`."""
+    while axes and size % math.prod(mesh.shape[axis] for axis in axes):
+        axes = axes[:-1]
+    return tuple(axes) or None
 
 
 def shard_count() -> int:
@@ -94,16 +118,32 @@ def map_queries(
 
     def run(sharded: tuple[PyTree[Array], list[Array]], held: tuple[list[Array], PyTree[Array]]) -> PyTree[Array]:
         (queries, split), (whole, replicated) = sharded, held
-        gathered, others = iter(gather(split)), iter(whole)
+        gathered, others = iter(gather_shards(split)), iter(whole)
         keys = structure.unflatten(next(gathered if y else others) for y in is_split)
         return function(queries, keys, replicated)
 
     return map_shards(run, (queries, split), (whole, replicated))
 
 
-def gather(x: PyTree[Array]) -> PyTree[Array]:
-    """In `map_shards`: the arrays [b, t, ...] of all shards."""
-    return jax.tree.map(lambda leaf: jax.lax.all_gather(leaf, AXIS, axis=1, tiled=True), x)
+def gather_shards(x: PyTree[Array]) -> PyTree[Array]:
+    """In `map_shards`: arrays [b, t, ...] of all shards, the rows of a device and, of [b, t, ..., h, d], its heads.
+
+    The partitioner of XLA replicates what is gathered over every axis that is left to it: each device would receive the
+    rows and the heads of all devices. So none is left.
+    """
+
+    def run(leaf: Array) -> Array:
+        return jax.lax.all_gather(leaf, AXIS, axis=1, tiled=True)
+
+    def gather_leaf(leaf: Array) -> Array:
+        by_head = leaf.ndim > 3
+        axes = device_axes(leaf.shape[0], leaf.shape[-2] if by_head else 1)
+        if axes is None:
+            return run(leaf)
+        spec = PartitionSpec(axes.rows, *[None] * (leaf.ndim - 3), *([axes.heads] if by_head else []))
+        return jax.shard_map(run, in_specs=spec, out_specs=spec, axis_names=axes.names, check_vma=False)(leaf)
+
+    return jax.tree.map(gather_leaf, x)
 
 
 def map_tokens(

@@ -123,6 +123,7 @@ class _Builder:
         self.axes, self.gradients, self.work, self.times, self.platform = axes, gradients, work, times, platform
         self.on_cpu = platform == "cpu"
         self.nodes: list[Node] = []
+        self.gathered: dict[tuple[Value, frozenset[str]], Value] = {}
         self.label, self.backward = OUTSIDE, False
 
     def inner(self, times: int, work: dict[str, Work] | None = None) -> _Builder:
@@ -221,14 +222,18 @@ class _Builder:
         return scattered
 
     def gather(self, value: Value, axes: Iterable[str]) -> Value:
-        """The value without these axes, which an all-gather removes."""
-        axes = set(axes) & {name for names in value.spec for name in names}
+        """The value without these axes, which an all-gather removes: the same one wherever it is needed again."""
+        axes = frozenset(axes) & _axes_of(value.spec)
         if not axes:
             return value
+        if (value, axes) in self.gathered:
+            return self.gathered[value, axes]
         spec = tuple(tuple(name for name in names if name not in axes) for names in value.spec)
         whole = Value(value.shape, value.dtype, spec, value.bytes * self.count(axes))
         self.receive("all_gather", value.bytes, axes)
-        return self.add("all_gather", [value], [whole])[0]
+        self.add("all_gather", [value], [whole])
+        self.gathered[value, axes] = whole
+        return whole
 
 
 def _none(variable: Any) -> Spec:

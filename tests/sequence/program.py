@@ -12,12 +12,14 @@ import sys
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import NamedSharding, PartitionSpec
 
 from sparsejax import config as configs
 from sparsejax import ops, patterns, sharding
 from sparsejax.config.build import build
 from sparsejax.model import Functional
 from sparsejax.ops import attend
+from sparsejax.ops.sequence import HEAD_AXIS
 from sparsejax.plan.compiled import count_received
 from sparsejax.traffic import count_traffic
 from sparsejax.train.step import build_gradient
@@ -60,7 +62,8 @@ def attention(
     sizes = sizes or (1, 1, shards, 1)
     mesh = sharding.arrange_devices(sizes, devices=jax.devices()[: math.prod(sizes)])
     with jax.set_mesh(mesh):
-        placed = [jax.device_put(x, sharding.batch_sharding(mesh)) for x in arrays]
+        by_head = NamedSharding(mesh, PartitionSpec(*sharding.batch_sharding(mesh).spec, HEAD_AXIS))
+        placed = [jax.device_put(x, by_head) for x in arrays]
         compiled = jax.jit(jax.value_and_grad(total, argnums)).lower(*placed, sinks).compile()
         actual = compiled(*placed, sinks)
     return {

@@ -96,6 +96,25 @@ def test_a_kernel_has_the_values_and_gradients_of_one_device():
         assert result["difference"] < FLOAT32, case
 
 
+def test_a_device_receives_the_keys_of_its_rows_and_heads_only():
+    """Half of the bytes with half of the rows or heads, of keys that are gathered, sent and broadcast."""
+    patterns = "causal", "causal & (window(300) | sink(4))", "window(9) | globals([0, 700])"
+    meshes = (1, 1, 4, 1), (1, 2, 4, 1), (1, 1, 4, 2)
+    cases = [
+        {"pattern": pattern, "length": 1024, "shards": 4, "sizes": sizes, "sinks": False}
+        for pattern in patterns
+        for sizes in meshes
+    ]
+    results = compute("attention", cases)
+    for i, (case, result) in enumerate(zip(cases, results, strict=True)):
+        assert result["difference"] < FLOAT64, case
+        share = 2 if case["sizes"] != meshes[0] else 1
+        expected = results[i - i % len(meshes)]["collectives"]
+        # The sums of the loss, of one number each, are over all devices.
+        received = {kind: share * size for kind, size in result["collectives"].items()}
+        assert received == pytest.approx(expected, abs=100), case
+
+
 def test_a_ring_has_the_values_and_gradients_of_one_device():
     names = "pattern", "length", "shards", "packed", "heads"
     cases = [dict(zip(names, case[:5], strict=True), impl="ring", **case[5]) for case in RING]

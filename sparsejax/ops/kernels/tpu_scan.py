@@ -32,8 +32,8 @@ from jaxtyping import Array, Bool, Float
 
 from sparsejax.ops.chunks import pad_to_multiple
 from sparsejax.ops.kernels.flash import LOG2E
-from sparsejax.ops.kernels.mesh import DeviceAxes, device_axes
 from sparsejax.ops.kernels.tpu import LANES, Operand, Output, shape_like
+from sparsejax.ops.sequence import DeviceAxes, device_axes
 
 SUBLANES = 8
 BLOCKS = 512, 256, 128  # channels per step
@@ -117,8 +117,8 @@ def scan(
     if axes is None:
         return run(inputs, starts)
     specs = _input_specs(axes)
-    outputs = specs.x, specs.state, PartitionSpec(axes.sequences, None, None, axes.heads)
-    rows = None if starts is None else PartitionSpec(axes.sequences)
+    outputs = specs.x, specs.state, PartitionSpec(axes.rows, None, None, axes.heads)
+    rows = None if starts is None else PartitionSpec(axes.rows)
     return _map_devices(run, axes, (specs, rows), outputs)(inputs, starts)
 
 
@@ -153,9 +153,9 @@ def differentiate(
     if axes is None:
         gradients = run(inputs, starts, before, dy, dlast)
     else:
-        specs, rows = _input_specs(axes), None if starts is None else PartitionSpec(axes.sequences)
-        arguments = specs, rows, PartitionSpec(axes.sequences, None, None, axes.heads), specs.x, specs.state
-        by_channels = PartitionSpec(axes.heads, axes.sequences)
+        specs, rows = _input_specs(axes), None if starts is None else PartitionSpec(axes.rows)
+        arguments = specs, rows, PartitionSpec(axes.rows, None, None, axes.heads), specs.x, specs.state
+        by_channels = PartitionSpec(axes.heads, axes.rows)
         outputs = specs._replace(A=specs.state, B=by_channels, C=by_channels)
         gradients = _map_devices(run, axes, arguments, outputs)(inputs, starts, before, dy, dlast)
     dA, dB, dC = (gradient.sum(axis=0) for gradient in (gradients.A, gradients.B, gradients.C))
@@ -206,16 +206,16 @@ def _differentiate_locally(
 
 
 def _input_specs(axes: DeviceAxes) -> Any:
-    """How the inputs are sharded: sequences, and channels."""
-    by_sequence = PartitionSpec(axes.sequences)
-    of_positions = PartitionSpec(axes.sequences, None, axes.heads)
+    """How the inputs are sharded: rows, and channels."""
+    by_sequence = PartitionSpec(axes.rows)
+    of_positions = PartitionSpec(axes.rows, None, axes.heads)
     return ScanInputs(
         of_positions, of_positions, PartitionSpec(None, axes.heads), by_sequence, by_sequence, of_positions
     )
 
 
 def _map_devices(function: Callable[..., Any], axes: DeviceAxes, inputs: Any, outputs: Any) -> Callable[..., Any]:
-    """Each device computes its sequences and channels."""
+    """Each device computes its rows and channels."""
     return jax.shard_map(function, in_specs=inputs, out_specs=outputs, axis_names=axes.names, check_vma=False)
 
 
