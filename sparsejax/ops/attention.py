@@ -20,6 +20,7 @@ from sparsejax.ops.chunks import vary_alike
 from sparsejax.ops.derivatives import reject_forward_mode
 from sparsejax.ops.device import device_kind, on_cpu
 from sparsejax.ops.kernels import gpu, tpu
+from sparsejax.ops.kernels.mesh import run_on_mesh
 from sparsejax.ops.selection import Selection
 from sparsejax.patterns import Pattern
 from sparsejax.patterns.algebra import OffsetQueries
@@ -189,7 +190,8 @@ def attend(
 def _run(impl: str, call: AttentionCall) -> tuple[Float[Array, "b t h value"], Float[Array, "b t h"] | None]:
     """Output and log-sum-exp, which may be None if the call does not need it."""
     chosen = _choose(impl, call)
-    return chosen.run(_prepare(chosen, call))
+    call = _prepare(chosen, call)
+    return chosen.run(call) if call.selection is None else run_on_mesh(chosen.run, call)
 
 
 def _prepare(chosen: Implementation, call: AttentionCall) -> AttentionCall:

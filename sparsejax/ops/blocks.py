@@ -92,10 +92,10 @@ def make_blocks(length: int, size: int, segments: Int[Array, "b s"] | None = Non
         numbers = starts // size if segments is None else starts - document_starts(segments)
         return Blocks(jnp.arange(length)[None] // size, starts, numbers, size, True)
     offsets = jnp.arange(length) - document_starts(segments)
-    of_key = jnp.cumsum(offsets % size == 0, axis=1) - 1
-    rows = jnp.arange(segments.shape[0])[:, None]
-    starts = jnp.full_like(of_key, length).at[rows, of_key].min(jnp.arange(length)[None])
-    numbers = jnp.zeros_like(of_key).at[rows, of_key].set(offsets // size)
+    is_start = offsets % size == 0
+    of_key = jnp.cumsum(is_start, axis=1) - 1
+    at = jnp.where(is_start, of_key, length)
+    starts, numbers = put(jnp.arange(length)[None], at, length, length), put(offsets // size, at, length, 0)
     return Blocks(of_key, starts, numbers, size, False)
 
 
@@ -169,9 +169,8 @@ def make_windows(keys: int, length: int, stride: int, segments: Int[Array, "b s"
     is_start = ((positions - documents) % stride == 0) & (documents[:, last] == documents)
     is_start &= positions + length <= keys
     before = jnp.cumsum(is_start, axis=1) - is_start
-    rows, count = jnp.arange(segments.shape[0])[:, None], max(keys // stride, 1)  # as length >= stride
-    starts = jnp.full((segments.shape[0], count), keys)
-    starts = starts.at[rows, jnp.where(is_start, before, count)].set(positions[None], mode="drop")
+    count = max(keys // stride, 1)  # as length >= stride
+    starts = put(positions[None], jnp.where(is_start, before, count), count, keys)
     return Windows(starts, jnp.take_along_axis(before, documents, axis=1), length, stride, False)
 
 
@@ -184,6 +183,18 @@ def split_equally(x: Shaped[Array, "*rest s"], size: int, fill: float | bool) ->
 def take_from(x: Shaped[Array, "b n ..."], first: Int[Array, " b"], count: int) -> Shaped[Array, "b count ..."]:
     """`count` consecutive entries of each sequence, from the entry `first`."""
     return jax.vmap(lambda x, first: jax.lax.dynamic_slice_in_dim(x, first, count))(x, first)
+
+
+def put(x: Shaped[Array, "#b #s"], at: Int[Array, "b s"], count: int, fill: int) -> Shaped[Array, "b n"]:
+    """Rows of `fill` with the values of `x` at the entries `at`; those from `count` on are dropped.
+
+    XLA's partitioner splits the rows of a scatter that `jax.vmap` makes, and gathers those of any other.
+    """
+
+    def put_row(x: Shaped[Array, " s"], at: Int[Array, " s"]) -> Shaped[Array, " n"]:
+        return jnp.full(count, fill, x.dtype).at[at].set(x, mode="drop")
+
+    return jax.vmap(put_row)(jnp.broadcast_to(x, at.shape), at)
 
 
 def document_starts(segments: Int[Array, "b s"]) -> Int[Array, "b s"]:

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from sparsejax.errors import InputError
-from sparsejax.ops.blocks import document_starts, make_blocks
+from sparsejax.ops.blocks import document_starts, make_blocks, put
 from sparsejax.ops.selection import Selection, Visible, over_queries, sort_groups
 from sparsejax.ops.softmax import MASKED, confine_nan, masked_softmax
 from sparsejax.patterns import Causal
@@ -73,8 +73,7 @@ def close_windows(length: int, size: int, segments: Int[Array, "b s"] | None = N
     offsets = jnp.arange(length) - document_starts(segments)
     closes = offsets % size == size - 1
     index = jnp.where(closes, jnp.cumsum(closes, axis=1) - 1, count)
-    rows, at = jnp.arange(len(segments))[:, None], jnp.arange(length)[None]
-    ends = jnp.full((len(segments), count), -1).at[rows, index].set(at, mode="drop")
+    ends = put(jnp.arange(length)[None], index, count, -1)
     last = jnp.maximum(ends, size - 1)
     offsets, ids = (jnp.take_along_axis(x, last, axis=1) for x in (offsets, segments))
     return ClosedWindows(last[..., None] + jnp.arange(1 - size, 1), ends, offsets >= size, ids)

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, PyTree
 
-from sparsejax.ops.selection import Selection, Visible, over_queries
+from sparsejax.ops.selection import Selection, Visible, find_largest, over_queries
 from sparsejax.ops.softmax import masked_softmax
 from sparsejax.patterns import Pattern
 
@@ -65,7 +65,7 @@ def measure_selection(
         chosen = Selection(jnp.moveaxis(groups, 1, 2), selection.blocks).mask & visible.keys[:, None]
         weights = (visible.keys[:, None] & ~chosen).any(axis=-1).astype(dtype)
         by_group = p if selection.blocks.size == 1 else visible.blocks.split(p, 0.0).sum(axis=-1)
-        best, _ = jax.lax.top_k(by_group, min(count, by_group.shape[-1]))
+        best, _ = find_largest(by_group, min(count, by_group.shape[-1]))
         mass = jnp.where(chosen, p, 0.0).sum(axis=-1)
         return jnp.stack([(weights * x).sum(axis=1) for x in (mass, best.sum(axis=-1), jnp.ones_like(mass))], axis=1)
 

@@ -6,6 +6,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
+from sparsejax.ops.blocks import put
+from sparsejax.ops.selection import find_largest
 from sparsejax.ops.selectors import nearest_centroid
 from sparsejax.ops.softmax import masked_softmax
 
@@ -123,12 +125,11 @@ def balanced_members(
     segments: tuple[Int[Array, "b t"], Int[Array, "b t"]] | None = None,
 ) -> Bool[Array, "b g t t"]:
     """Whether each query of `attend_balanced`, which describes the arguments, attends to each key in some cluster."""
-    (b, t), size = x.shape[:2], centroids.shape[1]
+    b, t = x.shape[:2]
     q_ids, k_ids = (jnp.zeros((b, t), jnp.int32),) * 2 if segments is None else segments
     positions, in_cluster = _fill_clusters(x, centroids, members, q_ids == k_ids)
     at = jnp.where(in_cluster, positions, t)
-    rows = jnp.arange(b)[:, None, None, None], jnp.arange(x.shape[2])[:, None, None], jnp.arange(size)[:, None]
-    inside = jnp.zeros((b, x.shape[2], size, t)).at[(*rows, at)].set(1, mode="drop")
+    inside = put(jnp.ones((1, 1)), at.reshape(-1, at.shape[-1]), t, 0).reshape(*at.shape[:-1], t)
     allowed = (q_ids[:, :, None] == k_ids[:, None])[:, None] & (jnp.tri(t, dtype=bool) if causal else True)
 
     def meet(inside: Float[Array, "b g t"]) -> Bool[Array, "b g t t"]:
@@ -150,5 +151,5 @@ def _fill_clusters(
     """Positions of the `members` tokens nearest to each centroid, and whether there are as many."""
     similarity = jnp.einsum("btgd,gcd->bgct", normalize_vectors(x), centroids, precision=jax.lax.Precision.HIGHEST)
     similarity = jnp.where(exists[:, None, None], jax.lax.stop_gradient(similarity), -jnp.inf)
-    chosen, positions = jax.lax.top_k(similarity, min(members, x.shape[1]))
+    chosen, positions = find_largest(similarity, min(members, x.shape[1]))
     return positions, chosen > -jnp.inf

@@ -13,13 +13,14 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import PartitionSpec
 from jaxtyping import Array, Bool, Float, Int, PyTree, Shaped
 
 from sparsejax.errors import InputError
-from sparsejax.ops.blocks import Blocks, document_starts, make_blocks, split_equally, take_from
+from sparsejax.ops.blocks import Blocks, document_starts, make_blocks, put, split_equally, take_from
 from sparsejax.ops.chunks import pad_to_multiple, vary_alike
 from sparsejax.ops.device import on_cpu
-from sparsejax.ops.sequence import divides, map_queries
+from sparsejax.ops.sequence import device_axes, divides, map_queries
 from sparsejax.patterns import Pattern
 
 CHUNK = 64  # queries whose scores are in memory at a time
@@ -61,11 +62,9 @@ class Selection:
 
     def _mark_keys(self, groups: Int[Array, "b scopes t k"]) -> Bool[Array, "b scopes t s"]:
         """Whether each key is in one of the groups of a query."""
-        b, scopes, t, _ = groups.shape
-        rows = (jnp.arange(n).reshape(*(1,) * i, -1, *(1,) * (3 - i)) for i, n in enumerate((b, scopes, t)))
-        marked = jnp.zeros((b, scopes, t, self.blocks.count + 1), bool)
-        groups = jnp.where(groups < 0, self.blocks.count, groups)
-        marked = marked.at[(*rows, groups)].set(True)[..., : self.blocks.count]
+        count = self.blocks.count
+        at = jnp.where(groups < 0, count, groups)
+        marked = put(jnp.ones((1, 1), bool), at.reshape(-1, at.shape[-1]), count, False).reshape(*at.shape[:-1], count)
         return jnp.take_along_axis(marked, self.blocks.of_key[:, None, None], axis=-1)
 
 
@@ -136,8 +135,27 @@ def choose(
     if forced is not None:
         scores = jnp.where(forced, jnp.inf, scores)
     n = scores.shape[-1]
-    best, groups = jax.lax.top_k(jnp.where(visible, scores, -jnp.inf), min(count, n))
+    best, groups = find_largest(jnp.where(visible, scores, -jnp.inf), min(count, n))
     return sort_groups(jnp.where(best > -jnp.inf, groups, -1), n)
+
+
+def find_largest(
+    x: Shaped[Array, "b *shape n"], count: int
+) -> tuple[Shaped[Array, "b *shape k"], Int[Array, "b *shape k"]]:
+    """`jax.lax.top_k`; each device sorts its rows, and of arrays [b, heads, ..., n] its heads.
+
+    XLA's partitioner does not split the operation: each device would gather and sort the rows of all devices.
+    """
+    by_head = x.ndim > 2
+    axes = device_axes(len(x), x.shape[1] if by_head else 1)
+
+    def run(x: Array) -> tuple[Array, Array]:
+        return tuple(jax.lax.top_k(x, count))
+
+    if axes is None:
+        return run(x)
+    spec = PartitionSpec(axes.rows, *([axes.heads] if by_head else []))
+    return jax.shard_map(run, in_specs=spec, out_specs=spec, axis_names=axes.names, check_vma=False)(x)
 
 
 def mark_forced(

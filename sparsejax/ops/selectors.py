@@ -19,6 +19,7 @@ from sparsejax.ops.selection import (
     Selection,
     Visible,
     choose,
+    find_largest,
     mark_forced,
     over_queries,
     score_tiles,
@@ -99,7 +100,7 @@ def top_tokens(
 
 def _holds(p: Float[Array, "*b s"], mass: float) -> Bool[Array, "*b s"]:
     """Whether a key is among the fewest that hold `mass`, the largest first; of equal ones the lower index."""
-    largest, order = jax.lax.top_k(p, p.shape[-1])
+    largest, order = find_largest(p, p.shape[-1])
     before = jnp.cumsum(largest, axis=-1) - largest
     return jnp.take_along_axis(before < mass, jnp.argsort(order, axis=-1), axis=-1)
 

@@ -72,6 +72,37 @@ def attention(
     }
 
 
+def selected(kind, sizes, heads, impl="auto", length=600, **options):
+    """Values and gradients of attention to keys that queries choose, and the collectives of the latter."""
+    draw = np.random.default_rng(length)
+    b, (h, g), d = 4, heads, 8
+    q, k, v = (jnp.asarray(draw.normal(size=(b, length, n, d))) for n in (h, g, g))
+    segments = jnp.asarray(np.cumsum(draw.random((b, length)) < 0.01, axis=1))
+    weights, causal = jnp.asarray(draw.normal(size=q.shape)), patterns.parse("causal")
+
+    def total(q, k, v):
+        chosen = {
+            "blocks": lambda: ops.moba(q, k, 16, 3, causal, segments=(segments, segments)),
+            "tokens": lambda: ops.top_tokens(q, k, 24, causal, segments=(segments, segments), scope="kv_head"),
+        }[kind]()
+        out = attend(q, k, v, causal, selection=chosen, segment_ids=segments, impl=impl, **options)
+        return (out * weights).sum()
+
+    expected = jax.jit(jax.value_and_grad(total, (0, 1, 2)))(q, k, v)
+    mesh = sharding.arrange_devices(sizes, devices=jax.devices()[: math.prod(sizes)])
+    with jax.set_mesh(mesh):
+        specs = [PartitionSpec(sharding.BATCH_AXES, None, HEAD_AXIS if x.shape[2] > 1 else None) for x in (q, k, v)]
+        placements = [NamedSharding(mesh, spec) for spec in specs]
+        placed = jax.device_put((q, k, v), tuple(placements))
+        step = jax.jit(jax.value_and_grad(total, (0, 1, 2)), out_shardings=(None, tuple(placements)))
+        compiled = step.lower(*placed).compile()
+        actual = compiled(*placed)
+    return {
+        "difference": difference(jax.device_get(expected), jax.device_get(actual)),
+        "collectives": dict(count_received(compiled.as_text(), mesh.size)),
+    }
+
+
 def build_batch(model, length, rows, packed, seed=0):
     draw = np.random.default_rng(seed)
     batch = {name: draw.integers(0, model.vocab, (rows, length)).astype(np.int32) for name in ("inputs", "targets")}
@@ -236,6 +267,7 @@ def recurrence(op, length, shards, packed, initial):
 
 TESTS = {
     "attention": attention,
+    "selected": selected,
     "recurrence": recurrence,
     "model": model,
     "mixer": mixer,
@@ -249,6 +281,7 @@ if __name__ == "__main__":
     for case in cases:
         jax.config.update(
             "jax_enable_x64",
-            case.get("dtype", "float64") == "float64" and sys.argv[1] in ("attention", "mixer", "model", "recurrence"),
+            case.get("dtype", "float64") == "float64"
+            and sys.argv[1] in ("attention", "mixer", "model", "recurrence", "selected"),
         )
         print(json.dumps(TESTS[sys.argv[1]](**case)), flush=True)

@@ -115,6 +115,19 @@ def test_a_device_receives_the_keys_of_its_rows_and_heads_only():
         assert received == pytest.approx(expected, abs=100), case
 
 
+def test_a_device_selects_and_attends_for_its_rows_and_heads_only():
+    """Nothing but sums is exchanged: of the loss, and of the gradient of a key/value head that devices share."""
+    cases = [
+        {"kind": kind, "sizes": sizes, "heads": heads, "impl": impl}
+        for kind, impl in (("blocks", "gather"), ("tokens", "segment"))
+        for sizes, heads in (((2, 2, 1, 1), (2, 2)), ((2, 1, 1, 2), (4, 2)), ((1, 1, 1, 2), (4, 1)))
+    ]
+    for case, result in zip(cases, compute("selected", cases), strict=True):
+        assert result["difference"] < FLOAT64, case
+        assert set(result["collectives"]) == {"all-reduce"}, case
+        assert case["heads"][1] == 1 or result["collectives"]["all-reduce"] < 100, case
+
+
 def test_a_ring_has_the_values_and_gradients_of_one_device():
     names = "pattern", "length", "shards", "packed", "heads"
     cases = [dict(zip(names, case[:5], strict=True), impl="ring", **case[5]) for case in RING]
