@@ -45,6 +45,15 @@ def test_a_parameter_is_gathered_where_the_tokens_have_its_axis():
     assert program.memory.peak == (8 * 32 + 4 * 32) * FLOAT
 
 
+def test_a_parameter_that_is_needed_twice_is_gathered_once():
+    def loss(x, w):
+        return jnp.square(jnp.einsum("td,wd->tw", jnp.tanh(x @ w), w)).sum()
+
+    arrays = ((16, 8), ("fsdp", None)), ((8, 32), ("fsdp", None))
+    program = shard(jax.value_and_grad(loss), make_mesh(fsdp=4), *arrays)
+    assert program.received["all-gather"] == 3 / 4 * 8 * 32 * FLOAT
+
+
 def test_a_gradient_is_scattered_over_the_axis_of_its_parameter():
     def loss(x, w):
         return jnp.square(x @ w).sum()
