@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -14,16 +14,10 @@ from jaxtyping import Array, Float, Int
 
 from sparsejax.errors import InputError
 from sparsejax.ops.selection import Selection
+from sparsejax.ops.sequence import shard_index
 from sparsejax.patterns import Pattern
 
 LAYOUTS = {"q": "[b, t, h, d]", "k": "[b, s, g, d]", "v": "[b, s, g, value]"}
-
-
-class Shard(NamedTuple):
-    """Consecutive queries of a sequence: the index of the first of them, and the number of queries of the sequence."""
-
-    first: Int[Array, ""]
-    queries: int
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -36,7 +30,7 @@ class AttentionCall:
       return_lse: Whether the log-sum-exp, or a gradient through it, is used.
       q_offset: Position of the first query, which `pattern` includes already: only ALiBi needs it.
       selection: Groups of keys that each query chose; it attends to those that the pattern and the segments allow.
-      shard: Which queries of a sequence these are, only with a selection; None for all of them.
+      shard_of: Number of queries of the sequence, in `map_shards` with a selection, where a call has those of a shard.
 
     Raises:
       InputError: Shapes do not agree.
@@ -55,7 +49,7 @@ class AttentionCall:
     return_lse: bool = True
     q_offset: int = 0
     selection: Selection | None = None
-    shard: Shard | None = None
+    shard_of: int | None = None
 
     def __post_init__(self):
         q, k, v = (list(x.shape) for x in (self.q, self.k, self.v))
@@ -101,12 +95,12 @@ class AttentionCall:
     @property
     def first_query(self) -> Int[Array, ""] | int:
         """Index of the first query under the pattern."""
-        return 0 if self.shard is None else self.shard.first
+        return 0 if self.shard_of is None else shard_index() * self.q.shape[1]
 
     @property
     def query_count(self) -> int:
         """Number of queries that the pattern counts."""
-        return self.q.shape[1] if self.shard is None else self.shard.queries
+        return self.q.shape[1] if self.shard_of is None else self.shard_of
 
     def head_groups(self) -> dict[Pattern, list[int]]:
         """Query heads by pattern."""

@@ -20,7 +20,7 @@ from jaxtyping import Array, Float, Shaped
 
 from sparsejax.errors import InputError
 from sparsejax.ops import gather, ring
-from sparsejax.ops.call import AttentionCall, Shard, by_pattern
+from sparsejax.ops.call import AttentionCall, by_pattern
 from sparsejax.ops.kernels.lists import ShardedTiles
 from sparsejax.ops.selection import Selection
 from sparsejax.ops.sequence import (
@@ -100,9 +100,8 @@ def run_selected(
         (q, q_ids, groups), (k, v, k_ids), (blocks, sink, slopes) = queries, keys, held
         segments = None if q_ids is None else (q_ids, k_ids)
         arrays = {"q": q, "k": k, "v": v, "segments": segments, "sink_logits": sink, "alibi_slopes": slopes}
-        shard = Shard(shard_index() * q.shape[1], call.q.shape[1])
         chosen = Selection(jnp.moveaxis(groups, 1, 2), blocks)
-        return run(dataclasses.replace(call, **arrays, selection=chosen, shard=shard))
+        return run(dataclasses.replace(call, **arrays, selection=chosen, shard_of=call.q.shape[1]))
 
     queries, keys = (call.q, q_ids, jnp.moveaxis(selection.groups, 2, 1)), (call.k, call.v, k_ids)
     return map_queries(attend, queries, keys, (selection.blocks, call.sink_logits, call.alibi_slopes))

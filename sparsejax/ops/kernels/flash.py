@@ -116,7 +116,7 @@ def unsupported_reason(call: AttentionCall) -> str | None:
         (width > MAX_HEAD_WIDTH, f"head width {width} exceeds {MAX_HEAD_WIDTH}"),
         (call.alibi_slopes is not None, "ALiBi is not supported"),
         (call.pattern.repeats, "keys with multiplicity above one are not supported"),
-        (call.shard is not None, "queries of a shard that chose their keys are not supported"),
+        (call.shard_of is not None, "queries of a shard that chose their keys are not supported"),
     )
     return next((reason for applies, reason in reasons if applies), None)
 
