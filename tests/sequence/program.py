@@ -91,7 +91,8 @@ def selected(kind, sizes, heads, impl="auto", length=600, **options):
     expected = jax.jit(jax.value_and_grad(total, (0, 1, 2)))(q, k, v)
     mesh = sharding.arrange_devices(sizes, devices=jax.devices()[: math.prod(sizes)])
     with jax.set_mesh(mesh):
-        specs = [PartitionSpec(sharding.BATCH_AXES, None, HEAD_AXIS if x.shape[2] > 1 else None) for x in (q, k, v)]
+        tokens = sharding.batch_sharding(mesh).spec
+        specs = [PartitionSpec(*tokens, HEAD_AXIS if x.shape[2] > 1 else None) for x in (q, k, v)]
         placements = [NamedSharding(mesh, spec) for spec in specs]
         placed = jax.device_put((q, k, v), tuple(placements))
         step = jax.jit(jax.value_and_grad(total, (0, 1, 2)), out_shardings=(None, tuple(placements)))

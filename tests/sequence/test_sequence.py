@@ -128,6 +128,18 @@ def test_a_device_selects_and_attends_for_its_rows_and_heads_only():
         assert case["heads"][1] == 1 or result["collectives"]["all-reduce"] < 100, case
 
 
+def test_a_shard_selects_among_the_keys_of_its_rows_and_heads_only():
+    meshes = (1, 1, 2, 1), (2, 1, 2, 1), (1, 1, 2, 2)
+    for kind, impl in (("blocks", "gather"), ("tokens", "segment")):
+        cases = [{"kind": kind, "sizes": sizes, "heads": (4, 2), "impl": impl} for sizes in meshes]
+        results = compute("selected", cases)
+        assert max(result["difference"] for result in results) < FLOAT64, kind
+        whole, by_row, by_head = (result["collectives"] for result in results)
+        assert 2 * by_row["reduce-scatter"] == 2 * by_head["reduce-scatter"] == whole["reduce-scatter"], kind
+        assert 2 * by_row["all-gather"] == whole["all-gather"], kind
+        assert by_head["all-gather"] < 0.6 * whole["all-gather"], kind  # segment ids have no heads
+
+
 def test_a_ring_has_the_values_and_gradients_of_one_device():
     names = "pattern", "length", "shards", "packed", "heads"
     cases = [dict(zip(names, case[:5], strict=True), impl="ring", **case[5]) for case in RING]
