@@ -28,7 +28,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, Shaped
 
 from sparsejax.ops.chunks import CHUNK, require_shapes, scan_chunks
-from sparsejax.ops.sequence import carry_state, divides, map_shards
+from sparsejax.ops.sequence import carry_state, divides, map_device, map_shards
 from sparsejax.ops.ssd import decay_matrix
 
 # For all that enters the state, in which rounding errors would accumulate.
@@ -70,7 +70,7 @@ def delta_rule(
         state=(state, "b h n p"),
         starts=(starts, "b t"),
     )
-    (b, t, h, p), (g, n) = v.shape, k.shape[2:]
+    (b, t, h, p), n = v.shape, k.shape[3]
     dtype = jnp.promote_types(v.dtype, jnp.float32)
     state = jnp.zeros((b, h, n, p), dtype) if state is None else state.astype(dtype)
     inputs = [a.astype(dtype) for a in (q, k, v, log_decay, beta)]
@@ -78,6 +78,23 @@ def delta_rule(
         y, states = map_shards(functools.partial(_scan_shard, chunk), (*inputs, starts), state, outputs=(1, 0))
         return y.astype(v.dtype), states[-len(v) :]
     starts = jnp.zeros((b, t), bool) if starts is None else starts
+    run = functools.partial(_scan_device, chunk)
+    y, state = map_device(run, (*inputs, starts, state), (2, 2, 2, 2, 2, None, 1), (2, 1))
+    return y.astype(v.dtype), state
+
+
+def _scan_device(
+    chunk: int,
+    q: Float[Array, "b t g n"],
+    k: Float[Array, "b t g n"],
+    v: Float[Array, "b t h p"],
+    log_decay: Float[Array, "b t h *n"],
+    beta: Float[Array, "b t h"],
+    starts: Bool[Array, "b t"],
+    state: Float[Array, "b h n p"],
+) -> tuple[Float[Array, "b t h p"], Float[Array, "b h n p"]]:
+    """The output, and the state after it, of the rows and heads of a device."""
+    (b, t, h, p), (g, n) = v.shape, k.shape[2:]
 
     def fold(x: Shaped[Array, "b t heads *width"]) -> Shaped[Array, "bg t r *width"]:
         """Moves groups to the batch axis: XLA's matrix products for CPUs fail with many axes."""
@@ -85,10 +102,10 @@ def delta_rule(
         return x.reshape(b * g, t, *x.shape[3:])
 
     # Zeros have decay 1 and add nothing, so they leave the state unchanged.
-    folded = (*map(fold, inputs), jnp.repeat(starts, g, axis=0))
+    folded = (*map(fold, (q, k, v, log_decay, beta)), jnp.repeat(starts, g, axis=0))
     state, y = scan_chunks(_run_chunk, state.reshape(b * g, h // g, n, p), folded, chunk)
     y = jnp.moveaxis(y.reshape(b, g, t, h // g, p), 1, 2).reshape(v.shape)
-    return y.astype(v.dtype), state.reshape(b, h, n, p)
+    return y, state.reshape(b, h, n, p)
 
 
 def _scan_shard(

@@ -13,14 +13,13 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import PartitionSpec
 from jaxtyping import Array, Bool, Float, Int, PyTree, Shaped
 
 from sparsejax.errors import InputError
 from sparsejax.ops.blocks import Blocks, document_starts, make_blocks, put, split_equally, take_from
 from sparsejax.ops.chunks import pad_to_multiple, vary_alike
 from sparsejax.ops.device import on_cpu
-from sparsejax.ops.sequence import device_axes, divides, map_queries
+from sparsejax.ops.sequence import divides, map_device, map_queries
 from sparsejax.patterns import Pattern
 
 CHUNK = 64  # queries whose scores are in memory at a time
@@ -142,20 +141,9 @@ def choose(
 def find_largest(
     x: Shaped[Array, "b *shape n"], count: int
 ) -> tuple[Shaped[Array, "b *shape k"], Int[Array, "b *shape k"]]:
-    """`jax.lax.top_k`; each device sorts its rows, and of arrays [b, heads, ..., n] its heads.
-
-    XLA's partitioner does not split the operation: each device would gather and sort the rows of all devices.
-    """
-    by_head = x.ndim > 2
-    axes = device_axes(len(x), x.shape[1] if by_head else 1)
-
-    def run(x: Array) -> tuple[Array, Array]:
-        return tuple(jax.lax.top_k(x, count))
-
-    if axes is None:
-        return run(x)
-    spec = PartitionSpec(axes.rows, *([axes.heads] if by_head else []))
-    return jax.shard_map(run, in_specs=spec, out_specs=spec, axis_names=axes.names, check_vma=False)(x)
+    """`jax.lax.top_k`; each device sorts its rows, and of arrays [b, heads, ..., n] its heads."""
+    heads = 1 if x.ndim > 2 else None
+    return map_device(lambda x: tuple(jax.lax.top_k(x, count)), (x,), (heads,), (heads, heads))
 
 
 def mark_forced(

@@ -7,7 +7,7 @@ it needs with explicit collectives over `AXIS`. All other mesh axes stay with th
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -48,6 +48,33 @@ def _dividing_axes(mesh, axes: list[str], size: int) -> tuple[str, ...] | None:
     while axes and size % math.prod(mesh.shape[axis] for axis in axes):
         axes = axes[:-1]
     return tuple(axes) or None
+
+
+def map_device(
+    function: Callable[..., PyTree[Array]], inputs: Sequence[Array], heads: Sequence[int | None], outputs: Any
+) -> Any:
+    """Runs a function of arrays [b, ...] on the rows and the heads of each device.
+
+    XLA's partitioner does not split every operation on rows: it gathers those of all devices to sort them, to loop over
+    them, or to join arrays along them.
+
+    Args:
+      function: A function of rows and heads that do not affect one another.
+      inputs: Its inputs.
+      heads: The axis of the heads, or of the groups of heads, of each input; None for one without.
+      outputs: That of each output: a prefix tree of the outputs.
+    """
+    counts = [x.shape[axis] for x, axis in zip(inputs, heads, strict=True) if axis is not None]
+    axes = device_axes(len(inputs[0]), math.gcd(*counts) if counts else 1)
+    if axes is None:
+        return function(*inputs)
+
+    def spec(axis: int | None) -> PartitionSpec:
+        return PartitionSpec(axes.rows) if axis is None else PartitionSpec(axes.rows, *[None] * (axis - 1), axes.heads)
+
+    results = jax.tree.map(spec, outputs, is_leaf=lambda x: x is None)
+    specs = tuple(map(spec, heads))
+    return jax.shard_map(function, in_specs=specs, out_specs=results, axis_names=axes.names, check_vma=False)(*inputs)
 
 
 def shard_count() -> int:
@@ -126,24 +153,20 @@ def map_queries(
 
 
 def gather_shards(x: PyTree[Array]) -> PyTree[Array]:
-    """In `map_shards`: arrays [b, t, ...] of all shards, the rows of a device and, of [b, t, ..., h, d], its heads.
+    """In `map_shards`: the tokens of all shards, of the rows of a device and, in arrays [b, t, ..., h, d], its heads.
 
-    The partitioner of XLA replicates what is gathered over every axis that is left to it: each device would receive the
-    rows and the heads of all devices. So none is left.
+    XLA's partitioner replicates what is gathered over every axis that is left to it, so that each device would receive
+    the rows and the heads of all devices.
     """
 
     def run(leaf: Array) -> Array:
         return jax.lax.all_gather(leaf, AXIS, axis=1, tiled=True)
 
-    def gather_leaf(leaf: Array) -> Array:
-        by_head = leaf.ndim > 3
-        axes = device_axes(leaf.shape[0], leaf.shape[-2] if by_head else 1)
-        if axes is None:
-            return run(leaf)
-        spec = PartitionSpec(axes.rows, *[None] * (leaf.ndim - 3), *([axes.heads] if by_head else []))
-        return jax.shard_map(run, in_specs=spec, out_specs=spec, axis_names=axes.names, check_vma=False)(leaf)
+    def gather(leaf: Array) -> Array:
+        heads = leaf.ndim - 2 if leaf.ndim > 3 else None
+        return map_device(run, (leaf,), (heads,), heads)
 
-    return jax.tree.map(gather_leaf, x)
+    return jax.tree.map(gather, x)
 
 
 def map_tokens(

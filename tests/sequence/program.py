@@ -32,6 +32,11 @@ def make_mesh(data, sequence):
     return sharding.arrange_devices((data, 1, sequence, 1), devices=jax.devices()[:count])
 
 
+def shard_heads(mesh, heads):
+    """The sharding of arrays [b, t, heads, d]; one head is on every device."""
+    return NamedSharding(mesh, PartitionSpec(*sharding.batch_sharding(mesh).spec, HEAD_AXIS if heads > 1 else None))
+
+
 def difference(expected, actual):
     """Largest difference, relative to the largest entry of the same array."""
     pairs = zip(jax.tree.leaves(expected), jax.tree.leaves(actual), strict=True)
@@ -62,8 +67,7 @@ def attention(
     sizes = sizes or (1, 1, shards, 1)
     mesh = sharding.arrange_devices(sizes, devices=jax.devices()[: math.prod(sizes)])
     with jax.set_mesh(mesh):
-        by_head = NamedSharding(mesh, PartitionSpec(*sharding.batch_sharding(mesh).spec, HEAD_AXIS))
-        placed = [jax.device_put(x, by_head) for x in arrays]
+        placed = [jax.device_put(x, shard_heads(mesh, x.shape[2])) for x in arrays]
         compiled = jax.jit(jax.value_and_grad(total, argnums)).lower(*placed, sinks).compile()
         actual = compiled(*placed, sinks)
     return {
@@ -91,11 +95,9 @@ def selected(kind, sizes, heads, impl="auto", length=600, **options):
     expected = jax.jit(jax.value_and_grad(total, (0, 1, 2)))(q, k, v)
     mesh = sharding.arrange_devices(sizes, devices=jax.devices()[: math.prod(sizes)])
     with jax.set_mesh(mesh):
-        tokens = sharding.batch_sharding(mesh).spec
-        specs = [PartitionSpec(*tokens, HEAD_AXIS if x.shape[2] > 1 else None) for x in (q, k, v)]
-        placements = [NamedSharding(mesh, spec) for spec in specs]
-        placed = jax.device_put((q, k, v), tuple(placements))
-        step = jax.jit(jax.value_and_grad(total, (0, 1, 2)), out_shardings=(None, tuple(placements)))
+        placements = tuple(shard_heads(mesh, x.shape[2]) for x in (q, k, v))
+        placed = jax.device_put((q, k, v), placements)
+        step = jax.jit(jax.value_and_grad(total, (0, 1, 2)), out_shardings=(None, placements))
         compiled = step.lower(*placed).compile()
         actual = compiled(*placed)
     return {
@@ -175,20 +177,30 @@ def differentiate(described, length, mesh, packed, dtype, seed=0, train=None):
 
 
 def compile_layers(config, length, shards, overrides=None):
-    """The model of a config, its compiled gradient on shards and that program's text."""
+    """The model of a config, and its compiled gradient on shards."""
     settings = build(configs.Config, configs.load(config, overrides or {}).to_dict())
     described = dataclasses.replace(settings.model, scan=False, dtype="float32")
+    return described, compile_model(described, length, make_mesh(1, shards), 1)
+
+
+def compile_model(described, length, mesh, rows):
+    """The compiled gradient of a model whose parameters are on every device."""
     functional = Functional(described)
-    mesh = make_mesh(1, shards)
 
     def total(parameters, tokens):
         return functional.bind(parameters).forward(tokens, constrain=sharding.constrain_batch(mesh)).features.sum()
 
     with jax.set_mesh(mesh):
         placed = sharding.batch_sharding(mesh), sharding.replicated(mesh)
-        tokens = jax.ShapeDtypeStruct((1, length), jnp.int32, sharding=placed[0])
+        tokens = jax.ShapeDtypeStruct((rows, length), jnp.int32, sharding=placed[0])
         shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=placed[1]), functional.shapes)
-        return described, jax.jit(jax.grad(total)).lower(shapes, tokens).compile()
+        return jax.jit(jax.grad(total), out_shardings=placed[1]).lower(shapes, tokens).compile()
+
+
+def rows(mixer, length):
+    """The collectives of a model of one kind of mixer on four devices that share the rows of a batch."""
+    compiled = compile_model(models.build(mixer, "mix", allow_leaks=True), length, make_mesh(4, 1), 8)
+    return {"collectives": dict(count_received(compiled.as_text(), 4))}
 
 
 def traffic(config, length, shards, overrides=None):
@@ -275,6 +287,7 @@ TESTS = {
     "random_model": random_model,
     "traffic": traffic,
     "memory": memory,
+    "rows": rows,
 }
 
 if __name__ == "__main__":

@@ -92,6 +92,8 @@ def test_a_kernel_has_the_values_and_gradients_of_one_device():
     options = {"dtype": "float32", "impl": "tpu", "interpret": True}
     cases = [dict(zip(names, case, strict=True), **options) for case in KERNEL]
     cases[0] |= {"sizes": (2, 1, 2, 2), "softcap": 20.0}
+    cases[3] |= {"sizes": (1, 1, 2, 2)}
+    cases.append({"pattern": "causal", "length": 256, "shards": 1, "sizes": (2, 1, 1, 2), "heads": (4, 1), **options})
     for case, result in zip(cases, compute("attention", cases), strict=True):
         assert result["difference"] < FLOAT32, case
 
@@ -263,6 +265,22 @@ def test_every_mixer(mixer):
     cases = [{"mixer": mixer, "length": length, "shards": shards} for length, shards in ((40, 8), (26, 2))]
     for case, result in zip(cases, compute("mixer", cases), strict=True):
         assert max(result.values()) < FLOAT64, case
+
+
+def assert_rows_stay(mixers):
+    """Devices that share the rows of a batch, and have all parameters, exchange sums of gradients only."""
+    cases = [{"mixer": mixer, "length": 640} for mixer in mixers]  # too many tokens for dense attention
+    for case, result in zip(cases, compute("rows", cases), strict=True):
+        assert set(result["collectives"]) <= {"all-reduce"}, case
+
+
+def test_rows_stay_on_their_device():
+    assert_rows_stay(["indexed", "compressed"])
+
+
+@pytest.mark.nightly
+def test_rows_of_every_mixer_stay_on_their_device():
+    assert_rows_stay(MIXERS | VARIANTS)
 
 
 @pytest.mark.nightly
