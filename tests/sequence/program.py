@@ -27,9 +27,9 @@ from tests.check import models
 from tests.sequence.random_models import draw_case
 
 
-def make_mesh(data, sequence):
-    count = data * sequence
-    return sharding.arrange_devices((data, 1, sequence, 1), devices=jax.devices()[:count])
+def make_mesh(data=1, fsdp=1, sequence=1, tensor=1):
+    sizes = data, fsdp, sequence, tensor
+    return sharding.arrange_devices(sizes, devices=jax.devices()[: math.prod(sizes)])
 
 
 def shard_heads(mesh, heads):
@@ -64,8 +64,7 @@ def attention(
 
     argnums = (0, 1, 2) if sinks is None else (0, 1, 2, 3)
     expected = jax.jit(jax.value_and_grad(total, argnums))(*arrays, sinks)
-    sizes = sizes or (1, 1, shards, 1)
-    mesh = sharding.arrange_devices(sizes, devices=jax.devices()[: math.prod(sizes)])
+    mesh = make_mesh(*(sizes or (1, 1, shards, 1)))
     with jax.set_mesh(mesh):
         placed = [jax.device_put(x, shard_heads(mesh, x.shape[2])) for x in arrays]
         compiled = jax.jit(jax.value_and_grad(total, argnums)).lower(*placed, sinks).compile()
@@ -93,7 +92,7 @@ def selected(kind, sizes, heads, impl="auto", length=600, **options):
         return (out * weights).sum()
 
     expected = jax.jit(jax.value_and_grad(total, (0, 1, 2)))(q, k, v)
-    mesh = sharding.arrange_devices(sizes, devices=jax.devices()[: math.prod(sizes)])
+    mesh = make_mesh(*sizes)
     with jax.set_mesh(mesh):
         placements = tuple(shard_heads(mesh, x.shape[2]) for x in (q, k, v))
         placed = jax.device_put((q, k, v), placements)
@@ -162,7 +161,7 @@ def differentiate(described, length, mesh, packed, dtype, seed=0, train=None):
     train = train or configs.check(configs.load("preset:quickstart")).train
     results = []
     for sizes in ((1, 1, 1, 1), mesh):
-        devices = sharding.arrange_devices(sizes, devices=jax.devices()[: math.prod(sizes)])
+        devices = make_mesh(*sizes)
         gradient = jax.jit(build_gradient(functional, train, devices, frozen, None))
         with jax.set_mesh(devices):
             placed = {name: jax.device_put(x, sharding.batch_sharding(devices)) for name, x in batch.items()}
@@ -180,7 +179,7 @@ def compile_layers(config, length, shards, overrides=None):
     """The model of a config, and its compiled gradient on shards."""
     settings = build(configs.Config, configs.load(config, overrides or {}).to_dict())
     described = dataclasses.replace(settings.model, scan=False, dtype="float32")
-    return described, compile_model(described, length, make_mesh(1, shards), 1)
+    return described, compile_model(described, length, make_mesh(sequence=shards), 1)
 
 
 def compile_model(described, length, mesh, rows):
@@ -199,7 +198,7 @@ def compile_model(described, length, mesh, rows):
 
 def rows(mixer, length):
     """The collectives of a model of one kind of mixer on four devices that share the rows of a batch."""
-    compiled = compile_model(models.build(mixer, "mix", allow_leaks=True), length, make_mesh(4, 1), 8)
+    compiled = compile_model(models.build(mixer, "mix", allow_leaks=True), length, make_mesh(data=4), 8)
     return {"collectives": dict(count_received(compiled.as_text(), 4))}
 
 
@@ -269,7 +268,7 @@ def recurrence(op, length, shards, packed, initial):
         return (y * weights[0]).sum() + (last * weights[1]).sum()
 
     expected = jax.jit(jax.value_and_grad(total, argnums=(0, 1)))(arguments, state)
-    with jax.set_mesh(make_mesh(1, shards)):
+    with jax.set_mesh(make_mesh(sequence=shards)):
         compiled = jax.jit(jax.value_and_grad(total, argnums=(0, 1))).lower(arguments, state).compile()
         actual = compiled(arguments, state)
     return {
